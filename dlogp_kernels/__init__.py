@@ -1,0 +1,22 @@
+"""Token log-probabilities, entropy and KL of one model or a pair, straight from hidden states, with no logit tensor."""
+
+from .functional import delta_logp, linear_delta_logp, linear_logp, logp
+from .modules import DeltaLogp, LinearDeltaLogp, LinearLogp, Logp
+from .ops import backends
+from .results import DeltaLogpStats, LogpStats
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DeltaLogp",
+    "DeltaLogpStats",
+    "LinearDeltaLogp",
+    "LinearLogp",
+    "Logp",
+    "LogpStats",
+    "backends",
+    "delta_logp",
+    "linear_delta_logp",
+    "linear_logp",
+    "logp",
+]

@@ -1,0 +1,367 @@
+"""The public functions: documented, validated, in any leading shape.
+
+Shapes: leading dimensions (…) of tokens, V vocabulary, D hidden, K candidates. With z = softcap_c(logit_scale ·
+(hidden · weightᵀ + bias)) / temperature and softcap_c(x) = c·tanh(x / c), every statistic is that of softmax(z) over
+the whole vocabulary, accumulated in float32 (float64 for float64 inputs), never rounded to a narrower type before.
+"""
+
+import math
+import os
+
+import torch
+from torch import Tensor
+
+from .results import DeltaLogpStats, LogpStats
+
+_FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_CHECK = os.environ.get("DLOGP_CHECK") == "1"
+
+
+def linear_logp(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+) -> LogpStats:
+    """`z.log_softmax(-1).gather(-1, target)` with z = `hidden @ weight.T + bias`, and the entropy, without the logits.
+
+    Args:
+        hidden: (…, D), hidden states before the last layer. bfloat16, float16, float32 or float64.
+        weight: (V, D), the last layer. Its dtype may differ from that of `hidden`; the wider one computes.
+        target: (…) or (…, K), token ids in [0, V), or `ignore_index`.
+        bias: (V,), optional.
+        temperature: > 0; logits are divided by it, after the softcap.
+        softcap: > 0 or None; z = softcap · tanh(z / softcap) (Gemma).
+        logit_scale: > 0; logits are multiplied by it, before the softcap (Cohere, Granite).
+        ignore_index: where the target is this, outputs are 0, without gradient, and a row whose targets are all
+            ignored is not read and costs nothing.
+
+    Returns:
+        LogpStats: `logp` (the shape of `target`), `entropy` and `lse` = log Σ exp z (…), in nats, float32 (float64 if
+        any input is).
+
+    Gradients: of every output with respect to `hidden`, `weight` and `bias`, in the dtype of each; only those that are
+    required are computed, from logits recomputed in blocks. Second derivatives raise RuntimeError.
+
+    Memory over inputs and outputs is bounded (`backends.workspace_limit`), whatever the number of tokens and V. A row's
+    result does not depend on the other rows, and is the same bit for bit in every run. Within `torch.autocast`, 32-bit
+    inputs are converted to the autocast dtype, as in `torch.nn.functional.linear`.
+
+    Raises:
+        ValueError, TypeError: a shape, device, dtype or option that does not fit, by name.
+        IndexError: a target outside [0, V), by position (on CUDA the row's outputs are NaN instead, unless
+            `DLOGP_CHECK=1` is set).
+
+    Source: entropy and log-probability of "On the Direction of RLVR Updates for LLM Reasoning", arXiv 2603.22117.
+    """
+    hidden, weight, bias = _autocast(hidden, weight, bias)
+    _check_head("", hidden, weight, bias)
+    _check_target(target, "hidden", hidden, ignore_index, weight.shape[0])
+    _check_options(temperature=temperature, softcap=softcap, logit_scale=logit_scale)
+    stats = torch.ops.dlogp.linear_logp_fwd(
+        _rows(hidden),
+        weight,
+        _candidates(target, hidden),
+        bias,
+        float(temperature),
+        _optional_float(softcap),
+        float(logit_scale),
+        ignore_index,
+    )
+    return LogpStats(*_shaped(stats, target, hidden))
+
+
+def linear_delta_logp(
+    hidden: Tensor,
+    weight: Tensor,
+    base_hidden: Tensor,
+    base_weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    base_bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    base_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    base_logit_scale: float = 1.0,
+    ignore_index: int = -100,
+) -> DeltaLogpStats:
+    """Δlog p = log π(target) − log π_base(target) of two models in one pass without logits; entropies and KLs too.
+
+    Equivalent to `linear_logp` of each model, a subtraction, and with p = softmax(z), q = softmax(z_base):
+    `kl = (p * (p.log() - q.log())).sum(-1)` and `reverse_kl = (q * (q.log() - p.log())).sum(-1)`.
+
+    Args:
+        hidden, base_hidden: (…, D) and (…, D_base); the same leading shape.
+        weight, base_weight: (V, D) and (V, D_base); one vocabulary.
+        target: (…) or (…, K), token ids in [0, V), or `ignore_index`.
+        bias, base_bias: (V,), optional.
+        temperature: > 0, for both models.
+        softcap, base_softcap, logit_scale, base_logit_scale: of each model, as in `linear_logp`.
+        ignore_index: as in `linear_logp`.
+
+    Returns:
+        DeltaLogpStats: `delta_logp`, `logp`, `base_logp` (the shape of `target`); `entropy`, `base_entropy`,
+        `kl` = KL(π ‖ π_base), `reverse_kl`, `lse`, `base_lse` (…); nats, float32 (float64 if any input is). Both KLs
+        are ≥ 0; a token with p = 0 contributes 0, one with p > 0 and q = 0 makes KL +inf.
+
+    Gradients, memory, autocast, Raises: as in `linear_logp`, for both models' inputs.
+
+    Source: arXiv 2603.22117, Eq. 1 and Sec. 2.
+    """
+    hidden, weight, bias = _autocast(hidden, weight, bias)
+    base_hidden, base_weight, base_bias = _autocast(base_hidden, base_weight, base_bias)
+    _check_head("", hidden, weight, bias)
+    _check_head("base_", base_hidden, base_weight, base_bias)
+    _check_same_leading("base_hidden", base_hidden, "hidden", hidden)
+    _check_same_device("base_hidden", base_hidden, "hidden", hidden)
+    if base_weight.shape[0] != weight.shape[0]:
+        raise ValueError(
+            f"base_weight has {base_weight.shape[0]} rows, expected the vocabulary of weight ({weight.shape[0]} rows)"
+        )
+    _check_target(target, "hidden", hidden, ignore_index, weight.shape[0])
+    _check_options(
+        temperature=temperature,
+        softcap=softcap,
+        base_softcap=base_softcap,
+        logit_scale=logit_scale,
+        base_logit_scale=base_logit_scale,
+    )
+    stats = torch.ops.dlogp.linear_delta_logp_fwd(
+        _rows(hidden),
+        weight,
+        _rows(base_hidden),
+        base_weight,
+        _candidates(target, hidden),
+        bias,
+        base_bias,
+        float(temperature),
+        _optional_float(softcap),
+        _optional_float(base_softcap),
+        float(logit_scale),
+        float(base_logit_scale),
+        ignore_index,
+    )
+    return DeltaLogpStats(*_shaped(stats, target, hidden))
+
+
+def logp(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+) -> LogpStats:
+    """`logits.log_softmax(-1).gather(-1, target)` and the entropy, each logit read once.
+
+    Args:
+        logits: (…, V), raw logits: scale, softcap and temperature are applied here. Any strides.
+        target: (…) or (…, K), token ids in [0, V), or `ignore_index`.
+        temperature, softcap, logit_scale, ignore_index: as in `linear_logp`.
+
+    Returns:
+        LogpStats: as in `linear_logp`.
+
+    Gradients: of every output with respect to `logits`. Second derivatives raise RuntimeError.
+
+    Raises: as in `linear_logp`.
+    """
+    _check_logits("logits", logits)
+    _check_target(target, "logits", logits, ignore_index, logits.shape[-1])
+    _check_options(temperature=temperature, softcap=softcap, logit_scale=logit_scale)
+    stats = torch.ops.dlogp.logp_fwd(
+        _rows(logits),
+        _candidates(target, logits),
+        float(temperature),
+        _optional_float(softcap),
+        float(logit_scale),
+        ignore_index,
+    )
+    return LogpStats(*_shaped(stats, target, logits))
+
+
+def delta_logp(
+    logits: Tensor,
+    base_logits: Tensor,
+    target: Tensor,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    base_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    base_logit_scale: float = 1.0,
+    ignore_index: int = -100,
+) -> DeltaLogpStats:
+    """Δlog p, both entropies and both KLs of two tensors of logits, each logit read once.
+
+    Args:
+        logits, base_logits: (…, V) of the model and of the base; the same shape, any strides.
+        target: (…) or (…, K), token ids in [0, V), or `ignore_index`.
+        temperature and the other options: as in `linear_delta_logp`.
+
+    Returns:
+        DeltaLogpStats: as in `linear_delta_logp`.
+
+    Gradients: of every output with respect to both logits. Second derivatives raise RuntimeError.
+
+    Raises: as in `linear_logp`.
+
+    Source: arXiv 2603.22117, Eq. 1 and Sec. 2.
+    """
+    _check_logits("logits", logits)
+    _check_logits("base_logits", base_logits)
+    if base_logits.shape != logits.shape:
+        raise ValueError(
+            f"base_logits has shape {tuple(base_logits.shape)}, expected that of logits, {tuple(logits.shape)}"
+        )
+    _check_same_device("base_logits", base_logits, "logits", logits)
+    _check_target(target, "logits", logits, ignore_index, logits.shape[-1])
+    _check_options(
+        temperature=temperature,
+        softcap=softcap,
+        base_softcap=base_softcap,
+        logit_scale=logit_scale,
+        base_logit_scale=base_logit_scale,
+    )
+    stats = torch.ops.dlogp.delta_logp_fwd(
+        _rows(logits),
+        _rows(base_logits),
+        _candidates(target, logits),
+        float(temperature),
+        _optional_float(softcap),
+        _optional_float(base_softcap),
+        float(logit_scale),
+        float(base_logit_scale),
+        ignore_index,
+    )
+    return DeltaLogpStats(*_shaped(stats, target, logits))
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _candidates(target: Tensor, rows: Tensor) -> Tensor:
+    """target (…) or (…, K) as (N, K) int64, for `rows` (…, D or V)."""
+    candidates = 1 if target.dim() < rows.dim() else target.shape[-1]
+    return target.reshape(-1, candidates).to(torch.int64)
+
+
+def _shaped(stats: tuple[Tensor, ...], target: Tensor, rows: Tensor) -> list[Tensor]:
+    return [value.view(target.shape if value.dim() == 2 else rows.shape[:-1]) for value in stats]
+
+
+def _optional_float(value: float | None) -> float | None:
+    return None if value is None else float(value)
+
+
+def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What `torch.autocast` does to the inputs of a linear layer."""
+    if not isinstance(hidden, Tensor) or not torch.is_autocast_enabled(hidden.device.type):
+        return hidden, weight, bias
+    dtype = torch.get_autocast_dtype(hidden.device.type)
+
+    def convert(x: Tensor) -> Tensor:
+        return x.to(dtype) if isinstance(x, Tensor) and x.dtype == torch.float32 else x
+
+    return convert(hidden), convert(weight), None if bias is None else convert(bias)
+
+
+def _check_tensor(name: str, x: object, dtypes: tuple[torch.dtype, ...], kind: str) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is {type(x).__name__}, expected a tensor")
+    if hasattr(x, "full_tensor"):
+        raise TypeError(f"{name} is a sharded DTensor, expected a whole tensor: pass {name}.full_tensor()")
+    if x.dtype not in dtypes:
+        raise TypeError(f"{name} has dtype {x.dtype}, expected {kind}")
+
+
+def _check_floating(name: str, x: object) -> None:
+    _check_tensor(name, x, _FLOATING, "bfloat16, float16, float32 or float64")
+
+
+def _check_head(prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """hidden (…, D), weight (V, D) and bias (V,) of one model fit together."""
+    hidden_name, weight_name, bias_name = f"{prefix}hidden", f"{prefix}weight", f"{prefix}bias"
+    _check_floating(hidden_name, hidden)
+    _check_floating(weight_name, weight)
+    if hidden.dim() < 1 or hidden.shape[-1] == 0:
+        raise ValueError(f"{hidden_name} has shape {tuple(hidden.shape)}, expected (…, D) with D ≥ 1")
+    if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"{weight_name} has shape {tuple(weight.shape)}, expected (V, {hidden.shape[-1]}) for {hidden_name} of "
+            f"shape {tuple(hidden.shape)} (a weight sharded by ZeRO-3 or FSDP has to be gathered first)"
+        )
+    _check_same_device(weight_name, weight, hidden_name, hidden)
+    if bias is None:
+        return
+    _check_floating(bias_name, bias)
+    if bias.shape != weight.shape[:1]:
+        raise ValueError(f"{bias_name} has shape {tuple(bias.shape)}, expected ({weight.shape[0]},)")
+    _check_same_device(bias_name, bias, hidden_name, hidden)
+
+
+def _check_logits(name: str, logits: Tensor) -> None:
+    _check_floating(name, logits)
+    if logits.dim() < 1 or logits.shape[-1] == 0:
+        raise ValueError(f"{name} has shape {tuple(logits.shape)}, expected (…, V) with V ≥ 1")
+
+
+def _check_same_leading(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    if x.shape[:-1] != other.shape[:-1]:
+        raise ValueError(
+            f"{name} has shape {tuple(x.shape)}, expected the leading dimensions of {other_name}, {tuple(other.shape)}"
+        )
+
+
+def _check_same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    if x.device != other.device:
+        raise ValueError(f"{name} is on {x.device}, expected {other.device}, the device of {other_name}")
+
+
+def _check_target(target: Tensor, rows_name: str, rows: Tensor, ignore_index: int, vocabulary: int) -> None:
+    _check_tensor("target", target, _INTEGER, "an integer dtype")
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index is {ignore_index!r}, expected an integer")
+    leading = rows.shape[:-1]
+    with_candidates = target.dim() == rows.dim() and target.shape[:-1] == leading and target.shape[-1] > 0
+    if target.shape != leading and not with_candidates:
+        raise ValueError(
+            f"target has shape {tuple(target.shape)}, expected {tuple(leading)} or {(*leading, 'K')} for {rows_name} "
+            f"of shape {tuple(rows.shape)}"
+        )
+    _check_same_device("target", target, rows_name, rows)
+    # On CUDA the check would wait for the device; compiled and fake tensors have no values to look at.
+    has_values = type(target) is Tensor and not torch.compiler.is_compiling()
+    if has_values and (target.device.type == "cpu" or (_CHECK and target.device.type == "cuda")):
+        _check_target_range(target, ignore_index, vocabulary)
+
+
+def _check_target_range(target: Tensor, ignore_index: int, vocabulary: int) -> None:
+    outside = ((target < 0) | (target >= vocabulary)) & (target != ignore_index)
+    if outside.any():
+        position = tuple(outside.nonzero()[0].tolist())
+        index = ", ".join(map(str, position))
+        raise IndexError(
+            f"target[{index}] is {int(target[position])}, expected a token in [0, {vocabulary}) or ignore_index "
+            f"({ignore_index})"
+        )
+
+
+def _check_options(**options: float | None) -> None:
+    for name, value in options.items():
+        if value is None and name.endswith("softcap"):
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"{name} is {value!r}, expected a Python number")
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{name} is {value}, expected a finite number > 0")

@@ -1,0 +1,15 @@
+"""The ops `torch.ops.dlogp.*`: schema, fake, autograd and the choice of a backend."""
+
+from . import backends, schemas
+from .library import LIBRARY
+
+for _op in schemas.SCHEMAS:
+    LIBRARY.define(schemas.public_schema(_op))
+    for _backend in backends.COMPILED:
+        LIBRARY.define(schemas.backend_schema(_backend, _op))
+
+backends.load_extension()
+
+from . import delta_logp, linear_delta_logp, linear_logp, logp  # noqa: E402
+
+__all__ = ["backends", "delta_logp", "linear_delta_logp", "linear_logp", "logp", "schemas"]

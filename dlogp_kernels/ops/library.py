@@ -1,0 +1,70 @@
+"""What every op file uses to register its op."""
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from . import backends
+
+LIBRARY = torch.library.Library("dlogp", "DEF")
+
+
+def register(op: str, fake: Callable[..., Any]) -> None:
+    """Give `op` its fake, and a kernel that runs the backend selected at the time of the call."""
+
+    def run(*arguments: Any) -> Any:
+        device = next(x.device for x in arguments if isinstance(x, Tensor))
+        return backends.launch(op, device, *arguments)
+
+    for dispatch_key in ("CPU", "CUDA"):
+        LIBRARY.impl(op, run, dispatch_key)
+    torch.library.register_fake(f"dlogp::{op}", fake, lib=LIBRARY)
+
+
+def register_autograd(op: str, setup_context: Callable[..., None], backward: Callable[..., Any]) -> None:
+    """Differentiate `<op>_fwd` by `backward`, which calls `<op>_bwd`; second derivatives raise."""
+
+    def no_second_derivative(ctx: Any, *grads: Any) -> NoReturn:
+        raise RuntimeError(f"dlogp_kernels: {op} has no second derivative")
+
+    torch.library.register_autograd(f"dlogp::{op}_fwd", backward, setup_context=setup_context, lib=LIBRARY)
+    torch.library.register_autograd(f"dlogp::{op}_bwd", no_second_derivative, lib=LIBRARY)
+
+
+def output_dtype(*inputs: Tensor | None) -> torch.dtype:
+    return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in inputs) else torch.float32
+
+
+def fake_stats(target: Tensor, dtype: torch.dtype, with_candidates: int, without: int) -> tuple[Tensor, ...]:
+    """`with_candidates` tensors of the shape of target (N, K), then `without` tensors (N,)."""
+    per_candidate = [target.new_empty(target.shape, dtype=dtype) for _ in range(with_candidates)]
+    per_row = [target.new_empty(target.shape[:1], dtype=dtype) for _ in range(without)]
+    return (*per_candidate, *per_row)
+
+
+def fake_gradients(inputs: tuple[Tensor | None, ...], output_mask: list[bool]) -> tuple[Tensor, ...]:
+    """Contiguous like each input where wanted, else empty, of the first input's dtype where the input is None."""
+    like = [inputs[0] if x is None else x for x in inputs]
+    return tuple(
+        x.new_empty(x.shape if wanted else (0,)) for x, wanted in zip(like, output_mask, strict=True) if x is not None
+    )
+
+
+def wanted(gradients: tuple[Tensor, ...], output_mask: list[bool]) -> list[Tensor | None]:
+    return [gradient if want else None for gradient, want in zip(gradients, output_mask, strict=True)]
+
+
+def total(*gradients: Tensor | None) -> Tensor | None:
+    """Sum of those that exist."""
+    present = [gradient for gradient in gradients if gradient is not None]
+    return sum(present[1:], start=present[0]) if present else None
+
+
+def per_model(
+    grad_delta_logp: Tensor | None, grad_logp: Tensor | None, grad_base_logp: Tensor | None, *grads: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """Gradients of a pair's outputs as the backward op takes them: delta_logp = logp − base_logp is folded in."""
+    negative = None if grad_delta_logp is None else -grad_delta_logp
+    return total(grad_logp, grad_delta_logp), total(grad_base_logp, negative), *grads

@@ -1,0 +1,62 @@
+"""Every schema string of the library, once.
+
+At this level tokens are flat: hidden (N, D), weight (V, D), logits (N, V), target (N, K) int64; `logp`-like outputs are
+(N, K), the others (N,). In a backward op a gradient that is None counts as zero, and `output_mask` says which gradients
+to compute, in the order of the floating inputs; the others come back empty.
+
+A backend other than plain PyTorch implements a private copy of each schema, `_<backend>_<op>`, with one more argument,
+the workspace in bytes; `backends.py` chooses between them.
+"""
+
+_ONE_MODEL_OPTIONS = "float temperature, float? softcap, float logit_scale, int ignore_index"
+_PAIR_OPTIONS = "float temperature, float? softcap, float? base_softcap, float logit_scale, float base_logit_scale, int ignore_index"
+_LINEAR_INPUTS = "Tensor hidden, Tensor weight, Tensor target, Tensor? bias"
+_LINEAR_PAIR_INPUTS = "Tensor hidden, Tensor weight, Tensor base_hidden, Tensor base_weight, Tensor target, Tensor? bias, Tensor? base_bias"
+_ONE_MODEL_GRADIENTS = "Tensor? grad_logp, Tensor? grad_entropy, Tensor? grad_lse"
+_PAIR_GRADIENTS = (
+    "Tensor? grad_logp, Tensor? grad_base_logp, Tensor? grad_entropy, Tensor? grad_base_entropy, "
+    "Tensor? grad_kl, Tensor? grad_reverse_kl, Tensor? grad_lse, Tensor? grad_base_lse"
+)
+_ONE_MODEL_SAVED = "Tensor entropy, Tensor lse"
+_PAIR_SAVED = "Tensor entropy, Tensor base_entropy, Tensor kl, Tensor reverse_kl, Tensor lse, Tensor base_lse"
+_ONE_MODEL_STATS = "(Tensor logp, Tensor entropy, Tensor lse)"
+_PAIR_STATS = (
+    "(Tensor delta_logp, Tensor logp, Tensor base_logp, Tensor entropy, Tensor base_entropy, "
+    "Tensor kl, Tensor reverse_kl, Tensor lse, Tensor base_lse)"
+)
+
+#: op name → (arguments, returns)
+SCHEMAS: dict[str, tuple[str, str]] = {
+    "linear_logp_fwd": (f"{_LINEAR_INPUTS}, {_ONE_MODEL_OPTIONS}", _ONE_MODEL_STATS),
+    "linear_logp_bwd": (
+        f"{_ONE_MODEL_GRADIENTS}, {_LINEAR_INPUTS}, {_ONE_MODEL_SAVED}, {_ONE_MODEL_OPTIONS}, bool[3] output_mask",
+        "(Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
+    ),
+    "linear_delta_logp_fwd": (f"{_LINEAR_PAIR_INPUTS}, {_PAIR_OPTIONS}", _PAIR_STATS),
+    "linear_delta_logp_bwd": (
+        f"{_PAIR_GRADIENTS}, {_LINEAR_PAIR_INPUTS}, {_PAIR_SAVED}, {_PAIR_OPTIONS}, bool[6] output_mask",
+        "(Tensor grad_hidden, Tensor grad_weight, Tensor grad_base_hidden, Tensor grad_base_weight, "
+        "Tensor grad_bias, Tensor grad_base_bias)",
+    ),
+    "logp_fwd": (f"Tensor logits, Tensor target, {_ONE_MODEL_OPTIONS}", _ONE_MODEL_STATS),
+    "logp_bwd": (
+        f"{_ONE_MODEL_GRADIENTS}, Tensor logits, Tensor target, {_ONE_MODEL_SAVED}, {_ONE_MODEL_OPTIONS}",
+        "Tensor grad_logits",
+    ),
+    "delta_logp_fwd": (f"Tensor logits, Tensor base_logits, Tensor target, {_PAIR_OPTIONS}", _PAIR_STATS),
+    "delta_logp_bwd": (
+        f"{_PAIR_GRADIENTS}, Tensor logits, Tensor base_logits, Tensor target, {_PAIR_SAVED}, {_PAIR_OPTIONS}, "
+        "bool[2] output_mask",
+        "(Tensor grad_logits, Tensor grad_base_logits)",
+    ),
+}
+
+
+def public_schema(op: str) -> str:
+    arguments, returns = SCHEMAS[op]
+    return f"{op}({arguments}) -> {returns}"
+
+
+def backend_schema(backend: str, op: str) -> str:
+    arguments, returns = SCHEMAS[op]
+    return f"_{backend}_{op}({arguments}, int workspace) -> {returns}"

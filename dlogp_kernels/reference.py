@@ -1,0 +1,226 @@
+"""The definition of every statistic in plain PyTorch: what the documentation means and the tests compare with.
+
+Each function here has the signature of the public one, works in float64 as well, is differentiable by autograd, and
+holds full logits. `logits_gradient` is the derivative that all backward kernels implement.
+"""
+
+import torch
+from torch import Tensor
+
+from .results import DeltaLogpStats, LogpStats
+
+
+def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """float64 if any input is, else float32, whatever narrower type the inputs have."""
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def transform_logits(
+    raw: Tensor, temperature: float = 1.0, softcap: float | None = None, logit_scale: float = 1.0
+) -> Tensor:
+    """z = softcap_c(logit_scale · raw) / temperature with softcap_c(x) = c·tanh(x / c)."""
+    z = raw * logit_scale
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    return z / temperature
+
+
+def transform_gradient(
+    grad_z: Tensor, raw: Tensor, temperature: float, softcap: float | None, logit_scale: float
+) -> Tensor:
+    """The gradient with respect to `raw`, given that with respect to z of `transform_logits`."""
+    grad = grad_z * (logit_scale / temperature)
+    if softcap is not None:
+        grad = grad * (1 - torch.tanh(raw * logit_scale / softcap).square())
+    return grad
+
+
+def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """hidden · weightᵀ + bias, accumulated and returned in `dtype`."""
+    raw = hidden.to(dtype) @ weight.to(dtype).t()
+    return raw if bias is None else raw + bias.to(dtype)
+
+
+def logp_of_rows(z: Tensor, target: Tensor, ignore_index: int) -> LogpStats:
+    """Statistics of transformed logits z (N, V) with target (N, K), of rows that are not ignored as a whole."""
+    lse = torch.logsumexp(z, dim=-1)
+    logp_all = z - lse[:, None]
+    return LogpStats(_gather(logp_all, target, ignore_index), _entropy(logp_all), lse)
+
+
+def delta_logp_of_rows(z: Tensor, base_z: Tensor, target: Tensor, ignore_index: int) -> DeltaLogpStats:
+    """Statistics of two tensors of transformed logits (N, V) with target (N, K), likewise."""
+    lse, base_lse = torch.logsumexp(z, dim=-1), torch.logsumexp(base_z, dim=-1)
+    logp_all, base_logp_all = z - lse[:, None], base_z - base_lse[:, None]
+    logp = _gather(logp_all, target, ignore_index)
+    base_logp = _gather(base_logp_all, target, ignore_index)
+    return DeltaLogpStats(
+        delta_logp=logp - base_logp,
+        logp=logp,
+        base_logp=base_logp,
+        entropy=_entropy(logp_all),
+        base_entropy=_entropy(base_logp_all),
+        kl=_kl(logp_all, base_logp_all),
+        reverse_kl=_kl(base_logp_all, logp_all),
+        lse=lse,
+        base_lse=base_lse,
+    )
+
+
+def _gather(logp_all: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    ignored = target == ignore_index
+    return logp_all.gather(1, target.masked_fill(ignored, 0)).masked_fill(ignored, 0.0)
+
+
+def _entropy(logp_all: Tensor) -> Tensor:
+    """−Σ p log p; a token with p = 0 contributes 0."""
+    p = logp_all.exp()
+    return -(p * logp_all.masked_fill(p == 0, 0.0)).sum(-1)
+
+
+def _kl(logp_all: Tensor, other_logp_all: Tensor) -> Tensor:
+    """Σ p (log p − log q) ≥ 0; a token with p = 0 contributes 0, one with p > 0 and q = 0 makes it +inf."""
+    p = logp_all.exp()
+    impossible = other_logp_all == -torch.inf
+    difference = (logp_all - other_logp_all).masked_fill((p == 0) | impossible, 0.0)
+    kl = (p * difference).sum(-1).clamp_min(0.0)
+    return kl.masked_fill((impossible & (logp_all > -torch.inf)).any(-1), torch.inf)
+
+
+def logits_gradient(
+    logp_all: Tensor,
+    entropy: Tensor,
+    grad_logp_sum: Tensor,
+    grad_entropy: Tensor,
+    grad_lse: Tensor,
+    other_logp_all: Tensor | None = None,
+    kl: Tensor | None = None,
+    grad_kl: Tensor | None = None,
+    grad_reverse_kl: Tensor | None = None,
+) -> Tensor:
+    """∂/∂z of a model's statistics, without the −1 hot term of `logp` at its targets.
+
+    dz = p·(−Σ_k g_logp − g_entropy·(log p + H) + g_lse) and, for a pair with q the other model's distribution, kl the
+    divergence from p to q and reverse_kl that from q to p: + g_kl·p·(log p − log q − kl) + g_reverse_kl·(p − q).
+
+    `logp_all` (N, V) may be any range of the vocabulary; all others are (N,).
+    """
+    p = logp_all.exp()
+    finite_logp = logp_all.masked_fill(p == 0, 0.0)
+    grad = p * ((grad_lse - grad_logp_sum)[:, None] - grad_entropy[:, None] * (finite_logp + entropy[:, None]))
+    if other_logp_all is not None:
+        assert kl is not None and grad_kl is not None and grad_reverse_kl is not None
+        excess = (finite_logp - other_logp_all - kl[:, None]).masked_fill((p == 0) | (grad_kl == 0)[:, None], 0.0)
+        grad = grad + grad_kl[:, None] * p * excess + grad_reverse_kl[:, None] * (p - other_logp_all.exp())
+    return grad
+
+
+def logp(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+) -> LogpStats:
+    """`dlogp_kernels.logp` in plain PyTorch."""
+    flat_target = _candidates(target, logits)
+    rows = kept_rows(flat_target, ignore_index)
+    z = transform_logits(_flat(logits)[rows].to(accumulation_dtype(logits)), temperature, softcap, logit_scale)
+    stats = logp_of_rows(z, flat_target[rows], ignore_index)
+    return LogpStats(*(_scatter(value, rows, target, logits) for value in stats))
+
+
+def delta_logp(
+    logits: Tensor,
+    base_logits: Tensor,
+    target: Tensor,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    base_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    base_logit_scale: float = 1.0,
+    ignore_index: int = -100,
+) -> DeltaLogpStats:
+    """`dlogp_kernels.delta_logp` in plain PyTorch."""
+    dtype = accumulation_dtype(logits, base_logits)
+    flat_target = _candidates(target, logits)
+    rows = kept_rows(flat_target, ignore_index)
+    z = transform_logits(_flat(logits)[rows].to(dtype), temperature, softcap, logit_scale)
+    base_z = transform_logits(_flat(base_logits)[rows].to(dtype), temperature, base_softcap, base_logit_scale)
+    stats = delta_logp_of_rows(z, base_z, flat_target[rows], ignore_index)
+    return DeltaLogpStats(*(_scatter(value, rows, target, logits) for value in stats))
+
+
+def linear_logp(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+) -> LogpStats:
+    """`dlogp_kernels.linear_logp` in plain PyTorch."""
+    flat_target = _candidates(target, hidden)
+    rows = kept_rows(flat_target, ignore_index)
+    raw = linear_logits(_flat(hidden)[rows], weight, bias, accumulation_dtype(hidden, weight, bias))
+    stats = logp_of_rows(transform_logits(raw, temperature, softcap, logit_scale), flat_target[rows], ignore_index)
+    return LogpStats(*(_scatter(value, rows, target, hidden) for value in stats))
+
+
+def linear_delta_logp(
+    hidden: Tensor,
+    weight: Tensor,
+    base_hidden: Tensor,
+    base_weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    base_bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    base_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    base_logit_scale: float = 1.0,
+    ignore_index: int = -100,
+) -> DeltaLogpStats:
+    """`dlogp_kernels.linear_delta_logp` in plain PyTorch."""
+    dtype = accumulation_dtype(hidden, weight, base_hidden, base_weight, bias, base_bias)
+    flat_target = _candidates(target, hidden)
+    rows = kept_rows(flat_target, ignore_index)
+    raw = linear_logits(_flat(hidden)[rows], weight, bias, dtype)
+    base_raw = linear_logits(_flat(base_hidden)[rows], base_weight, base_bias, dtype)
+    stats = delta_logp_of_rows(
+        transform_logits(raw, temperature, softcap, logit_scale),
+        transform_logits(base_raw, temperature, base_softcap, base_logit_scale),
+        flat_target[rows],
+        ignore_index,
+    )
+    return DeltaLogpStats(*(_scatter(value, rows, target, hidden) for value in stats))
+
+
+def kept_rows(target: Tensor, ignore_index: int) -> Tensor:
+    """Indices of the rows of target (N, K) that have a candidate which is not ignored."""
+    return (target != ignore_index).any(-1).nonzero().squeeze(-1)
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _candidates(target: Tensor, rows: Tensor) -> Tensor:
+    """target (…) or (…, K) as (N, K) for `rows` (…, D or V)."""
+    return target.reshape(-1, 1) if target.dim() == rows.dim() - 1 else target.reshape(-1, target.shape[-1])
+
+
+def _scatter(value: Tensor, rows: Tensor, target: Tensor, source: Tensor) -> Tensor:
+    """Values of the kept rows at their places among zeros, in the shape of `target` or its leading shape."""
+    leading = source.shape[:-1]
+    n = leading.numel()
+    full = value.new_zeros((n, *value.shape[1:])).index_copy(0, rows, value)
+    return full.view(target.shape) if value.dim() == 2 else full.view(leading)

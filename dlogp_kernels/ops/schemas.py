@@ -9,9 +9,15 @@ the workspace in bytes; `backends.py` chooses between them.
 """
 
 _ONE_MODEL_OPTIONS = "float temperature, float? softcap, float logit_scale, int ignore_index"
-_PAIR_OPTIONS = "float temperature, float? softcap, float? base_softcap, float logit_scale, float base_logit_scale, int ignore_index"
+_PAIR_OPTIONS = (
+    "float temperature, float? softcap, float? base_softcap, float logit_scale, float base_logit_scale, "
+    "int ignore_index"
+)
 _LINEAR_INPUTS = "Tensor hidden, Tensor weight, Tensor target, Tensor? bias"
-_LINEAR_PAIR_INPUTS = "Tensor hidden, Tensor weight, Tensor base_hidden, Tensor base_weight, Tensor target, Tensor? bias, Tensor? base_bias"
+_LINEAR_PAIR_INPUTS = (
+    "Tensor hidden, Tensor weight, Tensor base_hidden, Tensor base_weight, Tensor target, "
+    "Tensor? bias, Tensor? base_bias"
+)
 _ONE_MODEL_GRADIENTS = "Tensor? grad_logp, Tensor? grad_entropy, Tensor? grad_lse"
 _PAIR_GRADIENTS = (
     "Tensor? grad_logp, Tensor? grad_base_logp, Tensor? grad_entropy, Tensor? grad_base_entropy, "

@@ -1,0 +1,114 @@
+"""Small Qwen3 models and word-level tokenizers, for the demo pair and for tests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+# The two types are for callers, which must not import `transformers` themselves.
+__all__ = [
+    "PreTrainedModel",
+    "PreTrainedTokenizerFast",
+    "load_local",
+    "save_local",
+    "tiny_qwen3",
+    "word_tokenizer",
+]
+
+
+def tiny_qwen3(
+    vocab_size: int,
+    *,
+    hidden_size: int = 96,
+    num_layers: int = 3,
+    intermediate_size: int = 256,
+    num_heads: int = 4,
+    num_key_value_heads: int = 2,
+    head_dim: int = 24,
+    max_position_embeddings: int = 128,
+    tie_word_embeddings: bool = True,
+    pad_token_id: int | None = None,
+    bos_token_id: int | None = None,
+    eos_token_id: int | None = None,
+    seed: int = 0,
+) -> Qwen3ForCausalLM:
+    """A Qwen3 of the given sizes with random float32 weights; the global random state is left as it was."""
+    config = Qwen3Config(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        num_hidden_layers=num_layers,
+        intermediate_size=intermediate_size,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_key_value_heads,
+        head_dim=head_dim,
+        max_position_embeddings=max_position_embeddings,
+        tie_word_embeddings=tie_word_embeddings,
+        pad_token_id=pad_token_id,
+        bos_token_id=bos_token_id,
+        eos_token_id=eos_token_id,
+        dtype="float32",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return Qwen3ForCausalLM(config)
+
+
+def word_tokenizer(
+    words: Sequence[str],
+    *,
+    pad_token: str = "<pad>",
+    bos_token: str = "<bos>",
+    eos_token: str = "<eos>",
+    sep_token: str = "<sep>",
+) -> PreTrainedTokenizerFast:
+    """A tokenizer whose tokens are the four special words (ids 0 to 3), then `words` in their order.
+
+    Text splits at white space and around special words; nothing is added to it. Decoding joins words with
+    single spaces, so encoding a decoded sequence gives its ids back. A word that is not in the vocabulary
+    raises: there is no unknown token. Padding goes to the left.
+    """
+    vocabulary = [pad_token, bos_token, eos_token, sep_token, *words]
+    if len(set(vocabulary)) != len(vocabulary):
+        raise ValueError("words: expected each word once, and none of the special words")
+    split = [word for word in vocabulary if word.split() != [word]]
+    if split:
+        raise ValueError(f"words: expected non-empty words without white space, got {split}")
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(vocabulary)}))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=pad_token,
+        bos_token=bos_token,
+        eos_token=eos_token,
+        sep_token=sep_token,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def save_local(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, directory: str | Path) -> None:
+    """Write a model (safetensors, config) and its tokenizer into one directory."""
+    # Trainers switch the key-value cache off and leave it so.
+    model.config.use_cache = True
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def load_local(directory: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """The model (in evaluation mode) and the tokenizer of a local directory, without any network access."""
+    model = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True, use_safetensors=True)
+    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise TypeError(f"{directory}: expected a fast tokenizer, got {type(tokenizer).__name__}")
+    return model.eval(), tokenizer

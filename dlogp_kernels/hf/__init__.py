@@ -1,0 +1,20 @@
+"""Causal language models of `transformers`: hidden states with their last layer, and the statistics of a pair."""
+
+from .heads import LmHead, lm_head
+from .loading import check_same_tokenizer, context_length, load_model, load_tokenizer
+from .metrics import LmHeadInputs, lm_head_inputs, token_metrics
+from .store import HiddenStore, store_base_hidden
+
+__all__ = [
+    "HiddenStore",
+    "LmHead",
+    "LmHeadInputs",
+    "check_same_tokenizer",
+    "context_length",
+    "lm_head",
+    "lm_head_inputs",
+    "load_model",
+    "load_tokenizer",
+    "store_base_hidden",
+    "token_metrics",
+]

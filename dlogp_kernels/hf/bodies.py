@@ -1,0 +1,218 @@
+"""Hidden states of a model's body for batches with padding on either side and for packed rows.
+
+Every row is cut into documents: its tokens that are not masked, parted where positions restart. Documents are run from
+position 0 on, padded on the right, where a causal model does not look; so each gives the numbers it gives alone, in
+every architecture and with every attention implementation, and masked tokens cost nothing but that padding.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .heads import body_of
+
+
+class Batch(NamedTuple):
+    """Tokens (B, T) and to which document each belongs: 0, 1, … row by row; −1 where masked."""
+
+    input_ids: Tensor
+    document: Tensor
+
+
+class Group(NamedTuple):
+    """Some documents of a batch, padded on the right.
+
+    place is (n, L), int64: where in the batch, flattened, each token stands; −1 where padded.
+    """
+
+    input_ids: Tensor
+    place: Tensor
+
+
+def as_batch(input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Batch:
+    """Check the arguments and part the rows into documents; ValueError or TypeError by name."""
+    _check_integers("input_ids", input_ids)
+    if input_ids.dim() != 2:
+        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}, expected (B, T)")
+    kept = torch.ones_like(input_ids, dtype=torch.bool)
+    if attention_mask is not None:
+        kept = as_mask("attention_mask", attention_mask, [tuple(input_ids.shape)]).to(input_ids.device)
+    starts = _first_kept(kept)
+    if position_ids is not None:
+        starts = _restarts(position_ids.to(input_ids.device), input_ids, kept)
+    document = starts.flatten().cumsum(0).view_as(starts) - 1
+    return Batch(input_ids, document.masked_fill(~kept, -1))
+
+
+def as_mask(name: str, mask: Tensor, shapes: list[tuple[int, ...]]) -> Tensor:
+    """`mask` as bool; ValueError unless it has one of `shapes` and holds only 0 and 1."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name} is {type(mask).__name__}, expected a tensor")
+    if tuple(mask.shape) not in shapes:
+        raise ValueError(f"{name} has shape {tuple(mask.shape)}, expected {' or '.join(map(str, shapes))}")
+    if mask.dtype != torch.bool and not ((mask == 0) | (mask == 1)).all():
+        raise ValueError(f"{name} holds values other than 0 and 1, expected a mask")
+    return mask.bool()
+
+
+def predicted(batch: Batch) -> Tensor:
+    """(B, T − 1), bool: whether token t + 1 is predicted by the token before it, t, of the same document."""
+    document = batch.document
+    return (document[:, 1:] == document[:, :-1]) & (document[:, 1:] >= 0)
+
+
+def first_document(batch: Batch) -> Tensor:
+    """The tokens of the first document; empty where all is masked."""
+    return batch.input_ids[batch.document == 0]
+
+
+def longest_document(batch: Batch) -> int:
+    """Tokens of the longest document; 0 where all is masked."""
+    kept = batch.document[batch.document >= 0]
+    return int(torch.bincount(kept).max()) if kept.numel() else 0
+
+
+def groups(batch: Batch, max_tokens: int) -> Iterator[Group]:
+    """The documents, longest first, in groups that hold at most `max_tokens` with their padding, or one document."""
+    documents = batch.document.flatten()
+    place = (documents >= 0).nonzero().squeeze(-1)
+    lengths = torch.bincount(documents[place])
+    begins = lengths.cumsum(0) - lengths
+    order = lengths.argsort(descending=True, stable=True).tolist()
+    length_of = lengths.tolist()
+    while order:
+        longest = length_of[order[0]]
+        count = max(1, max_tokens // longest)
+        members, order = order[:count], order[count:]
+        yield _padded(batch, place, begins[members], lengths[members], longest)
+
+
+def run_body(model: PreTrainedModel, input_ids: Tensor, prefill_chunk: int | None = None) -> Tensor:
+    """Hidden states (B, T, D) of tokens (B, T) without padding on the left, `prefill_chunk` tokens at a time."""
+    body = body_of(model)
+    accepted = inspect.signature(body.forward).parameters
+    length = input_ids.shape[1]
+    if prefill_chunk is None or prefill_chunk >= length:
+        options = {"use_cache": False} if _accepts(accepted, "use_cache") else {}
+        return _last_hidden(body(input_ids=input_ids, **options))
+    cache: Any = None
+    hidden = torch.empty(0)
+    for begin in range(0, length, prefill_chunk):
+        output = body(
+            input_ids=input_ids[:, begin : begin + prefill_chunk],
+            past_key_values=cache,
+            use_cache=True,
+            **_chunk_positions(accepted, begin, min(begin + prefill_chunk, length), input_ids.device),
+        )
+        cache = getattr(output, "past_key_values", None)
+        if cache is None:
+            raise ValueError(
+                f"model is {type(model).__name__}, whose body gives no key-value cache: expected prefill_chunk=None"
+            )
+        chunk = _last_hidden(output)
+        if begin == 0:
+            hidden = chunk.new_empty(*input_ids.shape, chunk.shape[-1])
+        hidden[:, begin : begin + chunk.shape[1]] = chunk
+    return hidden
+
+
+def check_prefill_chunk(prefill_chunk: int | None, model: nn.Module) -> None:
+    """ValueError for a chunk < 1, RuntimeError where a gradient would be needed through the cache."""
+    if prefill_chunk is None:
+        return
+    if isinstance(prefill_chunk, bool) or not isinstance(prefill_chunk, int) or prefill_chunk < 1:
+        raise ValueError(f"prefill_chunk is {prefill_chunk!r}, expected a number of tokens ≥ 1 or None")
+    if needs_gradient(model):
+        raise RuntimeError(
+            "prefill_chunk bounds the memory of inference; expected a call within torch.no_grad() or "
+            "torch.inference_mode(), or prefill_chunk=None for gradients"
+        )
+
+
+def needs_gradient(model: nn.Module) -> bool:
+    return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in model.parameters())
+
+
+def is_whole(group: Group, batch: Batch) -> bool:
+    """Whether the group is the batch itself, row by row, without padding."""
+    place = group.place
+    everywhere = torch.arange(place.numel(), device=place.device).view_as(place)
+    return place.shape == batch.input_ids.shape and torch.equal(place, everywhere)
+
+
+def scatter(rows: Tensor, group: Group, into: Tensor) -> Tensor:
+    """`into` (B·T, …) with the rows (n, L, …) of the group's documents at their places, differentiable."""
+    kept = group.place >= 0
+    return into.index_put((group.place[kept],), rows[kept])
+
+
+def gather(values: Tensor, group: Group) -> Tensor:
+    """Rows (n, L, …) of `values` (B·T, …) at the group's places; 0 where padded."""
+    rows = values[group.place.clamp_min(0)]
+    kept = (group.place >= 0).view(*group.place.shape, *(1 for _ in values.shape[1:]))
+    return torch.where(kept, rows, torch.zeros_like(rows))
+
+
+def _check_integers(name: str, value: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is {type(value).__name__}, expected a tensor")
+    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"{name} has dtype {value.dtype}, expected an integer dtype")
+
+
+def _first_kept(kept: Tensor) -> Tensor:
+    """Where each row's first kept token stands."""
+    return kept & (kept.cumsum(1) == 1)
+
+
+def _restarts(position_ids: Tensor, input_ids: Tensor, kept: Tensor) -> Tensor:
+    """Where documents begin: kept tokens at position 0. Within a document positions count 0, 1, 2, …"""
+    _check_integers("position_ids", position_ids)
+    if position_ids.dim() != 2 or position_ids.shape[1] != input_ids.shape[1]:
+        raise ValueError(
+            f"position_ids has shape {tuple(position_ids.shape)}, expected {tuple(input_ids.shape)} or "
+            f"(1, {input_ids.shape[1]})"
+        )
+    if position_ids.shape[0] not in (1, input_ids.shape[0]):
+        raise ValueError(f"position_ids has {position_ids.shape[0]} rows, expected {input_ids.shape[0]} or 1")
+    position_ids = position_ids.expand_as(input_ids)
+    starts = kept & (position_ids == 0)
+    count = kept.cumsum(1) - 1
+    first = torch.where(starts, count, 0).cummax(1).values
+    wrong = kept & (position_ids != count - first)
+    if wrong.any():
+        row, column = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"position_ids[{row}, {column}] is {int(position_ids[row, column])}, expected positions that count "
+            "0, 1, 2, … over the tokens of each document that are not masked"
+        )
+    return starts
+
+
+def _padded(batch: Batch, place: Tensor, begins: Tensor, lengths: Tensor, longest: int) -> Group:
+    """`place` lists the batch's kept tokens; the group's documents begin there at `begins`."""
+    offset = torch.arange(longest, device=place.device)
+    inside = offset < lengths[:, None]
+    where = (begins[:, None] + offset).masked_fill(~inside, 0)
+    # Any token will do as padding: what stands on the right is not looked at.
+    tokens = batch.input_ids.flatten()[place[where]]
+    return Group(tokens, place[where].masked_fill(~inside, -1))
+
+
+def _accepts(parameters: Any, name: str) -> bool:
+    return name in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+
+
+def _chunk_positions(parameters: Any, begin: int, end: int, device: torch.device) -> dict[str, Tensor]:
+    """Positions for the bodies that name them; the others count the cache's tokens themselves."""
+    return {"position_ids": torch.arange(begin, end, device=device)[None]} if "position_ids" in parameters else {}
+
+
+def _last_hidden(output: Any) -> Tensor:
+    return output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]

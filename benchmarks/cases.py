@@ -1,0 +1,177 @@
+"""What is measured: cases, each of which yields records, and which of them a mode has."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from .bench import Bench, tolerances
+from .harness import PHASES, Budget, Candidate, Clock, NotMeasuredError, measure, verify
+from .memory import MIB, Request, in_fresh_process
+from .problem import IGNORE_INDEX, Truth, build
+from .records import Record, record, time_fields
+from .shapes import LINEARITY_N, LONG_N, MAIN, MAIN_N, OTHER, SHAPES, SWEEP_N, Shape, Workload, require_fit
+
+MODES = ("quick", "default", "full")
+#: Candidates of a comparison, beside the floor.
+ALL = ("ours", "eager", "compiled", "chunked")
+_QUICK = ("ours", "eager")
+
+
+_Measured = Callable[..., Iterator[Record]]
+
+
+@dataclass(frozen=True)
+class Case:
+    label: str
+    run: Callable[[], Iterator[Record]]
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Cases of one benchmark on one device."""
+
+    bench: Bench
+    device: torch.device
+    mode: str
+
+    def cases(self) -> Iterator[Case]:
+        linear = self.bench.op.startswith("linear")
+        dtype = "bfloat16" if linear else "float32"
+        yield self._compare(MAIN_N, dtype)
+        yield self._compare(MAIN_N, dtype, training=True)
+        yield self._case("half ignored", self._half_ignored, Workload(self.bench.op, MAIN, MAIN_N, dtype))
+        for training in (False, True):
+            for shape, n in ((MAIN, MAIN_N), (OTHER, 4 * MAIN_N)):
+                yield self._memory(Workload(self.bench.op, shape, n, dtype, training))
+        if self.bench.op == "linear_delta_logp":
+            sizes = [n // 2 for n in LINEARITY_N] if self.mode == "quick" else LINEARITY_N
+            yield self._case("linearity", self._linearity, Workload(self.bench.op, MAIN, max(sizes)), sizes)
+        if self.mode != "quick":
+            yield from self._more(linear)
+        if self.mode == "full" and self.bench.op == "linear_delta_logp":
+            yield self._memory(Workload(self.bench.op, MAIN, LONG_N), case="long")
+
+    def _more(self, linear: bool) -> Iterator[Case]:
+        op = self.bench.op
+        yield self._compare(MAIN_N, "float32" if linear else "bfloat16")
+        if not linear:
+            return
+        for shape in SHAPES.values():
+            if shape is not MAIN:
+                yield self._compare(MAIN_N // 2, "bfloat16", shape=shape)
+        for n in SWEEP_N:
+            work = Workload(op, MAIN, n)
+            yield self._case("sweep", self._comparison, work, ALL)
+            for name in ALL:
+                yield self._memory(work, name, case="sweep memory")
+        # Memory over N and V for a backward of many rows, and of a large vocabulary.
+        for work in (Workload(op, MAIN, 4 * MAIN_N, training=True), Workload(op, SHAPES["gemma-2-2b"], MAIN_N)):
+            yield self._memory(work)
+
+    def _compare(self, n: int, dtype: str, training: bool = False, shape: Shape = MAIN) -> Case:
+        work = Workload(self.bench.op, shape, n, dtype, training)
+        return self._case("compare", self._comparison, work, _QUICK if self.mode == "quick" else ALL)
+
+    def _memory(self, work: Workload, name: str = "ours", case: str = "memory") -> Case:
+        return self._case(case, self._peak, work, name)
+
+    def _case(self, case: str, measured: _Measured, work: Workload, *arguments: object) -> Case:
+        return Case(f"{case}: {work}", partial(self._run, case, measured, work, *arguments))
+
+    def _run(self, case: str, measured: _Measured, work: Workload, *arguments: object) -> Iterator[Record]:
+        try:
+            yield from measured(case, work, *arguments)
+        except NotMeasuredError as error:
+            yield _skipped(case, work, "ours", error)
+
+    @property
+    def _budget(self) -> Budget:
+        return Budget(seconds=8) if self.mode == "quick" else Budget(seconds=20, least=5)
+
+    def _comparison(self, case: str, work: Workload, names: Sequence[str]) -> Iterator[Record]:
+        require_fit(work, "ours", self.device)
+        problem = build(work, self.device)
+        truth = Truth(problem)
+        candidates, errors = [], {}
+        for name in names:
+            function = self.bench.function(name)
+            try:
+                require_fit(work, name, self.device, built=True)
+                errors[name] = truth.errors(function)
+                verify(name, errors[name], tolerances(name, errors[name]))
+            except NotMeasuredError as error:
+                yield _skipped(case, work, name, error)
+            else:
+                candidates.append(problem.candidate(name, function))
+        del truth
+        candidates += self.bench.floor(problem)
+        yield from self._timed(case, work, candidates, errors)
+
+    def _timed(
+        self, case: str, work: Workload, candidates: Sequence[Candidate], errors: dict[str, dict[str, float]]
+    ) -> Iterator[Record]:
+        timings = measure(candidates, self._budget, Clock(self.device))
+        names = [candidate.name for candidate in candidates]
+        for phase in PHASES if work.training else PHASES[:1]:
+            for name in names:
+                measured = time_fields(timings, name, names, phase)
+                yield record(
+                    case, work, name, phase, backend=self._backend(name), errors=errors.get(name, {}), **measured
+                )
+
+    def _half_ignored(self, case: str, work: Workload) -> Iterator[Record]:
+        problem = build(work, self.device)
+        target = problem.inputs["target"].clone()
+        generator = torch.Generator(self.device).manual_seed(1)
+        target[torch.randperm(work.n, generator=generator, device=self.device)[: work.n // 2]] = IGNORE_INDEX
+        ignoring = problem.with_inputs(target=target)
+        candidates = [
+            problem.candidate("ours", self.bench.ours),
+            ignoring.candidate("ours, half ignored", self.bench.ours),
+        ]
+        yield from self._timed(case, work, candidates, {})
+
+    def _linearity(self, case: str, work: Workload, sizes: Sequence[int]) -> Iterator[Record]:
+        require_fit(work, "ours", self.device)
+        problem = build(work, self.device)
+        by_name = {f"ours, N={n}": n for n in sizes}
+        candidates = [problem.first_rows(n).candidate(name, self.bench.ours) for name, n in by_name.items()]
+        for entry in self._timed(case, work, candidates, {}):
+            yield dataclasses.replace(entry, n=by_name[entry.candidate])
+
+    def _peak(self, case: str, work: Workload, name: str) -> Iterator[Record]:
+        try:
+            require_fit(work, name, self.device)
+            # The long batch is also timed, and its time counts only if its result is right.
+            answer = in_fresh_process(
+                Request(work, name, self.device.type, torch.get_num_threads(), check=case == "long")
+            )
+            verify(name, answer.errors, tolerances(name, answer.errors))
+        except NotMeasuredError as error:
+            yield _skipped(case, work, name, error)
+            return
+        yield record(
+            case,
+            work,
+            name,
+            _whole(work),
+            backend=self._backend(name),
+            median_ms=1e3 * answer.seconds if case == "long" else None,
+            rounds=1,
+            errors=answer.errors,
+            peak_mib=answer.peak / MIB,
+        )
+
+    def _backend(self, name: str) -> str | None:
+        return self.bench.backend(self.device) if name.startswith("ours") else None
+
+
+def _whole(work: Workload) -> str:
+    return "both" if work.training else "forward"
+
+
+def _skipped(case: str, work: Workload, name: str, reason: NotMeasuredError) -> Record:
+    return record(case, work, name, _whole(work), skipped=str(reason))

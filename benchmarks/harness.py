@@ -1,0 +1,154 @@
+"""Verify, then time: candidates take turns in rounds, and are compared within a round.
+
+A machine's speed drifts by more than the differences of interest. So each round runs every candidate once, in an order
+that rotates, a ratio is taken within each round, and the median of these ratios is reported, not a ratio of medians.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+_Result = TypeVar("_Result")
+
+PHASES = ("forward", "backward", "both")
+#: A sample shorter than this repeats its call, so that the clock and the first miss of a cache do not count.
+_SHORTEST_SAMPLE = 0.02
+_L2_FLUSH_BYTES = 256 * 2**20
+
+
+class NotMeasuredError(RuntimeError):
+    """Why there is no figure; the run goes on without it."""
+
+
+class WrongResultError(NotMeasuredError):
+    """A candidate that does not compute what it should: its time means nothing."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Something to time: `forward()`, and `backward(what forward returned)`."""
+
+    name: str
+    forward: Callable[[], object]
+    backward: Callable[[object], object] | None = None
+
+
+class Sample(NamedTuple):
+    """Seconds of one call."""
+
+    forward: float
+    backward: float
+
+    def phase(self, name: str) -> float:
+        return self.forward + self.backward if name == "both" else getattr(self, name)
+
+
+class Quantiles(NamedTuple):
+    median: float
+    p20: float
+    p80: float
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Rounds until `seconds` have passed: at least `least`, at most `most` of them."""
+
+    seconds: float
+    least: int = 3
+    most: int = 50
+
+
+class Clock:
+    """Times one call on a device, with everything it started there."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        on_cuda = device.type == "cuda"
+        self._flush = torch.empty(_L2_FLUSH_BYTES, dtype=torch.uint8, device=device) if on_cuda else None
+
+    def seconds(self, call: Callable[[], _Result]) -> tuple[float, _Result]:
+        if self._flush is None:
+            start = time.perf_counter()
+            result = call()
+            return time.perf_counter() - start, result
+        # Weights come from memory in use, not from the cache that the last call left.
+        self._flush.zero_()
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        result = call()
+        end.record()
+        torch.cuda.synchronize(self.device)
+        return begin.elapsed_time(end) / 1e3, result
+
+    def sample(self, candidate: Candidate, repeats: int = 1) -> Sample:
+        """Mean seconds of `repeats` calls in a row."""
+        forward = backward = 0.0
+        for _ in range(repeats):
+            seconds, outputs = self.seconds(candidate.forward)
+            forward += seconds
+            if candidate.backward is not None:
+                backward += self.seconds(partial(candidate.backward, outputs))[0]
+            del outputs
+        return Sample(forward / repeats, backward / repeats)
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Samples of every candidate in every round."""
+
+    rounds: Sequence[Mapping[str, Sample]]
+
+    def quantiles(self, name: str, phase: str) -> Quantiles:
+        return quantiles([samples[name].phase(phase) for samples in self.rounds])
+
+    def ratio(self, name: str, other: str, phase: str) -> Quantiles:
+        """Time of `name` over that of `other`, taken within each round."""
+        return quantiles([samples[name].phase(phase) / samples[other].phase(phase) for samples in self.rounds])
+
+
+def quantiles(values: Sequence[float]) -> Quantiles:
+    ordered = torch.tensor(values, dtype=torch.float64)
+    return Quantiles(*(ordered.quantile(q).item() for q in (0.5, 0.2, 0.8)))
+
+
+def measure(candidates: Sequence[Candidate], budget: Budget, clock: Clock) -> Timings:
+    """Samples of `candidates` in rounds, after a warm-up call of each."""
+    repeats = {candidate.name: _repeats(clock.sample(candidate)) for candidate in candidates}
+    rounds: list[dict[str, Sample]] = []
+    start = time.perf_counter()
+    while len(rounds) < budget.most:
+        passed = time.perf_counter() - start
+        # A round that would end after the budget does not begin.
+        if len(rounds) >= budget.least and passed + passed / len(rounds) > budget.seconds:
+            break
+        first = len(rounds) % len(candidates)
+        order = [*candidates[first:], *candidates[:first]]
+        rounds.append({candidate.name: clock.sample(candidate, repeats[candidate.name]) for candidate in order})
+    return Timings(rounds)
+
+
+def _repeats(warm_up: Sample) -> int:
+    return max(1, min(100, math.ceil(_SHORTEST_SAMPLE / max(warm_up.phase("both"), 1e-6))))
+
+
+def absolute_error(value: Tensor, truth: Tensor) -> float:
+    """Largest |value − truth|; NaN where one is NaN and the other is not."""
+    return (value.double() - truth).abs().max().item()
+
+
+def relative_error(value: Tensor, truth: Tensor) -> float:
+    """‖value − truth‖ / ‖truth‖."""
+    return ((value.double() - truth).norm() / truth.norm()).item()
+
+
+def verify(name: str, errors: Mapping[str, float], tolerances: Mapping[str, float]) -> None:
+    """Raise WrongResultError if an error of the candidate `name` is above its tolerance, or NaN."""
+    for output, error in errors.items():
+        if not error <= tolerances[output]:
+            raise WrongResultError(f"{name}: {output} is off by {error:.2e}, expected at most {tolerances[output]:.2e}")

@@ -1,0 +1,124 @@
+"""The shapes that are measured, what they need in memory, and which of them fit a machine."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .harness import NotMeasuredError
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The last layer of a model: hidden size D, vocabulary V."""
+
+    name: str
+    d: int
+    v: int
+    softcap: float | None = None
+
+
+SHAPES: Mapping[str, Shape] = {
+    shape.name: shape
+    for shape in (
+        Shape("qwen2.5-0.5b", 896, 151936),
+        Shape("llama-3.2-1b", 2048, 128256),
+        Shape("gemma-2-2b", 2304, 256000, softcap=30.0),
+        Shape("qwen2.5-7b", 3584, 152064),
+        Shape("qwen3-8b", 4096, 151936),
+        Shape("qwen2.5-32b", 5120, 152064),
+    )
+}
+
+#: The shape of the acceptance table, and its number of tokens.
+MAIN = SHAPES["qwen2.5-0.5b"]
+MAIN_N = 512
+#: For memory, beside MAIN: another N, V and D.
+OTHER = Shape("v32768", 512, 32768)
+
+#: Tokens of the picture over N, and those of the test of linearity.
+SWEEP_N = (16, 64, 256, 1024, 4096)
+LINEARITY_N = (2048, 4096, 8192)
+#: A long batch: one pair, 16 responses of 8192 tokens.
+LONG_N = 131072
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One op on one shape: all that is needed to build its inputs again in another process."""
+
+    op: str
+    shape: Shape
+    n: int
+    dtype: str = "bfloat16"
+    training: bool = False
+
+    @property
+    def pair(self) -> bool:
+        return "delta" in self.op
+
+    @property
+    def linear(self) -> bool:
+        return self.op.startswith("linear")
+
+    @property
+    def options(self) -> dict[str, float]:
+        if self.shape.softcap is None:
+            return {}
+        return {name: self.shape.softcap for name in (("softcap", "base_softcap") if self.pair else ("softcap",))}
+
+    @property
+    def element_size(self) -> int:
+        return DTYPES[self.dtype].itemsize
+
+    def __str__(self) -> str:
+        width = f" D={self.shape.d}" if self.linear else ""
+        steps = "forward+backward" if self.training else "forward"
+        return f"{self.op} {self.shape.name} N={self.n}{width} V={self.shape.v} {self.dtype} {steps}"
+
+
+def input_bytes(work: Workload) -> int:
+    """Bytes of the inputs, with the gradients of the model that is trained."""
+    models = 2 if work.pair else 1
+    elements = work.n * work.shape.d + work.shape.v * work.shape.d if work.linear else work.n * work.shape.v
+    return elements * work.element_size * (models + work.training) + 8 * work.n
+
+
+def estimated_bytes(work: Workload, candidate: str) -> int:
+    """Bytes that `candidate` needs over the inputs, beside the buffers of the floor; on the safe side of measured."""
+    logits = work.n * work.shape.v
+    models = 2 if work.pair else 1
+    weight = work.shape.v * work.shape.d * work.element_size if work.linear else 0
+    # The check against float64 (a slab of the weight, blocks of rows) and the floor's logits.
+    fixed = 2**30 + logits * work.element_size
+    if candidate in ("eager", "compiled"):
+        return fixed + logits * models * (work.element_size + (32 if work.training else 20))
+    if candidate == "chunked":
+        return fixed + 3 * weight * work.training
+    return fixed
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that a new allocation can have without swapping."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("/proc/meminfo has no MemAvailable")
+
+
+def require_fit(work: Workload, candidate: str, device: torch.device, built: bool = False) -> None:
+    """Raise NotMeasuredError if this machine has not the memory for `candidate` now; `built`: the inputs are there."""
+    need = estimated_bytes(work, candidate) + (0 if built else input_bytes(work))
+    have = available_bytes(device)
+    if need > have:
+        raise NotMeasuredError(f"needs about {need / 2**30:.1f} GiB, {have / 2**30:.1f} GiB are available")

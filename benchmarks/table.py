@@ -1,0 +1,181 @@
+"""The acceptance table, computed from records, and its place in a README."""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from .records import Record, Run
+from .shapes import LONG_N, MAIN, MAIN_N
+
+MARKERS = ("<!-- benchmark table -->", "<!-- /benchmark table -->")
+
+FORWARD_MIB, BACKWARD_MIB = 64, 256
+_NOT_MEASURED = "not measured"
+
+
+class Line(NamedTuple):
+    """`met` is None where nothing was measured."""
+
+    what: str
+    reach: str
+    measured: str
+    met: bool | None
+
+
+def lines(records: Sequence[Record]) -> list[Line]:
+    """The table's lines, from the records of one run or of several."""
+    head = f"bf16, N {MAIN_N}, D {MAIN.d}, V {MAIN.v}"
+    given = f"fp32 logits [{MAIN_N}, {MAIN.v}]"
+    single, pair = _main(records, "linear_logp"), _main(records, "linear_delta_logp")
+    step = _main(records, "linear_logp", training=True)
+    logp, delta_logp = _main(records, "logp"), _main(records, "delta_logp")
+    return [
+        _slower(f"`linear_logp` {head}", single, "a bare bf16 matmul", 1.05),
+        _faster("the same", single, "eager PyTorch", 2),
+        _exact("the same: log p against float64", single, 1e-5),
+        _slower("`linear_delta_logp`, same shape", pair, "two bare matmuls", 1.05),
+        _slower("`linear_logp` forward + backward (hidden, weight), bf16", step, "four bare matmuls of N·V·D", 1.25),
+        _faster(f"`logp` of {given}", logp, "eager log_softmax + gather + entropy", 8),
+        _faster("`delta_logp` of two such tensors", delta_logp, "eager", 8),
+        _memory("peak memory over inputs and outputs, forward", records, False, FORWARD_MIB),
+        _memory("the same, forward + backward", records, True, BACKWARD_MIB),
+        _long(records),
+        _linear(records),
+        _ignored(records),
+    ]
+
+
+def _select(records: Iterable[Record], **wanted: object) -> list[Record]:
+    """Records that were measured and whose fields are as wanted; of several runs of a case the last one."""
+    found = {}
+    for entry in records:
+        if entry.skipped is None and all(getattr(entry, name) == value for name, value in wanted.items()):
+            key = (entry.case, entry.op, entry.shape, entry.n, entry.dtype, entry.training, entry.candidate)
+            found[key] = entry
+    return list(found.values())
+
+
+def _main(records: Sequence[Record], op: str, training: bool = False) -> Record | None:
+    """Our candidate on the table's shape."""
+    entries = _select(
+        records,
+        case="compare",
+        op=op,
+        shape=MAIN.name,
+        n=MAIN_N,
+        dtype="bfloat16" if op.startswith("linear") else "float32",
+        training=training,
+        candidate="ours",
+        phase="both" if training else "forward",
+    )
+    return entries[0] if entries else None
+
+
+def _line(what: str, reach: str, entry: Record | None, measure: Callable[[Record], tuple[str, bool]]) -> Line:
+    return Line(what, reach, _NOT_MEASURED, None) if entry is None else Line(what, reach, *measure(entry))
+
+
+def _slower(what: str, entry: Record | None, floor: str, most: float) -> Line:
+    def measure(entry: Record) -> tuple[str, bool]:
+        ratio = entry.ratio_to("matmul")
+        return f"{ratio:.2f} × ({entry.median_ms:.0f} ms)", ratio <= most
+
+    return _line(what, f"≤ {most} × {floor}", entry, measure)
+
+
+def _faster(what: str, entry: Record | None, baseline: str, least: float) -> Line:
+    def measure(entry: Record) -> tuple[str, bool]:
+        ratio = 1 / entry.ratio_to("eager")
+        return f"{ratio:.1f} × ({entry.median_ms:.0f} ms)", ratio >= least
+
+    return _line(what, f"≥ {least} × faster than {baseline}", entry, measure)
+
+
+def _exact(what: str, entry: Record | None, most: float) -> Line:
+    def measure(entry: Record) -> tuple[str, bool]:
+        error = entry.errors["logp"]
+        return f"{error:.1e}", error <= most
+
+    return _line(what, f"≤ {most:.0e}", entry, measure)
+
+
+def _memory(what: str, records: Sequence[Record], training: bool, most: int) -> Line:
+    entries = _select(records, training=training, candidate="ours")
+    entries = [entry for entry in entries if entry.peak_mib is not None]
+    reach = f"≤ {most} MiB, whatever N and V"
+    if not entries:
+        return Line(what, reach, _NOT_MEASURED, None)
+    worst = max(entries, key=lambda entry: entry.peak_mib or 0.0)
+    assert worst.peak_mib is not None
+    at = f"`{worst.op}`, N {worst.n}, V {worst.v}"
+    return Line(what, reach, f"{worst.peak_mib:.0f} MiB, the most of {len(entries)} ({at})", worst.peak_mib <= most)
+
+
+def _long(records: Sequence[Record]) -> Line:
+    def measure(entry: Record) -> tuple[str, bool]:
+        assert entry.peak_mib is not None and entry.median_ms is not None
+        return f"{entry.median_ms / 1e3:.0f} s, {entry.peak_mib:.0f} MiB", entry.peak_mib <= FORWARD_MIB
+
+    entries = _select(records, case="long")
+    what = f"one pair, N {LONG_N}, D {MAIN.d}, V {MAIN.v}, bf16"
+    return _line(what, f"finishes within {FORWARD_MIB} MiB", entries[-1] if entries else None, measure)
+
+
+def _linear(records: Sequence[Record]) -> Line:
+    what, reach = "`linear_delta_logp`: time over N", "linear within 5 %"
+    entries = sorted(_select(records, case="linearity"), key=lambda entry: entry.n)
+    if len(entries) < 2:
+        return Line(what, reach, _NOT_MEASURED, None)
+    first = entries[0]
+    deviations = [entry.ratio_to(first.candidate) / (entry.n / first.n) - 1 for entry in entries[1:]]
+    sizes = ", ".join(str(entry.n) for entry in entries)
+    worst = max(deviations, key=abs)
+    return Line(what, reach, f"{100 * worst:+.1f} % (N {sizes})", abs(worst) <= 0.05)
+
+
+def _ignored(records: Sequence[Record]) -> Line:
+    what, reach = "half the rows ignored", "≤ 0.55 × the time"
+    entries = _select(records, case="half ignored", candidate="ours, half ignored")
+    if not entries:
+        return Line(what, reach, _NOT_MEASURED, None)
+    ratios = {entry.op: entry.ratio_to("ours") for entry in entries}
+    listed = ", ".join(f"{ratio:.2f} × `{op}`" for op, ratio in ratios.items())
+    return Line(what, reach, listed, max(ratios.values()) <= 0.55)
+
+
+def markdown(table: Sequence[Line]) -> str:
+    met = {True: "yes", False: "no", None: ""}
+    rows = [f"| {line.what} | {line.reach} | {line.measured} | {met[line.met]} |" for line in table]
+    return "\n".join(["| what | reach | measured | met? |", "|---|---|---|---|", *rows])
+
+
+def caption(runs: Sequence[Run]) -> str:
+    """Where the figures come from."""
+    sources = []
+    for run in runs:
+        env = run.environment
+        commit = f"commit {env['commit'][:10]}" if env["commit"] else "no commit"
+        if env["dirty"]:
+            commit += " with changes"
+        served = "+".join(sorted(set(env["backends"].values())))
+        sources.append(
+            f"{env['date'][:10]}, {env['machine']}, {env['threads']} threads, torch {env['versions']['torch']}, "
+            f"backend `{served}`, {commit}, `benchmarks/results/{run.name}.json`"
+        )
+    return "Medians; a ratio is taken within a round of one run. " + "; ".join(sources) + "."
+
+
+def section(runs: Sequence[Run]) -> str:
+    records = [entry for run in runs for entry in run.records]
+    return f"{markdown(lines(records))}\n\n{caption(runs)}"
+
+
+def put_into(readme: Path, text: str) -> None:
+    """Replace what stands between the markers in `readme`."""
+    begin, end = MARKERS
+    content = readme.read_text()
+    if content.count(begin) != 1 or content.count(end) != 1 or content.index(begin) > content.index(end):
+        raise ValueError(f"{readme} needs one {begin} and after it one {end}")
+    before, rest = content.split(begin)
+    after = rest.split(end)[1]
+    readme.write_text(f"{before}{begin}\n{text}\n{end}{after}")

@@ -1,0 +1,300 @@
+"""The benchmarks measure what they say: times, memory, errors, the table."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+_ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(_ROOT))
+
+from benchmarks import table  # noqa: E402
+from benchmarks.bench import tolerances  # noqa: E402
+from benchmarks.cases import MODES, Planner  # noqa: E402
+from benchmarks.harness import (  # noqa: E402
+    Budget,
+    Candidate,
+    Clock,
+    NotMeasuredError,
+    Sample,
+    Timings,
+    WrongResultError,
+    measure,
+    quantiles,
+    verify,
+)
+from benchmarks.memory import Answer, NoAnswerError, Request, in_fresh_process  # noqa: E402
+from benchmarks.problem import Truth, build  # noqa: E402
+from benchmarks.records import Record, Run, environment, read, record, time_fields  # noqa: E402
+from benchmarks.registry import BENCHES  # noqa: E402
+from benchmarks.shapes import LONG_N, MAIN, MAIN_N, Shape, Workload, require_fit  # noqa: E402
+
+CPU = torch.device("cpu")
+SMALL = Shape("small", 16, 300)
+
+
+def _sleeper(name: str, forward: float, backward: float | None = None) -> Candidate:
+    step = None if backward is None else lambda _: time.sleep(backward)
+    return Candidate(name, lambda: time.sleep(forward), step)
+
+
+def test_a_ratio_of_known_costs():
+    # A machine that is busy wakes a sleeper late: sleeps are long, and tolerances below what a mistake would make.
+    timings = measure([_sleeper("slow", 0.15, 0.05), _sleeper("fast", 0.05, 0.1)], Budget(seconds=1), Clock(CPU))
+    assert timings.quantiles("slow", "forward").median == pytest.approx(0.15, rel=0.25)
+    assert timings.ratio("slow", "fast", "forward").median == pytest.approx(3, rel=0.25)
+    assert timings.ratio("slow", "fast", "backward").median == pytest.approx(0.5, rel=0.25)
+    assert timings.ratio("slow", "fast", "both").median == pytest.approx(4 / 3, rel=0.2)
+
+
+def test_a_ratio_is_taken_within_a_round():
+    """A machine that slows down threefold half way does not move the ratio of two candidates."""
+    speed = [1, 1, 1, 3, 3]
+    rounds = [{"ours": Sample(2.0 * s, 0), "other": Sample(1.0 * s, 0)} for s in speed]
+    assert Timings(rounds).ratio("ours", "other", "forward") == (2, 2, 2)
+
+
+def test_candidates_take_turns():
+    calls: list[str] = []
+    candidates = [Candidate(name, lambda name=name: (calls.append(name), time.sleep(0.02))[0]) for name in "abc"]
+    timings = measure(candidates, Budget(seconds=0, least=3, most=3), Clock(CPU))
+    assert len(timings.rounds) == 3
+    assert "".join(calls) == "abc" + "abc" + "bca" + "cab"
+
+
+class _FakeClock(Clock):
+    """A call takes as many seconds as it returns."""
+
+    def seconds(self, call):
+        self.now = getattr(self, "now", 0.0) + call()
+        return call(), None
+
+
+def test_rounds_keep_to_the_budget(monkeypatch):
+    clock = _FakeClock(CPU)
+    monkeypatch.setattr("benchmarks.harness.time.perf_counter", lambda: clock.now)
+    candidates = [Candidate("a", lambda: 3.0), Candidate("b", lambda: 1.0)]
+    # A round takes 4 s; a sixth would end after the budget.
+    assert len(measure(candidates, Budget(seconds=21, least=2), clock).rounds) == 5
+    assert len(measure(candidates, Budget(seconds=1, least=2), clock).rounds) == 2
+    assert len(measure(candidates, Budget(seconds=100, most=7), clock).rounds) == 7
+
+
+def test_quantiles():
+    assert quantiles([5, 1, 4, 2, 3, 6]) == (3.5, 2, 5)
+
+
+_ALLOCATE = """
+import torch
+from benchmarks.memory import peak_over
+
+def warm():
+    # What a warm-up leaves behind: blocks that glibc keeps.
+    blocks = [torch.ones(2**14) for _ in range(1600)]
+
+def allocate(temporary, small, output):
+    torch.ones(temporary * 2**18).sum()
+    blocks = [torch.ones(2**14) for _ in range(small * 16)]
+    del blocks
+    return [torch.ones(output * 2**18)]
+
+torch.ones(2**16).sum()
+for sizes in {cases}:
+    warm()
+    answer = peak_over(lambda: allocate(*sizes), torch.device("cpu"))
+    print(answer.peak / 2**20, answer.outputs / 2**20)
+"""
+
+
+def test_memory_of_known_allocations():
+    peaks = {
+        # (temporary, blocks of 64 KiB, output): peak over outputs, all in MiB.
+        (200, 0, 40): 160,  # the temporary is gone before the output is there, and counts all the same
+        (0, 0, 100): 0,
+        (0, 80, 10): 70,  # such blocks come from the heap, which must not still be full of what ran before
+    }
+    script = _ALLOCATE.format(cases=list(peaks))
+    child = subprocess.run([sys.executable, "-c", script], cwd=_ROOT, capture_output=True, text=True, check=True)
+    for line, (sizes, peak) in zip(child.stdout.splitlines(), peaks.items(), strict=True):
+        measured_peak, measured_output = map(float, line.split())
+        assert measured_output == sizes[-1]
+        assert measured_peak == pytest.approx(peak, abs=4)
+
+
+def test_memory_in_a_fresh_process():
+    shape = Shape("medium", 32, 20000)
+    work = Workload("logp", shape, 400, "float32")
+    logits = 400 * 20000 * 4 / 2**20
+    eager = in_fresh_process(Request(work, "eager", check=True))
+    # log_softmax, its exponential and their product.
+    assert eager.peak / 2**20 == pytest.approx(3 * logits, abs=6)
+    assert eager.outputs == 2 * 400 * 4
+    assert eager.errors["logp"] < 1e-4
+    assert eager.seconds > 0
+
+
+def test_a_process_that_fails_is_reported():
+    with pytest.raises(NoAnswerError, match=r"exit status 1: .*nonsense"):
+        in_fresh_process(Request(Workload("logp", SMALL, 4, "float32"), "nonsense"))
+
+
+@pytest.mark.parametrize("op", BENCHES)
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("shape", [SMALL, Shape("capped", 16, 300, softcap=5.0)])
+def test_every_candidate_is_right(op, training, shape):
+    work = Workload(op, shape, 50, "float32", training)
+    problem = build(work, CPU)
+    truth = Truth(problem)
+    gradients = {f"d_{name}" for name in problem.leaves} if training else set()
+    for name in ("ours", "eager", "chunked"):
+        errors = truth.errors(BENCHES[op].function(name))
+        assert {"logp", "entropy", *gradients} <= errors.keys()
+        verify(name, errors, dict.fromkeys(errors, 1e-5))
+    for candidate in BENCHES[op].floor(problem):
+        Clock(CPU).sample(candidate)
+
+
+@pytest.mark.parametrize("op", ["linear_logp", "linear_delta_logp"])
+def test_a_wrong_candidate_is_refused(op):
+    work = Workload(op, SMALL, 50, "float32", training=True)
+    bench = BENCHES[op]
+    truth = Truth(build(work, CPU))
+
+    def off_by_a_bit(**inputs):
+        stats = bench.eager(**inputs)
+        return stats._replace(entropy=stats.entropy + 2e-4)
+
+    def half_the_gradient(**inputs):
+        return type(bench.eager(**inputs))(*(x / 2 + x.detach() / 2 for x in bench.eager(**inputs)))
+
+    def nan(**inputs):
+        stats = bench.eager(**inputs)
+        return stats._replace(logp=stats.logp * float("nan"))
+
+    for function, output in ((off_by_a_bit, "entropy"), (half_the_gradient, "d_hidden"), (nan, "logp")):
+        errors = truth.errors(function)
+        with pytest.raises(WrongResultError, match=f"candidate: {output} is off by"):
+            verify("candidate", errors, tolerances("ours", errors))
+
+
+def test_a_wrong_candidate_is_recorded_and_the_others_are_timed():
+    bench = dataclasses.replace(BENCHES["logp"], ours=lambda logits, target: _wrong(logits, target))
+    planner = Planner(bench, CPU, "quick")
+    work = Workload("logp", SMALL, 20, "float32")
+    records = list(planner._comparison("compare", work, ("ours", "eager")))
+    skipped = {entry.candidate: entry.skipped for entry in records}
+    assert "is off by" in skipped["ours"]
+    assert skipped["eager"] is None and skipped["read"] is None
+
+
+def _wrong(logits, target):
+    stats = BENCHES["logp"].eager(logits, target)
+    return stats._replace(logp=stats.logp + 1)
+
+
+def test_what_does_not_fit_is_not_run():
+    with pytest.raises(NotMeasuredError, match=r"needs about \d+\.\d GiB"):
+        require_fit(Workload("linear_logp", MAIN, 10**9), "ours", CPU)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_mode_has_what_the_table_needs(mode):
+    labels = [case.label for bench in BENCHES.values() for case in Planner(bench, CPU, mode).cases()]
+    assert len(labels) == len(set(labels)) or mode != "quick"
+    assert any(f"N={LONG_N}" in label for label in labels) == (mode == "full")
+    for kind in ("compare: linear_logp", "compare: delta_logp", "memory", "linearity", "half ignored"):
+        assert any(label.startswith(kind) for label in labels), kind
+
+
+def _entry(op: str, candidate: str = "ours", case: str = "compare", n: int = MAIN_N, **fields: object) -> Record:
+    training = bool(fields.pop("training", False))
+    work = Workload(op, MAIN, n, "bfloat16" if op.startswith("linear") else "float32", training)
+    return record(case, work, candidate, "both" if training else "forward", backend="cpu", **fields)
+
+
+def _records() -> list[Record]:
+    return [
+        _entry(
+            "linear_logp", median_ms=350, ratios={"matmul": [0.96, 0.9, 1], "eager": [0.4] * 3}, errors={"logp": 2e-6}
+        ),
+        _entry("linear_logp", training=True, median_ms=2000, ratios={"matmul": [1.3] * 3}),
+        _entry("logp", median_ms=20, ratios={"eager": [0.1] * 3}),
+        _entry("linear_logp", case="memory", peak_mib=20.0),
+        _entry("linear_delta_logp", case="memory", n=2048, peak_mib=65.0),
+        _entry("logp", case="memory", training=True, peak_mib=100.0),
+        _entry("logp", "eager", case="sweep memory", peak_mib=5000.0),
+        _entry("linear_delta_logp", "ours, N=2048", "linearity", 2048, ratios={"ours, N=4096": [0.5] * 3}),
+        _entry("linear_delta_logp", "ours, N=4096", "linearity", 4096, ratios={"ours, N=2048": [2.06] * 3}),
+        _entry("logp", "ours, half ignored", "half ignored", ratios={"ours": [0.52] * 3}),
+    ]
+
+
+def test_the_table():
+    by_what = {line.what: line for line in table.lines(_records())}
+    head = f"`linear_logp` bf16, N {MAIN_N}, D {MAIN.d}, V {MAIN.v}"
+    assert by_what[head][1:] == ("≤ 1.05 × a bare bf16 matmul", "0.96 × (350 ms)", True)
+    assert by_what["the same"][2:] == ("2.5 × (350 ms)", True)
+    assert by_what["the same: log p against float64"][2:] == ("2.0e-06", True)
+    assert by_what["`linear_logp` forward + backward (hidden, weight), bf16"].met is False
+    assert by_what[f"`logp` of fp32 logits [{MAIN_N}, {MAIN.v}]"][2:] == ("10.0 × (20 ms)", True)
+    assert by_what["`delta_logp` of two such tensors"][2:] == ("not measured", None)
+    forward = by_what["peak memory over inputs and outputs, forward"]
+    assert forward.measured.startswith("65 MiB") and "N 2048" in forward.measured and forward.met is False
+    assert by_what["the same, forward + backward"].met is True
+    assert by_what["`linear_delta_logp`: time over N"].measured == "+3.0 % (N 2048, 4096)"
+    assert by_what["half the rows ignored"][2:] == ("0.52 × `logp`", True)
+
+
+def test_the_table_of_a_readme(tmp_path):
+    run = Run(environment(CPU), {"mode": "quick", "only": None, "case": None}, _records())
+    stored = read(run.write(tmp_path))
+    assert stored.records == run.records and stored.environment == run.environment
+    begin, end = table.MARKERS
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
+    for _ in range(2):
+        table.put_into(readme, table.section([stored]))
+        text = readme.read_text()
+        assert text.startswith(f"before\n{begin}\n| what | reach | measured | met? |\n|---|---|---|---|\n")
+        assert text.endswith(f"{end}\nafter\n") and "old" not in text
+        assert f"torch {torch.__version__}" in text and run.name in text
+    readme.write_text("no markers")
+    with pytest.raises(ValueError, match="benchmark table"):
+        table.put_into(readme, "text")
+
+
+def test_a_run_keeps_what_it_had(tmp_path):
+    run = Run(environment(CPU), {"mode": "quick", "only": None, "case": None})
+    run.records.append(_records()[0])
+    path = run.write(tmp_path)
+    run.records.append(_records()[1])
+    assert run.write(tmp_path) == path
+    assert len(json.loads(path.read_text())["records"]) == 2
+    header, *rows = path.with_suffix(".csv").read_text().splitlines()
+    assert "time_over_matmul" in header and "error_logp" in header and len(rows) == 2
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".csv", ".json"]
+
+
+def test_time_fields():
+    timings = Timings([{"a": Sample(0.001, 0.002), "b": Sample(0.002, 0.002)}] * 3)
+    fields = time_fields(timings, "a", ["a", "b"], "both")
+    assert fields["median_ms"] == pytest.approx(3) and fields["rounds"] == 3
+    assert fields["ratios"] == {"b": pytest.approx([0.75] * 3)}
+
+
+def test_environment_says_where_a_figure_comes_from():
+    env = environment(CPU)
+    assert env["machine"] and env["cores"] and env["threads"] == torch.get_num_threads()
+    assert env["versions"]["torch"] == torch.__version__
+    assert env["backends"]["linear_logp_fwd on cpu"] in ("cpu", "reference")
+    assert str(_ROOT) not in json.dumps(env)
+
+
+def test_answer_is_json():
+    answer = Answer(peak=1, outputs=2, seconds=0.5, errors={"logp": 1e-6})
+    assert Answer(**json.loads(json.dumps(dataclasses.asdict(answer)))) == answer

@@ -1,0 +1,20 @@
+"""The command line `dlogp …`: it parses, calls jobs and prints what they found."""
+
+import importlib.util
+import sys
+
+#: Of the extra `cli`: what is imported, and what it is for.
+_NEEDED = ("typer", "rich", "tqdm", "transformers", "safetensors", "pyarrow", "matplotlib", "psutil")
+
+
+def main() -> None:
+    """Run the command of `sys.argv`; the entry point of the script `dlogp`."""
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        sys.exit(
+            f"error: {', '.join(missing)} can not be imported, expected the packages of the extra 'cli': "
+            'pip install "dlogp_kernels[cli]"'
+        )
+    from .app import run
+
+    run()

@@ -1,0 +1,110 @@
+"""From samples to their statistics: tensors of a batch, and back to one row of numbers a response."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..hf import LmHead, lm_head_inputs, token_metrics
+from ..hf.memory import plan_memory
+from .data import Sample
+
+
+class Setting(NamedTuple):
+    """What a computation depends on beside models and samples."""
+
+    device: torch.device
+    temperature: float
+    memory_limit: int | None
+
+
+class _Batch(NamedTuple):
+    """Samples padded on the right; all (B, T). `is_response` marks the tokens to measure."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    is_response: Tensor
+
+
+def measure(
+    samples: Sequence[Sample], model: Any, base: Any, setting: Setting, base_hidden: Sequence[Tensor] | None = None
+) -> list[dict[str, np.ndarray]]:
+    """The statistics of each response by name, arrays with one value a token.
+
+    With `base_hidden`, from `response_hidden` for the same samples, `base` is the `LmHead` of the base model.
+    """
+    batch = _pad(samples, setting.device)
+    padded_hidden = None if base_hidden is None else _pad_hidden(samples, base_hidden, batch)
+    with torch.inference_mode():
+        stats = token_metrics(
+            model,
+            base,
+            batch.input_ids,
+            batch.attention_mask,
+            loss_mask=batch.is_response,
+            temperature=setting.temperature,
+            memory_limit=setting.memory_limit,
+            base_hidden=padded_hidden,
+        )
+    columns = {name: field.float().cpu().numpy() for name, field in stats._asdict().items()}
+    return [
+        {name: column[row, _predicting(sample)] for name, column in columns.items()}
+        for row, sample in enumerate(samples)
+    ]
+
+
+def response_hidden(samples: Sequence[Sample], base: Any, setting: Setting) -> list[Tensor]:
+    """The base model's hidden states (R, D) where it predicts the R tokens of each response; on the CPU."""
+    batch = _pad(samples, setting.device)
+    num_rows, prefill_chunk = len(samples), None
+    if setting.memory_limit is not None:
+        num_rows, prefill_chunk = _fit(samples, base, batch, setting.memory_limit)
+    hidden: list[Tensor] = []
+    with torch.inference_mode():
+        for begin in range(0, len(samples), num_rows):
+            rows = slice(begin, begin + num_rows)
+            states = lm_head_inputs(
+                base, batch.input_ids[rows], batch.attention_mask[rows], prefill_chunk=prefill_chunk
+            ).hidden
+            hidden += [
+                states[row, _predicting(sample)].cpu() for row, sample in enumerate(samples[begin : begin + num_rows])
+            ]
+    return hidden
+
+
+def _fit(samples: Sequence[Sample], base: Any, batch: _Batch, memory_limit: int) -> tuple[int, int | None]:
+    """How many rows at once, and how many tokens of each, keep the base model alone within the limit."""
+    longest = batch.input_ids.shape[1]
+    head = LmHead(base.get_output_embeddings().weight)
+    plan = plan_memory(memory_limit, [base], (head, head), longest, batch.input_ids.numel())
+    return max(1, plan.max_tokens // longest), plan.prefill_chunk
+
+
+def _predicting(sample: Sample) -> slice:
+    """The positions that predict the tokens of the response: each the one before its token."""
+    begin = len(sample.prompt_ids) - 1
+    return slice(begin, begin + len(sample.response_ids))
+
+
+def _pad(samples: Sequence[Sample], device: torch.device) -> _Batch:
+    longest = max(len(sample.prompt_ids) + len(sample.response_ids) for sample in samples)
+    input_ids = np.zeros((len(samples), longest), np.int64)
+    attention_mask = np.zeros_like(input_ids, dtype=bool)
+    is_response = np.zeros_like(attention_mask)
+    for row, sample in enumerate(samples):
+        begin, end = len(sample.prompt_ids), len(sample.prompt_ids) + len(sample.response_ids)
+        input_ids[row, :begin] = sample.prompt_ids
+        input_ids[row, begin:end] = sample.response_ids
+        attention_mask[row, :end] = True
+        is_response[row, begin:end] = True
+    return _Batch(*(torch.from_numpy(array).to(device) for array in (input_ids, attention_mask, is_response)))
+
+
+def _pad_hidden(samples: Sequence[Sample], hidden: Sequence[Tensor], batch: _Batch) -> Tensor:
+    """(B, T, D): each sample's hidden states where they predict its response, 0 where they are not looked at."""
+    padded = hidden[0].new_zeros(*batch.input_ids.shape, hidden[0].shape[-1])
+    for row, (sample, states) in enumerate(zip(samples, hidden, strict=True)):
+        padded[row, _predicting(sample)] = states
+    return padded.to(batch.input_ids.device)

@@ -1,0 +1,401 @@
+"""Δlog p, entropies and KLs of a pair of models at every token of a file of responses; resumable.
+
+A run killed at any moment and started again with the same arguments goes on where it was, and its data set is that of a
+run that was not interrupted: what is computed together depends on the data and the arguments alone (`plan`), and parts
+appear whole or not at all.
+"""
+
+import json
+import math
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from ..hf import HiddenStore, LmHead, lm_head
+from ..hf.memory import as_bytes
+from ..report.dataset import ResponseRows, TokenDataset, count_rows, part_path, to_table, write_part
+from ..report.files import write_atomically
+from .compute import Setting, measure, response_hidden
+from .data import Encoder, Sample, read_records
+from .errors import JobError, explained_writes
+from .identity import file_identity, model_identity, versions
+from .models import DTYPES, ModelPlace, find_model, load_weights, read_pair
+from .plan import cut_batches, cut_parts
+from .prepared import BrokenLineReport, PreparedData, prepare
+from .run_directory import RunDirectory, State
+from .summary import describe
+from .token_text import TokenTexts
+
+DEFAULT_BATCH_TOKENS = 8192
+_GO_ON = "what is finished stays: make room and start again with the same arguments to go on"
+_HIDDEN_DIRECTORY = "base_hidden"
+_BASE_DONE_FILE = "base_done"
+_SECONDS_FILE = "seconds.json"
+_SHOWN_BROKEN_LINES = 20
+
+#: Of a batch: its samples and their keys.
+_Statistics = Callable[[Sequence[Sample], Sequence[str]], list[dict[str, np.ndarray]]]
+
+
+class Arguments(NamedTuple):
+    """The arguments of a run that its numbers depend on, checked and in plain types."""
+
+    memory_limit: int | None
+    batch_tokens: int
+    dtype: str
+    device: str
+    sequential: bool
+    on_error: str
+    temperature: float
+    trust_remote_code: bool
+
+
+def run_metrics(
+    rl: str | Path,
+    base: str | Path,
+    data: str | Path,
+    out: str | Path,
+    *,
+    memory_limit: int | str | None = None,
+    batch_tokens: int = DEFAULT_BATCH_TOKENS,
+    dtype: str = "bf16",
+    device: str | None = None,
+    sequential: bool = False,
+    resume: bool = False,
+    on_error: Literal["raise", "skip"] = "raise",
+    temperature: float = 1.0,
+    trust_remote_code: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Compute the statistics of every response token of `data` and write them to the directory `out`.
+
+    Args:
+        rl, base: directories of the two models, or their names on the Hub; safetensors only.
+        data: a JSONL or Parquet file; its columns are described in `jobs.data`.
+        out: receives the data set (`report.dataset`), `manifest.json` and `summary.json`. Where it holds a run of the
+            same arguments, data and models, that run goes on, or nothing is done if it is complete; a run of others is
+            an error, and stays as it is.
+        memory_limit: bytes or text such as "4GiB" that may be allocated beyond the models.
+        batch_tokens: tokens, padding included, that go through the models at once.
+        dtype: of the weights in memory: bf16, fp16 or fp32. The softmax is in float32 whatever it is.
+        device: where the models run; CUDA if there is one, else the CPU.
+        sequential: run the base model over all the data first, keep its hidden states on disk (below `out`), free it,
+            then run the RL model. The numbers are the same; only one model is in memory at a time.
+        resume: insist that `out` holds a run to go on with; without it a new run may begin.
+        on_error: what to do with a line that can not be used: "raise" a JobError that names it, before any model is
+            run, or "skip" it and list it in the summary.
+        temperature: both models' logits are divided by it.
+        trust_remote_code: run code that comes with the models.
+        progress: show progress and broken lines on stderr.
+
+    Returns:
+        What `summary.json` holds.
+
+    Raises:
+        JobError: an argument, the data, a model or the directory can not be used, or the disk is full.
+    """
+    arguments = _check_arguments(
+        memory_limit, batch_tokens, dtype, device, sequential, on_error, temperature, trust_remote_code
+    )
+    rl_place = find_model("--rl", rl, trust_remote_code=trust_remote_code)
+    base_place = find_model("--base", base, trust_remote_code=trust_remote_code)
+    data_path = Path(data)
+    # Opened here for the errors of a file that is missing or empty, before anything else is looked at.
+    records = read_records(data_path)
+    identity = {
+        "arguments": arguments._asdict(),
+        "data": file_identity(data_path),
+        "rl": model_identity(rl_place.directory),
+        "base": model_identity(base_place.directory),
+        "versions": versions(arguments.device),
+    }
+    directory = RunDirectory(out, identity)
+    if directory.state() is State.NEW and resume:
+        raise JobError(f"--out {out}: --resume is given, but there is no run to go on with")
+    with directory.claimed() as state:
+        if state is State.COMPLETE:
+            return directory.summary()
+        reading = read_pair(rl_place, base_place, trust_remote_code=trust_remote_code)
+        if not (state is State.PARTIAL and PreparedData.exists(directory.work)):
+            encoder = Encoder(reading.tokenizer, vocabulary=reading.vocabulary, context=reading.context)
+            with explained_writes(directory.out, _GO_ON):
+                prepare(
+                    directory.work,
+                    tqdm(records, "reading", unit=" lines", disable=not progress, leave=False),
+                    encoder,
+                    skip_broken=arguments.on_error == "skip",
+                    on_broken=_Announcer(progress),
+                )
+        prepared = PreparedData(directory.work)
+        _check_not_empty(data_path, prepared)
+        run = _Run(directory, arguments, prepared, TokenTexts(reading.tokenizer), rl_place, base_place, progress)
+        run.compute()
+        summary = run.summary({"rl": str(rl), "base": str(base), "data": str(data)}, identity)
+        with explained_writes(directory.out, _GO_ON):
+            directory.finish(summary)
+        return summary
+
+
+def _check_arguments(
+    memory_limit: int | str | None,
+    batch_tokens: int,
+    dtype: str,
+    device: str | None,
+    sequential: bool,
+    on_error: str,
+    temperature: float,
+    trust_remote_code: bool,
+) -> Arguments:
+    if batch_tokens < 1:
+        raise JobError(f"--batch-tokens is {batch_tokens}, expected at least 1")
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise JobError(f"--temperature is {temperature}, expected a finite number > 0")
+    if dtype not in DTYPES:
+        raise JobError(f"--dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+    if on_error not in ("raise", "skip"):
+        raise JobError(f"--on-error is {on_error!r}, expected raise or skip")
+    try:
+        limit = None if memory_limit is None else as_bytes(memory_limit)
+    except ValueError as error:
+        raise JobError(f"--memory-limit: {error}") from error
+    return Arguments(
+        limit, batch_tokens, dtype, _check_device(device), sequential, on_error, float(temperature), trust_remote_code
+    )
+
+
+def _check_device(name: str | None) -> str:
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        # PyTorch built without CUDA says so with an assertion.
+        reason = str(error).splitlines()[0]
+        raise JobError(f"--device is {name!r}, which can not be used here: {reason}") from error
+    return str(device)
+
+
+def _check_not_empty(data: Path, prepared: PreparedData) -> None:
+    if len(prepared):
+        return
+    if prepared.broken:
+        first = prepared.broken[0]
+        raise JobError(
+            f"--data {data}: none of its {len(prepared.broken)} lines can be used; line {first.line}: {first.reason}"
+        )
+    raise JobError(f"--data {data}: there is no line in it, expected one response a line")
+
+
+class _Announcer:
+    """Shows broken lines as they are found, the first few in full."""
+
+    def __init__(self, enabled: bool) -> None:
+        self._enabled = enabled
+        self._count = 0
+
+    def __call__(self, broken: BrokenLineReport) -> None:
+        self._count += 1
+        if self._enabled and self._count <= _SHOWN_BROKEN_LINES:
+            tqdm.write(f"skipped line {broken.line}: {broken.reason}", sys.stderr)
+        if self._enabled and self._count == _SHOWN_BROKEN_LINES + 1:
+            tqdm.write("more lines are skipped; summary.json will list them all", sys.stderr)
+
+
+class _Run:
+    """The computation of a run whose data are prepared."""
+
+    def __init__(
+        self,
+        directory: RunDirectory,
+        arguments: Arguments,
+        data: PreparedData,
+        texts: TokenTexts,
+        rl: ModelPlace,
+        base: ModelPlace,
+        progress: bool,
+    ) -> None:
+        self._directory = directory
+        self._arguments = arguments
+        self._data = data
+        self._texts = texts
+        self._rl = rl
+        self._base = base
+        self._progress = progress
+        self._parts = cut_parts(data.lengths, arguments.batch_tokens)
+        self._setting = Setting(torch.device(arguments.device), arguments.temperature, arguments.memory_limit)
+        self._stopwatch = _Stopwatch(directory.work / _SECONDS_FILE)
+
+    def compute(self) -> None:
+        """Compute and write the parts that are not there yet."""
+        missing = [index for index in range(len(self._parts)) if not self._is_written(index)]
+        if missing:
+            statistics = self._from_disk() if self._arguments.sequential else self._from_both_models()
+            self._write_parts(missing, statistics)
+
+    def summary(self, names: Mapping[str, str], identity: Mapping[str, Any]) -> dict[str, Any]:
+        """What is written when all parts are there."""
+        num_tokens, num_response_tokens = int(self._data.lengths.sum()), int(self._data.response_lengths.sum())
+        seconds = self._stopwatch.seconds
+        return {
+            "responses": len(self._data),
+            "response_tokens": num_response_tokens,
+            "tokens": num_tokens,
+            "sources": describe(TokenDataset(self._directory.out)),
+            "broken_lines": [broken._asdict() for broken in self._data.broken],
+            "arguments": {**names, **self._arguments._asdict()},
+            "versions": {"python": platform.python_version(), **identity["versions"]},
+            "seconds": round(seconds, 3),
+            "tokens_per_second": round(num_tokens / seconds, 1) if seconds else None,
+            "response_tokens_per_second": round(num_response_tokens / seconds, 1) if seconds else None,
+        }
+
+    def _is_written(self, index: int) -> bool:
+        begin, end = self._parts[index]
+        expected = int(self._data.response_lengths[begin:end].sum())
+        found = count_rows(part_path(self._directory.out, index))
+        if found not in (None, expected):
+            raise JobError(
+                f"{part_path(self._directory.out, index)} has {found} rows, expected {expected}: remove it to compute "
+                "it again"
+            )
+        return found is not None
+
+    def _from_both_models(self) -> _Statistics:
+        models = self._load(self._rl), self._load(self._base)
+        return lambda samples, _: measure(samples, *models, self._setting)
+
+    def _from_disk(self) -> _Statistics:
+        """Statistics from the base model's hidden states on disk, which are computed first, and the RL model."""
+        store_directory = self._directory.work / _HIDDEN_DIRECTORY
+        if not (self._directory.work / _BASE_DONE_FILE).exists():
+            self._store_base(store_directory)
+        store = HiddenStore.open(store_directory)
+        head = _on_device(store.head(), self._setting.device)
+        model = self._load(self._rl)
+        return lambda samples, keys: measure(samples, model, head, self._setting, [store.read(key) for key in keys])
+
+    def _store_base(self, store_directory: Path) -> None:
+        """Write the base model's hidden states of all samples; a batch that is there already stays."""
+        base = self._load(self._base)
+        with self._writing():
+            self._directory.begin()
+            store = HiddenStore.create(store_directory, lm_head(base))
+        with self._bar("base", 0) as bar:
+            self._stopwatch.start()
+            for part in self._parts:
+                for samples, keys in self._batches(part):
+                    if not all(map(store.has, keys)):
+                        with _explained_computation():
+                            hidden = response_hidden(samples, base, self._setting)
+                        with self._writing():
+                            for sample, key, states in zip(samples, keys, hidden, strict=True):
+                                store.write(key, states, input_ids=torch.tensor(sample.response_ids))
+                    bar.update(_count_tokens(samples))
+                with self._writing():
+                    self._stopwatch.save_lap()
+        with self._writing():
+            write_atomically(self._directory.work / _BASE_DONE_FILE, b"")
+
+    def _write_parts(self, missing: Sequence[int], statistics: _Statistics) -> None:
+        num_missing = sum(int(self._data.lengths[slice(*self._parts[index])].sum()) for index in missing)
+        with self._bar("rl" if self._arguments.sequential else "rl and base", num_missing) as bar:
+            self._stopwatch.start()
+            for index in missing:
+                rows: dict[str, ResponseRows] = {}
+                for samples, keys in self._batches(self._parts[index]):
+                    with _explained_computation():
+                        measured = statistics(samples, keys)
+                    rows.update(zip(keys, map(self._rows, samples, measured), strict=True))
+                    bar.update(_count_tokens(samples))
+                # Keys sort as the data do.
+                table = to_table([rows[key] for key in sorted(rows)])
+                with self._writing():
+                    self._directory.begin()
+                    write_part(self._directory.out, index, table)
+                    self._stopwatch.save_lap()
+
+    def _batches(self, part: tuple[int, int]) -> Iterator[tuple[list[Sample], list[str]]]:
+        """The samples of a part in batches, each with a key of its own."""
+        begin, end = part
+        samples = self._data.samples(begin, end)
+        for members in cut_batches(self._data.lengths[begin:end], self._arguments.batch_tokens):
+            yield [samples[member] for member in members], [f"{begin + member:012d}" for member in members]
+
+    def _rows(self, sample: Sample, statistics: Mapping[str, np.ndarray]) -> ResponseRows:
+        texts = self._texts(sample.response_ids)
+        return ResponseRows(sample.sample_id, sample.line, sample.source, sample.response_ids, texts, statistics)
+
+    def _load(self, place: ModelPlace) -> Any:
+        return load_weights(
+            place,
+            DTYPES[self._arguments.dtype],
+            self._setting.device,
+            trust_remote_code=self._arguments.trust_remote_code,
+        )
+
+    def _writing(self) -> AbstractContextManager[None]:
+        return explained_writes(self._directory.out, _GO_ON)
+
+    def _bar(self, name: str, num_missing: int) -> tqdm:
+        """A bar of tokens, prompts included; its rate and time left are of what is computed now."""
+        total = int(self._data.lengths.sum())
+        return tqdm(
+            desc=name,
+            total=total,
+            initial=total - num_missing if num_missing else 0,
+            unit=" tokens",
+            unit_scale=True,
+            dynamic_ncols=True,
+            disable=not self._progress,
+        )
+
+
+class _Stopwatch:
+    """Seconds of computation, over all the processes that worked on a run."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.seconds: float = json.loads(path.read_text(encoding="utf-8")) if path.exists() else 0.0
+        self._started = time.monotonic()
+
+    def start(self) -> None:
+        """Begin a lap."""
+        self._started = time.monotonic()
+
+    def save_lap(self) -> None:
+        """End a lap, keep its time on disk, begin the next one."""
+        now = time.monotonic()
+        self.seconds, self._started = self.seconds + now - self._started, now
+        write_atomically(self._path, json.dumps(self.seconds).encode())
+
+
+@contextmanager
+def _explained_computation() -> Iterator[None]:
+    """What the models and the ops can not do with these arguments, as a JobError."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise JobError(
+            "the device's memory is full: give --memory-limit, or fewer --batch-tokens, with another --out; "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    except (ValueError, TypeError, IndexError) as error:
+        raise JobError(f"the statistics can not be computed: {error}") from error
+
+
+def _on_device(head: LmHead, device: torch.device) -> LmHead:
+    bias = None if head.bias is None else head.bias.to(device)
+    return head._replace(weight=head.weight.to(device), bias=bias)
+
+
+def _count_tokens(samples: Sequence[Sample]) -> int:
+    return sum(len(sample.prompt_ids) + len(sample.response_ids) for sample in samples)

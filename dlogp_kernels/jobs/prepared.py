@@ -1,0 +1,124 @@
+"""The data of a run as token ids on disk: checked once, mapped into memory, never all of it at once."""
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ..report.files import sync_directory, temporary_path, write_atomically
+from .data import BrokenLine, Encoder, Record, Sample
+from .errors import JobError
+
+_SCHEMA = pa.schema(
+    [
+        ("line", pa.int64()),
+        ("sample_id", pa.string()),
+        ("source", pa.string()),
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("response_ids", pa.list_(pa.int32())),
+    ]
+)
+_SAMPLES_FILE = "samples.arrow"
+_BROKEN_FILE = "broken_lines.json"
+_SAMPLES_PER_BATCH = 256
+
+
+class BrokenLineReport(NamedTuple):
+    """A line that was left out, and why."""
+
+    line: int
+    reason: str
+
+
+def prepare(
+    directory: Path,
+    records: Iterable[Record],
+    encode: Encoder,
+    *,
+    skip_broken: bool,
+    on_broken: Callable[[BrokenLineReport], None],
+) -> None:
+    """Encode all records into `directory`, whose samples file appears when that is done.
+
+    A broken line is told to `on_broken` and left out if `skip_broken`, else a JobError with its number.
+    """
+    broken: list[BrokenLineReport] = []
+
+    def samples() -> Iterable[Sample]:
+        for record in records:
+            try:
+                yield encode(record)
+            except BrokenLine as error:
+                if not skip_broken:
+                    raise JobError(f"--data: line {record.line}: {error}") from error
+                broken.append(BrokenLineReport(record.line, str(error)))
+                on_broken(broken[-1])
+
+    temporary = temporary_path(directory / _SAMPLES_FILE)
+    _write_samples(temporary, samples())
+    write_atomically(directory / _BROKEN_FILE, json.dumps(broken).encode())
+    os.replace(temporary, directory / _SAMPLES_FILE)
+    sync_directory(directory)
+
+
+def _write_samples(path: Path, samples: Iterable[Sample]) -> None:
+    with open(path, "wb") as file:
+        with pa.ipc.new_file(file, _SCHEMA) as writer:
+            pending: list[Sample] = []
+            for sample in samples:
+                pending.append(sample)
+                if len(pending) == _SAMPLES_PER_BATCH:
+                    writer.write_batch(_to_batch(pending))
+                    pending.clear()
+            if pending:
+                writer.write_batch(_to_batch(pending))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _to_batch(samples: list[Sample]) -> pa.RecordBatch:
+    columns = zip(*samples, strict=True)
+    return pa.record_batch(
+        [pa.array(column, kind.type) for column, kind in zip(columns, _SCHEMA, strict=True)], _SCHEMA
+    )
+
+
+class PreparedData:
+    """What `prepare` wrote into `directory`."""
+
+    def __init__(self, directory: Path) -> None:
+        with pa.memory_map(str(directory / _SAMPLES_FILE)) as source:
+            self._table = pa.ipc.open_file(source).read_all()
+        self.broken = [
+            BrokenLineReport(*entry) for entry in json.loads((directory / _BROKEN_FILE).read_text(encoding="utf-8"))
+        ]
+        #: Tokens of each sample's response, and of prompt and response together.
+        self.response_lengths = self._lengths("response_ids")
+        self.lengths = self._lengths("prompt_ids") + self.response_lengths
+
+    @staticmethod
+    def exists(directory: Path) -> bool:
+        """Whether preparation of `directory` was finished."""
+        return (directory / _SAMPLES_FILE).exists()
+
+    def __len__(self) -> int:
+        return self._table.num_rows
+
+    def samples(self, begin: int, end: int) -> list[Sample]:
+        """Samples `begin` to `end` − 1, in the order of the data."""
+        piece = self._table.slice(begin, end - begin)
+        lines, sample_ids, sources = (piece[name].to_pylist() for name in ("line", "sample_id", "source"))
+        prompts, responses = (self._arrays(piece[name]) for name in ("prompt_ids", "response_ids"))
+        return [Sample(*fields) for fields in zip(lines, sample_ids, sources, prompts, responses, strict=True)]
+
+    @staticmethod
+    def _arrays(column: pa.ChunkedArray) -> list[np.ndarray]:
+        return [value.values.to_numpy() for value in column]
+
+    def _lengths(self, name: str) -> np.ndarray:
+        return pc.list_value_length(self._table[name]).to_numpy().astype(np.int64)

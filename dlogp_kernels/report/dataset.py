@@ -1,0 +1,159 @@
+"""The data set of token statistics: one row per response token, in Parquet files that any tool reads.
+
+    DIR/tokens/part-00000.parquet …   the rows, in the order of the responses
+    DIR/summary.json                  what is in them; it appears when the run is complete
+
+A part is written whole or not at all. `DIR/tokens` holds nothing else, so `pandas.read_parquet("DIR/tokens")` works.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+
+from ..results import DeltaLogpStats
+from .files import write_atomically
+
+#: The float32 columns, in nats: those of `DeltaLogpStats`.
+STATISTICS: tuple[str, ...] = DeltaLogpStats._fields
+
+SCHEMA = pa.schema(
+    [
+        pa.field("sample_id", pa.string(), nullable=False),  # `id` of the data, or the line number
+        pa.field("line", pa.int64(), nullable=False),  # of the data file, from 1
+        pa.field("source", pa.string()),  # who wrote the response, as the data says
+        pa.field("position", pa.int32(), nullable=False),  # in the response, from 0
+        pa.field("token_id", pa.int32(), nullable=False),
+        pa.field("token_text", pa.string(), nullable=False),
+        *(pa.field(name, pa.float32(), nullable=False) for name in STATISTICS),
+    ]
+)
+
+TOKENS_DIRECTORY = "tokens"
+SUMMARY_FILE = "summary.json"
+
+
+class DatasetError(ValueError):
+    """A directory that holds no data set of token statistics, or a broken one."""
+
+
+class ResponseRows(NamedTuple):
+    """One response and its statistics, `STATISTICS`, each an array with one value a token."""
+
+    sample_id: str
+    line: int
+    source: str | None
+    token_ids: np.ndarray
+    token_texts: Sequence[str]
+    statistics: Mapping[str, np.ndarray]
+
+
+def part_path(directory: Path, index: int) -> Path:
+    """Where part `index` of the data set in `directory` lies."""
+    return directory / TOKENS_DIRECTORY / f"part-{index:05d}.parquet"
+
+
+def to_table(responses: Sequence[ResponseRows]) -> pa.Table:
+    """The responses as rows of `SCHEMA`, in their order."""
+    lengths = [len(response.token_ids) for response in responses]
+    per_response = np.repeat(np.arange(len(responses)), lengths)
+    columns: dict[str, Any] = {
+        "sample_id": pa.array([response.sample_id for response in responses], pa.string()).take(per_response),
+        "line": np.repeat([response.line for response in responses], lengths),
+        "source": pa.array([response.source for response in responses], pa.string()).take(per_response),
+        "position": _concatenate([np.arange(length) for length in lengths], np.int32),
+        "token_id": _concatenate([response.token_ids for response in responses], np.int32),
+        "token_text": [text for response in responses for text in response.token_texts],
+    }
+    for name in STATISTICS:
+        columns[name] = _concatenate([response.statistics[name] for response in responses], np.float32)
+    return pa.table(columns, schema=SCHEMA)
+
+
+def _concatenate(arrays: Sequence[Any], dtype: type) -> np.ndarray:
+    return np.concatenate([np.asarray(array) for array in arrays]).astype(dtype) if arrays else np.empty(0, dtype)
+
+
+def write_part(directory: Path, index: int, table: pa.Table) -> None:
+    """Write one part; at any moment it is absent or whole. The same rows give the same bytes."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    write_atomically(part_path(directory, index), sink.getvalue().to_pybytes())
+
+
+def count_rows(path: Path) -> int | None:
+    """The rows of a part, None if it is not there; DatasetError if it is not readable as a part."""
+    if not path.exists():
+        return None
+    try:
+        metadata = pq.read_metadata(path)
+    except pa.ArrowInvalid as error:
+        raise DatasetError(f"{path} is not a readable Parquet file: {error}") from error
+    if not metadata.schema.to_arrow_schema().equals(SCHEMA):
+        raise DatasetError(f"{path} has other columns than this version writes")
+    return metadata.num_rows
+
+
+class TokenDataset:
+    """A data set of token statistics on disk, read a column or a batch at a time.
+
+    Raises DatasetError if `directory` does not hold one.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        parts = sorted(self.directory.glob(f"{TOKENS_DIRECTORY}/part-*.parquet"))
+        if not parts:
+            raise DatasetError(
+                f"{self.directory} holds no token statistics: expected {TOKENS_DIRECTORY}/part-*.parquet in it, "
+                "as `dlogp metrics --out` writes them"
+            )
+        for part in parts:
+            count_rows(part)
+        self._dataset = ds.dataset([str(part) for part in parts], schema=SCHEMA, format="parquet")
+
+    @property
+    def complete(self) -> bool:
+        """Whether the run that writes this data set has finished."""
+        return (self.directory / SUMMARY_FILE).exists()
+
+    def summary(self) -> dict[str, Any]:
+        """What `summary.json` holds."""
+        return json.loads((self.directory / SUMMARY_FILE).read_text(encoding="utf-8"))
+
+    def __len__(self) -> int:
+        return self._dataset.count_rows()
+
+    def sources(self) -> list[str | None]:
+        """The different sources, sorted; None last."""
+        found: set[str | None] = set()
+        for batch in self.batches(["source"]):
+            found.update(pc.unique(batch["source"]).to_pylist())
+        return sorted(found, key=lambda source: (source is None, source or ""))
+
+    def column(self, name: str, source: str | None = None, *, every_source: bool = False) -> np.ndarray:
+        """All values of a numeric column, of one source (None: rows without one) or of every source."""
+        table = self._dataset.to_table(columns=[name], filter=None if every_source else _is_source(source))
+        return table[name].to_numpy()
+
+    def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        """All rows, some columns, in pieces of bounded size."""
+        yield from self._dataset.to_batches(columns=list(columns))
+
+    def token_texts(self, token_ids: Sequence[int]) -> dict[int, str]:
+        """The text of each of these tokens that occurs."""
+        wanted = ds.field("token_id").isin(list(token_ids))
+        texts: dict[int, str] = {}
+        for batch in self._dataset.to_batches(columns=["token_id", "token_text"], filter=wanted):
+            texts.update(zip(batch["token_id"].to_pylist(), batch["token_text"].to_pylist(), strict=True))
+        return texts
+
+
+def _is_source(source: str | None) -> ds.Expression:
+    return ds.field("source").is_null() if source is None else ds.field("source") == source

@@ -1,0 +1,262 @@
+"""Builders of inputs for the four ops, their float64 truth, and gradients of either."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import dlogp_kernels
+from dlogp_kernels import reference
+
+OPS = ("linear_logp", "linear_delta_logp", "logp", "delta_logp")
+LINEAR_OPS, PAIR_OPS = OPS[:2], OPS[1::2]
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+ALL_OPTIONS = {
+    "temperature": 0.7,
+    "softcap": 6.0,
+    "base_softcap": 4.0,
+    "logit_scale": 1.3,
+    "base_logit_scale": 0.6,
+}  # fmt: skip
+
+_WIDTH = {torch.bfloat16: 0, torch.float16: 0, torch.float32: 1, torch.float64: 2}
+Inputs = dict[str, Tensor]
+
+
+def is_linear(op: str) -> bool:
+    return op in LINEAR_OPS
+
+
+def is_pair(op: str) -> bool:
+    return op in PAIR_OPS
+
+
+def options_for(op: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Those of `options` that `op` takes: one model has no base."""
+    return {name: value for name, value in options.items() if is_pair(op) or not name.startswith("base_")}
+
+
+def make_inputs(
+    op: str,
+    shape: int | tuple[int, ...] = 17,
+    *,
+    v: int = 301,
+    d: int = 24,
+    k: int | None = None,
+    dtype: torch.dtype | dict[str, torch.dtype] = torch.float32,
+    bias: bool = True,
+    spread: float = 2.0,
+    seed: int = 0,
+) -> Inputs:
+    """Tensor arguments of `op`: logits of standard deviation about `spread`, target all valid.
+
+    `shape` is the leading shape, `dtype` one for all or by name (float32 where missing). The base model has another D.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    leading = (shape,) if isinstance(shape, int) else shape
+
+    def normal(name: str, *size: int, scale: float = 1.0) -> Tensor:
+        kind = dtype.get(name, torch.float32) if isinstance(dtype, dict) else dtype
+        return (torch.randn(size, generator=generator, dtype=torch.float64) * scale).to(kind)
+
+    inputs: Inputs = {}
+    for prefix, width in (("", d), ("base_", d + 8))[: 1 + is_pair(op)]:
+        if is_linear(op):
+            inputs[f"{prefix}hidden"] = normal(f"{prefix}hidden", *leading, width)
+            inputs[f"{prefix}weight"] = normal(f"{prefix}weight", v, width, scale=spread / math.sqrt(width))
+            if bias:
+                inputs[f"{prefix}bias"] = normal(f"{prefix}bias", v)
+        else:
+            inputs[f"{prefix}logits"] = normal(f"{prefix}logits", *leading, v, scale=spread)
+    target_shape = leading if k is None else (*leading, k)
+    inputs["target"] = torch.randint(v, target_shape, generator=generator)
+    return inputs
+
+
+def from_logits(
+    op: str,
+    logits: Tensor,
+    base_logits: Tensor,
+    target: Tensor,
+    dtype: torch.dtype = torch.float32,
+) -> Inputs:
+    """Arguments of `op` that produce these (N, V) logits; a linear layer has −inf, in a whole column, as its bias."""
+    inputs: Inputs = {}
+    for prefix, z in (("", logits), ("base_", base_logits))[: 1 + is_pair(op)]:
+        if is_linear(op):
+            masked = z == -torch.inf
+            assert torch.equal(masked.any(0), masked.all(0))
+            inputs[f"{prefix}hidden"] = torch.eye(z.shape[0], dtype=dtype)
+            inputs[f"{prefix}weight"] = z.masked_fill(masked, 0.0).t().contiguous().to(dtype)
+            inputs[f"{prefix}bias"] = torch.zeros(z.shape[1], dtype=dtype).masked_fill(masked.any(0), -torch.inf)
+        else:
+            inputs[f"{prefix}logits"] = z.to(dtype)
+    return inputs | {"target": target}
+
+
+def floating(inputs: Inputs) -> list[str]:
+    """Names of the inputs that have a gradient."""
+    return [name for name in inputs if name != "target"]
+
+
+def widest(inputs: Inputs) -> torch.dtype:
+    return max((inputs[name].dtype for name in floating(inputs)), key=_WIDTH.__getitem__)
+
+
+def upcast(inputs: Inputs) -> Inputs:
+    return {name: x.to(torch.int64 if name == "target" else torch.float64) for name, x in inputs.items()}
+
+
+def call(op: str, inputs: Inputs, **options: Any) -> Any:
+    return getattr(dlogp_kernels, op)(**inputs, **options)
+
+
+def truth(op: str, inputs: Inputs, **options: Any) -> Any:
+    """The definition, in float64 of the same inputs."""
+    return getattr(reference, op)(**upcast(inputs), **options)
+
+
+def magnitude(op: str, inputs: Inputs, **options: Any) -> Tensor:
+    """m of tolerances.py, (…): the largest intermediate of z − lse in each row, over both models."""
+    total = torch.zeros(inputs[op_rows(op)].shape[:-1], dtype=torch.float64)
+    for prefix in ("", "base_")[: 1 + is_pair(op)]:
+        if is_linear(op):
+            hidden, weight = inputs[f"{prefix}hidden"].double().abs(), inputs[f"{prefix}weight"].double().abs()
+            z = hidden @ weight.t()
+            if f"{prefix}bias" in inputs:
+                z = z + inputs[f"{prefix}bias"].double().abs()
+        else:
+            z = inputs[f"{prefix}logits"].double().abs()
+        size = math.log(z.shape[-1])
+        scale = options.get(f"{prefix}logit_scale", 1.0) / options.get("temperature", 1.0)
+        z = z.masked_fill(~z.isfinite(), 0.0).amax(-1) * scale + size
+        total = torch.maximum(total, z)
+    return total
+
+
+def op_rows(op: str) -> str:
+    """The input whose leading dimensions are the tokens."""
+    return "hidden" if is_linear(op) else "logits"
+
+
+def upstream_of(stats: tuple, seed: int = 1) -> list[Tensor]:
+    """A random gradient for each output, of its dtype; exactly representable in float32."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(x.shape, generator=generator).to(x.dtype) for x in stats]
+
+
+def gradients(
+    op: str,
+    inputs: Inputs,
+    upstream: list[Tensor | None],
+    *,
+    wanted: list[str] | None = None,
+    definition: bool = False,
+    **options: Any,
+) -> dict[str, Tensor]:
+    """Gradients by input name; None in `upstream` leaves that output out. `definition`: float64 autograd's."""
+    wanted = floating(inputs) if wanted is None else wanted
+    inputs = upcast(inputs) if definition else inputs
+    leaves = {name: inputs[name].detach().requires_grad_() for name in wanted}
+    stats = (truth if definition else call)(op, inputs | leaves, **options)
+    used = [(x, grad.to(x.dtype)) for x, grad in zip(stats, upstream, strict=True) if grad is not None]
+    values = torch.autograd.grad(
+        [x for x, _ in used],
+        list(leaves.values()),
+        [grad for _, grad in used],
+        materialize_grads=definition,  # logp does not depend on the base; an op itself gives zeros
+    )
+    return dict(zip(leaves, values, strict=True))
+
+
+def gradient_scales(
+    op: str, inputs: Inputs, upstream: list[Tensor | None], **options: Any
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """(s, S) of tolerances.py by input name, from the absolute terms of `reference.logits_gradient`."""
+    inputs = upcast(inputs)
+    kept = (inputs["target"] != options.get("ignore_index", -100)).reshape(*inputs[op_rows(op)].shape[:-1], -1)
+    weights = {
+        name: torch.zeros(x.shape, dtype=torch.float64) if grad is None else grad.double().abs()
+        for (name, x), grad in zip(truth(op, inputs, **options)._asdict().items(), upstream, strict=True)
+    }
+    scales: dict[str, tuple[Tensor, Tensor]] = {}
+    for prefix in ("", "base_")[: 1 + is_pair(op)]:
+        dz = _absolute_logits_gradient(op, prefix, inputs, weights, kept, options)
+        if not is_linear(op):
+            scales[f"{prefix}logits"] = (dz, dz)
+            continue
+        hidden = inputs[f"{prefix}hidden"].masked_fill(~kept.any(-1, keepdim=True), 0.0)
+        flat, hidden = dz.flatten(0, -2), hidden.reshape(-1, hidden.shape[-1])
+        weight = inputs[f"{prefix}weight"]
+        terms = {
+            "hidden": (flat, weight),
+            "weight": (flat.t(), hidden),
+            "bias": (flat.t(), torch.ones_like(flat[:, :1])),
+        }
+        for name, (left, right) in terms.items():
+            if (x := inputs.get(prefix + name)) is not None:
+                walk, absolute = (left.square() @ right.square()).sqrt(), left @ right.abs()
+                scales[prefix + name] = (walk.view(x.shape), absolute.view(x.shape))
+    return scales
+
+
+def _absolute_logits_gradient(
+    op: str, prefix: str, inputs: Inputs, weights: dict[str, Tensor], kept: Tensor, options: dict[str, Any]
+) -> Tensor:
+    """Σ |terms| of the gradient with respect to a model's logits; `weights` are the absolute upstream gradients."""
+    log_p = _log_probabilities(op, prefix, inputs, options)
+    p = log_p.exp()
+    log_p = log_p.masked_fill(p == 0, 0.0)
+    entropy = -(p * log_p).sum(-1, keepdim=True)
+    of_target = weights[f"{prefix}logp"] + weights.get("delta_logp", 0.0)
+    of_target = of_target.reshape(kept.shape).masked_fill(~kept, 0.0)
+    of_entropy, of_lse = weights[f"{prefix}entropy"][..., None], weights[f"{prefix}lse"][..., None]
+    total = p * (of_target.sum(-1, keepdim=True) + of_entropy * (1 + log_p.abs() + entropy) + of_lse)
+    total.scatter_add_(-1, inputs["target"].reshape(kept.shape).masked_fill(~kept, 0), of_target)
+    if is_pair(op):
+        log_q = _log_probabilities(op, "" if prefix else "base_", inputs, options)
+        away, towards = ("reverse_kl", "kl") if prefix else ("kl", "reverse_kl")
+        excess = (log_p - log_q).abs().masked_fill((p == 0) | (log_q == -torch.inf), 0.0)
+        kl = (p * excess).sum(-1, keepdim=True)
+        total += weights[away][..., None] * p * (1 + excess + kl) + weights[towards][..., None] * (p + log_q.exp())
+    factor = options.get(f"{prefix}logit_scale", 1.0) / options.get("temperature", 1.0)
+    return total.masked_fill(~kept.any(-1, keepdim=True), 0.0) * factor
+
+
+def _log_probabilities(op: str, prefix: str, inputs: Inputs, options: dict[str, Any]) -> Tensor:
+    if is_linear(op):
+        hidden, weight, bias = (inputs.get(f"{prefix}{name}") for name in ("hidden", "weight", "bias"))
+        assert hidden is not None and weight is not None
+        raw = reference.linear_logits(hidden, weight, bias, torch.float64)
+    else:
+        raw = inputs[f"{prefix}logits"]
+    softcap, logit_scale = options.get(f"{prefix}softcap"), options.get(f"{prefix}logit_scale", 1.0)
+    return reference.transform_logits(raw, options.get("temperature", 1.0), softcap, logit_scale).log_softmax(-1)
+
+
+def check_gradients_against_truth(
+    accuracy: Any,
+    op: str,
+    inputs: Inputs,
+    upstream: list[Tensor | None],
+    *,
+    wanted: list[str] | None = None,
+    **options: Any,
+) -> dict[str, Tensor]:
+    """Backward of `op` within tolerance of float64; returns the gradients."""
+    actual = gradients(op, inputs, upstream, wanted=wanted, **options)
+    expected = gradients(op, inputs, upstream, wanted=wanted, definition=True, **options)
+    scales = gradient_scales(op, inputs, upstream, **options)
+    for name, grad in actual.items():
+        assert grad.dtype == inputs[name].dtype
+    accuracy.gradients(op, actual, expected, scales, magnitude(op, inputs, **options), widest(inputs))
+    return actual
+
+
+def check_against_truth(accuracy: Any, op: str, inputs: Inputs, **options: Any) -> Any:
+    """Forward and backward of `op` within tolerance of float64; returns the statistics."""
+    stats, expected = call(op, inputs, **options), truth(op, inputs, **options)
+    accuracy.statistics(op, stats, expected, magnitude(op, inputs, **options), widest(inputs))
+    check_gradients_against_truth(accuracy, op, inputs, upstream_of(stats), **options)
+    return stats

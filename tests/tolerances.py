@@ -1,0 +1,75 @@
+"""The only tolerances: error against float64 of the same inputs, in roundings of the type that computes.
+
+A statistic may be off by STATISTIC_ROUNDINGS × ε32 × max(1, |value|) × max(1, m), m the row's largest Σ|h·w| + |b| or
+|logit|, times logit_scale / temperature, plus log V: what rounding z − lse once, at its largest intermediate, does. An
+element of a gradient may be off by GRADIENT_ROUNDINGS × (ε × s + ε32 × max(1, m) × S), ε that of its dtype; s is its
+size and that of a random walk of the terms it sums, S the sum of their absolute values (cases.gradient_scales). For
+float64 inputs ε64 stands for ε32. What underflows may become 0.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+STATISTIC_ROUNDINGS = 4.0
+GRADIENT_ROUNDINGS = 2.0
+
+#: Identical models: KL is this many ε32 at most, times the largest |z|.
+ZERO_KL_ROUNDINGS = 8.0
+
+#: MiB over inputs, outputs and gradients, per backend: forward, backward.
+MEMORY_MIB = {"cpu": (64, 256), "reference": (256, 256)}
+
+
+class Accuracy(NamedTuple):
+    """Asserts that errors are within tolerance, after reporting them to `report(op, quantity, dtype, error, limit)`."""
+
+    report: Callable[[str, str, str, float, float], None]
+
+    def statistics(self, op: str, actual: tuple, truth: tuple, magnitude: Tensor, dtype: torch.dtype) -> None:
+        """`actual` and `truth` are NamedTuples; `magnitude` (…) is m of each row, `dtype` that of the inputs."""
+        assert actual._fields == truth._fields
+        for name, value, expected in zip(actual._fields, actual, truth, strict=True):
+            rounding = torch.finfo(value.dtype).eps * magnitude.clamp_min(1.0)
+            if expected.dim() > rounding.dim():
+                rounding = rounding[..., None]
+            error = _roundings(value, expected, rounding * expected.abs().clamp_min(1.0))
+            self._check(op, name, dtype, error, STATISTIC_ROUNDINGS)
+
+    def gradients(
+        self,
+        op: str,
+        actual: dict[str, Tensor],
+        truth: dict[str, Tensor],
+        scales: dict[str, tuple[Tensor, Tensor]],
+        magnitude: Tensor,
+        dtype: torch.dtype,
+    ) -> None:
+        """All by input name; `scales` are (s, S), `dtype` is the widest of the inputs', which computes."""
+        assert actual.keys() == truth.keys()
+        compute = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32)
+        largest = max(1.0, magnitude.max().item()) if magnitude.numel() else 1.0
+        for name, value in actual.items():
+            walk, absolute = scales[name]
+            rounding = torch.finfo(value.dtype).eps * (truth[name].abs() + walk) + compute.eps * largest * absolute
+            rounding += compute.tiny * value.numel() + torch.finfo(value.dtype).tiny * torch.finfo(value.dtype).eps
+            error = _roundings(value, truth[name], rounding)
+            self._check(op, f"d_{name}", value.dtype, error, GRADIENT_ROUNDINGS)
+
+    def _check(self, op: str, quantity: str, dtype: torch.dtype, error: float, limit: float) -> None:
+        name = str(dtype).removeprefix("torch.")
+        self.report(op, quantity, name, error, limit)
+        assert error <= limit, f"{op} {quantity} {name}: {error:.3g} roundings from float64, limit {limit:g}"
+
+
+def _roundings(actual: Tensor, truth: Tensor, rounding: Tensor) -> float:
+    """Largest |actual − truth| / rounding; infinite where a NaN or an infinity is not where the truth has it."""
+    actual = actual.detach().to(torch.float64)
+    assert actual.shape == truth.shape
+    finite = truth.isfinite()
+    if not torch.equal(actual[~finite].nan_to_num(nan=0.125), truth[~finite].nan_to_num(nan=0.125)):
+        return torch.inf
+    error = ((actual - truth).abs() / rounding.expand_as(truth))[finite & (actual != truth)]
+    return error.nan_to_num(nan=torch.inf).max().item() if error.numel() else 0.0

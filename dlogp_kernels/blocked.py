@@ -34,7 +34,7 @@ def linear_logp_fwd(
     dtype = accumulation_dtype(hidden, weight, bias)
     logp, entropy, lse = _zeros_like_target(target, dtype, ("K", "", ""))
     for rows in _row_blocks(target, ignore_index, weight.shape[0], dtype, 1, workspace):
-        raw = _slabbed_logits(hidden[rows], weight, bias, dtype)
+        raw = _slabbed_logits(rows_of(hidden, rows), weight, bias, dtype)
         z = transform_logits(raw, temperature, softcap, logit_scale)
         stats = reference.logp_of_rows(z, target[rows], ignore_index)
         logp[rows], entropy[rows], lse[rows] = stats
@@ -61,8 +61,8 @@ def linear_delta_logp_fwd(
     dtype = accumulation_dtype(hidden, weight, bias, base_hidden, base_weight, base_bias)
     outputs = _zeros_like_target(target, dtype, _PAIR_SHAPES)
     for rows in _row_blocks(target, ignore_index, weight.shape[0], dtype, 2, workspace):
-        raw = _slabbed_logits(hidden[rows], weight, bias, dtype)
-        base_raw = _slabbed_logits(base_hidden[rows], base_weight, base_bias, dtype)
+        raw = _slabbed_logits(rows_of(hidden, rows), weight, bias, dtype)
+        base_raw = _slabbed_logits(rows_of(base_hidden, rows), base_weight, base_bias, dtype)
         z = transform_logits(raw, temperature, softcap, logit_scale)
         base_z = transform_logits(base_raw, temperature, base_softcap, base_logit_scale)
         stats = reference.delta_logp_of_rows(z, base_z, target[rows], ignore_index)
@@ -80,11 +80,11 @@ def logp_fwd(
     ignore_index: int,
     workspace: int,
 ) -> tuple[Tensor, ...]:
-    check_target(target, logits.shape[1], ignore_index)
+    check_target(target, logits.shape[-1], ignore_index)
     dtype = accumulation_dtype(logits)
     outputs = _zeros_like_target(target, dtype, ("K", "", ""))
-    for rows in _row_blocks(target, ignore_index, logits.shape[1], dtype, 1, workspace):
-        z = transform_logits(logits[rows].to(dtype), temperature, softcap, logit_scale)
+    for rows in _row_blocks(target, ignore_index, logits.shape[-1], dtype, 1, workspace):
+        z = transform_logits(rows_of(logits, rows).to(dtype), temperature, softcap, logit_scale)
         stats = reference.logp_of_rows(z, target[rows], ignore_index)
         for output, value in zip(outputs, stats, strict=True):
             output[rows] = value
@@ -103,12 +103,12 @@ def delta_logp_fwd(
     ignore_index: int,
     workspace: int,
 ) -> tuple[Tensor, ...]:
-    check_target(target, logits.shape[1], ignore_index)
+    check_target(target, logits.shape[-1], ignore_index)
     dtype = accumulation_dtype(logits, base_logits)
     outputs = _zeros_like_target(target, dtype, _PAIR_SHAPES)
-    for rows in _row_blocks(target, ignore_index, logits.shape[1], dtype, 2, workspace):
-        z = transform_logits(logits[rows].to(dtype), temperature, softcap, logit_scale)
-        base_z = transform_logits(base_logits[rows].to(dtype), temperature, base_softcap, base_logit_scale)
+    for rows in _row_blocks(target, ignore_index, logits.shape[-1], dtype, 2, workspace):
+        z = transform_logits(rows_of(logits, rows).to(dtype), temperature, softcap, logit_scale)
+        base_z = transform_logits(rows_of(base_logits, rows).to(dtype), temperature, base_softcap, base_logit_scale)
         stats = reference.delta_logp_of_rows(z, base_z, target[rows], ignore_index)
         for output, value in zip(outputs, stats, strict=True):
             output[rows] = value
@@ -215,13 +215,13 @@ def logp_bwd(
     workspace: int,
 ) -> Tensor:
     grad_logits = torch.zeros(logits.shape, dtype=logits.dtype, device=logits.device)
-    for rows in _row_blocks(target, ignore_index, logits.shape[1], lse.dtype, 1, workspace):
+    for rows in _row_blocks(target, ignore_index, logits.shape[-1], lse.dtype, 1, workspace):
         row_stats = _ModelRows(rows, target, ignore_index, grad_logp, grad_entropy, grad_lse, entropy, lse)
-        raw = logits[rows].to(lse.dtype)
+        raw = rows_of(logits, rows).to(lse.dtype)
         logp_all = transform_logits(raw, temperature, softcap, logit_scale) - row_stats.lse[:, None]
-        grad_z = row_stats.gradient(logp_all, slice(0, logits.shape[1]))
+        grad_z = row_stats.gradient(logp_all, slice(0, logits.shape[-1]))
         grad = transform_gradient(grad_z, raw, temperature, softcap, logit_scale)
-        grad_logits[rows] = grad.to(logits.dtype)
+        grad_logits.view(-1, logits.shape[-1])[rows] = grad.to(logits.dtype)
     return grad_logits
 
 
@@ -252,12 +252,12 @@ def delta_logp_bwd(
     output_mask: list[bool],
     workspace: int,
 ) -> tuple[Tensor, ...]:
-    vocabulary = slice(0, logits.shape[1])
+    vocabulary = slice(0, logits.shape[-1])
     gradients = [
         torch.zeros(x.shape if wanted else (0,), dtype=x.dtype, device=x.device)
         for x, wanted in zip((logits, base_logits), output_mask, strict=True)
     ]
-    for rows in _row_blocks(target, ignore_index, logits.shape[1], lse.dtype, 2, workspace):
+    for rows in _row_blocks(target, ignore_index, logits.shape[-1], lse.dtype, 2, workspace):
         pair = _PairRows(
             _ModelRows(rows, target, ignore_index, grad_logp, grad_entropy, grad_lse, entropy, lse),
             _ModelRows(
@@ -265,19 +265,24 @@ def delta_logp_bwd(
             ),
             *(_rows_or_zero(x, rows, lse) for x in (kl, reverse_kl, grad_kl, grad_reverse_kl)),
         )
-        raw, base_raw = logits[rows].to(lse.dtype), base_logits[rows].to(lse.dtype)
+        raw, base_raw = rows_of(logits, rows).to(lse.dtype), rows_of(base_logits, rows).to(lse.dtype)
         logp_all = transform_logits(raw, temperature, softcap, logit_scale) - pair.model.lse[:, None]
         base_z = transform_logits(base_raw, temperature, base_softcap, base_logit_scale)
         base_logp_all = base_z - pair.base.lse[:, None]
         if output_mask[0]:
             grad_z = pair.gradient(logp_all, base_logp_all, vocabulary)
             grad = transform_gradient(grad_z, raw, temperature, softcap, logit_scale)
-            gradients[0][rows] = grad.to(logits.dtype)
+            gradients[0].view(-1, logits.shape[-1])[rows] = grad.to(logits.dtype)
         if output_mask[1]:
             grad_z = pair.base_gradient(logp_all, base_logp_all, vocabulary)
             grad = transform_gradient(grad_z, base_raw, temperature, base_softcap, base_logit_scale)
-            gradients[1][rows] = grad.to(base_logits.dtype)
+            gradients[1].view(-1, logits.shape[-1])[rows] = grad.to(base_logits.dtype)
     return tuple(gradients)
+
+
+def rows_of(x: Tensor, rows: Tensor) -> Tensor:
+    """Rows of x (…, columns) by their flat index, without a copy of the others."""
+    return x[torch.unravel_index(rows, x.shape[:-1])]
 
 
 def check_target(target: Tensor, vocabulary: int, ignore_index: int) -> None:
@@ -411,7 +416,7 @@ class _Head:
 
     def logits(self, rows: Tensor, slab: slice) -> Tensor:
         bias = None if self.bias is None else self.bias[slab]
-        return reference.linear_logits(self.hidden[rows], self.weight[slab], bias, self.dtype)
+        return reference.linear_logits(rows_of(self.hidden, rows), self.weight[slab], bias, self.dtype)
 
     def transform(self, raw: Tensor) -> Tensor:
         return transform_logits(raw, *self.options)
@@ -420,9 +425,9 @@ class _Head:
         grad = transform_gradient(grad_z, raw, *self.options)
         grad_hidden, grad_weight, grad_bias = self.grads
         if grad_hidden is not None:
-            grad_hidden[rows] += grad @ self.weight[slab].to(self.dtype)
+            grad_hidden.view(-1, grad_hidden.shape[-1])[rows] += grad @ self.weight[slab].to(self.dtype)
         if grad_weight is not None:
-            grad_weight[slab] += grad.t() @ self.hidden[rows].to(self.dtype)
+            grad_weight[slab] += grad.t() @ rows_of(self.hidden, rows).to(self.dtype)
         if grad_bias is not None:
             grad_bias[slab] += grad.sum(0)
 

@@ -247,7 +247,8 @@ def delta_logp(
 
 
 def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
+    """At least one leading dimension; no copy."""
+    return x if x.dim() > 1 else x[None]
 
 
 def _candidates(target: Tensor, rows: Tensor) -> Tensor:
@@ -343,7 +344,7 @@ def _check_target(target: Tensor, rows_name: str, rows: Tensor, ignore_index: in
     # On CUDA the check would wait for the device; compiled and fake tensors have no values to look at.
     has_values = type(target) is Tensor and not torch.compiler.is_compiling()
     if has_values and (target.device.type == "cpu" or (_CHECK and target.device.type == "cuda")):
-        _check_target_range(target, ignore_index, vocabulary)
+        _check_target_range(target.to(torch.int64), ignore_index, vocabulary)
 
 
 def _check_target_range(target: Tensor, ignore_index: int, vocabulary: int) -> None:

@@ -1,0 +1,233 @@
+#include "fold.h"
+
+#include <cstring>
+#include <limits>
+
+#include "vector_math.h"
+
+namespace dlogp {
+namespace {
+
+template <typename Real>
+DLOGP_INLINE void transform_body(const LogitTransform& transform, int64_t count, const Real* bias, Real* z) {
+  if (bias != nullptr) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) z[i] += bias[i];
+  }
+  if (transform.is_identity()) return;
+  if (!transform.has_softcap()) {
+    const Real slope = Real(transform.slope());
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) z[i] *= slope;
+    return;
+  }
+  const Real inner = Real(transform.logit_scale / transform.softcap);
+  const Real outer = Real(transform.softcap / transform.temperature);
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) z[i] = outer * tanh_of(z[i] * inner);
+}
+
+template <typename Real>
+struct Scan {
+  Real max;
+  bool finite;
+};
+
+template <typename Real>
+DLOGP_INLINE Scan<Real> scan(int64_t count, const Real* z) {
+  Real max = -std::numeric_limits<Real>::infinity();
+  Real probe = 0;  // 0·z is 0 for a finite z and NaN for any other
+#pragma omp simd reduction(max : max) reduction(+ : probe)
+  for (int64_t i = 0; i < count; ++i) {
+    max = z[i] > max ? z[i] : max;
+    probe += z[i] * Real(0);
+  }
+  return {max, probe == 0};
+}
+
+// One after another, for tiles with −inf, +inf or NaN.
+template <typename Real>
+void fold_special(int64_t count, const Real* z, SoftmaxState<Real>& state) {
+  for (int64_t i = 0; i < count; ++i) {
+    if (z[i] == -std::numeric_limits<Real>::infinity()) continue;
+    if (z[i] > state.max) rebase(state, z[i]);
+    const double d = double(z[i]) - double(state.max);
+    const double e = std::exp(d);
+    state.sum += e;
+    state.weighted += e * d;
+  }
+}
+
+template <typename Real>
+void fold_special(int64_t count, const Real* z, const Real* base_z, PairState<Real>& state) {
+  const Real impossible = -std::numeric_limits<Real>::infinity();
+  for (int64_t i = 0; i < count; ++i) {
+    const bool possible = z[i] != impossible, base_possible = base_z[i] != impossible;
+    rebase(state, larger(z[i], state.model.max), larger(base_z[i], state.base.max));
+    const double d = double(z[i]) - double(state.model.max), base_d = double(base_z[i]) - double(state.base.max);
+    const double e = std::exp(d), base_e = std::exp(base_d);
+    if (possible) {
+      state.model.sum += e;
+      state.model.weighted += e * d;
+    }
+    if (base_possible) {
+      state.base.sum += base_e;
+      state.base.weighted += base_e * base_d;
+    }
+    if (possible && base_possible) {
+      state.cross += e * (d - base_d);
+      state.base_cross += base_e * (base_d - d);
+    }
+    state.model_alone |= possible && !base_possible;
+    state.base_alone |= base_possible && !possible;
+  }
+}
+
+template <typename Real>
+DLOGP_INLINE void fold_body(int64_t count, const Real* z, SoftmaxState<Real>& state) {
+  const Scan<Real> tile = scan(count, z);
+  if (!tile.finite) return fold_special(count, z, state);
+  if (tile.max > state.max) rebase(state, tile.max);
+  const Real max = state.max;
+  Real sum = 0, weighted = 0;
+#pragma omp simd reduction(+ : sum, weighted)
+  for (int64_t i = 0; i < count; ++i) {
+    const Real d = z[i] - max;
+    const Real e = exp_of_negative(d);
+    sum += e;
+    weighted += e * d;
+  }
+  state.sum += sum;
+  state.weighted += weighted;
+}
+
+template <typename Real>
+DLOGP_INLINE void fold_pair_body(int64_t count, const Real* z, const Real* base_z, PairState<Real>& state) {
+  const Scan<Real> tile = scan(count, z), base_tile = scan(count, base_z);
+  if (!tile.finite || !base_tile.finite) return fold_special(count, z, base_z, state);
+  if (tile.max > state.model.max || base_tile.max > state.base.max)
+    rebase(state, larger(tile.max, state.model.max), larger(base_tile.max, state.base.max));
+  const Real max = state.model.max, base_max = state.base.max;
+  Real sum = 0, weighted = 0, cross = 0, base_sum = 0, base_weighted = 0, base_cross = 0;
+#pragma omp simd reduction(+ : sum, weighted, cross, base_sum, base_weighted, base_cross)
+  for (int64_t i = 0; i < count; ++i) {
+    const Real d = z[i] - max, base_d = base_z[i] - base_max;
+    const Real e = exp_of_negative(d), base_e = exp_of_negative(base_d);
+    sum += e;
+    weighted += e * d;
+    cross += e * (d - base_d);
+    base_sum += base_e;
+    base_weighted += base_e * base_d;
+    base_cross += base_e * (base_d - d);
+  }
+  state.model.sum += sum;
+  state.model.weighted += weighted;
+  state.cross += cross;
+  state.base.sum += base_sum;
+  state.base.weighted += base_weighted;
+  state.base_cross += base_cross;
+}
+
+// A log-probability below this has p = 0 in float32; the bound keeps 0·(−inf) from being NaN.
+template <typename Real>
+DLOGP_INLINE Real bounded(Real logp) {
+  return logp < Real(-1e30) ? Real(-1e30) : logp;
+}
+
+// exp_of_negative on a log-probability, which rounding may leave a little above 0.
+template <typename Real>
+DLOGP_INLINE Real probability(Real logp) {
+  return exp_of_negative(logp);
+}
+
+template <typename Real>
+DLOGP_INLINE void gradient_body(const GradientTerms<Real>& terms, int64_t count, const Real* z, Real* grad) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    const Real logp = bounded(z[i] - terms.lse);
+    grad[i] = probability(logp) * (terms.constant + terms.log_term * logp);
+  }
+}
+
+template <typename Real>
+DLOGP_INLINE void gradient_pair_body(const GradientTerms<Real>& terms, int64_t count, const Real* z,
+                                     const Real* other_z, Real* grad) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    const Real logp = bounded(z[i] - terms.lse), other_logp = bounded(other_z[i] - terms.other_lse);
+    const Real own = terms.constant + terms.log_term * logp + terms.ratio_term * (logp - other_logp);
+    grad[i] = probability(logp) * own + terms.other_term * probability(other_logp);
+  }
+}
+
+template <typename Real>
+DLOGP_INLINE void softcap_gradient_body(const LogitTransform& transform, int64_t count, const Real* z, Real* grad) {
+  const Real to_tanh = Real(transform.temperature / transform.softcap);
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    const Real t = z[i] * to_tanh;
+    grad[i] *= (Real(1) - t) * (Real(1) + t);
+  }
+}
+
+}  // namespace
+
+DLOGP_CLONES void transform_row(const LogitTransform& transform, int64_t count, const float* bias, float* z) {
+  transform_body(transform, count, bias, z);
+}
+void transform_row(const LogitTransform& transform, int64_t count, const double* bias, double* z) {
+  transform_body(transform, count, bias, z);
+}
+
+DLOGP_CLONES void fold_row(int64_t count, const float* z, SoftmaxState<float>& state) { fold_body(count, z, state); }
+void fold_row(int64_t count, const double* z, SoftmaxState<double>& state) { fold_body(count, z, state); }
+
+DLOGP_CLONES void fold_row(int64_t count, const float* z, const float* base_z, PairState<float>& state) {
+  fold_pair_body(count, z, base_z, state);
+}
+void fold_row(int64_t count, const double* z, const double* base_z, PairState<double>& state) {
+  fold_pair_body(count, z, base_z, state);
+}
+
+DLOGP_CLONES void gradient_row(const GradientTerms<float>& terms, int64_t count, const float* z, float* grad) {
+  gradient_body(terms, count, z, grad);
+}
+void gradient_row(const GradientTerms<double>& terms, int64_t count, const double* z, double* grad) {
+  gradient_body(terms, count, z, grad);
+}
+
+DLOGP_CLONES void gradient_row(const GradientTerms<float>& terms, int64_t count, const float* z, const float* other_z,
+                               float* grad) {
+  gradient_pair_body(terms, count, z, other_z, grad);
+}
+void gradient_row(const GradientTerms<double>& terms, int64_t count, const double* z, const double* other_z,
+                  double* grad) {
+  gradient_pair_body(terms, count, z, other_z, grad);
+}
+
+DLOGP_CLONES void softcap_gradient_row(const LogitTransform& transform, int64_t count, const float* z, float* grad) {
+  softcap_gradient_body(transform, count, z, grad);
+}
+void softcap_gradient_row(const LogitTransform& transform, int64_t count, const double* z, double* grad) {
+  softcap_gradient_body(transform, count, z, grad);
+}
+
+DLOGP_CLONES void add_row(int64_t count, const float* values, float* sums) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) sums[i] += values[i];
+}
+void add_row(int64_t count, const double* values, double* sums) {
+  for (int64_t i = 0; i < count; ++i) sums[i] += values[i];
+}
+
+DLOGP_CLONES void round_row(int64_t count, const float* from, uint16_t* to) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, from + i, sizeof bits);
+    const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+    to[i] = uint16_t(from[i] != from[i] ? 0x7fc0u : rounded);
+  }
+}
+
+}  // namespace dlogp

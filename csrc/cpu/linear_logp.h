@@ -1,0 +1,112 @@
+// linear_logp and linear_delta_logp on the CPU: logits = hidden · weightᵀ tile by tile, folded at once into running
+// states.
+//
+// Vocabulary is cut into tiles of `tile_columns`, tiles into parts; a part's state depends on nothing but its row, so
+// rows and parts may be handed to threads in any way. `Models` is 1, or 2 for a pair (the model, then its base). T is
+// the type of the products: bfloat16, float or double.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+#include <vector>
+
+#include "../common/logit_transform.h"
+#include "../common/online_softmax.h"
+#include "matrix.h"
+#include "multiply.h"
+
+namespace dlogp {
+
+// One model's last layer; `bias` has one row, or no data.
+struct Head {
+  Matrix hidden, weight, bias;
+  LogitTransform transform;
+
+  int64_t width() const { return weight.columns; }
+  int64_t vocabulary() const { return weight.rows; }
+};
+
+template <typename Real, int Models>
+using State = std::conditional_t<Models == 1, SoftmaxState<Real>, PairState<Real>>;
+
+// The outputs of the op, (N, K) or (N,); those of a pair are null for one model.
+template <typename Real>
+struct StatsOutputs {
+  Real *logp, *entropy, *lse;
+  Real *delta_logp, *base_logp, *base_entropy, *base_lse, *kl, *reverse_kl;
+};
+
+// How a vocabulary is cut; a function of the shapes of the weights alone.
+struct Tiling {
+  int64_t vocabulary, columns, parts;
+
+  int64_t tiles() const { return (vocabulary + columns - 1) / columns; }
+  int64_t part_begin(int64_t part) const { return part * tiles() / parts * columns; }
+  int64_t part_end(int64_t part) const {
+    const int64_t end = part_begin(part + 1);
+    return end < vocabulary ? end : vocabulary;
+  }
+};
+
+Tiling tile_vocabulary(int64_t vocabulary, int64_t width, int64_t element_size);
+
+constexpr int64_t kRowBlock = 64;
+
+// Rows that a block of rows is padded to, so that few distinct product kernels are needed.
+int64_t padded_rows(int64_t rows);
+
+// Row-major rows of `hidden`, gathered, converted and padded with zeros: (padded_rows(count), stride).
+template <typename T>
+struct PackedRows {
+  int64_t stride = 0;
+  T* data = nullptr;
+};
+
+template <typename T>
+int64_t packed_width(int64_t width) {
+  return round_up(width, kGroup<T>);
+}
+
+template <typename T>
+void gather_rows(const Matrix& hidden, const int64_t* rows, int64_t begin, int64_t end, const PackedRows<T>& to);
+
+// What one thread needs besides the packed rows.
+template <typename T>
+struct TileScratch {
+  std::vector<T> weight_rows, packed_weight[2];
+  std::vector<Accumulator<T>> logits[2], bias, grad;
+
+  void reserve(const Head* heads, int models, const Tiling& tiling, int64_t rows);
+};
+
+// `count` rows of the weight and zeros up to tiling.columns, packed_width each: in place where they fit, else in
+// scratch.
+template <typename T>
+struct WeightRows {
+  const T* data;
+  int64_t stride;
+};
+
+template <typename T>
+WeightRows<T> weight_tile(const Matrix& weight, int64_t begin, int64_t count, const Tiling& tiling,
+                          TileScratch<T>& scratch);
+
+// logits (rows, tiling.columns) of one tile, transformed.
+template <typename T>
+void tile_logits(const Head& head, const PackedRows<T>& hidden, int64_t first_row, int64_t rows, const T* packed_weight,
+                 int64_t begin, int64_t count, const Tiling& tiling, TileScratch<T>& scratch, Accumulator<T>* logits);
+
+// Folds part `part` of the vocabulary for `count` gathered rows. `target` (count, candidates) are their targets.
+// Writes states[row · parts + part], and target_logits[model][row · candidates + k] where the target lies in this part.
+template <typename T, int Models>
+void linear_logp_fwd(const Head* heads, const PackedRows<T>* hidden, int64_t count, const int64_t* target,
+                     int64_t candidates, const Tiling& tiling, int64_t part, TileScratch<T>& scratch,
+                     State<Accumulator<T>, Models>* states, Accumulator<T>* const* target_logits);
+
+// Merges the parts of gathered rows [begin, end) in their order and writes the statistics to places rows[i].
+template <typename Real, int Models>
+void write_stats(const State<Real, Models>* states, int64_t parts, const Real* const* target_logits,
+                 const int64_t* target, int64_t candidates, int64_t ignore_index, const int64_t* rows, int64_t begin,
+                 int64_t end, const StatsOutputs<Real>& outputs);
+
+}  // namespace dlogp

@@ -1,0 +1,133 @@
+// Memory safety at the boundary: whatever reaches a kernel was checked here. User errors are explained in
+// functional.py.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/ScalarType.h>
+#include <c10/util/Exception.h>
+#include <c10/util/accumulate.h>
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "../csrc/cpu/matrix.h"
+
+namespace dlogp {
+
+inline Dtype dtype_of(const at::Tensor& x) {
+  switch (x.scalar_type()) {
+    case at::kBFloat16:
+      return Dtype::kBFloat16;
+    case at::kHalf:
+      return Dtype::kHalf;
+    case at::kFloat:
+      return Dtype::kFloat;
+    case at::kDouble:
+      return Dtype::kDouble;
+    default:
+      TORCH_CHECK_TYPE(false, "dtype ", x.scalar_type(), ", expected bfloat16, float16, float32 or float64");
+  }
+}
+
+// x (…, columns) seen as rows; for leading dimensions that are no single stride apart it holds where each row begins.
+struct Rows {
+  Matrix matrix;
+  std::vector<int64_t> offsets;
+
+  Rows(const at::Tensor& x, const char* name) {
+    TORCH_CHECK_VALUE(x.dim() >= 2, name, " has ", x.dim(), " dimensions, expected at least 2");
+    TORCH_CHECK_VALUE(x.device().is_cpu(), name, " is on ", x.device(), ", expected cpu");
+    const int64_t columns = x.size(-1), leading = x.dim() - 1;
+    const int64_t rows = c10::multiply_integers(x.sizes().slice(0, leading));
+    matrix = {x.const_data_ptr(), dtype_of(x), rows, columns, 0, x.stride(-1)};
+    if (leading == 1) {
+      matrix.row_stride = x.stride(0);
+      return;
+    }
+    offsets.resize(rows);
+    std::vector<int64_t> position(leading, 0);
+    for (int64_t row = 0, offset = 0; row < rows; ++row) {
+      offsets[row] = offset;
+      for (int64_t d = leading - 1; d >= 0; --d) {
+        offset += x.stride(d);
+        if (++position[d] < x.size(d)) break;
+        offset -= x.size(d) * x.stride(d);
+        position[d] = 0;
+      }
+    }
+    matrix.row_offsets = offsets.data();
+  }
+  Rows(const Rows&) = delete;
+  Rows& operator=(const Rows&) = delete;
+};
+
+inline Matrix matrix_of(const at::Tensor& x, const char* name) {
+  TORCH_CHECK_VALUE(x.dim() == 2, name, " has ", x.dim(), " dimensions, expected 2");
+  TORCH_CHECK_VALUE(x.device().is_cpu(), name, " is on ", x.device(), ", expected cpu");
+  return {x.const_data_ptr(), dtype_of(x), x.size(0), x.size(1), x.stride(0), x.stride(1)};
+}
+
+inline Matrix row_of(const std::optional<at::Tensor>& x, int64_t columns, const char* name) {
+  if (!x.has_value()) return {};
+  TORCH_CHECK_VALUE(x->dim() == 1 && x->size(0) == columns, name, " has shape ", x->sizes(), ", expected [", columns,
+                    "]");
+  TORCH_CHECK_VALUE(x->device().is_cpu(), name, " is on ", x->device(), ", expected cpu");
+  return {x->const_data_ptr(), dtype_of(*x), 1, columns, 0, x->stride(0)};
+}
+
+inline void check_rows(const Matrix& x, int64_t rows, const char* name) {
+  TORCH_CHECK_VALUE(x.rows == rows, name, " has ", x.rows, " rows, expected ", rows);
+}
+
+// Values of `sizes` and type Real, contiguous, kept alive by the tensor; null for none.
+template <typename Real>
+class Values {
+ public:
+  Values(const std::optional<at::Tensor>& x, at::IntArrayRef sizes, const char* name) {
+    if (!x.has_value() || !x->defined()) return;
+    TORCH_CHECK_VALUE(x->sizes() == sizes, name, " has shape ", x->sizes(), ", expected ", sizes);
+    TORCH_CHECK_VALUE(x->device().is_cpu(), name, " is on ", x->device(), ", expected cpu");
+    tensor_ = x->to(c10::CppTypeToScalarType<Real>::value).contiguous();
+  }
+  const Real* get() const { return tensor_.defined() ? tensor_.template const_data_ptr<Real>() : nullptr; }
+
+ private:
+  at::Tensor tensor_;
+};
+
+// The rows of target (N, K) with a candidate that is not ignored, and their targets; IndexError for one out of range.
+struct KeptRows {
+  std::vector<int64_t> rows, target;
+  int64_t candidates;
+
+  int64_t count() const { return static_cast<int64_t>(rows.size()); }
+  const int64_t* target_of(int64_t i) const { return target.data() + i * candidates; }
+};
+
+inline KeptRows keep_rows(const at::Tensor& target, int64_t rows, int64_t vocabulary, int64_t ignore_index) {
+  TORCH_CHECK_VALUE(target.dim() == 2 && target.size(0) == rows, "target has shape ", target.sizes(), ", expected [",
+                    rows, ", candidates]");
+  TORCH_CHECK_TYPE(target.scalar_type() == at::kLong, "target has dtype ", target.scalar_type(), ", expected int64");
+  TORCH_CHECK_VALUE(target.device().is_cpu(), "target is on ", target.device(), ", expected cpu");
+  const at::Tensor contiguous = target.contiguous();
+  const int64_t* values = contiguous.const_data_ptr<int64_t>();
+  KeptRows kept;
+  kept.candidates = target.size(1);
+  for (int64_t row = 0; row < rows; ++row) {
+    bool keep = false;
+    for (int64_t k = 0; k < kept.candidates; ++k) {
+      const int64_t value = values[row * kept.candidates + k];
+      if (value == ignore_index) continue;
+      TORCH_CHECK_INDEX(value >= 0 && value < vocabulary, "target[", row, ", ", k, "] is ", value,
+                        ", expected a token in [0, ", vocabulary, ") or ignore_index (", ignore_index, ")");
+      keep = true;
+    }
+    if (!keep) continue;
+    kept.rows.push_back(row);
+    kept.target.insert(kept.target.end(), values + row * kept.candidates, values + (row + 1) * kept.candidates);
+  }
+  return kept;
+}
+
+}  // namespace dlogp

@@ -118,6 +118,7 @@ def _offline_arguments(output_dir: str | Path, *, seed: int, log_every: int, sho
     return {
         "output_dir": str(output_dir),
         "seed": seed,
+        "logging_strategy": "steps" if show_progress else "no",
         "logging_steps": log_every,
         "disable_tqdm": not show_progress,
         "use_cpu": True,

@@ -44,7 +44,7 @@ def train_pair(
     num_demonstrations: int = 40_000,
     sft_steps: int = 800,
     sft_batch_size: int = 96,
-    rollouts: int = 16,
+    rollouts: int = 14,
     prompts_per_rollout: int = 16,
     samples_per_prompt: int = 16,
     num_held_out: int = 4_000,

@@ -106,9 +106,10 @@ def _readme(options: argparse.Namespace) -> None:
 
 
 def _plot(options: argparse.Namespace) -> None:
-    from . import plot
+    # matplotlib is not needed to measure.
+    from .plot import draw
 
-    plot.draw(_stored(options), options.out)
+    draw(_stored(options), options.out)
 
 
 if __name__ == "__main__":

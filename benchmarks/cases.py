@@ -40,8 +40,8 @@ class Planner:
     def cases(self) -> Iterator[Case]:
         linear = self.bench.op.startswith("linear")
         dtype = "bfloat16" if linear else "float32"
-        yield self._compare(MAIN_N, dtype)
-        yield self._compare(MAIN_N, dtype, training=True)
+        yield self._compare(MAIN, MAIN_N, dtype)
+        yield self._compare(MAIN, MAIN_N, dtype, training=True)
         yield self._case("half ignored", self._half_ignored, Workload(self.bench.op, MAIN, MAIN_N, dtype))
         for training in (False, True):
             for shape, n in ((MAIN, MAIN_N), (OTHER, 4 * MAIN_N)):
@@ -56,12 +56,12 @@ class Planner:
 
     def _more(self, linear: bool) -> Iterator[Case]:
         op = self.bench.op
-        yield self._compare(MAIN_N, "float32" if linear else "bfloat16")
+        yield self._compare(MAIN, MAIN_N, "float32" if linear else "bfloat16")
         if not linear:
             return
         for shape in SHAPES.values():
             if shape is not MAIN:
-                yield self._compare(MAIN_N // 2, "bfloat16", shape=shape)
+                yield self._compare(shape, MAIN_N // 2, "bfloat16")
         for n in SWEEP_N:
             work = Workload(op, MAIN, n)
             yield self._case("sweep", self._comparison, work, ALL)
@@ -71,7 +71,7 @@ class Planner:
         for work in (Workload(op, MAIN, 4 * MAIN_N, training=True), Workload(op, SHAPES["gemma-2-2b"], MAIN_N)):
             yield self._memory(work)
 
-    def _compare(self, n: int, dtype: str, training: bool = False, shape: Shape = MAIN) -> Case:
+    def _compare(self, shape: Shape, n: int, dtype: str, training: bool = False) -> Case:
         work = Workload(self.bench.op, shape, n, dtype, training)
         return self._case("compare", self._comparison, work, _QUICK if self.mode == "quick" else ALL)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .records import Record, Run
 from .shapes import LONG_N, MAIN, MAIN_N
@@ -160,9 +160,15 @@ def caption(runs: Sequence[Run]) -> str:
         served = "+".join(sorted(set(env["backends"].values())))
         sources.append(
             f"{env['date'][:10]}, {env['machine']}, {env['threads']} threads, torch {env['versions']['torch']}, "
-            f"backend `{served}`, {commit}, `benchmarks/results/{run.name}.json`"
+            f"backend `{served}`, {commit}, `benchmarks/results/{run.name}.json`{_busy(env)}"
         )
     return "Medians; a ratio is taken within a round of one run. " + "; ".join(sources) + "."
+
+
+def _busy(env: dict[str, Any]) -> str:
+    load, cores = env["load_average_at_start"], env["cores"]
+    # A thread that shares its core delays all threads at every barrier: such figures are not to be published.
+    return f" (**a busy machine**: load average {load:.1f} on {cores} cores)" if load > cores / 2 else ""
 
 
 def section(runs: Sequence[Run]) -> str:

@@ -69,6 +69,9 @@ def _measure(options: argparse.Namespace) -> None:
     if cases:
         _progress(f"wrote {path} and .csv")
     print(table.section([run]))
+    wrong = [f"{entry.op} {entry.skipped}" for entry in run.records if entry.wrong]
+    if wrong:
+        raise SystemExit("wrong results, not timed: " + "; ".join(wrong))
 
 
 def _summary(entry: Record) -> str:

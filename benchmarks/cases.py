@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from .bench import Bench, tolerances
-from .harness import PHASES, Budget, Candidate, Clock, NotMeasuredError, measure, verify
+from .harness import PHASES, Budget, Candidate, Clock, NotMeasuredError, WrongResultError, measure, verify
 from .memory import MIB, Request, in_fresh_process
 from .problem import IGNORE_INDEX, Truth, build
 from .records import Record, record, time_fields
@@ -174,4 +174,4 @@ def _whole(work: Workload) -> str:
 
 
 def _skipped(case: str, work: Workload, name: str, reason: NotMeasuredError) -> Record:
-    return record(case, work, name, _whole(work), skipped=str(reason))
+    return record(case, work, name, _whole(work), skipped=str(reason), wrong=isinstance(reason, WrongResultError))

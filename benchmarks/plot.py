@@ -53,6 +53,7 @@ def _series(records: Sequence[Record], op: str, case: str) -> dict[str, list[Rec
 def _draw_time(axes: Axes, op: str, series: dict[str, list[Record]]) -> None:
     matmuls = "two bare matmuls" if "delta" in op else "a bare matmul"
     axes.set_title(f"{op}: time ÷ {matmuls}", loc="left")
+    axes.axhline(1, color=_GREY, lw=1, ls="--")
     for name, entries in series.items():
         color, width = _STYLES[name]
         n = [entry.n for entry in entries]
@@ -62,8 +63,6 @@ def _draw_time(axes: Axes, op: str, series: dict[str, list[Record]]) -> None:
         axes.plot(n, [median for median, _, _ in spread], "o-", color=color, lw=width, ms=4)
         axes.fill_between(n, [low for _, low, _ in spread], [high for _, _, high in spread], color=color, alpha=0.15)
     _name_ends(axes, {name: (e[-1].n, e[-1].ratio_to("matmul")) for name, e in series.items() if e})
-    axes.axhline(1, color=_GREY, lw=1, ls="--")
-    axes.set_yscale("log", base=2)
     low, high = axes.get_ylim()
     fine, coarse = (0.5, 0.7, 1, 1.4, 2, 2.8, 4, 5.6, 8), tuple(2.0**k for k in range(-3, 9))
     _ticks(axes, series, fine if high / low < 10 else coarse, " ×")

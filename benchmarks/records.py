@@ -30,7 +30,7 @@ class Record:
     `case` is "compare", "sweep", "sweep memory", "half ignored", "linearity", "memory" or "long". `ratios` holds, for
     every other candidate of the case, the [median, p20, p80] of this one's time over that one's within a round.
     `errors` are against float64: largest absolute for an output, relative norm for a gradient. `skipped` says why there
-    is no figure.
+    is no figure; `wrong` that it is because of the result.
     """
 
     case: str
@@ -52,6 +52,7 @@ class Record:
     errors: dict[str, float] = field(default_factory=dict)
     peak_mib: float | None = None
     skipped: str | None = None
+    wrong: bool = False
 
     def ratio_to(self, other: str) -> float:
         return self.ratios[other][0]

@@ -188,6 +188,7 @@ def test_a_wrong_candidate_is_recorded_and_the_others_are_timed():
     work = Workload("logp", SMALL, 20, "float32")
     records = list(planner._comparison("compare", work, ("ours", "eager")))
     skipped = {entry.candidate: entry.skipped for entry in records}
+    assert [entry.candidate for entry in records if entry.wrong] == ["ours"]
     assert "is off by" in skipped["ours"]
     assert skipped["eager"] is None and skipped["read"] is None
 
@@ -266,6 +267,23 @@ def test_the_table_of_a_readme(tmp_path):
     readme.write_text("no markers")
     with pytest.raises(ValueError, match="benchmark table"):
         table.put_into(readme, "text")
+
+
+def test_the_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    from benchmarks.plot import draw
+
+    records = [
+        _entry("linear_logp", name, case, n, peak_mib=n * scale, ratios={"matmul": [scale] * 3})
+        for name, scale in (("ours", 1.0), ("eager", 3.0))
+        for case in ("sweep", "sweep memory")
+        for n in (16, 64)
+    ]
+    run = Run(environment(CPU), {"mode": "default", "only": None, "case": None}, records)
+    draw([run], tmp_path / "over_n.png")
+    assert (tmp_path / "over_n.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="no sweep"):
+        draw([dataclasses.replace(run, records=[])], tmp_path / "empty.png")
 
 
 def test_a_run_keeps_what_it_had(tmp_path):

@@ -187,7 +187,7 @@ def gradient_scales(
             scales[f"{prefix}logits"] = (dz, dz)
             continue
         hidden = inputs[f"{prefix}hidden"].masked_fill(~kept.any(-1, keepdim=True), 0.0)
-        flat, hidden = dz.flatten(0, -2), hidden.reshape(-1, hidden.shape[-1])
+        flat, hidden = dz.reshape(-1, dz.shape[-1]), hidden.reshape(-1, hidden.shape[-1])
         weight = inputs[f"{prefix}weight"]
         terms = {
             "hidden": (flat, weight),

@@ -1,0 +1,71 @@
+"""Peak memory of one op, measured in a process of its own: `python peak_memory.py '<json>'` prints MiB as JSON.
+
+The JSON is that of `MEASURED` in test_ops_memory.py. The measure is the growth of the resident set over what there was
+before the call, less the size of the results.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from cases import call, floating, make_inputs
+
+from dlogp_kernels import backends
+
+
+def _resident_kib(field: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(f"{field}:")[1].split()[0])
+
+
+def _big_inputs(case: dict) -> dict[str, torch.Tensor]:
+    """Inputs of the asked size, filled in place: a temporary copy would leave free memory to hide in."""
+    dtype = getattr(torch, case["dtype"])
+    small = make_inputs(case["op"], 2, v=8, d=case["d"], dtype=dtype, bias=case.get("bias", True))
+    sizes = {2: case["n"], 8: case["v"]}
+    inputs: dict[str, torch.Tensor] = {}
+    for name, x in small.items():
+        shape = tuple(sizes.get(size, size) for size in x.shape)
+        if name == "target":
+            inputs[name] = torch.randint(case["v"], shape)
+        else:
+            inputs[name] = torch.empty(shape, dtype=dtype).normal_(std=0.1)
+    if case.get("view") == "all but the last":
+        inputs["logits"] = inputs["logits"].view(8, -1, case["v"])[:, :-1]
+        inputs["target"] = inputs["target"].view(8, -1)[:, 1:]
+    return inputs
+
+
+def measure(case: dict) -> dict[str, float]:
+    wanted = case.get("wanted") or []
+    warm = make_inputs(case["op"], 70, v=700, d=case["d"], dtype=getattr(torch, case["dtype"]))
+    for name in wanted:
+        warm[name].requires_grad_()
+    stats = call(case["op"], warm)
+    if wanted:
+        sum(x.sum() for x in stats).backward()
+
+    inputs = _big_inputs(case)
+    for name in wanted:
+        inputs[name] = inputs[name].detach().requires_grad_()
+    results: list[torch.Tensor]
+    if case["pass"] == "backward":
+        stats = call(case["op"], inputs)
+        upstream = [torch.ones_like(x) for x in stats]
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _resident_kib("VmRSS")
+    if case["pass"] == "forward":
+        results = list(call(case["op"], inputs))
+    else:
+        results = list(torch.autograd.grad(stats, [inputs[name] for name in wanted], upstream))
+    growth = (_resident_kib("VmHWM") - before) / 1024
+    size = sum(x.numel() * x.element_size() for x in results) / 2**20
+    assert wanted or not any(inputs[name].requires_grad for name in floating(inputs))
+    return {"growth": growth, "results": size, "workspace": growth - size}
+
+
+if __name__ == "__main__":
+    parameters = json.loads(sys.argv[1])
+    with backends.use_backend(parameters["backend"]):
+        print(json.dumps(measure(parameters)))

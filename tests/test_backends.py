@@ -1,0 +1,139 @@
+"""The choice of a backend: what is available, forcing one, what it says when it can not."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from cases import OPS, call, gradients, make_inputs, upstream_of
+
+from dlogp_kernels import backends
+from dlogp_kernels.ops import schemas
+
+
+def _python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    env = os.environ | environment
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=env)
+
+
+def test_the_extension_is_there_where_it_can_be_built():
+    if not (shutil.which("c++") or shutil.which("g++")) or not shutil.which("ninja", path=_search_path()):
+        pytest.skip("no C++ compiler, or no ninja")
+    assert backends.unavailable("cpu", "linear_logp_fwd", "cpu") is None
+
+
+def _search_path() -> str:
+    return os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
+
+
+@pytest.mark.parametrize("op", schemas.SCHEMAS)
+def test_each_backend_serves_every_op(backend, op):
+    assert backends.select(op, "cpu") == backend
+
+
+def test_the_compiled_backend_is_preferred():
+    expected = "reference" if backends.unavailable("cpu", "logp_fwd", "cpu") else "cpu"
+    assert backends.select("logp_fwd", "cpu") == expected
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_backends_agree(op):
+    """Two implementations of one formula, compared directly."""
+    inputs = make_inputs(op, 33, v=1187)
+    results = []
+    for name in backends.BACKENDS:
+        if backends.unavailable(name, f"{op}_fwd", "cpu") is None:
+            with backends.use_backend(name):
+                stats = call(op, inputs)
+                results.append([*stats, *gradients(op, inputs, upstream_of(stats)).values()])
+    for other in results[1:]:
+        for value, expected in zip(other, results[0], strict=True):
+            torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_use_backend_nests_and_ends_with_an_error():
+    with backends.use_backend("reference"):
+        assert backends.select("logp_fwd", "cpu") == "reference"
+        with backends.use_backend(None):
+            assert backends.select("logp_fwd", "cpu") in backends.BACKENDS
+        with pytest.raises(KeyError), backends.use_backend(None):
+            raise KeyError
+        assert backends.select("logp_fwd", "cpu") == "reference"
+
+
+def test_unknown_backend_is_refused():
+    with (
+        pytest.raises(ValueError, match=r"backend is 'fast', expected one of .*reference"),
+        backends.use_backend("fast"),
+    ):
+        pass
+
+
+def test_a_backend_that_can_not_serve_names_op_device_and_reason():
+    with backends.use_backend("cpu"), pytest.raises(RuntimeError, match=r"logp_fwd.*'cpu'.*cuda.*CPU only"):
+        backends.select("logp_fwd", "cuda")
+
+
+def test_report_says_who_serves_each_op_and_why_not_another():
+    lines = [line for line in backends.report() if line.device == "cpu"]
+    assert {line.op for line in lines} == set(schemas.SCHEMAS)
+    for line in lines:
+        assert set(line.others) == set(backends.BACKENDS) - {line.backend}
+        assert all(line.others.values())
+
+
+def test_report_with_a_forced_backend():
+    with backends.use_backend("reference"):
+        assert {line.backend for line in backends.report() if line.device == "cpu"} == {"reference"}
+
+
+@pytest.mark.parametrize("size", [0, -1, 2**20 - 1])
+def test_workspace_below_one_mebibyte_is_refused(size):
+    with (
+        pytest.raises(ValueError, match=f"size is {size} bytes, expected at least 1 MiB"),
+        backends.workspace_limit(size),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_smallest_workspace_computes_the_same(backend, op):
+    inputs = make_inputs(op, 200, v=3_000, dtype=torch.bfloat16)
+    expected = call(op, inputs)
+    with backends.workspace_limit(2**20):
+        for value, other in zip(call(op, inputs), expected, strict=True):
+            torch.testing.assert_close(value, other, rtol=1e-5, atol=1e-5)
+
+
+def test_environment_variable_chooses():
+    code = "from dlogp_kernels import backends; print(backends.select('logp_fwd', 'cpu'))"
+    run = _python(code, DLOGP_BACKEND="reference")
+    assert run.stdout.strip() == "reference", run.stderr
+    run = _python(code, DLOGP_BACKEND="fast")
+    assert run.returncode != 0 and "DLOGP_BACKEND is 'fast', expected one of" in run.stderr
+
+
+def test_import_is_quiet_and_leaves_torch_alone():
+    code = (
+        "import torch; before = (torch.get_num_threads(), torch.get_default_dtype(), "
+        "torch.are_deterministic_algorithms_enabled(), torch.is_grad_enabled());"
+        "import dlogp_kernels, sys; after = (torch.get_num_threads(), torch.get_default_dtype(), "
+        "torch.are_deterministic_algorithms_enabled(), torch.is_grad_enabled());"
+        "assert before == after; assert 'transformers' not in sys.modules and 'trl' not in sys.modules"
+    )
+    run = _python(code)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+
+
+def test_allocations_are_poisoned():
+    """The fixture of all tests works: Python, and a library's own malloc."""
+    for size in (10_000, 10**6):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+            used = torch.ones(size, dtype=dtype)
+            del used
+            assert torch.empty(size, dtype=dtype).isnan().all()
+            assert torch.ones(3, dtype=dtype).new_empty(size).isnan().all()
+            assert torch.empty_like(torch.zeros(size, dtype=dtype)).isnan().all()
+    assert (torch.empty(10_000, dtype=torch.int64) == -1).all() or torch.are_deterministic_algorithms_enabled()

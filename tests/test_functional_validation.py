@@ -1,0 +1,144 @@
+"""What does not fit is refused by name: the argument, what was given, what was expected."""
+
+import numpy as np
+import pytest
+import torch
+from cases import LINEAR_OPS, OPS, PAIR_OPS, call, is_pair, make_inputs
+
+import dlogp_kernels
+
+
+def _refused(op: str, error: type[Exception], message: str, **changes) -> None:
+    tensors = make_inputs(op, (2, 3), v=30, d=4)
+    with pytest.raises(error, match=message):
+        call(op, tensors | changes)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_tensor_must_be_a_tensor(op):
+    for name in make_inputs(op, 1):
+        for value, kind in (([1.0, 2.0], "list"), (np.zeros(3), "ndarray"), (1, "int")):
+            _refused(op, TypeError, rf"^{name} is {kind}, expected a tensor", **{name: value})
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_floating_inputs_must_be_floating(op):
+    for name, x in make_inputs(op, (2, 3), v=30, d=4).items():
+        if name != "target":
+            for dtype in (torch.int64, torch.bool, torch.complex64):
+                _refused(op, TypeError, rf"^{name} has dtype {dtype}, expected bfloat16", **{name: x.to(dtype)})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool, torch.complex64], ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_target_must_be_integer(op, dtype):
+    _refused(op, TypeError, f"^target has dtype {dtype}, expected an integer", target=torch.zeros(2, 3).to(dtype))
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (6,), (3, 2), (2, 4), (2, 3, 0), (1, 2, 3), (2, 3, 4, 1)], ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_target_shape(op, shape):
+    message = rf"^target has shape .*expected \(2, 3\) or \(2, 3, 'K'\) for {'hidden' if 'linear' in op else 'logits'}"
+    _refused(op, ValueError, message, target=torch.zeros(shape, dtype=torch.int64))
+
+
+BAD_HEADS = [
+    ("hidden", (), r"hidden has shape \(\), expected \(…, D\)"),
+    ("hidden", (2, 3, 0), r"hidden has shape \(2, 3, 0\), expected \(…, D\) with D ≥ 1"),
+    ("hidden", (2, 3, 5), r"weight has shape .*expected \(V, 5\) for (base_)?hidden of shape \(2, 3, 5\)"),
+    ("weight", (30,), r"weight has shape \(30,\), expected \(V, "),
+    ("weight", (30, 7), r"weight has shape \(30, 7\), expected \(V, "),
+    ("weight", (0, 4), r"weight has shape \(0, 4\), expected \(V, "),
+    ("weight", (1, 30, 4), r"weight has shape \(1, 30, 4\), expected \(V, "),
+    ("bias", (), r"bias has shape \(\), expected \(30,\)"),
+    ("bias", (29,), r"bias has shape \(29,\), expected \(30,\)"),
+    ("bias", (30, 1), r"bias has shape \(30, 1\), expected \(30,\)"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"), BAD_HEADS, ids=[f"{name}{shape}" for name, shape, _ in BAD_HEADS]
+)
+@pytest.mark.parametrize("op", LINEAR_OPS)
+def test_shapes_of_a_head(op, name, shape, message):
+    for prefix in ("", "base_")[: 1 + is_pair(op)]:
+        _refused(op, ValueError, f"^{prefix}{message}", **{prefix + name: torch.zeros(shape)})
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (2, 3, 0)], ids=str)
+def test_shape_of_logits(shape):
+    _refused("logp", ValueError, r"^logits has shape .*, expected \(…, V\) with V ≥ 1", logits=torch.zeros(shape))
+    _refused("delta_logp", ValueError, r"^logits has shape", logits=torch.zeros(shape))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 31), (3, 2, 30), (6, 30)], ids=str)
+def test_base_logits_must_have_the_shape_of_logits(shape):
+    message = r"^base_logits has shape .*, expected that of logits, \(2, 3, 30\)"
+    _refused("delta_logp", ValueError, message, base_logits=torch.zeros(shape))
+
+
+def test_base_hidden_must_have_the_rows_of_hidden():
+    message = r"^base_hidden has shape \(3, 2, 12\), expected the leading dimensions of hidden, \(2, 3, 4\)"
+    _refused("linear_delta_logp", ValueError, message, base_hidden=torch.zeros(3, 2, 12))
+
+
+def test_both_models_must_have_one_vocabulary():
+    message = r"^base_weight has 31 rows, expected the vocabulary of weight \(30 rows\)"
+    _refused("linear_delta_logp", ValueError, message, base_weight=torch.zeros(31, 12), base_bias=torch.zeros(31))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_devices_must_agree(op):
+    _, *others = make_inputs(op, (2, 3), v=30, d=4).items()
+    for name, x in others:
+        _refused(op, ValueError, rf"^{name} is on meta, expected cpu, the device of", **{name: x.to("meta")})
+
+
+OPTIONS = ["temperature", "logit_scale", "softcap"]
+
+
+@pytest.mark.parametrize("value", [0, 0.0, -1, -0.5, float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("op", OPS)
+def test_options_must_be_positive_and_finite(op, name, value):
+    _refused(op, ValueError, rf"^{name} is {value}, expected a finite number > 0", **{name: value})
+    if op in PAIR_OPS and name != "temperature":
+        _refused(op, ValueError, rf"^base_{name} is {value}, expected a finite", **{f"base_{name}": value})
+
+
+@pytest.mark.parametrize("value", [True, "1", [1.0], 1j, torch.tensor(1.0)], ids=repr)
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("op", OPS)
+def test_options_must_be_python_numbers(op, name, value):
+    _refused(op, TypeError, rf"^{name} is .*, expected a Python number", **{name: value})
+
+
+@pytest.mark.parametrize("name", ["temperature", "logit_scale"])
+@pytest.mark.parametrize("op", OPS)
+def test_none_is_only_a_softcap(op, name):
+    _refused(op, TypeError, rf"^{name} is None, expected a Python number", **{name: None})
+
+
+@pytest.mark.parametrize("value", [None, 1.0, True, "-100", torch.tensor(-100)], ids=repr)
+@pytest.mark.parametrize("op", OPS)
+def test_ignore_index_must_be_an_integer(op, value):
+    _refused(op, TypeError, r"^ignore_index is .*, expected an integer", ignore_index=value)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_misspelt_options_are_refused(op):
+    _refused(op, TypeError, "unexpected keyword argument 'temprature'", temprature=1.0)
+
+
+def test_options_are_keywords():
+    with pytest.raises(TypeError, match="positional"):
+        dlogp_kernels.logp(torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64), 1.0)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_numbers_of_other_kinds_are_accepted(op):
+    inputs = make_inputs(op, 3)
+    expected = call(op, inputs, temperature=2.0)
+    for value in (2, np.float64(2.0)):
+        for x, other in zip(call(op, inputs, temperature=value), expected, strict=True):
+            assert torch.equal(x, other)

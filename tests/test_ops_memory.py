@@ -1,0 +1,92 @@
+"""Peak memory over inputs and results, in a process of its own: nothing of size N×V."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cases import OPS
+from tolerances import MEMORY_MIB
+
+HELPER = Path(__file__).with_name("peak_memory.py")
+#: Logits of 195 MiB for each model; twice that in float32, and once more for their gradient.
+MEASURED = {"n": 2048, "d": 256, "v": 50_000, "dtype": "bfloat16", "pass": "forward", "wanted": [], "view": ""}
+ALL_OF_A_PAIR = ["hidden", "weight", "bias", "base_hidden", "base_weight", "base_bias"]
+
+pytestmark = pytest.mark.skipif(
+    not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak of a process is reset by Linux only"
+)
+
+
+@pytest.fixture
+def peak(backend, record_property):
+    def measure(op: str, **changes) -> float:
+        """MiB over inputs and results."""
+        case = MEASURED | {"backend": backend, "op": op} | changes
+        if backend == "reference":
+            case["n"] = min(case["n"], 512)  # as large a workspace as for any number of tokens
+        command = [sys.executable, str(HELPER), json.dumps(case)]
+        run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert run.returncode == 0, run.stderr
+        measured = json.loads(run.stdout)
+        record_property(f"{op} {case['pass']} MiB", measured["workspace"])
+        print(case, measured)
+        return measured["workspace"]
+
+    return measure
+
+
+@pytest.fixture
+def compiled_only(backend):
+    if backend == "reference":
+        pytest.skip("slow there, and the same code as in the cases that run")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_forward(backend, peak, op):
+    assert peak(op) <= MEMORY_MIB[backend][0]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_backward_of_the_model(backend, peak, op):
+    wanted = ["hidden", "weight", "bias"] if "linear" in op else ["logits"]
+    assert peak(op, **{"pass": "backward"}, wanted=wanted) <= MEMORY_MIB[backend][1]
+
+
+@pytest.mark.usefixtures("compiled_only")
+@pytest.mark.parametrize("op", ["linear_logp", "linear_delta_logp"])
+def test_forward_in_float32(backend, peak, op):
+    assert peak(op, dtype="float32") <= MEMORY_MIB[backend][0]
+
+
+@pytest.mark.usefixtures("compiled_only")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    ("op", "wanted"),
+    [
+        ("linear_logp", ["hidden"]),
+        ("linear_logp", ["weight"]),
+        ("linear_logp", ["hidden", "weight", "bias"]),
+        ("linear_delta_logp", ALL_OF_A_PAIR),
+    ],
+    ids=lambda x: "+".join(x) if isinstance(x, list) else x,
+)
+def test_backward_of_some_inputs(backend, peak, op, wanted, dtype):
+    """A frozen weight has no buffer: V×D in float32 alone is 49 MiB."""
+    limit = MEMORY_MIB[backend][1]
+    assert peak(op, **{"pass": "backward"}, wanted=wanted, dtype=dtype) <= limit
+
+
+def test_given_logits_without_the_last_position(backend, peak):
+    """`logits[:, :-1]` has no flat view; a copy of it would be as large as all logits, 780 MiB."""
+    n = 8192 if backend == "cpu" else 512
+    assert peak("logp", view="all but the last", n=n) <= MEMORY_MIB[backend][0]
+
+
+@pytest.mark.usefixtures("compiled_only")
+@pytest.mark.parametrize("op", ["linear_logp", "linear_delta_logp"])
+def test_does_not_grow_with_tokens(peak, op):
+    small, large = (peak(op, n=n, d=32, v=20_000) for n in (512, 8192))
+    assert large <= small + 16

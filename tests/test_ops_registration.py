@@ -1,0 +1,236 @@
+"""What PyTorch expects of an op: opcheck, fullgraph compilation without recompiling, autocast, threads, DTensor."""
+
+import threading
+
+import pytest
+import torch
+from cases import (
+    ALL_OPTIONS,
+    LINEAR_OPS,
+    OPS,
+    call,
+    check_against_truth,
+    floating,
+    gradients,
+    is_linear,
+    is_pair,
+    make_inputs,
+    options_for,
+    upstream_of,
+)
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from dlogp_kernels.ops import schemas
+
+pytestmark = pytest.mark.usefixtures("backend")
+
+BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
+
+
+def _forward_arguments(op: str, dtype: torch.dtype, k: int, present: bool) -> list:
+    """Every argument of `<op>_fwd` in order; optional ones given or None."""
+    inputs = make_inputs(op, 6, v=31, d=5, k=k, dtype=dtype)
+    inputs["target"][2] = -100
+    if not present:
+        inputs = {name: x for name, x in inputs.items() if "bias" not in name}
+    models = ("", "base_")[: 1 + is_pair(op)]
+    arguments = [
+        inputs[f"{m}{name}"] for m in models for name in ("hidden", "weight", "logits") if f"{m}{name}" in inputs
+    ]
+    arguments.append(inputs["target"])
+    if is_linear(op):
+        arguments += [inputs.get(f"{m}bias") for m in models]
+    caps = [4.0 if present else None for _ in models]
+    scales = [1.3 if present else 1.0 for _ in models]
+    return [*arguments, 0.7 if present else 1.0, *caps, *scales, -100]
+
+
+@pytest.mark.parametrize("present", [True, False], ids=["every optional argument", "no optional argument"])
+@pytest.mark.parametrize("dtype", [BF16, FP32, FP64], ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_opcheck_forward(op, dtype, present):
+    arguments = _forward_arguments(op, dtype, 2, present)
+    arguments = [x.requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in arguments]
+    torch.library.opcheck(getattr(torch.ops.dlogp, f"{op}_fwd").default, arguments)
+
+
+@pytest.mark.parametrize("mask", ["all", "first", "last", "none"])
+@pytest.mark.parametrize("present", [True, False], ids=["every optional argument", "no optional argument"])
+@pytest.mark.parametrize("op", OPS)
+def test_opcheck_backward(op, present, mask):
+    arguments = _forward_arguments(op, BF16, 2, present)
+    stats = getattr(torch.ops.dlogp, f"{op}_fwd")(*arguments)
+    saved = stats[3:] if is_pair(op) else stats[1:]
+    tensors = len(arguments) - (6 if is_pair(op) else 4)
+    upstream = upstream_of(stats)[1:] if is_pair(op) else upstream_of(stats)
+    if not present:
+        upstream = [grad if i == 0 else None for i, grad in enumerate(upstream)]
+    arguments = [*upstream, *arguments[:tensors], *saved, *arguments[tensors:]]
+    count = {"linear_logp": 3, "linear_delta_logp": 6, "logp": 0, "delta_logp": 2}[op]
+    if count:
+        computable = count if present else {"linear_logp": 2, "linear_delta_logp": 4}.get(op, count)
+        chosen = {"all": range(computable), "first": [0], "last": [computable - 1], "none": []}[mask]
+        arguments.append([i in chosen for i in range(count)])
+    torch.library.opcheck(getattr(torch.ops.dlogp, f"{op}_bwd").default, arguments)
+
+
+def test_every_public_op_has_an_opcheck():
+    assert set(schemas.SCHEMAS) == {f"{op}_{way}" for op in OPS for way in ("fwd", "bwd")}
+
+
+@pytest.fixture
+def counter():
+    torch._dynamo.reset()
+    yield CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("k", [None, 3])
+@pytest.mark.parametrize("op", OPS)
+def test_compiles_whole_and_not_again_for_other_numbers_of_tokens(op, k, counter):
+    options = options_for(op, ALL_OPTIONS)
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def loss(inputs):
+        stats = call(op, inputs, **options)
+        return sum(x.sum() for x in stats)
+
+    for n in (5, 9, 17, 40, 3, 128):
+        inputs = make_inputs(op, n, v=31, k=k)
+        leaves = [inputs[name].requires_grad_() for name in floating(inputs)]
+        values = torch.autograd.grad(loss(inputs), leaves)
+        assert counter.frame_count <= 2, f"compiled again for N = {n}"  # the second compilation is for any N
+        expected = torch.autograd.grad(sum(x.sum() for x in call(op, inputs, **options)), leaves)
+        for value, other in zip(values, expected, strict=True):
+            torch.testing.assert_close(value, other)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_not_compiled_again_for_other_numbers_of_candidates_or_batches(op, counter):
+    compiled = torch.compile(lambda inputs: tuple(call(op, inputs)), backend=counter, fullgraph=True)
+    for batch, length, k in ((2, 5, 3), (3, 7, 4), (4, 6, 5), (7, 9, 2), (5, 8, 11)):
+        inputs = make_inputs(op, (batch, length), v=31, k=k)
+        for value, other in zip(compiled(inputs), call(op, inputs), strict=True):
+            torch.testing.assert_close(value, other)
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_python_numbers_as_options_compile(op, counter):
+    """Integers and floats that change from call to call, at fullgraph."""
+    compiled = torch.compile(lambda inputs, t: tuple(call(op, inputs, temperature=t)), backend=counter, fullgraph=True)
+    inputs = make_inputs(op, 5, v=31)
+    for temperature in (1, 2, 0.5, 0.25, 3.0):
+        for value, other in zip(compiled(inputs, temperature), call(op, inputs, temperature=temperature), strict=True):
+            assert value.dtype == FP32
+            torch.testing.assert_close(value, other)
+
+
+def test_compiled_call_still_checks_targets(counter):
+    compiled = torch.compile(lambda inputs: call("logp", inputs).logp, backend=counter, fullgraph=True)
+    inputs = make_inputs("logp", 5, v=31)
+    inputs["target"][3] = 31
+    with pytest.raises(IndexError, match=r"target\[3, 0\] is 31"):
+        compiled(inputs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", OPS)
+def test_inductor(op):
+    compiled = torch.compile(lambda inputs: tuple(call(op, inputs)), fullgraph=True, dynamic=True)
+    inputs = make_inputs(op, (2, 5), v=31)
+    for value, other in zip(compiled(inputs), call(op, inputs), strict=True):
+        torch.testing.assert_close(value, other)
+
+
+@pytest.mark.parametrize("op", LINEAR_OPS)
+def test_autocast_converts_as_linear_does(op):
+    inputs = make_inputs(op, v=1187)
+    leaves = [inputs[name].requires_grad_() for name in floating(inputs)]
+    with torch.autocast("cpu", dtype=BF16):
+        stats = call(op, inputs)
+        assert torch.nn.functional.linear(inputs["hidden"], inputs["weight"], inputs["bias"]).dtype == BF16
+    narrow = {name: x if name == "target" else x.detach().to(BF16) for name, x in inputs.items()}
+    for value, other in zip(stats, call(op, narrow), strict=True):
+        assert value.dtype == FP32
+        assert torch.equal(value, other)
+    upstream = upstream_of(stats)
+    expected = gradients(op, narrow, upstream)
+    for name, value in zip(floating(inputs), torch.autograd.grad(stats, leaves, upstream), strict=True):
+        assert value.dtype == FP32
+        assert torch.equal(value, expected[name].float())
+
+
+@pytest.mark.parametrize("op", LINEAR_OPS)
+def test_autocast_leaves_float64_alone(op):
+    with torch.autocast("cpu", dtype=BF16):
+        assert call(op, make_inputs(op, dtype=FP64)).logp.dtype == FP64
+
+
+@pytest.mark.parametrize("op", ["logp", "delta_logp"])
+def test_autocast_leaves_given_logits_alone(op):
+    inputs = make_inputs(op)
+    expected = call(op, inputs)
+    with torch.autocast("cpu", dtype=BF16):
+        for value, other in zip(call(op, inputs), expected, strict=True):
+            assert torch.equal(value, other)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_worker_threads(op):
+    """Four threads at once, each with its own backward."""
+    inputs = [make_inputs(op, 64, v=1187, dtype=BF16, seed=seed) for seed in range(4)]
+    upstream = [upstream_of(call(op, x)) for x in inputs]
+    expected = [gradients(op, x, grads) for x, grads in zip(inputs, upstream, strict=True)]
+    results: list = [None] * 4
+
+    def work(i):
+        results[i] = gradients(op, inputs[i], upstream[i])
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    for value, other in zip(results, expected, strict=True):
+        for name in other:
+            torch.testing.assert_close(value[name], other[name])
+
+
+@pytest.fixture
+def sharded():
+    """A function that makes a DTensor on a mesh of one process."""
+    distributed = pytest.importorskip("torch.distributed")
+    if not distributed.is_available() or distributed.is_initialized():
+        pytest.skip("needs torch.distributed, with no process group yet")
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    mesh = init_device_mesh("cpu", (1,))
+    yield lambda x: distribute_tensor(x, mesh, [Shard(0)])
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_sharded_inputs_are_refused_by_name(op, sharded):
+    inputs = make_inputs(op)
+    for name in inputs:
+        with pytest.raises(TypeError, match=rf"^{name} is a sharded DTensor.*{name}\.full_tensor\(\)"):
+            call(op, inputs | {name: sharded(inputs[name])})
+
+
+@pytest.mark.parametrize("name", ["weight", "base_weight"])
+def test_a_partitioned_weight_is_refused_with_advice(name):
+    """ZeRO-3 leaves an empty parameter behind."""
+    with pytest.raises(ValueError, match=rf"^{name} has shape \(0,\).*ZeRO-3.*gathered"):
+        call("linear_delta_logp", make_inputs("linear_delta_logp") | {name: torch.empty(0)})
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_inputs_are_not_modified(accuracy, op):
+    inputs = make_inputs(op, dtype=BF16)
+    before = {name: x.clone() for name, x in inputs.items()}
+    check_against_truth(accuracy, op, inputs)
+    for name, x in before.items():
+        assert torch.equal(inputs[name], x)

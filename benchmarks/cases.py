@@ -38,21 +38,32 @@ class Planner:
     mode: str
 
     def cases(self) -> Iterator[Case]:
-        linear = self.bench.op.startswith("linear")
+        op, quick = self.bench.op, self.mode == "quick"
+        linear = op.startswith("linear")
         dtype = "bfloat16" if linear else "float32"
         yield self._compare(MAIN, MAIN_N, dtype)
-        yield self._compare(MAIN, MAIN_N, dtype, training=True)
-        yield self._case("half ignored", self._half_ignored, Workload(self.bench.op, MAIN, MAIN_N, dtype))
-        for training in (False, True):
-            for shape, n in ((MAIN, MAIN_N), (OTHER, 4 * MAIN_N)):
-                yield self._memory(Workload(self.bench.op, shape, n, dtype, training))
-        if self.bench.op == "linear_delta_logp":
-            sizes = [n // 2 for n in LINEARITY_N] if self.mode == "quick" else LINEARITY_N
-            yield self._case("linearity", self._linearity, Workload(self.bench.op, MAIN, max(sizes)), sizes)
-        if self.mode != "quick":
+        if op == "linear_logp" or not quick:
+            yield self._compare(MAIN, MAIN_N, dtype, training=True)
+            yield self._case("half ignored", self._half_ignored, Workload(op, MAIN, MAIN_N, dtype))
+        yield from map(self._memory, self._memory_works(dtype))
+        if op == "linear_delta_logp":
+            sizes = [n // 2 for n in LINEARITY_N] if quick else LINEARITY_N
+            yield self._case("linearity", self._linearity, Workload(op, MAIN, max(sizes)), sizes)
+        if not quick:
             yield from self._more(linear)
-        if self.mode == "full" and self.bench.op == "linear_delta_logp":
-            yield self._memory(Workload(self.bench.op, MAIN, LONG_N), case="long")
+        if op == "linear_delta_logp" and self.mode == "full":
+            yield self._memory(Workload(op, MAIN, LONG_N), case="long")
+
+    def _memory_works(self, dtype: str) -> Iterator[Workload]:
+        """More than one N and V; in training so many rows that no kernel has all their gradients at hand at once."""
+        op, quick = self.bench.op, self.mode == "quick"
+        for shape, n in ((MAIN, MAIN_N), (OTHER, 4 * MAIN_N)):
+            yield Workload(op, shape, n, dtype)
+            if shape is OTHER or not quick:
+                yield Workload(op, shape, n, dtype, training=True)
+        if op.startswith("linear") and not quick:
+            yield Workload(op, MAIN, 4 * MAIN_N, dtype, training=True)
+            yield Workload(op, SHAPES["gemma-2-2b"], MAIN_N, dtype)
 
     def _more(self, linear: bool) -> Iterator[Case]:
         op = self.bench.op
@@ -67,9 +78,6 @@ class Planner:
             yield self._case("sweep", self._comparison, work, ALL)
             for name in ALL:
                 yield self._memory(work, name, case="sweep memory")
-        # Memory over N and V for a backward of many rows, and of a large vocabulary.
-        for work in (Workload(op, MAIN, 4 * MAIN_N, training=True), Workload(op, SHAPES["gemma-2-2b"], MAIN_N)):
-            yield self._memory(work)
 
     def _compare(self, shape: Shape, n: int, dtype: str, training: bool = False) -> Case:
         work = Workload(self.bench.op, shape, n, dtype, training)
@@ -89,7 +97,7 @@ class Planner:
 
     @property
     def _budget(self) -> Budget:
-        return Budget(seconds=8) if self.mode == "quick" else Budget(seconds=20, least=5)
+        return Budget(seconds=4) if self.mode == "quick" else Budget(seconds=20, least=5)
 
     def _comparison(self, case: str, work: Workload, names: Sequence[str]) -> Iterator[Record]:
         require_fit(work, "ours", self.device)
@@ -163,6 +171,7 @@ class Planner:
             rounds=1,
             errors=answer.errors,
             peak_mib=answer.peak / MIB,
+            output_mib=answer.outputs / MIB,
         )
 
     def _backend(self, name: str) -> str | None:

@@ -1,9 +1,9 @@
 """Peak memory of one call over its inputs and outputs, in a process that does nothing else.
 
 On CPU it is the kernel's own high-water mark of resident memory (VmHWM), reset just before the call, so memory that is
-freed at once counts as well. What the allocator kept from building the inputs is given back to the system first;
-otherwise the call could use it unseen. Hence the fresh process, and a warm-up (threads, code that is loaded on first
-use) so small that nothing of the size of the workload stays in a cache.
+freed at once counts as well, and an allocation counts whole, whether used or not. What the allocator kept from building
+the inputs is given back to the system first; otherwise the call could use it unseen. Hence the fresh process, and a
+warm-up (threads, code that is loaded on first use) so small that nothing of the size of the workload stays in a cache.
 
 `python -m benchmarks.memory REQUEST` measures the request (JSON) and prints the answer (JSON) as its last line.
 """
@@ -28,6 +28,7 @@ from .shapes import Shape, Workload
 
 MIB = 2**20
 _RESET_PEAK = "5"
+_M_PERTURB = -6
 _WARM_UP_SHAPE = Shape("warm-up", 64, 4096)
 _WARM_UP_N = 32
 _ROOT = Path(__file__).resolve().parent.parent
@@ -70,12 +71,21 @@ def peak_over(call: Callable[[], Iterable[Tensor]], device: torch.device) -> Ans
 
 
 class _ResidentMeter:
+    """Of glibc. While it runs, each allocation is written to at once.
+
+    Otherwise a page is resident only from its first use on, and a workspace that is freed before the last page of an
+    output is written would hide behind that output.
+    """
+
     def start(self) -> None:
-        ctypes.CDLL(None).malloc_trim(0)
+        self._libc = ctypes.CDLL(None)
+        self._libc.malloc_trim(0)
+        self._libc.mallopt(_M_PERTURB, 0xA5)
         Path("/proc/self/clear_refs").write_text(_RESET_PEAK)
         self._before = _status_bytes("VmRSS")
 
     def peak(self) -> int:
+        self._libc.mallopt(_M_PERTURB, 0)
         return _status_bytes("VmHWM") - self._before
 
 

@@ -51,6 +51,7 @@ class Record:
     ratios: dict[str, list[float]] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
     peak_mib: float | None = None
+    output_mib: float | None = None
     skipped: str | None = None
     wrong: bool = False
 

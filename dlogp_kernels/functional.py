@@ -49,8 +49,8 @@ def linear_logp(
     Gradients: of every output with respect to `hidden`, `weight` and `bias`, in the dtype of each; only those that are
     required are computed, from logits recomputed in blocks. Second derivatives raise RuntimeError.
 
-    Memory over inputs and outputs is bounded (`backends.workspace_limit`), whatever the number of tokens and V. A row's
-    result does not depend on the other rows, and is the same bit for bit in every run. Within `torch.autocast`, 32-bit
+    Memory over inputs and outputs is bounded (`backends.workspace_limit`), whatever the number of tokens and V. Results
+    are the same bit for bit in every run; with the compiled kernels a row's do not depend on the other rows. Within `torch.autocast`, 32-bit
     inputs are converted to the autocast dtype, as in `torch.nn.functional.linear`.
 
     Raises:
@@ -267,7 +267,9 @@ def _optional_float(value: float | None) -> float | None:
 
 def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """What `torch.autocast` does to the inputs of a linear layer."""
-    if not isinstance(hidden, Tensor) or not torch.is_autocast_enabled(hidden.device.type):
+    if not isinstance(hidden, Tensor) or not torch.amp.is_autocast_available(hidden.device.type):
+        return hidden, weight, bias
+    if not torch.is_autocast_enabled(hidden.device.type):
         return hidden, weight, bias
     dtype = torch.get_autocast_dtype(hidden.device.type)
 
@@ -364,5 +366,5 @@ def _check_options(**options: float | None) -> None:
             continue
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise TypeError(f"{name} is {value!r}, expected a Python number")
-        if not (math.isfinite(value) and value > 0):
+        if not 0 < value < math.inf:
             raise ValueError(f"{name} is {value}, expected a finite number > 0")

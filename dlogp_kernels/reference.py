@@ -83,7 +83,8 @@ def _kl(logp_all: Tensor, other_logp_all: Tensor) -> Tensor:
     p = logp_all.exp()
     impossible = other_logp_all == -torch.inf
     difference = (logp_all - other_logp_all).masked_fill((p == 0) | impossible, 0.0)
-    kl = (p * difference).sum(-1).clamp_min(0.0)
+    kl = (p * difference).sum(-1)
+    kl = kl + (kl.clamp_min(0.0) - kl).detach()  # rounding may leave it below 0; its gradient stays
     return kl.masked_fill((impossible & (logp_all > -torch.inf)).any(-1), torch.inf)
 
 

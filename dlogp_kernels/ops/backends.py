@@ -72,7 +72,9 @@ def select(op: str, device_type: str) -> str:
 
 def launch(op: str, device: torch.device, *arguments: object) -> tuple[torch.Tensor, ...]:
     """Run `op` with the backend selected for `device`."""
-    return _launcher(select(op, device.type), op)(*arguments, _workspace)
+    # The op's arguments are as autocast wants them; the matrix products inside must not be cast again.
+    with torch.autocast(device.type, enabled=False):
+        return _launcher(select(op, device.type), op)(*arguments, _workspace)
 
 
 def _launcher(backend: str, op: str) -> _Launcher:

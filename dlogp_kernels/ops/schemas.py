@@ -1,9 +1,9 @@
 """Every schema string of the library, once.
 
-N tokens lie in the leading dimensions, at least one, of hidden (…, D) and logits (…, V); weight is (V, D). Targets are
-flat, (N, K) int64, and so are outputs: `logp`-like ones are (N, K), the others (N,). In a backward op a gradient that is
-None counts as zero, and `output_mask` says which gradients to compute, in the order of the floating inputs; the others
-come back empty.
+N tokens lie in the leading dimensions, at least one, of hidden (…, D) and logits (…, V); weight is (V, D). Targets
+are flat, (N, K) int64, and so are outputs: `logp`-like ones are (N, K), the others (N,). In a backward op a gradient
+that is None counts as zero, and `output_mask` says which gradients to compute, in the order of the floating inputs; the
+others come back empty.
 
 A backend other than plain PyTorch implements a private copy of each schema, `_<backend>_<op>`, with one more argument,
 the workspace in bytes; `backends.py` chooses between them.

@@ -1,0 +1,39 @@
+# The README's two commands. Each sets up what it needs in .venv, on a fresh machine too, and is quick when repeated.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SOURCES := $(wildcard csrc/*/* python_bindings/*)
+
+.PHONY: demo test lint setup benchmarks clean
+
+demo: setup
+	$(BIN)/dlogp demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
+
+benchmarks: setup
+	$(BIN)/python -m benchmarks
+
+setup: $(STAMP)
+
+# torch is pinned: an open range would fetch the newest CUDA build. No build isolation: the extension has to be compiled
+# against this torch.
+$(BIN)/torch-installed: Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 numpy ninja "setuptools>=77" wheel
+	touch $@
+
+$(STAMP): $(BIN)/torch-installed pyproject.toml setup.py $(SOURCES)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dlogp_kernels/_cpu*.so *.egg-info

@@ -124,7 +124,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Directory for responses, data set and figures.")] = Path("demo_output"),
-    problems: Annotated[int | None, typer.Option(help="Held-out problems for each model.", show_default="2000")] = None,
+    problems: Annotated[int | None, typer.Option(help="Held-out problems for each model.", show_default="1000")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer problems and tokens: half a minute.")] = False,
     retrain: Annotated[
         bool, typer.Option("--retrain", help="Train the pair anew into OUT/pair first (minutes) and use that.")
@@ -139,7 +139,7 @@ def demo(
 def run() -> None:
     """Run the command of `sys.argv`; errors that a user can do something about are one message and status 1."""
     from ..jobs.errors import JobError
-    from ..report.dataset import DatasetError
+    from ..report.errors import DatasetError
 
     try:
         app()

@@ -15,14 +15,14 @@ from ..report.text import visible
 
 def print_metrics(console: Console, summary: Mapping[str, Any], out: Path) -> None:
     """The summary of a run: a line for each source, and where the files are."""
-    table = Table("responses of", title="Δlog p of the response tokens")
-    for heading in ("tokens", "mean", "P(< −1)", "P(> 0.25)", "mean KL", "mean entropy", "base entropy"):
-        table.add_column(heading, justify="right")
+    table = Table("source", title="Response tokens: means, and tails of Δlog p")
+    for heading in ("tokens", "Δlog p", "< −1", "> 0.25", "KL", "entropy", "base entropy"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for source, described in summary["sources"].items():
         tails, statistics = described["delta_logp_tails"], described["statistics"]
         means = [_number(statistics[name]["mean"]) for name in ("delta_logp", "kl", "entropy", "base_entropy")]
         table.add_row(
-            Text(visible(source) if source else "(no source)"),
+            Text(visible(source) if source else "–"),
             f"{described['response_tokens']:,}",
             means[0],
             f"{tails['below -1']:.2%}",

@@ -75,7 +75,7 @@ def _read_jsonl(path: Path) -> Iterator[Record]:
 
 def _parse_json(line: bytes) -> Mapping[str, Any] | BrokenLine:
     try:
-        columns = json.loads(line.decode("utf-8"))
+        columns = json.loads(line.rstrip().decode("utf-8"))
     except UnicodeDecodeError as error:
         return BrokenLine(f"not UTF-8: byte {line[error.start]:#04x} at column {error.start + 1}")
     except json.JSONDecodeError as error:

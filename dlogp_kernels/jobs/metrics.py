@@ -292,16 +292,19 @@ class _Run:
         with self._bar("base", 0) as bar:
             self._stopwatch.start()
             for part in self._parts:
+                computed = False
                 for samples, keys in self._batches(part):
                     if not all(map(store.has, keys)):
+                        computed = True
                         with _explained_computation():
                             hidden = response_hidden(samples, base, self._setting)
                         with self._writing():
                             for sample, key, states in zip(samples, keys, hidden, strict=True):
                                 store.write(key, states, input_ids=torch.tensor(sample.response_ids))
                     bar.update(_count_tokens(samples))
-                with self._writing():
-                    self._stopwatch.save_lap()
+                if computed:
+                    with self._writing():
+                        self._stopwatch.save_lap()
         with self._writing():
             write_atomically(self._directory.work / _BASE_DONE_FILE, b"")
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..report.dataset import SUMMARY_FILE, TOKENS_DIRECTORY
-from ..report.files import write_atomically
+from ..report.files import temporary_path, write_atomically
 from .errors import JobError, explained_writes
 
 MANIFEST_FILE = "manifest.json"
@@ -53,7 +53,8 @@ class RunDirectory:
             raise JobError(f"--out {self.out}: it is a file, expected a directory or a name that is free")
         manifest = self.out / MANIFEST_FILE
         if not manifest.exists():
-            strangers = sorted(entry.name for entry in self.out.iterdir() if entry.name != WORK_DIRECTORY)
+            ours = (WORK_DIRECTORY, temporary_path(manifest).name)
+            strangers = sorted(entry.name for entry in self.out.iterdir() if entry.name not in ours)
             if strangers:
                 raise JobError(
                     f"--out {self.out}: it holds other files ({', '.join(strangers[:3])}{'…' * (len(strangers) > 3)}), "
@@ -127,10 +128,10 @@ class RunDirectory:
 
     def begin(self) -> None:
         """Record whose directory this is, before the first results; again has no effect."""
+        manifest = self.out / MANIFEST_FILE
+        if not manifest.exists():
+            write_atomically(manifest, to_json({"format": _FORMAT, "identity": self._identity}))
         (self.out / TOKENS_DIRECTORY).mkdir(exist_ok=True)
-        if not (self.out / MANIFEST_FILE).exists():
-            content = {"format": _FORMAT, "identity": self._identity}
-            write_atomically(self.out / MANIFEST_FILE, to_json(content))
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write the summary, which completes the run."""

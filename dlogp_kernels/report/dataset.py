@@ -18,6 +18,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from ..results import DeltaLogpStats
+from .errors import DatasetError
 from .files import write_atomically
 
 #: The float32 columns, in nats: those of `DeltaLogpStats`.
@@ -37,10 +38,6 @@ SCHEMA = pa.schema(
 
 TOKENS_DIRECTORY = "tokens"
 SUMMARY_FILE = "summary.json"
-
-
-class DatasetError(ValueError):
-    """A directory that holds no data set of token statistics, or a broken one."""
 
 
 class ResponseRows(NamedTuple):

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .dataset import DatasetError, TokenDataset
+from .dataset import TokenDataset
+from .errors import DatasetError
 from .files import write_atomically
 from .text import escape_markdown, quoted, visible
 
@@ -176,11 +178,13 @@ def _draw_panel(axes: Axes, panel: Panel, data: Sequence[Histogram]) -> None:
         axes.stairs(histogram.density, histogram.edges, color=colour, linewidth=1.6, linestyle=line, label=label)
     if panel.signed:
         axes.axvline(0.0, color="0.35", linewidth=0.9, linestyle=":", zorder=0)
-    axes.set_yscale("log")
     densities = np.concatenate([histogram.density for histogram in data])
     if (densities > 0).any():
+        axes.set_yscale("log")
         axes.set_ylim(densities[densities > 0].min() / 2, densities.max() * 2)
-    axes.set_xlim(data[0].edges[0], data[0].edges[-1])
+    first, last = data[0].edges[0], data[0].edges[-1]
+    margin = 0.02 * (last - first)
+    axes.set_xlim(first - margin, last + margin)
     axes.set_title(panel.title, fontsize=13)
     num_beyond = sum(histogram.num_beyond for histogram in data)
     axes.set_xlabel(panel.label + (f", {num_beyond:,} tokens beyond" if num_beyond else ""), fontsize=12)
@@ -204,8 +208,9 @@ def _label_and_style(histogram: Histogram, index: int) -> tuple[str, int]:
 
 def _render(figure: Figure, kind: str) -> bytes:
     buffer = io.BytesIO()
-    # Without the date the same data give the same file.
-    figure.savefig(buffer, format=kind, dpi=160, metadata={"Date": None} if kind == "svg" else None)
+    # Without the date and random ids the same data give the same file.
+    with rc_context({"svg.hashsalt": "dlogp"}):
+        figure.savefig(buffer, format=kind, dpi=160, metadata={"Date": None} if kind == "svg" else None)
     return buffer.getvalue()
 
 

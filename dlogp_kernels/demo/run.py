@@ -1,0 +1,150 @@
+"""The demo: what RL changed in the tiny pair, found as a user would find it, and the memory it takes at full size."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from ..hf.tiny import load_local
+from ..jobs.errors import JobError
+from ..jobs.metrics import run_metrics
+from ..report.figures import Plot, plot
+from ..report.text import visible
+from . import task
+from .generate import PAIR_DIRECTORY, Source, accuracy, generate_responses, response_rows, write_jsonl
+from .memory import VOCABULARY, Measurement, measure_in_subprocess
+
+NUM_PROBLEMS = 1000
+QUICK_NUM_PROBLEMS = 200
+MEMORY_TOKENS = 8192
+QUICK_MEMORY_TOKENS = 1024
+_SEED = 1
+_SHOWN_TOKENS = 8
+_GIBIBYTE = 2**30
+
+
+class Accuracy(NamedTuple):
+    """The share of right answers and its standard error."""
+
+    mean: float
+    standard_error: float
+
+
+class DemoResult(NamedTuple):
+    """What the demo found: accuracies by source, the summary of the metrics, the figures, the memory measured."""
+
+    accuracies: dict[Source, Accuracy]
+    summary: Mapping[str, Any]
+    figures: Plot
+    memory: Measurement
+
+
+def run_demo(
+    out: str | Path,
+    *,
+    num_problems: int | None = None,
+    quick: bool = False,
+    retrain: bool = False,
+    console: Console | None = None,
+) -> DemoResult:
+    """Sample responses of both models to held-out problems, measure and plot them, and measure memory at full size.
+
+    Args:
+        out: receives a directory for this number of problems, with `responses.jsonl` and `metrics/` (`figures/` in
+            it), and, with `retrain`, `pair/`.
+        num_problems: answered by each model once; 1000, or 200 with `quick`.
+        quick: fewer problems, and 1024 tokens instead of 8192 in the measurement of memory.
+        retrain: train the pair anew first, which takes minutes, and use that instead of the one that comes along.
+        console: where findings are printed.
+
+    Raises JobError if `out` holds the demo of another pair, or with `retrain` a pair already.
+    """
+    console = console or Console(highlight=False)
+    count = num_problems if num_problems is not None else QUICK_NUM_PROBLEMS if quick else NUM_PROBLEMS
+    if count < 1:
+        raise JobError(f"--problems is {count}, expected at least 1")
+    directory = Path(out)
+    pair = _retrain(directory / "pair", console) if retrain else PAIR_DIRECTORY
+    directory = directory / f"{count}-problems"
+    started = time.monotonic()
+    data = directory / "responses.jsonl"
+    accuracies = _respond(pair, count, data)
+    summary = run_metrics(
+        pair / "rl", pair / "base", data, directory / "metrics", dtype="fp32", device="cpu", batch_tokens=16_384
+    )
+    figures = plot(directory / "metrics")
+    _print_findings(console, accuracies, summary, figures)
+    console.print(
+        f"That took {time.monotonic() - started:.0f} s. Now the size of a real model, in a process of its own…"
+    )
+    memory = measure_in_subprocess(QUICK_MEMORY_TOKENS if quick else MEMORY_TOKENS)
+    _print_memory(console, memory)
+    return DemoResult(accuracies, summary, figures, memory)
+
+
+def _retrain(directory: Path, console: Console) -> Path:
+    if directory.exists():
+        raise JobError(f"--out {directory.parent}: it holds a pair already, expected another directory to train into")
+    # It imports trl, which a demo of the pair that comes along can do without.
+    from .train_pair import train_pair
+
+    console.print(f"training a pair into {directory}", markup=False, soft_wrap=True)
+    train_pair(directory)
+    return directory
+
+
+def _respond(pair: Path, num_problems: int, data: Path) -> dict[Source, Accuracy]:
+    """Write both models' responses to `data`, and grade them."""
+    problems = task.generate_problems(num_problems, _SEED, "held_out")
+    accuracies: dict[Source, Accuracy] = {}
+    rows: list[dict[str, Any]] = []
+    sources: tuple[Source, ...] = ("base", "rl")
+    for source in sources:
+        model, tokenizer = load_local(pair / source)
+        responses = generate_responses(model, tokenizer, problems, seed=_SEED)
+        accuracies[source] = Accuracy(*accuracy(responses))
+        rows += response_rows(responses, source)
+    data.parent.mkdir(parents=True, exist_ok=True)
+    write_jsonl(data, rows)
+    return accuracies
+
+
+def _print_findings(
+    console: Console, accuracies: Mapping[Source, Accuracy], summary: Mapping[str, Any], figures: Plot
+) -> None:
+    table = Table("source", title="What RL changed, by who wrote the responses")
+    for heading in ("accuracy", "tokens", "Δlog p < −1", "Δlog p > 0.25", "mean KL", "entropy"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for source, graded in accuracies.items():
+        described = summary["sources"][source]
+        tails, statistics = described["delta_logp_tails"], described["statistics"]
+        table.add_row(
+            source,
+            f"{graded.mean:.3f} ± {graded.standard_error:.3f}",
+            f"{described['response_tokens']:,}",
+            f"{tails['below -1']:.2%}",
+            f"{tails['above 0.25']:.2%}",
+            f"{statistics['kl']['mean']:.4f}",
+            f"{statistics['entropy']['mean']:.4f}",
+        )
+    console.print(table)
+    raised = figures.top_tokens[:_SHOWN_TOKENS]
+    shown = ", ".join(f"{visible(token.text)} ({token.delta_logp:+.3f})" for token in raised)
+    console.print(f"tokens that RL raised most, by mean Δlog p: {shown}", markup=False)
+    for file in figures.files:
+        console.print(str(file), markup=False, soft_wrap=True)
+
+
+def _print_memory(console: Console, memory: Measurement) -> None:
+    console.print(
+        f"linear_delta_logp of {memory.num_tokens:,} tokens over a vocabulary of {VOCABULARY:,}, bfloat16: "
+        f"{memory.seconds:.1f} s, {memory.extra_bytes / 2**20:.0f} MiB over inputs "
+        f"({memory.input_bytes / 2**20:.0f} MiB) and outputs."
+    )
+    console.print(
+        f"Float32 logits of both models would take {memory.logits_bytes / _GIBIBYTE:.1f} GiB, "
+        f"{memory.log_softmax_bytes / _GIBIBYTE:.1f} GiB with a log-softmax of each."
+    )

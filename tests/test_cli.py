@@ -1,0 +1,201 @@
+"""The command line: arguments reach the jobs, errors are one message on stderr, and `doctor` tells what there is."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("typer")
+pytest.importorskip("tqdm")
+pytest.importorskip("transformers")
+pytest.importorskip("matplotlib")
+pytest.importorskip("psutil")
+
+import pyarrow.parquet as pq
+import torch
+from pair_files import Pair, contents, write_lines, write_pair
+
+import dlogp_kernels
+from dlogp_kernels import backends, cli
+from dlogp_kernels.demo import memory
+from dlogp_kernels.demo import run as demo_run
+from dlogp_kernels.jobs.metrics import run_metrics
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory) -> Pair:
+    return write_pair(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture
+def dlogp(monkeypatch, capsys):
+    """Run a command in this process; gives its exit status, stdout and stderr."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["dlogp", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        captured = capsys.readouterr()
+        code = end.value.code
+        return (0 if code is None else code), captured.out, captured.err
+
+    return call
+
+
+def metrics_arguments(pair: Pair, out: Path) -> list[object]:
+    return ["metrics", "--rl", pair.rl, "--base", pair.base, "--data", pair.data, "--out", out, "--device", "cpu"]
+
+
+def test_metrics_then_plot(pair, dlogp, tmp_path):
+    out = tmp_path / "out"
+    status, printed, errors = dlogp(*metrics_arguments(pair, out), "--dtype", "fp32", "--batch-tokens", 100)
+    assert status == 0, errors
+    assert "tokens/s" in errors and "Traceback" not in errors
+    summary = json.loads((out / "summary.json").read_text())
+    assert f"{summary['responses']} responses" in printed and str(out) in printed.replace("\n", "")
+    run_metrics(*pair, tmp_path / "library", dtype="fp32", batch_tokens=100, device="cpu", progress=False)
+    assert contents(out / "tokens") == contents(tmp_path / "library" / "tokens")
+    status, printed, errors = dlogp("plot", out, "--out", tmp_path / "figures", "--min-count", 3)
+    assert status == 0, errors
+    assert sorted(contents(tmp_path / "figures")) == [
+        "histograms.png",
+        "histograms.svg",
+        "top_tokens.csv",
+        "top_tokens.md",
+    ]
+    assert "at least 3 times" in printed and "not complete" not in printed
+
+
+def test_every_option_reaches_the_job(pair, dlogp, tmp_path, monkeypatch):
+    received = {}
+
+    def record(*arguments, **options):
+        received.update(options, arguments=arguments)
+        return run_metrics(*pair, tmp_path / "out", device="cpu", progress=False)
+
+    monkeypatch.setattr("dlogp_kernels.jobs.metrics.run_metrics", record)
+    options = ["--memory-limit", "4GiB", "--batch-tokens", 77, "--dtype", "fp16", "--sequential", "--resume"]
+    options += ["--on-error", "skip", "--temperature", 0.7, "--trust-remote-code"]
+    status, _, errors = dlogp(*metrics_arguments(pair, tmp_path / "out"), *options)
+    assert status == 0, errors
+    assert received == {
+        "arguments": (str(pair.rl), str(pair.base), pair.data, tmp_path / "out"),
+        "memory_limit": "4GiB",
+        "batch_tokens": 77,
+        "dtype": "fp16",
+        "device": "cpu",
+        "sequential": True,
+        "resume": True,
+        "on_error": "skip",
+        "temperature": 0.7,
+        "trust_remote_code": True,
+    }
+
+
+def test_errors_are_one_message_on_stderr(pair, dlogp, tmp_path):
+    data = write_lines(tmp_path / "data.jsonl", [{"prompt": "w1", "response": "w2"}, b"[red]no JSON[/red]"])
+    broken = metrics_arguments(pair._replace(data=data), tmp_path / "out")
+    (tmp_path / "a file").touch()
+    cases = [
+        (broken, 1, "error: --data: line 2: not JSON"),
+        (metrics_arguments(pair._replace(data=tmp_path / "absent"), tmp_path / "out"), 1, "there is no such file"),
+        ([*metrics_arguments(pair, tmp_path / "out"), "--resume"], 1, "there is no run to go on with"),
+        (["plot", tmp_path], 1, "holds no token statistics"),
+        (metrics_arguments(pair, tmp_path / "a file" / "out"), 1, "writing failed (Not a directory)"),
+        ([*metrics_arguments(pair, tmp_path / "out"), "--dtype", "int3"], 2, "'int3'"),
+        (["metrics", "--rl", pair.rl], 2, "--base"),
+        (["measure"], 2, "measure"),
+        (["demo", "--problems", 0, "--out", tmp_path / "out"], 1, "--problems is 0, expected at least 1"),
+    ]
+    for arguments, expected_status, message in cases:
+        status, printed, errors = dlogp(*arguments)
+        assert status == expected_status, errors
+        assert message in errors and "Traceback" not in errors and printed == ""
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_package_is_named_with_its_extra(dlogp, monkeypatch):
+    monkeypatch.setattr(cli, "_NEEDED", ("rich", "no_such_package"))
+    status, _, _ = dlogp("doctor")
+    assert "no_such_package can not be imported" in status and 'pip install "dlogp_kernels[cli]"' in status
+
+
+def test_module_can_be_run_and_imports_nothing_heavy_for_help():
+    code = "import sys; sys.argv = ['dlogp', '--help']\nfrom dlogp_kernels import cli\ntry:\n    cli.main()\n"
+    code += "finally:\n    assert not {'transformers', 'matplotlib', 'pandas'} & set(sys.modules), 'heavy import'"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    for command in ("metrics", "plot", "doctor", "demo"):
+        assert command in result.stdout
+    result = subprocess.run(
+        [sys.executable, "-m", "dlogp_kernels.cli", "plot", "/nowhere"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+        check=False,
+    )
+    assert result.returncode == 1 and result.stdout == ""
+    assert result.stderr.startswith("error: /nowhere holds no token statistics") and result.stderr.count("\n") == 1
+
+
+def test_doctor_json(dlogp):
+    status, printed, _ = dlogp("doctor", "--json")
+    report = json.loads(printed)
+    assert status == 0
+    assert report["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert report["versions"]["dlogp_kernels"] == dlogp_kernels.__version__
+    assert report["versions"]["torch"] == torch.__version__
+    assert report["processor"]["cores"] == os.cpu_count()
+    assert report["processor"]["capability"] == torch.backends.cpu.get_cpu_capability()
+    assert len(report["gpus"]) == torch.cuda.device_count()
+    assert report["backends"] == [choice._asdict() for choice in backends.report()]
+
+
+def test_doctor_says_why_not_another_backend(dlogp, monkeypatch):
+    monkeypatch.setattr(backends, "_extension_problem", "the compiled extension fell overboard")
+    status, printed, _ = dlogp("doctor")
+    assert status == 0
+    assert "linear_delta_logp_fwd" in printed and "reference" in printed
+    assert "fell overboard" in " ".join(printed.replace("│", " ").split())
+    assert torch.__version__ in printed
+
+
+def test_demo_runs_on_the_pair_that_comes_along(dlogp, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo_run, "measure_in_subprocess", lambda tokens: memory.Measurement(tokens, 1.5, 2**29, 2**23))
+    out = tmp_path / "demo"
+    status, printed, errors = dlogp("demo", "--problems", 24, "--out", out)
+    assert status == 0, errors
+    out = out / "24-problems"
+    rows = [json.loads(line) for line in (out / "responses.jsonl").read_text().splitlines()]
+    assert [row["source"] for row in rows] == ["base"] * 24 + ["rl"] * 24
+    for source in ("base", "rl"):
+        mean = sum(row["correct"] for row in rows if row["source"] == source) / 24
+        assert f"{mean:.3f} ± {(mean * (1 - mean) / 24) ** 0.5:.3f}" in printed
+    table = pq.read_table(out / "metrics" / "tokens").to_pandas()
+    assert " ".join(table[table["sample_id"] == "rl-00003"]["token_text"]) == rows[24 + 3]["response"]
+    assert (out / "metrics" / "figures" / "histograms.png").stat().st_size > 20_000
+    words = " ".join(printed.split())
+    assert "8 MiB over inputs (512 MiB)" in words
+    # Twice 8192 × 151 936 × 4 bytes, and twice that.
+    assert "would take 9.3 GiB, 18.5 GiB with a log-softmax" in words
+
+
+def test_demo_does_not_train_over_a_pair(dlogp, tmp_path):
+    (tmp_path / "pair").mkdir()
+    status, _, errors = dlogp("demo", "--retrain", "--out", tmp_path)
+    assert status == 1 and "it holds a pair already" in errors
+
+
+def test_memory_is_measured_over_inputs_and_outputs():
+    found = memory.measure_in_subprocess(64)
+    inputs = 2 * (64 + memory.VOCABULARY) * memory.HIDDEN_SIZE * 2 + 64 * 8
+    assert (found.num_tokens, found.input_bytes) == (64, inputs)
+    # Neither the weights nor a buffer of full float32 weights is in it.
+    assert 0 <= found.extra_bytes < 400 * 2**20 and found.seconds > 0
+    assert found.logits_bytes == 2 * 64 * 151_936 * 4

@@ -19,35 +19,45 @@ from .heads import body_of
 
 
 class Batch(NamedTuple):
-    """Tokens (B, T) and to which document each belongs: 0, 1, … row by row; −1 where masked."""
+    """Tokens (B, T) and to which document each belongs: 0, 1, … row by row; −1 where masked.
+
+    whole: every row is one document, without padding.
+    """
 
     input_ids: Tensor
     document: Tensor
+    whole: bool
 
 
 class Group(NamedTuple):
     """Some documents of a batch, padded on the right.
 
-    place is (n, L), int64: where in the batch, flattened, each token stands; −1 where padded.
+    place is (n, L), int64: where in the batch, flattened, each token stands; −1 where padded. whole: the group is the
+    batch itself, row by row.
     """
 
     input_ids: Tensor
     place: Tensor
+    whole: bool
 
 
 def as_batch(input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Batch:
     """Check the arguments and part the rows into documents; ValueError or TypeError by name."""
     _check_integers("input_ids", input_ids)
-    if input_ids.dim() != 2:
-        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}, expected (B, T)")
+    if input_ids.dim() != 2 or input_ids.numel() == 0:
+        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}, expected (B, T), B and T ≥ 1")
+    if attention_mask is None and position_ids is None:
+        document = torch.arange(input_ids.shape[0], device=input_ids.device)[:, None].expand_as(input_ids)
+        return Batch(input_ids, document, whole=True)
     kept = torch.ones_like(input_ids, dtype=torch.bool)
     if attention_mask is not None:
         kept = as_mask("attention_mask", attention_mask, [tuple(input_ids.shape)]).to(input_ids.device)
     starts = _first_kept(kept)
     if position_ids is not None:
-        starts = _restarts(position_ids.to(input_ids.device), input_ids, kept)
+        starts = _restarts(position_ids, input_ids, kept)
     document = starts.flatten().cumsum(0).view_as(starts) - 1
-    return Batch(input_ids, document.masked_fill(~kept, -1))
+    whole = bool(kept.all()) and int(starts.sum()) == input_ids.shape[0]
+    return Batch(input_ids, document.masked_fill(~kept, -1), whole)
 
 
 def as_mask(name: str, mask: Tensor, shapes: list[tuple[int, ...]]) -> Tensor:
@@ -69,7 +79,7 @@ def predicted(batch: Batch) -> Tensor:
 
 def first_document(batch: Batch) -> Tensor:
     """The tokens of the first document; empty where all is masked."""
-    return batch.input_ids[batch.document == 0]
+    return batch.input_ids.flatten()[batch.document.flatten() == 0]
 
 
 def longest_document(batch: Batch) -> int:
@@ -80,6 +90,10 @@ def longest_document(batch: Batch) -> int:
 
 def groups(batch: Batch, max_tokens: int) -> Iterator[Group]:
     """The documents, longest first, in groups that hold at most `max_tokens` with their padding, or one document."""
+    if batch.whole and batch.input_ids.numel() <= max_tokens:
+        everywhere = torch.arange(batch.input_ids.numel(), device=batch.input_ids.device)
+        yield Group(batch.input_ids, everywhere.view_as(batch.input_ids), whole=True)
+        return
     documents = batch.document.flatten()
     place = (documents >= 0).nonzero().squeeze(-1)
     lengths = torch.bincount(documents[place])
@@ -122,6 +136,20 @@ def run_body(model: PreTrainedModel, input_ids: Tensor, prefill_chunk: int | Non
     return hidden
 
 
+def check_tokens(batch: Batch, model: PreTrainedModel) -> None:
+    """IndexError naming the first token beyond the model's embeddings, on the CPU; CUDA's own check is kept else."""
+    rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    if rows is None or batch.input_ids.device.type != "cpu":
+        return
+    beyond = ((batch.input_ids < 0) | (batch.input_ids >= rows)) & (batch.document >= 0)
+    if beyond.any():
+        row, column = beyond.nonzero()[0].tolist()
+        raise IndexError(
+            f"input_ids[{row}, {column}] is {int(batch.input_ids[row, column])}, expected a token in [0, {rows}), the "
+            f"embeddings of {type(model).__name__}"
+        )
+
+
 def check_prefill_chunk(prefill_chunk: int | None, model: nn.Module) -> None:
     """ValueError for a chunk < 1, RuntimeError where a gradient would be needed through the cache."""
     if prefill_chunk is None:
@@ -139,21 +167,16 @@ def needs_gradient(model: nn.Module) -> bool:
     return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in model.parameters())
 
 
-def is_whole(group: Group, batch: Batch) -> bool:
-    """Whether the group is the batch itself, row by row, without padding."""
-    place = group.place
-    everywhere = torch.arange(place.numel(), device=place.device).view_as(place)
-    return place.shape == batch.input_ids.shape and torch.equal(place, everywhere)
-
-
-def scatter(rows: Tensor, group: Group, into: Tensor) -> Tensor:
-    """`into` (B·T, …) with the rows (n, L, …) of the group's documents at their places, differentiable."""
+def scatter(rows: Tensor, group: Group, into: Tensor) -> None:
+    """Write rows (n, L, …) of the group's documents to their places in `into` (B·T, …); differentiable."""
     kept = group.place >= 0
-    return into.index_put((group.place[kept],), rows[kept])
+    into[group.place[kept]] = rows[kept]
 
 
 def gather(values: Tensor, group: Group) -> Tensor:
     """Rows (n, L, …) of `values` (B·T, …) at the group's places; 0 where padded."""
+    if group.whole:
+        return values.view(*group.place.shape, *values.shape[1:])
     rows = values[group.place.clamp_min(0)]
     kept = (group.place >= 0).view(*group.place.shape, *(1 for _ in values.shape[1:]))
     return torch.where(kept, rows, torch.zeros_like(rows))
@@ -181,7 +204,7 @@ def _restarts(position_ids: Tensor, input_ids: Tensor, kept: Tensor) -> Tensor:
         )
     if position_ids.shape[0] not in (1, input_ids.shape[0]):
         raise ValueError(f"position_ids has {position_ids.shape[0]} rows, expected {input_ids.shape[0]} or 1")
-    position_ids = position_ids.expand_as(input_ids)
+    position_ids = position_ids.to(input_ids.device).expand_as(input_ids)
     starts = kept & (position_ids == 0)
     count = kept.cumsum(1) - 1
     first = torch.where(starts, count, 0).cummax(1).values
@@ -202,7 +225,7 @@ def _padded(batch: Batch, place: Tensor, begins: Tensor, lengths: Tensor, longes
     where = (begins[:, None] + offset).masked_fill(~inside, 0)
     # Any token will do as padding: what stands on the right is not looked at.
     tokens = batch.input_ids.flatten()[place[where]]
-    return Group(tokens, place[where].masked_fill(~inside, -1))
+    return Group(tokens, place[where].masked_fill(~inside, -1), whole=False)
 
 
 def _accepts(parameters: Any, name: str) -> bool:

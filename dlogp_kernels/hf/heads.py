@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import Iterator
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-
-from ..functional import linear_logp
 
 #: Fields of a config that multiply the logits, and those that divide the logits (or, the same, the hidden states).
 _MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
@@ -21,11 +16,6 @@ _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_ca
 #: Model types whose code does not use a field as the others do.
 _MULTIPLIES_BY_LOGITS_SCALING = ("hyperclovax",)
 _IGNORES_LOGIT_SCALE = ("mpt",)
-
-_PROBE_TOKENS = 8
-_PROBE_CANDIDATES = 256
-#: Error of a logit over the largest logit of its row that rounding may explain: a few roundings of the model's dtype.
-_PROBE_TOLERANCE = {torch.bfloat16: 2**-5, torch.float16: 2**-8, torch.float32: 1e-4, torch.float64: 1e-4}
 
 
 class LmHead(NamedTuple):
@@ -70,7 +60,8 @@ def unwrapped(model: nn.Module) -> PreTrainedModel:
 
 def body_of(model: PreTrainedModel) -> nn.Module:
     """The part of a causal language model that ends with the hidden states which the last layer reads."""
-    body = model.base_model
+    # Some classes name another attribute than the one that holds their body.
+    body = model.base_model if model.base_model is not model else getattr(model, "model", model)
     if body is model:
         raise TypeError(
             f"model is {type(model).__name__}, which has no body apart from itself (base_model_prefix is "
@@ -106,27 +97,6 @@ def lm_head(model: nn.Module) -> LmHead:
     if rows < weight.shape[0]:
         weight, bias = weight[:rows], None if bias is None else bias[:rows]
     return LmHead(weight, bias, _softcap(config), _logit_scale(config))
-
-
-def verified_lm_head(model: nn.Module, tokens: Tensor, run_body: Any) -> LmHead:
-    """`lm_head(model)`, after a check, once a model, that hidden states and last layer give the model's own logits.
-
-    The check runs at most 8 of `tokens` (1-dimensional) through the model. `run_body(model, input_ids)` gives the
-    hidden states (B, T, D). Raises ValueError where log-probabilities disagree by more than rounding, or where a
-    token's hidden state depends on later tokens.
-    """
-    causal_lm = unwrapped(model)
-    head = lm_head(model)
-    signature = (type(causal_lm.get_output_embeddings()), head.softcap, head.logit_scale, tuple(head.weight.shape))
-    if tokens.numel() and _verified.get(causal_lm) != signature:
-        with torch.no_grad(), _evaluation(causal_lm):
-            _check_causal(causal_lm, tokens, run_body)
-            _check_logits(causal_lm, head, tokens, run_body)
-        _verified[causal_lm] = signature
-    return head
-
-
-_verified: WeakKeyDictionary[PreTrainedModel, tuple[Any, ...]] = WeakKeyDictionary()
 
 
 def _softcap(config: Any) -> float | None:
@@ -219,61 +189,3 @@ def _merged_parameters(layer: Any) -> tuple[Tensor, Tensor | None]:
 
 def _type_name(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
-
-
-@contextlib.contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    """Within this context the model is in evaluation mode; each module's own mode is restored after it."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def _probe_ids(tokens: Tensor) -> Tensor:
-    """(1, 8): the first tokens, repeated where there are fewer."""
-    repeats = -(-_PROBE_TOKENS // tokens.numel())
-    return tokens.repeat(repeats)[None, :_PROBE_TOKENS]
-
-
-def _check_causal(model: PreTrainedModel, tokens: Tensor, run_body: Any) -> None:
-    input_ids = _probe_ids(tokens)
-    half = _PROBE_TOKENS // 2
-    alone = run_body(model, input_ids[:, :half]).double()
-    together = run_body(model, input_ids)[:, :half].double()
-    error = float((alone - together).abs().max() / alone.abs().max().clamp_min(1e-30))
-    # Hidden states pass through every layer: more roundings than a logit's.
-    if not error <= 4 * _PROBE_TOLERANCE[model.dtype]:
-        raise ValueError(
-            f"model is {type(model).__name__}: a token's hidden state changes by {error:.2g} of its size with the "
-            "tokens after it, expected a causal language model (a masked language model or an encoder is not)"
-        )
-
-
-def _check_logits(model: PreTrainedModel, head: LmHead, tokens: Tensor, run_body: Any) -> None:
-    input_ids = _probe_ids(tokens)
-    logits = model(input_ids=input_ids, use_cache=False).logits.double()
-    if logits.shape[-1] != head.weight.shape[0]:
-        raise ValueError(
-            f"model is {type(model).__name__}: its logits have {logits.shape[-1]} columns and its last layer "
-            f"{head.weight.shape[0]} rows; expected the same"
-        )
-    columns = torch.linspace(0, logits.shape[-1] - 1, _PROBE_CANDIDATES, device=logits.device).long()
-    candidates = torch.cat([columns.expand(*logits.shape[:2], -1), logits.argmax(-1, keepdim=True)], -1)
-    expected = logits.log_softmax(-1).gather(-1, candidates)
-    hidden = run_body(model, input_ids)
-    actual = linear_logp(
-        hidden, head.weight, candidates, bias=head.bias, softcap=head.softcap, logit_scale=head.logit_scale
-    ).logp
-    finite = logits.masked_fill(logits.isinf(), 0.0)
-    error = float(((actual - expected).abs() / finite.abs().amax(-1, keepdim=True).clamp_min(1.0)).max())
-    if not error <= _PROBE_TOLERANCE[model.dtype]:
-        raise ValueError(
-            f"model is {type(model).__name__}: the log-probabilities of its logits differ by {error:.2g} of the "
-            "largest logit from those of its body's hidden states and its last layer (softcap "
-            f"{head.softcap}, logit_scale {head.logit_scale}); expected nothing else between the two. Such a model is "
-            "not supported: use dlogp_kernels.delta_logp on its logits"
-        )

@@ -20,11 +20,11 @@ _OVERHEAD = 32 * 2**20
 
 
 class Plan(NamedTuple):
-    """Run at most `max_tokens` at once, `prefill_chunk` at a time where one sequence is longer than that."""
+    """Run `max_tokens` at once, `prefill_chunk` at a time, the ops in `workspace` bytes (None: as it is set)."""
 
     max_tokens: int
     prefill_chunk: int | None
-    workspace: int
+    workspace: int | None
 
 
 class BodySize(NamedTuple):

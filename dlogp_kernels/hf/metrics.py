@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import NamedTuple
 
 import torch
@@ -17,18 +18,19 @@ from .bodies import (
     as_batch,
     as_mask,
     check_prefill_chunk,
+    check_tokens,
     first_document,
     gather,
     groups,
-    is_whole,
     longest_document,
     needs_gradient,
     predicted,
     run_body,
     scatter,
 )
-from .heads import LmHead, unwrapped, verified_lm_head
-from .memory import as_bytes, plan_memory
+from .heads import LmHead, unwrapped
+from .memory import Plan, as_bytes, plan_memory
+from .probe import verified_lm_head, verify_in_chunks
 
 _IGNORED = -100
 #: Vocabularies that differ by fewer rows than this differ by padding (rows are padded to a multiple of up to 1024).
@@ -79,16 +81,20 @@ def lm_head_inputs(
     """
     batch = as_batch(input_ids, attention_mask, position_ids)
     causal_lm = unwrapped(model)
+    check_tokens(batch, causal_lm)
     check_prefill_chunk(prefill_chunk, causal_lm)
-    head = verified_lm_head(model, first_document(batch), run_body)
+    tokens = first_document(batch)
+    head = verified_lm_head(model, tokens)
+    if prefill_chunk is not None:
+        verify_in_chunks(causal_lm, tokens)
     hidden = None
     for group in groups(batch, input_ids.numel()):
         rows = run_body(causal_lm, group.input_ids, prefill_chunk)
-        if is_whole(group, batch):
+        if group.whole:
             return LmHeadInputs(rows, *head)
         if hidden is None:
             hidden = rows.new_zeros(input_ids.numel(), rows.shape[-1])
-        hidden = scatter(rows, group, hidden)
+        scatter(rows, group, hidden)
     if hidden is None:
         hidden = head.weight.new_zeros(input_ids.numel(), head.weight.shape[1], dtype=causal_lm.dtype)
     return LmHeadInputs(hidden.view(*input_ids.shape, -1), *head)
@@ -143,29 +149,20 @@ def token_metrics(
     target = _targets(batch, loss_mask)
     pair = _Pair(unwrapped(model), _base_body(base_model, base_hidden, input_ids), base_hidden)
     for body in pair.bodies():
+        check_tokens(batch, body)
         check_prefill_chunk(prefill_chunk, body)
     tokens = first_document(batch)
-    head = verified_lm_head(model, tokens, run_body)
-    base_head = base_model if isinstance(base_model, LmHead) else verified_lm_head(base_model, tokens, run_body)
+    head = verified_lm_head(model, tokens)
+    base_head = base_model if isinstance(base_model, LmHead) else verified_lm_head(base_model, tokens)
     head, base_head = _common_vocabulary(head, base_head, batch)
-    if memory_limit is None:
-        return _measure(pair, head, base_head, batch, target, temperature, input_ids.numel(), prefill_chunk)
-    if prefill_chunk is not None:
-        raise ValueError("prefill_chunk is given together with memory_limit, which chooses it: expected one of them")
-    if any(needs_gradient(body) for body in pair.bodies()):
-        raise RuntimeError(
-            "memory_limit bounds the memory of inference; expected a call within torch.no_grad() or "
-            "torch.inference_mode()"
-        )
-    plan = plan_memory(
-        as_bytes(memory_limit),
-        pair.bodies(),
-        (head, base_head),
-        longest_document(batch),
-        int((batch.document >= 0).sum()),
-    )
-    with backends.workspace_limit(plan.workspace):
-        return _measure(pair, head, base_head, batch, target, temperature, plan.max_tokens, plan.prefill_chunk)
+    plan = Plan(input_ids.numel(), prefill_chunk, None)
+    if memory_limit is not None:
+        plan = _plan_within(memory_limit, prefill_chunk, pair, (head, base_head), batch)
+    if plan.prefill_chunk is not None:
+        for body in pair.bodies():
+            verify_in_chunks(body, tokens)
+    with contextlib.nullcontext() if plan.workspace is None else backends.workspace_limit(plan.workspace):
+        return _measure(pair, head, base_head, batch, target, temperature, plan)
 
 
 class _Pair(NamedTuple):
@@ -187,6 +184,24 @@ class _Pair(NamedTuple):
         return run_body(self.model, group.input_ids, prefill_chunk), base_hidden
 
 
+def _plan_within(
+    memory_limit: int | str,
+    prefill_chunk: int | None,
+    pair: _Pair,
+    heads: tuple[LmHead, LmHead],
+    batch: Batch,
+) -> Plan:
+    if prefill_chunk is not None:
+        raise ValueError("prefill_chunk is given together with memory_limit, which chooses it: expected one of them")
+    if any(needs_gradient(body) for body in pair.bodies()):
+        raise RuntimeError(
+            "memory_limit bounds the memory of inference; expected a call within torch.no_grad() or "
+            "torch.inference_mode()"
+        )
+    tokens = int((batch.document >= 0).sum())
+    return plan_memory(as_bytes(memory_limit), pair.bodies(), heads, longest_document(batch), tokens)
+
+
 def _measure(
     pair: _Pair,
     head: LmHead,
@@ -194,17 +209,17 @@ def _measure(
     batch: Batch,
     target: Tensor,
     temperature: float,
-    max_tokens: int,
-    prefill_chunk: int | None,
+    plan: Plan,
 ) -> DeltaLogpStats:
-    """Statistics (B, T − 1), of at most `max_tokens` at once."""
+    """Statistics (B, T − 1), of as many tokens at once as the plan says."""
     fields: list[Tensor] | None = None
-    for group in groups(batch, max_tokens):
-        hidden, base_hidden = pair.hidden_of(group, prefill_chunk)
+    for group in groups(batch, plan.max_tokens):
+        hidden, base_hidden = pair.hidden_of(group, plan.prefill_chunk)
         stats = _group_stats(hidden, base_hidden, head, base_head, group, target, temperature)
         if fields is None:
             fields = [value.new_zeros(target.numel()) for value in stats]
-        fields = [scatter(value, group, field) for value, field in zip(stats, fields, strict=True)]
+        for value, field in zip(stats, fields, strict=True):
+            scatter(value, group, field)
     if fields is None:
         fields = [head.weight.new_zeros(target.numel(), dtype=_output_dtype(head, base_head))] * 9
     return DeltaLogpStats(*(field.view(target.shape)[:, :-1] for field in fields))
@@ -243,11 +258,10 @@ def _output_dtype(head: LmHead, base_head: LmHead) -> torch.dtype:
 
 def _targets(batch: Batch, loss_mask: Tensor | None) -> Tensor:
     """(B, T): the token after each one, or `_IGNORED` where there is none to measure."""
-    rows, columns = batch.input_ids.shape
     measured = predicted(batch)
     if loss_mask is not None:
-        loss_mask = as_mask("loss_mask", loss_mask, [(rows, columns), (rows, columns - 1)])
-        measured = measured & loss_mask[:, loss_mask.shape[1] - columns + 1 :].to(measured.device)
+        loss_mask = as_mask("loss_mask", loss_mask, [tuple(batch.input_ids.shape), tuple(measured.shape)])
+        measured = measured & loss_mask[:, loss_mask.shape[1] - measured.shape[1] :].to(measured.device)
     target = torch.full_like(batch.input_ids, _IGNORED, dtype=torch.int64)
     target[:, :-1] = batch.input_ids[:, 1:].long().masked_fill(~measured, _IGNORED)
     return target
@@ -272,6 +286,8 @@ def _base_body(base_model: nn.Module | LmHead, base_hidden: Tensor | None, input
 def _common_vocabulary(head: LmHead, base_head: LmHead, batch: Batch) -> tuple[LmHead, LmHead]:
     """Both last layers cut to the rows that both have, where they differ by padding only."""
     rows, base_rows = head.weight.shape[0], base_head.weight.shape[0]
+    if rows == base_rows:
+        return head, base_head
     if abs(rows - base_rows) >= _MAX_PADDING_ROWS:
         raise ValueError(
             f"base_model has a vocabulary of {base_rows} rows and model one of {rows}: expected the same, or a "

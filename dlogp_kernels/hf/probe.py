@@ -1,0 +1,135 @@
+"""A check of each model, once, on a few tokens: that what is taken from it is all there is to its logits."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..functional import linear_logp
+from .bodies import run_body
+from .heads import LmHead, lm_head, unwrapped
+
+_TOKENS = 8
+_CHUNK = 3
+_CANDIDATES = 256
+#: What rounding may do to a log-probability, over the largest logit of its row: a few roundings of the logits' dtype.
+_LOGP_TOLERANCE = {torch.bfloat16: 2**-5, torch.float16: 2**-8, torch.float32: 1e-4, torch.float64: 1e-8}
+#: What rounding in another order may do to a token's hidden state, over its size: it passes through every layer.
+_HIDDEN_TOLERANCE = {torch.bfloat16: 0.05, torch.float16: 0.01, torch.float32: 1e-3, torch.float64: 1e-7}
+_UNSUPPORTED = "Such a model is not supported: use dlogp_kernels.delta_logp on its logits"
+
+_verified: WeakKeyDictionary[PreTrainedModel, tuple[Any, ...]] = WeakKeyDictionary()
+_verified_in_chunks: WeakSet[PreTrainedModel] = WeakSet()
+
+
+def verified_lm_head(model: nn.Module, tokens: Tensor) -> LmHead:
+    """`lm_head(model)`, once the model's hidden states and last layer have been seen to give its own logits.
+
+    The check runs at most 8 of `tokens` (1-dimensional) through the model, at the first call with it or with another
+    last layer. Raises ValueError where log-probabilities disagree by more than rounding, or where a token's hidden
+    state depends on later tokens.
+    """
+    causal_lm = unwrapped(model)
+    head = lm_head(model)
+    layer = causal_lm.get_output_embeddings()
+    signature = (type(layer), tuple(head.weight.shape), head.bias is None, head.softcap, head.logit_scale)
+    if tokens.numel() and _verified.get(causal_lm) != signature:
+        with torch.no_grad(), _evaluation(causal_lm):
+            _check_causal(causal_lm, _probe_ids(tokens))
+            _check_logits(causal_lm, head, _probe_ids(tokens))
+        _verified[causal_lm] = signature
+    return head
+
+
+def verify_in_chunks(model: PreTrainedModel, tokens: Tensor) -> None:
+    """ValueError unless the model's key-value cache gives in chunks what it gives in one go (not all do)."""
+    if not tokens.numel() or model in _verified_in_chunks:
+        return
+    input_ids = _probe_ids(tokens)
+    with torch.no_grad(), _evaluation(model):
+        whole, chunked = run_body(model, input_ids), run_body(model, input_ids, _CHUNK)
+    error = _hidden_error(chunked[:, _CHUNK:], whole[:, _CHUNK:])
+    if not error <= _HIDDEN_TOLERANCE[whole.dtype]:
+        raise ValueError(
+            f"model is {type(model).__name__}: in chunks its hidden states differ by {error:.2g} of their size from "
+            "those in one go, expected rounding only; its cache can not be used with prefill_chunk or a memory_limit "
+            "below what the sequence takes in one go"
+        )
+    _verified_in_chunks.add(model)
+
+
+@contextlib.contextmanager
+def _evaluation(model: nn.Module) -> Iterator[None]:
+    """Within this context the model is in evaluation mode; each module's own mode is restored after it."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _probe_ids(tokens: Tensor) -> Tensor:
+    """(1, 8): the first tokens, repeated where there are fewer."""
+    repeats = -(-_TOKENS // tokens.numel())
+    return tokens[:_TOKENS].repeat(repeats)[None, :_TOKENS]
+
+
+def _hidden_error(hidden: Tensor, expected: Tensor) -> float:
+    """Relative error of the median token: a few tokens may be sent to other experts by a rounding."""
+    error = (hidden.double() - expected.double()).norm(dim=-1) / expected.double().norm(dim=-1)
+    return float(error.median())
+
+
+def _check_causal(model: PreTrainedModel, input_ids: Tensor) -> None:
+    half = _TOKENS // 2
+    alone, together = run_body(model, input_ids[:, :half]), run_body(model, input_ids)[:, :half]
+    error = _hidden_error(together, alone)
+    if not error <= _HIDDEN_TOLERANCE[alone.dtype]:
+        raise ValueError(
+            f"model is {type(model).__name__}: a token's hidden state changes by {error:.2g} of its size with the "
+            "tokens after it, expected a causal language model (a masked language model or an encoder is not)"
+        )
+
+
+def _check_logits(model: PreTrainedModel, head: LmHead, input_ids: Tensor) -> None:
+    hidden = run_body(model, input_ids)
+    if hidden.shape[-1] != head.weight.shape[1]:
+        raise ValueError(
+            f"model is {type(model).__name__}: its hidden states have {hidden.shape[-1]} columns and its last layer "
+            f"{head.weight.shape[1]}; expected nothing between the two. {_UNSUPPORTED}"
+        )
+    logits = model(input_ids=input_ids, use_cache=False).logits
+    if logits.shape[-1] != head.weight.shape[0]:
+        raise ValueError(
+            f"model is {type(model).__name__}: its logits have {logits.shape[-1]} columns and its last layer "
+            f"{head.weight.shape[0]} rows; expected the same. {_UNSUPPORTED}"
+        )
+    columns = torch.linspace(0, logits.shape[-1] - 1, _CANDIDATES, device=logits.device).long()
+    candidates = torch.cat([columns.expand(*logits.shape[:2], -1), logits.argmax(-1, keepdim=True)], -1)
+    actual = linear_logp(
+        hidden, head.weight, candidates, bias=head.bias, softcap=head.softcap, logit_scale=head.logit_scale
+    ).logp
+    error = max(_logp_error(*row) for row in zip(actual[0], logits[0], candidates[0], strict=True))
+    if not error <= max(_LOGP_TOLERANCE[logits.dtype], _LOGP_TOLERANCE[hidden.dtype]):
+        raise ValueError(
+            f"model is {type(model).__name__}: the log-probabilities of its logits differ by {error:.2g} of the "
+            "largest logit from those of its body's hidden states and its last layer (softcap "
+            f"{head.softcap}, logit_scale {head.logit_scale}); expected nothing else between the two. {_UNSUPPORTED}"
+        )
+
+
+def _logp_error(actual: Tensor, logits: Tensor, candidates: Tensor) -> float:
+    """Largest error of log-probabilities `actual` (K,) of `candidates` (K,) over the largest logit of the row (V,)."""
+    exact = logits.double()
+    expected = exact[candidates] - exact.logsumexp(-1)
+    largest = exact[exact.isfinite()].abs().amax().clamp_min(1.0)
+    error = torch.where(actual == expected, 0.0, (actual - expected).abs())
+    return float(error.max() / largest)

@@ -15,7 +15,8 @@ from ..report.text import visible
 
 def print_metrics(console: Console, summary: Mapping[str, Any], out: Path) -> None:
     """The summary of a run: a line for each source, and where the files are."""
-    table = Table("source", title="Response tokens: means, and tails of Δlog p")
+    table = Table(title="Response tokens: means, and tails of Δlog p")
+    table.add_column("source", min_width=6)
     for heading in ("tokens", "Δlog p", "< −1", "> 0.25", "KL", "entropy", "base entropy"):
         table.add_column(heading, justify="right", no_wrap=True)
     for source, described in summary["sources"].items():

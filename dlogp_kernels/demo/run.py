@@ -115,8 +115,9 @@ def _respond(pair: Path, num_problems: int, data: Path) -> dict[Source, Accuracy
 def _print_findings(
     console: Console, accuracies: Mapping[Source, Accuracy], summary: Mapping[str, Any], figures: Plot
 ) -> None:
-    table = Table("source", title="What RL changed, by who wrote the responses")
-    for heading in ("accuracy", "tokens", "Δlog p < −1", "Δlog p > 0.25", "mean KL", "entropy"):
+    table = Table(title="What RL changed: accuracy, tails of Δlog p, means over response tokens")
+    table.add_column("source", no_wrap=True, min_width=6)
+    for heading in ("accuracy", "tokens", "< −1", "> 0.25", "KL", "entropy"):
         table.add_column(heading, justify="right", no_wrap=True)
     for source, graded in accuracies.items():
         described = summary["sources"][source]

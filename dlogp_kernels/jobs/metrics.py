@@ -2,7 +2,8 @@
 
 A run killed at any moment and started again with the same arguments goes on where it was, and its data set is that of a
 run that was not interrupted: what is computed together depends on the data and the arguments alone (`plan`), and parts
-appear whole or not at all.
+appear whole or not at all. (On the same machine with as many threads: how many share a matrix product shows in the last
+bit.)
 """
 
 import json

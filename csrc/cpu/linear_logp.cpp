@@ -48,7 +48,7 @@ template <typename T>
 void TileScratch<T>::reserve(const Head* heads, int models, const Tiling& tiling, int64_t rows) {
   for (int model = 0; model < models; ++model) {
     const int64_t size = tiling.columns * packed_width<T>(heads[model].width());
-    weight_rows.resize(std::max<size_t>(weight_rows.size(), size));
+    weight_copy.resize(std::max<size_t>(weight_copy.size(), size));
     packed_weight[model].resize(size);
     logits[model].resize(rows * tiling.columns);
   }
@@ -57,18 +57,19 @@ void TileScratch<T>::reserve(const Head* heads, int models, const Tiling& tiling
 }
 
 template <typename T>
-WeightRows<T> weight_tile(const Matrix& weight, int64_t begin, int64_t count, const Tiling& tiling,
-                          TileScratch<T>& scratch) {
+WeightRows<T> weight_rows(const Matrix& weight, int64_t begin, int64_t padded, TileScratch<T>& scratch) {
   const int64_t width = packed_width<T>(weight.columns);
-  const T* in_place = row_in_place<T>(weight, begin, 0);
-  if (in_place != nullptr && count == tiling.columns && width == weight.columns && weight.row_stride % kGroup<T> == 0)
-    return {in_place, weight.row_stride};
-  T* copy = scratch.weight_rows.data();
+  const int64_t count = std::clamp<int64_t>(weight.rows - begin, 0, padded);
+  if (count == padded && width == weight.columns && weight.row_stride % kGroup<T> == 0) {
+    const T* in_place = row_in_place<T>(weight, begin, 0);
+    if (in_place != nullptr) return {in_place, weight.row_stride};
+  }
+  T* copy = scratch.weight_copy.data();
   for (int64_t v = 0; v < count; ++v) {
     read_row(weight, begin + v, 0, weight.columns, copy + v * width);
     std::fill(copy + v * width + weight.columns, copy + (v + 1) * width, T(0));
   }
-  std::fill(copy + count * width, copy + tiling.columns * width, T(0));
+  std::fill(copy + count * width, copy + padded * width, T(0));
   return {copy, width};
 }
 
@@ -101,7 +102,7 @@ void linear_logp_fwd(const Head* heads, const PackedRows<T>* hidden, int64_t cou
   for (int64_t begin = tiling.part_begin(part); begin < tiling.part_end(part); begin += tiling.columns) {
     const int64_t width = std::min(tiling.columns, tiling.vocabulary - begin);
     for (int model = 0; model < Models; ++model) {
-      const WeightRows<T> rows = weight_tile(heads[model].weight, begin, width, tiling, scratch);
+      const WeightRows<T> rows = weight_rows(heads[model].weight, begin, tiling.columns, scratch);
       pack_columns(hidden[model].stride, tiling.columns, rows.data, rows.stride, scratch.packed_weight[model].data(),
                    tiling.columns);
     }
@@ -165,7 +166,7 @@ void write_stats(const State<Real, Models>* states, int64_t parts, const Real* c
 #define DLOGP_INSTANTIATE(T)                                                                                    \
   template void gather_rows<T>(const Matrix&, const int64_t*, int64_t, int64_t, const PackedRows<T>&);          \
   template struct TileScratch<T>;                                                                               \
-  template WeightRows<T> weight_tile<T>(const Matrix&, int64_t, int64_t, const Tiling&, TileScratch<T>&);       \
+  template WeightRows<T> weight_rows<T>(const Matrix&, int64_t, int64_t, TileScratch<T>&);                      \
   template void tile_logits<T>(const Head&, const PackedRows<T>&, int64_t, int64_t, const T*, int64_t, int64_t, \
                                const Tiling&, TileScratch<T>&, Accumulator<T>*);                                \
   DLOGP_INSTANTIATE_MODELS(T, 1)                                                                                \

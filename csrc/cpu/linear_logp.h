@@ -73,23 +73,22 @@ void gather_rows(const Matrix& hidden, const int64_t* rows, int64_t begin, int64
 // What one thread needs besides the packed rows.
 template <typename T>
 struct TileScratch {
-  std::vector<T> weight_rows, packed_weight[2];
-  std::vector<Accumulator<T>> logits[2], bias, grad;
+  std::vector<T> weight_copy, packed_weight[2];
+  std::vector<Accumulator<T>> logits[2], bias, grad, grad_weight;
 
   void reserve(const Head* heads, int models, const Tiling& tiling, int64_t rows);
 };
 
-// `count` rows of the weight and zeros up to tiling.columns, packed_width each: in place where they fit, else in
-// scratch.
+// Rows of the weight, packed_width each: in place where they fit, else in scratch.
 template <typename T>
 struct WeightRows {
   const T* data;
   int64_t stride;
 };
 
+// Rows [begin, begin + padded) of the weight, with zeros for those past the vocabulary; padded ≤ tiling.columns.
 template <typename T>
-WeightRows<T> weight_tile(const Matrix& weight, int64_t begin, int64_t count, const Tiling& tiling,
-                          TileScratch<T>& scratch);
+WeightRows<T> weight_rows(const Matrix& weight, int64_t begin, int64_t padded, TileScratch<T>& scratch);
 
 // logits (rows, tiling.columns) of one tile, transformed.
 template <typename T>

@@ -16,13 +16,14 @@ void round_to(int64_t count, const Accumulator<T>* from, T* to) {
 }  // namespace
 
 template <typename T>
-void pack_backward_weight(const Head& head, const Tiling& tiling, const BackwardTile& tile, TileScratch<T>& scratch,
-                          const BackwardBuffers<T>& buffers) {
+void pack_backward_weight(const Head& head, const Tiling& tiling, const BackwardTile& tile, int64_t column,
+                          TileScratch<T>& scratch, const BackwardBuffers<T>& buffers) {
   const int64_t stride = buffers.hidden.stride;
-  const WeightRows<T> rows = weight_tile(head.weight, tile.begin, tile.width, tiling, scratch);
-  pack_columns(stride, tiling.columns, rows.data, rows.stride, buffers.packed_weight, tiling.columns);
+  const WeightRows<T> rows = weight_rows(head.weight, tile.begin + column, kColumnBlock, scratch);
+  pack_columns(stride, kColumnBlock, rows.data, rows.stride, buffers.packed_weight + column * kGroup<T>,
+               tiling.columns);
   if (buffers.packed_weight_rows != nullptr)
-    pack_rows(tiling.columns, stride, rows.data, rows.stride, buffers.packed_weight_rows, stride);
+    pack_rows(kColumnBlock, stride, rows.data, rows.stride, buffers.packed_weight_rows + column * stride, stride);
 }
 
 template <typename T, int Models>
@@ -81,25 +82,27 @@ void linear_logp_bwd_bias(const Tiling& tiling, const BackwardTile& tile, const 
 
 template <typename T>
 void write_weight_gradient(const Accumulator<T>* accumulators, int64_t stride, const Tiling& tiling, int64_t begin,
-                           int64_t width, const Output& output) {
-  std::vector<Accumulator<T>> rows(tiling.columns * stride);
-  transpose(stride, tiling.columns, accumulators, tiling.columns, rows.data(), stride);
-  for (int64_t v = 0; v < width; ++v) write_row(output, begin + v, 0, output.columns, rows.data() + v * stride);
+                           int64_t column, TileScratch<T>& scratch, const Output& output) {
+  scratch.grad_weight.resize(kColumnBlock * stride);
+  Accumulator<T>* rows = scratch.grad_weight.data();
+  transpose(stride, kColumnBlock, accumulators + column, tiling.columns, rows, stride);
+  const int64_t count = std::min(kColumnBlock, tiling.vocabulary - begin - column);
+  for (int64_t v = 0; v < count; ++v) write_row(output, begin + column + v, 0, output.columns, rows + v * stride);
 }
 
 #define DLOGP_INSTANTIATE_MODELS(T, Models)                                                                      \
   template void linear_logp_bwd_rows<T, Models>(const Head*, const Tiling&, const BackwardTile&, int64_t,        \
                                                 const int64_t*, const int64_t*, const Upstream<Accumulator<T>>&, \
                                                 TileScratch<T>&, const BackwardBuffers<T>*);
-#define DLOGP_INSTANTIATE(T)                                                                              \
-  template void pack_backward_weight<T>(const Head&, const Tiling&, const BackwardTile&, TileScratch<T>&, \
-                                        const BackwardBuffers<T>&);                                       \
-  template void linear_logp_bwd_weight<T>(const Tiling&, const BackwardTile&, int64_t, int64_t, bool,     \
-                                          const BackwardBuffers<T>&);                                     \
-  template void linear_logp_bwd_bias<T>(const Tiling&, const BackwardTile&, const BackwardBuffers<T>&);   \
-  template void write_weight_gradient<T>(const Accumulator<T>*, int64_t, const Tiling&, int64_t, int64_t, \
-                                         const Output&);                                                  \
-  DLOGP_INSTANTIATE_MODELS(T, 1)                                                                          \
+#define DLOGP_INSTANTIATE(T)                                                                                       \
+  template void pack_backward_weight<T>(const Head&, const Tiling&, const BackwardTile&, int64_t, TileScratch<T>&, \
+                                        const BackwardBuffers<T>&);                                                \
+  template void linear_logp_bwd_weight<T>(const Tiling&, const BackwardTile&, int64_t, int64_t, bool,              \
+                                          const BackwardBuffers<T>&);                                              \
+  template void linear_logp_bwd_bias<T>(const Tiling&, const BackwardTile&, const BackwardBuffers<T>&);            \
+  template void write_weight_gradient<T>(const Accumulator<T>*, int64_t, const Tiling&, int64_t, int64_t,          \
+                                         TileScratch<T>&, const Output&);                                          \
+  DLOGP_INSTANTIATE_MODELS(T, 1)                                                                                   \
   DLOGP_INSTANTIATE_MODELS(T, 2)
 DLOGP_INSTANTIATE(c10::BFloat16)
 DLOGP_INSTANTIATE(float)

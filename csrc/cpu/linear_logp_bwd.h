@@ -38,9 +38,13 @@ struct BackwardTile {
   int64_t row_block;     // rows that one thread takes at a time
 };
 
+// Columns of a tile that one thread takes at a time when it packs the weight or writes its gradient.
+constexpr int64_t kColumnBlock = 64;
+
+// Packs columns [column, column + kColumnBlock) of a tile.
 template <typename T>
-void pack_backward_weight(const Head& head, const Tiling& tiling, const BackwardTile& tile, TileScratch<T>& scratch,
-                          const BackwardBuffers<T>& buffers);
+void pack_backward_weight(const Head& head, const Tiling& tiling, const BackwardTile& tile, int64_t column,
+                          TileScratch<T>& scratch, const BackwardBuffers<T>& buffers);
 
 // Rows [first, first + row_block): dz of each model that wants a gradient, its grad_hidden, its part of grad_bias.
 // `rows` and `target` (candidates) are the places in the batch and the targets of the gathered rows.
@@ -57,9 +61,10 @@ void linear_logp_bwd_weight(const Tiling& tiling, const BackwardTile& tile, int6
 template <typename T>
 void linear_logp_bwd_bias(const Tiling& tiling, const BackwardTile& tile, const BackwardBuffers<T>& buffers);
 
-// Writes the accumulators (stride, columns) of a tile of grad_weight to its rows of the output.
+// Writes columns [column, column + kColumnBlock) of the accumulators (stride, columns) of a tile of grad_weight that
+// begins at `begin` to their rows of the output.
 template <typename T>
 void write_weight_gradient(const Accumulator<T>* accumulators, int64_t stride, const Tiling& tiling, int64_t begin,
-                           int64_t width, const Output& output);
+                           int64_t column, TileScratch<T>& scratch, const Output& output);
 
 }  // namespace dlogp

@@ -91,7 +91,17 @@ def test_both_models_must_have_one_vocabulary():
 def test_devices_must_agree(op):
     _, *others = make_inputs(op, (2, 3), v=30, d=4).items()
     for name, x in others:
-        _refused(op, ValueError, rf"^{name} is on meta, expected cpu, the device of", **{name: x.to("meta")})
+        message = rf"^{name} is on meta, expected cpu, the device of"
+        if name == "base_hidden":  # compared first with its own head
+            message = "^base_weight is on cpu, expected meta, the device of base_hidden"
+        _refused(op, ValueError, message, **{name: x.to("meta")})
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_meta_tensors_give_shapes(op):
+    inputs = {name: x.to("meta") for name, x in make_inputs(op, (2, 3), k=4).items()}
+    stats = call(op, inputs)
+    assert stats.logp.is_meta and stats.logp.shape == (2, 3, 4) and stats.lse.shape == (2, 3)
 
 
 OPTIONS = ["temperature", "logit_scale", "softcap"]

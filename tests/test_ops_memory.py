@@ -26,7 +26,7 @@ def peak(backend, record_property):
         """MiB over inputs and results."""
         case = MEASURED | {"backend": backend, "op": op} | changes
         if backend == "reference":
-            case["n"] = min(case["n"], 512)  # as large a workspace as for any number of tokens
+            case["n"] = min(case["n"], 1024)  # several of its blocks of rows
         command = [sys.executable, str(HELPER), json.dumps(case)]
         run = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert run.returncode == 0, run.stderr
@@ -56,37 +56,32 @@ def test_backward_of_the_model(backend, peak, op):
 
 
 @pytest.mark.usefixtures("compiled_only")
-@pytest.mark.parametrize("op", ["linear_logp", "linear_delta_logp"])
-def test_forward_in_float32(backend, peak, op):
-    assert peak(op, dtype="float32") <= MEMORY_MIB[backend][0]
+def test_forward_in_float32(backend, peak):
+    assert peak("linear_delta_logp", dtype="float32") <= MEMORY_MIB[backend][0]
 
 
 @pytest.mark.usefixtures("compiled_only")
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize(
-    ("op", "wanted"),
-    [
-        ("linear_logp", ["hidden"]),
-        ("linear_logp", ["weight"]),
-        ("linear_logp", ["hidden", "weight", "bias"]),
-        ("linear_delta_logp", ALL_OF_A_PAIR),
-    ],
-    ids=lambda x: "+".join(x) if isinstance(x, list) else x,
+    ("op", "wanted", "dtype"),
+    [("linear_logp", ["hidden", "weight", "bias"], "float32"), ("linear_delta_logp", ALL_OF_A_PAIR, "bfloat16")],
+    ids=["linear_logp-float32", "linear_delta_logp-bfloat16"],
 )
-def test_backward_of_some_inputs(backend, peak, op, wanted, dtype):
-    """A frozen weight has no buffer: V×D in float32 alone is 49 MiB."""
-    limit = MEMORY_MIB[backend][1]
-    assert peak(op, **{"pass": "backward"}, wanted=wanted, dtype=dtype) <= limit
+def test_backward_of_all_inputs(backend, peak, op, wanted, dtype):
+    assert peak(op, **{"pass": "backward"}, wanted=wanted, dtype=dtype) <= MEMORY_MIB[backend][1]
+
+
+@pytest.mark.usefixtures("compiled_only")
+def test_a_frozen_weight_has_no_buffer(peak):
+    """Its gradient would take 117 MiB, 234 MiB in float32."""
+    assert peak("linear_logp", **{"pass": "backward"}, wanted=["hidden"], n=64, d=2048, v=30_000) <= 64
 
 
 def test_given_logits_without_the_last_position(backend, peak):
     """`logits[:, :-1]` has no flat view; a copy of it would be as large as all logits, 780 MiB."""
-    n = 8192 if backend == "cpu" else 512
-    assert peak("logp", view="all but the last", n=n) <= MEMORY_MIB[backend][0]
+    assert peak("logp", view="all but the last", n=8192) <= MEMORY_MIB[backend][0]
 
 
 @pytest.mark.usefixtures("compiled_only")
-@pytest.mark.parametrize("op", ["linear_logp", "linear_delta_logp"])
-def test_does_not_grow_with_tokens(peak, op):
-    small, large = (peak(op, n=n, d=32, v=20_000) for n in (512, 8192))
+def test_does_not_grow_with_tokens(peak):
+    small, large = (peak("linear_delta_logp", n=n, d=32, v=20_000) for n in (512, 8192))
     assert large <= small + 16

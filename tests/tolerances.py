@@ -22,6 +22,12 @@ ZERO_KL_ROUNDINGS = 8.0
 #: MiB over inputs, outputs and gradients, per backend: forward, backward.
 MEMORY_MIB = {"cpu": (64, 256), "reference": (256, 256)}
 
+#: Through tiny float32 models of transformers: statistics off float64 of the models' own float32 logits; hidden states
+#: rounded in another order and gradients, relative to the largest of a tensor.
+HF_STATISTIC_ERROR = 5e-6
+HF_HIDDEN_ERROR = 2e-5
+HF_GRADIENT_ERROR = 1e-4
+
 
 class Accuracy(NamedTuple):
     """Asserts that errors are within tolerance, after reporting them to `report(op, quantity, dtype, error, limit)`."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -29,23 +30,30 @@ def load_model(
     """A causal language model in evaluation mode, from safetensors only (pickles are not opened).
 
     Args:
-        name_or_path: a directory with config.json and *.safetensors, or the name of a model on the Hub.
+        name_or_path: a directory with config.json and *.safetensors, or the name of a model on the Hub; or of a PEFT
+            adapter (adapter_config.json), which is put into the model that it names.
         dtype: of its weights in memory.
         device: where it is put.
         trust_remote_code: run code that comes with the model.
 
     Raises:
         FileNotFoundError: the directory is missing, or has no config.json or no *.safetensors.
-        ValueError: the files lack weights that the model needs, or hold them in other shapes.
+        ValueError: a file is truncated; the files lack weights that the model needs, or hold them in other shapes.
     """
-    _check_directory(name_or_path, "*.safetensors", "weights in *.safetensors")
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        name_or_path,
-        dtype=dtype,
-        use_safetensors=True,
-        trust_remote_code=trust_remote_code,
-        output_loading_info=True,
-    )
+    _check_directory(name_or_path, ("config.json", "adapter_config.json"), "config.json and weights in *.safetensors")
+    _check_directory(name_or_path, ("*.safetensors",), "weights in *.safetensors")
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name_or_path,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    except SafetensorError as error:
+        raise ValueError(
+            f"{name_or_path}: a safetensors file is truncated or damaged ({error}), expected whole files: get it again"
+        ) from error
     model, loading = loaded
     # Otherwise they would be random, with a warning.
     for problem in ("missing_keys", "mismatched_keys"):
@@ -63,7 +71,7 @@ def load_tokenizer(name_or_path: str | Path, *, trust_remote_code: bool = False)
 
     Raises FileNotFoundError for a directory that is missing or has no tokenizer files.
     """
-    _check_directory(name_or_path, "*token*", "a tokenizer (tokenizer.json or tokenizer_config.json)")
+    _check_directory(name_or_path, ("*token*",), "a tokenizer (tokenizer.json or tokenizer_config.json)")
     return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
 
 
@@ -100,8 +108,8 @@ def context_length(model: PreTrainedModel) -> int | None:
     return None
 
 
-def _check_directory(name_or_path: str | Path, pattern: str, expected: str) -> None:
-    """FileNotFoundError for a local path without files of `pattern`; names of the Hub pass."""
+def _check_directory(name_or_path: str | Path, patterns: tuple[str, ...], expected: str) -> None:
+    """FileNotFoundError for a local path without a file of any of `patterns`; names of the Hub pass."""
     path = Path(name_or_path)
     if not path.exists():
         text = str(name_or_path)
@@ -110,7 +118,7 @@ def _check_directory(name_or_path: str | Path, pattern: str, expected: str) -> N
         return
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: is a file, expected a directory with {expected}")
-    if any(path.glob(pattern)):
+    if any(file for pattern in patterns for file in path.glob(pattern)):
         return
     pickles = sorted(file.name for pickle in _PICKLES for file in path.glob(pickle))
     found = f"it has {pickles[0]}, a pickle, which is not opened: convert it" if pickles else "it has none"

@@ -1,0 +1,148 @@
+"""Hidden states and last layer of many architectures against the models' own logits."""
+
+import hf_models
+import pytest
+import torch
+from tolerances import HF_HIDDEN_ERROR, HF_STATISTIC_ERROR
+from torch import Tensor
+
+from dlogp_kernels import hf, linear_logp
+
+
+def tokens(rows: int, length: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, hf_models.VOCABULARY - 2, (rows, length), generator=generator)
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).abs().max() / expected.abs().max())
+
+
+def logp_of(inputs: hf.LmHeadInputs, target: Tensor) -> Tensor:
+    return linear_logp(
+        inputs.hidden, inputs.weight, target, bias=inputs.bias, softcap=inputs.softcap, logit_scale=inputs.logit_scale
+    ).logp
+
+
+@pytest.mark.parametrize("name", hf_models.CAUSAL)
+def test_log_probabilities_are_those_of_the_models_logits(name, record_property):
+    model = hf_models.tiny_model(name)
+    input_ids = tokens(2, 13)
+    with torch.no_grad():
+        expected = model(input_ids).logits.double().log_softmax(-1)
+        candidates = torch.arange(hf_models.VOCABULARY).expand(2, 13, -1)
+        actual = logp_of(hf.lm_head_inputs(model, input_ids), candidates)
+    # Wide enough that a forgotten scale, softcap or bias would show.
+    assert expected.std() > 0.05
+    error = float((actual - expected).abs().max())
+    record_property("error", error)
+    assert error < HF_STATISTIC_ERROR
+
+
+@pytest.mark.parametrize("name", hf_models.CAUSAL)
+def test_padding_and_packing_give_the_numbers_of_a_sequence_alone(name):
+    model = hf_models.tiny_model(name)
+    one, other = tokens(1, 9, seed=1), tokens(1, 5, seed=2)
+    with torch.no_grad():
+        alone = [hf.lm_head_inputs(model, ids).hidden[0] for ids in (one, other)]
+        padding = torch.zeros(1, 4, dtype=torch.long)
+        left = torch.cat([one, torch.cat([padding, other], 1)])
+        right = torch.cat([one, torch.cat([other, padding], 1)])
+        mask = torch.ones_like(left)
+        mask[1, :4] = 0
+        left_padded = hf.lm_head_inputs(model, left, mask).hidden
+        right_padded = hf.lm_head_inputs(model, right, mask.flip(1)).hidden
+        positions = torch.cat([torch.arange(9), torch.arange(5)])[None]
+        packed = hf.lm_head_inputs(model, torch.cat([one, other], 1), position_ids=positions).hidden[0]
+        swapped = torch.cat([torch.arange(5), torch.arange(9)])[None]
+        packed_swapped = hf.lm_head_inputs(model, torch.cat([other, one], 1), position_ids=swapped).hidden[0]
+    for first, second in [
+        (left_padded[0], left_padded[1, 4:]),
+        (right_padded[0], right_padded[1, :5]),
+        (packed[:9], packed[9:]),
+        (packed_swapped[5:], packed_swapped[:5]),
+    ]:
+        assert relative_error(first, alone[0]) < HF_HIDDEN_ERROR
+        assert relative_error(second, alone[1]) < HF_HIDDEN_ERROR
+    assert (left_padded[1, :4] == 0).all() and (right_padded[1, 5:] == 0).all()
+
+
+@pytest.mark.parametrize("name", [name for name in hf_models.CAUSAL if name not in hf_models.WITHOUT_CHUNKS])
+def test_chunks_through_the_cache_give_the_numbers_of_one_go(name):
+    model = hf_models.tiny_model(name)
+    input_ids = tokens(2, 23)
+    with torch.no_grad():
+        expected = hf.lm_head_inputs(model, input_ids).hidden
+        for chunk in (5, 22, 23):
+            chunked = hf.lm_head_inputs(model, input_ids, prefill_chunk=chunk).hidden
+            assert relative_error(chunked, expected) < HF_HIDDEN_ERROR, chunk
+
+
+@pytest.mark.parametrize("name", hf_models.WITHOUT_CHUNKS)
+def test_a_cache_that_forgets_between_chunks_is_refused(name):
+    model = hf_models.tiny_model(name)
+    with torch.no_grad(), pytest.raises(ValueError, match=r"(?s)prefill_chunk"):
+        hf.lm_head_inputs(model, tokens(1, 12), prefill_chunk=5)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("bert", "nothing else between the two"),
+        ("roberta_masked", "causal language model"),
+        ("t5", "encoder-decoder"),
+    ],
+)
+def test_other_models_are_refused(name, message):
+    with pytest.raises(ValueError, match=message):
+        hf.lm_head_inputs(hf_models.tiny_model(name), tokens(1, 8))
+
+
+def test_a_body_alone_is_refused():
+    with pytest.raises(TypeError, match="has no last layer"):
+        hf.lm_head_inputs(hf_models.tiny_model("qwen3").model, tokens(1, 8))
+
+
+def test_anything_but_a_model_of_transformers_is_refused():
+    with pytest.raises(TypeError, match=r"model is Linear, expected a causal language model"):
+        hf.lm_head_inputs(torch.nn.Linear(2, 2), tokens(1, 8))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_dtypes_pass_the_check_of_the_model(dtype):
+    model = hf_models.tiny_model("gemma2", dtype=dtype)
+    input_ids = tokens(1, 10)
+    with torch.no_grad():
+        inputs = hf.lm_head_inputs(model, input_ids)
+        # The truth is that of the hidden states as they are, in float64: the model's own logits are rounded.
+        raw = inputs.hidden.double() @ inputs.weight.double().T
+        expected = (3.0 * torch.tanh(raw / 3.0)).log_softmax(-1).gather(-1, input_ids[..., None])[..., 0]
+        actual = logp_of(inputs, input_ids)
+    assert inputs.hidden.dtype == dtype
+    assert (actual - expected).abs().max() < HF_STATISTIC_ERROR
+
+
+def test_changed_logits_are_noticed():
+    """A model whose logits are not those of its body and last layer, in a way that no config tells."""
+    model = hf_models.tiny_model("qwen3")
+    model.lm_head.register_forward_hook(lambda layer, inputs, output: output * 1.01)
+    with pytest.raises(ValueError, match="the log-probabilities of its logits differ"):
+        hf.lm_head_inputs(model, tokens(1, 8))
+
+
+def test_a_changed_config_is_verified_again():
+    model = hf_models.tiny_model("granite")
+    hf.lm_head_inputs(model, tokens(1, 8))
+    model.config.logits_scaling = 8.0
+    inputs = hf.lm_head_inputs(model, tokens(1, 8))
+    assert inputs.logit_scale == 1 / 8
+    with torch.no_grad():
+        expected = model(tokens(1, 8)).logits.double().log_softmax(-1)[..., 7]
+    assert (logp_of(inputs, torch.full((1, 8), 7)) - expected).abs().max() < HF_STATISTIC_ERROR
+
+
+def test_the_check_leaves_each_modules_mode_as_it_was():
+    model = hf_models.tiny_model("qwen3").train()
+    model.model.norm.eval()
+    hf.lm_head_inputs(model, tokens(1, 8))
+    assert model.training and model.lm_head.training and not model.model.norm.training

@@ -1,0 +1,178 @@
+"""Loading from directories, and comparing tokenizers."""
+
+import json
+
+import hf_models
+import peft
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from dlogp_kernels import hf
+from dlogp_kernels.hf.tiny import word_tokenizer
+
+
+def bpe_tokenizer(pre_tokenizer=None, special=("<eos>", "<pad>"), text: str | None = None) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizer or pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=list(special), initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator([text or "the numbers 1234567890 123 45 67 890 and the words x = y + 2 "], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=special[0], pad_token=special[1])
+
+
+def with_digits_apart(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The same vocabulary and merges, another way to split."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["pre_tokenizer"] = {
+        "type": "Sequence",
+        "pretokenizers": [{"type": "Digits", "individual_digits": True}, state["pre_tokenizer"]],
+    }
+    other = Tokenizer.from_str(json.dumps(state))
+    return PreTrainedTokenizerFast(tokenizer_object=other, eos_token="<eos>", pad_token="<pad>")
+
+
+@pytest.fixture
+def saved(tmp_path):
+    hf_models.tiny_model("qwen3").save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_saved_model_comes_back_in_evaluation_mode(saved, dtype):
+    model = hf.load_model(saved, dtype=dtype)
+    expected = hf_models.tiny_model("qwen3", dtype=dtype).state_dict()
+    assert not model.training and model.dtype == dtype
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize("as_text", [True, False])
+def test_a_directory_that_is_not_there_is_named(tmp_path, as_text):
+    path = tmp_path / "nothing"
+    for load in (hf.load_model, hf.load_tokenizer):
+        with pytest.raises(FileNotFoundError, match=f"{path}: no such directory"):
+            load(str(path) if as_text else path)
+
+
+def test_pickled_weights_are_not_opened(saved):
+    (saved / "model.safetensors").unlink()
+    (saved / "pytorch_model.bin").write_bytes(b"not to be opened")
+    with pytest.raises(
+        FileNotFoundError, match=r"expected .* weights in \*\.safetensors; it has pytorch_model\.bin, a"
+    ):
+        hf.load_model(saved)
+
+
+def test_a_directory_without_weights_is_named(saved):
+    (saved / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=rf"{saved}: expected a directory with weights .* it has none"):
+        hf.load_model(saved)
+
+
+def test_a_directory_without_config_is_named(saved):
+    (saved / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=rf"{saved}: expected a directory with config\.json"):
+        hf.load_model(saved)
+
+
+def test_a_file_is_not_a_directory(saved):
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors: is a file, expected a directory"):
+        hf.load_model(saved / "model.safetensors")
+
+
+def test_truncated_weights_are_named(saved):
+    path = saved / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=rf"{saved}: a safetensors file is truncated"):
+        hf.load_model(saved)
+
+
+def test_weights_that_are_missing_are_not_made_up(saved):
+    config = json.loads((saved / "config.json").read_text())
+    config["num_hidden_layers"] = 3
+    config["layer_types"] = ["full_attention"] * 3
+    (saved / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"weights are missing .*model\.layers\.2"):
+        hf.load_model(saved)
+
+
+@pytest.mark.parametrize("target", ["q_proj", "lm_head"])
+def test_an_adapter_is_put_into_its_model(tmp_path, target):
+    plain = hf_models.tiny_model("qwen3")
+    plain.save_pretrained(tmp_path / "base")
+    model = peft.get_peft_model(
+        hf.load_model(tmp_path / "base", dtype=torch.float32), peft.LoraConfig(target_modules=[target])
+    )
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = hf.load_model(tmp_path / "adapter", dtype=torch.float32)
+    input_ids = torch.arange(3, 12)[None]
+    with torch.no_grad():
+        expected = hf.token_metrics(model.eval(), plain, input_ids)
+        actual = hf.token_metrics(loaded, plain, input_ids)
+    assert expected.delta_logp.abs().max() > 0.01
+    assert torch.equal(actual.delta_logp, expected.delta_logp)
+
+
+def test_weights_of_other_shapes_are_an_error(saved):
+    config = json.loads((saved / "config.json").read_text())
+    config["vocab_size"] += 1
+    (saved / "config.json").write_text(json.dumps(config))
+    with pytest.raises((ValueError, RuntimeError), match=r"lm_head|embed_tokens|mismatched"):
+        hf.load_model(saved)
+
+
+def test_context_length():
+    assert hf.context_length(hf_models.tiny_model("qwen3")) == 64
+    assert hf.context_length(hf_models.tiny_model("gpt2_tied")) == 64
+    assert hf.context_length(hf_models.tiny_model("qwen2_5_vl")) == 64
+    assert hf.context_length(hf_models.tiny_model("mamba")) is None
+    assert hf.context_length(hf_models.tiny_model("bloom")) is None
+
+
+def test_a_saved_tokenizer_splits_as_before(tmp_path):
+    tokenizer = bpe_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    loaded = hf.load_tokenizer(tmp_path)
+    text = "Numbers 12345, x = y"
+    assert loaded(text)["input_ids"] == tokenizer(text)["input_ids"]
+    hf.check_same_tokenizer(loaded, tokenizer)
+
+
+def test_a_directory_without_tokenizer_is_named(saved):
+    with pytest.raises(FileNotFoundError, match=rf"{saved}: expected a directory with a tokenizer"):
+        hf.load_tokenizer(saved)
+
+
+def test_another_split_of_the_same_vocabulary_is_found():
+    tokenizer = bpe_tokenizer()
+    with pytest.raises(ValueError, match="splits a sample text into"):
+        hf.check_same_tokenizer(tokenizer, with_digits_apart(tokenizer))
+
+
+def test_the_first_token_that_differs_is_named():
+    tokenizer, other = word_tokenizer(["one", "two", "three"]), word_tokenizer(["one", "zwei", "three", "four"])
+    with pytest.raises(
+        ValueError, match=r"7 tokens and base_tokenizer 8; 2 ids differ, the first is 5: 'two' against 'z"
+    ):
+        hf.check_same_tokenizer(tokenizer, other)
+
+
+def test_special_tokens_are_compared_unless_they_may_differ():
+    tokenizer, other = bpe_tokenizer(), bpe_tokenizer()
+    other.eos_token = "<pad>"
+    with pytest.raises(ValueError, match=r"tokenizer has 0 \('<eos>'\) as eos_token and base_tokenizer 1 \('<pad>'\)"):
+        hf.check_same_tokenizer(tokenizer, other)
+    hf.check_same_tokenizer(tokenizer, other, ignore=("eos_token",))
+    with pytest.raises(ValueError, match="ignore has"):
+        hf.check_same_tokenizer(tokenizer, other, ignore=("eos",))
+
+
+def test_tokenizers_of_a_closed_vocabulary_can_be_compared():
+    hf.check_same_tokenizer(word_tokenizer(["one", "two"]), word_tokenizer(["one", "two"]))

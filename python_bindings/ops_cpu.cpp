@@ -108,9 +108,10 @@ template <typename T, int Models>
 void linear_forward(const Head* heads, const KeptRows& kept, int64_t ignore_index, int64_t workspace,
                     const StatsOutputs<Accumulator<T>>& outputs) {
   using Real = Accumulator<T>;
-  const int64_t width = std::max(heads[0].width(), heads[Models - 1].width());
+  int64_t width = 0;
+  for (int model = 0; model < Models; ++model) width += heads[model].width();
   const Tiling tiling = tile_vocabulary(heads[0].vocabulary(), width, sizeof(T));
-  const int64_t row_bytes = Models * (width * int64_t(sizeof(T)) + kept.candidates * int64_t(sizeof(Real))) +
+  const int64_t row_bytes = width * int64_t(sizeof(T)) + Models * kept.candidates * int64_t(sizeof(Real)) +
                             tiling.parts * int64_t(sizeof(State<Real, Models>));
   const int64_t max_rows = std::clamp(workspace / 8 / row_bytes / kRowBlock * kRowBlock, kRowBlock, kMaxRows);
 

@@ -28,24 +28,14 @@ DLOGP_INLINE void transform_body(const LogitTransform& transform, int64_t count,
 }
 
 template <typename Real>
-struct Scan {
-  Real max;
-  bool finite;
-};
-
-template <typename Real>
-DLOGP_INLINE Scan<Real> scan(int64_t count, const Real* z) {
+DLOGP_INLINE Real largest(int64_t count, const Real* z) {
   Real max = -std::numeric_limits<Real>::infinity();
-  Real probe = 0;  // 0·z is 0 for a finite z and NaN for any other
-#pragma omp simd reduction(max : max) reduction(+ : probe)
-  for (int64_t i = 0; i < count; ++i) {
-    max = z[i] > max ? z[i] : max;
-    probe += z[i] * Real(0);
-  }
-  return {max, probe == 0};
+#pragma omp simd reduction(max : max)
+  for (int64_t i = 0; i < count; ++i) max = z[i] > max ? z[i] : max;
+  return max;
 }
 
-// One after another, for tiles with −inf, +inf or NaN.
+// One after another, for tiles with −inf, +inf or NaN; the vectorised sums of such a tile are not finite.
 template <typename Real>
 void fold_special(int64_t count, const Real* z, SoftmaxState<Real>& state) {
   for (int64_t i = 0; i < count; ++i) {
@@ -85,9 +75,8 @@ void fold_special(int64_t count, const Real* z, const Real* base_z, PairState<Re
 
 template <typename Real>
 DLOGP_INLINE void fold_body(int64_t count, const Real* z, SoftmaxState<Real>& state) {
-  const Scan<Real> tile = scan(count, z);
-  if (!tile.finite) return fold_special(count, z, state);
-  if (tile.max > state.max) rebase(state, tile.max);
+  const Real tile_max = largest(count, z);
+  if (tile_max > state.max) rebase(state, tile_max);
   const Real max = state.max;
   Real sum = 0, weighted = 0;
 #pragma omp simd reduction(+ : sum, weighted)
@@ -97,16 +86,16 @@ DLOGP_INLINE void fold_body(int64_t count, const Real* z, SoftmaxState<Real>& st
     sum += e;
     weighted += e * d;
   }
+  if (!std::isfinite(weighted)) return fold_special(count, z, state);
   state.sum += sum;
   state.weighted += weighted;
 }
 
 template <typename Real>
 DLOGP_INLINE void fold_pair_body(int64_t count, const Real* z, const Real* base_z, PairState<Real>& state) {
-  const Scan<Real> tile = scan(count, z), base_tile = scan(count, base_z);
-  if (!tile.finite || !base_tile.finite) return fold_special(count, z, base_z, state);
-  if (tile.max > state.model.max || base_tile.max > state.base.max)
-    rebase(state, larger(tile.max, state.model.max), larger(base_tile.max, state.base.max));
+  const Real tile_max = largest(count, z), base_tile_max = largest(count, base_z);
+  if (tile_max > state.model.max || base_tile_max > state.base.max)
+    rebase(state, larger(tile_max, state.model.max), larger(base_tile_max, state.base.max));
   const Real max = state.model.max, base_max = state.base.max;
   Real sum = 0, weighted = 0, cross = 0, base_sum = 0, base_weighted = 0, base_cross = 0;
 #pragma omp simd reduction(+ : sum, weighted, cross, base_sum, base_weighted, base_cross)
@@ -120,6 +109,7 @@ DLOGP_INLINE void fold_pair_body(int64_t count, const Real* z, const Real* base_
     base_weighted += base_e * base_d;
     base_cross += base_e * (base_d - d);
   }
+  if (!std::isfinite(weighted + base_weighted + cross + base_cross)) return fold_special(count, z, base_z, state);
   state.model.sum += sum;
   state.model.weighted += weighted;
   state.cross += cross;

@@ -23,7 +23,7 @@ void fold_tile_row(int64_t count, const double* const* z, PairState<double>& sta
 }  // namespace
 
 Tiling tile_vocabulary(int64_t vocabulary, int64_t width, int64_t element_size) {
-  int64_t columns = 128;
+  int64_t columns = 256;
   while (columns > 64 && columns * width * element_size > kTileBytes) columns /= 2;
   const int64_t tiles = (vocabulary + columns - 1) / columns;
   return {vocabulary, columns, std::min(tiles, kMaxParts)};

@@ -50,7 +50,7 @@ struct Tiling {
 
 Tiling tile_vocabulary(int64_t vocabulary, int64_t width, int64_t element_size);
 
-constexpr int64_t kRowBlock = 64;
+constexpr int64_t kRowBlock = 128;
 
 // Rows that a block of rows is padded to, so that few distinct product kernels are needed.
 int64_t padded_rows(int64_t rows);

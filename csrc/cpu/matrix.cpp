@@ -101,8 +101,11 @@ DLOGP_CLONES void transpose_words(int64_t rows, int64_t columns, const uint32_t*
                                   uint32_t* to, int64_t to_stride) {
   const int64_t whole_rows = rows / kBlock * kBlock, whole_columns = columns / kBlock * kBlock;
   for (int64_t r = 0; r < whole_rows; r += kBlock)
-    for (int64_t c = 0; c < whole_columns; c += kBlock)
+    for (int64_t c = 0; c < whole_columns; c += kBlock) {
+      // Sixteen rows at a time come from memory, too many for the processor to foresee.
+      for (int64_t i = 0; i < kBlock; ++i) __builtin_prefetch(from + (r + kBlock + i) * from_stride + c);
       transpose_block(from + r * from_stride + c, from_stride, to + c * to_stride + r, to_stride);
+    }
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t c = r < whole_rows ? whole_columns : 0; c < columns; ++c)
       to[c * to_stride + r] = from[r * from_stride + c];

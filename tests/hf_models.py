@@ -1,7 +1,8 @@
 """Tiny random models of many architectures, for the tests of dlogp_kernels.hf."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
+import pytest
 import torch
 import transformers
 from transformers import PreTrainedModel
@@ -161,3 +162,13 @@ def tiny_model(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, 
             if parameter.dim() == 1:
                 parameter.data += 0.7
     return model.to(dtype).eval()
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """For every test of a module that imports this: tiny models are slower on several threads, the more so where
+    other processes use them too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -4,6 +4,7 @@ import hf_models
 import peft
 import pytest
 import torch
+from hf_models import one_thread  # noqa: F401
 from tolerances import HF_GRADIENT_ERROR, HF_STATISTIC_ERROR
 from torch import Tensor
 

@@ -3,6 +3,7 @@
 import hf_models
 import pytest
 import torch
+from hf_models import one_thread  # noqa: F401
 from tolerances import HF_HIDDEN_ERROR, HF_STATISTIC_ERROR
 from torch import Tensor
 
@@ -24,9 +25,12 @@ def logp_of(inputs: hf.LmHeadInputs, target: Tensor) -> Tensor:
     ).logp
 
 
-@pytest.mark.parametrize("name", hf_models.CAUSAL)
-def test_log_probabilities_are_those_of_the_models_logits(name, record_property):
-    model = hf_models.tiny_model(name)
+@pytest.fixture(scope="module", params=hf_models.CAUSAL)
+def model(request):
+    return hf_models.tiny_model(request.param)
+
+
+def test_log_probabilities_are_those_of_the_models_logits(model, record_property):
     input_ids = tokens(2, 13)
     with torch.no_grad():
         expected = model(input_ids).logits.double().log_softmax(-1)
@@ -39,9 +43,7 @@ def test_log_probabilities_are_those_of_the_models_logits(name, record_property)
     assert error < HF_STATISTIC_ERROR
 
 
-@pytest.mark.parametrize("name", hf_models.CAUSAL)
-def test_padding_and_packing_give_the_numbers_of_a_sequence_alone(name):
-    model = hf_models.tiny_model(name)
+def test_padding_and_packing_give_the_numbers_of_a_sequence_alone(model):
     one, other = tokens(1, 9, seed=1), tokens(1, 5, seed=2)
     with torch.no_grad():
         alone = [hf.lm_head_inputs(model, ids).hidden[0] for ids in (one, other)]
@@ -67,22 +69,17 @@ def test_padding_and_packing_give_the_numbers_of_a_sequence_alone(name):
     assert (left_padded[1, :4] == 0).all() and (right_padded[1, 5:] == 0).all()
 
 
-@pytest.mark.parametrize("name", [name for name in hf_models.CAUSAL if name not in hf_models.WITHOUT_CHUNKS])
-def test_chunks_through_the_cache_give_the_numbers_of_one_go(name):
-    model = hf_models.tiny_model(name)
-    input_ids = tokens(2, 23)
+def test_chunks_through_the_cache_give_the_numbers_of_one_go(model, request):
+    input_ids = tokens(2, 13)
     with torch.no_grad():
+        if request.node.callspec.params["model"] in hf_models.WITHOUT_CHUNKS:
+            with pytest.raises(ValueError, match=r"prefill_chunk"):
+                hf.lm_head_inputs(model, input_ids, prefill_chunk=5)
+            return
         expected = hf.lm_head_inputs(model, input_ids).hidden
-        for chunk in (5, 22, 23):
+        for chunk in (5, 12):
             chunked = hf.lm_head_inputs(model, input_ids, prefill_chunk=chunk).hidden
             assert relative_error(chunked, expected) < HF_HIDDEN_ERROR, chunk
-
-
-@pytest.mark.parametrize("name", hf_models.WITHOUT_CHUNKS)
-def test_a_cache_that_forgets_between_chunks_is_refused(name):
-    model = hf_models.tiny_model(name)
-    with torch.no_grad(), pytest.raises(ValueError, match=r"(?s)prefill_chunk"):
-        hf.lm_head_inputs(model, tokens(1, 12), prefill_chunk=5)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import hf_models
 import pytest
 import torch
+from hf_models import one_thread  # noqa: F401
 from tolerances import HF_HIDDEN_ERROR, HF_STATISTIC_ERROR
 
 from dlogp_kernels import hf

@@ -145,6 +145,18 @@ def test_a_saved_tokenizer_splits_as_before(tmp_path):
     hf.check_same_tokenizer(loaded, tokenizer)
 
 
+@pytest.mark.parametrize("name", ["qwen2", "qwen3"])
+def test_a_tokenizer_beside_a_model_splits_as_saved(tmp_path, name):
+    """For the type qwen2 transformers picks a class that replaces the saved rules for splitting."""
+    hf_models.tiny_model(name).save_pretrained(tmp_path)
+    tokenizer = with_digits_apart(bpe_tokenizer())
+    tokenizer.save_pretrained(tmp_path)
+    text = "the numbers 1234567890 and 123"
+    loaded = hf.load_tokenizer(tmp_path)
+    assert loaded(text)["input_ids"] == tokenizer(text)["input_ids"] != bpe_tokenizer()(text)["input_ids"]
+    assert loaded.eos_token_id == tokenizer.eos_token_id
+
+
 def test_a_directory_without_tokenizer_is_named(saved):
     with pytest.raises(FileNotFoundError, match=rf"{saved}: expected a directory with a tokenizer"):
         hf.load_tokenizer(saved)

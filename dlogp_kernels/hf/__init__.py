@@ -1,5 +1,13 @@
 """Causal language models of `transformers`: hidden states with their last layer, and the statistics of a pair."""
 
+try:
+    import safetensors  # noqa: F401
+    import transformers  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"dlogp_kernels.hf needs {error.name}: pip install 'dlogp_kernels[hf]'", name=error.name
+    ) from error
+
 from .heads import LmHead, lm_head
 from .loading import check_same_tokenizer, context_length, load_model, load_tokenizer
 from .metrics import LmHeadInputs, lm_head_inputs, token_metrics

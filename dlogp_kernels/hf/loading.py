@@ -8,7 +8,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from tokenizers import Tokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _LENGTH_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length")
@@ -69,10 +76,17 @@ def load_model(
 def load_tokenizer(name_or_path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a directory or of a model on the Hub.
 
+    A tokenizer.json in a directory is what the tokenizer is: where the class that `transformers` picks by the model's
+    type would split otherwise, the file is taken as it is.
+
     Raises FileNotFoundError for a directory that is missing or has no tokenizer files.
     """
     _check_directory(name_or_path, ("*token*",), "a tokenizer (tokenizer.json or tokenizer_config.json)")
-    return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+    tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+    file = Path(name_or_path) / "tokenizer.json"
+    if file.is_file() and not _is_closed(tokenizer) and _split_of_file(file) != _split(tokenizer):
+        return PreTrainedTokenizerFast.from_pretrained(name_or_path)
+    return tokenizer
 
 
 def check_same_tokenizer(
@@ -151,6 +165,17 @@ def _check_same_split(tokenizer: PreTrainedTokenizerBase, base_tokenizer: PreTra
         f"{first} on {tokenizer.convert_ids_to_tokens(ids[first : first + 4])} against "
         f"{base_tokenizer.convert_ids_to_tokens(base_ids[first : first + 4])}. Expected the same splits"
     )
+
+
+def _split(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return tokenizer(_SAMPLE, add_special_tokens=False)["input_ids"]
+
+
+def _split_of_file(file: Path) -> list[int]:
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer.encode(_SAMPLE, add_special_tokens=False).ids
 
 
 def _is_closed(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -17,6 +17,8 @@ _LEAST_WORKSPACE = 16 * 2**20
 _LEAST_CHUNK = 16
 #: What the C library, PyTorch's thread pool and oneDNN's packed weights take beside tensors.
 _OVERHEAD = 32 * 2**20
+#: Bytes a token of targets, places and statistics.
+_STATISTICS = 128
 
 
 class Plan(NamedTuple):
@@ -28,11 +30,16 @@ class Plan(NamedTuple):
 
 
 class BodySize(NamedTuple):
-    """What running a body takes: bytes a token of a call, a token of the cache, a pair of both (attention)."""
+    """What running a body takes, in bytes.
+
+    For a token of a call: its hidden state and its activations; for a token that it sees: its keys and values in the
+    cache, and one layer's of them, one for each head; for a pair of both: its share of the attention.
+    """
 
     hidden: int
     activations: int
     cache: int
+    expanded: int
     attention: int
 
 
@@ -53,22 +60,31 @@ def as_bytes(limit: int | str) -> int:
 
 
 def plan_memory(
-    limit: int, bodies: Sequence[PreTrainedModel], heads: Sequence[LmHead], longest: int, tokens: int
+    limit: int,
+    bodies: Sequence[PreTrainedModel],
+    heads: Sequence[LmHead],
+    longest: int,
+    tokens: int,
+    *,
+    beside: int = 0,
+    gathered: int = 0,
 ) -> Plan:
     """The largest parts of a batch, of `tokens` in all and `longest` in one document, that fit in `limit` bytes.
+
+    beside: bytes that are taken already. gathered: bytes a token of hidden states that are given and copied together.
 
     Raises ValueError where not even a few tokens at a time fit, with the least limit that would do.
     """
     sizes = [body_size(body) for body in bodies]
+    fixed = (longest, beside, gathered)
     vocabulary = heads[0].weight.shape[0]
     # The plain PyTorch backend needs full rows of logits for at least one row.
     least_workspace = max(_LEAST_WORKSPACE, 64 * vocabulary)
     for max_tokens in _halvings(tokens):
-        chunked = max_tokens < longest
-        workspace = min(backends.DEFAULT_WORKSPACE, limit - _needed(sizes, max_tokens, longest, chunked))
+        workspace = min(backends.DEFAULT_WORKSPACE, limit - _needed(sizes, max_tokens, *fixed))
         if workspace >= least_workspace:
-            return Plan(max_tokens, max_tokens if chunked else None, workspace)
-    least = least_workspace + _needed(sizes, min(_LEAST_CHUNK, tokens), longest, longest > _LEAST_CHUNK)
+            return Plan(max_tokens, max_tokens if max_tokens < longest else None, workspace)
+    least = least_workspace + _needed(sizes, min(_LEAST_CHUNK, tokens), *fixed)
     raise ValueError(
         f"memory_limit is {limit} bytes, expected at least {least} ({least / 2**20:.0f} MiB) for a sequence of "
         f"{longest} tokens and a vocabulary of {vocabulary}"
@@ -91,9 +107,17 @@ def body_size(model: PreTrainedModel) -> BodySize:
         # Residual, norm (in float32), projections with rotated copies; or residual, norm, gate, up and product.
         activations=width * (4 * item + 8) + max(4 * queries + 4 * keys, 3 * inner) * item,
         cache=2 * layers * keys * item,
+        expanded=2 * (queries + keys) * item,
         # Scores and probabilities per head, unless the attention is fused; then a mask and its converted copy.
         attention=(heads * (item + 4 + item)) if config._attn_implementation == "eager" else 1 + 2 * item,
     )
+
+
+def merged_bytes(model: PreTrainedModel, head: LmHead) -> int:
+    """What `head` takes beside the model: nothing, unless an adapter was merged into a copy."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    tensors = [tensor for tensor in (head.weight, head.bias) if tensor is not None]
+    return sum(tensor.nbytes for tensor in tensors if tensor.untyped_storage().data_ptr() not in own)
 
 
 def _inner_size(config: Any) -> int:
@@ -113,13 +137,12 @@ def _halvings(tokens: int) -> list[int]:
     return sizes
 
 
-def _needed(sizes: Sequence[BodySize], max_tokens: int, longest: int, chunked: bool) -> int:
-    """Bytes beside the ops' workspace: both models' hidden states, and the larger body's run."""
+def _needed(sizes: Sequence[BodySize], max_tokens: int, longest: int, beside: int, gathered: int) -> int:
+    """Beside the ops' workspace: both models' hidden states, and the larger body's run."""
     held = max(max_tokens, longest)
-    visible = longest
     run = 0
     for size in sizes:
-        # Growing a layer's cache copies it, and fused attention may expand its keys and values.
-        cache = size.cache * longest * 5 // 4 if chunked else 0
-        run = max(run, cache + max_tokens * (size.activations + size.attention * visible))
-    return _OVERHEAD + held * sum(size.hidden for size in sizes) + run + 128 * held
+        # One layer's keys and values exist twice while its cache grows, and may be expanded to every head.
+        seen = size.expanded + (size.cache if max_tokens < longest else 0)
+        run = max(run, longest * seen + max_tokens * (size.activations + size.attention * longest))
+    return _OVERHEAD + beside + held * (sum(size.hidden for size in sizes) + gathered + _STATISTICS) + run

@@ -29,7 +29,7 @@ from .bodies import (
     scatter,
 )
 from .heads import LmHead, unwrapped
-from .memory import Plan, as_bytes, plan_memory
+from .memory import Plan, as_bytes, merged_bytes, plan_memory
 from .probe import verified_lm_head, verify_in_chunks
 
 _IGNORED = -100
@@ -175,13 +175,16 @@ class _Pair(NamedTuple):
     def bodies(self) -> list[PreTrainedModel]:
         return [self.model] if self.base is None else [self.model, self.base]
 
-    def hidden_of(self, group: Group, prefill_chunk: int | None) -> tuple[Tensor, Tensor]:
-        """Hidden states of a group's documents: of the model and of the base."""
+    def op_inputs(
+        self, group: Group, head: LmHead, base_head: LmHead, prefill_chunk: int | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """hidden, weight, base_hidden and base_weight of a group's documents."""
         if self.base is not None:
             base_hidden = run_body(self.base, group.input_ids, prefill_chunk)
         elif self.base_hidden is not None:
             base_hidden = gather(self.base_hidden.flatten(0, 1), group)
-        return run_body(self.model, group.input_ids, prefill_chunk), base_hidden
+        hidden = run_body(self.model, group.input_ids, prefill_chunk)
+        return hidden, head.weight, base_hidden, base_head.weight
 
 
 def _plan_within(
@@ -199,7 +202,19 @@ def _plan_within(
             "torch.inference_mode()"
         )
     tokens = int((batch.document >= 0).sum())
-    return plan_memory(as_bytes(memory_limit), pair.bodies(), heads, longest_document(batch), tokens)
+    beside = merged_bytes(pair.model, heads[0])
+    if pair.base is not None:
+        beside += merged_bytes(pair.base, heads[1])
+    gathered = 0 if pair.base_hidden is None else pair.base_hidden.shape[-1] * pair.base_hidden.element_size()
+    return plan_memory(
+        as_bytes(memory_limit),
+        pair.bodies(),
+        heads,
+        longest_document(batch),
+        tokens,
+        beside=beside,
+        gathered=gathered,
+    )
 
 
 def _measure(
@@ -214,8 +229,19 @@ def _measure(
     """Statistics (B, T − 1), of as many tokens at once as the plan says."""
     fields: list[Tensor] | None = None
     for group in groups(batch, plan.max_tokens):
-        hidden, base_hidden = pair.hidden_of(group, plan.prefill_chunk)
-        stats = _group_stats(hidden, base_hidden, head, base_head, group, target, temperature)
+        # Within the call, so that a group's hidden states are gone before the next one's are made.
+        stats = linear_delta_logp(
+            *pair.op_inputs(group, head, base_head, plan.prefill_chunk),
+            gather(target.flatten(), group).masked_fill(group.place < 0, _IGNORED),
+            bias=head.bias,
+            base_bias=base_head.bias,
+            temperature=temperature,
+            softcap=head.softcap,
+            base_softcap=base_head.softcap,
+            logit_scale=head.logit_scale,
+            base_logit_scale=base_head.logit_scale,
+            ignore_index=_IGNORED,
+        )
         if fields is None:
             fields = [value.new_zeros(target.numel()) for value in stats]
         for value, field in zip(stats, fields, strict=True):
@@ -223,32 +249,6 @@ def _measure(
     if fields is None:
         fields = [head.weight.new_zeros(target.numel(), dtype=_output_dtype(head, base_head))] * 9
     return DeltaLogpStats(*(field.view(target.shape)[:, :-1] for field in fields))
-
-
-def _group_stats(
-    hidden: Tensor,
-    base_hidden: Tensor,
-    head: LmHead,
-    base_head: LmHead,
-    group: Group,
-    target: Tensor,
-    temperature: float,
-) -> DeltaLogpStats:
-    return linear_delta_logp(
-        hidden,
-        head.weight,
-        base_hidden,
-        base_head.weight,
-        gather(target.flatten(), group).masked_fill(group.place < 0, _IGNORED),
-        bias=head.bias,
-        base_bias=base_head.bias,
-        temperature=temperature,
-        softcap=head.softcap,
-        base_softcap=base_head.softcap,
-        logit_scale=head.logit_scale,
-        base_logit_scale=base_head.logit_scale,
-        ignore_index=_IGNORED,
-    )
 
 
 def _output_dtype(head: LmHead, base_head: LmHead) -> torch.dtype:

@@ -26,7 +26,7 @@ def peak(backend, record_property):
         """MiB over inputs and results."""
         case = MEASURED | {"backend": backend, "op": op} | changes
         if backend == "reference":
-            case["n"] = min(case["n"], 1024)  # several of its blocks of rows
+            case |= {"n": min(case["n"], 1024), "d": 64}  # several of its blocks of rows; slower
         command = [sys.executable, str(HELPER), json.dumps(case)]
         # Freed blocks go back at once: what malloc keeps for later varies from run to run, and is not the op's.
         environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}

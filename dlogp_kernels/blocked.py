@@ -14,7 +14,7 @@ from . import reference
 from .reference import accumulation_dtype, transform_gradient, transform_logits
 
 # Temporaries of the size of a block of logits that are alive at once, per model, at most.
-_TEMPORARIES = 12
+_TEMPORARIES = 8
 _SLAB = 4096
 _BACKWARD_ROWS = 1024
 

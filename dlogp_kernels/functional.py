@@ -50,8 +50,8 @@ def linear_logp(
     required are computed, from logits recomputed in blocks. Second derivatives raise RuntimeError.
 
     Memory over inputs and outputs is bounded (`backends.workspace_limit`), whatever the number of tokens and V. Results
-    are the same bit for bit in every run; with the compiled kernels a row's do not depend on the other rows. Within `torch.autocast`, 32-bit
-    inputs are converted to the autocast dtype, as in `torch.nn.functional.linear`.
+    are the same bit for bit in every run; with the compiled kernels a row's do not depend on the other rows. Within
+    `torch.autocast`, 32-bit inputs are converted to the autocast dtype, as in `torch.nn.functional.linear`.
 
     Raises:
         ValueError, TypeError: a shape, device, dtype or option that does not fit, by name.

@@ -1,5 +1,6 @@
 """The demo: what RL changed in the tiny pair, found as a user would find it, and the memory it takes at full size."""
 
+import importlib.util
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -89,6 +90,8 @@ def _retrain(directory: Path, console: Console) -> Path:
     if directory.exists():
         raise JobError(f"--out {directory.parent}: it holds a pair already, expected another directory to train into")
     # It imports trl, which a demo of the pair that comes along can do without.
+    if importlib.util.find_spec("trl") is None:
+        raise JobError("--retrain: trl can not be imported; expected the extra 'trl', as in `dlogp_kernels[trl]`")
     from .train_pair import train_pair
 
     console.print(f"training a pair into {directory}", markup=False, soft_wrap=True)

@@ -138,7 +138,8 @@ def test_killed_at_every_kind_of_write_and_resumed(pair, uninterrupted, tmp_path
 
 def test_killed_at_random_moments_and_resumed(pair, uninterrupted, tmp_path):
     out = tmp_path / "out"
-    ends = attempts(pair, out, [["seconds", 1.0]] * 6 + [["run", 0]], sequential=False, seed=7)
+    longest = [0.05, 0.2, 0.4, 0.6, 0.8, 1.0]  # the first is over before any run is
+    ends = attempts(pair, out, [*(["seconds", value] for value in longest), ["run", 0]], sequential=False, seed=7)
     assert ends[0][0] == -9
     assert_same_result(out, uninterrupted[False])
 

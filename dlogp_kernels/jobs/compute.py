@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..hf import LmHead, lm_head_inputs, token_metrics
+from ..hf import LmHead, lm_head, lm_head_inputs, token_metrics
 from ..hf.memory import plan_memory
 from .data import Sample
 
@@ -77,8 +77,9 @@ def response_hidden(samples: Sequence[Sample], base: Any, setting: Setting) -> l
 def _fit(samples: Sequence[Sample], base: Any, batch: _Batch, memory_limit: int) -> tuple[int, int | None]:
     """How many rows at once, and how many tokens of each, keep the base model alone within the limit."""
     longest = batch.input_ids.shape[1]
-    head = LmHead(base.get_output_embeddings().weight)
-    plan = plan_memory(memory_limit, [base], (head, head), longest, batch.input_ids.numel())
+    head = lm_head(base)
+    token_bytes = head.weight.shape[1] * head.weight.element_size()
+    plan = plan_memory(memory_limit, [base], (head, head), longest, batch.input_ids.numel(), gathered=token_bytes)
     return max(1, plan.max_tokens // longest), plan.prefill_chunk
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..hf import LmHead, lm_head, lm_head_inputs, token_metrics
+from ..hf import lm_head, lm_head_inputs, token_metrics
 from ..hf.memory import plan_memory
 from .data import Sample
 

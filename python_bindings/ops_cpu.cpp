@@ -2,7 +2,6 @@
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <Python.h>
-#include <sys/mman.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -175,16 +174,6 @@ auto linear_delta_logp_fwd_cpu(const Tensor& hidden, const Tensor& weight, const
   return stats.pair();
 }
 
-// A fresh gradient of hundreds of MiB costs a page fault every 4 KiB; pages of 2 MiB make that negligible.
-void advise_large_pages(const Tensor& x) {
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t page = 2 << 20;
-  const auto begin = reinterpret_cast<uintptr_t>(x.mutable_data_ptr());
-  const uintptr_t first = (begin + page - 1) / page * page, last = (begin + x.nbytes()) / page * page;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a hint: may be refused
-#endif
-}
-
 // Which gradients of a model are wanted, and where they go; an output without data is not wanted.
 struct LayerGradients {
   Tensor hidden, weight, bias;
@@ -204,9 +193,7 @@ struct LayerGradients {
 
  private:
   static Tensor allocate(const Tensor& like, bool wanted) {
-    const Tensor x = at::empty(wanted ? like.sizes() : at::IntArrayRef{0}, like.options());
-    advise_large_pages(x);
-    return x;
+    return at::empty(wanted ? like.sizes() : at::IntArrayRef{0}, like.options());
   }
 };
 

@@ -50,7 +50,8 @@ struct Tiling {
 
 Tiling tile_vocabulary(int64_t vocabulary, int64_t width, int64_t element_size);
 
-constexpr int64_t kRowBlock = 128;
+constexpr int64_t kRowBlock = 64;
+static_assert((kRowBlock & (kRowBlock - 1)) == 0, "padded_rows doubles up to it");
 
 // Rows that a block of rows is padded to, so that few distinct product kernels are needed.
 int64_t padded_rows(int64_t rows);

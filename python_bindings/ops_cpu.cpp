@@ -66,6 +66,9 @@ void with_product_type(const Head* heads, int models, Use use) {
   }
 }
 
+// Room for every thread that may take part, also where the op is called within a parallel region.
+size_t thread_slots() { return std::max(at::get_num_threads(), at::get_thread_num() + 1); }
+
 // Outputs of forward, zero where a row is ignored.
 struct Stats {
   std::vector<Tensor> tensors;
@@ -114,7 +117,7 @@ void linear_forward(const Head* heads, const KeptRows& kept, int64_t ignore_inde
                             tiling.parts * int64_t(sizeof(State<Real, Models>));
   const int64_t max_rows = std::clamp(workspace / 8 / row_bytes / kRowBlock * kRowBlock, kRowBlock, kMaxRows);
 
-  std::vector<TileScratch<T>> scratch(at::get_num_threads());
+  std::vector<TileScratch<T>> scratch(thread_slots());
   std::vector<T> storage[2];
   std::vector<Real> target_storage[2];
   std::vector<State<Real, Models>> states;
@@ -223,7 +226,7 @@ class LinearBackward {
     row_block_ = std::clamp<int64_t>(padded_rows((kept.count() + 7) / 8), 8, kRowBlock);
     const int64_t row_bytes = sizeof(T) * 2 * (sides_[0].stride + sides_[Models - 1].stride + Models * tiling_.columns);
     max_rows_ = std::clamp(workspace / 8 / row_bytes / kRowBlock * kRowBlock, kRowBlock, kMaxRows);
-    scratch_.resize(at::get_num_threads());
+    scratch_.resize(thread_slots());
   }
 
   void run() {
@@ -434,6 +437,24 @@ struct OwnedModelUpstream {
   }
 };
 
+template <typename Real>
+struct OwnedDivergences {
+  Values<Real> grad_kl, grad_reverse_kl, kl, reverse_kl;
+
+  OwnedDivergences(const Tensor& target, const OptionalTensor& grad_kl_, const OptionalTensor& grad_reverse_kl_,
+                   const Tensor& kl_, const Tensor& reverse_kl_)
+      : grad_kl(grad_kl_, target.sizes().slice(0, 1), "grad_kl"),
+        grad_reverse_kl(grad_reverse_kl_, target.sizes().slice(0, 1), "grad_reverse_kl"),
+        kl(kl_, target.sizes().slice(0, 1), "kl"),
+        reverse_kl(reverse_kl_, target.sizes().slice(0, 1), "reverse_kl") {}
+
+  Upstream<Real> with(const OwnedModelUpstream<Real>& model, const OwnedModelUpstream<Real>& base, int64_t candidates,
+                      int64_t ignore_index) const {
+    return {{model.get(), base.get()}, grad_kl.get(), grad_reverse_kl.get(), kl.get(),
+            reverse_kl.get(),          candidates,    ignore_index};
+  }
+};
+
 template <typename T>
 void one_model_backward(const Head& head, const Tensor& target, const KeptRows& kept, int64_t ignore_index,
                         int64_t workspace, const OptionalTensor& grad_logp, const OptionalTensor& grad_entropy,
@@ -498,17 +519,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_delta_logp_bwd
     const OwnedModelUpstream<Real> own(target, grad_logp, grad_entropy, grad_lse, entropy, lse);
     const OwnedModelUpstream<Real> own_base(target, grad_base_logp, grad_base_entropy, grad_base_lse, base_entropy,
                                             base_lse);
-    const auto row_sizes = target.sizes().slice(0, 1);
-    const Values<Real> own_grad_kl(grad_kl, row_sizes, "grad_kl"), own_kl(kl, row_sizes, "kl");
-    const Values<Real> own_grad_reverse_kl(grad_reverse_kl, row_sizes, "grad_reverse_kl");
-    const Values<Real> own_reverse_kl(reverse_kl, row_sizes, "reverse_kl");
-    const Upstream<Real> upstream{{own.get(), own_base.get()},
-                                  own_grad_kl.get(),
-                                  own_grad_reverse_kl.get(),
-                                  own_kl.get(),
-                                  own_reverse_kl.get(),
-                                  kept.candidates,
-                                  ignore_index};
+    const OwnedDivergences<Real> divergences(target, grad_kl, grad_reverse_kl, kl, reverse_kl);
+    const Upstream<Real> upstream = divergences.with(own, own_base, kept.candidates, ignore_index);
     LayerGradients* all[2] = {&gradients, &base_gradients};
     LinearBackward<T, 2>(heads, kept, upstream, workspace, all).run();
   });
@@ -653,17 +665,8 @@ std::tuple<Tensor, Tensor> delta_logp_bwd_cpu(
     const OwnedModelUpstream<Real> own(target, grad_logp, grad_entropy, grad_lse, entropy, lse);
     const OwnedModelUpstream<Real> own_base(target, grad_base_logp, grad_base_entropy, grad_base_lse, base_entropy,
                                             base_lse);
-    const auto row_sizes = target.sizes().slice(0, 1);
-    const Values<Real> own_grad_kl(grad_kl, row_sizes, "grad_kl"), own_kl(kl, row_sizes, "kl");
-    const Values<Real> own_grad_reverse_kl(grad_reverse_kl, row_sizes, "grad_reverse_kl");
-    const Values<Real> own_reverse_kl(reverse_kl, row_sizes, "reverse_kl");
-    const Upstream<Real> upstream{{own.get(), own_base.get()},
-                                  own_grad_kl.get(),
-                                  own_grad_reverse_kl.get(),
-                                  own_kl.get(),
-                                  own_reverse_kl.get(),
-                                  kept.candidates,
-                                  ignore_index};
+    const OwnedDivergences<Real> divergences(target, grad_kl, grad_reverse_kl, kl, reverse_kl);
+    const Upstream<Real> upstream = divergences.with(own, own_base, kept.candidates, ignore_index);
     const Output outputs[2] = {output_of(gradient, logits.size(-1)), output_of(base_gradient, logits.size(-1))};
     logits_backward<Real, 2>(both, kept, upstream, outputs);
   });

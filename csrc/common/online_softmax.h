@@ -1,6 +1,6 @@
 // The running state of a softmax over a vocabulary that is seen in pieces, and how two pieces merge.
 //
-// With z the logits of a model, m their maximum so far and d = z − m:
+// With z the logits of a model, m (nearly) their maximum so far and d = z − m:
 //   sum = Σ e^d        weighted = Σ e^d·d
 // and for a pair, with the base model's d_B = z_B − m_B:
 //   cross = Σ e^d·(d − d_B)        base_cross = Σ e^{d_B}·(d_B − d)

@@ -73,35 +73,62 @@ void fold_special(int64_t count, const Real* z, const Real* base_z, PairState<Re
   }
 }
 
+// How far above the running maximum a logit may lie before that has to follow; the sums
+// are as exact around any nearby value. So a tile is mostly read once, not first for its maximum.
+constexpr int kSlack = 2;
+
 template <typename Real>
-DLOGP_INLINE void fold_body(int64_t count, const Real* z, SoftmaxState<Real>& state) {
-  const Real tile_max = largest(count, z);
-  if (tile_max > state.max) rebase(state, tile_max);
-  const Real max = state.max;
-  Real sum = 0, weighted = 0;
-#pragma omp simd reduction(+ : sum, weighted)
+struct TileSums {
+  Real largest, sum, weighted;
+};
+
+template <typename Real>
+DLOGP_INLINE TileSums<Real> sum_tile(int64_t count, const Real* z, Real max) {
+  Real largest = -std::numeric_limits<Real>::infinity(), sum = 0, weighted = 0;
+#pragma omp simd reduction(max : largest) reduction(+ : sum, weighted)
   for (int64_t i = 0; i < count; ++i) {
     const Real d = z[i] - max;
-    const Real e = exp_of_negative(d);
+    const Real e = exp_of(d);
+    largest = z[i] > largest ? z[i] : largest;
     sum += e;
     weighted += e * d;
   }
-  if (!std::isfinite(weighted)) return fold_special(count, z, state);
-  state.sum += sum;
-  state.weighted += weighted;
+  return {largest, sum, weighted};
 }
 
 template <typename Real>
-DLOGP_INLINE void fold_pair_body(int64_t count, const Real* z, const Real* base_z, PairState<Real>& state) {
-  const Real tile_max = largest(count, z), base_tile_max = largest(count, base_z);
-  if (tile_max > state.model.max || base_tile_max > state.base.max)
-    rebase(state, larger(tile_max, state.model.max), larger(base_tile_max, state.base.max));
-  const Real max = state.model.max, base_max = state.base.max;
+DLOGP_INLINE void fold_body(int64_t count, const Real* z, SoftmaxState<Real>& state) {
+  if (state.empty()) rebase(state, largest(count, z));
+  TileSums<Real> tile = sum_tile(count, z, state.max);
+  if (tile.largest > state.max + kSlack) {
+    rebase(state, tile.largest);
+    tile = sum_tile(count, z, state.max);
+  }
+  if (!std::isfinite(tile.weighted)) return fold_special(count, z, state);
+  state.sum += tile.sum;
+  state.weighted += tile.weighted;
+}
+
+template <typename Real>
+struct PairTileSums {
+  TileSums<Real> model, base;
+  Real cross, base_cross;
+
+  bool finite() const { return std::isfinite(model.weighted + base.weighted + cross + base_cross); }
+};
+
+template <typename Real>
+DLOGP_INLINE PairTileSums<Real> sum_pair_tile(int64_t count, const Real* z, const Real* base_z, Real max,
+                                              Real base_max) {
+  Real largest = -std::numeric_limits<Real>::infinity(), base_largest = largest;
   Real sum = 0, weighted = 0, cross = 0, base_sum = 0, base_weighted = 0, base_cross = 0;
-#pragma omp simd reduction(+ : sum, weighted, cross, base_sum, base_weighted, base_cross)
+#pragma omp simd reduction(max : largest, base_largest) \
+    reduction(+ : sum, weighted, cross, base_sum, base_weighted, base_cross)
   for (int64_t i = 0; i < count; ++i) {
     const Real d = z[i] - max, base_d = base_z[i] - base_max;
-    const Real e = exp_of_negative(d), base_e = exp_of_negative(base_d);
+    const Real e = exp_of(d), base_e = exp_of(base_d);
+    largest = z[i] > largest ? z[i] : largest;
+    base_largest = base_z[i] > base_largest ? base_z[i] : base_largest;
     sum += e;
     weighted += e * d;
     cross += e * (d - base_d);
@@ -109,13 +136,25 @@ DLOGP_INLINE void fold_pair_body(int64_t count, const Real* z, const Real* base_
     base_weighted += base_e * base_d;
     base_cross += base_e * (base_d - d);
   }
-  if (!std::isfinite(weighted + base_weighted + cross + base_cross)) return fold_special(count, z, base_z, state);
-  state.model.sum += sum;
-  state.model.weighted += weighted;
-  state.cross += cross;
-  state.base.sum += base_sum;
-  state.base.weighted += base_weighted;
-  state.base_cross += base_cross;
+  return {{largest, sum, weighted}, {base_largest, base_sum, base_weighted}, cross, base_cross};
+}
+
+template <typename Real>
+DLOGP_INLINE void fold_pair_body(int64_t count, const Real* z, const Real* base_z, PairState<Real>& state) {
+  if (state.model.empty() || state.base.empty())
+    rebase(state, larger(largest(count, z), state.model.max), larger(largest(count, base_z), state.base.max));
+  PairTileSums<Real> tile = sum_pair_tile(count, z, base_z, state.model.max, state.base.max);
+  if (tile.model.largest > state.model.max + kSlack || tile.base.largest > state.base.max + kSlack) {
+    rebase(state, larger(tile.model.largest, state.model.max), larger(tile.base.largest, state.base.max));
+    tile = sum_pair_tile(count, z, base_z, state.model.max, state.base.max);
+  }
+  if (!tile.finite()) return fold_special(count, z, base_z, state);
+  state.model.sum += tile.model.sum;
+  state.model.weighted += tile.model.weighted;
+  state.cross += tile.cross;
+  state.base.sum += tile.base.sum;
+  state.base.weighted += tile.base.weighted;
+  state.base_cross += tile.base_cross;
 }
 
 // A log-probability below this has p = 0 in float32; the bound keeps 0·(−inf) from being NaN.
@@ -124,18 +163,12 @@ DLOGP_INLINE Real bounded(Real logp) {
   return logp < Real(-1e30) ? Real(-1e30) : logp;
 }
 
-// exp_of_negative on a log-probability, which rounding may leave a little above 0.
-template <typename Real>
-DLOGP_INLINE Real probability(Real logp) {
-  return exp_of_negative(logp);
-}
-
 template <typename Real>
 DLOGP_INLINE void gradient_body(const GradientTerms<Real>& terms, int64_t count, const Real* z, Real* grad) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
     const Real logp = bounded(z[i] - terms.lse);
-    grad[i] = probability(logp) * (terms.constant + terms.log_term * logp);
+    grad[i] = exp_of(logp) * (terms.constant + terms.log_term * logp);
   }
 }
 
@@ -146,7 +179,7 @@ DLOGP_INLINE void gradient_pair_body(const GradientTerms<Real>& terms, int64_t c
   for (int64_t i = 0; i < count; ++i) {
     const Real logp = bounded(z[i] - terms.lse), other_logp = bounded(other_z[i] - terms.other_lse);
     const Real own = terms.constant + terms.log_term * logp + terms.ratio_term * (logp - other_logp);
-    grad[i] = probability(logp) * own + terms.other_term * probability(other_logp);
+    grad[i] = exp_of(logp) * own + terms.other_term * exp_of(other_logp);
   }
 }
 

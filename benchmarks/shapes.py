@@ -93,12 +93,11 @@ def input_bytes(work: Workload) -> int:
 
 
 def estimated_bytes(work: Workload, candidate: str) -> int:
-    """Bytes that `candidate` needs over the inputs, beside the buffers of the floor; on the safe side of measured."""
+    """Bytes that `candidate` needs over the inputs; on the safe side of measured."""
     logits = work.n * work.shape.v
     models = 2 if work.pair else 1
     weight = work.shape.v * work.shape.d * work.element_size if work.linear else 0
-    # The check against float64 (a slab of the weight, blocks of rows) and the floor's logits.
-    fixed = 2**30 + logits * work.element_size
+    fixed = 2**30  # the check against float64: a slab of the weight, blocks of rows
     if candidate in ("eager", "compiled"):
         return fixed + logits * models * (work.element_size + (32 if work.training else 20))
     if candidate == "chunked":
@@ -118,7 +117,9 @@ def available_bytes(device: torch.device) -> int:
 
 def require_fit(work: Workload, candidate: str, device: torch.device, built: bool = False) -> None:
     """Raise NotMeasuredError if this machine has not the memory for `candidate` now; `built`: the inputs are there."""
-    need = estimated_bytes(work, candidate) + (0 if built else input_bytes(work))
+    # Where the inputs are built, the candidate is timed beside the floor, which writes logits.
+    floor = work.n * work.shape.v * work.element_size
+    need = estimated_bytes(work, candidate) + (floor if built else input_bytes(work))
     have = available_bytes(device)
     if need > have:
         raise NotMeasuredError(f"needs about {need / 2**30:.1f} GiB, {have / 2**30:.1f} GiB are available")

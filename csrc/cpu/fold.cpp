@@ -73,8 +73,8 @@ void fold_special(int64_t count, const Real* z, const Real* base_z, PairState<Re
   }
 }
 
-// How far above the running maximum a logit may lie before that has to follow; the sums
-// are as exact around any nearby value. So a tile is mostly read once, not first for its maximum.
+// How far above the running maximum a logit may lie before that has to follow; the sums are as exact around
+// any nearby value. So a tile is mostly read once, not first for its maximum.
 constexpr int kSlack = 2;
 
 template <typename Real>

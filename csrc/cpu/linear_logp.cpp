@@ -81,13 +81,8 @@ void tile_logits(const Head& head, const PackedRows<T>& hidden, int64_t first_ro
   multiply(product, hidden.data + first_row * hidden.stride, packed_weight, logits, false);
   const Accumulator<T>* bias = nullptr;
   if (head.bias.data != nullptr) {
-    for (int64_t i = 0; i < count; ++i) scratch.bias[i] = 0;
-    Accumulator<T>* converted = scratch.bias.data();
-    if constexpr (sizeof(T) == 2)
-      read_row<float>(head.bias, 0, begin, count, converted);
-    else
-      read_row<T>(head.bias, 0, begin, count, converted);
-    bias = converted;
+    read_row(head.bias, 0, begin, count, scratch.bias.data());
+    bias = scratch.bias.data();
   }
   if (bias == nullptr && head.transform.is_identity()) return;
   for (int64_t r = 0; r < rows; ++r) transform_row(head.transform, count, bias, logits + r * tiling.columns);

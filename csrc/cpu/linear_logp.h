@@ -1,9 +1,9 @@
 // linear_logp and linear_delta_logp on the CPU: logits = hidden · weightᵀ tile by tile, folded at once into running
 // states.
 //
-// Vocabulary is cut into tiles of `tile_columns`, tiles into parts; a part's state depends on nothing but its row, so
-// rows and parts may be handed to threads in any way. `Models` is 1, or 2 for a pair (the model, then its base). T is
-// the type of the products: bfloat16, float or double.
+// Vocabulary is cut into tiles of `Tiling::columns`, tiles into parts; a part's state depends on nothing but its row,
+// so rows and parts may be handed to threads in any way. `Models` is 1, or 2 for a pair (the model, then its base). T
+// is the type of the products: bfloat16, float or double.
 #pragma once
 
 #include <cstdint>

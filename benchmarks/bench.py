@@ -36,7 +36,7 @@ class Bench:
 
     def backend(self, device: torch.device) -> str:
         """What serves the op's forward and backward here."""
-        served = {backends.select(f"{self.op}_{step}", device.type): None for step in ("fwd", "bwd")}
+        served = {backends.select(f"{self.op}_{step}", device): None for step in ("fwd", "bwd")}
         return "+".join(served)
 
 

@@ -21,7 +21,7 @@ def versions(device: str) -> dict[str, str]:
     return {
         "dlogp_kernels": __version__,
         **packages,
-        "backend": backends.select("linear_delta_logp", torch.device(device).type),
+        "backend": backends.select("linear_delta_logp_fwd", device),
     }
 
 

@@ -4,7 +4,10 @@ A backend supplies launchers: functions with the arguments of the op's schema pl
 """
 
 import contextlib
+import functools
 import importlib
+import importlib.metadata
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -13,10 +16,24 @@ import torch
 
 from . import schemas
 
-#: In order of preference.
-BACKENDS = ("cpu", "reference")
+#: In order of preference: C++ for the CPU, fused Triton kernels, the vendor's GEMM with Triton kernels around it, and
+#: plain PyTorch.
+BACKENDS = ("cpu", "triton", "gemm", "reference")
 #: Those with private ops of their own, `torch.ops.dlogp._<backend>_<op>`.
 COMPILED = ("cpu",)
+#: Modules with the launchers of the others.
+_MODULES = {
+    "triton": "dlogp_kernels.triton",
+    "gemm": "dlogp_kernels.triton.gemm",
+    "reference": "dlogp_kernels.blocked",
+}
+#: Ops that have a form with the vendor's GEMM. Their backward is the same one as that of "triton".
+_GEMM_OPS = ("linear_logp_fwd", "linear_delta_logp_fwd")
+#: (op, compute capability) where `python -m benchmarks gpu` measured "gemm" to be faster than "triton". A choice by
+#: the number of tokens would change a row's bits, so there is none. No GPU has run the comparison yet.
+_GEMM_IS_FASTER: frozenset[tuple[str, int]] = frozenset()
+#: The Triton that each PyTorch is built for.
+_TRITON_OF_TORCH = {"2.11": "3.6", "2.12": "3.7", "2.13": "3.7"}
 
 DEFAULT_WORKSPACE = 256 * 2**20
 
@@ -52,35 +69,83 @@ def load_extension() -> None:
         _extension_problem = f"the compiled extension does not load with torch {torch.__version__}: {error}"
 
 
-def unavailable(backend: str, op: str, device_type: str) -> str | None:
-    """Why `backend` can not serve `op` on a device of this type; None if it can."""
+def unavailable(backend: str, op: str, device: torch.device | str, dtype: torch.dtype = torch.float32) -> str | None:
+    """Why `backend` can not serve `op` of outputs of this dtype on `device`; None if it can."""
     if backend == "reference":
         return None
-    if device_type != "cpu":
-        return "it has kernels for the CPU only"
-    return _extension_problem
+    device = torch.device(device)
+    if backend == "cpu":
+        return _extension_problem if device.type == "cpu" else "it has kernels for the CPU only"
+    if backend == "gemm" and op not in _GEMM_OPS:
+        return "it has linear forward ops only"
+    if dtype == torch.float64:
+        return "it has no float64 kernels"
+    return _triton_problem() or _device_problem(device)
 
 
-def select(op: str, device_type: str) -> str:
-    """The backend that serves `op` on a device of this type now."""
-    for backend in BACKENDS if _chosen is None else (_chosen,):
-        problem = unavailable(backend, op, device_type)
+def select(op: str, device: torch.device | str, dtype: torch.dtype = torch.float32) -> str:
+    """The backend that serves `op` of outputs of this dtype (float32, or float64 for such inputs) on `device` now."""
+    device = torch.device(device)
+    if _chosen == "gemm" and op not in _GEMM_OPS:
+        return _first(op, device, dtype, ("triton",))
+    return _first(op, device, dtype, _preference(op, device) if _chosen is None else (_chosen,))
+
+
+def _first(op: str, device: torch.device, dtype: torch.dtype, candidates: tuple[str, ...]) -> str:
+    for backend in candidates:
+        problem = unavailable(backend, op, device, dtype)
         if problem is None:
             return backend
-    raise RuntimeError(f"dlogp_kernels.{op}: backend {_chosen!r} was asked for on {device_type}, but {problem}")
+    raise RuntimeError(
+        f"dlogp_kernels.{op}: backend {candidates[0]!r} was asked for on {device.type} with {dtype}, but {problem}"
+    )
 
 
-def launch(op: str, device: torch.device, *arguments: object) -> tuple[torch.Tensor, ...]:
-    """Run `op` with the backend selected for `device`."""
+def _preference(op: str, device: torch.device) -> tuple[str, ...]:
+    if device.type == "cuda" and _GEMM_IS_FASTER:
+        major, minor = torch.cuda.get_device_capability(device)
+        if (op, 10 * major + minor) in _GEMM_IS_FASTER:
+            return ("gemm", *(backend for backend in BACKENDS if backend != "gemm"))
+    return BACKENDS
+
+
+@functools.cache
+def _triton_problem() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    version = importlib.metadata.version("triton")
+    expected = _TRITON_OF_TORCH.get(".".join(torch.__version__.split(".")[:2]))
+    if expected is not None and version.split(".")[:2] != expected.split("."):
+        return f"triton {version} does not fit torch {torch.__version__}, which is built for triton {expected}"
+    return None
+
+
+def _device_problem(device: torch.device) -> str | None:
+    if device.type == "cpu":
+        return None if interpreting() else "it has kernels for GPUs only (TRITON_INTERPRET=1 runs them on the CPU)"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, expected 8.0 or later"
+    return None
+
+
+def interpreting() -> bool:
+    """Whether Triton runs its kernels on CPU tensors, for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def launch(op: str, device: torch.device, dtype: torch.dtype, *arguments: object) -> tuple[torch.Tensor, ...]:
+    """Run `op` of outputs of this dtype with the backend selected for `device`."""
     # The op's arguments are as autocast wants them; the matrix products inside must not be cast again.
     with torch.autocast(device.type, enabled=False):
-        return _launcher(select(op, device.type), op)(*arguments, _workspace)
+        return _launcher(select(op, device, dtype), op)(*arguments, _workspace)
 
 
+@functools.cache
 def _launcher(backend: str, op: str) -> _Launcher:
-    if backend == "reference":
-        return getattr(importlib.import_module("dlogp_kernels.blocked"), op)
-    return getattr(torch.ops.dlogp, f"_{backend}_{op}")
+    if backend in COMPILED:
+        return getattr(torch.ops.dlogp, f"_{backend}_{op}")
+    return getattr(importlib.import_module(_MODULES[backend]), op)
 
 
 @contextlib.contextmanager
@@ -113,16 +178,26 @@ def workspace_limit(size: int) -> Iterator[None]:
 
 
 def report() -> list[Choice]:
-    """Which backend serves each op on each kind of device of this machine, and why not the others."""
+    """Which backend serves each op on each kind of device of this machine, and why not the others.
+
+    float64 has a line of its own where another backend serves it.
+    """
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     choices = []
     for op in schemas.SCHEMAS:
         for device in devices:
-            backend = select(op, device)
-            others = {
-                other: unavailable(other, op, device) or f"{backend} is preferred"
-                for other in BACKENDS
-                if other != backend
-            }
-            choices.append(Choice(op, device, backend, others))
+            choices.append(_choice(op, device, torch.float32))
+            if select(op, device, torch.float64) != choices[-1].backend:
+                choices.append(_choice(op, device, torch.float64))
     return choices
+
+
+def _choice(op: str, device: str, dtype: torch.dtype) -> Choice:
+    backend = select(op, device, dtype)
+    others = {
+        other: unavailable(other, op, device, dtype) or f"{backend} is preferred"
+        for other in BACKENDS
+        if other != backend
+    }
+    label = f"{device} (float64)" if dtype == torch.float64 else device
+    return Choice(op, label, backend, others)

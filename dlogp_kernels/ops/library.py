@@ -15,8 +15,8 @@ def register(op: str, fake: Callable[..., Any]) -> None:
     """Give `op` its fake, and a kernel that runs the backend selected at the time of the call."""
 
     def run(*arguments: Any) -> Any:
-        device = next(x.device for x in arguments if isinstance(x, Tensor))
-        return backends.launch(op, device, *arguments)
+        tensors = [x for x in arguments if isinstance(x, Tensor)]
+        return backends.launch(op, tensors[0].device, output_dtype(*tensors), *arguments)
 
     for dispatch_key in ("CPU", "CUDA"):
         LIBRARY.impl(op, run, dispatch_key)

@@ -1,4 +1,8 @@
-"""Builders of inputs for the four ops, their float64 truth, and gradients of either."""
+"""Builders of inputs for the four ops, their float64 truth, and gradients of either.
+
+Inputs, results and truth are on the CPU. `call` takes the inputs to the device under test, with their strides, and
+brings the results back; their gradients take the other way.
+"""
 
 import math
 from typing import Any
@@ -19,6 +23,9 @@ ALL_OPTIONS = {
     "logit_scale": 1.3,
     "base_logit_scale": 0.6,
 }  # fmt: skip
+
+#: The device under test, `--device` of pytest.
+DEVICE = torch.device("cpu")
 
 _WIDTH = {torch.bfloat16: 0, torch.float16: 0, torch.float32: 1, torch.float64: 2}
 Inputs = dict[str, Tensor]
@@ -109,7 +116,32 @@ def upcast(inputs: Inputs) -> Inputs:
 
 
 def call(op: str, inputs: Inputs, **options: Any) -> Any:
-    return getattr(dlogp_kernels, op)(**inputs, **options)
+    function = getattr(dlogp_kernels, op)
+    if DEVICE.type == "cpu":
+        return function(**inputs, **options)
+    stats = function(**on_device(inputs), **options)
+    return type(stats)(*(_Move.apply(x, torch.device("cpu")) for x in stats))
+
+
+def on_device(inputs: Inputs) -> Inputs:
+    """The inputs on the device under test, differentiably; one tensor used twice stays one."""
+    moved = {id(x): x if x.device.type == DEVICE.type else _Move.apply(x, DEVICE) for x in inputs.values()}
+    return {name: moved[id(x)] for name, x in inputs.items()}
+
+
+class _Move(torch.autograd.Function):
+    """A copy on another device with the same strides (0 and gaps included) and the same offset in its storage."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, device: torch.device) -> Tensor:
+        ctx.device = x.device
+        size = x.untyped_storage().nbytes() // x.element_size()
+        storage = x.as_strided((size,), (1,), 0).to(device)
+        return storage.as_strided(x.shape, x.stride(), x.storage_offset())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
+        return _Move.apply(grads[0], ctx.device), None
 
 
 def truth(op: str, inputs: Inputs, **options: Any) -> Any:
@@ -167,7 +199,7 @@ def gradients(
         [grad for _, grad in used],
         materialize_grads=definition,  # logp does not depend on the base; an op itself gives zeros
     )
-    return dict(zip(leaves, values, strict=True))
+    return {name: value.cpu() for name, value in zip(leaves, values, strict=True)}
 
 
 def gradient_scales(

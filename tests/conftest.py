@@ -1,9 +1,17 @@
-"""Fixtures of all tests: poisoned allocations, the backends, and the record of measured errors."""
+"""Fixtures of all tests: poisoned allocations, the backends, and the record of measured errors.
+
+The tests of the ops run in three kinds of process: an ordinary one (the backends of the CPU, with all other tests), one
+under TRITON_INTERPRET=1 (Triton's kernels on the CPU) and, on a machine with a GPU, one with `--device cuda`.
+"""
 
 import ctypes
+import functools
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
+import cases
 import pytest
 import torch
 from tolerances import Accuracy
@@ -13,16 +21,72 @@ from dlogp_kernels import backends
 _M_PERTURB = -6  # of <malloc.h>
 _MEASURED = pytest.StashKey[dict[tuple[str, ...], tuple[float, float]]]()
 
+#: Test files by the kind of process that collects them; the ordinary one has those of no other kind, and the op tests.
+_OP_TESTS = (
+    "test_backends.py", "test_functional_fuzz.py", "test_ops_accuracy.py", "test_ops_gradients.py",
+    "test_ops_ignored.py", "test_ops_invariance.py", "test_ops_layout.py", "test_ops_registration.py",
+)  # fmt: skip
+_COLLECTED = {
+    "interpreter": (*_OP_TESTS, "test_triton_interpreter.py", "test_triton_no_sync.py", "test_gpu_only.py"),
+    "cuda": (*_OP_TESTS, "test_gpu_only.py"),
+}
+_BACKENDS = {
+    "ordinary": ("cpu", "reference"),
+    "interpreter": ("triton", "gemm"),
+    "cuda": ("triton", "gemm", "reference"),
+}
+
+
+def _kind_of_process() -> str:
+    if cases.DEVICE.type == "cuda":
+        return "cuda"
+    return "interpreter" if backends.interpreting() else "ordinary"
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+    parser.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where the ops of the op tests run")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    for marker in (
+        "cpu_only: of what is so on the CPU only",
+        "served_by(*backends): of what is so with these backends only",
+        "not_interpreted(reason): not for Triton's interpreter, because it is too slow or can not",
+    ):
+        config.addinivalue_line("markers", marker)
     config.stash[_MEASURED] = {}
+    cases.DEVICE = torch.device(config.getoption("--device"))
+    if cases.DEVICE.type == "cuda":
+        if not torch.cuda.is_available():
+            raise pytest.UsageError(f"--device cuda: torch {torch.__version__} finds no GPU on this machine")
+        if backends.interpreting():
+            raise pytest.UsageError("--device cuda: TRITON_INTERPRET=1 would run the kernels on the CPU")
+    if backends.interpreting():
+        from triton_interpreter import make_bfloat16_right
+
+        make_bfloat16_right()
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    if not collection_path.name.startswith("test_"):
+        return None
+    kind = _kind_of_process()
+    if kind == "ordinary":
+        special = {name for names in _COLLECTED.values() for name in names}.difference(_OP_TESTS)
+        return collection_path.name in special or None
+    return collection_path.name not in _COLLECTED[kind] or None
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "backend" in metafunc.fixturenames:
+        metafunc.parametrize("backend", _BACKENDS[_kind_of_process()], indirect=True)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    out_of_scope = [item for item in items if _out_of_scope(item)]
+    config.hook.pytest_deselected(items=out_of_scope)
+    items[:] = [item for item in items if item not in set(out_of_scope)]
     if config.getoption("--slow") or config.getoption("-m"):
         return
     for item in items:
@@ -30,13 +94,43 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
 
 
+def _out_of_scope(item: pytest.Item) -> bool:
+    """What has no meaning in this kind of process, or for the item's backend."""
+    if item.get_closest_marker("cpu_only") and _kind_of_process() == "cuda":
+        return True
+    if item.get_closest_marker("not_interpreted") and _kind_of_process() == "interpreter":
+        return True
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    backend = parameters.get("backend")
+    if backend == "gemm" and parameters.get("op", "linear") in ("logp", "delta_logp"):
+        return True  # those ops are served by "triton" then, which has its own turn
+    served_by = item.get_closest_marker("served_by")
+    if served_by is not None and backend not in served_by.args:
+        return True
+    return backend in ("triton", "gemm") and any(map(_is_float64, parameters.values()))
+
+
+def _is_float64(parameter: Any) -> bool:
+    return torch.float64 in (parameter.values() if isinstance(parameter, dict) else (parameter,))
+
+
 @pytest.fixture(autouse=True)
-def uninitialized_memory_is_nan() -> Iterator[None]:
+def uninitialized_memory_is_nan(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fill every allocation with 0xFF bytes: NaN in each floating dtype, −1 in integers.
 
     glibc's malloc does it, so that buffers inside C++ ops and libraries are poisoned like `torch.empty`, and the
     algorithms that torch chooses stay as they are. (Some blocks under 1 KiB come from a cache that is not refilled.)
+    On CUDA the functions through which launchers allocate do it, not torch.use_deterministic_algorithms, which would
+    change what PyTorch's own ops do.
     """
+    if cases.DEVICE.type == "cuda":
+        for owner, name in (
+            (torch, "empty"),
+            (torch, "empty_like"),
+            (torch, "empty_strided"),
+            (torch.Tensor, "new_empty"),
+        ):
+            monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         # Allocated bytes become the complement of the low byte, freed ones the low byte; any bit set switches it on.
@@ -49,19 +143,37 @@ def uninitialized_memory_is_nan() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
+def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(allocate)
+    def allocate_and_fill(*args: Any, **kwargs: Any) -> torch.Tensor:
+        x = allocate(*args, **kwargs)
+        if type(x) is torch.Tensor and x.is_cuda:
+            x.detach().fill_(torch.nan if x.is_floating_point() else -1)
+        return x
+
+    return allocate_and_fill
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=backends.BACKENDS)
+@pytest.fixture
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each backend that can serve the CPU here, selected for the test."""
-    problem = backends.unavailable(request.param, "linear_logp_fwd", "cpu")
+    """Each backend of this kind of process (`pytest_generate_tests`), selected for the test."""
+    problem = backends.unavailable(request.param, "linear_logp_fwd", cases.DEVICE)
     if problem is not None:
         pytest.skip(f"backend {request.param}: {problem}")
     with backends.use_backend(request.param):
         yield request.param
+
+
+@pytest.fixture
+def exact(backend: str) -> torch.dtype:
+    """The widest dtype that the backend computes in."""
+    unavailable = backends.unavailable(backend, "linear_logp_fwd", cases.DEVICE, torch.float64)
+    return torch.float32 if unavailable else torch.float64
 
 
 @pytest.fixture

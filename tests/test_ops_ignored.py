@@ -11,6 +11,7 @@ from cases import (
     floating,
     gradients,
     make_inputs,
+    on_device,
     upstream_of,
 )
 
@@ -83,6 +84,7 @@ def test_any_integer_can_be_the_ignore_index(accuracy, op, ignore_index):
     assert stats.lse[inputs["target"] == ignore_index].count_nonzero() == 0
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("bad", [-1, -101, 50, 2**31, 2**32 + 1, -(2**63), 2**63 - 1])
 @pytest.mark.parametrize("op", OPS)
 def test_target_out_of_range_names_its_position(op, bad):
@@ -92,6 +94,7 @@ def test_target_out_of_range_names_its_position(op, bad):
         call(op, inputs)
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("op", OPS)
 def test_candidate_out_of_range_names_its_position(op):
     inputs = make_inputs(op, (2, 3), v=50, k=4)
@@ -101,22 +104,38 @@ def test_candidate_out_of_range_names_its_position(op):
         call(op, inputs)
 
 
+def _unvalidated(op: str, target: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The op for target (N, K), without the function's validation, as a compiled graph calls it."""
+    inputs = on_device(make_inputs(op, len(target), v=50) | {"target": target})
+    models = ("", "base_")[: 1 + (op in PAIR_OPS)]
+    if op in LINEAR_OPS:
+        heads = [inputs[f"{prefix}{name}"] for prefix in models for name in ("hidden", "weight")]
+        tensors = (*heads, inputs["target"], *[None for _ in models])
+    else:
+        tensors = (*[inputs[name] for name in per_row(op)], inputs["target"])
+    options = (1.0, *[None for _ in models], *[1.0 for _ in models], -100)
+    return tuple(x.cpu() for x in getattr(torch.ops.dlogp, f"{op}_fwd")(*tensors, *options))
+
+
+@pytest.mark.served_by("cpu", "reference")
 @pytest.mark.parametrize("bad", [-1, 50, 2**32 + 1])
 @pytest.mark.parametrize("op", OPS)
 def test_the_op_itself_checks_targets(op, bad):
-    """Called without the function's validation, as a compiled graph does, it must not read out of bounds."""
-    rows = make_inputs(op, 3, v=50)
-    target = torch.tensor([[1], [bad], [2]])
-    if op in LINEAR_OPS:
-        heads = [
-            rows[f"{prefix}{name}"] for prefix in ("", "base_")[: 1 + (op in PAIR_OPS)] for name in ("hidden", "weight")
-        ]
-        tensors = (*heads, target, *[None] * (1 + (op in PAIR_OPS)))
-    else:
-        tensors = (*[rows[name] for name in per_row(op)], target)
-    options = (1.0, None, None, 1.0, 1.0, -100) if op in PAIR_OPS else (1.0, None, 1.0, -100)
     with pytest.raises(IndexError, match=rf"target\[1, 0\] is {bad}"):
-        getattr(torch.ops.dlogp, f"{op}_fwd")(*tensors, *options)
+        _unvalidated(op, torch.tensor([[1], [bad], [2]]))
+
+
+@pytest.mark.served_by("triton", "gemm")
+@pytest.mark.parametrize("bad", [-1, -101, 50, 2**31, 2**32 + 1, -(2**63), 2**63 - 1])
+@pytest.mark.parametrize("op", OPS)
+def test_a_target_out_of_range_makes_its_row_nan_and_no_other(op, bad):
+    """To raise, a GPU would have to be waited for. One bad candidate spoils the row, its ignored ones included."""
+    target = torch.tensor([[1, 2], [3, bad], [bad, -100], [-100, 4], [-100, -100]])
+    good, spoilt = [0, 3, 4], [1, 2]
+    clean = _unvalidated(op, target.where(target != bad, 5))
+    for value, expected in zip(_unvalidated(op, target), clean, strict=True):
+        assert value[spoilt].isnan().all()
+        assert torch.equal(value[good], expected[good])
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -85,6 +85,7 @@ def test_forward_and_backward_are_the_same_in_every_run(op, dtype):
             assert torch.equal(value, expected[name])
 
 
+@pytest.mark.served_by("cpu", "reference")
 @pytest.mark.parametrize("op", OPS)
 def test_number_of_threads_does_not_matter_to_forward(op):
     inputs = make_inputs(op, 100, v=9_001, dtype=torch.bfloat16)

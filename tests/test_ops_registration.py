@@ -3,6 +3,7 @@
 import shutil
 import threading
 
+import cases
 import pytest
 import torch
 from cases import (
@@ -16,11 +17,13 @@ from cases import (
     is_linear,
     is_pair,
     make_inputs,
+    on_device,
     options_for,
     upstream_of,
 )
 from torch._dynamo.testing import CompileCounterWithBackend
 
+import dlogp_kernels
 from dlogp_kernels.ops import schemas
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -29,9 +32,10 @@ BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 
 
 def _forward_arguments(op: str, dtype: torch.dtype, k: int, present: bool) -> list:
-    """Every argument of `<op>_fwd` in order; optional ones given or None."""
+    """Every argument of `<op>_fwd` in order, on the device under test; optional ones given or None."""
     inputs = make_inputs(op, 6, v=31, d=5, k=k, dtype=dtype)
     inputs["target"][2] = -100
+    inputs = on_device(inputs)
     if not present:
         inputs = {name: x for name, x in inputs.items() if "bias" not in name}
     models = ("", "base_")[: 1 + is_pair(op)]
@@ -63,7 +67,7 @@ def test_opcheck_backward(op, present, mask):
     stats = getattr(torch.ops.dlogp, f"{op}_fwd")(*arguments)
     saved = stats[3:] if is_pair(op) else stats[1:]
     tensors = len(arguments) - (6 if is_pair(op) else 4)
-    upstream = upstream_of(stats)[1:] if is_pair(op) else upstream_of(stats)
+    upstream = [grad.to(cases.DEVICE) for grad in upstream_of(stats)[is_pair(op) :]]
     if not present:
         upstream = [grad if i == 0 else None for i, grad in enumerate(upstream)]
     arguments = [*upstream, *arguments[:tensors], *saved, *arguments[tensors:]]
@@ -86,61 +90,66 @@ def counter():
     torch._dynamo.reset()
 
 
+@pytest.mark.not_interpreted("of what is around a backend's launcher")
 @pytest.mark.parametrize("k", [None, 3])
 @pytest.mark.parametrize("op", OPS)
 def test_compiles_whole_and_not_again_for_other_numbers_of_tokens(op, k, counter):
     options = options_for(op, ALL_OPTIONS)
 
-    @torch.compile(backend=counter, fullgraph=True)
     def loss(inputs):
-        stats = call(op, inputs, **options)
+        stats = getattr(dlogp_kernels, op)(**inputs, **options)
         return sum(x.sum() for x in stats)
 
+    compiled = torch.compile(loss, backend=counter, fullgraph=True)
     for n in (5, 9, 17, 40, 3, 128):
-        inputs = make_inputs(op, n, v=31, k=k)
+        inputs = on_device(make_inputs(op, n, v=31, k=k))
         leaves = [inputs[name].requires_grad_() for name in floating(inputs)]
-        values = torch.autograd.grad(loss(inputs), leaves)
+        values = torch.autograd.grad(compiled(inputs), leaves)
         assert counter.frame_count <= 2, f"compiled again for N = {n}"  # the second compilation is for any N
-        expected = torch.autograd.grad(sum(x.sum() for x in call(op, inputs, **options)), leaves)
-        for value, other in zip(values, expected, strict=True):
+        for value, other in zip(values, torch.autograd.grad(loss(inputs), leaves), strict=True):
             torch.testing.assert_close(value, other)
 
 
+@pytest.mark.not_interpreted("of what is around a backend's launcher")
 @pytest.mark.parametrize("op", OPS)
 def test_not_compiled_again_for_other_numbers_of_candidates_or_batches(op, counter):
-    compiled = torch.compile(lambda inputs: tuple(call(op, inputs)), backend=counter, fullgraph=True)
+    function = getattr(dlogp_kernels, op)
+    compiled = torch.compile(lambda inputs: tuple(function(**inputs)), backend=counter, fullgraph=True)
     for batch, length, k in ((2, 5, 3), (3, 7, 4), (4, 6, 5), (7, 9, 2), (5, 8, 11)):
-        inputs = make_inputs(op, (batch, length), v=31, k=k)
-        for value, other in zip(compiled(inputs), call(op, inputs), strict=True):
+        inputs = on_device(make_inputs(op, (batch, length), v=31, k=k))
+        for value, other in zip(compiled(inputs), function(**inputs), strict=True):
             torch.testing.assert_close(value, other)
     assert counter.frame_count <= 2
 
 
+@pytest.mark.not_interpreted("of what is around a backend's launcher")
 @pytest.mark.parametrize("op", OPS)
 def test_python_numbers_as_options_compile(op, counter):
     """Integers and floats that change from call to call, at fullgraph."""
-    compiled = torch.compile(lambda inputs, t: tuple(call(op, inputs, temperature=t)), backend=counter, fullgraph=True)
-    inputs = make_inputs(op, 5, v=31)
+    function, inputs = getattr(dlogp_kernels, op), on_device(make_inputs(op, 5, v=31))
+    compiled = torch.compile(lambda t: tuple(function(**inputs, temperature=t)), backend=counter, fullgraph=True)
     for temperature in (1, 2, 0.5, 0.25, 3.0):
-        for value, other in zip(compiled(inputs, temperature), call(op, inputs, temperature=temperature), strict=True):
+        for value, other in zip(compiled(temperature), function(**inputs, temperature=temperature), strict=True):
             assert value.dtype == FP32
             torch.testing.assert_close(value, other)
 
 
+@pytest.mark.served_by("cpu", "reference")
 def test_compiled_call_still_checks_targets(counter):
-    compiled = torch.compile(lambda inputs: call("logp", inputs).logp, backend=counter, fullgraph=True)
-    inputs = make_inputs("logp", 5, v=31)
+    compiled = torch.compile(lambda inputs: dlogp_kernels.logp(**inputs).logp, backend=counter, fullgraph=True)
+    inputs = on_device(make_inputs("logp", 5, v=31))
     inputs["target"][3] = 31
     with pytest.raises(IndexError, match=r"target\[3, 0\] is 31"):
         compiled(inputs)
 
 
+@pytest.mark.not_interpreted("of what is around a backend's launcher")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles C++")
 @pytest.mark.parametrize("op", OPS)
 def test_inductor(op):
-    compiled = torch.compile(lambda inputs: tuple(call(op, inputs)), fullgraph=True, dynamic=True)
-    inputs = make_inputs(op, (2, 5), v=31)
-    for value, other in zip(compiled(inputs), call(op, inputs), strict=True):
+    function, inputs = getattr(dlogp_kernels, op), on_device(make_inputs(op, (2, 5), v=31))
+    compiled = torch.compile(lambda inputs: tuple(function(**inputs)), fullgraph=True, dynamic=True)
+    for value, other in zip(compiled(inputs), function(**inputs), strict=True):
         torch.testing.assert_close(value, other)
 
 
@@ -148,9 +157,10 @@ def test_inductor(op):
 def test_autocast_converts_as_linear_does(op):
     inputs = make_inputs(op, v=1187)
     leaves = [inputs[name].requires_grad_() for name in floating(inputs)]
-    with torch.autocast("cpu", dtype=BF16):
+    with torch.autocast(cases.DEVICE.type, dtype=BF16):
         stats = call(op, inputs)
-        assert torch.nn.functional.linear(inputs["hidden"], inputs["weight"], inputs["bias"]).dtype == BF16
+        moved = on_device(inputs)
+        assert torch.nn.functional.linear(moved["hidden"], moved["weight"], moved["bias"]).dtype == BF16
     narrow = {name: x if name == "target" else x.detach().to(BF16) for name, x in inputs.items()}
     for value, other in zip(stats, call(op, narrow), strict=True):
         assert value.dtype == FP32
@@ -162,9 +172,10 @@ def test_autocast_converts_as_linear_does(op):
         assert torch.equal(value, expected[name].float())
 
 
+@pytest.mark.served_by("cpu", "reference")
 @pytest.mark.parametrize("op", LINEAR_OPS)
 def test_autocast_leaves_float64_alone(op):
-    with torch.autocast("cpu", dtype=BF16):
+    with torch.autocast(cases.DEVICE.type, dtype=BF16):
         assert call(op, make_inputs(op, dtype=FP64)).logp.dtype == FP64
 
 
@@ -172,11 +183,12 @@ def test_autocast_leaves_float64_alone(op):
 def test_autocast_leaves_given_logits_alone(op):
     inputs = make_inputs(op)
     expected = call(op, inputs)
-    with torch.autocast("cpu", dtype=BF16):
+    with torch.autocast(cases.DEVICE.type, dtype=BF16):
         for value, other in zip(call(op, inputs), expected, strict=True):
             assert torch.equal(value, other)
 
 
+@pytest.mark.not_interpreted("the interpreter has one program at a time")
 @pytest.mark.parametrize("op", OPS)
 def test_worker_threads(op):
     """Four threads at once, each with its own backward."""
@@ -213,6 +225,7 @@ def sharded():
     distributed.destroy_process_group()
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("op", OPS)
 def test_sharded_inputs_are_refused_by_name(op, sharded):
     inputs = make_inputs(op)

@@ -1,0 +1,91 @@
+"""Makes bfloat16 right in Triton's interpreter (3.6, 3.7), which computes with its bits as if they were integers.
+
+There a handle of type bf16 holds an array of uint16, so that `tl.dot` and arithmetic act on raw bits, and a cast from
+float32 truncates. Here it holds float32 numbers that bfloat16 has: every operation of the interpreter is then right as
+it is, and a handle rounds to nearest, ties to even, when it is made. Only memory and bitcasts see bits. Atomics of bf16
+are still unsupported.
+"""
+
+import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter
+
+_unpatched_np_dtype = interpreter._get_np_dtype
+_unpatched_fits = interpreter._validate_np_data_size
+_unpatched_convert_float = interpreter._convert_float
+
+
+class _Builder(interpreter.InterpreterBuilder):
+    """The methods of the builder that read or write the bits of bf16."""
+
+    def create_masked_load(self, ptrs, mask, other, cache_modifier, eviction_policy, is_volatile):
+        if not _is_bf16(ptrs.get_element_ty()):
+            return super().create_masked_load(ptrs, mask, other, cache_modifier, eviction_policy, is_volatile)
+        fill = np.zeros(ptrs.data.shape, np.uint16) if other is None else _bits(other.data)
+        bits = interpreter._interpreter.load(ptrs.data, mask.data, fill, np.dtype(np.uint16))
+        return interpreter.TensorHandle(_numbers(bits), tl.bfloat16)
+
+    def create_masked_store(self, ptrs, value, mask, cache_modifier, eviction_policy):
+        if _is_bf16(value.dtype):
+            value = interpreter.TensorHandle(_bits(value.data), tl.uint16)
+        return super().create_masked_store(ptrs, value, mask, cache_modifier, eviction_policy)
+
+    def create_bitcast(self, src, dst_type):
+        if _is_bf16(src.dtype):
+            src = interpreter.TensorHandle(_bits(src.data), tl.uint16)
+        if _is_bf16(dst_type):
+            return interpreter.TensorHandle(_numbers(src.data.view(np.uint16)), tl.bfloat16)
+        return super().create_bitcast(src, dst_type)
+
+    def create_fabs(self, arg):
+        return self.unary_op(arg, np.abs) if _is_bf16(arg.dtype) else super().create_fabs(arg)
+
+
+class _Handle(interpreter.TensorHandle):
+    """What a program computes with; one of type bf16 holds rounded float32."""
+
+    def __post_init__(self) -> None:
+        if _is_bf16(self.dtype) and self.data.dtype != np.bool_:  # a comparison has its operands' type for a moment
+            self.data = _numbers(_bits(self.data))
+        super().__post_init__()
+
+
+def make_bfloat16_right() -> None:
+    """Patch the interpreter of this process, before any kernel is defined."""
+    if issubclass(interpreter.InterpreterBuilder, _Builder):
+        return
+    interpreter.TensorHandle = _Handle
+    interpreter.InterpreterBuilder = _Builder
+    interpreter._get_np_dtype = _np_dtype
+    interpreter._validate_np_data_size = _fits
+    interpreter._convert_float = _convert_float
+    interpreter.interpreter_builder.__class__ = _Builder
+
+
+def _is_bf16(dtype: tl.dtype) -> bool:
+    return dtype.scalar == tl.bfloat16
+
+
+def _np_dtype(dtype: tl.dtype) -> np.dtype:
+    return np.dtype(np.float32) if _is_bf16(dtype) else _unpatched_np_dtype(dtype)
+
+
+def _fits(array: np.ndarray, dtype: tl.dtype) -> bool:
+    return (_is_bf16(dtype) and array.dtype == np.float32) or _unpatched_fits(array, dtype)
+
+
+def _convert_float(array: np.ndarray, source: tl.dtype, destination: tl.dtype, rounding_mode: object) -> np.ndarray:
+    if _is_bf16(source) or _is_bf16(destination):
+        return array.astype(_np_dtype(destination))
+    return _unpatched_convert_float(array, source, destination, rounding_mode)
+
+
+def _bits(numbers: np.ndarray) -> np.ndarray:
+    """bf16 bits of numbers, to nearest, ties to even; NaN stays NaN."""
+    bits = np.ascontiguousarray(numbers, np.float32).view(np.uint32)
+    rounded = ((bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(numbers), np.uint16(0x7FFF), rounded).reshape(numbers.shape)
+
+
+def _numbers(bits: np.ndarray) -> np.ndarray:
+    return (bits.astype(np.uint32) << 16).view(np.float32)

@@ -3,13 +3,15 @@
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from . import table
 from .cases import MODES, Planner
+from .gpu import command as gpu
+from .gpu import table as gpu_table
 from .records import RESULTS, Record, Run, environment, read
 from .registry import BENCHES
 
@@ -31,8 +33,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--threads", type=int, help="threads on the CPU; as many as PyTorch takes by default")
 
-    commands = parser.add_subparsers(title="with stored results")
-    readme = commands.add_parser("readme", help="write the table between the markers of a README")
+    commands = parser.add_subparsers(title="commands")
+    on_gpu = commands.add_parser("gpu", help="on a GPU: tests, then speed, memory and errors beside other libraries")
+    gpu.add_arguments(on_gpu)
+    on_gpu.set_defaults(command=gpu.command)
+    readme = commands.add_parser("readme", help="write stored results between the markers of a README")
     readme.set_defaults(command=_readme)
     plot = commands.add_parser("plot", help="draw time and memory over N")
     plot.set_defaults(command=_plot)
@@ -93,26 +98,47 @@ def _progress(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _stored(options: argparse.Namespace) -> list[Run]:
-    """The given runs, or the newest one in the results folder that was not a quick one or a part."""
-    if options.results:
-        return [read(path) for path in options.results]
+def _newest(wanted: Callable[[Run], bool]) -> Run | None:
+    """The newest run of all cases in the results folder that is as wanted."""
     for path in sorted(RESULTS.glob("*.json"), reverse=True):
         run = read(path)
-        if run.settings["mode"] in MODES[1:] and not run.settings["only"] and not run.settings["case"]:
-            return [run]
-    raise SystemExit(f"{RESULTS} has no complete run: python -m benchmarks --full")
+        if wanted(run) and not run.settings["only"] and not run.settings["case"]:
+            return run
+    return None
+
+
+def _stored(given: Sequence[Run]) -> list[Run]:
+    """The given runs, or the newest one that was not a quick one."""
+    if given:
+        return list(given)
+    newest = _newest(lambda run: run.settings["mode"] in MODES[1:])
+    if newest is None:
+        raise SystemExit(f"{RESULTS} has no complete run: python -m benchmarks --full")
+    return [newest]
 
 
 def _readme(options: argparse.Namespace) -> None:
-    table.put_into(options.readme, table.section(_stored(options)))
+    """Both tables; where only runs of one kind are given, only theirs."""
+    given = [read(path) for path in options.results]
+    on_gpu = [run for run in given if run.settings["mode"] == "gpu"]
+    others = [run for run in given if run.settings["mode"] != "gpu"]
+    if others or not given:
+        table.put_into(options.readme, table.section(_stored(others)))
+    if on_gpu or not given:
+        newest = on_gpu[-1] if on_gpu else _newest(_is_gpu_run)
+        table.put_into(options.readme, gpu_table.section(newest), gpu_table.MARKERS)
+
+
+def _is_gpu_run(run: Run) -> bool:
+    settings = run.settings
+    return settings["mode"] == "gpu" and run.environment["device"] == "cuda" and not settings["tiny"] | settings["tune"]
 
 
 def _plot(options: argparse.Namespace) -> None:
     # matplotlib is not needed to measure.
     from .plot import draw
 
-    draw(_stored(options), options.out)
+    draw(_stored([read(path) for path in options.results]), options.out)
 
 
 if __name__ == "__main__":

@@ -41,5 +41,5 @@ class Bench:
 
 
 def tolerances(name: str, errors: Mapping[str, float]) -> dict[str, float]:
-    kinds = _OURS if name == "ours" else _BASELINE
+    kinds = _OURS if name.startswith("ours") else _BASELINE
     return {output: kinds["gradient" if output.startswith("d_") else "output"] for output in errors}

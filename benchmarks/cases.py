@@ -10,7 +10,7 @@ import torch
 from .bench import Bench, tolerances
 from .harness import PHASES, Budget, Candidate, Clock, NotMeasuredError, WrongResultError, measure, verify
 from .memory import MIB, Request, in_fresh_process
-from .problem import IGNORE_INDEX, Truth, build
+from .problem import Truth, build
 from .records import Record, record, time_fields
 from .shapes import LINEARITY_N, LONG_N, MAIN, MAIN_N, OTHER, SHAPES, SWEEP_N, Shape, Workload, require_fit
 
@@ -132,13 +132,9 @@ class Planner:
 
     def _half_ignored(self, case: str, work: Workload) -> Iterator[Record]:
         problem = build(work, self.device)
-        target = problem.inputs["target"].clone()
-        generator = torch.Generator(self.device).manual_seed(1)
-        target[torch.randperm(work.n, generator=generator, device=self.device)[: work.n // 2]] = IGNORE_INDEX
-        ignoring = problem.with_inputs(target=target)
         candidates = [
             problem.candidate("ours", self.bench.ours),
-            ignoring.candidate("ours, half ignored", self.bench.ours),
+            problem.half_ignored().candidate("ours, half ignored", self.bench.ours),
         ]
         yield from self._timed(case, work, candidates, {})
 

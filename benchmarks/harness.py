@@ -19,7 +19,9 @@ _Result = TypeVar("_Result")
 PHASES = ("forward", "backward", "both")
 #: A sample shorter than this repeats its call, so that the clock and the first miss of a cache do not count.
 _SHORTEST_SAMPLE = 0.02
-_L2_FLUSH_BYTES = 256 * 2**20
+#: More than the L2 of any GPU, and long enough (a quarter of a millisecond) that the host is ahead of the GPU when the
+#: clock starts: a launch is then not part of a short kernel's time.
+_L2_FLUSH_BYTES = 2**30
 
 
 class NotMeasuredError(RuntimeError):

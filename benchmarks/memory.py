@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .harness import NotMeasuredError
-from .problem import Problem, Truth, build
+from .problem import Truth, build
 from .registry import BENCHES
 from .shapes import Shape, Workload
 
@@ -127,16 +127,10 @@ def answer(request: Request) -> Answer:
     device = torch.device(request.device)
     problem = build(request.work, device)
     function = BENCHES[request.work.op].function(request.candidate)
-
-    def step(step_problem: Problem) -> list[Tensor]:
-        outputs = step_problem.call(function)
-        gradients = step_problem.gradients(outputs) if request.work.training else ()
-        return [*outputs, *gradients]
-
     # A compiled graph is of one shape: there the compiler's own memory counts unless it ran before.
     small = dataclasses.replace(request.work, shape=_WARM_UP_SHAPE, n=_WARM_UP_N)
-    step(problem if request.candidate == "compiled" else build(small, device))
-    measured = peak_over(lambda: step(problem), device)
+    (problem if request.candidate == "compiled" else build(small, device)).step(function)
+    measured = peak_over(lambda: problem.step(function), device)
     errors = Truth(problem).errors(function) if request.check else {}
     return dataclasses.replace(measured, errors=errors)
 

@@ -1,6 +1,6 @@
 """The inputs of a workload, its candidates, and its truth in float64."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, cast
 
@@ -68,11 +68,31 @@ class Problem:
             list(self.upstream.values()),
         )
 
+    def step(self, function: Function) -> list[Tensor]:
+        """All that one call leaves: its outputs and, in training, the gradients."""
+        outputs = self.call(function)
+        gradients = self.gradients(outputs) if self.work.training else ()
+        # A library that gives no entropy leaves it None.
+        return [x for x in (*outputs, *gradients) if x is not None]
+
     def candidate(self, name: str, function: Function) -> Candidate:
         return Candidate(name, lambda: self.call(function), self.gradients if self.work.training else None)
 
     def with_inputs(self, **changed: Tensor) -> "Problem":
         return Problem(self.work, self.device, {**self.inputs, **changed}, self.upstream)
+
+    def asking(self, outputs: Collection[str]) -> "Problem":
+        """The same training step of a loss on these outputs only."""
+        upstream = {name: gradient for name, gradient in self.upstream.items() if name in outputs}
+        return Problem(self.work, self.device, self.inputs, upstream)
+
+    def half_ignored(self) -> "Problem":
+        """The same inputs with every second target, at random, to be ignored."""
+        n = self.work.n
+        target = self.inputs["target"].clone()
+        generator = torch.Generator(self.device).manual_seed(1)
+        target[torch.randperm(n, generator=generator, device=self.device)[: n // 2]] = IGNORE_INDEX
+        return self.with_inputs(target=target)
 
     def first_rows(self, n: int) -> "Problem":
         """The same weights with the first n tokens; for forward only."""
@@ -120,12 +140,18 @@ def _upstream(work: Workload, generator: torch.Generator, device: torch.device) 
     return {name: torch.randn(work.n, generator=generator, device=device) for name in names}
 
 
+def checked_rows(problem: Problem) -> Tensor:
+    """Rows that are compared with float64."""
+    n = problem.work.n
+    return torch.linspace(0, n - 1, min(n, _CHECKED_ROWS), device=problem.device).long()
+
+
 class Truth:
     """Statistics, and in training gradients, of some rows in float64, and how far a function is from them."""
 
     def __init__(self, problem: Problem) -> None:
         n = problem.work.n
-        self.rows = torch.linspace(0, n - 1, min(n, _CHECKED_ROWS), device=problem.device).long()
+        self.rows = checked_rows(problem)
         self._problem = problem
         grad_mode = torch.enable_grad() if problem.work.training else torch.no_grad()
         with grad_mode:
@@ -149,12 +175,16 @@ class Truth:
         errors = {
             name: absolute_error(value.detach()[self.rows], self.stats[name])
             for name, value in outputs._asdict().items()
+            if value is not None
         }
         if self._problem.work.training:
-            gradients = self._problem.gradients(outputs)
-            for name, gradient in zip(self._problem.leaves, gradients, strict=True):
-                errors[f"d_{name}"] = self._gradient_error(name, gradient)
+            errors |= self.gradient_errors(self._problem.gradients(outputs))
         return errors
+
+    def gradient_errors(self, gradients: Sequence[Tensor]) -> dict[str, float]:
+        """The relative error of each gradient of a step in which only the checked rows count."""
+        leaves = zip(self._problem.leaves, gradients, strict=True)
+        return {f"d_{name}": self._gradient_error(name, gradient) for name, gradient in leaves}
 
     def _gradient_error(self, name: str, gradient: Tensor) -> float:
         if name == "logits":

@@ -27,10 +27,12 @@ _ROOT = RESULTS.parent.parent
 class Record:
     """One candidate in one case; times in milliseconds, memory in MiB over inputs and outputs.
 
-    `case` is "compare", "sweep", "sweep memory", "half ignored", "linearity", "memory" or "long". `ratios` holds, for
-    every other candidate of the case, the [median, p20, p80] of this one's time over that one's within a round.
-    `errors` are against float64: largest absolute for an output, relative norm for a gradient. `skipped` says why there
-    is no figure; `wrong` that it is because of the result.
+    `case` is "compare", "sweep", "sweep memory", "half ignored", "linearity", "memory" or "long"; on a GPU also
+    "peers", "small", "ceilings" or "tune". `ratios` holds, for other candidates of the case, the [median, p20, p80] of
+    this one's time over that one's within a round. `errors` are against float64: largest absolute for an output,
+    relative norm for a gradient. `tflops` and `gb_per_s` count the operations and bytes that the workload needs;
+    `host_us` is the host's time of one call. `skipped` says why there is no figure; `wrong` that it is because of the
+    result.
     """
 
     case: str
@@ -54,6 +56,10 @@ class Record:
     output_mib: float | None = None
     skipped: str | None = None
     wrong: bool = False
+    tflops: float | None = None
+    gb_per_s: float | None = None
+    host_us: float | None = None
+    note: str | None = None
 
     def ratio_to(self, other: str) -> float:
         return self.ratios[other][0]
@@ -102,6 +108,7 @@ def environment(device: torch.device) -> dict[str, Any]:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "triton": _triton_version(),
+            "cuda": torch.version.cuda,
             "dlogp_kernels": dlogp_kernels.__version__,
             "compiler": _first_line(os.environ.get("CXX", "g++"), "--version"),
         },
@@ -135,11 +142,12 @@ def _first_line(*command: str) -> str | None:
 
 @dataclass
 class Run:
-    """Records of one run and where they came from."""
+    """Records of one run and where they came from; `tests` is what the tests gave that ran before it on a GPU."""
 
     environment: dict[str, Any]
     settings: dict[str, Any]
     records: list[Record] = field(default_factory=list)
+    tests: dict[str, Any] | None = None
 
     @property
     def name(self) -> str:
@@ -170,7 +178,8 @@ class Run:
 
 def read(path: Path) -> Run:
     content = json.loads(path.read_text())
-    return Run(content["environment"], content["settings"], [Record(**entry) for entry in content["records"]])
+    records = [Record(**entry) for entry in content["records"]]
+    return Run(content["environment"], content["settings"], records, content.get("tests"))
 
 
 def _flat(entry: Record) -> dict[str, Any]:

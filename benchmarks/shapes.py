@@ -108,7 +108,9 @@ def estimated_bytes(work: Workload, candidate: str) -> int:
 def available_bytes(device: torch.device) -> int:
     """Memory that a new allocation can have without swapping."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        # What the allocator keeps of freed tensors it will give again.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024

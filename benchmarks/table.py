@@ -176,9 +176,9 @@ def section(runs: Sequence[Run]) -> str:
     return f"{markdown(lines(records))}\n\n{caption(runs)}"
 
 
-def put_into(readme: Path, text: str) -> None:
+def put_into(readme: Path, text: str, markers: tuple[str, str] = MARKERS) -> None:
     """Replace what stands between the markers in `readme`."""
-    begin, end = MARKERS
+    begin, end = markers
     content = readme.read_text()
     if content.count(begin) != 1 or content.count(end) != 1 or content.index(begin) > content.index(end):
         raise ValueError(f"{readme} needs one {begin} and after it one {end}")

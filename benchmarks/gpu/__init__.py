@@ -1,0 +1,5 @@
+"""`python -m benchmarks gpu`: tests, times, memory and errors on one GPU, beside other libraries' kernels.
+
+`command.py` runs it, `cases.py` says what is measured and in which order, `measure.py` measures one case inside the
+process of `worker.py`, `checks.py` runs the tests, `table.py` prints.
+"""

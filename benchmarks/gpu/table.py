@@ -1,0 +1,330 @@
+"""What a run on a GPU prints last, and what the README shows of it: all of it computed from records."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from .. import peers
+from ..records import Record, Run
+from ..shapes import Shape, Workload
+from ..table import Line, markdown
+from . import checks
+from .cases import REAL, TINY, Sizes
+
+MARKERS = ("<!-- gpu table -->", "<!-- /gpu table -->")
+MOST_LINES = 60
+
+GEMM_FORWARD, GEMM_STEP, COPY, READ = 0.92, 0.85, 0.90, 0.8
+ERROR, FORWARD_MIB, BACKWARD_MIB, HOST_US, IGNORED = 5e-6, 64, 512, 25, 0.55
+#: What the baselines and the floor are called; every other candidate is ours or another library's.
+_NOT_PEERS = ("ours", "eager", "compiled", "matmul", "matmul, real", "copy", "read")
+_NOT_MEASURED = "not measured"
+
+
+def report(run: Run) -> str:
+    """At most MOST_LINES lines."""
+    parts = [_head(run), markdown(acceptance(run))]
+    parts += ["\n".join(table) for table in (_beside(run), _variants(run), _tuning(run)) if table]
+    lines = "\n\n".join(parts).splitlines()
+    problems = [line[:200] for line in _problems(run)]
+    room = max(1, MOST_LINES - len(lines) - 3)
+    if len(problems) > room:
+        problems = [*problems[: room - 1], f"- {len(problems) - room + 1} more: see `skipped` in the CSV"]
+    if problems:
+        lines += ["", "Without a figure:", *problems]
+    return "\n".join(lines[:MOST_LINES])
+
+
+def section(run: Run | None) -> str:
+    """For the README."""
+    if run is None:
+        return "Not yet measured: no result of `python -m benchmarks gpu` has been recorded."
+    tables = [table for table in (_beside(run), _variants(run)) if table]
+    return "\n\n".join([markdown(acceptance(run)), *("\n".join(table) for table in tables), _caption(run)])
+
+
+def acceptance(run: Run) -> list[Line]:
+    return list(_acceptance(_Found(run)))
+
+
+class _Found:
+    """Records of a run by what they are of."""
+
+    def __init__(self, run: Run) -> None:
+        self.sizes: Sizes = TINY if run.settings["tiny"] else REAL
+        self.measured = [entry for entry in run.records if entry.skipped is None]
+
+    def one(self, kind: str, work: Workload, candidate: str, phase: str | None = None) -> Record | None:
+        phase = phase or ("both" if work.training else "forward")
+        entries = (e for e in self.of(kind, work) if e.candidate == candidate and e.phase == phase)
+        return next(entries, None)
+
+    def of(self, kind: str, work: Workload) -> Iterator[Record]:
+        for entry in self.measured:
+            of_work = (entry.op, entry.shape, entry.n, entry.dtype, entry.training)
+            if entry.case == kind and of_work == (work.op, work.shape.name, work.n, work.dtype, work.training):
+                yield entry
+
+    def ours(self, dtype: str) -> list[Record]:
+        return [e for e in self.measured if e.candidate == "ours" and e.dtype == dtype and e.case != "ceilings"]
+
+    def main(self, op: str, training: bool = False) -> Workload:
+        return self.sizes.main(op, training)
+
+
+def _acceptance(found: _Found) -> Iterator[Line]:
+    head = _where(found.sizes)
+    single, pair = found.main("linear_logp"), found.main("linear_delta_logp")
+    yield _of_gemm(found, f"`linear_logp` forward, {head}", single, GEMM_FORWARD, "the bare GEMM's rate")
+    yield _beside_peers(found, "the same, beside Liger's SM90 kernel", single, ("liger sm90", "liger sm90, log p"))
+    yield _of_gemm(found, "`linear_delta_logp` forward, same shape", pair, GEMM_FORWARD, "the rate of two bare GEMMs")
+    yield _beside_peers(found, "the same, beside two calls of the fastest library", pair, None)
+    step, pair_step = found.main("linear_logp", True), found.main("linear_delta_logp", True)
+    yield _of_gemm(found, "`linear_logp` forward + backward", step, GEMM_STEP, "the GEMM's rate for 8·N·V·D")
+    yield _of_gemm(found, "`linear_delta_logp` forward + backward, frozen base", pair_step, None, "12·N·V·D")
+    for op in ("logp", "delta_logp"):
+        for phase in ("forward", "backward"):
+            yield _of_copy(found, op, phase)
+    yield _worst_error(found)
+    yield _worst_peak(found, training=False, most=FORWARD_MIB)
+    yield _worst_peak(found, training=True, most=BACKWARD_MIB)
+    yield from _small(found)
+    yield _ignored(found)
+
+
+def _where(sizes: Sizes) -> str:
+    return f"{sizes.dtype}, N {sizes.n}, D {sizes.head.d}, V {sizes.head.v}"
+
+
+def _line(what: str, reach: str, entry: Record | None, measure: Callable[[Record], tuple[str, bool | None]]) -> Line:
+    return Line(what, reach, _NOT_MEASURED, None) if entry is None else Line(what, reach, *measure(entry))
+
+
+def _of_gemm(found: _Found, what: str, work: Workload, least: float | None, of: str) -> Line:
+    def measure(entry: Record) -> tuple[str, bool | None]:
+        if "matmul" not in entry.ratios:
+            return _NOT_MEASURED, None
+        rate = 1 / entry.ratio_to("matmul")
+        return (
+            f"{rate:.2f} ({entry.median_ms:.2f} ms, {entry.tflops:.0f} TFLOP/s)",
+            None if least is None else rate >= least,
+        )
+
+    reach = f"of {of}" if least is None else f"≥ {least} of {of}"
+    return _line(what, reach, found.one("compare", work, "ours"), measure)
+
+
+def _beside_peers(found: _Found, what: str, work: Workload, names: Sequence[str] | None) -> Line:
+    peers = [
+        e
+        for e in found.of("peers", work)
+        if e.phase == "forward" and "ours" in e.ratios and (e.candidate in names if names else _is_peer(e))
+    ]
+    fastest = min(peers, key=lambda e: e.ratio_to("ours"), default=None)
+
+    def measure(entry: Record) -> tuple[str, bool]:
+        ratio = entry.ratio_to("ours")
+        return f"{ratio:.2f} × faster than {entry.candidate} ({entry.median_ms:.2f} ms)", ratio > 1
+
+    return _line(what, "faster", fastest, measure)
+
+
+def _is_peer(entry: Record) -> bool:
+    return entry.candidate not in _NOT_PEERS
+
+
+def _of_copy(found: _Found, op: str, phase: str) -> Line:
+    def measure(entry: Record) -> tuple[str, bool]:
+        rate = 1 / entry.ratio_to("copy")
+        return f"{rate:.2f} ({entry.median_ms:.2f} ms, {entry.gb_per_s:.0f} GB/s)", rate >= COPY
+
+    # Forward has a case of its own; that of a training step keeps what backward needs.
+    entry = found.one("compare", found.main(op, training=phase == "backward"), "ours", phase)
+    entry = entry if entry is not None and "copy" in entry.ratios else None
+    return _line(f"`{op}` of given logits, {phase}", f"≥ {COPY:.2f} of a copy's bandwidth", entry, measure)
+
+
+def _worst_error(found: _Found) -> Line:
+    errors = [
+        (error, entry)
+        for entry in found.ours(found.sizes.dtype)
+        for name, error in entry.errors.items()
+        if name.removeprefix("base_") in ("logp", "entropy")
+    ]
+    what, reach = f"log p and entropy against float64, {found.sizes.dtype}", f"≤ {ERROR:.0e}"
+    if not errors:
+        return Line(what, reach, _NOT_MEASURED, None)
+    worst, entry = max(errors, key=lambda found: found[0])
+    return Line(what, reach, f"{worst:.1e} (`{entry.op}`, {entry.shape}, N {entry.n})", worst <= ERROR)
+
+
+def _worst_peak(found: _Found, training: bool, most: int) -> Line:
+    entries = [e for e in found.ours(found.sizes.dtype) if e.training == training and e.peak_mib is not None]
+    what = "peak memory over inputs, outputs, gradients: " + ("forward + backward" if training else "forward")
+    worst = max(entries, key=lambda e: e.peak_mib or 0.0, default=None)
+
+    def measure(entry: Record) -> tuple[str, bool]:
+        assert entry.peak_mib is not None
+        return f"{entry.peak_mib:.0f} MiB (`{entry.op}`, {entry.shape}, N {entry.n})", entry.peak_mib <= most
+
+    return _line(what, f"≤ {most} MiB", worst, measure)
+
+
+def _small(found: _Found) -> Iterator[Line]:
+    entries = [e for e in found.measured if e.case == "small" and e.candidate == "ours"]
+    tokens = ", ".join(map(str, found.sizes.small))
+    slowest = max(entries, key=lambda e: e.host_us or 0.0, default=None)
+    yield _line(
+        f"N {tokens}: the host's time of one call",
+        f"≤ {HOST_US} µs",
+        slowest,
+        lambda e: (f"{e.host_us:.0f} µs (`{e.op}`, N {e.n})", (e.host_us or 0.0) <= HOST_US),
+    )
+    timed = [e for e in entries if "copy" in e.ratios]
+    farthest = max(timed, key=lambda e: e.ratio_to("copy"), default=None)
+    yield _line(
+        f"N {tokens}: time to read the weights once, at a copy's bandwidth",
+        f"≥ {READ} of the time",
+        farthest,
+        lambda e: (f"{1 / e.ratio_to('copy'):.2f} (`{e.op}`, N {e.n}, {e.gb_per_s:.0f} GB/s)", _reads(e)),
+    )
+
+
+def _reads(entry: Record) -> bool:
+    return 1 / entry.ratio_to("copy") >= READ
+
+
+def _ignored(found: _Found) -> Line:
+    entry = found.one("half ignored", found.main("linear_logp"), "ours, half ignored")
+    entry = entry if entry is not None and "ours" in entry.ratios else None
+    return _line(
+        "half the rows ignored",
+        f"≤ {IGNORED} × the time",
+        entry,
+        lambda e: (f"{e.ratio_to('ours'):.2f} × `{e.op}`", e.ratio_to("ours") <= IGNORED),
+    )
+
+
+def _beside(run: Run) -> list[str]:
+    """Candidate × linear op: milliseconds; then the largest errors of the one-model forward, and memory in training."""
+    found = _Found(run)
+    works = [found.main(op, training) for op in ("linear_logp", "linear_delta_logp") for training in (False, True)]
+    entries = [{e.candidate: e for e in _whole(found.of("peers", work))} for work in works]
+    eager = [found.one("compare", work, "eager") for work in works]
+    for of_work, entry in zip(entries, eager, strict=True):
+        if of_work and entry is not None:
+            of_work["eager"] = entry
+    names = list(dict.fromkeys(name for of_work in entries for name in of_work))
+    rows = [[name, *(_ms(of_work.get(name)) for of_work in entries), *_errors(entries, name)] for name in names]
+    head = ["ms", "`linear_logp`", "+ backward", "`linear_delta_logp`", "+ backward"]
+    return _table([*head, "log p error", "entropy error", "peak MiB, training"], rows)
+
+
+def _whole(entries: Iterable[Record]) -> list[Record]:
+    return [entry for entry in entries if entry.phase == ("both" if entry.training else "forward")]
+
+
+def _ms(entry: Record | None) -> str:
+    return "" if entry is None or entry.median_ms is None else f"{entry.median_ms:.2f}"
+
+
+def _errors(entries: Sequence[dict[str, Record]], name: str) -> list[str]:
+    found = [of_work[name] for of_work in entries if name in of_work]
+    errors = {output: error for entry in reversed(found) for output, error in entry.errors.items()}
+    peaks = [entry.peak_mib for entry in found if entry.training and entry.peak_mib is not None]
+    cells = [f"{errors[output]:.0e}" if output in errors else "" for output in ("logp", "entropy")]
+    return [*cells, f"{max(peaks):.0f}" if peaks else ""]
+
+
+def _variants(run: Run) -> list[str]:
+    """Which of our backends was faster in forward, per op and workload, and how the other's time compares."""
+    found = _Found(run)
+    ops = ("linear_logp", "linear_delta_logp")
+    rows = [
+        [what, *(_winner(found, kind, Workload(op, shape, n, dtype)) for op in ops)]
+        for what, kind, shape, n, dtype in _variant_rows(found.sizes)
+    ]
+    rows = [row for row in rows if any(row[1:])]
+    return _table(["forward: the faster backend", *(f"`{op}`" for op in ops)], rows)
+
+
+def _variant_rows(sizes: Sizes) -> Iterator[tuple[str, str, Shape, int, str]]:
+    for shape in (sizes.head, *sizes.others):
+        yield f"{shape.name}, N {sizes.n}", "compare", shape, sizes.n, sizes.dtype
+    for n in sizes.small:
+        yield f"{sizes.head.name}, N {n}", "small", sizes.head, n, sizes.dtype
+    yield f"{sizes.head.name}, N {sizes.long}", "compare", sizes.head, sizes.long, sizes.dtype
+    yield f"{sizes.head.name}, float16, N {sizes.n}", "compare", sizes.head, sizes.n, "float16"
+    yield f"{sizes.head.name}, float32, N {sizes.float32_n}", "compare", sizes.head, sizes.float32_n, "float32"
+
+
+def _winner(found: _Found, kind: str, work: Workload) -> str:
+    entry = found.one(kind, work, "ours, gemm")
+    if entry is None or "ours, triton" not in entry.ratios:
+        return ""
+    ratio = entry.ratio_to("ours, triton")
+    return f"triton, gemm takes {ratio:.2f} ×" if ratio >= 1 else f"gemm, triton takes {1 / ratio:.2f} ×"
+
+
+def _tuning(run: Run) -> list[str]:
+    """Tile configurations, the fastest first."""
+    found = [e for e in run.records if e.case == "tune" and e.skipped is None and e.candidate != "matmul"]
+    found.sort(key=lambda e: (e.op, e.shape, e.median_ms))
+    rows = [[f"{e.op} {e.shape}", e.candidate.removeprefix("ours, "), _ms(e), f"{e.tflops:.0f}"] for e in found]
+    return _table(["tune", "configuration", "ms", "TFLOP/s"], rows)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    if not rows:
+        return []
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
+    return [lines[0], "|" + "---|" * len(head), *lines[1:]]
+
+
+def _problems(run: Run) -> Iterator[str]:
+    """First what failed of ours, then of others; what is not installed or available only once."""
+    for failure in (run.tests or {}).get("failures", [])[:5]:
+        yield f"- {failure['test']}: {failure['message']}"
+    skipped = [entry for entry in run.records if entry.skipped is not None]
+    skipped.sort(key=lambda entry: not entry.candidate.startswith("ours"))
+    missing = {e.candidate: None for e in skipped if (e.skipped or "").startswith(peers.MISSING)}
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for entry in skipped:
+        if entry.candidate in missing:
+            continue
+        where = f"{entry.case} {entry.op} {entry.shape} N {entry.n}{' training' if entry.training else ''}"
+        reasons.setdefault((entry.candidate, entry.skipped or ""), []).append(where)
+    for (candidate, reason), places in reasons.items():
+        more = f" and {len(places) - 1} more" if len(places) > 1 else ""
+        yield f"- {candidate} ({places[0]}{more}): {reason}"
+    if missing:
+        yield f"- {peers.MISSING}: {', '.join(missing)}"
+
+
+def _head(run: Run) -> str:
+    ceilings = {e.candidate: e for e in run.records if e.case == "ceilings" and e.skipped is None}
+    lines = [f"{_machine(run)}."]
+    if {"matmul", "copy"} <= ceilings.keys():
+        matmul, copy = ceilings["matmul"], ceilings["copy"]
+        lines.append(
+            f"This GPU, measured: {matmul.dtype} matmul {matmul.n}³ {matmul.tflops:.0f} TFLOP/s, "
+            f"copy {copy.gb_per_s:.0f} GB/s read and written."
+        )
+    return "\n".join([*lines, *checks.summary(run.tests)])
+
+
+def _machine(run: Run) -> str:
+    env = run.environment
+    versions = env["versions"]
+    driver = (env.get("gpu") or {}).get("driver_version", "unknown")
+    return (
+        f"{env['date'][:10]}, {env['machine']}, driver {driver}, torch {versions['torch']}, "
+        f"triton {versions['triton']}, CUDA {versions['cuda']}"
+    )
+
+
+def _caption(run: Run) -> str:
+    commit = run.environment["commit"]
+    tested = " ".join(checks.summary(run.tests))
+    return (
+        f"Medians over interleaved rounds; a ratio is taken within a round. {tested} {_machine(run)}, "
+        f"{'no commit' if commit is None else f'commit {commit[:10]}'}, `benchmarks/results/{run.name}.json`."
+    )

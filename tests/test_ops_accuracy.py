@@ -11,6 +11,7 @@ from cases import (
     call,
     check_against_truth,
     check_gradients_against_truth,
+    fewer,
     from_logits,
     gradients,
     make_inputs,
@@ -33,37 +34,41 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("options", fewer(OPTIONS, ["all", "scaled"]))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_dtypes_and_options(accuracy, op, dtype, options):
-    check_against_truth(accuracy, op, make_inputs(op, 33, v=1187, d=40, dtype=dtype), **options_for(op, options))
+    inputs = make_inputs(op, 33, v=fewer(1187, 587), d=40, dtype=dtype)
+    check_against_truth(accuracy, op, inputs, **options_for(op, OPTIONS[options]))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", fewer(DTYPES, [BF16]), ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_vocabulary_of_several_tiles_and_a_remainder(accuracy, op, dtype):
-    check_against_truth(accuracy, op, make_inputs(op, 19, v=20_011, d=72, dtype=dtype))
+    check_against_truth(accuracy, op, make_inputs(op, fewer(19, 3), v=20_011, d=72, dtype=dtype))
 
 
-@pytest.mark.parametrize("v", [1, 2, 15, 16, 17, 63, 64, 65, 255, 257, 1025, 4095, 4096, 4097, 8193])
+SIZES = [1, 2, 15, 16, 17, 63, 64, 65, 255, 257, 1025, 4095, 4096, 4097, 8193]
+
+
+@pytest.mark.parametrize("v", fewer(SIZES, [1, 64, 257, 4097]))
 @pytest.mark.parametrize("op", OPS)
 def test_vocabulary_sizes_around_tile_bounds(accuracy, op, v):
     check_against_truth(accuracy, op, make_inputs(op, 5, v=v, d=8, dtype=BF16))
 
 
-@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
-@pytest.mark.parametrize("d", [1, 2, 3, 31, 33, 129, 896])
+@pytest.mark.parametrize("dtype", fewer([BF16, FP32], [BF16]), ids=str)
+@pytest.mark.parametrize("d", fewer([1, 2, 3, 31, 33, 129, 896], [1, 33, 136]))
 @pytest.mark.parametrize("op", LINEAR_OPS)
 def test_hidden_sizes(accuracy, op, d, dtype):
     check_against_truth(accuracy, op, make_inputs(op, 6, v=333, d=d, dtype=dtype))
 
 
-@pytest.mark.parametrize("k", [1, 2, 7])
+@pytest.mark.parametrize("k", fewer([1, 2, 7], [7]))
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_candidates_some_ignored(accuracy, op, dtype, k):
-    inputs = make_inputs(op, (3, 8), v=301, k=k, dtype=dtype)
+    inputs = make_inputs(op, (3, fewer(8, 3)), v=301, k=k, dtype=dtype)
     generator = torch.Generator().manual_seed(2)
     inputs["target"][torch.rand(inputs["target"].shape, generator=generator) < 0.4] = -100
     inputs["target"][0, 0] = -100
@@ -103,7 +108,7 @@ MIXTURES = {
 def test_mixed_dtypes_of_linear_inputs(accuracy, op, dtypes, output):
     if op == "linear_logp" and all(name.startswith("base_") for name in dtypes):
         output = FP32
-    stats = check_against_truth(accuracy, op, make_inputs(op, v=1187, dtype=dtypes))
+    stats = check_against_truth(accuracy, op, make_inputs(op, v=fewer(1187, 143), dtype=dtypes))
     assert {x.dtype for x in stats} == {output}
 
 
@@ -114,6 +119,7 @@ def test_mixed_dtypes_of_logits(accuracy, name, dtype):
     assert {x.dtype for x in stats} == {FP64 if dtype == FP64 else FP32}
 
 
+@pytest.mark.not_interpreted("the backend does not see it")
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int8, torch.uint8], ids=str)
 @pytest.mark.parametrize("v", [101, 300, 40_000, 80_000])
 @pytest.mark.parametrize("op", OPS)
@@ -132,21 +138,23 @@ def test_uint8_target_is_not_taken_for_the_ignore_index():
     assert call("logp", inputs).logp.item() < 0
 
 
-def _hard_logits(name: str, n: int = 8, v: int = 9_001) -> torch.Tensor:
+def _hard_logits(name: str) -> torch.Tensor:
+    n, v = fewer((8, 9_001), (4, 1_001))
+    half = v * 5 // 9
     z = torch.randn(n, v, generator=torch.Generator().manual_seed(len(name)))
     match name:
         case "peak of 60":
-            z[torch.arange(n), torch.arange(n) * 991] += 60
+            z[torch.arange(n), torch.arange(n) * (v // 9)] += 60
         case "all below -300":
             z -= 300
-        case "first 5000 masked":
-            z[:, :5000] = -torch.inf
-        case "last 5000 masked":
-            z[:, -5000:] = -torch.inf
+        case "first half masked":
+            z[:, :half] = -torch.inf
+        case "last half masked":
+            z[:, -half:] = -torch.inf
         case "every other token masked":
             z[:, ::2] = -torch.inf
         case "all but one token masked":
-            z[:, torch.arange(v) != 8_000] = -torch.inf
+            z[:, torch.arange(v) != v - v // 9] = -torch.inf
         case "offset +1e4":
             z += 1e4
         case "offset -1e4":
@@ -161,12 +169,12 @@ def _hard_logits(name: str, n: int = 8, v: int = 9_001) -> torch.Tensor:
 
 
 HARD = [
-    "peak of 60", "all below -300", "first 5000 masked", "last 5000 masked", "every other token masked",
+    "peak of 60", "all below -300", "first half masked", "last half masked", "every other token masked",
     "all but one token masked", "offset +1e4", "offset -1e4", "rising", "falling", "nearly uniform",
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
+@pytest.mark.parametrize("dtype", fewer([BF16, FP16, FP32], [FP32]), ids=str)
 @pytest.mark.parametrize("name", HARD)
 @pytest.mark.parametrize("op", OPS)
 def test_hard_distributions(accuracy, op, name, dtype):
@@ -227,8 +235,8 @@ class TestKullbackLeibler:
         accuracy.statistics(op, stats, expected, torch.full((4,), 8.0), FP32)
 
     def test_not_negative(self, op):
-        for seed in range(20):
-            inputs = make_inputs(op, 64, v=257, d=8, seed=seed, bias=False)
+        for seed in fewer(range(20), (1, 3, 5, 7)):
+            inputs = make_inputs(op, fewer(64, 16), v=257, d=8, seed=seed, bias=False)
             for name in [name for name in inputs if name.startswith("base_")]:
                 own = inputs[name.removeprefix("base_")]
                 inputs[name] = own + 10.0 ** -(seed % 8) * torch.randn(own.shape)
@@ -237,7 +245,7 @@ class TestKullbackLeibler:
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_identical_models(self, op, dtype):
-        inputs = make_inputs(op, 64, v=9_001, d=32, dtype=dtype)
+        inputs = make_inputs(op, fewer(64, 8), v=fewer(9_001, 1_001), d=32, dtype=dtype)
         inputs |= {name: inputs[name.removeprefix("base_")].clone() for name in inputs if name.startswith("base_")}
         stats = call(op, inputs)
         assert stats.delta_logp.count_nonzero() == 0

@@ -8,6 +8,7 @@ from cases import (
     PAIR_OPS,
     call,
     check_against_truth,
+    fewer,
     floating,
     gradients,
     make_inputs,
@@ -17,7 +18,7 @@ from cases import (
 
 pytestmark = pytest.mark.usefixtures("backend")
 
-NARROW_DTYPES = (torch.bfloat16, torch.float32)
+NARROW_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def per_row(op: str) -> list[str]:
@@ -40,11 +41,11 @@ def test_all_rows_ignored_give_zero_outputs_and_attached_zero_gradients(op, k):
         assert inputs[name].grad.count_nonzero() == 0
 
 
-@pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("poison", fewer([torch.nan, torch.inf, -torch.inf], [torch.nan]))
 @pytest.mark.parametrize("dtype", NARROW_DTYPES, ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_poison_in_ignored_rows_reaches_nothing(op, dtype, poison):
-    inputs = make_inputs(op, 40, dtype=dtype)
+    inputs = make_inputs(op, 40, v=fewer(301, 143), dtype=dtype)
     ignored = torch.rand(40) < 0.5
     inputs["target"][ignored] = -100
     upstream = upstream_of(call(op, inputs))
@@ -75,7 +76,7 @@ def test_upstream_of_an_ignored_candidate_reaches_nothing(op):
         assert torch.equal(value, clean[name])
 
 
-@pytest.mark.parametrize("ignore_index", [-1, 0, 7, 10**6, -(2**40)])
+@pytest.mark.parametrize("ignore_index", fewer([-1, 0, 7, 10**6, -(2**40)], [7, -(2**40)]))
 @pytest.mark.parametrize("op", OPS)
 def test_any_integer_can_be_the_ignore_index(accuracy, op, ignore_index):
     inputs = make_inputs(op, 30, v=20)

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from cases import ALL_OPTIONS, OPS, call, gradients, is_linear, make_inputs, options_for, upstream_of
+from cases import ALL_OPTIONS, OPS, call, fewer, gradients, is_linear, make_inputs, options_for, upstream_of
 
 from dlogp_kernels import backends
 
 pytestmark = pytest.mark.usefixtures("backend")
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DTYPES = fewer((torch.bfloat16, torch.float16, torch.float32), (torch.bfloat16,))
 
 
 @pytest.fixture
@@ -32,9 +32,10 @@ def _assert_rows_equal(stats: tuple, others: tuple, index: object) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_a_row_alone_is_the_row_among_4096(op, dtype):
-    inputs = make_inputs(op, 4096, v=1187, d=72, dtype=dtype)
+    n = fewer(4096, 100)
+    inputs = make_inputs(op, n, v=fewer(1187, 301), d=72, dtype=dtype)
     stats = call(op, inputs)
-    for row in (0, 1, 31, 32, 1023, 2048, 4095):
+    for row in (0, 1, 31, 32, n // 4 - 1, n // 2, n - 1):
         _assert_rows_equal(stats, call(op, _rows(inputs, slice(row, row + 1))), slice(row, row + 1))
 
 
@@ -42,9 +43,9 @@ def test_a_row_alone_is_the_row_among_4096(op, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_every_batch_size_to_40(op, dtype):
-    inputs = make_inputs(op, 40, v=1187, d=72, dtype=dtype)
+    inputs = make_inputs(op, 40, v=fewer(1187, 301), d=72, dtype=dtype)
     stats = call(op, inputs, **options_for(op, ALL_OPTIONS))
-    for n in range(1, 41):
+    for n in fewer(range(1, 41), (2, 17, 31, 33)):
         _assert_rows_equal(stats, call(op, _rows(inputs, slice(n)), **options_for(op, ALL_OPTIONS)), slice(n))
 
 
@@ -52,9 +53,10 @@ def test_every_batch_size_to_40(op, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_order_of_rows_and_workspace_do_not_matter(op, dtype):
-    inputs = make_inputs(op, 300, v=9_001, d=40, dtype=dtype)
+    n, v = fewer((300, 9_001), (50, 1_001))
+    inputs = make_inputs(op, n, v=v, d=40, dtype=dtype)
     stats = call(op, inputs)
-    order = torch.randperm(300)
+    order = torch.randperm(n)
     _assert_rows_equal(stats, call(op, _rows(inputs, order)), order)
     with backends.workspace_limit(2**20):
         _assert_rows_equal(stats, call(op, inputs), slice(None))
@@ -63,7 +65,7 @@ def test_order_of_rows_and_workspace_do_not_matter(op, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_candidates_do_not_matter_to_each_other(op, dtype):
-    inputs = make_inputs(op, 20, v=1187, k=5, dtype=dtype)
+    inputs = make_inputs(op, fewer(20, 5), v=fewer(1187, 301), k=5, dtype=dtype)
     stats = call(op, inputs)
     for k in range(5):
         alone = call(op, inputs | {"target": inputs["target"][:, k]})
@@ -74,11 +76,11 @@ def test_candidates_do_not_matter_to_each_other(op, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_forward_and_backward_are_the_same_in_every_run(op, dtype):
-    inputs = make_inputs(op, 1500, v=1187, d=72, dtype=dtype)
+    inputs = make_inputs(op, fewer(1500, 35), v=fewer(1187, 301), d=72, dtype=dtype)
     stats = call(op, inputs)
     upstream = upstream_of(stats)
     expected = gradients(op, inputs, upstream)
-    for _ in range(3):
+    for _ in range(fewer(3, 1)):
         for value, first in zip(call(op, inputs), stats, strict=True):
             assert torch.equal(value, first)
         for name, value in gradients(op, inputs, upstream).items():

@@ -8,6 +8,7 @@ from cases import (
     OPS,
     call,
     check_against_truth,
+    fewer,
     floating,
     gradients,
     make_inputs,
@@ -36,7 +37,7 @@ def test_no_rows(op, shape, k):
 
 
 @pytest.mark.parametrize("k", [None, 3])
-@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (2, 3, 4)], ids=str)
+@pytest.mark.parametrize("shape", fewer([(), (1,), (1, 1), (2, 3, 4)], [(), (2, 1, 3)]), ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_leading_shapes(accuracy, op, shape, k):
     inputs = make_inputs(op, shape, k=k)
@@ -78,11 +79,11 @@ def _padded_rows(x: torch.Tensor) -> torch.Tensor:
 LAYOUTS = [_transposed, _every_other, _misaligned, _padded_rows]
 
 
-@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+@pytest.mark.parametrize("dtype", fewer([BF16, FP32], [BF16]), ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__.strip("_"))
 @pytest.mark.parametrize("op", OPS)
 def test_strides_of_inputs_and_upstream_gradients(accuracy, op, layout, dtype):
-    inputs = make_inputs(op, (4, 9), v=303, d=21, k=3, dtype=dtype)
+    inputs = make_inputs(op, fewer((4, 9), (2, 3)), v=303, d=21, k=3, dtype=dtype)
     strided = {name: layout(x) for name, x in inputs.items()}
     upstream = upstream_of(call(op, inputs))
     for value, expected in zip(call(op, strided), call(op, inputs), strict=True):

@@ -12,6 +12,7 @@ from cases import (
     OPS,
     call,
     check_against_truth,
+    fewer,
     floating,
     gradients,
     is_linear,
@@ -59,7 +60,7 @@ def test_opcheck_forward(op, dtype, present):
     torch.library.opcheck(getattr(torch.ops.dlogp, f"{op}_fwd").default, arguments)
 
 
-@pytest.mark.parametrize("mask", ["all", "first", "last", "none"])
+@pytest.mark.parametrize("mask", fewer(["all", "first", "last", "none"], ["all", "last"]))
 @pytest.mark.parametrize("present", [True, False], ids=["every optional argument", "no optional argument"])
 @pytest.mark.parametrize("op", OPS)
 def test_opcheck_backward(op, present, mask):
@@ -155,7 +156,7 @@ def test_inductor(op):
 
 @pytest.mark.parametrize("op", LINEAR_OPS)
 def test_autocast_converts_as_linear_does(op):
-    inputs = make_inputs(op, v=1187)
+    inputs = make_inputs(op, v=fewer(1187, 301))
     leaves = [inputs[name].requires_grad_() for name in floating(inputs)]
     with torch.autocast(cases.DEVICE.type, dtype=BF16):
         stats = call(op, inputs)

@@ -1,4 +1,4 @@
-"""The patch of triton_interpreter.py: bfloat16 in Triton's interpreter is that of PyTorch, bit for bit."""
+"""What triton_interpreter.py corrects: bfloat16 in Triton's interpreter is that of PyTorch, bit for bit."""
 
 from typing import NamedTuple
 
@@ -62,6 +62,13 @@ def _reduce_kernel(x_ptr, sum_ptr, max_ptr, SIZE: tl.constexpr):
     x = tl.load(x_ptr + tl.arange(0, SIZE))
     tl.store(sum_ptr, tl.sum(x.to(tl.float32), 0))
     tl.store(max_ptr, tl.max(x, 0))
+
+
+@triton.jit
+def _compare_kernel(x_ptr, scalar_ptr, y_ptr, SIZE: tl.constexpr):
+    i = tl.arange(0, SIZE)
+    x, scalar = tl.load(x_ptr + i), tl.load(scalar_ptr)
+    tl.store(y_ptr + i, tl.where((x < 0.0) | (scalar == 0.0), 1, 2))
 
 
 class _Operands(NamedTuple):
@@ -150,6 +157,14 @@ def test_reductions():
     _reduce_kernel[(1,)](x, total, largest, SIZE)
     torch.testing.assert_close(total[0], x.float().sum())
     assert largest[0] == x.max()
+
+
+@pytest.mark.parametrize("scalar", [0.0, 1.0])
+@pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)
+def test_comparison_of_a_scalar_beside_one_of_a_block(dtype, scalar):
+    x, y = torch.randn(SIZE).to(dtype), torch.empty(SIZE, dtype=torch.int32)
+    _compare_kernel[(1,)](x, torch.tensor(scalar, dtype=dtype), y, SIZE)
+    assert torch.equal(y, torch.where((x < 0) | (scalar == 0), 1, 2).to(torch.int32))
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["None", "bias"])

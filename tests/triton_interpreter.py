@@ -1,10 +1,17 @@
-"""Makes bfloat16 right in Triton's interpreter (3.6, 3.7), which computes with its bits as if they were integers.
+"""Corrects bfloat16 in Triton's interpreter (3.6, 3.7), which computes with its bits as if they were integers.
 
 There a handle of type bf16 holds an array of uint16, so that `tl.dot` and arithmetic act on raw bits, and a cast from
 float32 truncates. Here it holds float32 numbers that bfloat16 has: every operation of the interpreter is then right as
 it is, and a handle rounds to nearest, ties to even, when it is made. Only memory and bitcasts see bits. Atomics of bf16
 are still unsupported.
+
+A comparison's result has type bool here; there it keeps its operands' type, and becomes numbers when a scalar one is
+broadcast. And `triton.language` is turned to the interpreter once, not in each call of a device function: that alone
+takes a millisecond.
 """
+
+import functools
+import types
 
 import numpy as np
 import triton.language as tl
@@ -13,10 +20,17 @@ from triton.runtime import interpreter
 _unpatched_np_dtype = interpreter._get_np_dtype
 _unpatched_fits = interpreter._validate_np_data_size
 _unpatched_convert_float = interpreter._convert_float
+_unpatched_patch_lang = interpreter._patch_lang
+_COMPARISONS = (np.less, np.less_equal, np.greater, np.greater_equal, np.equal, np.not_equal)
 
 
 class _Builder(interpreter.InterpreterBuilder):
-    """The methods of the builder that read or write the bits of bf16."""
+    """The methods of the builder that read or write the bits of bf16, and comparisons."""
+
+    def binary_op(self, lhs, rhs, op):
+        if op not in _COMPARISONS:
+            return super().binary_op(lhs, rhs, op)
+        return interpreter.TensorHandle(op(lhs.data, rhs.data), tl.int1)
 
     def create_masked_load(self, ptrs, mask, other, cache_modifier, eviction_policy, is_volatile):
         if not _is_bf16(ptrs.get_element_ty()):
@@ -45,12 +59,12 @@ class _Handle(interpreter.TensorHandle):
     """What a program computes with; one of type bf16 holds rounded float32."""
 
     def __post_init__(self) -> None:
-        if _is_bf16(self.dtype) and self.data.dtype != np.bool_:  # a comparison has its operands' type for a moment
+        if _is_bf16(self.dtype):
             self.data = _numbers(_bits(self.data))
         super().__post_init__()
 
 
-def make_bfloat16_right() -> None:
+def correct() -> None:
     """Patch the interpreter of this process, before any kernel is defined."""
     if issubclass(interpreter.InterpreterBuilder, _Builder):
         return
@@ -59,7 +73,18 @@ def make_bfloat16_right() -> None:
     interpreter._get_np_dtype = _np_dtype
     interpreter._validate_np_data_size = _fits
     interpreter._convert_float = _convert_float
+    interpreter._patch_lang = _patch_lang
     interpreter.interpreter_builder.__class__ = _Builder
+
+
+def _patch_lang(fn: object) -> object:
+    _turn_language_to_interpreter()
+    return interpreter._LangPatchScope()
+
+
+@functools.cache
+def _turn_language_to_interpreter() -> None:
+    _unpatched_patch_lang(types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
 
 
 def _is_bf16(dtype: tl.dtype) -> bool:

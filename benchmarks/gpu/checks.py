@@ -64,6 +64,9 @@ def _run_file(path: Path, device: str, deadline: float, scratch: Path) -> dict[s
     output = log.read_text(errors="replace")
     if xml.exists():
         counted = _from_report(ElementTree.parse(xml).getroot())
+        if incomplete:
+            # Of a test that was interrupted the report does not say so.
+            counted |= _from_log(output)
     else:
         counted = _from_log(output)
         incomplete = incomplete or f"no report, exit status {child.returncode}: {_last_line(output)}"

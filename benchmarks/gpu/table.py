@@ -235,25 +235,26 @@ def _errors(entries: Sequence[dict[str, Record]], name: str) -> list[str]:
 
 
 def _variants(run: Run) -> list[str]:
-    """Which of our backends was faster in forward, per op and workload, and how the other's time compares."""
+    """Per op and workload, which of our backends was faster in forward, and how many times as long the other took."""
     found = _Found(run)
-    ops = ("linear_logp", "linear_delta_logp")
-    rows = [
-        [what, *(_winner(found, kind, Workload(op, shape, n, dtype)) for op in ops)]
-        for what, kind, shape, n, dtype in _variant_rows(found.sizes)
-    ]
-    rows = [row for row in rows if any(row[1:])]
-    return _table(["forward: the faster backend", *(f"`{op}`" for op in ops)], rows)
+    columns = list(_variant_columns(found.sizes))
+    rows = []
+    for op in ("linear_logp", "linear_delta_logp"):
+        cells = [_winner(found, kind, Workload(op, shape, n, dtype)) for _, kind, shape, n, dtype in columns]
+        if any(cells):
+            rows.append([f"`{op}`", *cells])
+    return _table(["faster in forward", *(name for name, *_ in columns)], rows)
 
 
-def _variant_rows(sizes: Sizes) -> Iterator[tuple[str, str, Shape, int, str]]:
+def _variant_columns(sizes: Sizes) -> Iterator[tuple[str, str, Shape, int, str]]:
+    """The shapes at the table's N; then other N and dtypes at the table's shape."""
     for shape in (sizes.head, *sizes.others):
-        yield f"{shape.name}, N {sizes.n}", "compare", shape, sizes.n, sizes.dtype
+        yield shape.name, "compare", shape, sizes.n, sizes.dtype
     for n in sizes.small:
-        yield f"{sizes.head.name}, N {n}", "small", sizes.head, n, sizes.dtype
-    yield f"{sizes.head.name}, N {sizes.long}", "compare", sizes.head, sizes.long, sizes.dtype
-    yield f"{sizes.head.name}, float16, N {sizes.n}", "compare", sizes.head, sizes.n, "float16"
-    yield f"{sizes.head.name}, float32, N {sizes.float32_n}", "compare", sizes.head, sizes.float32_n, "float32"
+        yield f"N {n}", "small", sizes.head, n, sizes.dtype
+    yield f"N {sizes.long}", "compare", sizes.head, sizes.long, sizes.dtype
+    yield "fp16", "compare", sizes.head, sizes.n, "float16"
+    yield f"fp32, N {sizes.float32_n}", "compare", sizes.head, sizes.float32_n, "float32"
 
 
 def _winner(found: _Found, kind: str, work: Workload) -> str:
@@ -261,7 +262,7 @@ def _winner(found: _Found, kind: str, work: Workload) -> str:
     if entry is None or "ours, triton" not in entry.ratios:
         return ""
     ratio = entry.ratio_to("ours, triton")
-    return f"triton, gemm takes {ratio:.2f} ×" if ratio >= 1 else f"gemm, triton takes {1 / ratio:.2f} ×"
+    return f"triton {ratio:.2f} ×" if ratio >= 1 else f"gemm {1 / ratio:.2f} ×"
 
 
 def _tuning(run: Run) -> list[str]:

@@ -1,0 +1,18 @@
+"""Triton kernels and their launchers: the backends "triton" and "gemm" of ops/backends.py."""
+
+from ._backward import linear_delta_logp_bwd, linear_logp_bwd
+from .delta_logp import delta_logp_bwd, delta_logp_fwd
+from .linear_delta_logp import linear_delta_logp_fwd
+from .linear_logp import linear_logp_fwd
+from .logp import logp_bwd, logp_fwd
+
+__all__ = [
+    "delta_logp_bwd",
+    "delta_logp_fwd",
+    "linear_delta_logp_bwd",
+    "linear_delta_logp_fwd",
+    "linear_logp_bwd",
+    "linear_logp_fwd",
+    "logp_bwd",
+    "logp_fwd",
+]

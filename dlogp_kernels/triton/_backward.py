@@ -1,0 +1,388 @@
+"""Backward of `linear_logp` and `linear_delta_logp` on GPUs, for every backend of theirs.
+
+A block of logits is computed again by the vendor's GEMM, in float32; one Triton kernel makes of it the gradient by
+the raw logits, in the dtype that multiplies; two GEMMs add that to the gradients by hidden and weight, in float32 and
+in a fixed order. With enough workspace one walk through the vocabulary serves both; else the gradient by hidden is
+computed block of rows by block of rows, and the logits a second time.
+
+Nothing is known of the rows that are ignored without waiting for the device, so they are multiplied, as zeros.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from . import _rows
+from ._device import on_device_of
+from ._fused import Model
+from ._products import add_product, product
+from ._rows import Matrix, Rows, matrix
+from .configs import gemm_tile
+from .delta_logp import PairGradients, PairSaved, pair_tile_gradient
+from .logp import Gradients, Logits, Saved, contiguous, tile_gradient, transform_numbers
+
+#: Backward takes this many times the workspace at most: 512 MiB by default.
+_SHARE = 2
+#: Fewer tokens at a time, and the accumulators' way through memory outlasts the products.
+_FEWEST_TOKENS = 1024
+_MOST_ROWS = 8192
+_LEAST_ROWS = 128
+#: The largest upstream gradient, times the scale, in float16: far from its limit, 65504, and its smallest number.
+_FLOAT16_LARGEST = 2.0**12
+
+#: (first row, column, tiles) → gradients by the tiles' raw logits, into each model's block of them.
+_TileGradient = Callable[[int, int, list[Logits], list[Matrix | None], tuple[int, int]], None]
+
+
+class Cut(NamedTuple):
+    """Rows and tokens at a time; `once`: all rows, and both gradients in one walk through the vocabulary."""
+
+    rows: int
+    tokens: int
+    once: bool
+
+
+class _Layer:
+    """One model's last layer, the gradients wanted of it, and the buffers of a block of rows × tokens."""
+
+    def __init__(self, model: Model, wanted: list[bool]) -> None:
+        self.model = model
+        hidden, weight, bias = model.hidden, model.weight, model.bias
+        self.wants_hidden, self.wants_weight, self.wants_bias = wanted[0], wanted[1], wanted[2] and bias is not None
+        self.grad_hidden = hidden.new_empty(hidden.shape if self.wants_hidden else 0)
+        self.grad_weight = weight.new_empty(weight.shape if self.wants_weight else 0)
+        self.grad_bias = (hidden if bias is None else bias).new_empty(weight.shape[0] if self.wants_bias else 0)
+        self.numbers = transform_numbers(model.temperature, model.softcap, model.logit_scale)
+        self.tile_rows, self.tile_tokens = gemm_tile(hidden.device)
+
+    @property
+    def wanted(self) -> bool:
+        return self.wants_hidden or self.wants_weight or self.wants_bias
+
+    def bytes_of(self, rows: int, tokens: int, totals_of_hidden: bool, totals_of_weight: bool) -> int:
+        d, itemsize = self.model.hidden.shape[-1], self.model.dtype.itemsize
+        size = rows * d * itemsize + 4 * min(rows, self.tile_rows) * min(tokens, self.tile_tokens)
+        size += rows * tokens * itemsize if self.wanted else 0
+        size += 4 * rows * d if totals_of_hidden and self.wants_hidden else 0
+        size += 4 * tokens * d if totals_of_weight and self.wants_weight else 0
+        if self.model.weight.dtype != self.model.dtype:
+            size += tokens * d * itemsize
+        return size
+
+    def allocate(self, cut: Cut) -> None:
+        self._hidden = self._new(self.model.dtype, cut.rows, self.model.hidden.shape[-1])
+        self._tile = self._new(torch.float32, min(cut.rows, self.tile_rows) * min(cut.tokens, self.tile_tokens))
+        self._grad_logits = self._new(self.model.dtype, cut.rows * cut.tokens) if self.wanted else None
+
+    def _new(self, dtype: torch.dtype, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.model.hidden.device)
+
+    def gather(self, rows: Rows, first: int) -> None:
+        _rows.gather_rows(self.model.hidden, rows, first, self._hidden, zero_rest=True)
+
+    def logits(self, row: int, num_rows: int, column: int, num_tokens: int) -> Logits:
+        """Of rows of the gathered block."""
+        raw = self._tile[: num_rows * num_tokens].view(num_rows, num_tokens)
+        weight = self.model.weight[column : column + num_tokens]
+        product(self._hidden[row : row + num_rows], weight.t(), out=raw)
+        return Logits(matrix(raw), self.model.bias, *self.numbers)
+
+    def grad_logits(self, num_rows: int, num_tokens: int) -> Tensor:
+        assert self._grad_logits is not None
+        return self._grad_logits[: num_rows * num_tokens].view(num_rows, num_tokens)
+
+    def hidden_of(self, num_rows: int) -> Tensor:
+        return self._hidden[:num_rows]
+
+    def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.grad_hidden, self.grad_weight, self.grad_bias
+
+
+class _Walk:
+    """Walks through blocks of rows × tokens of the logits of one model or a pair."""
+
+    def __init__(
+        self,
+        layers: list[_Layer],
+        target: Tensor,
+        ignore_index: int,
+        gradient: _TileGradient,
+        inverse_scale: Tensor | None,
+        workspace: int,
+    ) -> None:
+        self.layers, self.gradient, self.inverse_scale = layers, gradient, inverse_scale
+        self.num_rows, self.vocabulary = target.shape[0], layers[0].model.weight.shape[0]
+        self.rows = _rows.rows_in_place(target, ignore_index)
+        self.memory = _SHARE * workspace
+        self.device = target.device
+
+    def run(self) -> None:
+        wants_hidden = any(layer.wants_hidden for layer in self.layers)
+        wants_weight = any(layer.wants_weight or layer.wants_bias for layer in self.layers)
+        if wants_weight:
+            cut = self._cut(wants_hidden, True)
+            self._by_tokens(cut, wants_hidden and cut.once)
+            if not wants_hidden or cut.once:
+                return
+        if wants_hidden:
+            self._by_rows(self._cut(True, False))
+
+    def _cut(self, hidden: bool, weight: bool) -> Cut:
+        """The largest blocks that fit: all rows at once if that leaves enough tokens, for one walk instead of two."""
+
+        def size(rows: int, tokens: int, once: bool) -> int:
+            return sum(layer.bytes_of(rows, tokens, hidden and (once or not weight), weight) for layer in self.layers)
+
+        def tokens_at(rows: int, once: bool) -> int:
+            fixed, per_token = size(rows, 0, once), size(rows, 1, once) - size(rows, 0, once)
+            return (self.memory - fixed) // max(1, per_token) // 128 * 128
+
+        enough = min(_FEWEST_TOKENS, self.vocabulary)
+        if (tokens := tokens_at(self.num_rows, True)) >= enough:
+            return Cut(_round_up(self.num_rows, 16), min(tokens, self.vocabulary), True)
+        rows = _round_up(min(_MOST_ROWS, self.num_rows), 16)
+        while rows > _LEAST_ROWS and tokens_at(rows, False) < enough:
+            rows //= 2
+        rows = _round_up(rows, 16)
+        return Cut(rows, max(128, min(tokens_at(rows, False), _FEWEST_TOKENS * 8, self.vocabulary)), False)
+
+    def _by_tokens(self, cut: Cut, with_hidden: bool) -> None:
+        """Gradients by weight and bias, a block of tokens after the other; by hidden too if all rows are at hand."""
+        self._allocate(cut)
+        totals = [self._zeros(layer.wants_hidden and with_hidden, cut.rows, layer) for layer in self.layers]
+        weight_totals = [self._zeros(layer.wants_weight, cut.tokens, layer) for layer in self.layers]
+        bias_totals = [torch.empty(cut.tokens, dtype=torch.float32, device=self.device) for _ in self.layers]
+        for column, num_tokens in _blocks(self.vocabulary, cut.tokens):
+            for first, num_rows in _blocks(self.num_rows, cut.rows):
+                if column == 0 or cut.rows < self.num_rows:
+                    self._gather(first)
+                self._grad_logits(first, num_rows, column, num_tokens)
+                for layer, total, weight_total, bias_total in zip(
+                    self.layers, totals, weight_totals, bias_totals, strict=True
+                ):
+                    self._add_weight(layer, weight_total, bias_total, first, num_rows, num_tokens)
+                    if total is not None:
+                        weight = layer.model.weight[column : column + num_tokens]
+                        add_product(total[:num_rows], layer.grad_logits(num_rows, num_tokens), weight)
+            for layer, weight_total, bias_total in zip(self.layers, weight_totals, bias_totals, strict=True):
+                if weight_total is not None:
+                    self._store(weight_total[:num_tokens], layer.grad_weight[column : column + num_tokens])
+                if layer.wants_bias:
+                    self._store(bias_total[:num_tokens], layer.grad_bias[column : column + num_tokens])
+        for layer, total in zip(self.layers, totals, strict=True):
+            if total is not None:
+                self._store(total[: self.num_rows], layer.grad_hidden.view(self.num_rows, -1))
+
+    def _by_rows(self, cut: Cut) -> None:
+        """Gradients by hidden, a block of rows after the other."""
+        self._allocate(cut)
+        totals = [self._zeros(layer.wants_hidden, cut.rows, layer) for layer in self.layers]
+        for first, num_rows in _blocks(self.num_rows, cut.rows):
+            self._gather(first)
+            for total in totals:
+                if total is not None:
+                    total.zero_()
+            for column, num_tokens in _blocks(self.vocabulary, cut.tokens):
+                self._grad_logits(first, num_rows, column, num_tokens)
+                for layer, total in zip(self.layers, totals, strict=True):
+                    if total is not None:
+                        weight = layer.model.weight[column : column + num_tokens]
+                        add_product(total[:num_rows], layer.grad_logits(num_rows, num_tokens), weight)
+            for layer, total in zip(self.layers, totals, strict=True):
+                if total is not None:
+                    grad_hidden = layer.grad_hidden.view(self.num_rows, -1)
+                    self._store(total[:num_rows], grad_hidden[first : first + num_rows])
+
+    def _grad_logits(self, first: int, num_rows: int, column: int, num_tokens: int) -> None:
+        """Of a block, tile by tile."""
+        outs = [layer.grad_logits(num_rows, num_tokens) if layer.wanted else None for layer in self.layers]
+        for begin, width in _blocks(num_tokens, self.layers[0].tile_tokens):
+            for row, height in _blocks(num_rows, self.layers[0].tile_rows):
+                tiles = [layer.logits(row, height, column + begin, width) for layer in self.layers]
+                parts = [
+                    None if out is None else matrix(out[row : row + height, begin : begin + width]) for out in outs
+                ]
+                self.gradient(first + row, column + begin, tiles, parts, (height, width))
+
+    def _add_weight(
+        self,
+        layer: _Layer,
+        weight_total: Tensor | None,
+        bias_total: Tensor,
+        first: int,
+        num_rows: int,
+        num_tokens: int,
+    ) -> None:
+        """Of one block of rows; the first one begins the totals."""
+        if not (layer.wants_weight or layer.wants_bias):
+            return
+        grad_logits = layer.grad_logits(num_rows, num_tokens)
+        if weight_total is not None:
+            if first == 0:
+                product(grad_logits.t(), layer.hidden_of(num_rows), out=weight_total[:num_tokens])
+            else:
+                add_product(weight_total[:num_tokens], grad_logits.t(), layer.hidden_of(num_rows))
+        if layer.wants_bias:
+            of_block = grad_logits.sum(0, dtype=torch.float32)
+            bias_total[:num_tokens] = of_block if first == 0 else bias_total[:num_tokens] + of_block
+
+    def _store(self, total: Tensor, out: Tensor) -> None:
+        """A float32 total to where it is wanted, in its dtype."""
+        out.copy_(total if self.inverse_scale is None else total.mul_(self.inverse_scale))
+
+    def _allocate(self, cut: Cut) -> None:
+        for layer in self.layers:
+            layer.allocate(cut)
+
+    def _gather(self, first: int) -> None:
+        for layer in self.layers:
+            layer.gather(self.rows, first)
+
+    def _zeros(self, wanted: bool, size: int, layer: _Layer) -> Tensor | None:
+        hidden = layer.model.hidden
+        return torch.zeros((size, hidden.shape[-1]), dtype=torch.float32, device=hidden.device) if wanted else None
+
+
+def _blocks(total: int, size: int) -> list[tuple[int, int]]:
+    """(begin, length) of blocks of `size` that make up `total`."""
+    return [(begin, min(size, total - begin)) for begin in range(0, total, size)]
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return triton.cdiv(number, multiple) * multiple
+
+
+def _scale(dtype: torch.dtype, *grads: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """For float16, a power of two (1,) that the gradients by logits are multiplied with, and its inverse.
+
+    p · g of an ordinary token is smaller than float16's smallest number. No other dtype needs it.
+    """
+    present = [grad for grad in grads if grad is not None]
+    if dtype != torch.float16 or not present:
+        return None, None
+    largest = torch.stack([grad.abs().amax().float() for grad in present]).amax()
+    exponent = torch.floor(torch.log2(_FLOAT16_LARGEST / largest.clamp_min(1e-30))).clamp(-60.0, 60.0)
+    scale = torch.exp2(exponent).reshape(1)
+    return scale, 1.0 / scale
+
+
+def linear_logp_bwd(
+    grad_logp: Tensor | None,
+    grad_entropy: Tensor | None,
+    grad_lse: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    entropy: Tensor,
+    lse: Tensor,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int,
+    output_mask: list[bool],
+    workspace: int,
+) -> tuple[Tensor, ...]:
+    model = Model(hidden, weight, bias, temperature, softcap, logit_scale)
+    grads = Gradients(*map(contiguous, (grad_logp, grad_entropy, grad_lse)))
+    return _one_model(model, output_mask, target.contiguous(), Saved(entropy, lse), grads, ignore_index, workspace)
+
+
+def _one_model(
+    model: Model,
+    wanted: list[bool],
+    target: Tensor,
+    saved: Saved,
+    grads: Gradients,
+    ignore_index: int,
+    workspace: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    layer = _Layer(model, wanted)
+    scale, inverse_scale = _scale(model.dtype, *grads)
+
+    def gradient(
+        first: int, column: int, tiles: list[Logits], outs: list[Matrix | None], shape: tuple[int, int]
+    ) -> None:
+        assert outs[0] is not None
+        tile_gradient(tiles[0], outs[0], shape, target, saved, grads, ignore_index, scale, first, column)
+
+    if layer.wanted:
+        with on_device_of(target):
+            _Walk([layer], target, ignore_index, gradient, inverse_scale, workspace).run()
+    return layer.gradients()
+
+
+def linear_delta_logp_bwd(
+    grad_logp: Tensor | None,
+    grad_base_logp: Tensor | None,
+    grad_entropy: Tensor | None,
+    grad_base_entropy: Tensor | None,
+    grad_kl: Tensor | None,
+    grad_reverse_kl: Tensor | None,
+    grad_lse: Tensor | None,
+    grad_base_lse: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    base_hidden: Tensor,
+    base_weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    base_bias: Tensor | None,
+    entropy: Tensor,
+    base_entropy: Tensor,
+    kl: Tensor,
+    reverse_kl: Tensor,
+    lse: Tensor,
+    base_lse: Tensor,
+    temperature: float,
+    softcap: float | None,
+    base_softcap: float | None,
+    logit_scale: float,
+    base_logit_scale: float,
+    ignore_index: int,
+    output_mask: list[bool],
+    workspace: int,
+) -> tuple[Tensor, ...]:
+    target = target.contiguous()
+    models = [
+        Model(hidden, weight, bias, temperature, softcap, logit_scale),
+        Model(base_hidden, base_weight, base_bias, temperature, base_softcap, base_logit_scale),
+    ]
+    wanted = [[output_mask[i] for i in (0, 1, 4)], [output_mask[i] for i in (2, 3, 5)]]
+    grads = PairGradients(
+        Gradients(*map(contiguous, (grad_logp, grad_entropy, grad_lse))),
+        Gradients(*map(contiguous, (grad_base_logp, grad_base_entropy, grad_base_lse))),
+        contiguous(grad_kl),
+        contiguous(grad_reverse_kl),
+    )
+    saved = PairSaved(Saved(entropy, lse), Saved(base_entropy, base_lse), kl, reverse_kl)
+    if grads.kl is None and grads.reverse_kl is None:  # each model's gradients are its own affair
+        own, own_base = (
+            _one_model(*of_one, ignore_index, workspace)
+            for of_one in (
+                (models[0], wanted[0], target, saved.model, grads.model),
+                (models[1], wanted[1], target, saved.base, grads.base),
+            )
+        )
+        return (*own[:2], *own_base[:2], own[2], own_base[2])
+    layers = [_Layer(model, of_model) for model, of_model in zip(models, wanted, strict=True)]
+    every = (*grads.model, *grads.base, grads.kl, grads.reverse_kl)
+    half = torch.float16 if torch.float16 in (models[0].dtype, models[1].dtype) else models[0].dtype
+    scale, inverse_scale = _scale(half, *every)
+
+    def gradient(
+        first: int, column: int, tiles: list[Logits], outs: list[Matrix | None], shape: tuple[int, int]
+    ) -> None:
+        (tile, base_tile), (out, base_out) = tiles, outs
+        pair_tile_gradient(
+            tile, base_tile, out, base_out, shape, target, saved, grads, ignore_index, scale, first, column
+        )  # fmt: skip
+
+    if any(output_mask):
+        with on_device_of(target):
+            _Walk(layers, target, ignore_index, gradient, inverse_scale, workspace).run()
+    own, own_base = layers[0].gradients(), layers[1].gradients()
+    return (*own[:2], *own_base[:2], own[2], own_base[2])

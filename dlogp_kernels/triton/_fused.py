@@ -1,0 +1,223 @@
+"""What the fused forward kernels of one model and of a pair share: the tile of logits, the order of tiles, the plan.
+
+The vocabulary is cut into splits of a few tiles each. A program takes one tile of rows through one split, tile by
+tile, with the softmax state in registers, stores the state, and goes on to its next unit; a second kernel merges the
+splits. How the vocabulary is cut depends on V and the device alone, so a row's result does not depend on other rows.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from . import _rows
+from ._device import precision, properties
+from ._math import IMPOSSIBLE
+from ._rows import Rows
+from .configs import Config, config
+from .logp import EVERY_ROW, transform_numbers
+
+#: Row tiles that walk through the vocabulary side by side and share its tiles in the L2 cache.
+GROUP = 16
+#: Forward takes this part of the workspace at most: 64 MiB by default.
+_SHARE = 4
+
+
+class Head(NamedTuple):
+    """One model's last layer: hidden (rows, D) and weight (V, D) as pointers with strides, or as tensor descriptors.
+
+    bias (V,) or None; inner and slope as in _math.py.
+    """
+
+    hidden: Any
+    weight: Any
+    bias: Any
+    D: int
+    stride_hidden: int
+    stride_token: int
+    stride_weight: int
+    inner: float | None
+    slope: float
+
+
+class Model(NamedTuple):
+    """One model's inputs as an op receives them."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    temperature: float
+    softcap: float | None
+    logit_scale: float
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What multiplies: the wider of both."""
+        return torch.promote_types(self.hidden.dtype, self.weight.dtype)
+
+
+@triton.jit
+def logits_tile(
+    head, row, column, num_rows, V, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """hidden · weightᵀ of rows from `row` and tokens from `column` on, float32; 0 outside."""
+    tile = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+    if DESCRIPTORS:
+        for d in range(0, head.D, BLOCK_D):
+            hidden = head.hidden.load([row, d])
+            weight = head.weight.load([column, d])
+            tile = tl.dot(hidden, weight.to(hidden.dtype).T, tile, input_precision=PRECISION)
+    else:
+        rows, tokens, dims = row + tl.arange(0, BLOCK_N), column + tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_D)
+        hidden_ptrs = head.hidden + rows.to(tl.int64)[:, None] * head.stride_hidden + dims[None, :]
+        weight_ptrs = head.weight + tokens.to(tl.int64)[None, :] * head.stride_token
+        weight_ptrs += dims.to(tl.int64)[:, None] * head.stride_weight
+        for d in range(0, head.D, BLOCK_D):
+            inside = dims < head.D - d
+            hidden = tl.load(hidden_ptrs, mask=(rows < num_rows)[:, None] & inside[None, :], other=0.0)
+            weight = tl.load(weight_ptrs, mask=(tokens < V)[None, :] & inside[:, None], other=0.0)
+            tile = tl.dot(hidden, weight.to(hidden.dtype), tile, input_precision=PRECISION)
+            hidden_ptrs += BLOCK_D
+            weight_ptrs += head.stride_weight * BLOCK_D
+    return tile
+
+
+@triton.jit
+def bias_of(head, tokens, V):
+    """The bias of `tokens`, IMPOSSIBLE where it is −inf and outside the vocabulary; 0 without a bias."""
+    bias = tl.where(tokens < V, 0.0, IMPOSSIBLE)
+    if head.bias is not None:
+        bias = tl.load(head.bias + tokens, mask=tokens < V, other=IMPOSSIBLE).to(tl.float32)
+        bias = tl.where(bias < IMPOSSIBLE, IMPOSSIBLE, bias)
+    return bias
+
+
+@triton.jit
+def unit_of(unit, row_tiles, num_splits, GROUP: tl.constexpr):
+    """(row tile, split) of a unit: `GROUP` row tiles side by side, then their next split."""
+    first = unit // (GROUP * num_splits) * GROUP
+    size = tl.minimum(row_tiles - first, GROUP)
+    local = unit - first * num_splits
+    return first + local % size, local // size
+
+
+@triton.jit
+def pick_from_tile(x, picked_ptr, target_ptr, n, i, mask, column, k, K, R, BLOCK_V: tl.constexpr):
+    """x at the k-th target of rows n, where the tile has it, to picked (K, R)."""
+    local = tl.load(target_ptr + n * K + k, mask=mask, other=-1) - column
+    here = (local >= 0) & (local < BLOCK_V) & mask
+    # Few tiles hold a target of their rows: the others skip the search.
+    if tl.max(here.to(tl.int32), 0) > 0:
+        hit = local[:, None] == tl.arange(0, BLOCK_V)[None, :]
+        tl.store(picked_ptr + k * R + i, tl.sum(tl.where(hit, x, 0.0), 1), mask=here)
+
+
+@triton.jit
+def pick_targets(x, picked_ptr, target_ptr, n, i, mask, column, K, R, BLOCK_V: tl.constexpr, ONE_TARGET: tl.constexpr):
+    """As `pick_from_tile`, of all targets."""
+    if ONE_TARGET:  # a second loop in the kernel would keep the compiler from prefetching the next tile
+        pick_from_tile(x, picked_ptr, target_ptr, n, i, mask, column, 0, 1, R, BLOCK_V)
+    else:
+        for k in range(K):
+            pick_from_tile(x, picked_ptr, target_ptr, n, i, mask, column, k, K, R, BLOCK_V)
+
+
+class Plan(NamedTuple):
+    """How one forward call is cut: the tile, splits of the vocabulary, and rows at a time."""
+
+    tile: Config
+    blocks_per_split: int
+    num_splits: int
+    num_rows: int
+    programs: int
+    descriptors: bool
+    precision: str
+
+
+def plan(models: list[Model], target: Tensor, state_size: int, workspace: int) -> Plan:
+    device, dtype = properties(target.device), models[0].dtype
+    tile = config(len(models), target.device, dtype)
+    v = models[0].weight.shape[0]
+    blocks = triton.cdiv(v, tile.block_v)
+    blocks_per_split = triton.cdiv(blocks, device.programs)
+    num_splits = triton.cdiv(blocks, blocks_per_split)
+    row_bytes = 4 * num_splits * state_size + 4 * len(models) * target.shape[1]
+    row_bytes += sum(model.dtype.itemsize * _padded(model.hidden.shape[-1]) for model in models)
+    fitting = workspace // _SHARE // row_bytes // tile.block_n
+    needed = triton.cdiv(target.shape[0], tile.block_n)
+    row_tiles = max(1, min(fitting, needed))
+    return Plan(
+        tile,
+        blocks_per_split,
+        num_splits,
+        row_tiles * tile.block_n,
+        min(device.programs, row_tiles * num_splits),
+        device.descriptors and all(_has_descriptor(model) for model in models),
+        precision(dtype),
+    )
+
+
+def rows_of(target: Tensor, plan: Plan, ignore_index: int) -> Rows:
+    """Ignored rows are left out, unless all rows are one tile, which costs the same."""
+    return EVERY_ROW if target.shape[0] <= plan.tile.block_n else _rows.kept_rows(target, ignore_index)
+
+
+def head(model: Model, plan: Plan, rows: Rows, gathered: Tensor | None, first: int) -> Head:
+    """The last layer, with the rows of this pass gathered into `gathered`, or all as they are where it is None."""
+    d, weight = model.hidden.shape[-1], model.weight
+    if gathered is None:
+        hidden = _as_they_are(model, plan)
+    else:
+        hidden = gathered[:, :d]
+        _rows.gather_rows(model.hidden, rows, first, gathered, zero_rest=False)
+    inner, slope = transform_numbers(model.temperature, model.softcap, model.logit_scale)
+    operands: tuple[Any, Any] = (hidden, weight)
+    if plan.descriptors:
+        tile = plan.tile
+        operands = _descriptor(hidden, tile.block_n, tile.block_d), _descriptor(weight, tile.block_v, tile.block_d)
+    return Head(*operands, model.bias, d, hidden.stride(0), weight.stride(0), weight.stride(1), inner, slope)
+
+
+def _as_they_are(model: Model, plan: Plan) -> Tensor:
+    """All rows (N, D), copied only where a kernel could not read them."""
+    d = model.hidden.shape[-1]
+    hidden = model.hidden.reshape(-1, d).to(model.dtype)
+    if plan.descriptors and not _aligned(hidden):
+        padded = hidden.new_empty((hidden.shape[0], _padded(d)))[:, :d]
+        return padded.copy_(hidden)
+    return hidden if hidden.stride(1) == 1 else hidden.contiguous()
+
+
+def _descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns])
+
+
+def gather_buffer(model: Model, plan: Plan, rows: Rows) -> Tensor | None:
+    if rows.row_index is None:
+        return None
+    d = model.hidden.shape[-1]
+    return torch.empty((plan.num_rows, _padded(d)), dtype=model.dtype, device=model.hidden.device)
+
+
+def is_masked(model: Model, plan: Plan) -> bool:
+    """Whether a tile needs `bias_of`: there is a bias, or the last tile reaches beyond the vocabulary."""
+    whole = plan.num_splits * plan.blocks_per_split * plan.tile.block_v
+    return model.bias is not None or model.weight.shape[0] != whole
+
+
+def _has_descriptor(model: Model) -> bool:
+    """The hardware copies tiles of one dtype whose rows begin on 16 bytes."""
+    return model.weight.dtype == model.dtype and _aligned(model.weight)
+
+
+def _aligned(x: Tensor) -> bool:
+    return x.stride(1) == 1 and x.stride(0) * x.itemsize % 16 == 0 and x.stride(0) > 0 and x.data_ptr() % 16 == 0
+
+
+def _padded(d: int) -> int:
+    """Of every dtype, rows of this many elements begin on 16 bytes."""
+    return triton.cdiv(d, 8) * 8

@@ -1,0 +1,88 @@
+"""Tile shapes of the fused forward kernels, by architecture, dtype and number of models."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from ._device import Device, properties
+
+
+class Config(NamedTuple):
+    """A tile of logits is BLOCK_N rows × BLOCK_V tokens, summed over BLOCK_D of the hidden size at a time."""
+
+    block_n: int
+    block_v: int
+    block_d: int
+    num_warps: int
+    num_stages: int
+
+
+#: (architecture, models, bytes of an element) → the default, then alternatives that `python -m benchmarks gpu --tune`
+#: compares. Chosen so that nothing spills to local memory (tests/test_triton_compile.py) and the tile is as large as
+#: that allows; no GPU has measured them yet. A pair holds two tiles of logits in registers at once.
+_CONFIGS: dict[tuple[int, int, int], list[Config]] = {
+    (80, 1, 2): [Config(128, 128, 32, 8, 4), Config(128, 128, 64, 8, 3), Config(64, 128, 64, 4, 3)],
+    (80, 1, 4): [Config(64, 128, 32, 8, 3)],
+    (80, 2, 2): [Config(128, 64, 64, 8, 3), Config(64, 128, 64, 8, 3)],
+    (80, 2, 4): [Config(64, 64, 32, 8, 3)],
+    (90, 1, 2): [
+        Config(128, 256, 64, 8, 3),
+        Config(128, 256, 64, 8, 4),
+        Config(256, 128, 64, 8, 3),
+        Config(128, 128, 64, 4, 3),
+        Config(128, 128, 64, 8, 4),
+    ],
+    (90, 1, 4): [Config(128, 128, 32, 8, 3)],
+    (90, 2, 2): [Config(128, 128, 64, 8, 3), Config(128, 128, 64, 8, 4), Config(256, 64, 64, 8, 3)],
+    (90, 2, 4): [Config(128, 64, 32, 8, 3)],
+    (100, 1, 2): [Config(128, 128, 64, 4, 4), Config(128, 256, 64, 8, 3)],
+    (100, 1, 4): [Config(128, 128, 32, 8, 3)],
+    (100, 2, 2): [Config(128, 64, 64, 4, 3), Config(128, 64, 64, 8, 3)],
+    (100, 2, 4): [Config(64, 64, 32, 4, 3)],
+}
+#: Few and large operations: the interpreter's time goes by their number.
+_INTERPRETED = Config(32, 64, 32, 1, 1)
+_AMD = Config(64, 64, 32, 4, 2)
+
+#: Rows × tokens of a tile of float32 logits between a GEMM and a Triton kernel: 16 MiB, to stay in the L2 cache.
+_GEMM_TILE = (1024, 4096)
+_INTERPRETED_GEMM_TILE = (32, 128)
+
+_chosen: Config | None = None
+
+
+def candidates(models: int, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> list[Config]:
+    """The configurations for one model or a pair on this device, the default first."""
+    if device.type == "cpu":
+        return [_INTERPRETED]
+    found = properties(device)
+    if found.arch == 0:
+        return [_AMD]
+    return _CONFIGS[_architecture(found), models, dtype.itemsize]
+
+
+def config(models: int, device: torch.device, dtype: torch.dtype) -> Config:
+    return _chosen or candidates(models, device, dtype)[0]
+
+
+@contextlib.contextmanager
+def use_config(chosen: Config | None) -> Iterator[None]:
+    """Within this context every fused forward takes this configuration: to measure it."""
+    global _chosen
+    previous, _chosen = _chosen, chosen
+    try:
+        yield
+    finally:
+        _chosen = previous
+
+
+def _architecture(device: Device) -> int:
+    """Hopper and datacentre Blackwell have tiles of their own; all others multiply as Ampere does."""
+    return {9: 90, 10: 100}.get(device.arch // 10, 80)
+
+
+def gemm_tile(device: torch.device) -> tuple[int, int]:
+    """Rows × tokens of the tiles of logits that a GEMM computes."""
+    return _INTERPRETED_GEMM_TILE if device.type == "cpu" else _GEMM_TILE

@@ -1,0 +1,318 @@
+"""`delta_logp` on GPUs: statistics of a pair's given logits, and what every forward of a pair ends with."""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..results import DeltaLogpStats
+from . import _math
+from ._device import on_device_of
+from ._math import IMPOSSIBLE
+from ._rows import Matrix, Rows, matrix
+from .logp import (
+    EVERY_ROW,
+    Gradients,
+    Logits,
+    Saved,
+    check_targets,
+    contiguous,
+    is_kept,
+    load_or_zero,
+    load_x,
+    model_gradient,
+    new_states,
+    new_stats,
+    num_warps,
+    pick,
+    possible,
+    row_of,
+    segment_of,
+    settle,
+    store_raw_gradient,
+    target_gradient,
+    transform_numbers,
+)
+
+_FINISH_ROWS = 8
+#: Both models' columns are in registers at once.
+_WIDEST_SEGMENT = 4096
+
+
+class PairGradients(NamedTuple):
+    """Upstream gradients: of each model's own statistics, and by the divergences (N,); None counts as 0."""
+
+    model: Gradients
+    base: Gradients
+    kl: Any
+    reverse_kl: Any
+
+
+class PairSaved(NamedTuple):
+    """What backward has from forward, (N,) each."""
+
+    model: Saved
+    base: Saved
+    kl: Any
+    reverse_kl: Any
+
+
+@triton.jit(do_not_specialize=["first", "R", "column", "split"])
+def _delta_logp_fwd_kernel(
+    logits, base_logits, target_ptr, index_ptr, count_ptr, state_ptr, picked_ptr, first, R, width, column, K,
+    ignore_index, split, num_splits, SEGMENT: tl.constexpr,
+):  # fmt: skip
+    """Pair states (_math.py) of segments of both models' tiles, and both x at the targets.
+
+    As `_logp_fwd_kernel`, with state (10, num_splits, R) and picked (2·K, R), the base's K last. Deterministic.
+    """
+    i, s = tl.program_id(0), tl.program_id(1)
+    kept = first + i < tl.load(count_ptr) if count_ptr is not None else True
+    if kept:
+        n = row_of(index_ptr, first, i)
+        if is_kept(target_ptr, n, K, ignore_index):
+            local = s * SEGMENT + tl.arange(0, SEGMENT)
+            inside = local < width
+            x = tl.where(inside, possible(load_x(logits, i, local, column, inside)), IMPOSSIBLE)
+            base_x = tl.where(inside, possible(load_x(base_logits, i, local, column, inside)), IMPOSSIBLE)
+            state = _math.fold_pair(
+                _math.empty_pair_state(1), x[None, :], base_x[None, :], logits.slope, base_logits.slope
+            )
+            state = _math.with_alone(state, x, base_x)
+            one = tl.arange(0, 1)
+            place = state_ptr + (split + s) * R + i + one
+            _math.store_pair_state(place, num_splits * R, state, one == 0)
+            pick(logits, picked_ptr, target_ptr, n, i, s * SEGMENT, width, column, K, R, SEGMENT)
+            base_picked_ptr = picked_ptr + K * R
+            pick(base_logits, base_picked_ptr, target_ptr, n, i, s * SEGMENT, width, column, K, R, SEGMENT)
+
+
+@triton.jit(do_not_specialize=["first", "N", "R"])
+def _finish_delta_logp_kernel(
+    state_ptr, picked_ptr, target_ptr, index_ptr, count_ptr, out, first, N, R, V, K, num_splits, slope, base_slope,
+    ignore_index, SPLITS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """DeltaLogpStats `out` (float32) of rows index[first + i], i < R, from their states and picked x.
+
+    Shapes as in `_delta_logp_fwd_kernel`; a program finishes ROWS rows, merging in one fixed order. Deterministic.
+    """
+    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    count = tl.load(count_ptr) if count_ptr is not None else N
+    mask = (i < R) & (first + i < count)
+    n = (first + i).to(tl.int64)
+    if index_ptr is not None:
+        n = tl.load(index_ptr + n, mask=mask, other=0)
+    splits = tl.arange(0, SPLITS)[:, None]
+    parts = _math.load_pair_state(
+        state_ptr + splits * R + i[None, :],
+        num_splits * R,
+        (splits < num_splits) & mask[None, :],
+    )
+    state = _math.merge_pair(parts, slope, base_slope)
+    kept, bad = check_targets(target_ptr, n, mask, K, V, ignore_index)
+    for k in range(K):
+        valid = tl.load(target_ptr + n * K + k, mask=mask, other=0) != ignore_index
+        x = tl.load(picked_ptr + k * R + i, mask=mask, other=0.0)
+        base_x = tl.load(picked_ptr + (K + k) * R + i, mask=mask, other=0.0)
+        logp, base_logp = _math.logp_of(x, state.model, slope), _math.logp_of(base_x, state.base, base_slope)
+        tl.store(out.logp + n * K + k, settle(logp, valid, bad), mask=mask)
+        tl.store(out.base_logp + n * K + k, settle(base_logp, valid, bad), mask=mask)
+        tl.store(out.delta_logp + n * K + k, settle(logp - base_logp, valid, bad), mask=mask)
+    tl.store(out.entropy + n, settle(_math.entropy_of(state.model, slope), kept, bad), mask=mask)
+    tl.store(out.base_entropy + n, settle(_math.entropy_of(state.base, base_slope), kept, bad), mask=mask)
+    kl = _math.divergence_of(state.model, state.base, state.cross, state.alone)
+    reverse_kl = _math.divergence_of(state.base, state.model, state.base_cross, state.base_alone)
+    tl.store(out.kl + n, settle(kl, kept, bad), mask=mask)
+    tl.store(out.reverse_kl + n, settle(reverse_kl, kept, bad), mask=mask)
+    tl.store(out.lse + n, settle(_math.lse_of(state.model, slope), kept, bad), mask=mask)
+    tl.store(out.base_lse + n, settle(_math.lse_of(state.base, base_slope), kept, bad), mask=mask)
+
+
+@triton.jit(do_not_specialize=["first", "column"])
+def _delta_logp_bwd_kernel(
+    logits, base_logits, out, base_out, target_ptr, saved, grads, scale_ptr, first, width, column, K, ignore_index,
+    SEGMENT: tl.constexpr,
+):  # fmt: skip
+    """Gradients by both models' raw logits of a tile's rows, 0 for an ignored row.
+
+    As `_logp_bwd_kernel`; out or base_out is None where that gradient is not wanted. float32, deterministic.
+    """
+    i, s = tl.program_id(0), tl.program_id(1)
+    n = (first + i).to(tl.int64)
+    local = s * SEGMENT + tl.arange(0, SEGMENT)
+    inside = local < width
+    begin = column + s * SEGMENT
+    if is_kept(target_ptr, n, K, ignore_index):
+        x, base_x = load_x(logits, i, local, column, inside), load_x(base_logits, i, local, column, inside)
+        logp_all = logits.slope * x - tl.load(saved.model.lse + n)
+        base_logp_all = base_logits.slope * base_x - tl.load(saved.base.lse + n)
+        grad_kl, grad_reverse_kl = load_or_zero(grads.kl, n), load_or_zero(grads.reverse_kl, n)
+        if out is not None:
+            total, at_target = target_gradient(
+                grads.model.logp, target_ptr, n, column + local, begin, K, ignore_index, SEGMENT
+            )
+            grad_z = model_gradient(logp_all, at_target, total, grads.model, saved.model, n)
+            grad_z += _math.divergence_gradient(
+                logp_all, base_logp_all, tl.load(saved.kl + n), grad_kl, grad_reverse_kl
+            )
+            store_raw_gradient(out, i, local, inside, grad_z, x, logits, scale_ptr)
+        if base_out is not None:
+            total, at_target = target_gradient(
+                grads.base.logp, target_ptr, n, column + local, begin, K, ignore_index, SEGMENT
+            )
+            grad_z = model_gradient(base_logp_all, at_target, total, grads.base, saved.base, n)
+            grad_z += _math.divergence_gradient(
+                base_logp_all, logp_all, tl.load(saved.reverse_kl + n), grad_reverse_kl, grad_kl
+            )
+            store_raw_gradient(base_out, i, local, inside, grad_z, base_x, base_logits, scale_ptr)
+    else:
+        zero = tl.zeros([SEGMENT], tl.float32)
+        if out is not None:
+            store_raw_gradient(out, i, local, inside, zero, zero, logits, None)
+        if base_out is not None:
+            store_raw_gradient(base_out, i, local, inside, zero, zero, base_logits, None)
+
+
+def fold_pair_tile(
+    logits: Logits,
+    base_logits: Logits,
+    shape: tuple[int, int],
+    target: Tensor,
+    rows: Rows,
+    ignore_index: int,
+    state: Tensor,
+    picked: Tensor,
+    first: int = 0,
+    column: int = 0,
+    split: int = 0,
+) -> None:
+    """States of both tiles of `shape` into state (10, splits, R) from `split` on."""
+    segment = segment_of(shape[1], _WIDEST_SEGMENT)
+    _delta_logp_fwd_kernel[(shape[0], triton.cdiv(shape[1], segment))](
+        logits, base_logits, target, *rows, state, picked, first, state.shape[2], shape[1], column, target.shape[1],
+        ignore_index, split, state.shape[1], SEGMENT=segment, num_warps=num_warps(segment),
+    )  # fmt: skip
+
+
+def finish_delta_logp(
+    state: Tensor,
+    picked: Tensor,
+    target: Tensor,
+    rows: Rows,
+    out: DeltaLogpStats,
+    vocabulary: int,
+    slope: float,
+    base_slope: float,
+    ignore_index: int,
+    first: int = 0,
+) -> None:
+    """Write the statistics of the rows whose states are in state (10, splits, R)."""
+    _, num_splits, num_rows = state.shape
+    _finish_delta_logp_kernel[(triton.cdiv(num_rows, _FINISH_ROWS),)](
+        state, picked, target, *rows, out, first, target.shape[0], num_rows, vocabulary, target.shape[1], num_splits,
+        slope, base_slope, ignore_index, SPLITS=triton.next_power_of_2(num_splits), ROWS=_FINISH_ROWS,
+    )  # fmt: skip
+
+
+def delta_logp_fwd(
+    logits: Tensor,
+    base_logits: Tensor,
+    target: Tensor,
+    temperature: float,
+    softcap: float | None,
+    base_softcap: float | None,
+    logit_scale: float,
+    base_logit_scale: float,
+    ignore_index: int,
+    workspace: int,
+) -> DeltaLogpStats:
+    target = target.contiguous()
+    out = new_stats(target, EVERY_ROW, DeltaLogpStats, 3)
+    v, numbers = logits.shape[-1], transform_numbers(temperature, softcap, logit_scale)
+    base_numbers = transform_numbers(temperature, base_softcap, base_logit_scale)
+    with on_device_of(logits):
+        state, picked = new_states(target, v, _math.PAIR_STATE_SIZE.value, 2, workspace, _WIDEST_SEGMENT)
+        for first in range(0, target.shape[0], state.shape[2]):
+            tile = Logits(matrix(logits, first), None, *numbers)
+            base_tile = Logits(matrix(base_logits, first), None, *base_numbers)
+            shape = (min(state.shape[2], target.shape[0] - first), v)
+            fold_pair_tile(tile, base_tile, shape, target, EVERY_ROW, ignore_index, state, picked, first)
+            finish_delta_logp(
+                state, picked, target, EVERY_ROW, out, v, tile.slope, base_tile.slope, ignore_index, first
+            )  # fmt: skip
+    return out
+
+
+def pair_tile_gradient(
+    logits: Logits,
+    base_logits: Logits,
+    out: Matrix | None,
+    base_out: Matrix | None,
+    shape: tuple[int, int],
+    target: Tensor,
+    saved: PairSaved,
+    grads: PairGradients,
+    ignore_index: int,
+    scale: Tensor | None = None,
+    first: int = 0,
+    column: int = 0,
+) -> None:
+    """Gradients by the raw logits of both tiles of `shape`, into out and base_out."""
+    segment = segment_of(shape[1], _WIDEST_SEGMENT)
+    _delta_logp_bwd_kernel[(shape[0], triton.cdiv(shape[1], segment))](
+        logits, base_logits, out, base_out, target, saved, grads, scale, first, shape[1], column, target.shape[1],
+        ignore_index, SEGMENT=segment, num_warps=num_warps(segment),
+    )  # fmt: skip
+
+
+def delta_logp_bwd(
+    grad_logp: Tensor | None,
+    grad_base_logp: Tensor | None,
+    grad_entropy: Tensor | None,
+    grad_base_entropy: Tensor | None,
+    grad_kl: Tensor | None,
+    grad_reverse_kl: Tensor | None,
+    grad_lse: Tensor | None,
+    grad_base_lse: Tensor | None,
+    logits: Tensor,
+    base_logits: Tensor,
+    target: Tensor,
+    entropy: Tensor,
+    base_entropy: Tensor,
+    kl: Tensor,
+    reverse_kl: Tensor,
+    lse: Tensor,
+    base_lse: Tensor,
+    temperature: float,
+    softcap: float | None,
+    base_softcap: float | None,
+    logit_scale: float,
+    base_logit_scale: float,
+    ignore_index: int,
+    output_mask: list[bool],
+    workspace: int,
+) -> tuple[Tensor, ...]:
+    gradients = tuple(
+        torch.empty(x.shape if wanted else (0,), dtype=x.dtype, device=x.device)
+        for x, wanted in zip((logits, base_logits), output_mask, strict=True)
+    )
+    if target.shape[0] == 0 or not any(output_mask):
+        return gradients
+    tile = Logits(matrix(logits), None, *transform_numbers(temperature, softcap, logit_scale))
+    base_tile = Logits(matrix(base_logits), None, *transform_numbers(temperature, base_softcap, base_logit_scale))
+    grads = PairGradients(
+        Gradients(*map(contiguous, (grad_logp, grad_entropy, grad_lse))),
+        Gradients(*map(contiguous, (grad_base_logp, grad_base_entropy, grad_base_lse))),
+        contiguous(grad_kl),
+        contiguous(grad_reverse_kl),
+    )
+    out, base_out = (matrix(x) if wanted else None for x, wanted in zip(gradients, output_mask, strict=True))
+    saved = PairSaved(Saved(entropy, lse), Saved(base_entropy, base_lse), kl, reverse_kl)
+    shape = (target.shape[0], logits.shape[-1])
+    with on_device_of(logits):
+        pair_tile_gradient(
+            tile, base_tile, out, base_out, shape, target.contiguous(), saved, grads, ignore_index
+        )  # fmt: skip
+    return gradients

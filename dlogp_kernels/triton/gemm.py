@@ -1,0 +1,119 @@
+"""The backend "gemm": float32 tiles of logits by the vendor's GEMM, folded by a Triton kernel while in the L2 cache.
+
+A contender of the fused kernels: the product runs at the vendor's speed, its result makes a trip through the cache.
+Ignored rows are left out of what is folded, but the products run over all blocks of rows: how many rows are kept is
+known to the device alone. Every product has the same shape, so a row's result does not depend on the other rows.
+"""
+
+import torch
+import triton
+from torch import Tensor
+
+from ..results import DeltaLogpStats, LogpStats
+from . import _math, _rows
+from ._device import on_device_of
+from ._fused import Model
+from ._products import product
+from ._rows import Rows, matrix
+from .configs import gemm_tile
+from .delta_logp import finish_delta_logp, fold_pair_tile
+from .logp import Logits, finish_logp, fold_tile, new_stats, transform_numbers
+
+
+def linear_logp_fwd(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int,
+    workspace: int,
+) -> LogpStats:
+    target = target.contiguous()
+    model = Model(hidden, weight, bias, temperature, softcap, logit_scale)
+    num_rows, num_tokens = gemm_tile(hidden.device)
+    with on_device_of(hidden):
+        rows = _rows.kept_rows(target, ignore_index)
+        out = new_stats(target, rows, LogpStats, 1)
+        tiles = _Tiles(model, rows)
+        state, picked = _states(target, weight.shape[0], _math.STATE_SIZE.value, 1)
+        for first in range(0, target.shape[0], num_rows):
+            tiles.gather(first)
+            for split, column in enumerate(range(0, weight.shape[0], num_tokens)):
+                tile, shape = tiles.logits(column)
+                fold_tile(tile, shape, target, rows, ignore_index, state, picked, first, column, split)
+            finish_logp(state, picked, target, rows, out, weight.shape[0], tile.slope, ignore_index, first)
+    return out
+
+
+def linear_delta_logp_fwd(
+    hidden: Tensor,
+    weight: Tensor,
+    base_hidden: Tensor,
+    base_weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    base_bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    base_softcap: float | None,
+    logit_scale: float,
+    base_logit_scale: float,
+    ignore_index: int,
+    workspace: int,
+) -> DeltaLogpStats:
+    target = target.contiguous()
+    model = Model(hidden, weight, bias, temperature, softcap, logit_scale)
+    base = Model(base_hidden, base_weight, base_bias, temperature, base_softcap, base_logit_scale)
+    num_rows, num_tokens = gemm_tile(hidden.device)
+    with on_device_of(hidden):
+        rows = _rows.kept_rows(target, ignore_index)
+        out = new_stats(target, rows, DeltaLogpStats, 3)
+        tiles, base_tiles = _Tiles(model, rows), _Tiles(base, rows)
+        state, picked = _states(target, weight.shape[0], _math.PAIR_STATE_SIZE.value, 2)
+        for first in range(0, target.shape[0], num_rows):
+            tiles.gather(first)
+            base_tiles.gather(first)
+            for split, column in enumerate(range(0, weight.shape[0], num_tokens)):
+                (tile, shape), (base_tile, _) = tiles.logits(column), base_tiles.logits(column)
+                fold_pair_tile(
+                    tile, base_tile, shape, target, rows, ignore_index, state, picked, first, column, split
+                )  # fmt: skip
+            finish_delta_logp(
+                state, picked, target, rows, out, weight.shape[0], tile.slope, base_tile.slope, ignore_index, first
+            )  # fmt: skip
+    return out
+
+
+class _Tiles:
+    """One model's rows, gathered, and tiles of its logits, in buffers that every tile uses again."""
+
+    def __init__(self, model: Model, rows: Rows) -> None:
+        self.model, self.rows = model, rows
+        device = model.hidden.device
+        self.num_rows, self.num_tokens = gemm_tile(device)
+        self.hidden = torch.empty((self.num_rows, model.hidden.shape[-1]), dtype=model.dtype, device=device)
+        self.buffer = torch.empty(self.num_rows * self.num_tokens, dtype=torch.float32, device=device)
+        self.numbers = transform_numbers(model.temperature, model.softcap, model.logit_scale)
+
+    def gather(self, first: int) -> None:
+        _rows.gather_rows(self.model.hidden, self.rows, first, self.hidden, zero_rest=True)
+
+    def logits(self, column: int) -> tuple[Logits, tuple[int, int]]:
+        """Of the gathered rows and the tokens from `column` on, and the tile's shape."""
+        weight = self.model.weight[column : column + self.num_tokens]
+        shape = (self.num_rows, weight.shape[0])
+        raw = self.buffer[: shape[0] * shape[1]].view(shape)
+        product(self.hidden, weight.t(), out=raw)
+        return Logits(matrix(raw), self.model.bias, *self.numbers), shape
+
+
+def _states(target: Tensor, vocabulary: int, state_size: int, models: int) -> tuple[Tensor, Tensor]:
+    """state (size, splits, R) and picked (models · K, R) of one block of rows, a split for every tile."""
+    num_rows, num_tokens = gemm_tile(target.device)
+    shape = (state_size, triton.cdiv(vocabulary, num_tokens), num_rows)
+    state = torch.empty(shape, dtype=torch.float32, device=target.device)
+    picked = torch.empty((models * target.shape[1], num_rows), dtype=torch.float32, device=target.device)
+    return state, picked

@@ -1,0 +1,150 @@
+"""`linear_delta_logp` forward on GPUs: both models' tiles of logits are in registers at once, so KL is there too."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..results import DeltaLogpStats
+from . import _math
+from ._device import on_device_of
+from ._fused import (
+    GROUP,
+    Head,
+    Model,
+    Plan,
+    bias_of,
+    gather_buffer,
+    head,
+    is_masked,
+    logits_tile,
+    pick_targets,
+    plan,
+    rows_of,
+    unit_of,
+)
+from ._math import IMPOSSIBLE
+from ._rows import Rows
+from .delta_logp import finish_delta_logp
+from .logp import new_stats
+
+
+@triton.jit(do_not_specialize=["first", "N", "R"])
+def _linear_delta_logp_fwd_kernel(
+    head, base_head, target_ptr, index_ptr, count_ptr, state_ptr, picked_ptr, first, N, R, V, K, blocks_per_split,
+    num_splits, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr, ONE_TARGET: tl.constexpr,
+):  # fmt: skip
+    """Pair states (_math.py) of rows × splits of the vocabulary from both models' x, and both x at the targets.
+
+    As `_linear_logp_fwd_kernel`, with state (10, num_splits, R) and picked (2·K, R), the base's K last. Accumulates in
+    float32; deterministic, and a row's bits do not depend on others.
+    """
+    count = tl.load(count_ptr) if count_ptr is not None else N
+    num_rows = tl.minimum(count - first, R)
+    row_tiles = tl.cdiv(num_rows, BLOCK_N)
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    num_units = tl.cdiv(tl.maximum(row_tiles * num_splits - program, 0), programs)
+    state = _math.empty_pair_state(BLOCK_N)
+    for step in range(0, num_units * blocks_per_split):
+        block = step % blocks_per_split
+        row_tile, split = unit_of(program + step // blocks_per_split * programs, row_tiles, num_splits, GROUP)
+        column = (split * blocks_per_split + block) * BLOCK_V
+        row = row_tile * BLOCK_N
+        tokens = column + tl.arange(0, BLOCK_V)
+        x = logits_tile(head, row, column, num_rows, V, BLOCK_N, BLOCK_V, BLOCK_D, DESCRIPTORS, PRECISION)
+        base_x = logits_tile(base_head, row, column, num_rows, V, BLOCK_N, BLOCK_V, BLOCK_D, DESCRIPTORS, PRECISION)
+        state = _math.pair_state_unless(block == 0, state)
+        if MASKED:
+            bias, base_bias = bias_of(head, tokens, V), bias_of(base_head, tokens, V)
+            x += bias[None, :]
+            base_x += base_bias[None, :]
+            if head.inner is not None:  # a softcap makes every token possible
+                bias = tl.where(tokens < V, 0.0, IMPOSSIBLE)
+            if base_head.inner is not None:
+                base_bias = tl.where(tokens < V, 0.0, IMPOSSIBLE)
+            state = _math.with_alone(state, bias, base_bias)
+        if head.inner is not None:
+            x = tl.where((tokens < V)[None, :], _math.transform(x, None, head.inner), IMPOSSIBLE)
+        if base_head.inner is not None:
+            base_x = tl.where((tokens < V)[None, :], _math.transform(base_x, None, base_head.inner), IMPOSSIBLE)
+        state = _math.fold_pair(state, x, base_x, head.slope, base_head.slope)
+        i = row + tl.arange(0, BLOCK_N)
+        mask = i < num_rows
+        n = first + i.to(tl.int64)
+        if index_ptr is not None:
+            n = tl.load(index_ptr + n, mask=mask, other=0)
+        pick_targets(x, picked_ptr, target_ptr, n, i, mask, column, K, R, BLOCK_V, ONE_TARGET)
+        base_picked_ptr = picked_ptr + K * R
+        pick_targets(base_x, base_picked_ptr, target_ptr, n, i, mask, column, K, R, BLOCK_V, ONE_TARGET)
+        place = state_ptr + split * R + i
+        _math.store_pair_state(place, num_splits * R, state, mask & (block == blocks_per_split - 1))
+
+
+def linear_delta_logp_fwd(
+    hidden: Tensor,
+    weight: Tensor,
+    base_hidden: Tensor,
+    base_weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    base_bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    base_softcap: float | None,
+    logit_scale: float,
+    base_logit_scale: float,
+    ignore_index: int,
+    workspace: int,
+) -> DeltaLogpStats:
+    target = target.contiguous()
+    model = Model(hidden, weight, bias, temperature, softcap, logit_scale)
+    base = Model(base_hidden, base_weight, base_bias, temperature, base_softcap, base_logit_scale)
+    with on_device_of(hidden):
+        cut = plan([model, base], target, _math.PAIR_STATE_SIZE.value, workspace)
+        rows = rows_of(target, cut, ignore_index)
+        out = new_stats(target, rows, DeltaLogpStats, 3)
+        state = hidden.new_empty((_math.PAIR_STATE_SIZE.value, cut.num_splits, cut.num_rows), dtype=torch.float32)
+        picked = hidden.new_empty((2 * target.shape[1], cut.num_rows), dtype=torch.float32)
+        gathered, base_gathered = gather_buffer(model, cut, rows), gather_buffer(base, cut, rows)
+        for first in range(0, target.shape[0], cut.num_rows):
+            layer = head(model, cut, rows, gathered, first)
+            base_layer = head(base, cut, rows, base_gathered, first)
+            _launch(
+                layer,
+                base_layer,
+                is_masked(model, cut) or is_masked(base, cut),
+                weight.shape[0],
+                cut,
+                target,
+                rows,
+                state,
+                picked,
+                first,
+            )
+            finish_delta_logp(
+                state, picked, target, rows, out, weight.shape[0], layer.slope, base_layer.slope, ignore_index, first
+            )  # fmt: skip
+    return out
+
+
+def _launch(
+    layer: Head,
+    base_layer: Head,
+    masked: bool,
+    vocabulary: int,
+    cut: Plan,
+    target: Tensor,
+    rows: Rows,
+    state: Tensor,
+    picked: Tensor,
+    first: int,
+) -> None:
+    tile = cut.tile
+    _linear_delta_logp_fwd_kernel[(cut.programs,)](
+        layer, base_layer, target, *rows, state, picked, first, target.shape[0], cut.num_rows, vocabulary,
+        target.shape[1], cut.blocks_per_split, cut.num_splits,
+        BLOCK_N=tile.block_n, BLOCK_V=tile.block_v, BLOCK_D=tile.block_d, GROUP=GROUP,
+        DESCRIPTORS=cut.descriptors, PRECISION=cut.precision, MASKED=masked,
+        ONE_TARGET=target.shape[1] == 1, num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip

@@ -1,0 +1,111 @@
+"""`linear_logp` forward on GPUs: tiles of logits, folded into softmax states without leaving registers."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..results import LogpStats
+from . import _math
+from ._device import on_device_of
+from ._fused import (
+    GROUP,
+    Head,
+    Model,
+    Plan,
+    bias_of,
+    gather_buffer,
+    head,
+    is_masked,
+    logits_tile,
+    pick_targets,
+    plan,
+    rows_of,
+    unit_of,
+)
+from ._math import IMPOSSIBLE
+from ._rows import Rows
+from .logp import finish_logp, new_stats
+
+
+@triton.jit(do_not_specialize=["first", "N", "R"])
+def _linear_logp_fwd_kernel(
+    head, target_ptr, index_ptr, count_ptr, state_ptr, picked_ptr, first, N, R, V, K, blocks_per_split, num_splits,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr, ONE_TARGET: tl.constexpr,
+):  # fmt: skip
+    """Softmax states (_math.py) of rows × splits of the vocabulary, and x = transform(hidden · weightᵀ) at the targets.
+
+    head: as Head, hidden (R, D) holding rows index[first + i]; target (N, K), index (N,) int64, count (1,) int32 as in
+    Rows; state (3, num_splits, R) and picked (K, R) float32. A program takes units (row tile, split) in turn, each of
+    `blocks_per_split` tiles of logits. Accumulates in float32; deterministic, and a row's bits do not depend on others.
+    """
+    count = tl.load(count_ptr) if count_ptr is not None else N
+    num_rows = tl.minimum(count - first, R)
+    row_tiles = tl.cdiv(num_rows, BLOCK_N)
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    num_units = tl.cdiv(tl.maximum(row_tiles * num_splits - program, 0), programs)
+    state = _math.empty_state(BLOCK_N)
+    # One loop over all tiles of all units: the next tile's loads begin while this one is folded.
+    for step in tl.range(0, num_units * blocks_per_split, flatten=True):
+        block = step % blocks_per_split
+        row_tile, split = unit_of(program + step // blocks_per_split * programs, row_tiles, num_splits, GROUP)
+        column = (split * blocks_per_split + block) * BLOCK_V
+        row = row_tile * BLOCK_N
+        raw = logits_tile(head, row, column, num_rows, V, BLOCK_N, BLOCK_V, BLOCK_D, DESCRIPTORS, PRECISION)
+        tokens = column + tl.arange(0, BLOCK_V)
+        x = raw
+        if MASKED:
+            x += bias_of(head, tokens, V)[None, :]
+        if head.inner is not None:
+            x = tl.where((tokens < V)[None, :], _math.transform(x, None, head.inner), IMPOSSIBLE)
+        state = _math.state_unless(block == 0, state)
+        state = _math.fold(state, x, head.slope)
+        i = row + tl.arange(0, BLOCK_N)
+        mask = i < num_rows
+        n = first + i.to(tl.int64)
+        if index_ptr is not None:
+            n = tl.load(index_ptr + n, mask=mask, other=0)
+        pick_targets(x, picked_ptr, target_ptr, n, i, mask, column, K, R, BLOCK_V, ONE_TARGET)
+        place = state_ptr + split * R + i
+        _math.store_state(place, num_splits * R, state, mask & (block == blocks_per_split - 1))
+
+
+def linear_logp_fwd(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int,
+    workspace: int,
+) -> LogpStats:
+    target = target.contiguous()
+    model = Model(hidden, weight, bias, temperature, softcap, logit_scale)
+    with on_device_of(hidden):
+        cut = plan([model], target, _math.STATE_SIZE.value, workspace)
+        rows = rows_of(target, cut, ignore_index)
+        out = new_stats(target, rows, LogpStats, 1)
+        state = hidden.new_empty((_math.STATE_SIZE.value, cut.num_splits, cut.num_rows), dtype=torch.float32)
+        picked = hidden.new_empty((target.shape[1], cut.num_rows), dtype=torch.float32)
+        gathered = gather_buffer(model, cut, rows)
+        for first in range(0, target.shape[0], cut.num_rows):
+            layer = head(model, cut, rows, gathered, first)
+            _launch(layer, model, cut, target, rows, state, picked, first)
+            finish_logp(state, picked, target, rows, out, weight.shape[0], layer.slope, ignore_index, first)
+    return out
+
+
+def _launch(
+    layer: Head, model: Model, cut: Plan, target: Tensor, rows: Rows, state: Tensor, picked: Tensor, first: int
+) -> None:
+    tile = cut.tile
+    _linear_logp_fwd_kernel[(cut.programs,)](
+        layer, target, *rows, state, picked, first, target.shape[0], cut.num_rows, model.weight.shape[0],
+        target.shape[1], cut.blocks_per_split, cut.num_splits,
+        BLOCK_N=tile.block_n, BLOCK_V=tile.block_v, BLOCK_D=tile.block_d, GROUP=GROUP,
+        DESCRIPTORS=cut.descriptors, PRECISION=cut.precision, MASKED=is_masked(model, cut),
+        ONE_TARGET=target.shape[1] == 1, num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip

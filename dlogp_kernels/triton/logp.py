@@ -1,0 +1,383 @@
+"""`logp` on GPUs: statistics of given logits, and what every forward of one model ends with."""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..results import LogpStats
+from . import _math
+from ._device import on_device_of
+from ._math import IMPOSSIBLE
+from ._rows import Matrix, Rows, matrix, row_offset
+
+#: Columns that a program holds in registers at once; the split of a row into segments depends on nothing but V.
+_SEGMENT = 8192
+_FINISH_ROWS = 16
+#: States take this part of the workspace at most.
+_STATE_SHARE = 8
+EVERY_ROW = Rows(None, None)
+
+
+class Logits(NamedTuple):
+    """One model's logits, before the transform (rows in a Matrix, bias (V,) or None), and the transform's numbers."""
+
+    raw: Matrix
+    bias: Any
+    inner: float | None
+    slope: float
+
+
+class Gradients(NamedTuple):
+    """Upstream gradients: by log p (N, K), by entropy and lse (N,); None counts as 0."""
+
+    logp: Any
+    entropy: Any
+    lse: Any
+
+
+class Saved(NamedTuple):
+    """What backward has from forward, (N,) each."""
+
+    entropy: Any
+    lse: Any
+
+
+@triton.jit
+def load_x(logits, i, local, column, mask):
+    """x of _math.py at tile row i and the tile's columns `local`, which are tokens column + local; −inf stays."""
+    pointers = logits.raw.data + row_offset(logits.raw, i) + local.to(tl.int64) * logits.raw.stride_column
+    raw = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    bias = logits.bias
+    if bias is not None:
+        bias = tl.load(logits.bias + column + local, mask=mask, other=0.0).to(tl.float32)
+    return _math.transform(raw, bias, logits.inner)
+
+
+@triton.jit
+def possible(x):
+    """x with IMPOSSIBLE for −inf; NaN stays."""
+    return tl.where(x < IMPOSSIBLE, IMPOSSIBLE, x)
+
+
+@triton.jit
+def row_of(index_ptr, first, i):
+    """The row that tile row i belongs to."""
+    n = (first + i).to(tl.int64)
+    if index_ptr is not None:
+        n = tl.load(index_ptr + n)
+    return n
+
+
+@triton.jit
+def is_kept(target_ptr, n, K, ignore_index):
+    """Whether some candidate of row n is not ignored."""
+    kept = tl.load(target_ptr + n * K) != ignore_index
+    for k in range(1, K):
+        kept = kept | (tl.load(target_ptr + n * K + k) != ignore_index)
+    return kept
+
+
+@triton.jit
+def pick(logits, picked_ptr, target_ptr, n, i, begin, width, column, K, R, SEGMENT: tl.constexpr):
+    """x at the targets of row n that lie in the segment from column `begin` of the tile, to picked (K, R)."""
+    for k in range(K):
+        local = tl.load(target_ptr + n * K + k) - column
+        if (local >= begin) & (local < begin + SEGMENT) & (local < width):
+            tl.store(picked_ptr + k * R + i, possible(load_x(logits, i, local, column, local >= 0)))
+
+
+@triton.jit(do_not_specialize=["first", "R", "column", "split"])
+def _logp_fwd_kernel(
+    logits, target_ptr, index_ptr, count_ptr, state_ptr, picked_ptr, first, R, width, column, K, ignore_index, split,
+    num_splits, SEGMENT: tl.constexpr,
+):  # fmt: skip
+    """Softmax states (_math.py) of segments of a tile's rows, and x at their targets.
+
+    logits: tile (R, width) of any floating dtype, whose columns are the tokens from `column` on; target (N, K) int64;
+    index (N,) int64 and count (1,) as in Rows; state (3, num_splits, R) and picked (K, R) float32.
+    Program (i, s) reduces columns s·SEGMENT … of row i, the row index[first + i], to the state of split + s; an ignored
+    row is not read. float32, deterministic.
+    """
+    i, s = tl.program_id(0), tl.program_id(1)
+    kept = first + i < tl.load(count_ptr) if count_ptr is not None else True
+    if kept:
+        n = row_of(index_ptr, first, i)
+        if is_kept(target_ptr, n, K, ignore_index):
+            local = s * SEGMENT + tl.arange(0, SEGMENT)
+            inside = local < width
+            x = load_x(logits, i, local, column, inside)
+            x = tl.where(inside, possible(x), IMPOSSIBLE)
+            state = _math.fold(_math.empty_state(1), x[None, :], logits.slope)
+            one = tl.arange(0, 1)
+            place = state_ptr + (split + s) * R + i + one
+            _math.store_state(place, num_splits * R, state, one == 0)
+            pick(logits, picked_ptr, target_ptr, n, i, s * SEGMENT, width, column, K, R, SEGMENT)
+
+
+@triton.jit
+def check_targets(target_ptr, n, mask, K, V, ignore_index):
+    """Of rows n: whether a candidate is not ignored, and whether one is outside the vocabulary."""
+    kept = tl.zeros(n.shape, tl.int1)
+    bad = tl.zeros(n.shape, tl.int1)
+    for k in range(K):
+        target = tl.load(target_ptr + n * K + k, mask=mask, other=0)
+        valid = target != ignore_index
+        kept = kept | valid
+        bad = bad | (valid & ((target < 0) | (target >= V)))
+    return kept, bad
+
+
+@triton.jit
+def settle(value, kept, bad):
+    """0 where ignored, NaN where a target is outside the vocabulary."""
+    return tl.where(bad, float("nan"), tl.where(kept, value, 0.0))
+
+
+@triton.jit(do_not_specialize=["first", "N", "R"])
+def _finish_logp_kernel(
+    state_ptr, picked_ptr, target_ptr, index_ptr, count_ptr, out, first, N, R, V, K, num_splits, slope, ignore_index,
+    SPLITS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """LogpStats `out` (float32) of rows index[first + i], i < R, from their states and picked x.
+
+    Shapes as in `_logp_fwd_kernel`; a program merges the states of ROWS rows in one fixed order. Deterministic.
+    """
+    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    count = tl.load(count_ptr) if count_ptr is not None else N
+    mask = (i < R) & (first + i < count)
+    n = (first + i).to(tl.int64)
+    if index_ptr is not None:
+        n = tl.load(index_ptr + n, mask=mask, other=0)
+    splits = tl.arange(0, SPLITS)[:, None]
+    parts_mask = (splits < num_splits) & mask[None, :]
+    parts = _math.load_state(state_ptr + splits * R + i[None, :], num_splits * R, parts_mask)
+    state = _math.merge(parts, slope)
+    kept, bad = check_targets(target_ptr, n, mask, K, V, ignore_index)
+    for k in range(K):
+        valid = tl.load(target_ptr + n * K + k, mask=mask, other=0) != ignore_index
+        x = tl.load(picked_ptr + k * R + i, mask=mask, other=0.0)
+        tl.store(out.logp + n * K + k, settle(_math.logp_of(x, state, slope), valid, bad), mask=mask)
+    tl.store(out.entropy + n, settle(_math.entropy_of(state, slope), kept, bad), mask=mask)
+    tl.store(out.lse + n, settle(_math.lse_of(state, slope), kept, bad), mask=mask)
+
+
+@triton.jit
+def load_or_zero(pointer, n):
+    value = tl.full([], 0.0, tl.float32)
+    if pointer is not None:
+        value = tl.load(pointer + n)
+    return value
+
+
+@triton.jit
+def target_gradient(grad_ptr, target_ptr, n, tokens, begin, K, ignore_index, SEGMENT: tl.constexpr):
+    """Σ_k of the gradients by log p of row n's targets, and at each of `tokens` (from `begin` on) that of its own."""
+    total = tl.full([], 0.0, tl.float32)
+    at_target = tl.zeros([SEGMENT], tl.float32)
+    if grad_ptr is not None:
+        for k in range(K):
+            target = tl.load(target_ptr + n * K + k)
+            grad = tl.where(target != ignore_index, tl.load(grad_ptr + n * K + k), 0.0)
+            total += grad
+            if (target >= begin) & (target < begin + SEGMENT):
+                at_target += tl.where(tokens == target, grad, 0.0)
+    return total, at_target
+
+
+@triton.jit
+def model_gradient(logp_all, at_target, total, grads, saved, n):
+    """By z, of one model's own statistics."""
+    own = _math.logits_gradient(
+        logp_all, tl.load(saved.entropy + n), total, load_or_zero(grads.entropy, n), load_or_zero(grads.lse, n)
+    )
+    return at_target + own
+
+
+@triton.jit
+def store_raw_gradient(out, i, local, mask, grad_z, x, logits, scale_ptr):
+    """Into the Matrix `out`, in its dtype."""
+    grad = _math.raw_gradient(grad_z, x, logits.inner, logits.slope)
+    if scale_ptr is not None:
+        grad *= tl.load(scale_ptr)
+    pointers = out.data + row_offset(out, i) + local.to(tl.int64) * out.stride_column
+    tl.store(pointers, grad.to(out.data.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["first", "column"])
+def _logp_bwd_kernel(
+    logits, out, target_ptr, saved, grads, scale_ptr, first, width, column, K, ignore_index, SEGMENT: tl.constexpr
+):
+    """Gradient by the raw logits of a tile's rows, 0 for an ignored row.
+
+    logits: tile (R, width) as in `_logp_fwd_kernel`, whose row i is the row first + i; out: a Matrix of the same shape,
+    in its own dtype, times scale (1,) float32 if there is one; saved, grads: as in Saved and Gradients.
+    Program (i, s) does columns s·SEGMENT … of row i. float32, deterministic.
+    """
+    i, s = tl.program_id(0), tl.program_id(1)
+    n = (first + i).to(tl.int64)
+    local = s * SEGMENT + tl.arange(0, SEGMENT)
+    inside = local < width
+    if is_kept(target_ptr, n, K, ignore_index):
+        x = load_x(logits, i, local, column, inside)
+        begin = column + s * SEGMENT
+        total, at_target = target_gradient(grads.logp, target_ptr, n, column + local, begin, K, ignore_index, SEGMENT)
+        logp_all = logits.slope * x - tl.load(saved.lse + n)
+        grad_z = model_gradient(logp_all, at_target, total, grads, saved, n)
+        store_raw_gradient(out, i, local, inside, grad_z, x, logits, scale_ptr)
+    else:
+        zero = tl.zeros([SEGMENT], tl.float32)
+        store_raw_gradient(out, i, local, inside, zero, zero, logits, None)
+
+
+def transform_numbers(temperature: float, softcap: float | None, logit_scale: float) -> tuple[float | None, float]:
+    """(inner, slope) of _math.py."""
+    if softcap is None:
+        return None, logit_scale / temperature
+    return logit_scale / softcap, softcap / temperature
+
+
+def segment_of(width: int, widest: int = _SEGMENT) -> int:
+    return min(widest, max(128, triton.next_power_of_2(width)))
+
+
+def num_warps(segment: int) -> int:
+    """16 to 32 columns a thread."""
+    return max(1, min(8, segment // 512))
+
+
+def new_stats(target: Tensor, rows: Rows, kind: Any, with_candidates: int) -> Any:
+    """A `kind` of float32 tensors, the first ones of the shape of target (N, K), the others (N,).
+
+    Zeros where ignored rows are left out; else every row will be written.
+    """
+    new = torch.empty if rows.row_index is None else torch.zeros
+    shapes = [target.shape if i < with_candidates else target.shape[:1] for i in range(len(kind._fields))]
+    return kind(*(new(shape, dtype=torch.float32, device=target.device) for shape in shapes))
+
+
+def new_states(
+    target: Tensor, vocabulary: int, state_size: int, models: int, workspace: int, widest: int = _SEGMENT
+) -> tuple[Tensor, Tensor]:
+    """For given logits: state (size, splits, R) and picked (models · K, R), R as many rows as the workspace allows."""
+    num_splits = triton.cdiv(vocabulary, segment_of(vocabulary, widest))
+    row_bytes = 4 * (state_size * num_splits + models * target.shape[1])
+    num_rows = max(1, min(target.shape[0], workspace // _STATE_SHARE // row_bytes))
+    state = torch.empty((state_size, num_splits, num_rows), dtype=torch.float32, device=target.device)
+    picked = torch.empty((models * target.shape[1], num_rows), dtype=torch.float32, device=target.device)
+    return state, picked
+
+
+def fold_tile(
+    logits: Logits,
+    shape: tuple[int, int],
+    target: Tensor,
+    rows: Rows,
+    ignore_index: int,
+    state: Tensor,
+    picked: Tensor,
+    first: int = 0,
+    column: int = 0,
+    split: int = 0,
+) -> None:
+    """States of a tile of `shape` into state (3, splits, R) from `split` on."""
+    segment = segment_of(shape[1])
+    _logp_fwd_kernel[(shape[0], triton.cdiv(shape[1], segment))](
+        logits, target, *rows, state, picked, first, state.shape[2], shape[1], column, target.shape[1], ignore_index,
+        split, state.shape[1], SEGMENT=segment, num_warps=num_warps(segment),
+    )  # fmt: skip
+
+
+def finish_logp(
+    state: Tensor,
+    picked: Tensor,
+    target: Tensor,
+    rows: Rows,
+    out: LogpStats,
+    vocabulary: int,
+    slope: float,
+    ignore_index: int,
+    first: int = 0,
+) -> None:
+    """Write the statistics of the rows whose states are in state (3, splits, R)."""
+    _, num_splits, num_rows = state.shape
+    _finish_logp_kernel[(triton.cdiv(num_rows, _FINISH_ROWS),)](
+        state, picked, target, *rows, out, first, target.shape[0], num_rows, vocabulary, target.shape[1], num_splits,
+        slope, ignore_index, SPLITS=triton.next_power_of_2(num_splits), ROWS=_FINISH_ROWS,
+    )  # fmt: skip
+
+
+def logp_fwd(
+    logits: Tensor,
+    target: Tensor,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int,
+    workspace: int,
+) -> LogpStats:
+    target = target.contiguous()
+    out = new_stats(target, EVERY_ROW, LogpStats, 1)
+    v, numbers = logits.shape[-1], transform_numbers(temperature, softcap, logit_scale)
+    with on_device_of(logits):
+        state, picked = new_states(target, v, _math.STATE_SIZE.value, 1, workspace)
+        for first in range(0, target.shape[0], state.shape[2]):
+            tile = Logits(matrix(logits, first), None, *numbers)
+            shape = (min(state.shape[2], target.shape[0] - first), v)
+            fold_tile(tile, shape, target, EVERY_ROW, ignore_index, state, picked, first)
+            finish_logp(state, picked, target, EVERY_ROW, out, v, tile.slope, ignore_index, first)
+    return out
+
+
+def tile_gradient(
+    logits: Logits,
+    out: Matrix,
+    shape: tuple[int, int],
+    target: Tensor,
+    saved: Saved,
+    grads: Gradients,
+    ignore_index: int,
+    scale: Tensor | None = None,
+    first: int = 0,
+    column: int = 0,
+) -> None:
+    """Gradient by the raw logits of a tile of `shape`, into `out`."""
+    segment = segment_of(shape[1])
+    _logp_bwd_kernel[(shape[0], triton.cdiv(shape[1], segment))](
+        logits, out, target, saved, grads, scale, first, shape[1], column, target.shape[1], ignore_index,
+        SEGMENT=segment, num_warps=num_warps(segment),
+    )  # fmt: skip
+
+
+def contiguous(grad: Tensor | None) -> Tensor | None:
+    """A gradient may arrive expanded, as from `loss.sum().backward()`."""
+    return None if grad is None else grad.contiguous()
+
+
+def logp_bwd(
+    grad_logp: Tensor | None,
+    grad_entropy: Tensor | None,
+    grad_lse: Tensor | None,
+    logits: Tensor,
+    target: Tensor,
+    entropy: Tensor,
+    lse: Tensor,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int,
+    workspace: int,
+) -> Tensor:
+    grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    if grad_logits.numel() == 0:
+        return grad_logits
+    tile = Logits(matrix(logits), None, *transform_numbers(temperature, softcap, logit_scale))
+    grads = Gradients(*map(contiguous, (grad_logp, grad_entropy, grad_lse)))
+    shape = (target.shape[0], logits.shape[-1])
+    with on_device_of(logits):
+        tile_gradient(
+            tile, matrix(grad_logits), shape, target.contiguous(), Saved(entropy, lse), grads, ignore_index
+        )  # fmt: skip
+    return grad_logits

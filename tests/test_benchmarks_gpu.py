@@ -15,7 +15,7 @@ sys.path.insert(0, str(_ROOT))
 
 from benchmarks.__main__ import main  # noqa: E402
 from benchmarks.gpu import checks, command, table  # noqa: E402
-from benchmarks.gpu.cases import REAL, TINY, Case, plan, tuning_plan  # noqa: E402
+from benchmarks.gpu.cases import REAL, TINY, Case, Sizes, plan, tuning_plan  # noqa: E402
 from benchmarks.gpu.measure import OUT_OF_TIME, Session, run_case  # noqa: E402
 from benchmarks.gpu.worker import Worker  # noqa: E402
 from benchmarks.peers import MISSING, PEERS, Peer, Single, Summed, peers_for  # noqa: E402
@@ -124,9 +124,9 @@ def test_all_of_it(tmp_path, monkeypatch):
         "@pytest.fixture\ndef broken(): raise OSError('gone')\ndef test_d(broken): pass\n"
     )
     peers = [_peer(_right), _peer(_raises), _peer(_ends_its_process), _peer(_not_importable, modules=("no_such",))]
-    monkeypatch.setattr(command, "plan", lambda sizes: [case for case in plan(sizes) if case.work.op == "linear_logp"])
+    monkeypatch.setattr(command, "plan", _forward_of_one_model)
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
-    run = command.measure(_options(tmp_path / "out", "--only=forward"), peers, [tests])
+    run = command.measure(_options(tmp_path / "out", "--only=N="), peers, [tests])
 
     assert [run.tests[name] for name in ("passed", "failed", "errors", "skipped")] == [1, 1, 1, 1]
     assert "one is not two" in run.tests["failures"][0]["message"] and run.tests["incomplete"] == {}
@@ -149,6 +149,10 @@ def test_all_of_it(tmp_path, monkeypatch):
         assert expected in text
 
 
+def _forward_of_one_model(sizes: Sizes) -> list[Case]:
+    return [case for case in plan(sizes) if case.work.op == "linear_logp" and not case.work.training]
+
+
 def _options(out: Path, *arguments: str, minutes: float = 1.0) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
@@ -157,12 +161,12 @@ def _options(out: Path, *arguments: str, minutes: float = 1.0) -> argparse.Names
 
 def test_a_hanging_candidate_is_ended_and_the_others_are_timed(monkeypatch):
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
-    worker = Worker(CPU, [_peer(_hangs)], time.monotonic() + 60, hang_seconds=1.5)
+    worker = Worker(CPU, [_peer(_hangs)], time.monotonic() + 60, hang_seconds=1)
     try:
         by_name = _by_name(worker.run(_case()), "forward")
     finally:
         worker.close()
-    assert by_name["hangs"].skipped == "no progress for 2 s, its process was ended"
+    assert by_name["hangs"].skipped == "no progress for 1 s, its process was ended"
     assert by_name["ours"].median_ms > 0 and by_name["ours"].skipped is None
 
 
@@ -181,7 +185,7 @@ def test_tests_that_do_not_end(tmp_path):
     hanging, never = tmp_path / "test_hanging.py", tmp_path / "test_never.py"
     hanging.write_text("import time\ndef test_a(): pass\ndef test_b(): time.sleep(60)\n")
     never.write_text("def test_a(): pass\n")
-    found = checks.run_tests("cpu", 3, tmp_path / "log", [hanging])
+    found = checks.run_tests("cpu", 2, tmp_path / "log", [hanging])
     assert found["passed"] == 1 and found["incomplete"] == {"test_hanging.py": "stopped: out of time"}
     found = checks.run_tests("cpu", -1, tmp_path / "log", [never])
     assert found["incomplete"] == {"test_never.py": "out of time"}

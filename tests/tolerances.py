@@ -22,6 +22,11 @@ ZERO_KL_ROUNDINGS = 8.0
 #: MiB over inputs, outputs and gradients, per backend: forward, backward.
 MEMORY_MIB = {"cpu": (64, 256), "reference": (256, 256)}
 
+#: Of a compiled kernel: registers a thread, and bytes a thread that did not fit into them, where that is not 0, by Triton
+#: version, GPU and kernel.
+REGISTERS = 255
+SPILLED_BYTES: dict[tuple[str, str, str], int] = {}
+
 #: Through tiny float32 models of transformers: statistics off float64 of the models' own float32 logits; hidden states
 #: rounded in another order and gradients, relative to the largest of a tensor.
 HF_STATISTIC_ERROR = 5e-6

@@ -123,7 +123,7 @@ def _options(case: Case, session: Session) -> list[Option]:
     if case.kind == "tune":
         return [ours, *_tile_configurations(bench, work, session.device)]
     if case.kind == "peers":
-        return [ours, *(_of_peer(peer) for peer in peers_for(work, session.peers)), compiled]
+        return [ours, compiled, *(_of_peer(peer) for peer in peers_for(work, session.peers))]
     # Given logits are not multiplied: there "gemm" has nothing to do.
     forced = [_forced(bench, name) for name in _FORCED if work.linear or name != "gemm"]
     return [ours, *forced, eager]

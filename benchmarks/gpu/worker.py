@@ -146,6 +146,8 @@ def _serve(connection: Connection, current: Any, device: torch.device, peers: Se
         except DeviceLostError as lost:
             connection.send((current.value.decode(), str(lost)))
             return
+        # What is kept for tensors of this case's sizes is in the way of the next one's.
+        torch.cuda.empty_cache()
         connection.send(None)
 
 

@@ -140,7 +140,8 @@ class Plan(NamedTuple):
 
 def plan(models: list[Model], target: Tensor, state_size: int, workspace: int) -> Plan:
     device, dtype = properties(target.device), models[0].dtype
-    tile = config(len(models), target.device, dtype)
+    aligned = all(_can_copy_tiles(model) for model in models)
+    tile = config(len(models), target.device, dtype, aligned)
     v = models[0].weight.shape[0]
     blocks = triton.cdiv(v, tile.block_v)
     blocks_per_split = triton.cdiv(blocks, device.programs)
@@ -156,7 +157,7 @@ def plan(models: list[Model], target: Tensor, state_size: int, workspace: int) -
         num_splits,
         row_tiles * tile.block_n,
         min(device.programs, row_tiles * num_splits),
-        device.descriptors and all(_has_descriptor(model) for model in models),
+        device.descriptors and aligned,
         precision(dtype),
     )
 
@@ -209,8 +210,8 @@ def is_masked(model: Model, plan: Plan) -> bool:
     return model.bias is not None or model.weight.shape[0] != whole
 
 
-def _has_descriptor(model: Model) -> bool:
-    """The hardware copies tiles of one dtype whose rows begin on 16 bytes."""
+def _can_copy_tiles(model: Model) -> bool:
+    """Whether the weight is of the dtype that multiplies, and its rows begin on 16 bytes."""
     return model.weight.dtype == model.dtype and _aligned(model.weight)
 
 

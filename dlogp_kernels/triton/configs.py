@@ -23,7 +23,7 @@ class Config(NamedTuple):
 #: compares. Chosen so that nothing spills to local memory (tests/test_triton_compile.py) and the tile is as large as
 #: that allows; no GPU has measured them yet. A pair holds two tiles of logits in registers at once.
 _CONFIGS: dict[tuple[int, int, int], list[Config]] = {
-    (80, 1, 2): [Config(128, 128, 32, 8, 4), Config(128, 128, 64, 8, 3), Config(64, 128, 64, 4, 3)],
+    (80, 1, 2): [Config(128, 128, 64, 8, 3), Config(64, 256, 64, 8, 3), Config(64, 128, 64, 4, 3)],
     (80, 1, 4): [Config(64, 128, 32, 8, 3)],
     (80, 2, 2): [Config(128, 64, 64, 8, 3), Config(64, 128, 64, 8, 3)],
     (80, 2, 4): [Config(64, 64, 32, 8, 3)],
@@ -42,6 +42,8 @@ _CONFIGS: dict[tuple[int, int, int], list[Config]] = {
     (100, 2, 2): [Config(128, 64, 64, 4, 3), Config(128, 64, 64, 8, 3)],
     (100, 2, 4): [Config(64, 64, 32, 4, 3)],
 }
+#: Where rows of the weight do not begin on 16 bytes, or it has another dtype: loads are narrow, addresses take registers.
+_UNALIGNED = Config(128, 64, 32, 8, 2)
 #: Few and large operations: the interpreter's time goes by their number.
 _INTERPRETED = Config(32, 64, 32, 1, 1)
 _AMD = Config(64, 64, 32, 4, 2)
@@ -63,8 +65,12 @@ def candidates(models: int, device: torch.device, dtype: torch.dtype = torch.bfl
     return _CONFIGS[_architecture(found), models, dtype.itemsize]
 
 
-def config(models: int, device: torch.device, dtype: torch.dtype) -> Config:
-    return _chosen or candidates(models, device, dtype)[0]
+def config(models: int, device: torch.device, dtype: torch.dtype, aligned: bool) -> Config:
+    """The tile of a call; `aligned`: every model's weight can be copied 16 bytes at a time."""
+    default = candidates(models, device, dtype)[0]
+    if _chosen is not None:
+        return _chosen
+    return default if aligned or device.type == "cpu" else _UNALIGNED
 
 
 @contextlib.contextmanager

@@ -7,21 +7,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops import backends
-
 
 class Device(NamedTuple):
-    """`arch`: 10 · compute capability, or 0 for what is neither (Triton's interpreter, AMD's GPUs).
+    """`kind`: "cuda", "hip" (AMD) or "interpreter" (Triton's, on the CPU); `arch`: 10 · CUDA's compute capability, or 0.
 
     `programs` is the number of multiprocessors; `descriptors`: tiles can be loaded by tensor descriptor.
     """
 
+    kind: str
     arch: int
     programs: int
     descriptors: bool
 
 
-_INTERPRETER = Device(arch=0, programs=3, descriptors=True)
+_INTERPRETER = Device("interpreter", arch=0, programs=3, descriptors=True)
 
 
 @functools.cache
@@ -31,9 +30,9 @@ def properties(device: torch.device) -> Device:
         return _INTERPRETER
     programs = torch.cuda.get_device_properties(device).multi_processor_count
     if torch.version.hip is not None:
-        return Device(0, programs, descriptors=False)
+        return Device("hip", 0, programs, descriptors=False)
     major, minor = torch.cuda.get_device_capability(device)
-    return Device(10 * major + minor, programs, descriptors=major >= 9)
+    return Device("cuda", 10 * major + minor, programs, descriptors=major >= 9)
 
 
 def on_device_of(x: Tensor) -> contextlib.AbstractContextManager:
@@ -41,14 +40,8 @@ def on_device_of(x: Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
-def precision(dtype: torch.dtype) -> str:
+def precision(device: Device, dtype: torch.dtype) -> str:
     """How tl.dot multiplies inputs of this dtype: float32 in full, unless the user allowed TF32."""
-    if dtype != torch.float32:
-        return "ieee"
-    if torch.version.hip is not None:
+    if dtype != torch.float32 or device.kind == "hip":
         return "ieee"
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
-
-
-def interpreted() -> bool:
-    return backends.interpreting()

@@ -158,7 +158,7 @@ def plan(models: list[Model], target: Tensor, state_size: int, workspace: int) -
         row_tiles * tile.block_n,
         min(device.programs, row_tiles * num_splits),
         device.descriptors and aligned,
-        precision(dtype),
+        precision(device, dtype),
     )
 
 

@@ -42,11 +42,10 @@ _CONFIGS: dict[tuple[int, int, int], list[Config]] = {
     (100, 2, 2): [Config(128, 64, 64, 4, 3), Config(128, 64, 64, 8, 3)],
     (100, 2, 4): [Config(64, 64, 32, 4, 3)],
 }
-#: Where rows of the weight do not begin on 16 bytes, or it has another dtype: loads are narrow, addresses take registers.
+#: Where rows of the weight do not begin on 16 bytes, or its dtype is another: narrow loads, many addresses.
 _UNALIGNED = Config(128, 64, 32, 8, 2)
-#: Few and large operations: the interpreter's time goes by their number.
-_INTERPRETED = Config(32, 64, 32, 1, 1)
-_AMD = Config(64, 64, 32, 4, 2)
+#: The interpreter's time goes by the number of operations: few and large ones.
+_OTHERS = {"hip": Config(64, 64, 32, 4, 2), "interpreter": Config(32, 64, 32, 1, 1)}
 
 #: Rows × tokens of a tile of float32 logits between a GEMM and a Triton kernel: 16 MiB, to stay in the L2 cache.
 _GEMM_TILE = (1024, 4096)
@@ -57,11 +56,9 @@ _chosen: Config | None = None
 
 def candidates(models: int, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> list[Config]:
     """The configurations for one model or a pair on this device, the default first."""
-    if device.type == "cpu":
-        return [_INTERPRETED]
     found = properties(device)
-    if found.arch == 0:
-        return [_AMD]
+    if found.kind != "cuda":
+        return [_OTHERS[found.kind]]
     return _CONFIGS[_architecture(found), models, dtype.itemsize]
 
 
@@ -70,7 +67,7 @@ def config(models: int, device: torch.device, dtype: torch.dtype, aligned: bool)
     default = candidates(models, device, dtype)[0]
     if _chosen is not None:
         return _chosen
-    return default if aligned or device.type == "cpu" else _UNALIGNED
+    return default if aligned or properties(device).kind != "cuda" else _UNALIGNED
 
 
 @contextlib.contextmanager
@@ -91,4 +88,4 @@ def _architecture(device: Device) -> int:
 
 def gemm_tile(device: torch.device) -> tuple[int, int]:
     """Rows × tokens of the tiles of logits that a GEMM computes."""
-    return _INTERPRETED_GEMM_TILE if device.type == "cpu" else _GEMM_TILE
+    return _INTERPRETED_GEMM_TILE if properties(device).kind == "interpreter" else _GEMM_TILE

@@ -47,16 +47,17 @@ class Worker:
     peers: Sequence[Peer]
     deadline: float
     hang_seconds: float = HANG_SECONDS
+    #: How many processes each candidate has ended.
+    deaths: Counter[str] = field(default_factory=Counter)
     _process: SpawnProcess | None = None
     _connection: Connection | None = None
     _current: Any = None
-    _deaths: Counter[str] = field(default_factory=Counter)
 
     def run(self, case: Case) -> list[Record]:
         """The case's records, whatever happens to the process."""
         if time.monotonic() > self.deadline:
             return [_skipped(case, "ours", OUT_OF_TIME)]
-        excluded = {name: f"ended its process {n} times" for name, n in self._deaths.items() if n >= _MOST_DEATHS}
+        excluded = {name: f"ended its process {n} times" for name, n in self.deaths.items() if n >= _MOST_DEATHS}
         while True:
             try:
                 return self._measured(case, excluded)
@@ -65,7 +66,7 @@ class Worker:
                 if not death.candidate or death.candidate in excluded or time.monotonic() > self.deadline:
                     reasons = {**excluded, death.candidate or "ours": str(death)}
                     return [_skipped(case, name, reason) for name, reason in reasons.items()]
-                self._deaths[death.candidate] += 1
+                self.deaths[death.candidate] += 1
                 excluded[death.candidate] = str(death)
 
     def close(self) -> None:

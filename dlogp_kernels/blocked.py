@@ -30,7 +30,7 @@ def linear_logp_fwd(
     ignore_index: int,
     workspace: int,
 ) -> tuple[Tensor, ...]:
-    check_target(target, weight.shape[0], ignore_index)
+    target, bad_rows = check_target(target, weight.shape[0], ignore_index)
     dtype = accumulation_dtype(hidden, weight, bias)
     logp, entropy, lse = _zeros_like_target(target, dtype, ("K", "", ""))
     for rows in _row_blocks(target, ignore_index, weight.shape[0], dtype, 1, workspace):
@@ -38,7 +38,7 @@ def linear_logp_fwd(
         z = transform_logits(raw, temperature, softcap, logit_scale)
         stats = reference.logp_of_rows(z, target[rows], ignore_index)
         logp[rows], entropy[rows], lse[rows] = stats
-    return logp, entropy, lse
+    return _poisoned((logp, entropy, lse), bad_rows)
 
 
 def linear_delta_logp_fwd(
@@ -57,7 +57,7 @@ def linear_delta_logp_fwd(
     ignore_index: int,
     workspace: int,
 ) -> tuple[Tensor, ...]:
-    check_target(target, weight.shape[0], ignore_index)
+    target, bad_rows = check_target(target, weight.shape[0], ignore_index)
     dtype = accumulation_dtype(hidden, weight, bias, base_hidden, base_weight, base_bias)
     outputs = _zeros_like_target(target, dtype, _PAIR_SHAPES)
     for rows in _row_blocks(target, ignore_index, weight.shape[0], dtype, 2, workspace):
@@ -68,7 +68,7 @@ def linear_delta_logp_fwd(
         stats = reference.delta_logp_of_rows(z, base_z, target[rows], ignore_index)
         for output, value in zip(outputs, stats, strict=True):
             output[rows] = value
-    return outputs
+    return _poisoned(outputs, bad_rows)
 
 
 def logp_fwd(
@@ -80,7 +80,7 @@ def logp_fwd(
     ignore_index: int,
     workspace: int,
 ) -> tuple[Tensor, ...]:
-    check_target(target, logits.shape[-1], ignore_index)
+    target, bad_rows = check_target(target, logits.shape[-1], ignore_index)
     dtype = accumulation_dtype(logits)
     outputs = _zeros_like_target(target, dtype, ("K", "", ""))
     for rows in _row_blocks(target, ignore_index, logits.shape[-1], dtype, 1, workspace):
@@ -88,7 +88,7 @@ def logp_fwd(
         stats = reference.logp_of_rows(z, target[rows], ignore_index)
         for output, value in zip(outputs, stats, strict=True):
             output[rows] = value
-    return outputs
+    return _poisoned(outputs, bad_rows)
 
 
 def delta_logp_fwd(
@@ -103,7 +103,7 @@ def delta_logp_fwd(
     ignore_index: int,
     workspace: int,
 ) -> tuple[Tensor, ...]:
-    check_target(target, logits.shape[-1], ignore_index)
+    target, bad_rows = check_target(target, logits.shape[-1], ignore_index)
     dtype = accumulation_dtype(logits, base_logits)
     outputs = _zeros_like_target(target, dtype, _PAIR_SHAPES)
     for rows in _row_blocks(target, ignore_index, logits.shape[-1], dtype, 2, workspace):
@@ -112,7 +112,7 @@ def delta_logp_fwd(
         stats = reference.delta_logp_of_rows(z, base_z, target[rows], ignore_index)
         for output, value in zip(outputs, stats, strict=True):
             output[rows] = value
-    return outputs
+    return _poisoned(outputs, bad_rows)
 
 
 def linear_logp_bwd(
@@ -285,15 +285,29 @@ def rows_of(x: Tensor, rows: Tensor) -> Tensor:
     return x[torch.unravel_index(rows, x.shape[:-1])]
 
 
-def check_target(target: Tensor, vocabulary: int, ignore_index: int) -> None:
-    """IndexError naming the first target that is neither in [0, V) nor ignored."""
+def check_target(target: Tensor, vocabulary: int, ignore_index: int) -> tuple[Tensor, Tensor | None]:
+    """A target that can be looked up, and the rows (N,) whose outputs have to become NaN, or None.
+
+    On the CPU, IndexError naming the first target that is neither in [0, V) nor ignored. Elsewhere to raise would mean to
+    wait for the device; such a target becomes 0, and its row is poisoned.
+    """
     bad = ((target < 0) | (target >= vocabulary)) & (target != ignore_index)
+    if target.device.type != "cpu":
+        return target.masked_fill(bad, 0), bad.any(-1)
     if bad.any():
         row, candidate = bad.nonzero()[0].tolist()
         raise IndexError(
             f"target[{row}, {candidate}] is {target[row, candidate].item()}, expected a token in [0, {vocabulary}) "
             f"or ignore_index ({ignore_index})"
         )
+    return target, None
+
+
+def _poisoned(outputs: tuple[Tensor, ...], bad_rows: Tensor | None) -> tuple[Tensor, ...]:
+    if bad_rows is not None:
+        for output in outputs:
+            output.masked_fill_(bad_rows if output.dim() == 1 else bad_rows[:, None], torch.nan)
+    return outputs
 
 
 _PAIR_SHAPES = ("K", "K", "K", "", "", "", "", "", "")

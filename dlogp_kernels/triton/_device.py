@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Device(NamedTuple):
-    """`kind`: "cuda", "hip" (AMD) or "interpreter" (Triton's, on the CPU); `arch`: 10 · CUDA's compute capability, or 0.
+    """`kind`: "cuda", "hip" (AMD) or "interpreter" (Triton's, on the CPU); `arch`: 10 · compute capability of CUDA.
 
     `programs` is the number of multiprocessors; `descriptors`: tiles can be loaded by tensor descriptor.
     """

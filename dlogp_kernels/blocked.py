@@ -288,7 +288,7 @@ def rows_of(x: Tensor, rows: Tensor) -> Tensor:
 def check_target(target: Tensor, vocabulary: int, ignore_index: int) -> tuple[Tensor, Tensor | None]:
     """A target that can be looked up, and the rows (N,) whose outputs have to become NaN, or None.
 
-    On the CPU, IndexError naming the first target that is neither in [0, V) nor ignored. Elsewhere to raise would mean to
+    On the CPU, IndexError naming the first target that is neither in [0, V) nor ignored. Elsewhere that would mean to
     wait for the device; such a target becomes 0, and its row is poisoned.
     """
     bad = ((target < 0) | (target >= vocabulary)) & (target != ignore_index)

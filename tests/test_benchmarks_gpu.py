@@ -219,6 +219,16 @@ def test_candidates_of_each_kind():
     assert by_name["ours"].tflops > 0 and by_name["ours"].backend in ("cpu", "reference")
 
 
+def test_a_case_whose_inputs_can_not_be_built(monkeypatch):
+    def build(*_):
+        raise MemoryError("too much")
+
+    monkeypatch.setattr("benchmarks.gpu.measure.build", build)
+    for kind in ("compare", "half ignored"):
+        (only,) = run_case(_case(kind), _session())
+        assert only.skipped == "MemoryError: too much" and only.candidate == "ours"
+
+
 @pytest.mark.usefixtures("without_compiler")
 def test_gradients_of_what_a_library_gives():
     summed = {"gives": (), "summed": True}

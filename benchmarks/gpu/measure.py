@@ -1,6 +1,7 @@
 """One case, in this process: every candidate is verified against float64, then timed in rounds with the others."""
 
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -41,6 +42,8 @@ _REFERENCES = ("ours", "ours, triton", "ours, gemm", "eager", "matmul", "copy", 
 _FORCED = ("triton", "gemm", "reference")
 _MOST_ROUNDS = 30
 _HOST_CALLS, _HOST_REPEATS = 20, 7
+#: The innermost frames of an exception, which are printed.
+_FRAMES = 5
 
 _Result = TypeVar("_Result")
 
@@ -91,11 +94,13 @@ class Prepared(NamedTuple):
 
 
 def run_case(case: Case, session: Session) -> Iterator[Record]:
-    """The case's records. A case that can not be measured has one that says why."""
-    try:
-        yield from _KINDS.get(case.kind, _comparison)(case, session)
-    except NotMeasuredError as error:
-        yield _skipped(case, "ours", str(error))
+    """The case's records. A case that can not be measured, or not to its end, has one that says why."""
+    records = _KINDS.get(case.kind, _comparison)(case, session)
+    while (outcome := _attempt(lambda: next(records, None), session.device)) is not None:
+        if isinstance(outcome, Exception):
+            yield _skipped(case, "ours", _reason(outcome))
+            return
+        yield outcome
 
 
 def _comparison(case: Case, session: Session) -> Iterator[Record]:
@@ -257,9 +262,13 @@ def _attempt(call: Callable[[], _Result], device: torch.device) -> _Result | Exc
     """What `call` returns, or what it raised."""
     try:
         return call()
+    except DeviceLostError:
+        raise
     except Exception as error:
         # The one place where anything may be raised: by other libraries, by their compilers, and by kernels of ours
         # that meet a GPU for the first time. It is recorded, and the run goes on with the next candidate.
+        if not isinstance(error, NotMeasuredError):
+            traceback.print_exception(error, limit=-_FRAMES)
         error.__traceback__ = None  # whose frames hold the candidate's tensors
         _require_device(device, error)
         return error

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from . import _rows
@@ -20,6 +19,7 @@ from ._device import on_device_of
 from ._fused import Model
 from ._products import add_product, product
 from ._rows import Matrix, Rows, matrix
+from ._sizes import round_up
 from .configs import gemm_tile
 from .delta_logp import PairGradients, PairSaved, pair_tile_gradient
 from .logp import Gradients, Logits, Saved, contiguous, tile_gradient, transform_numbers
@@ -142,11 +142,11 @@ class _Walk:
 
         enough = min(_FEWEST_TOKENS, self.vocabulary)
         if (tokens := tokens_at(self.num_rows, True)) >= enough:
-            return Cut(_round_up(self.num_rows, 16), min(tokens, self.vocabulary), True)
-        rows = _round_up(min(_MOST_ROWS, self.num_rows), 16)
+            return Cut(round_up(self.num_rows, 16), min(tokens, self.vocabulary), True)
+        rows = round_up(min(_MOST_ROWS, self.num_rows), 16)
         while rows > _LEAST_ROWS and tokens_at(rows, False) < enough:
             rows //= 2
-        rows = _round_up(rows, 16)
+        rows = round_up(rows, 16)
         return Cut(rows, max(128, min(tokens_at(rows, False), _FEWEST_TOKENS * 8, self.vocabulary)), False)
 
     def _by_tokens(self, cut: Cut, with_hidden: bool) -> None:
@@ -249,10 +249,6 @@ class _Walk:
 def _blocks(total: int, size: int) -> list[tuple[int, int]]:
     """(begin, length) of blocks of `size` that make up `total`."""
     return [(begin, min(size, total - begin)) for begin in range(0, total, size)]
-
-
-def _round_up(number: int, multiple: int) -> int:
-    return triton.cdiv(number, multiple) * multiple
 
 
 def _scale(dtype: torch.dtype, *grads: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

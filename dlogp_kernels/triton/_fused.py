@@ -17,6 +17,7 @@ from . import _rows
 from ._device import precision, properties
 from ._math import IMPOSSIBLE
 from ._rows import Rows
+from ._sizes import ceil_div
 from .configs import Config, config
 from .logp import EVERY_ROW, transform_numbers
 
@@ -139,17 +140,17 @@ class Plan(NamedTuple):
 
 
 def plan(models: list[Model], target: Tensor, state_size: int, workspace: int) -> Plan:
-    device, dtype = properties(target.device), models[0].dtype
+    device, dtype = properties(target.device), max((model.dtype for model in models), key=lambda dtype: dtype.itemsize)
     aligned = all(_can_copy_tiles(model) for model in models)
     tile = config(len(models), target.device, dtype, aligned)
     v = models[0].weight.shape[0]
-    blocks = triton.cdiv(v, tile.block_v)
-    blocks_per_split = triton.cdiv(blocks, device.programs)
-    num_splits = triton.cdiv(blocks, blocks_per_split)
+    blocks = ceil_div(v, tile.block_v)
+    blocks_per_split = ceil_div(blocks, device.programs)
+    num_splits = ceil_div(blocks, blocks_per_split)
     row_bytes = 4 * num_splits * state_size + 4 * len(models) * target.shape[1]
     row_bytes += sum(model.dtype.itemsize * _padded(model.hidden.shape[-1]) for model in models)
     fitting = workspace // _SHARE // row_bytes // tile.block_n
-    needed = triton.cdiv(target.shape[0], tile.block_n)
+    needed = ceil_div(target.shape[0], tile.block_n)
     row_tiles = max(1, min(fitting, needed))
     return Plan(
         tile,
@@ -221,4 +222,4 @@ def _aligned(x: Tensor) -> bool:
 
 def _padded(d: int) -> int:
     """Of every dtype, rows of this many elements begin on 16 bytes."""
-    return triton.cdiv(d, 8) * 8
+    return ceil_div(d, 8) * 8

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._sizes import ceil_div
+
 _COMPACT_BLOCK = 1024
 _GATHER_ROWS = 16
 _GATHER_COLUMNS = 512
@@ -125,7 +127,7 @@ def _gather_rows_kernel(
 
 def gather_rows(x: Tensor, rows: Rows, first: int, out: Tensor, zero_rest: bool) -> None:
     """Into out (R, D or wider), R a multiple of 16: kept rows first … first + R of x (…, D)."""
-    grid = (triton.cdiv(out.shape[0], _GATHER_ROWS), triton.cdiv(out.shape[1], _GATHER_COLUMNS))
+    grid = (ceil_div(out.shape[0], _GATHER_ROWS), ceil_div(out.shape[1], _GATHER_COLUMNS))
     _gather_rows_kernel[grid](
         matrix(x), rows.row_index, rows.num_rows, out, first, x.shape[-1], out.stride(0),
         ZERO_REST=zero_rest, ROWS=_GATHER_ROWS, COLUMNS=_GATHER_COLUMNS,

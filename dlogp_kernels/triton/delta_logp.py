@@ -12,6 +12,7 @@ from . import _math
 from ._device import on_device_of
 from ._math import IMPOSSIBLE
 from ._rows import Matrix, Rows, matrix
+from ._sizes import ceil_div, next_power_of_2
 from .logp import (
     EVERY_ROW,
     Gradients,
@@ -190,7 +191,7 @@ def fold_pair_tile(
 ) -> None:
     """States of both tiles of `shape` into state (10, splits, R) from `split` on."""
     segment = segment_of(shape[1], _WIDEST_SEGMENT)
-    _delta_logp_fwd_kernel[(shape[0], triton.cdiv(shape[1], segment))](
+    _delta_logp_fwd_kernel[(shape[0], ceil_div(shape[1], segment))](
         logits, base_logits, target, *rows, state, picked, first, state.shape[2], shape[1], column, target.shape[1],
         ignore_index, split, state.shape[1], SEGMENT=segment, num_warps=num_warps(segment),
     )  # fmt: skip
@@ -210,9 +211,9 @@ def finish_delta_logp(
 ) -> None:
     """Write the statistics of the rows whose states are in state (10, splits, R)."""
     _, num_splits, num_rows = state.shape
-    _finish_delta_logp_kernel[(triton.cdiv(num_rows, _FINISH_ROWS),)](
+    _finish_delta_logp_kernel[(ceil_div(num_rows, _FINISH_ROWS),)](
         state, picked, target, *rows, out, first, target.shape[0], num_rows, vocabulary, target.shape[1], num_splits,
-        slope, base_slope, ignore_index, SPLITS=triton.next_power_of_2(num_splits), ROWS=_FINISH_ROWS,
+        slope, base_slope, ignore_index, SPLITS=next_power_of_2(num_splits), ROWS=_FINISH_ROWS,
     )  # fmt: skip
 
 
@@ -261,7 +262,7 @@ def pair_tile_gradient(
 ) -> None:
     """Gradients by the raw logits of both tiles of `shape`, into out and base_out."""
     segment = segment_of(shape[1], _WIDEST_SEGMENT)
-    _delta_logp_bwd_kernel[(shape[0], triton.cdiv(shape[1], segment))](
+    _delta_logp_bwd_kernel[(shape[0], ceil_div(shape[1], segment))](
         logits, base_logits, out, base_out, target, saved, grads, scale, first, shape[1], column, target.shape[1],
         ignore_index, SEGMENT=segment, num_warps=num_warps(segment),
     )  # fmt: skip

@@ -6,7 +6,6 @@ known to the device alone. Every product has the same shape, so a row's result d
 """
 
 import torch
-import triton
 from torch import Tensor
 
 from ..results import DeltaLogpStats, LogpStats
@@ -15,6 +14,7 @@ from ._device import on_device_of
 from ._fused import Model
 from ._products import product
 from ._rows import Rows, matrix
+from ._sizes import ceil_div
 from .configs import gemm_tile
 from .delta_logp import finish_delta_logp, fold_pair_tile
 from .logp import Logits, finish_logp, fold_tile, new_stats, transform_numbers
@@ -113,7 +113,7 @@ class _Tiles:
 def _states(target: Tensor, vocabulary: int, state_size: int, models: int) -> tuple[Tensor, Tensor]:
     """state (size, splits, R) and picked (models · K, R) of one block of rows, a split for every tile."""
     num_rows, num_tokens = gemm_tile(target.device)
-    shape = (state_size, triton.cdiv(vocabulary, num_tokens), num_rows)
+    shape = (state_size, ceil_div(vocabulary, num_tokens), num_rows)
     state = torch.empty(shape, dtype=torch.float32, device=target.device)
     picked = torch.empty((models * target.shape[1], num_rows), dtype=torch.float32, device=target.device)
     return state, picked

@@ -12,6 +12,7 @@ from . import _math
 from ._device import on_device_of
 from ._math import IMPOSSIBLE
 from ._rows import Matrix, Rows, matrix, row_offset
+from ._sizes import ceil_div, next_power_of_2
 
 #: Columns that a program holds in registers at once; the split of a row into segments depends on nothing but V.
 _SEGMENT = 8192
@@ -240,7 +241,7 @@ def transform_numbers(temperature: float, softcap: float | None, logit_scale: fl
 
 
 def segment_of(width: int, widest: int = _SEGMENT) -> int:
-    return min(widest, max(128, triton.next_power_of_2(width)))
+    return min(widest, max(128, next_power_of_2(width)))
 
 
 def num_warps(segment: int) -> int:
@@ -262,7 +263,7 @@ def new_states(
     target: Tensor, vocabulary: int, state_size: int, models: int, workspace: int, widest: int = _SEGMENT
 ) -> tuple[Tensor, Tensor]:
     """For given logits: state (size, splits, R) and picked (models · K, R), R as many rows as the workspace allows."""
-    num_splits = triton.cdiv(vocabulary, segment_of(vocabulary, widest))
+    num_splits = ceil_div(vocabulary, segment_of(vocabulary, widest))
     row_bytes = 4 * (state_size * num_splits + models * target.shape[1])
     num_rows = max(1, min(target.shape[0], workspace // _STATE_SHARE // row_bytes))
     state = torch.empty((state_size, num_splits, num_rows), dtype=torch.float32, device=target.device)
@@ -284,7 +285,7 @@ def fold_tile(
 ) -> None:
     """States of a tile of `shape` into state (3, splits, R) from `split` on."""
     segment = segment_of(shape[1])
-    _logp_fwd_kernel[(shape[0], triton.cdiv(shape[1], segment))](
+    _logp_fwd_kernel[(shape[0], ceil_div(shape[1], segment))](
         logits, target, *rows, state, picked, first, state.shape[2], shape[1], column, target.shape[1], ignore_index,
         split, state.shape[1], SEGMENT=segment, num_warps=num_warps(segment),
     )  # fmt: skip
@@ -303,9 +304,9 @@ def finish_logp(
 ) -> None:
     """Write the statistics of the rows whose states are in state (3, splits, R)."""
     _, num_splits, num_rows = state.shape
-    _finish_logp_kernel[(triton.cdiv(num_rows, _FINISH_ROWS),)](
+    _finish_logp_kernel[(ceil_div(num_rows, _FINISH_ROWS),)](
         state, picked, target, *rows, out, first, target.shape[0], num_rows, vocabulary, target.shape[1], num_splits,
-        slope, ignore_index, SPLITS=triton.next_power_of_2(num_splits), ROWS=_FINISH_ROWS,
+        slope, ignore_index, SPLITS=next_power_of_2(num_splits), ROWS=_FINISH_ROWS,
     )  # fmt: skip
 
 
@@ -345,7 +346,7 @@ def tile_gradient(
 ) -> None:
     """Gradient by the raw logits of a tile of `shape`, into `out`."""
     segment = segment_of(shape[1])
-    _logp_bwd_kernel[(shape[0], triton.cdiv(shape[1], segment))](
+    _logp_bwd_kernel[(shape[0], ceil_div(shape[1], segment))](
         logits, out, target, saved, grads, scale, first, shape[1], column, target.shape[1], ignore_index,
         SEGMENT=segment, num_warps=num_warps(segment),
     )  # fmt: skip

@@ -1,0 +1,134 @@
+"""Every kernel compiled for GPUs that are not here, as the launchers launch it: no spills, the instructions it is for.
+
+The launchers run on small tensors of the CPU, for their choice of kernels and arguments; nothing is computed.
+"""
+
+import re
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from cases import call, gradients, make_inputs, upstream_of
+from fake_gpu import GPUS, Kernel, kernels, launch_code_sees, pretend
+from tolerances import REGISTERS, SPILLED_BYTES
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from dlogp_kernels import backends
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+TRITON = ".".join(triton.__version__.split(".")[:2])
+
+
+@triton.jit
+def _product_kernel(
+    a, b, c_ptr, D, SIZE: tl.constexpr, BLOCK_D: tl.constexpr, DESCRIPTORS: tl.constexpr
+):  # one tile of a · bᵀ
+    i, k = tl.arange(0, SIZE), tl.arange(0, BLOCK_D)
+    total = tl.zeros([SIZE, SIZE], tl.float32)
+    for d in range(0, D, BLOCK_D):
+        if DESCRIPTORS:
+            left, right = a.load([0, d]), b.load([0, d])
+        else:
+            left, right = tl.load(a + i[:, None] * D + d + k), tl.load(b + i[:, None] * D + d + k)
+        total = tl.dot(left, right.T, total)
+    tl.store(c_ptr + i[:, None] * SIZE + i, total)
+
+
+def _product(gpu: str, size: int, num_warps: int, described: bool = False) -> Kernel:
+    a, c = torch.empty(size, 256, dtype=BF16), torch.empty(size, size)
+    operand = TensorDescriptor.from_tensor(a, [size, 64]) if described else a
+    with pretend(GPUS[gpu]) as launched:
+        for _ in range(2):
+            _product_kernel[(1,)](operand, operand, c, 256, size, 64, described, num_warps=num_warps)
+    (kernel,) = kernels(launched)
+    return kernel
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_a_product_uses_the_matrix_units_of_each_gpu(gpu):
+    kernel = _product(gpu, 64, 4)
+    assert kernel.name == "_product_kernel"
+    assert kernel.constants == {"SIZE": 64, "BLOCK_D": 64, "DESCRIPTORS": False}
+    assert re.search(GPUS[gpu].matrix_instruction, kernel.assembly)
+    assert kernel.spilled == 0 and 16 < kernel.registers <= 256
+
+
+@pytest.mark.parametrize("gpu", ["sm_90", "sm_100"])
+def test_descriptors_become_bulk_copies(gpu):
+    assert "cp.async.bulk.tensor" in _product(gpu, 64, 4, described=True).assembly
+    assert "cp.async.bulk.tensor" not in _product(gpu, 64, 4, described=False).assembly
+
+
+@pytest.mark.parametrize("gpu", ["sm_80", "gfx942"])
+def test_spills_are_seen(gpu):
+    assert _product(gpu, 256, 2).spilled > 0
+
+
+def test_too_much_shared_memory_is_an_error_as_on_the_gpu():
+    with pytest.raises(triton.runtime.errors.OutOfResources, match="shared memory"):
+        _product("sm_89", 256, 16, described=False)
+
+
+VOCABULARY = 151_936  # of Qwen: many splits to merge
+EVERY_OPTION = {"k": 3, "bias": True, "options": {"temperature": 0.7, "softcap": 5.0, "logit_scale": 1.3}}
+#: Name → backend, op, and what differs from a call with 130 rows (more than a tile), no bias and bfloat16.
+LINEAR = {
+    "one model": ("triton", "linear_logp", {"v": VOCABULARY, "d": 64, "wanted": ["hidden"]}),
+    "one model, whole tiles, few rows": ("triton", "linear_logp", {"v": 4096, "d": 256, "n": 5}),
+    "one model, unaligned, every option": ("triton", "linear_logp", {"v": 1187, "d": 45, **EVERY_OPTION}),
+    "one model, float32": ("triton", "linear_logp", {"v": 1187, "d": 256, "dtype": FP32}),
+    "pair": ("triton", "linear_delta_logp", {"v": VOCABULARY, "d": 64, "wanted": ["hidden"]}),
+    "pair, whole tiles, few rows": ("triton", "linear_delta_logp", {"v": 4096, "d": 256, "n": 5}),
+    "pair, unaligned, every option": ("triton", "linear_delta_logp", {"v": 1187, "d": 45, **EVERY_OPTION}),
+    "pair, float32": ("triton", "linear_delta_logp", {"v": 1187, "d": 256, "dtype": FP32}),
+}
+OTHERS = {
+    "one model, float16": ("triton", "linear_logp", {"v": 1187, "d": 256, "dtype": FP16}),
+    "pair, float16": ("triton", "linear_delta_logp", {"v": 1187, "d": 256, "dtype": FP16}),
+    "one model, float32, unaligned": ("triton", "linear_logp", {"v": 1187, "d": 45, "dtype": FP32}),
+    "one model, mixed": ("triton", "linear_logp", {"v": 1187, "d": 256, "dtype": {"hidden": BF16}}),
+    "one model by GEMM": ("gemm", "linear_logp", {"v": 9_001, "d": 64}),
+    "pair by GEMM": ("gemm", "linear_delta_logp", {"v": 9_001, "d": 64}),
+    "logits": ("triton", "logp", {"v": VOCABULARY, "n": 3}),
+    "logits, every option": ("triton", "logp", {"v": 1187, "n": 3, "dtype": FP32, **EVERY_OPTION}),
+    "logits of a pair": ("triton", "delta_logp", {"v": VOCABULARY, "n": 3}),
+    "logits of a pair, every option": ("triton", "delta_logp", {"v": 1187, "n": 3, "dtype": FP32, **EVERY_OPTION}),
+}
+LAUNCHES = LINEAR | OTHERS
+
+
+def _launched(gpu: str, name: str) -> list[Kernel]:
+    """What forward and backward launch on this GPU."""
+    backend, op, changes = LAUNCHES[name]
+    case = {"shape": changes.get("n", 130), "dtype": BF16, "bias": False}
+    case |= {x: value for x, value in changes.items() if x not in ("n", "options", "wanted")}
+    options, inputs = changes.get("options", {}), make_inputs(op, **case)
+    with pretend(GPUS[gpu]) as launched, launch_code_sees(GPUS[gpu]), backends.use_backend(backend):
+        stats = call(op, inputs, **options)
+        gradients(op, inputs, upstream_of(stats), wanted=changes.get("wanted"), **options)
+    return kernels(launched)
+
+
+CASES = [
+    *((gpu, name) for gpu in ("sm_80", "sm_90", "sm_100") for name in LINEAR),
+    *(("sm_90", name) for name in OTHERS),
+    *(("gfx942", name) for name in ("one model", "pair", "one model, float32", "logits", "logits of a pair")),
+    *(("sm_89", name) for name in ("one model", "pair", "one model, float32", "pair, float32")),
+]
+
+
+@pytest.mark.parametrize(("gpu", "name"), CASES, ids=[f"{gpu} {name}" for gpu, name in CASES])
+def test_kernels_fit_and_multiply_on_tensor_cores(gpu, name, record_property):
+    launched = _launched(gpu, name)
+    assert launched
+    for kernel in launched:
+        print(f"{kernel.name} {kernel.constants}: {kernel[3:]}")
+        record_property(f"{kernel.name} registers, spilled, shared memory", kernel[3:])
+        assert kernel.spilled <= SPILLED_BYTES.get((TRITON, gpu, kernel.name), 0)
+        assert kernel.registers <= (512 if gpu.startswith("gfx") else REGISTERS)
+        assert kernel.shared_memory <= GPUS[gpu].shared_memory
+        if kernel.name in ("_linear_logp_fwd_kernel", "_linear_delta_logp_fwd_kernel"):
+            assert re.search(GPUS[gpu].matrix_instruction, kernel.assembly)
+            assert kernel.constants["DESCRIPTORS"] == (GPUS[gpu].descriptors and "unaligned" not in name)
+            assert ("cp.async.bulk.tensor" in kernel.assembly) == kernel.constants["DESCRIPTORS"]

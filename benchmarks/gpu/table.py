@@ -297,7 +297,7 @@ def _problems(run: Run) -> Iterator[str]:
         more = f" and {len(places) - 1} more" if len(places) > 1 else ""
         yield f"- {candidate} ({places[0]}{more}): {reason}"
     if missing:
-        yield f"- {peers.MISSING}: {', '.join(missing)}"
+        yield f"- {peers.MISSING}: {'; '.join(missing)}"
 
 
 def _head(run: Run) -> str:

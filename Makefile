@@ -24,11 +24,12 @@ benchmarks: setup
 
 setup: $(STAMP)
 
-# torch is pinned: an open range would fetch the newest CUDA build. No build isolation: the extension has to be compiled
+# torch is pinned: an open range would fetch the newest CUDA build. Triton, which only CUDA builds bring along, is the one that
+# fits this torch; without a GPU the tests compile and interpret kernels. No build isolation: the extension has to be compiled
 # against this torch.
 $(BIN)/torch-installed: Makefile
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 numpy ninja "setuptools>=77" wheel
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 triton==3.7.1 numpy ninja "setuptools>=77" wheel
 	touch $@
 
 $(STAMP): $(BIN)/torch-installed pyproject.toml setup.py $(SOURCES)

@@ -116,7 +116,7 @@ class _Walk:
         self.layers, self.gradient, self.inverse_scale = layers, gradient, inverse_scale
         self.num_rows, self.vocabulary = target.shape[0], layers[0].model.weight.shape[0]
         self.rows = _rows.rows_in_place(target, ignore_index)
-        self.memory = _SHARE * workspace
+        self.memory = _SHARE * workspace * 31 // 32  # the rest: small buffers, and what the allocator rounds up
         self.device = target.device
 
     def run(self) -> None:
@@ -154,7 +154,7 @@ class _Walk:
         self._allocate(cut)
         totals = [self._zeros(layer.wants_hidden and with_hidden, cut.rows, layer) for layer in self.layers]
         weight_totals = [self._zeros(layer.wants_weight, cut.tokens, layer) for layer in self.layers]
-        bias_totals = [torch.empty(cut.tokens, dtype=torch.float32, device=self.device) for _ in self.layers]
+        bias_totals = [torch.zeros(cut.tokens, dtype=torch.float32, device=self.device) for _ in self.layers]
         for column, num_tokens in _blocks(self.vocabulary, cut.tokens):
             for first, num_rows in _blocks(self.num_rows, cut.rows):
                 if column == 0 or cut.rows < self.num_rows:

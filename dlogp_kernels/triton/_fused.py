@@ -88,6 +88,23 @@ def logits_tile(
 
 
 @triton.jit
+def logits_tiles_of_one_weight(
+    head, base_head, row, column, num_rows, V, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Both models' `logits_tile` by descriptors where they have the same weight: a tile of it is loaded once."""
+    tile = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+    base_tile = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+    for d in range(0, head.D, BLOCK_D):
+        weight = head.weight.load([column, d])
+        hidden = head.hidden.load([row, d])
+        base_hidden = base_head.hidden.load([row, d])
+        tile = tl.dot(hidden, weight.T, tile, input_precision=PRECISION)
+        base_tile = tl.dot(base_hidden, weight.T, base_tile, input_precision=PRECISION)
+    return tile, base_tile
+
+
+@triton.jit
 def bias_of(head, tokens, V):
     """The bias of `tokens`, IMPOSSIBLE where it is −inf and outside the vocabulary; 0 without a bias."""
     bias = tl.where(tokens < V, 0.0, IMPOSSIBLE)
@@ -137,6 +154,22 @@ class Plan(NamedTuple):
     programs: int
     descriptors: bool
     precision: str
+
+    def constants(self, masked: bool, candidates: int) -> dict[str, Any]:
+        """What the kernels are compiled for."""
+        tile = self.tile
+        return {
+            "BLOCK_N": tile.block_n,
+            "BLOCK_V": tile.block_v,
+            "BLOCK_D": tile.block_d,
+            "GROUP": GROUP,
+            "DESCRIPTORS": self.descriptors,
+            "PRECISION": self.precision,
+            "MASKED": masked,
+            "ONE_TARGET": candidates == 1,
+            "num_warps": tile.num_warps,
+            "num_stages": tile.num_stages,
+        }
 
 
 def plan(models: list[Model], target: Tensor, state_size: int, workspace: int) -> Plan:
@@ -203,6 +236,12 @@ def gather_buffer(model: Model, plan: Plan, rows: Rows) -> Tensor | None:
         return None
     d = model.hidden.shape[-1]
     return torch.empty((plan.num_rows, _padded(d)), dtype=model.dtype, device=model.hidden.device)
+
+
+def share_weight(model: Model, base: Model, plan: Plan) -> bool:
+    """Whether both heads are one tensor, as where training froze it, and its tiles can be loaded once for both."""
+    same = model.weight.data_ptr() == base.weight.data_ptr() and model.weight.stride() == base.weight.stride()
+    return plan.descriptors and same and model.weight.shape == base.weight.shape and model.dtype == base.dtype
 
 
 def is_masked(model: Model, plan: Plan) -> bool:

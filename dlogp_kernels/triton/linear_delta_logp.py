@@ -9,22 +9,20 @@ from ..results import DeltaLogpStats
 from . import _math
 from ._device import on_device_of
 from ._fused import (
-    GROUP,
-    Head,
     Model,
-    Plan,
     bias_of,
     gather_buffer,
     head,
     is_masked,
     logits_tile,
+    logits_tiles_of_one_weight,
     pick_targets,
     plan,
     rows_of,
+    share_weight,
     unit_of,
 )
 from ._math import IMPOSSIBLE
-from ._rows import Rows
 from .delta_logp import finish_delta_logp
 from .logp import new_stats
 
@@ -34,6 +32,7 @@ def _linear_delta_logp_fwd_kernel(
     head, base_head, target_ptr, index_ptr, count_ptr, state_ptr, picked_ptr, first, N, R, V, K, blocks_per_split,
     num_splits, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
     DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr, ONE_TARGET: tl.constexpr,
+    ONE_WEIGHT: tl.constexpr,
 ):  # fmt: skip
     """Pair states (_math.py) of rows × splits of the vocabulary from both models' x, and both x at the targets.
 
@@ -52,8 +51,13 @@ def _linear_delta_logp_fwd_kernel(
         column = (split * blocks_per_split + block) * BLOCK_V
         row = row_tile * BLOCK_N
         tokens = column + tl.arange(0, BLOCK_V)
-        x = logits_tile(head, row, column, num_rows, V, BLOCK_N, BLOCK_V, BLOCK_D, DESCRIPTORS, PRECISION)
-        base_x = logits_tile(base_head, row, column, num_rows, V, BLOCK_N, BLOCK_V, BLOCK_D, DESCRIPTORS, PRECISION)
+        if ONE_WEIGHT:
+            x, base_x = logits_tiles_of_one_weight(
+                head, base_head, row, column, num_rows, V, BLOCK_N, BLOCK_V, BLOCK_D, PRECISION
+            )
+        else:
+            x = logits_tile(head, row, column, num_rows, V, BLOCK_N, BLOCK_V, BLOCK_D, DESCRIPTORS, PRECISION)
+            base_x = logits_tile(base_head, row, column, num_rows, V, BLOCK_N, BLOCK_V, BLOCK_D, DESCRIPTORS, PRECISION)
         state = _math.pair_state_unless(block == 0, state)
         if MASKED:
             bias, base_bias = bias_of(head, tokens, V), bias_of(base_head, tokens, V)
@@ -107,44 +111,15 @@ def linear_delta_logp_fwd(
         state = hidden.new_empty((_math.PAIR_STATE_SIZE.value, cut.num_splits, cut.num_rows), dtype=torch.float32)
         picked = hidden.new_empty((2 * target.shape[1], cut.num_rows), dtype=torch.float32)
         gathered, base_gathered = gather_buffer(model, cut, rows), gather_buffer(base, cut, rows)
+        constants = cut.constants(is_masked(model, cut) or is_masked(base, cut), target.shape[1])
+        constants["ONE_WEIGHT"] = share_weight(model, base, cut)
         for first in range(0, target.shape[0], cut.num_rows):
-            layer = head(model, cut, rows, gathered, first)
-            base_layer = head(base, cut, rows, base_gathered, first)
-            _launch(
-                layer,
-                base_layer,
-                is_masked(model, cut) or is_masked(base, cut),
-                weight.shape[0],
-                cut,
-                target,
-                rows,
-                state,
-                picked,
-                first,
-            )
+            layer, base_layer = head(model, cut, rows, gathered, first), head(base, cut, rows, base_gathered, first)
+            _linear_delta_logp_fwd_kernel[(cut.programs,)](
+                layer, base_layer, target, *rows, state, picked, first, target.shape[0], cut.num_rows, weight.shape[0],
+                target.shape[1], cut.blocks_per_split, cut.num_splits, **constants,
+            )  # fmt: skip
             finish_delta_logp(
                 state, picked, target, rows, out, weight.shape[0], layer.slope, base_layer.slope, ignore_index, first
             )  # fmt: skip
     return out
-
-
-def _launch(
-    layer: Head,
-    base_layer: Head,
-    masked: bool,
-    vocabulary: int,
-    cut: Plan,
-    target: Tensor,
-    rows: Rows,
-    state: Tensor,
-    picked: Tensor,
-    first: int,
-) -> None:
-    tile = cut.tile
-    _linear_delta_logp_fwd_kernel[(cut.programs,)](
-        layer, base_layer, target, *rows, state, picked, first, target.shape[0], cut.num_rows, vocabulary,
-        target.shape[1], cut.blocks_per_split, cut.num_splits,
-        BLOCK_N=tile.block_n, BLOCK_V=tile.block_v, BLOCK_D=tile.block_d, GROUP=GROUP,
-        DESCRIPTORS=cut.descriptors, PRECISION=cut.precision, MASKED=masked,
-        ONE_TARGET=target.shape[1] == 1, num_warps=tile.num_warps, num_stages=tile.num_stages,
-    )  # fmt: skip

@@ -9,10 +9,7 @@ from ..results import LogpStats
 from . import _math
 from ._device import on_device_of
 from ._fused import (
-    GROUP,
-    Head,
     Model,
-    Plan,
     bias_of,
     gather_buffer,
     head,
@@ -24,7 +21,6 @@ from ._fused import (
     unit_of,
 )
 from ._math import IMPOSSIBLE
-from ._rows import Rows
 from .logp import finish_logp, new_stats
 
 
@@ -91,21 +87,12 @@ def linear_logp_fwd(
         state = hidden.new_empty((_math.STATE_SIZE.value, cut.num_splits, cut.num_rows), dtype=torch.float32)
         picked = hidden.new_empty((target.shape[1], cut.num_rows), dtype=torch.float32)
         gathered = gather_buffer(model, cut, rows)
+        constants = cut.constants(is_masked(model, cut), target.shape[1])
         for first in range(0, target.shape[0], cut.num_rows):
             layer = head(model, cut, rows, gathered, first)
-            _launch(layer, model, cut, target, rows, state, picked, first)
+            _linear_logp_fwd_kernel[(cut.programs,)](
+                layer, target, *rows, state, picked, first, target.shape[0], cut.num_rows, weight.shape[0],
+                target.shape[1], cut.blocks_per_split, cut.num_splits, **constants,
+            )  # fmt: skip
             finish_logp(state, picked, target, rows, out, weight.shape[0], layer.slope, ignore_index, first)
     return out
-
-
-def _launch(
-    layer: Head, model: Model, cut: Plan, target: Tensor, rows: Rows, state: Tensor, picked: Tensor, first: int
-) -> None:
-    tile = cut.tile
-    _linear_logp_fwd_kernel[(cut.programs,)](
-        layer, target, *rows, state, picked, first, target.shape[0], cut.num_rows, model.weight.shape[0],
-        target.shape[1], cut.blocks_per_split, cut.num_splits,
-        BLOCK_N=tile.block_n, BLOCK_V=tile.block_v, BLOCK_D=tile.block_d, GROUP=GROUP,
-        DESCRIPTORS=cut.descriptors, PRECISION=cut.precision, MASKED=is_masked(model, cut),
-        ONE_TARGET=target.shape[1] == 1, num_warps=tile.num_warps, num_stages=tile.num_stages,
-    )  # fmt: skip

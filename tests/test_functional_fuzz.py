@@ -11,7 +11,7 @@ DTYPES = (torch.bfloat16, torch.bfloat16, torch.float16, torch.float32, torch.fl
 
 def _random_case(op: str, rng: random.Random, exact: torch.dtype) -> tuple[dict, dict]:
     shape = rng.choice(((), (1,), (2,), (33,), (70,), (1, 1), (3, 8), (2, 17), (1, 2, 5), (4, 3, 2)))
-    v = rng.choice((1, 2, rng.randint(3, 70), rng.randint(70, 1500), rng.randint(1500, 9000)))
+    v = rng.choice((1, 2, rng.randint(3, 70), rng.randint(70, 1500), rng.randint(*fewer((1500, 9000), (150, 900)))))
     dtypes = [exact if dtype == torch.float64 else dtype for dtype in DTYPES]
     common = rng.choice(dtypes)
     names = floating(make_inputs(op, 1))
@@ -36,7 +36,7 @@ def _random_case(op: str, rng: random.Random, exact: torch.dtype) -> tuple[dict,
     return inputs, options_for(op, options)
 
 
-@pytest.mark.parametrize("seed", range(fewer(40, 4)))
+@pytest.mark.parametrize("seed", range(fewer(40, 3)))
 @pytest.mark.parametrize("op", OPS)
 def test_random_case(accuracy, exact, op, seed):
     inputs, options = _random_case(op, random.Random(f"{op} {seed}"), exact)

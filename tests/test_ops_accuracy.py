@@ -34,7 +34,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("options", fewer(OPTIONS, ["all", "scaled"]))
+@pytest.mark.parametrize("options", fewer(OPTIONS, ["all"]))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_dtypes_and_options(accuracy, op, dtype, options):
@@ -45,7 +45,7 @@ def test_dtypes_and_options(accuracy, op, dtype, options):
 @pytest.mark.parametrize("dtype", fewer(DTYPES, [BF16]), ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_vocabulary_of_several_tiles_and_a_remainder(accuracy, op, dtype):
-    check_against_truth(accuracy, op, make_inputs(op, fewer(19, 3), v=20_011, d=72, dtype=dtype))
+    check_against_truth(accuracy, op, make_inputs(op, fewer(19, 3), v=fewer(20_011, 9_011), d=72, dtype=dtype))
 
 
 SIZES = [1, 2, 15, 16, 17, 63, 64, 65, 255, 257, 1025, 4095, 4096, 4097, 8193]
@@ -139,7 +139,7 @@ def test_uint8_target_is_not_taken_for_the_ignore_index():
 
 
 def _hard_logits(name: str) -> torch.Tensor:
-    n, v = fewer((8, 9_001), (4, 1_001))
+    n, v = fewer((8, 9_001), (4, 701))
     half = v * 5 // 9
     z = torch.randn(n, v, generator=torch.Generator().manual_seed(len(name)))
     match name:
@@ -196,26 +196,29 @@ def test_masked_target_has_logp_minus_infinity(op):
     assert stats.logp[1:].isfinite().all() and stats.entropy.isfinite().all() and stats.lse.isfinite().all()
 
 
+V = fewer(9_001, 401)
+
+
 @pytest.mark.parametrize("op", PAIR_OPS)
 class TestKullbackLeibler:
     def test_infinite_where_only_the_other_model_has_no_probability(self, accuracy, op):
-        logits, base_logits = torch.randn(2, 4, 9_001)
-        base_logits[:, 7_777] = -torch.inf
-        stats = call(op, from_logits(op, logits, base_logits, torch.tensor([1, 2, 3, 7_777])))
+        logits, base_logits = torch.randn(2, 4, V)
+        base_logits[:, V - 9] = -torch.inf
+        stats = call(op, from_logits(op, logits, base_logits, torch.tensor([1, 2, 3, V - 9])))
         assert torch.equal(stats.kl, torch.full((4,), torch.inf))
         assert stats.reverse_kl.isfinite().all() and (stats.reverse_kl > 0).all()
         assert stats.delta_logp[:3].isfinite().all() and stats.delta_logp[3] == torch.inf
 
     def test_infinite_where_the_probability_underflows(self, op):
-        logits, base_logits = torch.randn(2, 2, 5_000)
-        logits[:, 4_321] = -1_000.0  # p > 0, though exp(−1000) is 0 in float32 and float64
-        base_logits[:, 4_321] = -torch.inf
+        logits, base_logits = torch.randn(2, 2, V)
+        logits[:, V - 9] = -1_000.0  # p > 0, though exp(−1000) is 0 in float32 and float64
+        base_logits[:, V - 9] = -torch.inf
         stats = call(op, from_logits(op, logits, base_logits, torch.tensor([1, 2])))
         assert torch.equal(stats.kl, torch.full((2,), torch.inf))
 
     def test_gradients_of_the_other_outputs_are_finite_where_it_is_infinite(self, accuracy, op):
-        logits, base_logits = torch.randn(2, 4, 9_001)
-        base_logits[:, 7_777] = -torch.inf
+        logits, base_logits = torch.randn(2, 4, V)
+        base_logits[:, V - 9] = -torch.inf
         inputs = from_logits(op, logits, base_logits, torch.tensor([1, 2, 3, 4]))
         upstream = upstream_of(truth(op, inputs))
         upstream[5] = None
@@ -224,11 +227,11 @@ class TestKullbackLeibler:
         for name, value in gradients(op, inputs, upstream).items():
             assert torch.equal(value, without[name])
 
-    @pytest.mark.parametrize("masked", [[], [0], list(range(4_500)), list(range(4_500, 9_001))], ids=len)
+    @pytest.mark.parametrize("masked", [[], [0], list(range(V // 2)), list(range(V // 2, V))], ids=len)
     def test_tokens_without_probability_contribute_nothing(self, accuracy, op, masked):
-        logits, base_logits = torch.randn(2, 4, 9_001)
+        logits, base_logits = torch.randn(2, 4, V)
         logits[:, masked] = -torch.inf
-        inputs = from_logits(op, logits, base_logits, torch.full((4,), 4_500 if 0 in masked else 1))
+        inputs = from_logits(op, logits, base_logits, torch.full((4,), V // 2 if 0 in masked else 1))
         stats, expected = call(op, inputs), truth(op, inputs)
         assert stats.kl.isfinite().all()
         assert torch.equal(stats.reverse_kl.isinf(), torch.full((4,), bool(masked)))
@@ -245,7 +248,7 @@ class TestKullbackLeibler:
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_identical_models(self, op, dtype):
-        inputs = make_inputs(op, fewer(64, 8), v=fewer(9_001, 1_001), d=32, dtype=dtype)
+        inputs = make_inputs(op, fewer(64, 8), v=V, d=32, dtype=dtype)
         inputs |= {name: inputs[name.removeprefix("base_")].clone() for name in inputs if name.startswith("base_")}
         stats = call(op, inputs)
         assert stats.delta_logp.count_nonzero() == 0

@@ -92,7 +92,7 @@ class _BackwardCalls(TorchDispatchMode):
 @pytest.mark.parametrize("op", [op for op in OPS if op != "logp"])
 def test_only_what_is_asked_for_is_computed(op):
     """A frozen input: output_mask says so, and no buffer of its size comes back."""
-    inputs = make_inputs(op)
+    inputs = make_inputs(op, 5, v=61)
     upstream = upstream_of(call(op, inputs))
     order = ["hidden", "weight", "base_hidden", "base_weight", "bias", "base_bias", "logits", "base_logits"]
     names = [name for name in order if name in inputs]
@@ -128,7 +128,7 @@ def test_weight_gradient_over_many_chunks(accuracy, op, dtype):
 @pytest.mark.parametrize("op", LINEAR_OPS)
 def test_gradients_in_blocks_of_rows_and_of_tokens(accuracy, op):
     """So large a hidden size that the smallest workspace has room for neither all rows nor all tokens."""
-    inputs = make_inputs(op, fewer(700, 300), v=1_100, d=400)
+    inputs = make_inputs(op, fewer(600, 150), v=fewer(3_000, 300), d=1_600)
     upstream = upstream_of(truth(op, inputs))
     with backends.workspace_limit(2**20):
         check_gradients_against_truth(accuracy, op, inputs, upstream)

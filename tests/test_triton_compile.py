@@ -125,8 +125,9 @@ def test_kernels_fit_and_multiply_on_tensor_cores(gpu, name, record_property):
     for kernel in launched:
         print(f"{kernel.name} {kernel.constants}: {kernel[3:]}")
         record_property(f"{kernel.name} registers, spilled, shared memory", kernel[3:])
-        assert kernel.spilled <= SPILLED_BYTES.get((TRITON, gpu, kernel.name), 0)
-        assert kernel.registers <= (512 if gpu.startswith("gfx") else REGISTERS)
+        allowed = SPILLED_BYTES.get((TRITON, gpu, kernel.name), 0)
+        assert kernel.spilled <= allowed, f"{kernel.name} {kernel.constants} spills {kernel.spilled} bytes a thread"
+        assert kernel.registers <= REGISTERS[GPUS[gpu].target.backend]
         assert kernel.shared_memory <= GPUS[gpu].shared_memory
         if kernel.name in ("_linear_logp_fwd_kernel", "_linear_delta_logp_fwd_kernel"):
             assert re.search(GPUS[gpu].matrix_instruction, kernel.assembly)

@@ -5,9 +5,10 @@ float32 truncates. Here it holds float32 numbers that bfloat16 has: every operat
 it is, and a handle rounds to nearest, ties to even, when it is made. Only memory and bitcasts see bits. Atomics of bf16
 are still unsupported.
 
-A comparison's result has type bool here; there it keeps its operands' type, and becomes numbers when a scalar one is
-broadcast. And `triton.language` is turned to the interpreter once, not in each call of a device function: that alone
-takes a millisecond.
+`tl.dot` sums in float64 and rounds once: numpy's float32 product gives a row other bits at another place of its tile,
+and what is tested is that the kernels do not. A comparison's result has type bool here; there it keeps its operands'
+type, and becomes numbers when a scalar one is broadcast. And `triton.language` is turned to the interpreter once, not in
+each call of a device function: that alone takes a millisecond.
 """
 
 import functools
@@ -25,12 +26,16 @@ _COMPARISONS = (np.less, np.less_equal, np.greater, np.greater_equal, np.equal, 
 
 
 class _Builder(interpreter.InterpreterBuilder):
-    """The methods of the builder that read or write the bits of bf16, and comparisons."""
+    """The methods of the builder that read or write the bits of bf16, comparisons and `tl.dot`."""
 
     def binary_op(self, lhs, rhs, op):
         if op not in _COMPARISONS:
             return super().binary_op(lhs, rhs, op)
         return interpreter.TensorHandle(op(lhs.data, rhs.data), tl.int1)
+
+    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        total = np.matmul(a.data, b.data, dtype=np.float64) + d.data
+        return interpreter.TensorHandle(total.astype(d.data.dtype), d.dtype.scalar)
 
     def create_masked_load(self, ptrs, mask, other, cache_modifier, eviction_policy, is_volatile):
         if not _is_bf16(ptrs.get_element_ty()):

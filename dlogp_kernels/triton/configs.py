@@ -25,7 +25,7 @@ class Config(NamedTuple):
 _CONFIGS: dict[tuple[int, int, int], list[Config]] = {
     (80, 1, 2): [Config(128, 128, 64, 8, 3), Config(64, 256, 64, 8, 3), Config(64, 128, 64, 4, 3)],
     (80, 1, 4): [Config(64, 128, 32, 8, 3)],
-    (80, 2, 2): [Config(128, 64, 64, 8, 3), Config(64, 128, 64, 8, 3)],
+    (80, 2, 2): [Config(128, 64, 32, 8, 3), Config(64, 64, 64, 8, 3)],
     (80, 2, 4): [Config(64, 64, 32, 8, 3)],
     (90, 1, 2): [
         Config(128, 256, 64, 8, 3),

@@ -51,7 +51,7 @@ def test_vocabulary_of_several_tiles_and_a_remainder(accuracy, op, dtype):
 SIZES = [1, 2, 15, 16, 17, 63, 64, 65, 255, 257, 1025, 4095, 4096, 4097, 8193]
 
 
-@pytest.mark.parametrize("v", fewer(SIZES, [1, 64, 257, 4097]))
+@pytest.mark.parametrize("v", fewer(SIZES, [1, 64, 257, 1025]))
 @pytest.mark.parametrize("op", OPS)
 def test_vocabulary_sizes_around_tile_bounds(accuracy, op, v):
     check_against_truth(accuracy, op, make_inputs(op, 5, v=v, d=8, dtype=BF16))

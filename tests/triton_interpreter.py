@@ -7,8 +7,8 @@ are still unsupported.
 
 `tl.dot` sums in float64 and rounds once: numpy's float32 product gives a row other bits at another place of its tile,
 and what is tested is that the kernels do not. A comparison's result has type bool here; there it keeps its operands'
-type, and becomes numbers when a scalar one is broadcast. And `triton.language` is turned to the interpreter once, not in
-each call of a device function: that alone takes a millisecond.
+type, and becomes numbers when a scalar one is broadcast. And `triton.language` is turned to the interpreter once, not
+in each call of a device function: that alone takes a millisecond.
 """
 
 import functools

@@ -1,9 +1,9 @@
 """Token log-probabilities, entropy and KL of one model or a pair, straight from hidden states, with no logit tensor."""
 
-from .functional import delta_logp, linear_delta_logp, linear_logp, logp
+from .functional import delta_logp, extrapolated_sample, linear_delta_logp, linear_logp, logp
 from .modules import DeltaLogp, LinearDeltaLogp, LinearLogp, Logp
 from .ops import backends
-from .results import DeltaLogpStats, LogpStats
+from .results import DeltaLogpStats, LogpStats, Sample
 
 __version__ = "0.1.0"
 
@@ -14,8 +14,10 @@ __all__ = [
     "LinearLogp",
     "Logp",
     "LogpStats",
+    "Sample",
     "backends",
     "delta_logp",
+    "extrapolated_sample",
     "linear_delta_logp",
     "linear_logp",
     "logp",

@@ -10,11 +10,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from . import reference
+from . import reference, reference_sample
 from .reference import accumulation_dtype, transform_gradient, transform_logits
 
 # Temporaries of the size of a block of logits that are alive at once, per model, at most.
 _TEMPORARIES = 8
+# Of 8 bytes, while sampling: the noise is computed in 64-bit integers.
+_SAMPLE_TEMPORARIES = 24
 _SLAB = 4096
 _BACKWARD_ROWS = 1024
 
@@ -278,6 +280,38 @@ def delta_logp_bwd(
             grad = transform_gradient(grad_z, base_raw, temperature, base_softcap, base_logit_scale)
             gradients[1].view(-1, logits.shape[-1])[rows] = grad.to(base_logits.dtype)
     return tuple(gradients)
+
+
+def extrapolated_sample(
+    logits: Tensor,
+    base_logits: Tensor,
+    row_id: Tensor | None,
+    seed: int,
+    step: int,
+    seed_tensor: Tensor | None,
+    step_tensor: Tensor | None,
+    gamma: float,
+    criterion: str,
+    threshold: float | None,
+    draft: str,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    workspace: int,
+) -> tuple[Tensor, ...]:
+    dtype, device = accumulation_dtype(logits, base_logits), logits.device
+    n, v = logits.shape[:-1].numel(), logits.shape[-1]
+    row_id = torch.arange(n, device=device) if row_id is None else row_id
+    seed_tensor = torch.full((1,), seed, device=device) if seed_tensor is None else seed_tensor.view(1)
+    step_tensor = torch.full((1,), step, device=device) if step_tensor is None else step_tensor.view(1)
+    options = (gamma, criterion, threshold, draft, temperature, top_k, top_p, min_p)
+    blocks = []
+    for rows in torch.arange(n, device=device).split(max(1, workspace // (v * 8 * _SAMPLE_TEMPORARIES))):
+        z, base_z = (rows_of(x, rows).to(dtype) for x in (logits, base_logits))
+        block = reference_sample.extrapolated_sample(z, base_z, row_id[rows], seed_tensor, step_tensor, *options)
+        blocks.append(block)
+    return tuple(torch.cat(values) for values in zip(*blocks, strict=True))
 
 
 def rows_of(x: Tensor, rows: Tensor) -> Tensor:

@@ -7,11 +7,13 @@ the whole vocabulary, accumulated in float32 (float64 for float64 inputs), never
 
 import math
 import os
+import warnings
 
 import torch
 from torch import Tensor
 
-from .results import DeltaLogpStats, LogpStats
+from . import reference_sample
+from .results import DeltaLogpStats, LogpStats, Sample
 
 _FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -246,6 +248,97 @@ def delta_logp(
     return DeltaLogpStats(*_shaped(stats, target, logits))
 
 
+def extrapolated_sample(
+    logits: Tensor,
+    base_logits: Tensor,
+    *,
+    gamma: float = 0.0,
+    criterion: str = "all",
+    threshold: float | None = None,
+    draft: str = "base",
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    seed: int | Tensor,
+    row_id: Tensor | None = None,
+    step: int | Tensor = 0,
+) -> Sample:
+    """Selective token replacement with extrapolation (Algorithm 1 and Fig. 4 of the paper), a token a row, in one op.
+
+    Draws a draft token from one model; where the criterion holds, replaces it by a draw from
+    softmax(((1 + γ) z_R − γ z_B) / T), which is the RL model where γ = 0. The equivalent in plain PyTorch, line by
+    line, is `dlogp_kernels.reference_sample.extrapolated_sample`.
+
+    Args:
+        logits, base_logits: (…, V), of the RL model and of its base at the same positions; the same shape, any strides.
+        gamma: ≥ 0, how far to go beyond the RL model.
+        criterion: when to replace: `delta_logp` (Δlog p of the draft token < threshold), `kl`, `reverse_kl`, `avg_kl`,
+            `entropy` (of the base), `rl_entropy` (> threshold), `random` (with probability threshold), `all`, `none`.
+            At temperature 1 over the whole vocabulary; inequalities are strict.
+        threshold: τ of the criterion; None for `all` and `none`.
+        draft: who draws the draft token, "base" or "rl".
+        temperature: ≥ 0; 0 takes the largest logit, the first one if there are several.
+        top_k, top_p, min_p: filters of both draws, in this order, as `transformers` defines them, on logits / T. 0, 1
+            and 0 switch them off. Tokens of equal logits are kept or dropped together.
+        seed: 64 bits. The noise of a token is a function of (seed, row_id, step, token) alone, the same on every
+            device, and not of the batch around the row.
+        row_id: (…) int64 in [0, 2³²), the identity of each row's noise; 0, 1, … in order by default.
+        step: in [0, 2³²): the position of the token in its sequence, for example.
+            seed and step may be int64 tensors of one element on the device of the logits: a captured CUDA graph then
+            draws anew at every replay.
+
+    Returns:
+        Sample, each field (…). A row with NaN or +inf, or without a finite logit, gives token −1 and NaN.
+
+    A token with z_R = −inf is never a replacement. Where z_B alone is −inf, the row's least finite z_B stands in.
+
+    Gradients: none.
+
+    Raises:
+        ValueError, TypeError: a shape, device, dtype or option that does not fit, by name. UserWarning: a threshold of
+            `delta_logp` that is not below 0 replaces nearly every token.
+
+    Source: arXiv 2603.22117, Algorithm 1, Sec. 4 (extrapolation).
+    """
+    _check_logits("logits", logits)
+    _check_logits("base_logits", base_logits)
+    if base_logits.shape != logits.shape:
+        raise ValueError(
+            f"base_logits has shape {tuple(base_logits.shape)}, expected that of logits, {tuple(logits.shape)}"
+        )
+    _check_same_device("base_logits", base_logits, "logits", logits)
+    _check_criterion(criterion, threshold)
+    _check_choice("draft", draft, ("base", "rl"))
+    _check_number("gamma", gamma, 0.0, math.inf)
+    _check_number("temperature", temperature, 0.0, math.inf)
+    _check_number("top_p", top_p, 0.0, 1.0, low_included=False)
+    _check_number("min_p", min_p, 0.0, 1.0)
+    _check_integer("top_k", top_k, 0, 2**63)
+    flat_row_id = None if row_id is None else _row_ids(row_id, logits)
+    seed_number, seed_tensor = _counter("seed", seed, 2**64, logits)
+    step_number, step_tensor = _counter("step", step, 2**32, logits)
+    with torch.no_grad():
+        drawn = torch.ops.dlogp.extrapolated_sample(
+            _rows(logits),
+            _rows(base_logits),
+            flat_row_id,
+            seed_number,
+            step_number,
+            seed_tensor,
+            step_tensor,
+            float(gamma),
+            criterion,
+            _optional_float(threshold),
+            draft,
+            float(temperature),
+            top_k,
+            float(top_p),
+            float(min_p),
+        )
+    return Sample(*(value.view(logits.shape[:-1]) for value in drawn))
+
+
 def _rows(x: Tensor) -> Tensor:
     """At least one leading dimension; no copy."""
     return x if x.dim() > 1 else x[None]
@@ -368,3 +461,66 @@ def _check_options(**options: float | None) -> None:
             raise TypeError(f"{name} is {value!r}, expected a Python number")
         if not 0 < value < math.inf:
             raise ValueError(f"{name} is {value}, expected a finite number > 0")
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(choices)}")
+
+
+def _check_number(name: str, value: object, low: float, high: float, low_included: bool = True) -> None:
+    """A finite number in [low, high], or in (low, high]."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} is {value!r}, expected a Python number")
+    inside = low <= value <= high and (low_included or value > low) and math.isfinite(value)
+    if not inside:
+        bracket, end = "[" if low_included else "(", "∞)" if high == math.inf else f"{high:g}]"
+        raise ValueError(f"{name} is {value}, expected a number in {bracket}{low:g}, {end}")
+
+
+def _check_integer(name: str, value: object, low: int, end: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} is {value!r}, expected an integer")
+    if not low <= value < end:
+        raise ValueError(f"{name} is {value}, expected an integer in [{low}, 2**{end.bit_length() - 1})")
+
+
+def _check_criterion(criterion: str, threshold: float | None) -> None:
+    _check_choice("criterion", criterion, reference_sample.CRITERIA)
+    if criterion not in reference_sample.WITH_THRESHOLD:
+        if threshold is not None:
+            raise ValueError(f"threshold is {threshold}, expected None: the criterion {criterion!r} has none")
+        return
+    if threshold is None:
+        raise ValueError(f"threshold is None, expected a number: the criterion {criterion!r} compares with it")
+    if isinstance(threshold, bool) or not isinstance(threshold, int | float):
+        raise TypeError(f"threshold is {threshold!r}, expected a Python number")
+    if math.isnan(threshold):
+        raise ValueError("threshold is nan, expected a number")
+    if criterion == "delta_logp" and threshold >= 0:
+        warnings.warn(
+            f"threshold is {threshold}: one that is not below 0 replaces nearly every token (criterion 'delta_logp')",
+            stacklevel=3,
+        )
+
+
+def _row_ids(row_id: Tensor, logits: Tensor) -> Tensor:
+    """row_id (…) as (N,) int64."""
+    _check_tensor("row_id", row_id, _INTEGER, "an integer dtype")
+    if row_id.shape != logits.shape[:-1]:
+        raise ValueError(f"row_id has shape {tuple(row_id.shape)}, expected {tuple(logits.shape[:-1])}")
+    _check_same_device("row_id", row_id, "logits", logits)
+    return row_id.reshape(-1).to(torch.int64)
+
+
+def _counter(name: str, value: int | Tensor, end: int, logits: Tensor) -> tuple[int, Tensor | None]:
+    """A number as signed 64 bits, and None; or 0 and the tensor (1,) that holds it."""
+    if not isinstance(value, Tensor):
+        _check_integer(name, value, 0, end)
+        return value - 2**64 if value >= 2**63 else value, None
+    if value.dtype != torch.int64 or value.numel() != 1:
+        raise ValueError(
+            f"{name} has dtype {value.dtype} and shape {tuple(value.shape)}, expected an int64 tensor of one element"
+        )
+    _check_same_device(name, value, "logits", logits)
+    return 0, value.reshape(1)

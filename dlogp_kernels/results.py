@@ -32,3 +32,19 @@ class DeltaLogpStats(NamedTuple):
     reverse_kl: Tensor
     lse: Tensor
     base_lse: Tensor
+
+
+class Sample(NamedTuple):
+    """What `extrapolated_sample` drew at each position; every field has the leading shape of the logits.
+
+    `token` is what to go on with, `draft_token` what the draft was, `selected` where the criterion held and the draft
+    was replaced. `delta_logp` is that of the draft token, `logp` and `base_logp` are of `token`, in nats, over the whole
+    vocabulary at temperature 1. A row from which nothing can be drawn has token −1.
+    """
+
+    token: Tensor
+    draft_token: Tensor
+    selected: Tensor
+    delta_logp: Tensor
+    logp: Tensor
+    base_logp: Tensor

@@ -3,7 +3,8 @@
 N tokens lie in the leading dimensions, at least one, of hidden (…, D) and logits (…, V); weight is (V, D). Targets
 are flat, (N, K) int64, and so are outputs: `logp`-like ones are (N, K), the others (N,). In a backward op a gradient
 that is None counts as zero, and `output_mask` says which gradients to compute, in the order of the floating inputs; the
-others come back empty.
+others come back empty. Sampling has no gradient; its seed (64 bits, as int64) and step come as numbers, or from the
+device as int64 tensors of one element, which then count; row_id is (N,) int64, or None for 0 … N − 1.
 
 A backend other than plain PyTorch implements a private copy of each schema, `_<backend>_<op>`, with one more argument,
 the workspace in bytes; `backends.py` chooses between them.
@@ -23,6 +24,10 @@ _ONE_MODEL_GRADIENTS = "Tensor? grad_logp, Tensor? grad_entropy, Tensor? grad_ls
 _PAIR_GRADIENTS = (
     "Tensor? grad_logp, Tensor? grad_base_logp, Tensor? grad_entropy, Tensor? grad_base_entropy, "
     "Tensor? grad_kl, Tensor? grad_reverse_kl, Tensor? grad_lse, Tensor? grad_base_lse"
+)
+_SAMPLE_OPTIONS = (
+    "Tensor? row_id, int seed, int step, Tensor? seed_tensor, Tensor? step_tensor, float gamma, str criterion, "
+    "float? threshold, str draft, float temperature, int top_k, float top_p, float min_p"
 )
 _ONE_MODEL_SAVED = "Tensor entropy, Tensor lse"
 _PAIR_SAVED = "Tensor entropy, Tensor base_entropy, Tensor kl, Tensor reverse_kl, Tensor lse, Tensor base_lse"
@@ -55,6 +60,10 @@ SCHEMAS: dict[str, tuple[str, str]] = {
         f"{_PAIR_GRADIENTS}, Tensor logits, Tensor base_logits, Tensor target, {_PAIR_SAVED}, {_PAIR_OPTIONS}, "
         "bool[2] output_mask",
         "(Tensor grad_logits, Tensor grad_base_logits)",
+    ),
+    "extrapolated_sample": (
+        f"Tensor logits, Tensor base_logits, {_SAMPLE_OPTIONS}",
+        "(Tensor token, Tensor draft_token, Tensor selected, Tensor delta_logp, Tensor logp, Tensor base_logp)",
     ),
 }
 

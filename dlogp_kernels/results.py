@@ -38,7 +38,7 @@ class Sample(NamedTuple):
     """What `extrapolated_sample` drew at each position; every field has the leading shape of the logits.
 
     `token` is what to go on with, `draft_token` what the draft was, `selected` where the criterion held and the draft
-    was replaced. `delta_logp` is that of the draft token, `logp` and `base_logp` are of `token`, in nats, over the whole
+    was replaced. `delta_logp` is of the draft token, `logp` and `base_logp` are of `token`, in nats, over the whole
     vocabulary at temperature 1. A row from which nothing can be drawn has token −1.
     """
 

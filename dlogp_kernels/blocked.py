@@ -303,13 +303,14 @@ def extrapolated_sample(
     dtype, device = accumulation_dtype(logits, base_logits), logits.device
     n, v = logits.shape[:-1].numel(), logits.shape[-1]
     row_id = torch.arange(n, device=device) if row_id is None else row_id
-    seed_tensor = torch.full((1,), seed, device=device) if seed_tensor is None else seed_tensor.view(1)
-    step_tensor = torch.full((1,), step, device=device) if step_tensor is None else step_tensor.view(1)
+    seed_tensor = torch.full((1,), seed, device=device) if seed_tensor is None else seed_tensor
+    steps = torch.full((1,), step, device=device) if step_tensor is None else step_tensor
+    steps = steps.expand(n)
     options = (gamma, criterion, threshold, draft, temperature, top_k, top_p, min_p)
     blocks = []
     for rows in torch.arange(n, device=device).split(max(1, workspace // (v * 8 * _SAMPLE_TEMPORARIES))):
         z, base_z = (rows_of(x, rows).to(dtype) for x in (logits, base_logits))
-        block = reference_sample.extrapolated_sample(z, base_z, row_id[rows], seed_tensor, step_tensor, *options)
+        block = reference_sample.extrapolated_sample(z, base_z, row_id[rows], seed_tensor, steps[rows], *options)
         blocks.append(block)
     return tuple(torch.cat(values) for values in zip(*blocks, strict=True))
 

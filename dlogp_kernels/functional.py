@@ -284,7 +284,7 @@ def extrapolated_sample(
         seed: 64 bits. The noise of a token is a function of (seed, row_id, step, token) alone, the same on every
             device, and not of the batch around the row.
         row_id: (…) int64 in [0, 2³²), the identity of each row's noise; 0, 1, … in order by default.
-        step: in [0, 2³²): the position of the token in its sequence, for example.
+        step: in [0, 2³²): the position of the token in its sequence, for example. For all rows, or as a tensor (…).
             seed and step may be int64 tensors of one element on the device of the logits: a captured CUDA graph then
             draws anew at every replay.
 
@@ -315,9 +315,12 @@ def extrapolated_sample(
     _check_number("top_p", top_p, 0.0, 1.0, low_included=False)
     _check_number("min_p", min_p, 0.0, 1.0)
     _check_integer("top_k", top_k, 0, 2**63)
-    flat_row_id = None if row_id is None else _row_ids(row_id, logits)
+    flat_row_id = None if row_id is None else _per_row("row_id", row_id, logits)
     seed_number, seed_tensor = _counter("seed", seed, 2**64, logits)
-    step_number, step_tensor = _counter("step", step, 2**32, logits)
+    if isinstance(step, Tensor) and step.numel() != 1:
+        step_number, step_tensor = 0, _per_row("step", step, logits)
+    else:
+        step_number, step_tensor = _counter("step", step, 2**32, logits)
     with torch.no_grad():
         drawn = torch.ops.dlogp.extrapolated_sample(
             _rows(logits),
@@ -504,13 +507,13 @@ def _check_criterion(criterion: str, threshold: float | None) -> None:
         )
 
 
-def _row_ids(row_id: Tensor, logits: Tensor) -> Tensor:
-    """row_id (…) as (N,) int64."""
-    _check_tensor("row_id", row_id, _INTEGER, "an integer dtype")
-    if row_id.shape != logits.shape[:-1]:
-        raise ValueError(f"row_id has shape {tuple(row_id.shape)}, expected {tuple(logits.shape[:-1])}")
-    _check_same_device("row_id", row_id, "logits", logits)
-    return row_id.reshape(-1).to(torch.int64)
+def _per_row(name: str, value: Tensor, logits: Tensor) -> Tensor:
+    """An integer tensor (…) as (N,) int64."""
+    _check_tensor(name, value, _INTEGER, "an integer dtype")
+    if value.shape != logits.shape[:-1]:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {tuple(logits.shape[:-1])}")
+    _check_same_device(name, value, "logits", logits)
+    return value.reshape(-1).to(torch.int64)
 
 
 def _counter(name: str, value: int | Tensor, end: int, logits: Tensor) -> tuple[int, Tensor | None]:

@@ -34,9 +34,12 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor) -> tupl
 
 
 def noise_bits(tokens: Tensor, row_id: Tensor, seed: Tensor, step: Tensor, stream: int) -> Tensor:
-    """32 random bits of each row (B,) and token (n,): counter (v // 4, row_id, step, stream), word v % 4; (B, n)."""
+    """32 random bits of each row and token (n,): counter (v // 4, row_id, step, stream), word v % 4; (B, n).
+
+    row_id (B,), seed (1,), step (1,) or (B,), all int64.
+    """
     block = (tokens // 4).expand(row_id.shape[0], -1)
-    other = [x.expand_as(block) for x in (row_id[:, None], step, torch.full_like(step, stream))]
+    other = [x[:, None].expand_as(block) for x in (row_id, step.expand_as(row_id), torch.full_like(row_id, stream))]
     words = torch.stack(philox((block, *other), seed), dim=-1)
     lane = (tokens % 4).expand_as(block)
     return words.gather(-1, lane[..., None]).squeeze(-1)
@@ -146,7 +149,7 @@ def extrapolated_sample(
     top_p: float,
     min_p: float,
 ) -> Sample:
-    """Of logits (B, V) in float32 or float64; seed and step are int64 of one element, row_id (B,)."""
+    """Of logits (B, V) in float32 or float64; int64 row_id (B,), seed (1,), step (1,) or (B,)."""
     bad = _is_bad(logits) | _is_bad(base_logits)
     z, base_z = (x.masked_fill(bad[:, None], 0.0) for x in (logits, base_logits))
     filters = (temperature, top_k, top_p, min_p)

@@ -4,7 +4,7 @@ N tokens lie in the leading dimensions, at least one, of hidden (…, D) and log
 are flat, (N, K) int64, and so are outputs: `logp`-like ones are (N, K), the others (N,). In a backward op a gradient
 that is None counts as zero, and `output_mask` says which gradients to compute, in the order of the floating inputs; the
 others come back empty. Sampling has no gradient; its seed (64 bits, as int64) and step come as numbers, or from the
-device as int64 tensors of one element, which then count; row_id is (N,) int64, or None for 0 … N − 1.
+device as int64 tensors, seed (1,), step (1,) or (N,), which then count; row_id is (N,) int64, or None for 0 … N − 1.
 
 A backend other than plain PyTorch implements a private copy of each schema, `_<backend>_<op>`, with one more argument,
 the workspace in bytes; `backends.py` chooses between them.

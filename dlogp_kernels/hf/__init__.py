@@ -8,17 +8,20 @@ except ModuleNotFoundError as error:
         f"dlogp_kernels.hf needs {error.name}: pip install 'dlogp_kernels[hf]'", name=error.name
     ) from error
 
+from .generation import Generation, generate
 from .heads import LmHead, lm_head
 from .loading import check_same_tokenizer, context_length, load_model, load_tokenizer
 from .metrics import LmHeadInputs, lm_head_inputs, token_metrics
 from .store import HiddenStore, store_base_hidden
 
 __all__ = [
+    "Generation",
     "HiddenStore",
     "LmHead",
     "LmHeadInputs",
     "check_same_tokenizer",
     "context_length",
+    "generate",
     "lm_head",
     "lm_head_inputs",
     "load_model",

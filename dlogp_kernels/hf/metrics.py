@@ -285,9 +285,15 @@ def _base_body(base_model: nn.Module | LmHead, base_hidden: Tensor | None, input
 
 def _common_vocabulary(head: LmHead, base_head: LmHead, batch: Batch) -> tuple[LmHead, LmHead]:
     """Both last layers cut to the rows that both have, where they differ by padding only."""
-    rows, base_rows = head.weight.shape[0], base_head.weight.shape[0]
+    common = common_rows(head.weight.shape[0], base_head.weight.shape[0], batch)
+    return _first_rows(head, common), _first_rows(base_head, common)
+
+
+def common_rows(rows: int, base_rows: int, batch: Batch) -> int:
+    """Rows of the vocabulary that both models have; an error where they differ by more than padding, or the batch has
+    tokens beyond them."""
     if rows == base_rows:
-        return head, base_head
+        return rows
     if abs(rows - base_rows) >= _MAX_PADDING_ROWS:
         raise ValueError(
             f"base_model has a vocabulary of {base_rows} rows and model one of {rows}: expected the same, or a "
@@ -301,7 +307,7 @@ def _common_vocabulary(head: LmHead, base_head: LmHead, batch: Batch) -> tuple[L
             f"input_ids[{row}, {column}] is {int(batch.input_ids[row, column])}, expected a token in [0, {common}), "
             "the vocabulary that both models have"
         )
-    return _first_rows(head, common), _first_rows(base_head, common)
+    return common
 
 
 def _first_rows(head: LmHead, rows: int) -> LmHead:

@@ -40,7 +40,7 @@ def verified_lm_head(model: nn.Module, tokens: Tensor) -> LmHead:
     layer = causal_lm.get_output_embeddings()
     signature = (type(layer), tuple(head.weight.shape), head.bias is None, head.softcap, head.logit_scale)
     if tokens.numel() and _verified.get(causal_lm) != signature:
-        with torch.no_grad(), _evaluation(causal_lm):
+        with torch.no_grad(), evaluation(causal_lm):
             _check_causal(causal_lm, _probe_ids(tokens))
             _check_logits(causal_lm, head, _probe_ids(tokens))
         _verified[causal_lm] = signature
@@ -52,7 +52,7 @@ def verify_in_chunks(model: PreTrainedModel, tokens: Tensor) -> None:
     if not tokens.numel() or model in _verified_in_chunks:
         return
     input_ids = _probe_ids(tokens)
-    with torch.no_grad(), _evaluation(model):
+    with torch.no_grad(), evaluation(model):
         whole, chunked = run_body(model, input_ids), run_body(model, input_ids, _CHUNK)
     error = _hidden_error(chunked[:, _CHUNK:], whole[:, _CHUNK:])
     if not error <= _HIDDEN_TOLERANCE[whole.dtype]:
@@ -65,7 +65,7 @@ def verify_in_chunks(model: PreTrainedModel, tokens: Tensor) -> None:
 
 
 @contextlib.contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
+def evaluation(model: nn.Module) -> Iterator[None]:
     """Within this context the model is in evaluation mode; each module's own mode is restored after it."""
     training = [module for module in model.modules() if module.training]
     model.eval()

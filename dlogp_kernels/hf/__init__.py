@@ -8,6 +8,8 @@ except ModuleNotFoundError as error:
         f"dlogp_kernels.hf needs {error.name}: pip install 'dlogp_kernels[hf]'", name=error.name
     ) from error
 
+from .custom import ExtrapolationOutput, custom_generate
+from .extrapolation_processor import ExtrapolationLogitsProcessor
 from .generation import Generation, generate
 from .heads import LmHead, lm_head
 from .loading import check_same_tokenizer, context_length, load_model, load_tokenizer
@@ -15,12 +17,15 @@ from .metrics import LmHeadInputs, lm_head_inputs, token_metrics
 from .store import HiddenStore, store_base_hidden
 
 __all__ = [
+    "ExtrapolationLogitsProcessor",
+    "ExtrapolationOutput",
     "Generation",
     "HiddenStore",
     "LmHead",
     "LmHeadInputs",
     "check_same_tokenizer",
     "context_length",
+    "custom_generate",
     "generate",
     "lm_head",
     "lm_head_inputs",

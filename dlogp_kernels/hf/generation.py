@@ -418,7 +418,7 @@ def _stop_tokens(
 
 def _special_tokens(model: PreTrainedModel, name: str) -> list[int]:
     """Tokens of that name in the generation config, or else in the config."""
-    for config in (model.generation_config, model.config.get_text_config(decoder=True)):
+    for config in (getattr(model, "generation_config", None), model.config.get_text_config(decoder=True)):
         value: Any = getattr(config, name, None)
         if value is not None:
             return list(value) if isinstance(value, list | tuple) else [int(value)]

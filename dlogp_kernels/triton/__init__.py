@@ -2,6 +2,7 @@
 
 from ._backward import linear_delta_logp_bwd, linear_logp_bwd
 from .delta_logp import delta_logp_bwd, delta_logp_fwd
+from .extrapolated_sample import extrapolated_sample
 from .linear_delta_logp import linear_delta_logp_fwd
 from .linear_logp import linear_logp_fwd
 from .logp import logp_bwd, logp_fwd
@@ -9,6 +10,7 @@ from .logp import logp_bwd, logp_fwd
 __all__ = [
     "delta_logp_bwd",
     "delta_logp_fwd",
+    "extrapolated_sample",
     "linear_delta_logp_bwd",
     "linear_delta_logp_fwd",
     "linear_logp_bwd",

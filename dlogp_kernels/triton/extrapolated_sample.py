@@ -1,0 +1,328 @@
+"""`extrapolated_sample` on GPUs: draft, criterion and replacement of a row by one program, without sorting.
+
+The definition is reference_sample.py; the noise is the same bit for bit. What a filter drops is found by narrowing an
+interval of float32 numbers: a walk over the row weighs what lies above seven numbers in it, and an eighth is left.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import reference_sample
+from ..results import Sample
+from . import _math
+from ._device import on_device_of
+from ._rows import Matrix, matrix, row_offset
+from ._sizes import next_power_of_2
+from .logp import possible
+
+_BLOCK = 1024
+_DRAFT = tl.constexpr(reference_sample.DRAFT)
+_REPLACEMENT = tl.constexpr(reference_sample.REPLACEMENT)
+_RANDOM = tl.constexpr(reference_sample.RANDOM)
+#: −log of the smallest −log(1 − u), that of u = 2⁻³³; rounded up.
+_MOST_NOISE = tl.constexpr(22.875)
+_NO_TOKEN = tl.constexpr(2**31 - 1)
+
+
+class Pair(NamedTuple):
+    """Both models' logits, and how a draw looks at them: see `load_scores`."""
+
+    logits: Matrix
+    base_logits: Matrix
+    gamma: float
+    temperature: float
+
+
+class Noise(NamedTuple):
+    """Where the noise of a row comes from: numbers, or int64 tensors on the device that count instead."""
+
+    seed: int
+    step: int
+    seed_ptr: Any
+    step_ptr: Any
+    row_id_ptr: Any
+
+
+@triton.jit
+def load_logits(matrix, row, tokens, V):
+    """float32; −inf outside the vocabulary."""
+    pointers = matrix.data + row_offset(matrix, row) + tokens.to(tl.int64) * matrix.stride_column
+    return tl.load(pointers, mask=tokens < V, other=float("-inf")).to(tl.float32)
+
+
+@triton.jit
+def load_scores(pair, row, tokens, V, least_base, STREAM: tl.constexpr, BASE_DRAFTS: tl.constexpr):
+    """z / T of the model that drafts, or of the extrapolation; `least_base` stands in for −inf in the base alone."""
+    if STREAM == _REPLACEMENT:
+        rl, base = load_logits(pair.logits, row, tokens, V), load_logits(pair.base_logits, row, tokens, V)
+        base = tl.where(base == float("-inf"), least_base, base)
+        z = tl.where(rl == float("-inf"), rl, (1.0 + pair.gamma) * rl - pair.gamma * base)
+    elif BASE_DRAFTS:
+        z = load_logits(pair.base_logits, row, tokens, V)
+    else:
+        z = load_logits(pair.logits, row, tokens, V)
+    return z / pair.temperature
+
+
+@triton.jit
+def noise_bits(noise, row_id, step, blocks, STREAM: tl.constexpr):
+    """32 bits of each token of `blocks` of four, in order: counter (block, row_id, step, stream)."""
+    zero = tl.zeros_like(blocks)
+    seed = noise.seed
+    if noise.seed_ptr is not None:
+        seed = tl.load(noise.seed_ptr)
+    b0, b1, b2, b3 = tl.philox(seed, blocks, zero + row_id, zero + step, zero + STREAM)
+    return tl.interleave(tl.interleave(b0, b2), tl.interleave(b1, b3))
+
+
+@triton.jit
+def log_of_rest(u):
+    """log(1 − u) for 0 < u ≤ ½, with what 1 − u loses to rounding."""
+    rest = 1.0 - u
+    return _math.log(rest) + ((1.0 - rest) - u) / rest
+
+
+@triton.jit
+def gumbel(bits):
+    """−log(−log(1 − u)), u = (bits + ½)·2⁻³², from the smaller one of u and 1 − u."""
+    low = bits < 0x80000000
+    smaller = (tl.where(low, bits, 0xFFFFFFFF - bits).to(tl.float32) + 0.5) * 2.3283064365386963e-10
+    return -_math.log(-tl.where(low, log_of_rest(smaller), _math.log(smaller)))
+
+
+@triton.jit
+def key_of(x):
+    """An int32 in the order of the float32 numbers."""
+    bits = x.to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+@triton.jit
+def weight_above(
+    pair, row, V, least_base, largest, low, high, MASS: tl.constexpr, STREAM: tl.constexpr,
+    BASE_DRAFTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Eight keys from `low` on, and the weight of the tokens above each: e^{x − largest} with MASS, else 1; float64."""
+    marks = low + ((high - low) * tl.arange(0, 8).to(tl.int64)) // 8
+    weight = tl.zeros([8], tl.float64)
+    for begin in range(0, V, BLOCK):
+        x = load_scores(pair, row, begin + tl.arange(0, BLOCK), V, least_base, STREAM, BASE_DRAFTS)
+        each = _math.exp(x - largest) if MASS else tl.where(x > float("-inf"), 1.0, 0.0)
+        above = tl.where(key_of(x).to(tl.int64)[None, :] > marks[:, None], each[None, :], 0.0)
+        weight += tl.sum(above, 1).to(tl.float64)
+    return marks, weight
+
+
+@triton.jit
+def narrowed(marks, weight, enough, low, high):
+    """The part of (low, high] between two marks where the weight above ceases to be enough."""
+    is_enough = weight >= enough
+    return tl.max(tl.where(is_enough, marks, low), 0), tl.min(tl.where(is_enough, high, marks), 0)
+
+
+@triton.jit
+def cut_at(
+    pair, row, V, least_base, largest, low, number, share, MASS: tl.constexpr, STREAM: tl.constexpr,
+    BASE_DRAFTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A key ≥ `low`: tokens above it are kept, those above which lies less than enough.
+
+    Enough is `share` of the mass above `low` with MASS, else `number` of tokens. Where there is less in all, it is `low`.
+    """
+    high = key_of(largest).to(tl.int64)
+    marks, weight = weight_above(pair, row, V, least_base, largest, low, high, MASS, STREAM, BASE_DRAFTS, BLOCK)
+    total = tl.max(weight, 0)
+    enough = total * share if MASS else number.to(tl.float64)
+    if total >= enough:
+        low, high = narrowed(marks, weight, enough, low, high)
+        while high - low > 1:
+            marks, weight = weight_above(pair, row, V, least_base, largest, low, high, MASS, STREAM, BASE_DRAFTS, BLOCK)
+            low, high = narrowed(marks, weight, enough, low, high)
+    return low
+
+
+@triton.jit
+def draw(
+    pair, noise, row, V, least_base, row_id, step, top_k, top_p, min_p, STREAM: tl.constexpr,
+    BASE_DRAFTS: tl.constexpr, GREEDY: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The token with the largest score z / T + noise among those kept, the first one if there are several."""
+    largest = tl.full([], float("-inf"), tl.float32)
+    for begin in range(0, V, BLOCK):
+        x = load_scores(pair, row, begin + tl.arange(0, BLOCK), V, least_base, STREAM, BASE_DRAFTS)
+        largest = tl.maximum(largest, tl.max(x, 0))
+    cut = key_of(tl.full([], float("-inf"), tl.float32)).to(tl.int64)
+    if TOP_K:
+        cut = cut_at(
+            pair, row, V, least_base, largest, cut, top_k, top_p, False, STREAM, BASE_DRAFTS, BLOCK
+        )  # fmt: skip
+    if TOP_P:
+        cut = cut_at(
+            pair, row, V, least_base, largest, cut, top_k, top_p, True, STREAM, BASE_DRAFTS, BLOCK
+        )  # fmt: skip
+    best = tl.full([], float("-inf"), tl.float32)
+    token = _NO_TOKEN + tl.zeros([], tl.int32)
+    for begin in range(0, V, BLOCK):
+        tokens = begin + tl.arange(0, BLOCK)
+        x = load_scores(pair, row, tokens, V, least_base, STREAM, BASE_DRAFTS)
+        kept = (key_of(x).to(tl.int64) > cut) & (_math.exp(x - largest) >= min_p)
+        score = tl.where(kept, x, float("-inf"))
+        if GREEDY:
+            score = x
+        # A block whose best token would lose with the most noise needs none.
+        if (tl.max(score, 0) > float("-inf")) & (tl.max(score, 0) + (0.0 if GREEDY else _MOST_NOISE) >= best):
+            if not GREEDY:
+                blocks = begin // 4 + tl.arange(0, BLOCK // 4)
+                score = score + gumbel(noise_bits(noise, row_id, step, blocks, STREAM))
+            best_here = tl.max(score, 0)
+            first = tl.min(tl.where(score == best_here, tokens, _NO_TOKEN), 0)
+            token = tl.where(best_here > best, first, token)
+            best = tl.maximum(best, best_here)
+    return token
+
+
+@triton.jit
+def pair_statistics(pair, row, V, BLOCK: tl.constexpr):
+    """The row's pair state at temperature 1, the least finite base logit, and whether nothing can be drawn from it."""
+    state = _math.empty_pair_state(1)
+    least_base = tl.full([], float("inf"), tl.float32)
+    bad = tl.zeros([], tl.int32)
+    finite, base_finite = tl.zeros([], tl.int32), tl.zeros([], tl.int32)
+    for begin in range(0, V, BLOCK):
+        tokens = begin + tl.arange(0, BLOCK)
+        z, base_z = load_logits(pair.logits, row, tokens, V), load_logits(pair.base_logits, row, tokens, V)
+        wrong = (z != z) | (base_z != base_z) | (z == float("inf")) | (base_z == float("inf"))
+        bad = tl.maximum(bad, tl.max(wrong.to(tl.int32), 0))
+        finite = tl.maximum(finite, tl.max((z > float("-inf")).to(tl.int32), 0))
+        base_finite = tl.maximum(base_finite, tl.max((base_z > float("-inf")).to(tl.int32), 0))
+        least_base = tl.minimum(least_base, tl.min(tl.where(base_z > float("-inf"), base_z, float("inf")), 0))
+        x, base_x = possible(z), possible(base_z)
+        state = _math.fold_pair(state, x[None, :], base_x[None, :], 1.0, 1.0)
+        state = _math.with_alone(state, x, base_x)
+    return state, least_base, (bad > 0) | (finite == 0) | (base_finite == 0)
+
+
+@triton.jit
+def is_selected(state, delta_logp, threshold, u, CRITERION: tl.constexpr):
+    """Whether the draft is to be replaced, (1,)."""
+    if CRITERION == "all":
+        selected = delta_logp == delta_logp
+        selected = selected | (delta_logp != delta_logp)
+    elif CRITERION == "none":
+        selected = delta_logp != delta_logp
+        selected = selected & (delta_logp == delta_logp)
+    elif CRITERION == "delta_logp":
+        selected = delta_logp < threshold
+    elif CRITERION == "random":
+        selected = u < threshold
+    elif CRITERION == "entropy":
+        selected = _math.entropy_of(state.base, 1.0) > threshold
+    elif CRITERION == "rl_entropy":
+        selected = _math.entropy_of(state.model, 1.0) > threshold
+    else:
+        kl = _math.divergence_of(state.model, state.base, state.cross, state.alone)
+        reverse_kl = _math.divergence_of(state.base, state.model, state.base_cross, state.base_alone)
+        if CRITERION == "kl":
+            selected = kl > threshold
+        elif CRITERION == "reverse_kl":
+            selected = reverse_kl > threshold
+        else:
+            selected = 0.5 * (kl + reverse_kl) > threshold
+    return selected
+
+
+@triton.jit
+def logp_of_token(matrix, state, row, token, V):
+    """(1,)"""
+    return _math.logp_of(possible(load_logits(matrix, row, token + tl.arange(0, 1), V)), state, 1.0)
+
+
+@triton.jit(do_not_specialize=["top_k"])
+def _extrapolated_sample_kernel(
+    pair, noise, out, V, threshold, top_k, top_p, min_p, CRITERION: tl.constexpr, BASE_DRAFTS: tl.constexpr,
+    GREEDY: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A program samples one row: logits, base_logits (N, V) of any floating dtype → Sample `out`, (N,) each.
+
+    float32, masses summed in float64; deterministic, and the draw of a row depends on (seed, row_id, step, logits) alone.
+    """
+    row = tl.program_id(0)
+    one = tl.arange(0, 1)
+    row_id, step = row, noise.step
+    if noise.row_id_ptr is not None:
+        row_id = tl.load(noise.row_id_ptr + row).to(tl.int32)
+    if noise.step_ptr is not None:
+        step = tl.load(noise.step_ptr + row * noise.step).to(tl.int32)
+    state, least_base, bad = pair_statistics(pair, row, V, BLOCK)
+    token = tl.full([], -1, tl.int32)
+    draft_token = token
+    nan = tl.full([1], float("nan"), tl.float32)
+    delta_logp, logp, base_logp = nan, nan, nan
+    selected = one < 0
+    if not bad:
+        draft_token = draw(
+            pair, noise, row, V, least_base, row_id, step, top_k, top_p, min_p, _DRAFT, BASE_DRAFTS, GREEDY, TOP_K,
+            TOP_P, BLOCK,
+        )  # fmt: skip
+        logp = logp_of_token(pair.logits, state.model, row, draft_token, V)
+        base_logp = logp_of_token(pair.base_logits, state.base, row, draft_token, V)
+        delta_logp = logp - base_logp
+        u = noise_bits(noise, row_id, step, one, _RANDOM)
+        u = (tl.min(tl.where(tl.arange(0, 4) == 0, u, 0xFFFFFFFF), 0).to(tl.float32) + 0.5) * 2.3283064365386963e-10
+        selected = is_selected(state, delta_logp, threshold, u + tl.zeros([1], tl.float32), CRITERION)
+        token = draft_token
+        if tl.max(selected.to(tl.int32), 0) > 0:
+            token = draw(
+                pair, noise, row, V, least_base, row_id, step, top_k, top_p, min_p, _REPLACEMENT, BASE_DRAFTS, GREEDY,
+                TOP_K, TOP_P, BLOCK,
+            )  # fmt: skip
+            logp = logp_of_token(pair.logits, state.model, row, token, V)
+            base_logp = logp_of_token(pair.base_logits, state.base, row, token, V)
+    tl.store(out.token + row, token.to(tl.int64))
+    tl.store(out.draft_token + row, draft_token.to(tl.int64))
+    tl.store(out.selected + row + one, selected)
+    tl.store(out.delta_logp + row + one, delta_logp)
+    tl.store(out.logp + row + one, logp)
+    tl.store(out.base_logp + row + one, base_logp)
+
+
+def extrapolated_sample(
+    logits: Tensor,
+    base_logits: Tensor,
+    row_id: Tensor | None,
+    seed: int,
+    step: int,
+    seed_tensor: Tensor | None,
+    step_tensor: Tensor | None,
+    gamma: float,
+    criterion: str,
+    threshold: float | None,
+    draft: str,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    workspace: int,
+) -> Sample:
+    n, v = logits.shape[:-1].numel(), logits.shape[-1]
+    tokens = [torch.empty(n, dtype=torch.int64, device=logits.device) for _ in range(2)]
+    selected = torch.empty(n, dtype=torch.bool, device=logits.device)
+    values = [torch.empty(n, dtype=torch.float32, device=logits.device) for _ in range(3)]
+    out = Sample(*tokens, selected, *values)
+    if n == 0:
+        return out
+    greedy = temperature == 0.0
+    pair = Pair(matrix(logits), matrix(base_logits), gamma, 1.0 if greedy else temperature)
+    if step_tensor is not None:  # the number then says how far apart the rows' steps are
+        step = int(step_tensor.numel() > 1)
+    with on_device_of(logits):
+        _extrapolated_sample_kernel[(n,)](
+            pair, Noise(seed, step, seed_tensor, step_tensor, row_id), out, v, threshold or 0.0, top_k, top_p, min_p,
+            CRITERION=criterion, BASE_DRAFTS=draft == "base", GREEDY=greedy, TOP_K=0 < top_k < v and not greedy,
+            TOP_P=top_p < 1.0 and not greedy, BLOCK=min(_BLOCK, max(128, next_power_of_2(v))), num_warps=8,
+        )  # fmt: skip
+    return out

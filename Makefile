@@ -10,8 +10,10 @@ SOURCES := $(wildcard csrc/*/* python_bindings/*)
 demo: setup
 	$(BIN)/dlogp demo
 
+# The tests of the ops run once more under Triton's interpreter: its kernels on the CPU. A process is one or the other.
 test: setup
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest
 
 lint: setup
 	$(BIN)/ruff check .

@@ -10,6 +10,8 @@ from torch.nn import functional as F
 
 from dlogp_kernels import reference
 
+pytestmark = pytest.mark.cpu_only
+
 FP64 = torch.float64
 LOG2, LOG3 = math.log(2), math.log(3)
 

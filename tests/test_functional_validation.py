@@ -7,6 +7,8 @@ from cases import LINEAR_OPS, OPS, PAIR_OPS, call, is_pair, make_inputs
 
 import dlogp_kernels
 
+pytestmark = pytest.mark.cpu_only
+
 
 def _refused(op: str, error: type[Exception], message: str, **changes) -> None:
     tensors = make_inputs(op, (2, 3), v=30, d=4)

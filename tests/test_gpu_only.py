@@ -61,7 +61,6 @@ def run(op: str, inputs: Inputs, **options: Any) -> Any:
 
 
 def upstream(stats: tuple[Tensor, ...]) -> list[Tensor]:
-    """The first rows' do not depend on how many rows there are."""
     return [grad.to(x.device) for grad, x in zip(upstream_of(stats), stats, strict=True)]
 
 

@@ -10,6 +10,7 @@ from cases import (
     OPS,
     PAIR_OPS,
     call,
+    check_against_truth,
     check_gradients_against_truth,
     fewer,
     floating,
@@ -207,6 +208,16 @@ def test_one_tensor_used_twice_gets_both_gradients(exact, op):
         torch.testing.assert_close(both, expected["weight"] + expected["base_weight"])
     else:
         torch.testing.assert_close(both, expected["weight"].index_add(0, torch.arange(5), expected["hidden"]))
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+@pytest.mark.parametrize("bias", [None, "bias", "base_bias"])
+def test_one_head_of_both_models(accuracy, bias, dtype):
+    """The same tensor, as where training froze it: kernels may load it once."""
+    inputs = make_inputs("linear_delta_logp", fewer(200, 40), v=301, d=64, dtype=dtype)
+    inputs |= {"base_weight": inputs["weight"], "base_hidden": inputs["base_hidden"][:, :64].contiguous()}
+    inputs = {name: x for name, x in inputs.items() if "bias" not in name or name == bias}
+    check_against_truth(accuracy, "linear_delta_logp", inputs)
 
 
 @pytest.mark.parametrize("op", PAIR_OPS)

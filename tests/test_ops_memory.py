@@ -15,9 +15,13 @@ HELPER = Path(__file__).with_name("peak_memory.py")
 MEASURED = {"n": 2048, "d": 256, "v": 50_000, "dtype": "bfloat16", "pass": "forward", "wanted": [], "view": ""}
 ALL_OF_A_PAIR = ["hidden", "weight", "bias", "base_hidden", "base_weight", "base_bias"]
 
-pytestmark = pytest.mark.skipif(
-    not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak of a process is reset by Linux only"
-)
+pytestmark = [
+    pytest.mark.cpu_only,
+    pytest.mark.served_by("cpu", "reference"),
+    pytest.mark.skipif(
+        not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak of a process is reset by Linux only"
+    ),
+]
 
 
 @pytest.fixture

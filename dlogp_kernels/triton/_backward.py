@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import _rows
 from ._device import on_device_of
-from ._fused import Model
+from ._fused import Model, one_model
 from ._products import add_product, product
 from ._rows import Matrix, Rows, matrix
 from ._sizes import round_up
@@ -33,8 +33,8 @@ _LEAST_ROWS = 128
 #: The largest upstream gradient, times the scale, in float16: far from its limit, 65504, and its smallest number.
 _FLOAT16_LARGEST = 2.0**12
 
-#: (first row, column, tiles) → gradients by the tiles' raw logits, into each model's block of them.
-_TileGradient = Callable[[int, int, list[Logits], list[Matrix | None], tuple[int, int]], None]
+#: (first row, column, tiles, outs, shape, in place) → gradients by the tiles' raw logits, into each model's out.
+_TileGradient = Callable[[int, int, list[Logits], list[Matrix | None], tuple[int, int], list[bool]], None]
 
 
 class Cut(NamedTuple):
@@ -120,6 +120,11 @@ class _Walk:
         self.device = target.device
 
     def run(self) -> None:
+        if self.num_rows == 0:
+            for layer in self.layers:
+                for gradient in layer.gradients():
+                    gradient.zero_()
+            return
         wants_hidden = any(layer.wants_hidden for layer in self.layers)
         wants_weight = any(layer.wants_weight or layer.wants_bias for layer in self.layers)
         if wants_weight:
@@ -154,27 +159,26 @@ class _Walk:
         self._allocate(cut)
         totals = [self._zeros(layer.wants_hidden and with_hidden, cut.rows, layer) for layer in self.layers]
         weight_totals = [self._zeros(layer.wants_weight, cut.tokens, layer) for layer in self.layers]
-        bias_totals = [torch.zeros(cut.tokens, dtype=torch.float32, device=self.device) for _ in self.layers]
+        bias_totals = [self._bias_total(layer) for layer in self.layers]
         for column, num_tokens in _blocks(self.vocabulary, cut.tokens):
             for first, num_rows in _blocks(self.num_rows, cut.rows):
                 if column == 0 or cut.rows < self.num_rows:
                     self._gather(first)
-                self._grad_logits(first, num_rows, column, num_tokens)
-                for layer, total, weight_total, bias_total in zip(
-                    self.layers, totals, weight_totals, bias_totals, strict=True
-                ):
-                    self._add_weight(layer, weight_total, bias_total, first, num_rows, num_tokens)
+                self._grad_logits(first, num_rows, column, num_tokens, bias_totals)
+                for layer, total, weight_total in zip(self.layers, totals, weight_totals, strict=True):
+                    if weight_total is not None:
+                        self._add_weight(layer, weight_total[:num_tokens], first, num_rows)
                     if total is not None:
                         weight = layer.model.weight[column : column + num_tokens]
                         add_product(total[:num_rows], layer.grad_logits(num_rows, num_tokens), weight)
-            for layer, weight_total, bias_total in zip(self.layers, weight_totals, bias_totals, strict=True):
+            for layer, weight_total in zip(self.layers, weight_totals, strict=True):
                 if weight_total is not None:
                     self._store(weight_total[:num_tokens], layer.grad_weight[column : column + num_tokens])
-                if layer.wants_bias:
-                    self._store(bias_total[:num_tokens], layer.grad_bias[column : column + num_tokens])
-        for layer, total in zip(self.layers, totals, strict=True):
+        for layer, total, bias_total in zip(self.layers, totals, bias_totals, strict=True):
             if total is not None:
                 self._store(total[: self.num_rows], layer.grad_hidden.view(self.num_rows, -1))
+            if bias_total is not None:
+                layer.grad_bias.copy_(bias_total)
 
     def _by_rows(self, cut: Cut) -> None:
         """Gradients by hidden, a block of rows after the other."""
@@ -186,7 +190,7 @@ class _Walk:
                 if total is not None:
                     total.zero_()
             for column, num_tokens in _blocks(self.vocabulary, cut.tokens):
-                self._grad_logits(first, num_rows, column, num_tokens)
+                self._grad_logits(first, num_rows, column, num_tokens, [None for _ in self.layers])
                 for layer, total in zip(self.layers, totals, strict=True):
                     if total is not None:
                         weight = layer.model.weight[column : column + num_tokens]
@@ -196,38 +200,30 @@ class _Walk:
                     grad_hidden = layer.grad_hidden.view(self.num_rows, -1)
                     self._store(total[:num_rows], grad_hidden[first : first + num_rows])
 
-    def _grad_logits(self, first: int, num_rows: int, column: int, num_tokens: int) -> None:
-        """Of a block, tile by tile."""
+    def _grad_logits(
+        self, first: int, num_rows: int, column: int, num_tokens: int, bias_totals: list[Tensor | None]
+    ) -> None:
+        """Of a block, tile by tile. The sum for a bias is taken before they are rounded, from the tile itself."""
         outs = [layer.grad_logits(num_rows, num_tokens) if layer.wanted else None for layer in self.layers]
+        in_place = [total is not None for total in bias_totals]
         for begin, width in _blocks(num_tokens, self.layers[0].tile_tokens):
             for row, height in _blocks(num_rows, self.layers[0].tile_rows):
                 tiles = [layer.logits(row, height, column + begin, width) for layer in self.layers]
                 parts = [
                     None if out is None else matrix(out[row : row + height, begin : begin + width]) for out in outs
                 ]
-                self.gradient(first + row, column + begin, tiles, parts, (height, width))
+                self.gradient(first + row, column + begin, tiles, parts, (height, width), in_place)
+                for tile, total in zip(tiles, bias_totals, strict=True):
+                    if total is not None:
+                        total[column + begin : column + begin + width] += tile.raw.data.sum(0)
 
-    def _add_weight(
-        self,
-        layer: _Layer,
-        weight_total: Tensor | None,
-        bias_total: Tensor,
-        first: int,
-        num_rows: int,
-        num_tokens: int,
-    ) -> None:
-        """Of one block of rows; the first one begins the totals."""
-        if not (layer.wants_weight or layer.wants_bias):
-            return
-        grad_logits = layer.grad_logits(num_rows, num_tokens)
-        if weight_total is not None:
-            if first == 0:
-                product(grad_logits.t(), layer.hidden_of(num_rows), out=weight_total[:num_tokens])
-            else:
-                add_product(weight_total[:num_tokens], grad_logits.t(), layer.hidden_of(num_rows))
-        if layer.wants_bias:
-            of_block = grad_logits.sum(0, dtype=torch.float32)
-            bias_total[:num_tokens] = of_block if first == 0 else bias_total[:num_tokens] + of_block
+    def _add_weight(self, layer: _Layer, total: Tensor, first: int, num_rows: int) -> None:
+        """Of one block of rows; the first one begins the total."""
+        grad_logits = layer.grad_logits(num_rows, total.shape[0])
+        if first == 0:
+            product(grad_logits.t(), layer.hidden_of(num_rows), out=total)
+        else:
+            add_product(total, grad_logits.t(), layer.hidden_of(num_rows))
 
     def _store(self, total: Tensor, out: Tensor) -> None:
         """A float32 total to where it is wanted, in its dtype."""
@@ -245,21 +241,29 @@ class _Walk:
         hidden = layer.model.hidden
         return torch.zeros((size, hidden.shape[-1]), dtype=torch.float32, device=hidden.device) if wanted else None
 
+    def _bias_total(self, layer: _Layer) -> Tensor | None:
+        return torch.zeros(self.vocabulary, dtype=torch.float32, device=self.device) if layer.wants_bias else None
+
 
 def _blocks(total: int, size: int) -> list[tuple[int, int]]:
     """(begin, length) of blocks of `size` that make up `total`."""
     return [(begin, min(size, total - begin)) for begin in range(0, total, size)]
 
 
-def _scale(dtype: torch.dtype, *grads: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def _scale(
+    dtype: torch.dtype, target: Tensor, ignore_index: int, *grads: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
     """For float16, a power of two (1,) that the gradients by logits are multiplied with, and its inverse.
 
-    p · g of an ordinary token is smaller than float16's smallest number. No other dtype needs it.
+    p · g of an ordinary token is smaller than float16's smallest number. No other dtype needs it. What arrives for
+    ignored rows does not count.
     """
     present = [grad for grad in grads if grad is not None]
-    if dtype != torch.float16 or not present:
+    if dtype != torch.float16 or not present or target.numel() == 0:
         return None, None
-    largest = torch.stack([grad.abs().amax().float() for grad in present]).amax()
+    kept = target != ignore_index
+    masks = {2: kept, 1: kept.any(-1)}
+    largest = torch.stack([torch.where(masks[grad.dim()], grad.abs(), 0.0).amax() for grad in present]).amax()
     exponent = torch.floor(torch.log2(_FLOAT16_LARGEST / largest.clamp_min(1e-30))).clamp(-60.0, 60.0)
     scale = torch.exp2(exponent).reshape(1)
     return scale, 1.0 / scale
@@ -282,7 +286,7 @@ def linear_logp_bwd(
     output_mask: list[bool],
     workspace: int,
 ) -> tuple[Tensor, ...]:
-    model = Model(hidden, weight, bias, temperature, softcap, logit_scale)
+    model = one_model(hidden, weight, bias, temperature, softcap, logit_scale)
     grads = Gradients(*map(contiguous, (grad_logp, grad_entropy, grad_lse)))
     return _one_model(model, output_mask, target.contiguous(), Saved(entropy, lse), grads, ignore_index, workspace)
 
@@ -297,13 +301,18 @@ def _one_model(
     workspace: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     layer = _Layer(model, wanted)
-    scale, inverse_scale = _scale(model.dtype, *grads)
+    scale, inverse_scale = _scale(model.dtype, target, ignore_index, *grads)
 
     def gradient(
-        first: int, column: int, tiles: list[Logits], outs: list[Matrix | None], shape: tuple[int, int]
+        first: int,
+        column: int,
+        tiles: list[Logits],
+        outs: list[Matrix | None],
+        shape: tuple[int, int],
+        in_place: list[bool],
     ) -> None:
         assert outs[0] is not None
-        tile_gradient(tiles[0], outs[0], shape, target, saved, grads, ignore_index, scale, first, column)
+        tile_gradient(tiles[0], outs[0], shape, target, saved, grads, ignore_index, scale, first, column, *in_place)
 
     if layer.wanted:
         with on_device_of(target):
@@ -344,8 +353,8 @@ def linear_delta_logp_bwd(
 ) -> tuple[Tensor, ...]:
     target = target.contiguous()
     models = [
-        Model(hidden, weight, bias, temperature, softcap, logit_scale),
-        Model(base_hidden, base_weight, base_bias, temperature, base_softcap, base_logit_scale),
+        one_model(hidden, weight, bias, temperature, softcap, logit_scale),
+        one_model(base_hidden, base_weight, base_bias, temperature, base_softcap, base_logit_scale),
     ]
     wanted = [[output_mask[i] for i in (0, 1, 4)], [output_mask[i] for i in (2, 3, 5)]]
     grads = PairGradients(
@@ -367,14 +376,20 @@ def linear_delta_logp_bwd(
     layers = [_Layer(model, of_model) for model, of_model in zip(models, wanted, strict=True)]
     every = (*grads.model, *grads.base, grads.kl, grads.reverse_kl)
     half = torch.float16 if torch.float16 in (models[0].dtype, models[1].dtype) else models[0].dtype
-    scale, inverse_scale = _scale(half, *every)
+    scale, inverse_scale = _scale(half, target, ignore_index, *every)
 
     def gradient(
-        first: int, column: int, tiles: list[Logits], outs: list[Matrix | None], shape: tuple[int, int]
+        first: int,
+        column: int,
+        tiles: list[Logits],
+        outs: list[Matrix | None],
+        shape: tuple[int, int],
+        in_place: list[bool],
     ) -> None:
         (tile, base_tile), (out, base_out) = tiles, outs
         pair_tile_gradient(
-            tile, base_tile, out, base_out, shape, target, saved, grads, ignore_index, scale, first, column
+            tile, base_tile, out, base_out, shape, target, saved, grads, ignore_index, scale, first, column,
+            (in_place[0], in_place[1]),
         )  # fmt: skip
 
     if any(output_mask):

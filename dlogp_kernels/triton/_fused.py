@@ -45,7 +45,7 @@ class Head(NamedTuple):
 
 
 class Model(NamedTuple):
-    """One model's inputs as an op receives them."""
+    """One model's inputs as an op receives them, the bias contiguous."""
 
     hidden: Tensor
     weight: Tensor
@@ -58,6 +58,18 @@ class Model(NamedTuple):
     def dtype(self) -> torch.dtype:
         """What multiplies: the wider of both."""
         return torch.promote_types(self.hidden.dtype, self.weight.dtype)
+
+
+def one_model(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+) -> Model:
+    contiguous_bias = None if bias is None else bias.contiguous()
+    return Model(hidden, weight, contiguous_bias, temperature, softcap, logit_scale)
 
 
 @triton.jit
@@ -107,11 +119,11 @@ def logits_tiles_of_one_weight(
 @triton.jit
 def bias_of(head, tokens, V):
     """The bias of `tokens`, IMPOSSIBLE where it is −inf and outside the vocabulary; 0 without a bias."""
-    bias = tl.where(tokens < V, 0.0, IMPOSSIBLE)
+    bias = tl.zeros(tokens.shape, tl.float32)
     if head.bias is not None:
-        bias = tl.load(head.bias + tokens, mask=tokens < V, other=IMPOSSIBLE).to(tl.float32)
+        bias = tl.load(head.bias + tokens, mask=tokens < V, other=0.0).to(tl.float32)
         bias = tl.where(bias < IMPOSSIBLE, IMPOSSIBLE, bias)
-    return bias
+    return tl.where(tokens < V, bias, IMPOSSIBLE)
 
 
 @triton.jit

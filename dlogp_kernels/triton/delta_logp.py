@@ -60,7 +60,7 @@ class PairSaved(NamedTuple):
     reverse_kl: Any
 
 
-@triton.jit(do_not_specialize=["first", "R", "column", "split"])
+@triton.jit(do_not_specialize=["first", "R", "column", "split", "num_splits", "ignore_index"])
 def _delta_logp_fwd_kernel(
     logits, base_logits, target_ptr, index_ptr, count_ptr, state_ptr, picked_ptr, first, R, width, column, K,
     ignore_index, split, num_splits, SEGMENT: tl.constexpr,
@@ -90,7 +90,7 @@ def _delta_logp_fwd_kernel(
             pick(base_logits, base_picked_ptr, target_ptr, n, i, s * SEGMENT, width, column, K, R, SEGMENT)
 
 
-@triton.jit(do_not_specialize=["first", "N", "R"])
+@triton.jit(do_not_specialize=["first", "N", "R", "V", "num_splits", "ignore_index"])
 def _finish_delta_logp_kernel(
     state_ptr, picked_ptr, target_ptr, index_ptr, count_ptr, out, first, N, R, V, K, num_splits, slope, base_slope,
     ignore_index, SPLITS: tl.constexpr, ROWS: tl.constexpr,
@@ -131,10 +131,10 @@ def _finish_delta_logp_kernel(
     tl.store(out.base_lse + n, settle(_math.lse_of(state.base, base_slope), kept, bad), mask=mask)
 
 
-@triton.jit(do_not_specialize=["first", "column"])
+@triton.jit(do_not_specialize=["first", "column", "ignore_index"])
 def _delta_logp_bwd_kernel(
     logits, base_logits, out, base_out, target_ptr, saved, grads, scale_ptr, first, width, column, K, ignore_index,
-    SEGMENT: tl.constexpr,
+    IN_PLACE: tl.constexpr, BASE_IN_PLACE: tl.constexpr, SEGMENT: tl.constexpr,
 ):  # fmt: skip
     """Gradients by both models' raw logits of a tile's rows, 0 for an ignored row.
 
@@ -158,7 +158,7 @@ def _delta_logp_bwd_kernel(
             grad_z += _math.divergence_gradient(
                 logp_all, base_logp_all, tl.load(saved.kl + n), grad_kl, grad_reverse_kl
             )
-            store_raw_gradient(out, i, local, inside, grad_z, x, logits, scale_ptr)
+            store_raw_gradient(out, i, local, inside, grad_z, x, logits, scale_ptr, IN_PLACE)
         if base_out is not None:
             total, at_target = target_gradient(
                 grads.base.logp, target_ptr, n, column + local, begin, K, ignore_index, SEGMENT
@@ -167,13 +167,13 @@ def _delta_logp_bwd_kernel(
             grad_z += _math.divergence_gradient(
                 base_logp_all, logp_all, tl.load(saved.reverse_kl + n), grad_reverse_kl, grad_kl
             )
-            store_raw_gradient(base_out, i, local, inside, grad_z, base_x, base_logits, scale_ptr)
+            store_raw_gradient(base_out, i, local, inside, grad_z, base_x, base_logits, scale_ptr, BASE_IN_PLACE)
     else:
         zero = tl.zeros([SEGMENT], tl.float32)
         if out is not None:
-            store_raw_gradient(out, i, local, inside, zero, zero, logits, None)
+            store_raw_gradient(out, i, local, inside, zero, zero, logits, None, IN_PLACE)
         if base_out is not None:
-            store_raw_gradient(base_out, i, local, inside, zero, zero, base_logits, None)
+            store_raw_gradient(base_out, i, local, inside, zero, zero, base_logits, None, BASE_IN_PLACE)
 
 
 def fold_pair_tile(
@@ -259,12 +259,13 @@ def pair_tile_gradient(
     scale: Tensor | None = None,
     first: int = 0,
     column: int = 0,
+    in_place: tuple[bool, bool] = (False, False),
 ) -> None:
-    """Gradients by the raw logits of both tiles of `shape`, into out and base_out."""
+    """Gradients by the raw logits of both tiles of `shape`, into out and base_out; `in_place` as for one model."""
     segment = segment_of(shape[1], _WIDEST_SEGMENT)
     _delta_logp_bwd_kernel[(shape[0], ceil_div(shape[1], segment))](
         logits, base_logits, out, base_out, target, saved, grads, scale, first, shape[1], column, target.shape[1],
-        ignore_index, SEGMENT=segment, num_warps=num_warps(segment),
+        ignore_index, IN_PLACE=in_place[0], BASE_IN_PLACE=in_place[1], SEGMENT=segment, num_warps=num_warps(segment),
     )  # fmt: skip
 
 

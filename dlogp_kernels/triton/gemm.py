@@ -11,7 +11,7 @@ from torch import Tensor
 from ..results import DeltaLogpStats, LogpStats
 from . import _math, _rows
 from ._device import on_device_of
-from ._fused import Model
+from ._fused import Model, one_model
 from ._products import product
 from ._rows import Rows, matrix
 from ._sizes import ceil_div
@@ -32,7 +32,7 @@ def linear_logp_fwd(
     workspace: int,
 ) -> LogpStats:
     target = target.contiguous()
-    model = Model(hidden, weight, bias, temperature, softcap, logit_scale)
+    model = one_model(hidden, weight, bias, temperature, softcap, logit_scale)
     num_rows, num_tokens = gemm_tile(hidden.device)
     with on_device_of(hidden):
         rows = _rows.kept_rows(target, ignore_index)
@@ -65,8 +65,8 @@ def linear_delta_logp_fwd(
     workspace: int,
 ) -> DeltaLogpStats:
     target = target.contiguous()
-    model = Model(hidden, weight, bias, temperature, softcap, logit_scale)
-    base = Model(base_hidden, base_weight, base_bias, temperature, base_softcap, base_logit_scale)
+    model = one_model(hidden, weight, bias, temperature, softcap, logit_scale)
+    base = one_model(base_hidden, base_weight, base_bias, temperature, base_softcap, base_logit_scale)
     num_rows, num_tokens = gemm_tile(hidden.device)
     with on_device_of(hidden):
         rows = _rows.kept_rows(target, ignore_index)

@@ -9,13 +9,13 @@ from ..results import DeltaLogpStats
 from . import _math
 from ._device import on_device_of
 from ._fused import (
-    Model,
     bias_of,
     gather_buffer,
     head,
     is_masked,
     logits_tile,
     logits_tiles_of_one_weight,
+    one_model,
     pick_targets,
     plan,
     rows_of,
@@ -102,8 +102,8 @@ def linear_delta_logp_fwd(
     workspace: int,
 ) -> DeltaLogpStats:
     target = target.contiguous()
-    model = Model(hidden, weight, bias, temperature, softcap, logit_scale)
-    base = Model(base_hidden, base_weight, base_bias, temperature, base_softcap, base_logit_scale)
+    model = one_model(hidden, weight, bias, temperature, softcap, logit_scale)
+    base = one_model(base_hidden, base_weight, base_bias, temperature, base_softcap, base_logit_scale)
     with on_device_of(hidden):
         cut = plan([model, base], target, _math.PAIR_STATE_SIZE.value, workspace)
         rows = rows_of(target, cut, ignore_index)

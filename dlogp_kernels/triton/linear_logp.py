@@ -9,12 +9,12 @@ from ..results import LogpStats
 from . import _math
 from ._device import on_device_of
 from ._fused import (
-    Model,
     bias_of,
     gather_buffer,
     head,
     is_masked,
     logits_tile,
+    one_model,
     pick_targets,
     plan,
     rows_of,
@@ -79,7 +79,7 @@ def linear_logp_fwd(
     workspace: int,
 ) -> LogpStats:
     target = target.contiguous()
-    model = Model(hidden, weight, bias, temperature, softcap, logit_scale)
+    model = one_model(hidden, weight, bias, temperature, softcap, logit_scale)
     with on_device_of(hidden):
         cut = plan([model], target, _math.STATE_SIZE.value, workspace)
         rows = rows_of(target, cut, ignore_index)

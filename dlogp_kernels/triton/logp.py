@@ -90,7 +90,7 @@ def pick(logits, picked_ptr, target_ptr, n, i, begin, width, column, K, R, SEGME
             tl.store(picked_ptr + k * R + i, possible(load_x(logits, i, local, column, local >= 0)))
 
 
-@triton.jit(do_not_specialize=["first", "R", "column", "split"])
+@triton.jit(do_not_specialize=["first", "R", "column", "split", "num_splits", "ignore_index"])
 def _logp_fwd_kernel(
     logits, target_ptr, index_ptr, count_ptr, state_ptr, picked_ptr, first, R, width, column, K, ignore_index, split,
     num_splits, SEGMENT: tl.constexpr,
@@ -137,7 +137,7 @@ def settle(value, kept, bad):
     return tl.where(bad, float("nan"), tl.where(kept, value, 0.0))
 
 
-@triton.jit(do_not_specialize=["first", "N", "R"])
+@triton.jit(do_not_specialize=["first", "N", "R", "V", "num_splits", "ignore_index"])
 def _finish_logp_kernel(
     state_ptr, picked_ptr, target_ptr, index_ptr, count_ptr, out, first, N, R, V, K, num_splits, slope, ignore_index,
     SPLITS: tl.constexpr, ROWS: tl.constexpr,
@@ -198,23 +198,28 @@ def model_gradient(logp_all, at_target, total, grads, saved, n):
 
 
 @triton.jit
-def store_raw_gradient(out, i, local, mask, grad_z, x, logits, scale_ptr):
-    """Into the Matrix `out`, in its dtype."""
+def store_raw_gradient(out, i, local, mask, grad_z, x, logits, scale_ptr, IN_PLACE: tl.constexpr):
+    """Into the Matrix `out`, in its dtype; with IN_PLACE also over the raw logits, in full."""
     grad = _math.raw_gradient(grad_z, x, logits.inner, logits.slope)
+    if IN_PLACE:
+        pointers = logits.raw.data + row_offset(logits.raw, i) + local.to(tl.int64) * logits.raw.stride_column
+        tl.store(pointers, grad.to(logits.raw.data.dtype.element_ty), mask=mask)
     if scale_ptr is not None:
         grad *= tl.load(scale_ptr)
     pointers = out.data + row_offset(out, i) + local.to(tl.int64) * out.stride_column
     tl.store(pointers, grad.to(out.data.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["first", "column"])
+@triton.jit(do_not_specialize=["first", "column", "ignore_index"])
 def _logp_bwd_kernel(
-    logits, out, target_ptr, saved, grads, scale_ptr, first, width, column, K, ignore_index, SEGMENT: tl.constexpr
-):
+    logits, out, target_ptr, saved, grads, scale_ptr, first, width, column, K, ignore_index, IN_PLACE: tl.constexpr,
+    SEGMENT: tl.constexpr,
+):  # fmt: skip
     """Gradient by the raw logits of a tile's rows, 0 for an ignored row.
 
     logits: tile (R, width) as in `_logp_fwd_kernel`, whose row i is the row first + i; out: a Matrix of the same shape,
-    in its own dtype, times scale (1,) float32 if there is one; saved, grads: as in Saved and Gradients.
+    in its own dtype, times scale (1,) float32 if there is one; with IN_PLACE the tile itself also becomes the gradient,
+    unscaled; saved, grads: as in Saved and Gradients.
     Program (i, s) does columns s·SEGMENT … of row i. float32, deterministic.
     """
     i, s = tl.program_id(0), tl.program_id(1)
@@ -227,10 +232,10 @@ def _logp_bwd_kernel(
         total, at_target = target_gradient(grads.logp, target_ptr, n, column + local, begin, K, ignore_index, SEGMENT)
         logp_all = logits.slope * x - tl.load(saved.lse + n)
         grad_z = model_gradient(logp_all, at_target, total, grads, saved, n)
-        store_raw_gradient(out, i, local, inside, grad_z, x, logits, scale_ptr)
+        store_raw_gradient(out, i, local, inside, grad_z, x, logits, scale_ptr, IN_PLACE)
     else:
         zero = tl.zeros([SEGMENT], tl.float32)
-        store_raw_gradient(out, i, local, inside, zero, zero, logits, None)
+        store_raw_gradient(out, i, local, inside, zero, zero, logits, None, IN_PLACE)
 
 
 def transform_numbers(temperature: float, softcap: float | None, logit_scale: float) -> tuple[float | None, float]:
@@ -343,12 +348,13 @@ def tile_gradient(
     scale: Tensor | None = None,
     first: int = 0,
     column: int = 0,
+    in_place: bool = False,
 ) -> None:
-    """Gradient by the raw logits of a tile of `shape`, into `out`."""
+    """Gradient by the raw logits of a tile of `shape`, into `out`; `in_place`: also over the tile, in float32."""
     segment = segment_of(shape[1])
     _logp_bwd_kernel[(shape[0], ceil_div(shape[1], segment))](
         logits, out, target, saved, grads, scale, first, shape[1], column, target.shape[1], ignore_index,
-        SEGMENT=segment, num_warps=num_warps(segment),
+        IN_PLACE=in_place, SEGMENT=segment, num_warps=num_warps(segment),
     )  # fmt: skip
 
 

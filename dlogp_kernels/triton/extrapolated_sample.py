@@ -131,7 +131,7 @@ def cut_at(
 ):  # fmt: skip
     """A key ≥ `low`: tokens above it are kept, those above which lies less than enough.
 
-    Enough is `share` of the mass above `low` with MASS, else `number` of tokens. Where there is less in all, it is `low`.
+    Enough is `share` of the mass above `low` with MASS, else `number` of tokens. `low`, if there is less in all.
     """
     high = key_of(largest).to(tl.int64)
     marks, weight = weight_above(pair, row, V, least_base, largest, low, high, MASS, STREAM, BASE_DRAFTS, BLOCK)
@@ -248,7 +248,7 @@ def _extrapolated_sample_kernel(
 ):  # fmt: skip
     """A program samples one row: logits, base_logits (N, V) of any floating dtype → Sample `out`, (N,) each.
 
-    float32, masses summed in float64; deterministic, and the draw of a row depends on (seed, row_id, step, logits) alone.
+    float32, masses summed in float64; deterministic. A row's draw depends on (seed, row_id, step, logits) alone.
     """
     row = tl.program_id(0)
     one = tl.arange(0, 1)

@@ -1,6 +1,13 @@
 """Token log-probabilities, entropy and KL of one model or a pair, straight from hidden states, with no logit tensor."""
 
-from .functional import delta_logp, extrapolated_sample, linear_delta_logp, linear_logp, logp
+from .functional import (
+    delta_logp,
+    extrapolated_sample,
+    linear_delta_logp,
+    linear_extrapolated_sample,
+    linear_logp,
+    logp,
+)
 from .modules import DeltaLogp, LinearDeltaLogp, LinearLogp, Logp
 from .ops import backends
 from .results import DeltaLogpStats, LogpStats, Sample
@@ -19,6 +26,7 @@ __all__ = [
     "delta_logp",
     "extrapolated_sample",
     "linear_delta_logp",
+    "linear_extrapolated_sample",
     "linear_logp",
     "logp",
 ]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import reference, reference_sample
+from .ops import backends
 from .reference import accumulation_dtype, transform_gradient, transform_logits
 
 # Temporaries of the size of a block of logits that are alive at once, per model, at most.
@@ -36,7 +37,7 @@ def linear_logp_fwd(
     dtype = accumulation_dtype(hidden, weight, bias)
     logp, entropy, lse = _zeros_like_target(target, dtype, ("K", "", ""))
     for rows in _row_blocks(target, ignore_index, weight.shape[0], dtype, 1, workspace):
-        raw = _slabbed_logits(rows_of(hidden, rows), weight, bias, dtype)
+        raw = slabbed_logits(rows_of(hidden, rows), weight, bias, dtype)
         z = transform_logits(raw, temperature, softcap, logit_scale)
         stats = reference.logp_of_rows(z, target[rows], ignore_index)
         logp[rows], entropy[rows], lse[rows] = stats
@@ -63,8 +64,8 @@ def linear_delta_logp_fwd(
     dtype = accumulation_dtype(hidden, weight, bias, base_hidden, base_weight, base_bias)
     outputs = _zeros_like_target(target, dtype, _PAIR_SHAPES)
     for rows in _row_blocks(target, ignore_index, weight.shape[0], dtype, 2, workspace):
-        raw = _slabbed_logits(rows_of(hidden, rows), weight, bias, dtype)
-        base_raw = _slabbed_logits(rows_of(base_hidden, rows), base_weight, base_bias, dtype)
+        raw = slabbed_logits(rows_of(hidden, rows), weight, bias, dtype)
+        base_raw = slabbed_logits(rows_of(base_hidden, rows), base_weight, base_bias, dtype)
         z = transform_logits(raw, temperature, softcap, logit_scale)
         base_z = transform_logits(base_raw, temperature, base_softcap, base_logit_scale)
         stats = reference.delta_logp_of_rows(z, base_z, target[rows], ignore_index)
@@ -315,6 +316,11 @@ def extrapolated_sample(
     return tuple(torch.cat(values) for values in zip(*blocks, strict=True))
 
 
+def rows_that_fit(vocabulary: int, dtype: torch.dtype) -> int:
+    """Rows of a pair's logits, transformed and not, that the workspace holds."""
+    return max(1, backends.workspace() // (4 * vocabulary * dtype.itemsize))
+
+
 def rows_of(x: Tensor, rows: Tensor) -> Tensor:
     """Rows of x (…, columns) by their flat index, without a copy of the others."""
     return x[torch.unravel_index(rows, x.shape[:-1])]
@@ -373,7 +379,7 @@ def _slabs(vocabulary: int) -> Iterator[slice]:
         yield slice(begin, min(begin + _SLAB, vocabulary))
 
 
-def _slabbed_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def slabbed_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """`reference.linear_logits` without a converted copy of the whole weight."""
     raw = torch.empty((hidden.shape[0], weight.shape[0]), dtype=dtype, device=hidden.device)
     for slab in _slabs(weight.shape[0]):

@@ -8,11 +8,12 @@ the whole vocabulary, accumulated in float32 (float64 for float64 inputs), never
 import math
 import os
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import reference_sample
+from . import blocked, reference, reference_sample
 from .results import DeltaLogpStats, LogpStats, Sample
 
 _FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -340,6 +341,67 @@ def extrapolated_sample(
             float(min_p),
         )
     return Sample(*(value.view(logits.shape[:-1]) for value in drawn))
+
+
+def linear_extrapolated_sample(
+    hidden: Tensor,
+    weight: Tensor,
+    base_hidden: Tensor,
+    base_weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    base_bias: Tensor | None = None,
+    softcap: float | None = None,
+    base_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    base_logit_scale: float = 1.0,
+    row_id: Tensor | None = None,
+    step: int | Tensor = 0,
+    **options: Any,
+) -> Sample:
+    """`extrapolated_sample` from hidden states: float32 logits of as many rows at a time as the workspace holds.
+
+    Args:
+        hidden, base_hidden: (…, D) and (…, D_base); weight, base_weight: (V, D) and (V, D_base); bias, base_bias,
+            softcap, base_softcap, logit_scale, base_logit_scale: as in `linear_delta_logp`.
+        row_id, step: as in `extrapolated_sample`, and so are the other options: gamma, criterion, threshold, draft,
+            temperature (of sampling), top_k, top_p, min_p, seed.
+
+    Returns, Raises: as in `extrapolated_sample`. The tokens are those of `extrapolated_sample` on the same logits.
+    """
+    hidden, weight, bias = _autocast(hidden, weight, bias)
+    base_hidden, base_weight, base_bias = _autocast(base_hidden, base_weight, base_bias)
+    _check_head("", hidden, weight, bias)
+    _check_head("base_", base_hidden, base_weight, base_bias)
+    _check_same_leading("base_hidden", base_hidden, "hidden", hidden)
+    _check_same_device("base_hidden", base_hidden, "hidden", hidden)
+    if base_weight.shape[0] != weight.shape[0]:
+        raise ValueError(
+            f"base_weight has {base_weight.shape[0]} rows, expected the vocabulary of weight ({weight.shape[0]} rows)"
+        )
+    _check_options(
+        softcap=softcap, base_softcap=base_softcap, logit_scale=logit_scale, base_logit_scale=base_logit_scale
+    )
+    leading, n = hidden.shape[:-1], hidden.shape[:-1].numel()
+    flat, base_flat = _rows(hidden), _rows(base_hidden)
+    all_ids = torch.arange(n, device=hidden.device) if row_id is None else _per_row("row_id", row_id, hidden)
+    steps = _per_row("step", step, hidden) if isinstance(step, Tensor) and step.numel() != 1 else step
+    dtype = reference.accumulation_dtype(hidden, weight, bias, base_hidden, base_weight, base_bias)
+    samples = []
+    with torch.no_grad():
+        for rows in torch.arange(n, device=hidden.device).split(blocked.rows_that_fit(weight.shape[0], dtype)):
+            raw = blocked.slabbed_logits(blocked.rows_of(flat, rows), weight, bias, dtype)
+            base_raw = blocked.slabbed_logits(blocked.rows_of(base_flat, rows), base_weight, base_bias, dtype)
+            samples.append(
+                extrapolated_sample(
+                    reference.transform_logits(raw, 1.0, softcap, logit_scale),
+                    reference.transform_logits(base_raw, 1.0, base_softcap, base_logit_scale),
+                    row_id=all_ids[rows],
+                    step=steps[rows] if isinstance(steps, Tensor) and steps.numel() != 1 else steps,
+                    **options,
+                )
+            )
+    return Sample(*(torch.cat(values).view(leading) for values in zip(*samples, strict=True)))
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -4,28 +4,13 @@ import hf_models
 import pytest
 import torch
 from hf_models import one_thread  # noqa: F401
+from hf_prompts import Recorder, padded, prompts
 from torch import Tensor
 
 from dlogp_kernels import hf, reference_sample
 from dlogp_kernels.results import Sample
 
 SAMPLING = {"gamma": 0.3, "criterion": "delta_logp", "threshold": -0.2, "top_p": 0.9, "seed": 11}
-
-
-def prompts(*lengths: int, seed: int = 0) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(3, hf_models.VOCABULARY - 2, (length,), generator=generator) for length in lengths]
-
-
-def padded(rows: list[Tensor], side: str = "left") -> tuple[Tensor, Tensor]:
-    """Tokens and attention mask (B, T)."""
-    width = max(map(len, rows))
-    ids, mask = torch.full((2, len(rows), width), 0).unbind()
-    for row, tokens in enumerate(rows):
-        place = slice(width - len(tokens), None) if side == "left" else slice(len(tokens))
-        ids[row, place] = tokens
-        mask[row, place] = 1
-    return ids, mask
 
 
 @torch.no_grad()
@@ -173,7 +158,7 @@ def test_compiled_models(pair):
     options = {**SAMPLING, "max_new_tokens": 5, "num_return_sequences": 2, "stop_token_ids": range(0, 160, 9)}
     expected = hf.generate(*pair, *inputs, **options)
     torch.compiler.reset()
-    compiled = [torch.compile(model, backend="eager", dynamic=True) for model in pair]
+    compiled = [torch.compile(pair[0], backend="eager", dynamic=True), pair[1]]
     assert_same(hf.generate(*compiled, *inputs, max_batch_size=4, **options), expected)
 
 
@@ -243,19 +228,6 @@ def test_training_mode_is_left_as_it_was_and_has_no_effect(pair):
     models[0].train()
     assert_same(hf.generate(*models, *inputs, max_new_tokens=5, **SAMPLING), expected)
     assert models[0].training and not models[1].training
-
-
-class Recorder:
-    def __init__(self) -> None:
-        self.values: list[Tensor] = []
-        self.ended = 0
-
-    def put(self, value: Tensor) -> None:
-        assert not self.ended
-        self.values.append(value)
-
-    def end(self) -> None:
-        self.ended += 1
 
 
 def test_streamer_and_progress(pair):

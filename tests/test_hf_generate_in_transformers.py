@@ -4,7 +4,7 @@ import hf_models
 import pytest
 import torch
 from hf_models import one_thread  # noqa: F401
-from test_hf_generate import Recorder, padded, prompts
+from hf_prompts import Recorder, padded, prompts
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 

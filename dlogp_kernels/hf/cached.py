@@ -93,14 +93,15 @@ class CachedModel:
     def _forward(self, input_ids: Tensor, cache: Any, lengths: Sequence[int], width: int) -> tuple[Any, Tensor]:
         """The cache, and logits (b, V) after the last column; `width` columns with those of the cache."""
         options: dict[str, Any] = {"use_cache": True, self._cache_name: cache}
-        device = input_ids.device
-        end = torch.tensor(lengths, device=device)[:, None]
-        if "position_ids" in self._accepted:
-            columns = torch.arange(-input_ids.shape[1], 0, device=device)
-            options["position_ids"] = (end + columns).clamp_min(0)
-        # Without padding no mask is needed, which is the faster way.
-        if "attention_mask" in self._accepted and min(lengths) < width and _has_columns(cache):
-            options["attention_mask"] = (torch.arange(width, device=device) >= width - end).long()
+        # Without padding the models count positions themselves and need no mask, which is the faster way.
+        if min(lengths) < width:
+            device = input_ids.device
+            end = torch.tensor(lengths, device=device)[:, None]
+            if "position_ids" in self._accepted:
+                columns = torch.arange(-input_ids.shape[1], 0, device=device)
+                options["position_ids"] = (end + columns).clamp_min(0)
+            if "attention_mask" in self._accepted and _has_columns(cache):
+                options["attention_mask"] = (torch.arange(width, device=device) >= width - end).long()
         if "logits_to_keep" in self._accepted:
             options["logits_to_keep"] = 1
         output = self._call(input_ids=input_ids, **options)

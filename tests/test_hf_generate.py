@@ -1,5 +1,7 @@
 """hf.generate against a loop without caches; padding, batches, samples of a prompt, ends, kinds of models, errors."""
 
+import warnings
+
 import hf_models
 import pytest
 import torch
@@ -160,6 +162,27 @@ def test_compiled_models(pair):
     torch.compiler.reset()
     compiled = [torch.compile(pair[0], backend="eager", dynamic=True), pair[1]]
     assert_same(hf.generate(*compiled, *inputs, max_batch_size=4, **options), expected)
+
+
+def test_an_adapter_on_the_base_model(pair):
+    peft = pytest.importorskip("peft")
+    base_model = hf_models.tiny_model("qwen3")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.2, init_lora_weights=False)
+    torch.manual_seed(0)
+    model = peft.get_peft_model(hf_models.tiny_model("qwen3"), config)
+    rows = prompts(4, 7)
+    actual = hf.generate(model, base_model, *padded(rows), max_new_tokens=6, stop_token_ids=(), **SAMPLING)
+    model.eval()
+    for row, prompt in enumerate(rows):
+        assert_row(actual, row, slowly(model, base_model, prompt, row, (), 6, **SAMPLING))
+    assert actual.delta_logp.abs().max() > 0.01
+
+
+def test_a_warning_about_the_threshold_is_shown_once(pair):
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("default")
+        hf.generate(*pair, *padded(prompts(4)), max_new_tokens=4, criterion="delta_logp", threshold=0.5, seed=0)
+    assert len([entry for entry in shown if "threshold is 0.5" in str(entry.message)]) == 1
 
 
 def test_the_draft_alone_is_ordinary_sampling_of_the_rl_model(pair):

@@ -130,7 +130,8 @@ def vocabulary_of(model: PreTrainedModel) -> int:
     layer = model.get_output_embeddings()
     if layer is None:
         raise TypeError(f"model is {type(model).__name__}, which has no last layer (get_output_embeddings is None)")
-    rows = layer.weight.shape[0]
+    # A quantised weight has another shape.
+    rows = getattr(layer, "out_features", None) or layer.weight.shape[0]
     return min(rows, getattr(model.config.get_text_config(decoder=True), "unpadded_vocab_size", None) or rows)
 
 

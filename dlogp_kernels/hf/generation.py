@@ -129,7 +129,7 @@ def generate(
         raise ValueError(f"streamer is given with {rows} rows, expected a single one")
     stop = _stop_tokens(stop_token_ids, pair, vocabulary)
     draw = partial(
-        extrapolated_sample,
+        _draw,
         gamma=gamma,
         criterion=criterion,
         threshold=threshold,
@@ -355,6 +355,11 @@ class _Decoder:
 
 def _is_bad(logits: Tensor) -> bool:
     return bool(logits.isnan().any() or (logits == torch.inf).any() or not logits.isfinite().any())
+
+
+def _draw(logits: Tensor, base_logits: Tensor, **options: Any) -> Sample:
+    # A single place that calls, so that a warning about the options is shown once.
+    return extrapolated_sample(logits, base_logits, **options)
 
 
 def _steps(decoder: _Decoder, queue: _Queue, max_batch_size: int) -> Iterator[Sample]:

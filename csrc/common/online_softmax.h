@@ -11,11 +11,7 @@
 #include <cmath>
 #include <limits>
 
-#ifdef __CUDACC__
-#define DLOGP_HOST_DEVICE __host__ __device__
-#else
-#define DLOGP_HOST_DEVICE
-#endif
+#include "host_device.h"
 
 namespace dlogp {
 

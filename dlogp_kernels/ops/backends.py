@@ -29,7 +29,7 @@ _MODULES = {
 }
 #: Ops that have a form with the vendor's GEMM. Their backward is the same one as that of "triton".
 _GEMM_OPS = ("linear_logp_fwd", "linear_delta_logp_fwd")
-_NOT_SERVED = {"cpu": ("extrapolated_sample",), "triton": ("extrapolated_sample",)}
+_NOT_SERVED: dict[str, tuple[str, ...]] = {}
 #: (op, compute capability) where `python -m benchmarks gpu` measured "gemm" to be faster than "triton". A choice by
 #: the number of tokens would change a row's bits, so there is none. No GPU has run the comparison yet.
 _GEMM_IS_FASTER: frozenset[tuple[str, int]] = frozenset()

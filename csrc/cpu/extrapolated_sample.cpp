@@ -1,0 +1,209 @@
+#include "extrapolated_sample.h"
+
+#include "fold.h"
+#include "sample_filter.h"
+
+namespace dlogp {
+namespace {
+
+template <typename Real>
+struct Winner {
+  double score = -std::numeric_limits<double>::infinity();
+  int64_t token = -1;
+};
+
+// Scores the kept tokens of a block; among equal scores the first token wins, whatever the order of blocks.
+template <typename Real>
+void score_block(const ScaledLogits<Real>& logits, int64_t block, Real cut, const NoiseKey& key, Winner<Real>& winner) {
+  Real buffer[kBlockTokens];
+  uint32_t bits[kBlockTokens];
+  const Real* s = logits.block(block, buffer);
+  const int64_t size = logits.block_size(block), first = block * kBlockTokens;
+  block_noise(key, first, bits);
+  if (!may_win(size, s, bits, cut, winner.score)) return;
+  for (int64_t i = 0; i < size; ++i) {
+    if (!(s[i] >= cut) || s[i] + kLargestGumbel < winner.score) continue;
+    const double score = double(s[i]) + gumbel<double>(bits[i]);
+    if (score > winner.score || (score == winner.score && first + i < winner.token)) winner = {score, first + i};
+  }
+}
+
+// The largest score s + noise among tokens with s ≥ cut. The block with the largest logit goes first: its score rules
+// most of the others out.
+template <typename Real>
+int64_t draw_by_noise(const ScaledLogits<Real>& logits, const BlockMaxima<Real>& maxima, Real cut,
+                      const NoiseKey& key) {
+  const int64_t likely = std::find(maxima.values.begin(), maxima.values.end(), maxima.largest) - maxima.values.begin();
+  Winner<Real> winner;
+  score_block(logits, likely, cut, key, winner);
+  for (int64_t block = 0; block < logits.blocks(); ++block) {
+    const Real most = maxima.values[block];
+    if (block == likely || !(most >= cut) || most + kLargestGumbel < winner.score) continue;
+    score_block(logits, block, cut, key, winner);
+  }
+  return winner.token;
+}
+
+template <typename Real>
+int64_t first_maximum(const ScaledLogits<Real>& logits, const BlockMaxima<Real>& maxima) {
+  const int64_t block = std::find(maxima.values.begin(), maxima.values.end(), maxima.largest) - maxima.values.begin();
+  Real buffer[kBlockTokens];
+  const int64_t size = logits.block_size(block);
+  const Real* s = logits.block(block, buffer);
+  const int64_t place = std::find(s, s + size, maxima.largest) - s;
+  return block * kBlockTokens + std::min(place, size - 1);  // there is none where all of them overflowed into NaN
+}
+
+template <typename Real>
+SoftmaxState<Real> softmax_of(const ScaledLogits<Real>& logits) {
+  SoftmaxState<Real> state;
+  Real buffer[kPiece];
+  for (int64_t begin = 0; begin < logits.vocabulary(); begin += kPiece) {
+    const int64_t count = std::min(kPiece, logits.vocabulary() - begin);
+    fold_row(count, logits.piece(begin, count, buffer), state);
+  }
+  return state;
+}
+
+template <typename Real>
+void find_maxima(const ScaledLogits<Real>& logits, BlockMaxima<Real>& maxima) {
+  maxima.values.resize(logits.blocks());
+  Real buffer[kPiece];
+  for (int64_t begin = 0; begin < logits.vocabulary(); begin += kPiece) {
+    const int64_t count = std::min(kPiece, logits.vocabulary() - begin);
+    block_maxima(count, logits.piece(begin, count, buffer), maxima.values.data() + begin / kBlockTokens);
+  }
+  maxima.find_largest();
+}
+
+template <typename Real>
+class RowSampler {
+ public:
+  RowSampler(const Matrix& logits, const Matrix& base_logits, int64_t row, const RowNoise& noise,
+             const SampleOptions& options, SampleScratch<Real>& scratch)
+      : logits_(logits), base_logits_(base_logits), row_(row), noise_(noise), options_(options), scratch_(scratch) {}
+
+  SampledRow<Real> run() {
+    SampledRow<Real> result;
+    if (!read_both()) return result;
+    const bool from_base = options_.draft_from_base;
+    const int64_t draft =
+        draw_from(from_base ? base_logits_ : logits_, from_base ? scratch_.base_maxima : scratch_.maxima,
+                  from_base ? state_.base : state_.model, Stream::kDraft);
+    result.token = result.draft_token = draft;
+    set_logp(draft, result);
+    result.delta_logp = result.logp - result.base_logp;
+    result.selected = is_selected(options_, state_, result.delta_logp, noise_);
+    if (result.selected) {
+      result.token = options_.gamma == 0 ? draw_from(logits_, scratch_.maxima, state_.model, Stream::kReplacement)
+                                         : draw_extrapolated();
+      set_logp(result.token, result);
+    }
+    return result;
+  }
+
+ private:
+  // One pass over both rows; false if nothing can be drawn from one of them.
+  bool read_both() {
+    const ScaledLogits<Real> z(logits_, row_, 1), base_z(base_logits_, row_, 1);
+    scratch_.maxima.values.resize(z.blocks());
+    scratch_.base_maxima.values.resize(z.blocks());
+    least_ = std::numeric_limits<Real>::infinity();
+    Real buffer[kPiece], base_buffer[kPiece];
+    for (int64_t begin = 0; begin < z.vocabulary(); begin += kPiece) {
+      const int64_t count = std::min(kPiece, z.vocabulary() - begin), block = begin / kBlockTokens;
+      const Real* piece = z.piece(begin, count, buffer);
+      const Real* base_piece = base_z.piece(begin, count, base_buffer);
+      if (block_maxima(count, piece, scratch_.maxima.values.data() + block)) return false;
+      if (block_maxima(count, base_piece, scratch_.base_maxima.values.data() + block)) return false;
+      if (options_.gamma != 0) least_ = std::min(least_, least_finite(count, base_piece));
+      fold(count, piece, base_piece);
+    }
+    scratch_.maxima.find_largest();
+    scratch_.base_maxima.find_largest();
+    return !state_.model.empty() && !state_.base.empty();
+  }
+
+  void fold(int64_t count, const Real* z, const Real* base_z) {
+    // Doubles are summed one after another within a call, whose rounding then grows with its length.
+    constexpr int64_t most = sizeof(Real) == 8 ? kBlockTokens : kPiece;
+    for (int64_t begin = 0; begin < count; begin += most) {
+      const int64_t size = std::min(most, count - begin);
+      if (needs_divergence(options_.criterion)) {
+        fold_row(size, z + begin, base_z + begin, state_);
+      } else {
+        fold_row(size, z + begin, state_.model);
+        fold_row(size, base_z + begin, state_.base);
+      }
+    }
+  }
+
+  // From one model's logits, whose maxima and state at temperature 1 are known.
+  int64_t draw_from(const Matrix& logits, const BlockMaxima<Real>& maxima, const SoftmaxState<Real>& state,
+                    Stream stream) {
+    const ScaledLogits<Real> raw(logits, row_, 1);
+    if (options_.temperature == 0) return first_maximum(raw, maxima);
+    if (options_.temperature == 1) return draw(raw, maxima, &state, stream);
+    scratch_.drawn_maxima.values.resize(raw.blocks());
+    // Division is monotone: the maximum of quotients is the quotient of the maximum.
+    divide_row(raw.blocks(), temperature(), maxima.values.data(), scratch_.drawn_maxima.values.data());
+    scratch_.drawn_maxima.largest = maxima.largest / temperature();
+    return draw(ScaledLogits<Real>(logits, row_, temperature()), scratch_.drawn_maxima, nullptr, stream);
+  }
+
+  int64_t draw_extrapolated() {
+    const bool greedy = options_.temperature == 0;
+    const ScaledLogits<Real> logits(logits_, base_logits_, row_, Real(options_.gamma), least_,
+                                    greedy ? 1 : temperature());
+    find_maxima(logits, scratch_.drawn_maxima);
+    return greedy ? first_maximum(logits, scratch_.drawn_maxima)
+                  : draw(logits, scratch_.drawn_maxima, nullptr, Stream::kReplacement);
+  }
+
+  int64_t draw(const ScaledLogits<Real>& logits, const BlockMaxima<Real>& maxima, const SoftmaxState<Real>* state,
+               Stream stream) {
+    const Filters& filters = options_.filters;
+    const bool needs_state = filters.top_p < 1 && !filters.limits_rank(logits.vocabulary());
+    const SoftmaxState<Real> own = needs_state && state == nullptr ? softmax_of(logits) : SoftmaxState<Real>();
+    const Real cut = least_kept(logits, maxima, filters, state == nullptr ? own : *state, scratch_.values);
+    const int64_t token = draw_by_noise(logits, maxima, cut, noise_.key(options_.seed, stream));
+    return token >= 0 ? token : first_maximum(logits, maxima);  // only where logits / T overflowed
+  }
+
+  void set_logp(int64_t token, SampledRow<Real>& result) const {
+    Real z, base_z;
+    read_row(logits_, row_, token, 1, &z);
+    read_row(base_logits_, row_, token, 1, &base_z);
+    result.logp = Real(state_.model.logp(z));
+    result.base_logp = Real(state_.base.logp(base_z));
+  }
+
+  Real temperature() const { return Real(options_.temperature); }
+
+  const Matrix& logits_;
+  const Matrix& base_logits_;
+  const int64_t row_;
+  const RowNoise noise_;
+  const SampleOptions& options_;
+  SampleScratch<Real>& scratch_;
+  PairState<Real> state_;
+  Real least_ = 0;
+};
+
+}  // namespace
+
+template <typename Real>
+SampledRow<Real> extrapolated_sample(const Matrix& logits, const Matrix& base_logits, int64_t row,
+                                     const RowNoise& noise, const SampleOptions& options,
+                                     SampleScratch<Real>& scratch) {
+  return RowSampler<Real>(logits, base_logits, row, noise, options, scratch).run();
+}
+
+#define DLOGP_INSTANTIATE(Real)                                                                               \
+  template SampledRow<Real> extrapolated_sample<Real>(const Matrix&, const Matrix&, int64_t, const RowNoise&, \
+                                                      const SampleOptions&, SampleScratch<Real>&);
+DLOGP_INSTANTIATE(float)
+DLOGP_INSTANTIATE(double)
+#undef DLOGP_INSTANTIATE
+
+}  // namespace dlogp

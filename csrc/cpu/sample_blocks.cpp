@@ -1,0 +1,159 @@
+#include "sample_blocks.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "../common/sampling.h"
+#include "vector_math.h"
+
+namespace dlogp {
+namespace {
+
+template <typename Real>
+DLOGP_INLINE bool block_maxima_body(int64_t count, const Real* z, Real* maxima) {
+  constexpr Real infinity = std::numeric_limits<Real>::infinity();
+  bool special = false;
+  for (int64_t begin = 0; begin < count; begin += kBlockTokens) {
+    const int64_t size = std::min(kBlockTokens, count - begin);
+    const Real* block = z + begin;
+    Real max = -infinity;
+    int32_t others = 0;
+#pragma omp simd reduction(max : max) reduction(+ : others)
+    for (int64_t i = 0; i < size; ++i) {
+      max = block[i] > max ? block[i] : max;
+      others += block[i] < infinity ? 0 : 1;
+    }
+    *maxima++ = max;
+    special |= others != 0;
+  }
+  return special;
+}
+
+template <typename Real>
+DLOGP_INLINE Real least_finite_body(int64_t count, const Real* z) {
+  constexpr Real infinity = std::numeric_limits<Real>::infinity();
+  Real least = infinity;
+#pragma omp simd reduction(min : least)
+  for (int64_t i = 0; i < count; ++i) {
+    const Real value = z[i] == -infinity ? infinity : z[i];
+    least = value < least ? value : least;
+  }
+  return least;
+}
+
+template <typename Real>
+DLOGP_INLINE void extrapolate_body(int64_t count, Real gamma, Real least, const Real* from, const Real* base_z,
+                                   Real* z) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) z[i] = extrapolated(from[i], base_z[i], gamma, least);
+}
+
+template <typename Real>
+DLOGP_INLINE void divide_body(int64_t count, Real divisor, const Real* from, Real* z) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) z[i] = from[i] / divisor;
+}
+
+// Ten rounds one after the other in the body of the loop over the counters, which the compiler then vectorises.
+DLOGP_INLINE void block_noise_body(const NoiseKey& key, int64_t first_token, uint32_t* bits) {
+  const uint32_t first = uint32_t(first_token / 4), row_id = key.row_id, step = key.step;
+  const uint32_t stream = uint32_t(key.stream), key0 = uint32_t(key.seed), key1 = uint32_t(key.seed >> 32);
+  constexpr int counters = kBlockTokens / 4;
+  uint32_t words[4][counters];
+#pragma omp simd
+  for (int c = 0; c < counters; ++c) {
+    uint32_t x0 = first + c, x1 = row_id, x2 = step, x3 = stream;
+#pragma GCC unroll 10
+    for (uint32_t round = 0; round < 10; ++round) {
+      const uint32_t high0 = uint32_t((uint64_t(0xD2511F53u) * x0) >> 32), low0 = 0xD2511F53u * x0;
+      const uint32_t high1 = uint32_t((uint64_t(0xCD9E8D57u) * x2) >> 32), low1 = 0xCD9E8D57u * x2;
+      x0 = high1 ^ x1 ^ (key0 + round * 0x9E3779B9u);
+      x2 = high0 ^ x3 ^ (key1 + round * 0xBB67AE85u);
+      x1 = low1;
+      x3 = low0;
+    }
+    words[0][c] = x0;
+    words[1][c] = x1;
+    words[2][c] = x2;
+    words[3][c] = x3;
+  }
+  for (int c = 0; c < counters; ++c)
+    for (int lane = 0; lane < 4; ++lane) bits[4 * c + lane] = words[lane][c];
+}
+
+// A score ≥ best needs −log(1 − u) ≤ e^{s − best}, hence u ≤ e^{s − best}, hence log2 u ≤ (s − best)·log2 e. The bits
+// of a float, read as an integer, are a lower bound of its log2 that is off by 0.086 at most: no logarithm is needed.
+template <typename Real>
+DLOGP_INLINE bool may_win_body(int64_t count, const Real* s, const uint32_t* bits, Real cut, double best) {
+  const Real centre = Real(best);
+  const Real slack = Real(1e-3) + std::fabs(centre) * 4 * std::numeric_limits<Real>::epsilon();
+  int32_t contenders = 0;
+#pragma omp simd reduction(+ : contenders)
+  for (int64_t i = 0; i < count; ++i) {
+    const float half = float(int32_t(bits[i] >> 1));
+    int32_t pattern;
+    std::memcpy(&pattern, &half, sizeof pattern);
+    const float log2_u = float(pattern) * 0x1p-23f - (127 + 31);
+    const Real log2_most = (s[i] - centre) * Real(1.44269504) + slack;
+    contenders += (s[i] >= cut) & (log2_u <= log2_most);
+  }
+  return contenders != 0;
+}
+
+template <typename Real>
+DLOGP_INLINE void bucket_masses_body(const Buckets<Real>& buckets, int64_t count, const Real* s, int32_t* index,
+                                     Real* mass) {
+  const Real top = buckets.top, per_unit = buckets.per_unit, centre = buckets.centre, last = Real(buckets.last);
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    const Real place = (top - s[i]) * per_unit;
+    index[i] = int32_t(place < last ? place : last);
+    mass[i] = exp_of(s[i] - centre);
+  }
+}
+
+}  // namespace
+
+DLOGP_CLONES bool block_maxima(int64_t count, const float* z, float* maxima) {
+  return block_maxima_body(count, z, maxima);
+}
+bool block_maxima(int64_t count, const double* z, double* maxima) { return block_maxima_body(count, z, maxima); }
+
+DLOGP_CLONES float least_finite(int64_t count, const float* z) { return least_finite_body(count, z); }
+double least_finite(int64_t count, const double* z) { return least_finite_body(count, z); }
+
+DLOGP_CLONES void extrapolate_row(int64_t count, float gamma, float least, const float* from, const float* base_z,
+                                  float* z) {
+  extrapolate_body(count, gamma, least, from, base_z, z);
+}
+void extrapolate_row(int64_t count, double gamma, double least, const double* from, const double* base_z, double* z) {
+  extrapolate_body(count, gamma, least, from, base_z, z);
+}
+
+DLOGP_CLONES void divide_row(int64_t count, float divisor, const float* from, float* z) {
+  divide_body(count, divisor, from, z);
+}
+void divide_row(int64_t count, double divisor, const double* from, double* z) { divide_body(count, divisor, from, z); }
+
+DLOGP_CLONES void block_noise(const NoiseKey& key, int64_t first_token, uint32_t* bits) {
+  block_noise_body(key, first_token, bits);
+}
+
+DLOGP_CLONES bool may_win(int64_t count, const float* s, const uint32_t* bits, float cut, double best) {
+  return may_win_body(count, s, bits, cut, best);
+}
+bool may_win(int64_t count, const double* s, const uint32_t* bits, double cut, double best) {
+  return may_win_body(count, s, bits, cut, best);
+}
+
+DLOGP_CLONES void bucket_masses(const Buckets<float>& buckets, int64_t count, const float* s, int32_t* index,
+                                float* mass) {
+  bucket_masses_body(buckets, count, s, index, mass);
+}
+void bucket_masses(const Buckets<double>& buckets, int64_t count, const double* s, int32_t* index, double* mass) {
+  bucket_masses_body(buckets, count, s, index, mass);
+}
+
+}  // namespace dlogp

@@ -1,0 +1,51 @@
+// The loops of sampling over a few logits that lie side by side, vectorised for float.
+//
+// Sampling looks at a row in blocks of 64 tokens: their maxima say which blocks can hold a token that is kept, or one
+// that can still win, and their noise is 16 blocks of Philox.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/philox.h"
+
+namespace dlogp {
+
+constexpr int64_t kBlockTokens = 64;
+
+constexpr int64_t sample_blocks(int64_t count) { return (count + kBlockTokens - 1) / kBlockTokens; }
+
+// The maximum of each block; whether there is a NaN or +inf.
+bool block_maxima(int64_t count, const float* z, float* maxima);
+bool block_maxima(int64_t count, const double* z, double* maxima);
+
+// The least value that is not −inf; +inf if there is none.
+float least_finite(int64_t count, const float* z);
+double least_finite(int64_t count, const double* z);
+
+// z[i] = extrapolated(z[i], base_z[i]), read from `from`.
+void extrapolate_row(int64_t count, float gamma, float least, const float* from, const float* base_z, float* z);
+void extrapolate_row(int64_t count, double gamma, double least, const double* from, const double* base_z, double* z);
+
+// A quotient, not a product with 1 / divisor: logits that are equal after rounding are to be the same in every backend.
+void divide_row(int64_t count, float divisor, const float* from, float* z);
+void divide_row(int64_t count, double divisor, const double* from, double* z);
+
+// The noise of the tokens of a block, from `first_token` on.
+void block_noise(const NoiseKey& key, int64_t first_token, uint32_t* bits);
+
+// Whether a token of a block with s ≥ cut may have a score s + gumbel(bits) ≥ best. It errs towards yes.
+bool may_win(int64_t count, const float* s, const uint32_t* bits, float cut, double best);
+bool may_win(int64_t count, const double* s, const uint32_t* bits, double cut, double best);
+
+// Buckets of equal width below `top`: where each s ≤ top belongs, and its mass e^{s − centre}.
+template <typename Real>
+struct Buckets {
+  Real top, per_unit;
+  Real centre;
+  int32_t last;
+};
+
+void bucket_masses(const Buckets<float>& buckets, int64_t count, const float* s, int32_t* index, float* mass);
+void bucket_masses(const Buckets<double>& buckets, int64_t count, const double* s, int32_t* index, double* mass);
+
+}  // namespace dlogp

@@ -1,0 +1,69 @@
+// The logits that a token is drawn from, in pieces: those of one row over T, or extrapolated from two.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "matrix.h"
+#include "sample_blocks.h"
+
+namespace dlogp {
+
+// What a call may ask for at once; a multiple of kBlockTokens.
+constexpr int64_t kPiece = 1024;
+
+// Nothing is stored: every piece is computed from the inputs again, the same to the bit however the row is cut.
+template <typename Real>
+class ScaledLogits {
+ public:
+  ScaledLogits(const Matrix& logits, int64_t row, Real temperature)
+      : logits_(logits), row_(row), temperature_(temperature) {}
+  ScaledLogits(const Matrix& logits, const Matrix& base_logits, int64_t row, Real gamma, Real least, Real temperature)
+      : logits_(logits), base_(&base_logits), row_(row), gamma_(gamma), least_(least), temperature_(temperature) {}
+
+  int64_t vocabulary() const { return logits_.columns; }
+  int64_t blocks() const { return sample_blocks(vocabulary()); }
+
+  // Logits [begin, begin + count), count ≤ kPiece: in place where they need no change, else in `buffer`.
+  const Real* piece(int64_t begin, int64_t count, Real* buffer) const {
+    const Real* z = unscaled(logits_, begin, count, buffer);
+    if (base_ != nullptr) {
+      Real base_buffer[kPiece];
+      extrapolate_row(count, gamma_, least_, z, unscaled(*base_, begin, count, base_buffer), buffer);
+      z = buffer;
+    }
+    if (temperature_ == 1) return z;
+    divide_row(count, temperature_, z, buffer);
+    return buffer;
+  }
+
+  const Real* block(int64_t index, Real* buffer) const {
+    return piece(index * kBlockTokens, block_size(index), buffer);
+  }
+  int64_t block_size(int64_t index) const { return std::min(kBlockTokens, vocabulary() - index * kBlockTokens); }
+
+ private:
+  const Real* unscaled(const Matrix& matrix, int64_t begin, int64_t count, Real* buffer) const {
+    const Real* in_place = row_in_place<Real>(matrix, row_, begin);
+    if (in_place != nullptr) return in_place;
+    read_row(matrix, row_, begin, count, buffer);
+    return buffer;
+  }
+
+  const Matrix& logits_;
+  const Matrix* base_ = nullptr;
+  int64_t row_;
+  Real gamma_ = 0, least_ = 0;
+  Real temperature_;
+};
+
+// The maximum of each block of 64 logits, and of all.
+template <typename Real>
+struct BlockMaxima {
+  std::vector<Real> values;
+  Real largest;
+
+  void find_largest() { largest = *std::max_element(values.begin(), values.end()); }
+};
+
+}  // namespace dlogp

@@ -1,0 +1,832 @@
+"""`extrapolated_sample`: every backend against the definition in float64, against statistics, and against bad input."""
+
+import math
+import warnings
+from typing import Any, NamedTuple
+
+import cases
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import dlogp_kernels
+from dlogp_kernels import Sample, backends, reference_sample
+from dlogp_kernels.ops import schemas
+from dlogp_kernels.reference_sample import CRITERIA, DRAFT, RANDOM, REPLACEMENT
+
+pytestmark = pytest.mark.usefixtures("serves_sampling")
+
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+QWEN = 151_936
+THRESHOLDS = {
+    "delta_logp": -0.3, "kl": 0.2, "reverse_kl": 0.2, "avg_kl": 0.2, "entropy": 2.0, "rl_entropy": 2.0, "random": 0.5,
+}  # fmt: skip
+FILTERS = {
+    "none": {},
+    "top_k": {"top_k": 5},
+    "top_p": {"top_p": 0.7},
+    "min_p": {"min_p": 0.1},
+    "all three": {"top_k": 40, "top_p": 0.9, "min_p": 0.02},
+    "hardly any": {"top_k": 250, "top_p": 0.9999, "min_p": 1e-6},
+}
+NO_OPTIONS: dict[str, Any] = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "temperature": 1.0}
+_LARGEST_SCORE_NOISE = 23.0
+
+
+@pytest.fixture
+def serves_sampling(backend: str) -> None:
+    problem = backends.unavailable(backend, "extrapolated_sample", cases.DEVICE)
+    if problem is not None:
+        pytest.skip(f"backend {backend}: {problem}")
+
+
+def sample(logits: Tensor, base_logits: Tensor, **options: Any) -> Sample:
+    """The op on the device under test; results on the CPU."""
+    moved = cases.on_device({"logits": logits, "base_logits": base_logits})
+    options = {name: x.to(cases.DEVICE) if isinstance(x, Tensor) else x for name, x in ({"seed": 1} | options).items()}
+    return Sample(*(x.cpu() for x in dlogp_kernels.extrapolated_sample(**moved, **options)))
+
+
+def criterion_options(criterion: str) -> dict[str, Any]:
+    return {"criterion": criterion} | ({"threshold": THRESHOLDS[criterion]} if criterion in THRESHOLDS else {})
+
+
+def with_defaults(options: dict[str, Any], rows: int) -> dict[str, Any]:
+    defaults = {"gamma": 0.0, "criterion": "all", "threshold": None, "draft": "base", "seed": 1, "step": 0}
+    return defaults | NO_OPTIONS | {"row_id": torch.arange(rows)} | options
+
+
+def definition(logits: Tensor, base_logits: Tensor, **options: Any) -> Sample:
+    """The definition in float64, of (B, V)."""
+    chosen = with_defaults(options, logits.shape[0])
+    seed = chosen["seed"] - 2**64 if chosen["seed"] >= 2**63 else chosen["seed"]
+    chosen |= {"seed": torch.tensor([seed]), "step": torch.tensor([chosen["step"]])}
+    return reference_sample.extrapolated_sample(logits.double(), base_logits.double(), **chosen)
+
+
+class Values(NamedTuple):
+    """What `extrapolated_sample` returns besides tokens."""
+
+    delta_logp: Tensor
+    logp: Tensor
+    base_logp: Tensor
+
+
+def check_against_definition(accuracy: Any | None, logits: Tensor, base_logits: Tensor, **options: Any) -> Sample:
+    """Token for token what the definition draws, but for ties within rounding, each of which is shown to be one.
+
+    Without `accuracy` the other outputs are not looked at.
+    """
+    actual = sample(logits, base_logits, **options)
+    expected = definition(logits, base_logits, **options)
+    chosen = with_defaults(options, logits.shape[0])
+    z, base_z = logits.double(), base_logits.double()
+    eps = torch.finfo(actual.logp.dtype).eps
+    drafted = base_z if chosen["draft"] == "base" else z
+    for row in (actual.draft_token != expected.draft_token).nonzero().flatten().tolist():
+        assert_tie(drafted[row], actual.draft_token[row], DRAFT, row, chosen, eps)
+    for row in (actual.selected != expected.selected).nonzero().flatten().tolist():
+        assert_at_the_threshold(z[row], base_z[row], actual.draft_token[row], chosen, eps)
+    replacing = reference_sample.extrapolated_logits(z, base_z, chosen["gamma"])
+    kept = torch.where(actual.selected, expected.token, actual.draft_token)
+    compared = actual.selected == expected.selected
+    for row in ((actual.token != kept) & compared).nonzero().flatten().tolist():
+        assert actual.selected[row], "a draft that was not replaced is the token"
+        assert_tie(replacing[row], actual.token[row], REPLACEMENT, row, chosen, eps)
+    good = actual.token >= 0
+    assert torch.equal(good, expected.token >= 0)
+    if good.any() and accuracy is not None:
+        truth = Values(
+            _logp(z, actual.draft_token) - _logp(base_z, actual.draft_token),
+            _logp(z, actual.token),
+            _logp(base_z, actual.token),
+        )
+        magnitude = cases.magnitude("delta_logp", {"logits": logits[good], "base_logits": base_logits[good]})
+        measured = Values(*(x[good] for x in actual[3:]))
+        accuracy.statistics(
+            "extrapolated_sample", measured, Values(*(x[good] for x in truth)), magnitude, _widest(logits, base_logits)
+        )
+    return actual
+
+
+def _widest(*tensors: Tensor) -> torch.dtype:
+    return max((x.dtype for x in tensors), key=lambda dtype: dtype.itemsize)
+
+
+def _logp(z: Tensor, token: Tensor) -> Tensor:
+    return z.log_softmax(-1).gather(-1, token.clamp_min(0)[:, None])[:, 0]
+
+
+def assert_tie(z: Tensor, token: Tensor, stream: int, row: int, chosen: dict[str, Any], eps: float) -> None:
+    """`token` of z (V,) is kept, and no other that is kept scores more, both up to rounding."""
+    temperature = chosen["temperature"]
+    finite = z[z > -torch.inf].abs().max().item()
+    if temperature == 0.0:
+        assert z[token] >= z.max() - 4 * eps * finite
+        return
+    scaled = z[None] / temperature
+    rounding = 4 * eps * (finite / temperature + _LARGEST_SCORE_NOISE)
+    loose, strict = (kept_up_to(scaled, chosen, sign * 16 * eps)[0] for sign in (1, -1))
+    assert loose[token], f"row {row}: token {token} should have been cut off"
+    seed, step = (torch.tensor([chosen[name]]) for name in ("seed", "step"))
+    tokens = torch.arange(z.shape[0])
+    bits = reference_sample.noise_bits(tokens, chosen["row_id"][row : row + 1], seed, step, stream)
+    score = (scaled + reference_sample.gumbel(bits, FP64))[0]
+    gap = score.masked_fill(~strict, -torch.inf).max() - score[token]
+    assert gap <= rounding, f"row {row}: a token scores {gap:.3g} more than {token}, rounding explains {rounding:.3g}"
+
+
+def kept_up_to(scaled: Tensor, chosen: dict[str, Any], slack: float) -> Tensor:
+    """What the filters keep if they are moved by a relative `slack`."""
+    top_k, top_p, min_p = chosen["top_k"], chosen["top_p"], chosen["min_p"]
+    low = scaled[0, scaled[0] > -torch.inf].abs().max() * slack
+    blurred = scaled
+    if 0 < top_k < scaled.shape[-1]:
+        kth = scaled.topk(top_k, dim=-1).values[..., -1:]
+        blurred = scaled.masked_fill(scaled < kth - low, -torch.inf)
+        top_k = 0
+    top_p = top_p if top_p == 1.0 else min(1.0, max(0.0, top_p + slack * scaled.shape[-1]))
+    return reference_sample.kept_tokens(blurred, top_k, top_p, max(0.0, min_p * (1.0 - slack)))
+
+
+def assert_at_the_threshold(z: Tensor, base_z: Tensor, draft: Tensor, chosen: dict[str, Any], eps: float) -> None:
+    value = criterion_value(z[None], base_z[None], draft[None], chosen["criterion"])[0]
+    scale = z[z > -torch.inf].abs().max() + base_z[base_z > -torch.inf].abs().max() + math.log(z.shape[0])
+    assert abs(value - chosen["threshold"]) <= 8 * eps * max(1.0, float(scale))
+
+
+def criterion_value(z: Tensor, base_z: Tensor, draft: Tensor, criterion: str) -> Tensor:
+    """What is compared with the threshold, from float64 logits (B, V), written as method.md has it."""
+    log_p, log_q = z.log_softmax(-1), base_z.log_softmax(-1)
+    p, q = log_p.exp(), log_q.exp()
+
+    def expectation(weights: Tensor, values: Tensor) -> Tensor:
+        return (weights * values.masked_fill(weights == 0, 0.0)).sum(-1)
+
+    kl, reverse_kl = expectation(p, log_p - log_q), expectation(q, log_q - log_p)
+    return {
+        "delta_logp": (log_p - log_q).gather(-1, draft[:, None])[:, 0],
+        "kl": kl,
+        "reverse_kl": reverse_kl,
+        "avg_kl": (kl + reverse_kl) / 2,
+        "entropy": -expectation(q, log_q),
+        "rl_entropy": -expectation(p, log_p),
+    }[criterion]
+
+
+def is_definition(backend: str) -> bool:
+    """Plain PyTorch on the CPU: slow, and nearly what it is compared with."""
+    return backend == "reference" and cases.DEVICE.type == "cpu"
+
+
+def random_pair(rows: int, v: int, dtype: torch.dtype = FP64, spread: float = 3.0, seed: int = 0) -> tuple[Tensor, ...]:
+    """Logits of two models that are near one another."""
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.randn(rows, v, generator=generator, dtype=FP64) * spread
+    base_z = z + torch.randn(rows, v, generator=generator, dtype=FP64)
+    return z.to(dtype), base_z.to(dtype)
+
+
+def adversarial_pair(v: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A few rows of each kind that is known to go wrong somewhere."""
+    z, base_z = random_pair(32, v)
+    infinity = torch.inf
+    z[2:4], base_z[2:4] = z[2:4].round(), base_z[2:4].round()  # ties
+    z[4], base_z[4] = 1.0, -2.0  # nothing but ties
+    z[5], base_z[6] = 0.5, 0.25
+    z[7:9] += 1e4
+    base_z[8:10] -= 1e4
+    z[10, ::3] = base_z[10, ::3] = -infinity
+    z[11, 1::2] = -infinity
+    base_z[12, 1::2] = -infinity
+    z[13, : v // 2] = -infinity  # whole tiles
+    base_z[14, : v // 2] = -infinity
+    z[15, v // 2 :] = base_z[15, v // 2 :] = -infinity
+    z[16, torch.arange(v) != v - 1] = -infinity  # one token is possible
+    base_z[17, torch.arange(v) != v // 2] = -infinity
+    z[18, torch.arange(v) != 3] = base_z[18, torch.arange(v) != 3] = -infinity
+    z[19, 7] += 60.0  # peaked
+    base_z[20, 250] += 60.0
+    z[21, 7] += 60.0
+    base_z[21, 8] += 60.0
+    z[22:24] *= 20.0
+    base_z[24] *= 20.0
+    z[25] = base_z[25]  # identical models
+    z[26] = torch.linspace(30.0, -30.0, v, dtype=FP64)  # in order
+    base_z[26] = z[26].flip(0)
+    z[27, :] = 0.0
+    z[27, 100:110] = 5.0  # the kept ones are equal
+    base_z[28] = z[28].clamp_max(1.0)  # many equal largest
+    z[29] *= 1e-6  # nearly uniform
+    base_z[30] = -1e30  # least finite number, about
+    base_z[30, 5] = 3.0
+    return z.to(dtype), base_z.to(dtype)
+
+
+@pytest.mark.served_by("reference")
+def test_philox_known_answers():
+    """Random123's known answers, by which every implementation of Philox4x32-10 is checked."""
+    zeros, ones = (torch.tensor([value]) for value in (0, 0xFFFFFFFF))
+    answers = {
+        (zeros, 0): "6627e8d5 e169c58d bc57ac4c 9b00dbd8",
+        (ones, -1): "408f276d 41c83b0e a20bc7c6 6d5451fd",
+    }
+    for (counter, seed), answer in answers.items():
+        words = reference_sample.philox((counter,) * 4, torch.tensor([seed]))
+        assert " ".join(f"{int(word):08x}" for word in words) == answer
+
+
+def uniforms(row_ids: Tensor, seed: int, step: int, low: float = 0.0, high: float = 1.0) -> Tensor:
+    """The backend's own u of stream 2, found by bisection over the threshold, to 2⁻³³."""
+    logits = torch.zeros(row_ids.shape[0], 2)
+    lows, highs = torch.full(row_ids.shape, low, dtype=FP64), torch.full(row_ids.shape, high, dtype=FP64)
+    for row in range(row_ids.shape[0]):
+        lo, hi = low, high
+        for _ in range(34):
+            middle = (lo + hi) / 2
+            drawn = sample(
+                logits[row : row + 1],
+                logits[row : row + 1],
+                criterion="random",
+                threshold=middle,
+                seed=seed,
+                step=step,
+                row_id=row_ids[row : row + 1],
+            )
+            lo, hi = (lo, middle) if drawn.selected.item() else (middle, hi)
+        lows[row], highs[row] = lo, hi
+    return (lows + highs) / 2
+
+
+@pytest.mark.not_interpreted("34 launches a number")
+def test_the_backend_has_philox_with_known_answers():
+    """Its counter (0, row_id, step, 2) cannot be all zeros; so the words are those of the checked implementation."""
+    for seed, step, row_id in ((0, 0, 0), (2**64 - 1, 2**32 - 1, 2**32 - 1), (0x0123456789ABCDEF, 77, 12345)):
+        ids = torch.tensor([row_id])
+        signed = torch.tensor([seed - 2**64 if seed >= 2**63 else seed])
+        bits = reference_sample.noise_bits(torch.zeros(1).long(), ids, signed, torch.tensor([step]), RANDOM)
+        expected = (int(bits) + 0.5) * 2.0**-32
+        assert abs(uniforms(ids, seed, step).item() - expected) <= 2.0**-33
+
+
+@pytest.mark.parametrize("draft", ["base", "rl"])
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_draws_what_the_definition_draws(accuracy, exact, backend, criterion, draft):
+    logits, base_logits = adversarial_pair(301, exact)
+    temperatures = (0.7,) if is_definition(backend) else cases.fewer((0.0, 0.7, 1.0), (0.0, 0.7))
+    for number, filters in enumerate(FILTERS.values()):
+        for temperature in temperatures:
+            gamma = (0.0, 0.1, 1.0)[(number + round(10 * temperature)) % 3]
+            options = criterion_options(criterion) | filters | {"gamma": gamma, "temperature": temperature}
+            check_against_definition(accuracy, logits, base_logits, draft=draft, seed=7, step=number, **options)
+
+
+@pytest.mark.parametrize("v", [1, 2, 3, 4, 5, 63, 64, 65, 1023, 1025, 4099])
+def test_any_vocabulary(accuracy, exact, v):
+    logits, base_logits = random_pair(5, v, exact)
+    for filters in FILTERS.values():
+        for temperature in (0.0, 0.7):
+            options = filters | {"temperature": temperature, "gamma": 0.3}
+            check_against_definition(
+                accuracy, logits, base_logits, criterion="delta_logp", threshold=-0.2, seed=3, **options
+            )
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+def test_dtypes(accuracy, dtype):
+    logits, base_logits = random_pair(8, 700, dtype)
+    for filters in FILTERS.values():
+        check_against_definition(accuracy, logits, base_logits, gamma=0.1, temperature=0.7, seed=5, **filters)
+        drawn = sample(logits, base_logits, gamma=0.1, seed=5, **filters)
+        widened = sample(logits.float(), base_logits.float(), gamma=0.1, seed=5, **filters)
+        assert all(torch.equal(x, y) for x, y in zip(drawn, widened, strict=True))
+        mixed = sample(logits.float(), base_logits, gamma=0.1, seed=5, **filters)
+        assert all(torch.equal(x, y) for x, y in zip(mixed, widened, strict=True))
+
+
+@pytest.mark.not_interpreted("a whole vocabulary")
+@pytest.mark.served_by("cpu", "triton")
+@pytest.mark.parametrize("filters", FILTERS.values(), ids=FILTERS)
+def test_a_whole_vocabulary(accuracy, filters):
+    logits, base_logits = random_pair(2, QWEN, FP32)
+    options = criterion_options("delta_logp") | filters | {"gamma": 0.1, "temperature": 1.0}
+    check_against_definition(accuracy, logits, base_logits, seed=11, **options)
+
+
+@pytest.mark.parametrize("top_p", [1e-9, 0.3, 0.5, 0.999999])
+def test_top_p_of_many_equal_and_nearly_equal_logits(exact, top_p):
+    """The crossing bucket of a histogram then holds nearly all tokens."""
+    v = cases.fewer(5001, 1501)
+    logits, base_logits = torch.zeros(4, v, dtype=exact), torch.zeros(4, v, dtype=exact)
+    logits[1, 17] = 1.0
+    logits[2] = torch.arange(v) * 1e-9
+    logits[3] = (torch.arange(v) % 2) * 1e-3
+    logits[3, 5] = 30.0
+    base_logits[2] = -torch.arange(v) / v
+    for temperature in (1.0, 0.25):
+        for top_k in (0, v - 5, 200):
+            options = {"top_p": top_p, "top_k": top_k, "temperature": temperature}
+            check_against_definition(None, logits, base_logits, seed=2, **options)
+
+
+def distinct_logits(v: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randperm(v, generator=generator).double() * (8.0 / v)).float()
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.5])
+@pytest.mark.parametrize("name", ["top_k", "top_p", "min_p", "all three"])
+def test_kept_tokens_are_those_of_transformers(backend, name, temperature):
+    """Every token drawn survives the warpers; every survivor that should have come up has."""
+    logits = distinct_logits(cases.fewer(200, 40))
+    filters = FILTERS[name]
+    kept = warped(logits, temperature, filters)
+    probability = (logits.double() / temperature).masked_fill(~kept, -torch.inf).softmax(-1)
+    draws = 2000 if is_definition(backend) else cases.fewer(20_000, 300)
+    rows = logits.expand(draws, -1)
+    drawn = sample(rows, rows, temperature=temperature, seed=9, **filters)
+    counts = torch.stack([drawn.token, drawn.draft_token]).flatten().bincount(minlength=logits.shape[0])
+    assert not counts[~kept].any()
+    expected_often = probability * 2 * draws > 30
+    assert counts[expected_often].all() and expected_often[kept].float().mean() > cases.fewer(0.5, 0.2)
+
+
+def warped(logits: Tensor, temperature: float, filters: dict[str, Any]) -> Tensor:
+    transformers = pytest.importorskip("transformers")
+    scores = transformers.TemperatureLogitsWarper(temperature)(None, logits.double()[None])
+    warpers = {
+        "top_k": transformers.TopKLogitsWarper,
+        "top_p": transformers.TopPLogitsWarper,
+        "min_p": transformers.MinPLogitsWarper,
+    }
+    for option, value in filters.items():
+        scores = warpers[option](value)(None, scores)
+    return scores[0] > -torch.inf
+
+
+@pytest.mark.not_interpreted("it is of the definition")
+@pytest.mark.served_by("reference")
+@pytest.mark.parametrize("temperature", [0.5, 1.0])
+def test_the_definition_keeps_what_transformers_keeps(temperature):
+    for seed in range(5):
+        logits = torch.randn(5000, generator=torch.Generator().manual_seed(seed), dtype=FP64) * 3
+        for filters in FILTERS.values():
+            chosen = NO_OPTIONS | filters
+            kept = reference_sample.kept_tokens(
+                logits[None] / temperature, chosen["top_k"], chosen["top_p"], chosen["min_p"]
+            )
+            assert torch.equal(kept[0], warped(logits, temperature, filters))
+
+
+@pytest.mark.parametrize("criterion", [name for name in THRESHOLDS if name != "random"])
+def test_criteria_are_their_formulas(exact, criterion):
+    """Selected on one side of the float64 value and not on the other."""
+    logits, base_logits = random_pair(6, 301, exact)
+    options = {"criterion": criterion, "seed": 4}
+    draft = sample(logits, base_logits, criterion="none", seed=4).token
+    value = criterion_value(logits.double(), base_logits.double(), draft, criterion)
+    slack = 64 * torch.finfo(exact).eps
+    for row in range(6):
+        for side in (-1, 1):
+            threshold = value[row].item() + side * slack * max(1.0, abs(value[row].item()))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                selected = sample(logits, base_logits, threshold=threshold, **options).selected[row].item()
+            assert selected == (side == (1 if criterion == "delta_logp" else -1))
+
+
+@pytest.mark.filterwarnings("ignore:threshold is 0")
+def test_inequalities_are_strict():
+    logits, _ = random_pair(5, 100, FP32)
+    for criterion in ("delta_logp", "kl", "reverse_kl", "avg_kl"):
+        drawn = sample(logits, logits, criterion=criterion, threshold=0.0)
+        assert not drawn.selected.any() and (drawn.delta_logp == 0).all()
+    certain = torch.full((3, 100), -torch.inf).index_fill(1, torch.tensor([4]), 2.0)
+    for criterion in ("entropy", "rl_entropy"):
+        assert not sample(certain, certain, criterion=criterion, threshold=0.0).selected.any()
+        assert sample(certain, certain, criterion=criterion, threshold=-1e-6).selected.all()
+
+
+def test_random_criterion_is_strict_and_as_frequent_as_it_says():
+    bits = reference_sample.noise_bits(
+        torch.zeros(1).long(), torch.tensor([6]), torch.tensor([1]), torch.tensor([0]), RANDOM
+    )
+    u = (int(bits) + 0.5) * 2.0**-32
+    logits = torch.zeros(1, 3)
+    options = {"criterion": "random", "row_id": torch.tensor([6])}
+    assert not sample(logits, logits, threshold=u, **options).selected
+    assert sample(logits, logits, threshold=math.nextafter(u, 1), **options).selected
+    rows = torch.zeros(cases.fewer(40_000, 1000), 3)
+    share = sample(rows, rows, criterion="random", threshold=0.05).selected.double().mean()
+    assert abs(share - 0.05) < 4.5 * math.sqrt(0.05 * 0.95 / rows.shape[0])
+
+
+def test_criterion_all_and_none():
+    logits, base_logits = random_pair(20, 50, FP32)
+    replaced, kept = (sample(logits, base_logits, criterion=criterion) for criterion in ("all", "none"))
+    assert replaced.selected.all() and not kept.selected.any()
+    assert torch.equal(kept.token, kept.draft_token) and torch.equal(replaced.draft_token, kept.draft_token)
+    assert (replaced.token != replaced.draft_token).any()
+
+
+def test_gamma_0_is_ordinary_sampling_from_the_rl_model():
+    logits, base_logits = random_pair(50, 301, FP32)
+    base_logits[:10, ::2] = -torch.inf
+    plain = sample(logits, logits, gamma=0.0, top_p=0.9)
+    assert torch.equal(sample(logits, base_logits, gamma=0.0, top_p=0.9).token, plain.token)
+
+
+@pytest.mark.parametrize("gamma", [0.1, 5.0])
+def test_impossible_tokens(exact, gamma):
+    """−inf in z_R is never a replacement; −inf in z_B alone makes nothing infinite."""
+    rows = cases.fewer(4000, 100)
+    z, base_z = (x.expand(rows, -1) for x in random_pair(1, 40, exact))
+    z, base_z = z.clone(), base_z.clone()
+    z[:, :20] = -torch.inf
+    base_z[:, 10:30] = -torch.inf
+    drawn = sample(z, base_z, gamma=gamma)
+    assert (drawn.token >= 20).all() and drawn.logp.isfinite().all()
+    assert not ((drawn.draft_token >= 10) & (drawn.draft_token < 30)).any()
+    assert (drawn.base_logp[drawn.token < 30] == -torch.inf).all() and not drawn.delta_logp.isnan().any()
+    # z_R is random there, so some of the tokens that only the base excludes are likely.
+    assert ((drawn.token >= 20) & (drawn.token < 30)).any()
+
+
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.8}, {"temperature": 0.6, "top_k": 9}], ids=str)
+def test_a_row_does_not_depend_on_the_batch(options):
+    logits, base_logits = random_pair(cases.fewer(33, 7), 1187, FP32)
+    row_id = torch.arange(logits.shape[0]) * 1_000_003 % 2**32
+    everything = sample(logits, base_logits, row_id=row_id, gamma=0.2, **options)
+    order = torch.randperm(logits.shape[0])
+    shuffled = sample(logits[order], base_logits[order], row_id=row_id[order], gamma=0.2, **options)
+    for value, other in zip(everything, shuffled, strict=True):
+        assert torch.equal(value[order], other)
+    for row in (0, 3, logits.shape[0] - 1):
+        one = slice(row, row + 1)
+        alone = sample(logits[one], base_logits[one], row_id=row_id[one], gamma=0.2, **options)
+        for value, other in zip(everything, alone, strict=True):
+            assert torch.equal(value[one], other)
+
+
+@pytest.mark.cpu_only
+@pytest.mark.not_interpreted("the interpreter has one program at a time")
+def test_a_row_does_not_depend_on_the_number_of_threads():
+    logits, base_logits = random_pair(7, 3000, FP32)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            results.append(sample(logits, base_logits, top_p=0.9))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
+
+
+def test_seed_step_and_row_id_are_what_the_noise_depends_on():
+    logits = torch.zeros(64, 1000)
+    first = sample(logits, logits, seed=5, step=3)
+    assert torch.equal(first.token, sample(logits, logits, seed=5, step=3, row_id=torch.arange(64)).token)
+    for other in (
+        {"seed": 6, "step": 3},
+        {"seed": 5 + 2**32, "step": 3},
+        {"seed": 5 + 2**63, "step": 3},
+        {"seed": 5, "step": 4},
+        {"seed": 5, "step": 3 + 2**31},
+        {"seed": 5, "step": 3, "row_id": torch.arange(64) + 64},
+        {"seed": 5, "step": 3, "row_id": torch.arange(64) + 2**31},
+    ):
+        drawn = sample(logits, logits, **other)
+        for name in ("token", "draft_token"):
+            equal = (getattr(drawn, name) == getattr(first, name)).sum()
+            assert equal <= 3, f"{other}: {equal} of 64 tokens are the same"
+    assert (first.token == first.draft_token).sum() <= 3
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**32, 2**63 - 1, 2**63, 2**64 - 1])
+def test_seed_and_step_from_tensors(accuracy, seed):
+    logits, base_logits = random_pair(8, 200, FP32)
+    for step in (0, 17, 2**32 - 1):
+        number = check_against_definition(accuracy, logits, base_logits, seed=seed, step=step)
+        signed = torch.tensor([seed - 2**64 if seed >= 2**63 else seed])
+        tensors = sample(logits, base_logits, seed=signed, step=torch.tensor(step))
+        assert all(torch.equal(x, y) for x, y in zip(number, tensors, strict=True))
+
+
+def _strided(x: Tensor) -> dict[str, Tensor]:
+    wide = torch.full((x.shape[0], 2 * x.shape[1] + 3), torch.nan, dtype=x.dtype)
+    wide[:, 1 : 1 + 2 * x.shape[1] : 2] = x
+    padded = torch.full((2 * x.shape[0], x.shape[1] + 5), torch.nan, dtype=x.dtype)
+    padded[::2, 3:-2] = x
+    return {
+        "every second column": wide[:, 1 : 1 + 2 * x.shape[1] : 2],
+        "every second row, with gaps": padded[::2, 3:-2],
+        "transposed": x.t().contiguous().t(),
+    }
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_strides(dtype):
+    logits, base_logits = random_pair(6, 301, dtype)
+    options = {"gamma": 0.3, "top_p": 0.9, "temperature": 0.8}
+    expected = sample(logits, base_logits, **options)
+    for z in _strided(logits).values():
+        for base_z in _strided(base_logits).values():
+            drawn = sample(z, base_z, **options)
+            assert all(torch.equal(x, y) for x, y in zip(drawn, expected, strict=True))
+
+
+def test_expanded_rows():
+    logits, base_logits = random_pair(1, 301, FP32)
+    expected = sample(logits.repeat(9, 1), base_logits.repeat(9, 1))
+    drawn = sample(logits.expand(9, -1), base_logits.expand(9, -1))
+    assert all(torch.equal(x, y) for x, y in zip(drawn, expected, strict=True))
+    assert drawn.token.unique().numel() > 1
+
+
+def test_leading_dimensions():
+    logits, base_logits = random_pair(24, 50, FP32)
+    row_id = torch.randint(2**32, (24,))
+    flat = sample(logits, base_logits, row_id=row_id)
+    shaped = sample(logits.view(2, 3, 4, 50), base_logits.view(2, 3, 4, 50), row_id=row_id.view(2, 3, 4))
+    swapped = sample(
+        logits.view(4, 6, 50).transpose(0, 1), base_logits.view(4, 6, 50).transpose(0, 1), row_id=row_id.view(4, 6).t()
+    )
+    alone = sample(logits[3], base_logits[3], row_id=row_id[3])
+    for value, whole, other, one in zip(flat, shaped, swapped, alone, strict=True):
+        assert torch.equal(whole, value.view(2, 3, 4))
+        assert torch.equal(other, value.view(4, 6).t())
+        assert one.shape == () and torch.equal(one, value[3])
+
+
+@pytest.mark.parametrize("leading", [(0,), (3, 0)])
+def test_no_rows(leading):
+    logits = torch.empty(*leading, 50)
+    drawn = sample(logits, logits)
+    assert all(x.shape == leading for x in drawn)
+    assert [x.dtype for x in drawn] == [torch.int64, torch.int64, torch.bool, FP32, FP32, FP32]
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.0}, {"top_p": 0.7}, {"top_k": 3, "gamma": 0.5}], ids=str)
+def test_bad_rows_give_minus_one_and_nan(options):
+    """NaN, +inf or no finite logit, in either model, first, last or in the middle of a row; the others go on."""
+    v = 301
+    logits, base_logits = random_pair(12, v, FP32)
+    expected = sample(logits, base_logits, **options)
+    for x, rows in ((logits, (1, 2, 3, 4, 5)), (base_logits, (6, 7, 8, 9, 10))):
+        x[rows[0], 0] = torch.nan
+        x[rows[1], v - 1] = torch.nan
+        x[rows[2], 150] = torch.inf
+        x[rows[3]] = -torch.inf
+        x[rows[4]] = torch.nan
+    drawn = sample(logits, base_logits, **options)
+    good = torch.tensor([0, 11])
+    for value, other in zip(drawn, expected, strict=True):
+        assert torch.equal(value[good], other[good])
+    bad = slice(1, 11)
+    assert (drawn.token[bad] == -1).all() and (drawn.draft_token[bad] == -1).all() and not drawn.selected[bad].any()
+    assert all(x[bad].isnan().all() for x in drawn[3:])
+
+
+def test_temperature_0_takes_the_first_maximum():
+    z = torch.zeros(4, 700)
+    z[0, [13, 64, 699]] = 5.0
+    z[1, [0, 1]] = 2.0
+    z[3, 128:] = -torch.inf
+    z[3, 100] = 1e-30
+    for options in ({}, {"top_k": 1}, {"top_p": 1e-6, "min_p": 1.0}, {"gamma": 0.7}):
+        drawn = sample(z, z, temperature=0.0, **options)
+        assert drawn.token.tolist() == drawn.draft_token.tolist() == [13, 0, 0, 100]
+
+
+@pytest.mark.served_by("cpu", "triton")
+def test_huge_scores_stay_inside_the_vocabulary():
+    """What overflows on the way to a score has no meaning; it must not be read out of bounds."""
+    z = torch.full((3, 70), 3e38)
+    z[1, ::2] = -3e38
+    for options in ({}, {"top_k": 5}, {"top_p": 0.5}, {"min_p": 0.1}, {"top_k": 60, "top_p": 0.5}):
+        for temperature, gamma in ((1e-3, 0.0), (1.0, 3.0), (1e-3, 3.0)):
+            drawn = sample(z, -z, temperature=temperature, gamma=gamma, **options)
+            for token in (drawn.token, drawn.draft_token):
+                assert ((token >= -1) & (token < 70)).all()
+
+
+def chi_square_p(observed: Tensor, expected: Tensor) -> float:
+    """Probability of a chi-square at least this large, of cells that all expect 10 or more."""
+    assert expected.min() >= 10 and observed.sum() == expected.sum().round()
+    statistic = ((observed - expected).square() / expected).sum()
+    freedom = torch.tensor((expected.numel() - 1) / 2, dtype=FP64)
+    return torch.special.gammaincc(freedom, statistic / 2).item()
+
+
+def cells_of(probability: Tensor, draws: int) -> Tensor:
+    """A cell for each token: likely tokens alone, the others in runs of 20 expected draws or more."""
+    order = probability.argsort(descending=True)
+    alone = int((probability * draws >= 20).sum())
+    rest = (probability[order[alone:]].cumsum(0) * draws / 20).floor().long()
+    cells = torch.cat([torch.arange(alone), alone + rest])
+    last = int(cells[-1])
+    # The last one may have been left with too little.
+    cells = torch.where(cells == last, max(last - 1, 0), cells)
+    _, cells = cells.unique(return_inverse=True)
+    return torch.empty_like(cells).scatter_(0, order, cells)
+
+
+def check_frequencies(v: int, draws: int, seed: int, **options: Any) -> None:
+    """Drafts and replacements of one row, whose noise is independent, against exact probabilities."""
+    logits = torch.randn(v, generator=torch.Generator().manual_seed(seed)) * 2
+    probability = logits.double().softmax(-1)
+    cells = cells_of(probability, draws)
+    observed = torch.zeros(int(cells.max()) + 1, dtype=FP64)
+    expected = torch.zeros_like(observed).index_add_(0, cells, probability * draws)
+    rows = min(draws // 2, 20_000)
+    for step in range(draws // 2 // rows):
+        batch = logits.expand(rows, -1)
+        drawn = sample(batch, batch, seed=seed, step=step, **options)
+        for token in (drawn.token, drawn.draft_token):
+            observed += cells[token].bincount(minlength=observed.numel())
+    p = chi_square_p(observed, expected)
+    assert p > 1e-4, f"seed {seed}: chi-square over {observed.numel()} cells has p = {p:.2g}"
+
+
+@pytest.mark.not_interpreted("too many draws")
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_frequencies(backend, seed):
+    if is_definition(backend):
+        return check_frequencies(500, 10_000, seed)
+    check_frequencies(500, 400_000, seed)
+    check_frequencies(QWEN, 10_000, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.not_interpreted("too many draws")
+@pytest.mark.served_by("cpu", "triton")
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_frequencies_of_a_million_draws_over_a_whole_vocabulary(seed):
+    check_frequencies(QWEN, 1_000_000, seed)
+
+
+@pytest.mark.not_interpreted("too many draws")
+def test_draft_and_replacement_are_independent():
+    logits = torch.arange(8) / 4
+    probability = logits.double().softmax(-1)
+    rows = logits.expand(100_000, -1)
+    drawn = sample(rows, rows, seed=8)
+    observed = (8 * drawn.draft_token + drawn.token).bincount(minlength=64)
+    expected = (probability[:, None] * probability).flatten() * rows.shape[0]
+    assert chi_square_p(observed.double(), expected) > 1e-4
+
+
+@pytest.mark.not_interpreted("too many draws")
+@pytest.mark.served_by("cpu", "triton")
+@pytest.mark.parametrize("rare", [1e-8, pytest.param(1e-9, marks=pytest.mark.slow)])
+def test_tail_tokens_come_at_their_rate(rare):
+    """100 000 tokens of this probability each, behind one that has nearly all of it (vLLM #43150)."""
+    count, rows, batches = 100_000, 4000, 5 if rare == 1e-8 else 25
+    logits = torch.zeros(1 + count)
+    logits[1:] = math.log(rare / (1 - rare * count))
+    batch = logits.expand(rows, -1)
+    hits = []
+    for step in range(batches):
+        drawn = sample(batch, batch, seed=10, step=step)
+        hits += [token[token > 0] for token in (drawn.token, drawn.draft_token)]
+    found = torch.cat(hits)
+    expected = 2 * rows * batches * rare * count
+    assert abs(found.numel() - expected) < 4.5 * math.sqrt(expected), f"{found.numel()} of {expected:.1f} expected"
+    assert found.unique().numel() >= found.numel() - 1
+
+
+def test_improbable_tokens_are_never_drawn():
+    """A probability of e⁻⁸⁰ is 0 for every purpose; −inf is 0 exactly (pytorch #192577)."""
+    v = cases.fewer(20_000, 1000)
+    logits = torch.full((v,), -80.0)
+    logits[::2] = -torch.inf
+    logits[77] = 0.0
+    rows = logits.expand(cases.fewer(100, 5), -1)
+    drawn = sample(rows, rows)
+    assert (drawn.token == 77).all() and (drawn.draft_token == 77).all()
+
+
+def _op_arguments(dtype: torch.dtype, tensors: bool) -> list[Any]:
+    """Every argument of the op in order; optional ones given, or None."""
+    logits, base_logits = (x.to(cases.DEVICE) for x in random_pair(6, 31, dtype))
+    row_id = torch.arange(6, device=cases.DEVICE) + 3 if tensors else None
+    counters = [torch.tensor([x], device=cases.DEVICE) if tensors else None for x in (5, 2)]
+    criterion, threshold = ("delta_logp", -0.1) if tensors else ("all", None)
+    return [
+        logits, base_logits, row_id, 5, 2, *counters, 0.3, criterion, threshold, "rl", 0.7, 10, 0.9, 0.01
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("tensors", [True, False], ids=["every optional argument", "no optional argument"])
+@pytest.mark.parametrize("dtype", [BF16, FP32, FP64], ids=str)
+def test_opcheck(dtype, tensors):
+    torch.library.opcheck(torch.ops.dlogp.extrapolated_sample.default, _op_arguments(dtype, tensors))
+    assert "extrapolated_sample" in schemas.SCHEMAS
+
+
+@pytest.mark.not_interpreted("of what is around a backend's launcher")
+@pytest.mark.parametrize("criterion", ["all", "delta_logp"])
+def test_compiles_whole_and_not_again_for_other_numbers_of_rows(criterion):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    options = criterion_options(criterion) | {"gamma": 0.1, "temperature": 0.7, "top_p": 0.9}
+
+    def draw(logits, base_logits, seed):
+        return tuple(dlogp_kernels.extrapolated_sample(logits, base_logits, seed=seed, **options))
+
+    compiled = torch.compile(draw, backend=counter, fullgraph=True)
+    for n in (5, 9, 17, 40, 3):
+        pair = [x.to(cases.DEVICE) for x in random_pair(n, 31, FP32)]
+        seed = torch.tensor([n], device=cases.DEVICE)
+        for value, other in zip(compiled(*pair, seed), draw(*pair, seed), strict=True):
+            assert torch.equal(value, other)
+        assert counter.frame_count <= 2, f"compiled again for N = {n}"
+    torch._dynamo.reset()
+
+
+def test_inputs_are_not_modified_and_no_gradient_is_attached():
+    logits, base_logits = random_pair(5, 100, FP32)
+    before = logits.clone(), base_logits.clone()
+    drawn = sample(logits.requires_grad_(), base_logits.requires_grad_(), gamma=0.2, top_p=0.8)
+    assert torch.equal(logits, before[0]) and torch.equal(base_logits, before[1])
+    assert not any(x.requires_grad for x in drawn)
+
+
+def test_smallest_workspace_draws_the_same():
+    logits, base_logits = random_pair(cases.fewer(40, 6), 1187, FP32)
+    expected = sample(logits, base_logits, top_p=0.9)
+    with backends.workspace_limit(2**20):
+        drawn = sample(logits, base_logits, top_p=0.9)
+    assert all(torch.equal(x, y) for x, y in zip(drawn, expected, strict=True))
+
+
+_WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "other vocabulary": (
+        {"base_logits": torch.zeros(4, 9)},
+        ValueError,
+        r"base_logits has shape \(4, 9\).*\(4, 10\)",
+    ),
+    "not a tensor": ({"logits": [1.0]}, TypeError, "logits is list"),
+    "integers": ({"base_logits": torch.zeros(4, 10).long()}, TypeError, "base_logits has dtype torch.int64"),
+    "no vocabulary": ({"logits": torch.zeros(4, 0)}, ValueError, r"logits has shape \(4, 0\)"),
+    "criterion": ({"criterion": "surprise"}, ValueError, "criterion is 'surprise', expected one of delta_logp"),
+    "threshold missing": ({"criterion": "kl"}, ValueError, "threshold is None, expected a number: .*'kl'"),
+    "threshold too much": ({"threshold": 0.1}, ValueError, "threshold is 0.1, expected None: .*'all'"),
+    "threshold nan": ({"criterion": "kl", "threshold": math.nan}, ValueError, "threshold is nan"),
+    "threshold text": ({"criterion": "kl", "threshold": "0.1"}, TypeError, "threshold is '0.1'"),
+    "draft": ({"draft": "policy"}, ValueError, "draft is 'policy', expected one of base, rl"),
+    "gamma": ({"gamma": -0.1}, ValueError, r"gamma is -0.1, expected a number in \[0, ∞\)"),
+    "gamma infinite": ({"gamma": math.inf}, ValueError, "gamma is inf"),
+    "gamma type": ({"gamma": "much"}, TypeError, "gamma is 'much'"),
+    "temperature": ({"temperature": -1.0}, ValueError, "temperature is -1.0"),
+    "top_p 0": ({"top_p": 0.0}, ValueError, r"top_p is 0.0, expected a number in \(0, 1\]"),
+    "top_p 1.1": ({"top_p": 1.1}, ValueError, "top_p is 1.1"),
+    "min_p": ({"min_p": 1.5}, ValueError, r"min_p is 1.5, expected a number in \[0, 1\]"),
+    "top_k": ({"top_k": -1}, ValueError, "top_k is -1"),
+    "top_k float": ({"top_k": 5.0}, TypeError, "top_k is 5.0, expected an integer"),
+    "seed": ({"seed": 2**64}, ValueError, r"seed is 18446744073709551616, expected an integer in \[0, 2\*\*64\)"),
+    "seed negative": ({"seed": -1}, ValueError, "seed is -1"),
+    "seed bool": ({"seed": True}, TypeError, "seed is True"),
+    "seed tensor": ({"seed": torch.zeros(2).long()}, ValueError, r"seed has dtype torch.int64 and shape \(2,\)"),
+    "step": ({"step": 2**32}, ValueError, "step is 4294967296"),
+    "step tensor": ({"step": torch.zeros(1)}, ValueError, "step has dtype torch.float32"),
+    "row_id shape": ({"row_id": torch.zeros(5).long()}, ValueError, r"row_id has shape \(5,\), expected \(4,\)"),
+    "row_id dtype": ({"row_id": torch.zeros(4)}, TypeError, "row_id has dtype torch.float32"),
+}
+
+
+@pytest.mark.not_interpreted("of what is in front of the backends")
+@pytest.mark.parametrize("name", _WRONG)
+def test_what_does_not_fit_is_refused_by_name(name):
+    changed, error, message = _WRONG[name]
+    arguments = {"logits": torch.zeros(4, 10), "base_logits": torch.zeros(4, 10), "seed": 1} | changed
+    with pytest.raises(error, match=f"^{message}"):
+        dlogp_kernels.extrapolated_sample(**arguments)
+
+
+def test_a_step_for_every_row():
+    logits, base_logits = random_pair(6, 301, FP32)
+    steps, row_id = torch.tensor([5, 0, 2**32 - 1, 7, 7, 1]), torch.arange(6) + 9
+    drawn = sample(logits, base_logits, step=steps, row_id=row_id, gamma=0.1)
+    for row in range(6):
+        one = slice(row, row + 1)
+        alone = sample(logits[one], base_logits[one], step=int(steps[row]), row_id=row_id[one], gamma=0.1)
+        assert all(torch.equal(x[one], y) for x, y in zip(drawn, alone, strict=True))
+
+
+def test_seed_has_no_default():
+    with pytest.raises(TypeError, match="seed"):
+        dlogp_kernels.extrapolated_sample(torch.zeros(4, 10), torch.zeros(4, 10))
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.3])
+def test_a_threshold_of_delta_logp_that_is_not_negative_warns(threshold):
+    logits, base_logits = random_pair(4, 10, FP32)
+    with pytest.warns(UserWarning, match=f"threshold is {threshold}.*replaces nearly every token"):
+        sample(logits, base_logits, criterion="delta_logp", threshold=threshold)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sample(logits, base_logits, criterion="delta_logp", threshold=-0.1)
+        sample(logits, base_logits, criterion="kl", threshold=0.3)

@@ -14,11 +14,9 @@ struct Winner {
 
 // Scores the kept tokens of a block; among equal scores the first token wins, whatever the order of blocks.
 template <typename Real>
-void score_block(const ScaledLogits<Real>& logits, int64_t block, Real cut, const NoiseKey& key, Winner<Real>& winner) {
-  Real buffer[kBlockTokens];
+void score_block(int64_t block, const Real* s, int64_t size, Real cut, const NoiseKey& key, Winner<Real>& winner) {
   uint32_t bits[kBlockTokens];
-  const Real* s = logits.block(block, buffer);
-  const int64_t size = logits.block_size(block), first = block * kBlockTokens;
+  const int64_t first = block * kBlockTokens;
   block_noise(key, first, bits);
   if (!may_win(size, s, bits, cut, winner.score)) return;
   for (int64_t i = 0; i < size; ++i) {
@@ -35,12 +33,13 @@ int64_t draw_by_noise(const ScaledLogits<Real>& logits, const BlockMaxima<Real>&
                       const NoiseKey& key) {
   const int64_t likely = std::find(maxima.values.begin(), maxima.values.end(), maxima.largest) - maxima.values.begin();
   Winner<Real> winner;
-  score_block(logits, likely, cut, key, winner);
-  for (int64_t block = 0; block < logits.blocks(); ++block) {
-    const Real most = maxima.values[block];
-    if (block == likely || !(most >= cut) || most + kLargestGumbel < winner.score) continue;
-    score_block(logits, block, cut, key, winner);
-  }
+  Real buffer[kBlockTokens];
+  score_block(likely, logits.block(likely, buffer), logits.block_size(likely), cut, key, winner);
+  for_blocks(
+      logits, maxima, [&](Real max) { return max >= cut && max + kLargestGumbel >= winner.score; },
+      [&](int64_t block, const Real* s, int64_t size) {
+        if (block != likely) score_block(block, s, size, cut, key, winner);
+      });
   return winner.token;
 }
 
@@ -54,24 +53,16 @@ int64_t first_maximum(const ScaledLogits<Real>& logits, const BlockMaxima<Real>&
   return block * kBlockTokens + std::min(place, size - 1);  // there is none where all of them overflowed into NaN
 }
 
+// The maxima and, where `state` is given, the softmax of the same pass.
 template <typename Real>
-SoftmaxState<Real> softmax_of(const ScaledLogits<Real>& logits) {
-  SoftmaxState<Real> state;
-  Real buffer[kPiece];
-  for (int64_t begin = 0; begin < logits.vocabulary(); begin += kPiece) {
-    const int64_t count = std::min(kPiece, logits.vocabulary() - begin);
-    fold_row(count, logits.piece(begin, count, buffer), state);
-  }
-  return state;
-}
-
-template <typename Real>
-void find_maxima(const ScaledLogits<Real>& logits, BlockMaxima<Real>& maxima) {
+void find_maxima(const ScaledLogits<Real>& logits, BlockMaxima<Real>& maxima, SoftmaxState<Real>* state) {
   maxima.values.resize(logits.blocks());
   Real buffer[kPiece];
   for (int64_t begin = 0; begin < logits.vocabulary(); begin += kPiece) {
     const int64_t count = std::min(kPiece, logits.vocabulary() - begin);
-    block_maxima(count, logits.piece(begin, count, buffer), maxima.values.data() + begin / kBlockTokens);
+    const Real* s = logits.piece(begin, count, buffer);
+    block_maxima(count, s, maxima.values.data() + begin / kBlockTokens);
+    if (state != nullptr) fold_row(count, s, *state);
   }
   maxima.find_largest();
 }
@@ -143,29 +134,29 @@ class RowSampler {
                     Stream stream) {
     const ScaledLogits<Real> raw(logits, row_, 1);
     if (options_.temperature == 0) return first_maximum(raw, maxima);
-    if (options_.temperature == 1) return draw(raw, maxima, &state, stream);
-    scratch_.drawn_maxima.values.resize(raw.blocks());
-    // Division is monotone: the maximum of quotients is the quotient of the maximum.
-    divide_row(raw.blocks(), temperature(), maxima.values.data(), scratch_.drawn_maxima.values.data());
-    scratch_.drawn_maxima.largest = maxima.largest / temperature();
-    return draw(ScaledLogits<Real>(logits, row_, temperature()), scratch_.drawn_maxima, nullptr, stream);
+    if (options_.temperature == 1) return draw(raw, maxima, state, stream);
+    return draw_anew(ScaledLogits<Real>(logits, row_, temperature()), stream);
   }
 
   int64_t draw_extrapolated() {
     const bool greedy = options_.temperature == 0;
     const ScaledLogits<Real> logits(logits_, base_logits_, row_, Real(options_.gamma), least_,
                                     greedy ? 1 : temperature());
-    find_maxima(logits, scratch_.drawn_maxima);
-    return greedy ? first_maximum(logits, scratch_.drawn_maxima)
-                  : draw(logits, scratch_.drawn_maxima, nullptr, Stream::kReplacement);
+    if (!greedy) return draw_anew(logits, Stream::kReplacement);
+    find_maxima<Real>(logits, scratch_.drawn_maxima, nullptr);
+    return first_maximum(logits, scratch_.drawn_maxima);
   }
 
-  int64_t draw(const ScaledLogits<Real>& logits, const BlockMaxima<Real>& maxima, const SoftmaxState<Real>* state,
+  // From logits of which nothing is known yet.
+  int64_t draw_anew(const ScaledLogits<Real>& logits, Stream stream) {
+    SoftmaxState<Real> state;
+    find_maxima(logits, scratch_.drawn_maxima, options_.filters.needs_softmax(logits.vocabulary()) ? &state : nullptr);
+    return draw(logits, scratch_.drawn_maxima, state, stream);
+  }
+
+  int64_t draw(const ScaledLogits<Real>& logits, const BlockMaxima<Real>& maxima, const SoftmaxState<Real>& state,
                Stream stream) {
-    const Filters& filters = options_.filters;
-    const bool needs_state = filters.top_p < 1 && !filters.limits_rank(logits.vocabulary());
-    const SoftmaxState<Real> own = needs_state && state == nullptr ? softmax_of(logits) : SoftmaxState<Real>();
-    const Real cut = least_kept(logits, maxima, filters, state == nullptr ? own : *state, scratch_.values);
+    const Real cut = least_kept(logits, maxima, options_.filters, state, scratch_.values);
     const int64_t token = draw_by_noise(logits, maxima, cut, noise_.key(options_.seed, stream));
     return token >= 0 ? token : first_maximum(logits, maxima);  // only where logits / T overflowed
   }

@@ -8,41 +8,19 @@
 namespace dlogp {
 namespace {
 
-// Appends to `values` the logits of a block within [low, top].
+// Copies the values within [low, top] to `to`, which has room for all; returns the end of what was written.
 template <typename Real>
-void append_within(const ScaledLogits<Real>& logits, int64_t block, Real low, Real top, std::vector<Real>& values) {
-  Real buffer[kBlockTokens];
-  const Real* s = logits.block(block, buffer);
-  const int64_t size = logits.block_size(block);
-  const size_t before = values.size();
-  values.resize(before + size);
-  Real* end = values.data() + before;
-  for (int64_t i = 0; i < size; ++i) {
-    *end = s[i];
-    end += (s[i] >= low) & (s[i] <= top);
+Real* copy_within(const Real* values, int64_t count, Real low, Real top, Real* to) {
+  for (int64_t i = 0; i < count; ++i) {
+    *to = values[i];
+    to += (values[i] >= low) & (values[i] <= top);
   }
-  values.resize(end - values.data());
-}
-
-// Calls use(values) with the logits within [low, top], some at a time.
-template <typename Real, typename Use>
-void for_values_within(const ScaledLogits<Real>& logits, const BlockMaxima<Real>& maxima, Real low, Real top,
-                       std::vector<Real>& scratch, Use use) {
-  scratch.clear();
-  for (int64_t block = 0; block < logits.blocks(); ++block) {
-    if (!(maxima.values[block] >= low)) continue;
-    append_within(logits, block, low, top, scratch);
-    if (int64_t(scratch.size()) > kPiece - kBlockTokens) {
-      use(scratch);
-      scratch.clear();
-    }
-  }
-  if (!scratch.empty()) use(scratch);
+  return to;
 }
 
 template <typename Real>
-Real nth_largest(std::vector<Real>& values, int64_t n) {
-  std::nth_element(values.begin(), values.begin() + (n - 1), values.end(), std::greater<Real>());
+Real nth_largest(Real* values, int64_t count, int64_t n) {
+  std::nth_element(values, values + (n - 1), values + count, std::greater<Real>());
   return values[n - 1];
 }
 
@@ -54,25 +32,30 @@ Real top_k_cut(const ScaledLogits<Real>& logits, const BlockMaxima<Real>& maxima
   Real bound = kKeepAll<Real>;
   if (logits.blocks() >= k) {
     candidates = maxima.values;
-    bound = std::max(bound, nth_largest(candidates, k));
+    bound = std::max(bound, nth_largest(candidates.data(), logits.blocks(), k));
   }
-  candidates.clear();
   const int64_t most = k + std::max(k, int64_t(4096));
-  for (int64_t block = 0; block < logits.blocks(); ++block) {
-    if (!(maxima.values[block] >= bound)) continue;
-    append_within(logits, block, bound, maxima.largest, candidates);
-    if (int64_t(candidates.size()) <= most) continue;
-    bound = nth_largest(candidates, k);
-    candidates.resize(k);
-  }
-  if (candidates.empty()) return kKeepAll<Real>;
-  if (int64_t(candidates.size()) < k) return *std::min_element(candidates.begin(), candidates.end());
-  return nth_largest(candidates, k);
+  int64_t count = 0;
+  candidates.resize(most + kBlockTokens);
+  for_blocks(
+      logits, maxima, [&](Real max) { return max >= bound; },
+      [&](int64_t, const Real* s, int64_t size) {
+        Real* const end = copy_within(s, size, bound, maxima.largest, candidates.data() + count);
+        count = end - candidates.data();
+        if (count <= most) return;
+        bound = nth_largest(candidates.data(), count, k);
+        count = k;
+      });
+  if (count == 0) return kKeepAll<Real>;
+  if (count < k) return *std::min_element(candidates.begin(), candidates.begin() + count);
+  return nth_largest(candidates.data(), count, k);
 }
 
 constexpr int32_t kBuckets = 512;
 // So many logits of one bucket are sorted; of more, the bucket becomes a histogram of its own.
 constexpr int64_t kSorted = 2048;
+// Logits within the first range are kept, up to so many; what comes after looks at them alone.
+constexpr int64_t kHeld = 32768;
 
 struct Histogram {
   std::array<double, kBuckets> mass{};
@@ -97,24 +80,36 @@ class TopPSearch {
   Real among_all(const SoftmaxState<Real>& softmax, double top_p) {
     const double total = softmax.sum * std::exp(double(softmax.max) - double(top_));
     wanted_ = top_p * total;
-    // Below this all tokens together have no mass that matters: even if all V lay there they had less than (1 − p).
+    // Even if all V logits lay so far below the largest, they would have less than 1 − p of the mass together: what
+    // lies lower is not kept. Seldom is more than one in twenty near that bound, so a higher one is tried first.
     const double reach = std::log(double(logits_.vocabulary()) / ((1 - top_p) * total)) + 1e-3;
-    low_ = Real(double(top_) - std::clamp(reach, 0.0, kDeepest));
-    return search();
+    const double likely = reach - std::log(20.0);
+    if (likely > 1 && below_top(likely) < top_ && search(below_top(likely))) return cut_;
+    restart();
+    return search(below_top(reach)) ? cut_ : low_;
   }
 
   // Of the logits from `low` on.
   Real among_largest(Real low, double top_p) {
-    low_ = low;
     wanted_ = -top_p;  // of a total that the first histogram gives
-    return search();
+    return search(low) ? cut_ : low_;
   }
 
  private:
   // e^{−kDeepest} is about the least number of Real.
   static constexpr double kDeepest = sizeof(Real) == 4 ? 87 : 700;
 
-  Real search() {
+  Real below_top(double reach) const { return Real(double(top_) - std::clamp(reach, 0.0, kDeepest)); }
+
+  void restart() {
+    top_ = maxima_.largest;
+    above_ = 0;
+    held_ = -1;
+  }
+
+  // Finds cut_ among the logits from `low` on; false if their mass is not enough.
+  bool search(Real low) {
+    low_ = low;
     // Every turn but the last leaves two different logits at the ends of the range, in different buckets.
     while (low_ < top_) {
       const Buckets<Real> buckets = {top_, Real(kBuckets) / (top_ - low_), maxima_.largest, kBuckets - 1};
@@ -122,22 +117,62 @@ class TopPSearch {
       const Histogram histogram = histogram_of(buckets);
       if (wanted_ < 0) wanted_ *= -histogram.total();
       const int32_t bucket = crossing(histogram);
-      if (bucket == kBuckets) break;  // by rounding only
-      if (histogram.count[bucket] <= kSorted) return cut_within(buckets, bucket);
+      if (bucket == kBuckets) return false;
+      if (histogram.count[bucket] <= kSorted) {
+        cut_ = cut_within(buckets, bucket);
+        return true;
+      }
       narrow(buckets, bucket);
     }
-    return low_;
+    cut_ = low_;
+    return true;
+  }
+
+  // Calls use(bucket, value, mass) for the logits within [low_, top_].
+  template <typename Use>
+  void for_buckets(const Buckets<Real>& buckets, Use use) {
+    const auto use_all = [&](const Real* values, int64_t count) {
+      int32_t index[kPiece];
+      Real mass[kPiece];
+      for (int64_t begin = 0; begin < count; begin += kPiece) {
+        const int64_t size = std::min(kPiece, count - begin);
+        bucket_masses(buckets, size, values + begin, index, mass);
+        for (int64_t i = 0; i < size; ++i) use(index[i], values[begin + i], mass[i]);
+      }
+    };
+    if (held_ < 0)
+      collect(use_all);
+    else
+      for_held(use_all);
   }
 
   template <typename Use>
-  void for_buckets(const Buckets<Real>& buckets, Use use) {
-    for_values_within(logits_, maxima_, low_, top_, scratch_, [&](const std::vector<Real>& values) {
-      int32_t index[kPiece];
-      Real mass[kPiece];
-      const int64_t count = int64_t(values.size());
-      bucket_masses(buckets, count, values.data(), index, mass);
-      for (int64_t i = 0; i < count; ++i) use(index[i], values[i], mass[i]);
-    });
+  void collect(Use use_all) {
+    if (int64_t(scratch_.size()) < kHeld) scratch_.resize(kHeld);
+    Real* const begin = scratch_.data();
+    Real* end = begin;
+    bool dropped = false;
+    for_blocks(
+        logits_, maxima_, [&](Real max) { return max >= low_; },
+        [&](int64_t, const Real* s, int64_t size) {
+          if (end - begin > kHeld - kBlockTokens) {
+            use_all(begin, end - begin);
+            end = begin;
+            dropped = true;
+          }
+          end = copy_within(s, size, low_, top_, end);
+        });
+    use_all(begin, end - begin);
+    if (!dropped) held_ = end - begin;
+  }
+
+  template <typename Use>
+  void for_held(Use use_all) {
+    Real within[kPiece];
+    for (int64_t begin = 0; begin < held_; begin += kPiece) {
+      const int64_t size = std::min(kPiece, held_ - begin);
+      use_all(within, copy_within(scratch_.data() + begin, size, low_, top_, within) - within);
+    }
   }
 
   Histogram histogram_of(const Buckets<Real>& buckets) {
@@ -186,7 +221,8 @@ class TopPSearch {
   const ScaledLogits<Real>& logits_;
   const BlockMaxima<Real>& maxima_;
   std::vector<Real>& scratch_;
-  Real low_ = 0, top_;
+  int64_t held_ = -1;  // of the first range, in scratch_; −1: too many, or not looked at yet
+  Real low_ = 0, top_, cut_ = 0;
   double wanted_ = 0, above_ = 0;
 };
 

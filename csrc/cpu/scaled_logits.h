@@ -66,4 +66,21 @@ struct BlockMaxima {
   void find_largest() { largest = *std::max_element(values.begin(), values.end()); }
 };
 
+// Calls use(block, s, size) for the blocks, in order, of which wanted(maximum) holds at the time. Logits are computed a
+// piece at a time, those of pieces without such a block not at all.
+template <typename Real, typename Wanted, typename Use>
+void for_blocks(const ScaledLogits<Real>& logits, const BlockMaxima<Real>& maxima, Wanted wanted, Use use) {
+  constexpr int64_t per_piece = kPiece / kBlockTokens;
+  Real buffer[kPiece];
+  for (int64_t first = 0; first < logits.blocks(); first += per_piece) {
+    const int64_t end = std::min(first + per_piece, logits.blocks()), begin = first * kBlockTokens;
+    const Real* s = nullptr;
+    for (int64_t block = first; block < end; ++block) {
+      if (!wanted(maxima.values[block])) continue;
+      if (s == nullptr) s = logits.piece(begin, std::min(kPiece, logits.vocabulary() - begin), buffer);
+      use(block, s + (block - first) * kBlockTokens, logits.block_size(block));
+    }
+  }
+}
+
 }  // namespace dlogp

@@ -29,7 +29,6 @@ _MODULES = {
 }
 #: Ops that have a form with the vendor's GEMM. Their backward is the same one as that of "triton".
 _GEMM_OPS = ("linear_logp_fwd", "linear_delta_logp_fwd")
-_NOT_SERVED: dict[str, tuple[str, ...]] = {}
 #: (op, compute capability) where `python -m benchmarks gpu` measured "gemm" to be faster than "triton". A choice by
 #: the number of tokens would change a row's bits, so there is none. No GPU has run the comparison yet.
 _GEMM_IS_FASTER: frozenset[tuple[str, int]] = frozenset()
@@ -75,8 +74,6 @@ def unavailable(backend: str, op: str, device: torch.device | str, dtype: torch.
     if backend == "reference":
         return None
     device = torch.device(device)
-    if op in _NOT_SERVED.get(backend, ()):
-        return "it has no kernel for this op yet"
     if backend == "cpu":
         return _extension_problem if device.type == "cpu" else "it has kernels for the CPU only"
     if backend == "gemm" and op not in _GEMM_OPS:
@@ -178,6 +175,11 @@ def workspace_limit(size: int) -> Iterator[None]:
         yield
     finally:
         _workspace = previous
+
+
+def workspace() -> int:
+    """Bytes that an op may allocate over its inputs and outputs now."""
+    return _workspace
 
 
 def report() -> list[Choice]:

@@ -318,10 +318,7 @@ def extrapolated_sample(
     _check_integer("top_k", top_k, 0, 2**63)
     flat_row_id = None if row_id is None else _per_row("row_id", row_id, logits)
     seed_number, seed_tensor = _counter("seed", seed, 2**64, logits)
-    if isinstance(step, Tensor) and step.numel() != 1:
-        step_number, step_tensor = 0, _per_row("step", step, logits)
-    else:
-        step_number, step_tensor = _counter("step", step, 2**32, logits)
+    step_number, step_tensor = _steps(step, logits)
     with torch.no_grad():
         drawn = torch.ops.dlogp.extrapolated_sample(
             _rows(logits),
@@ -576,6 +573,13 @@ def _per_row(name: str, value: Tensor, logits: Tensor) -> Tensor:
         raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {tuple(logits.shape[:-1])}")
     _check_same_device(name, value, "logits", logits)
     return value.reshape(-1).to(torch.int64)
+
+
+def _steps(step: int | Tensor, logits: Tensor) -> tuple[int, Tensor | None]:
+    """As `_counter`, or a tensor (N,) of every row's step."""
+    if isinstance(step, Tensor) and step.numel() != 1:
+        return 0, _per_row("step", step, logits)
+    return _counter("step", step, 2**32, logits)
 
 
 def _counter(name: str, value: int | Tensor, end: int, logits: Tensor) -> tuple[int, Tensor | None]:

@@ -39,8 +39,10 @@ def noise_bits(tokens: Tensor, row_id: Tensor, seed: Tensor, step: Tensor, strea
     row_id (B,), seed (1,), step (1,) or (B,), all int64.
     """
     block = (tokens // 4).expand(row_id.shape[0], -1)
-    other = [x[:, None].expand_as(block) for x in (row_id, step.expand_as(row_id), torch.full_like(row_id, stream))]
-    words = torch.stack(philox((block, *other), seed), dim=-1)
+    row, steps, streams = (
+        x[:, None].expand_as(block) for x in (row_id, step.expand_as(row_id), torch.full_like(row_id, stream))
+    )
+    words = torch.stack(philox((block, row, steps, streams), seed), dim=-1)
     lane = (tokens % 4).expand_as(block)
     return words.gather(-1, lane[..., None]).squeeze(-1)
 

@@ -309,10 +309,8 @@ def extrapolated_sample(
     workspace: int,
 ) -> Sample:
     n, v = logits.shape[:-1].numel(), logits.shape[-1]
-    tokens = [torch.empty(n, dtype=torch.int64, device=logits.device) for _ in range(2)]
-    selected = torch.empty(n, dtype=torch.bool, device=logits.device)
-    values = [torch.empty(n, dtype=torch.float32, device=logits.device) for _ in range(3)]
-    out = Sample(*tokens, selected, *values)
+    dtypes = (torch.int64, torch.int64, torch.bool, torch.float32, torch.float32, torch.float32)
+    out = Sample(*(torch.empty(n, dtype=dtype, device=logits.device) for dtype in dtypes))
     if n == 0:
         return out
     greedy = temperature == 0.0

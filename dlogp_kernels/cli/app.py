@@ -2,15 +2,18 @@
 
 import json
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 app = typer.Typer(
-    help="Token log-probabilities of an RL model and its base: measure a pair, plot it, look at the installation.",
+    help="Token log-probabilities of an RL model and its base: measure a pair, sample from it, plot what comes out.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -25,6 +28,13 @@ class Dtype(StrEnum):
     BF16 = "bf16"
     FP16 = "fp16"
     FP32 = "fp32"
+
+
+class Draft(StrEnum):
+    """Who drafts."""
+
+    BASE = "base"
+    RL = "rl"
 
 
 class OnError(StrEnum):
@@ -95,17 +105,203 @@ def metrics(
     print_metrics(_console, summary, out)
 
 
+_Rl = Annotated[str, typer.Option("--rl", help="The RL model: a directory, or a name on the Hub.", show_default=False)]
+_Base = Annotated[str, typer.Option("--base", help="Its base model, likewise.", show_default=False)]
+_Problems = Annotated[
+    Path,
+    typer.Option(
+        "--data",
+        help="JSONL with prompt (or prompt_ids, or messages), answer, and optionally id.",
+        show_default=False,
+    ),
+]
+_Out = Annotated[
+    Path,
+    typer.Option(
+        "--out", help="Directory for the responses; a run of the same arguments there goes on.", show_default=False
+    ),
+]
+_Draft = Annotated[Draft, typer.Option(help="Who draws the token that may be replaced.")]
+_GraderName = Annotated[
+    str,
+    typer.Option(
+        "--grader",
+        help="exact (final answers: after the last #, or in \\boxed{}), math-verify, or module:function of your own, "
+        "called with the response's text and the problem.",
+    ),
+]
+_Temperature = Annotated[float, typer.Option(help="Of the draws; 0 takes the most likely token.")]
+_TopK = Annotated[int, typer.Option(help="Draw from so many tokens at most; 0: from all.")]
+_TopP = Annotated[float, typer.Option(help="Draw from the most likely tokens of this mass, in (0, 1].")]
+_MinP = Annotated[float, typer.Option(help="Least probability, as a share of the largest one, in [0, 1].")]
+_Samples = Annotated[int, typer.Option(help="Responses to each problem, under each setting and seed.")]
+_MaxNewTokens = Annotated[int, typer.Option(help="Tokens after which a response ends unfinished.")]
+_StopTokenId = Annotated[
+    list[int] | None,
+    typer.Option(help="A token that ends a response; may be repeated.", show_default="those of both models"),
+]
+_BatchSize = Annotated[int, typer.Option(help="Responses decoded together at most.")]
+_ChunkSize = Annotated[
+    int | None,
+    typer.Option(help="Responses between two writes to the disk.", show_default="4 × --batch-size"),
+]
+_Dtype = Annotated[Dtype, typer.Option(help="Of the weights in memory.")]
+_Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:1.", show_default="cuda if there is one")]
+_Resume = Annotated[
+    bool, typer.Option("--resume", help="Fail unless --out holds a run to go on with (one goes on without, too).")
+]
+_TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the models.")]
+
+
+@app.command()
+def generate(
+    rl: _Rl,
+    base: _Base,
+    data: _Problems,
+    out: _Out,
+    criterion: Annotated[
+        str,
+        typer.Option(
+            help="When a drafted token is replaced: delta_logp (below the threshold); kl, reverse_kl, avg_kl, entropy, "
+            "rl_entropy (above it); random, all, none."
+        ),
+    ] = "delta_logp",
+    threshold: Annotated[
+        float | None,
+        typer.Option(help="τ of the criterion, in nats; of random, a probability.", show_default="none"),
+    ] = None,
+    gamma: Annotated[float, typer.Option(help="γ ≥ 0: how far to go beyond the RL model; 0 replaces only.")] = 0.0,
+    draft: _Draft = Draft.BASE,
+    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    grader: _GraderName = "exact",
+    temperature: _Temperature = 1.0,
+    top_k: _TopK = 0,
+    top_p: _TopP = 1.0,
+    min_p: _MinP = 0.0,
+    samples: _Samples = 1,
+    max_new_tokens: _MaxNewTokens = 1024,
+    stop_token_id: _StopTokenId = None,
+    batch_size: _BatchSize = 64,
+    chunk_size: _ChunkSize = None,
+    dtype: _Dtype = Dtype.BF16,
+    device: _Device = None,
+    resume: _Resume = False,
+    trust_remote_code: _TrustRemoteCode = False,
+) -> None:
+    """Draw and grade responses to problems, with tokens replaced by the RL model or by extrapolation beyond it.
+
+    Killed and started again with the same arguments, it goes on where it was.
+    """
+    from ..jobs.generate import run_generate
+    from ..jobs.settings import Decoding, Setting
+    from .tables import print_results
+
+    decoding = Decoding(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        samples=samples,
+        max_new_tokens=max_new_tokens,
+        stop_token_ids=stop_token_id,
+        batch_size=batch_size,
+        chunk_size=chunk_size,
+        dtype=dtype.value,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+    setting = Setting(criterion, threshold, gamma, draft.value)
+    summary = run_generate(
+        rl, base, data, out, setting=setting, seed=seed, decoding=decoding, grader=grader, resume=resume
+    )
+    print_results(_console, summary, out)
+
+
+@app.command()
+def sweep(
+    rl: _Rl,
+    base: _Base,
+    data: _Problems,
+    out: _Out,
+    criterion: Annotated[
+        list[str],
+        typer.Option(
+            help="A criterion with its thresholds, such as delta_logp:-2,-1,-0.5 or kl:0.1 (in nats), random:0.05 (a "
+            "probability), all; may be repeated.",
+            show_default=False,
+        ),
+    ],
+    gamma: Annotated[str, typer.Option(help="Values of γ ≥ 0, such as 0,0.05,0.1; 0 replaces only.")] = "0",
+    draft: _Draft = Draft.BASE,
+    seed: Annotated[str, typer.Option(help="Seeds, such as 0,1,2: responses of all are averaged.")] = "0",
+    baselines: Annotated[bool, typer.Option(help="Draw from both models alone, too.")] = True,
+    grader: _GraderName = "exact",
+    temperature: _Temperature = 1.0,
+    top_k: _TopK = 0,
+    top_p: _TopP = 1.0,
+    min_p: _MinP = 0.0,
+    samples: _Samples = 1,
+    max_new_tokens: _MaxNewTokens = 1024,
+    stop_token_id: _StopTokenId = None,
+    batch_size: _BatchSize = 64,
+    chunk_size: _ChunkSize = None,
+    dtype: _Dtype = Dtype.BF16,
+    device: _Device = None,
+    resume: _Resume = False,
+    trust_remote_code: _TrustRemoteCode = False,
+) -> None:
+    """Draw and grade responses under every criterion, threshold, γ and seed; `dlogp plot` draws the curves.
+
+    Killed and started again with the same arguments, it goes on where it was.
+    """
+    from ..jobs.settings import Decoding, grid, parse_criteria, parse_numbers
+    from ..jobs.sweep import run_sweep
+    from .tables import print_results
+
+    decoding = Decoding(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        samples=samples,
+        max_new_tokens=max_new_tokens,
+        stop_token_ids=stop_token_id,
+        batch_size=batch_size,
+        chunk_size=chunk_size,
+        dtype=dtype.value,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+    settings = grid(
+        parse_criteria(criterion), parse_numbers("--gamma", gamma, float), draft=draft.value, baselines=baselines
+    )
+    seeds = parse_numbers("--seed", seed, int)
+    summary = run_sweep(
+        rl, base, data, out, settings=settings, seeds=seeds, decoding=decoding, grader=grader, resume=resume
+    )
+    print_results(_console, summary, out)
+
+
 @app.command()
 def plot(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="What `dlogp metrics --out` wrote.")],
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="What `dlogp metrics`, `dlogp generate` or `dlogp sweep` wrote.")
+    ],
     out: Annotated[Path | None, typer.Option(help="Directory for the files.", show_default="DIR/figures")] = None,
-    min_count: Annotated[int, typer.Option(help="Leave rarer tokens out of the table.")] = 10,
+    min_count: Annotated[
+        int | None,
+        typer.Option(help="Leave rarer tokens out of the table.", show_default="10, of replaced tokens 1"),
+    ] = None,
 ) -> None:
-    """Draw histograms of entropy, KL and Δlog p, and list the tokens that RL raised most."""
-    from ..report.figures import plot as draw
-    from .tables import print_plot
+    """Draw what a run found.
 
-    print_plot(_console, draw(directory, out, min_count=min_count))
+    Of `dlogp metrics`: histograms of entropy, KL and Δlog p, and the tokens that RL raised most. Of `dlogp sweep`:
+    accuracy over the replaced share, extrapolation against replacement, a map over τ and γ, and the tokens replaced
+    most often.
+    """
+    from .plotting import plot_any
+
+    plot_any(_console, directory, out, min_count)
 
 
 @app.command()
@@ -129,11 +325,38 @@ def demo(
     retrain: Annotated[
         bool, typer.Option("--retrain", help="Train the pair anew into OUT/pair first (minutes) and use that.")
     ] = False,
+    curves: Annotated[
+        bool,
+        typer.Option(
+            "--curves", help="Instead, draw accuracy over the replaced share, and extrapolation: minutes, resumable."
+        ),
+    ] = False,
 ) -> None:
     """Show the method on a tiny trained pair that comes with the package, and the memory it takes at full size."""
+    if curves:
+        from ..demo.curves import run_curves
+
+        run_curves(out, num_problems=problems, quick=quick, retrain=retrain, console=_console)
+        return
     from ..demo.run import run_demo
 
     run_demo(out, num_problems=problems, quick=quick, retrain=retrain, console=_console)
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Within this context a warning for users is one line, without the place in the code."""
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def show_plainly(message: Warning | str, category: type[Warning], *where: Any) -> None:
+            if category is UserWarning:
+                _errors.print(f"warning: {message}", markup=False, style="yellow")
+            else:
+                show(message, category, *where)
+
+        warnings.showwarning = show_plainly  # type: ignore[assignment]
+        yield
 
 
 def run() -> None:
@@ -142,7 +365,8 @@ def run() -> None:
     from ..report.errors import DatasetError
 
     try:
-        app()
+        with _plain_warnings():
+            app()
     except (JobError, DatasetError, OSError) as error:
         _errors.print(f"error: {error}", markup=False, style="red")
         sys.exit(1)

@@ -1,6 +1,6 @@
 """What the commands print."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +9,13 @@ from rich.table import Table
 from rich.text import Text
 
 from ..jobs.doctor import Report
+from ..report.curves import SweepPlot, replacements_text
 from ..report.figures import Plot, TopToken
+from ..report.responses import RESPONSES_FILE, ReplacedToken, Setting
 from ..report.text import visible
+
+#: Of each criterion, in the terminal; the files have more.
+_SHOWN_TOKENS = 8
 
 
 def print_metrics(console: Console, summary: Mapping[str, Any], out: Path) -> None:
@@ -62,6 +67,83 @@ def top_token_table(tokens: list[TopToken], min_count: int) -> Table:
     for rank, token in enumerate(tokens, 1):
         means = [f"{value:+.4f}" for value in (token.delta_logp, token.logp, token.base_logp)]
         table.add_row(str(rank), Text(visible(token.text)), str(token.token_id), f"{token.occurrences:,}", *means)
+    return table
+
+
+def print_results(console: Console, summary: Mapping[str, Any], out: Path) -> None:
+    """The summary of drawn responses: a line for each setting, and where the files are."""
+    console.print(results_table(summary["settings"]))
+    console.print(
+        f"{summary['responses']:,} responses, {summary['tokens']:,} tokens; {summary['seconds']:.1f} s, "
+        f"{summary['tokens_per_second'] or 0:,.0f} tokens/s"
+    )
+    _print_grader_errors(console, summary["settings"])
+    console.print(f"responses and summary: {out}", markup=False, soft_wrap=True)
+
+
+def results_table(settings: Sequence[Mapping[str, Any]]) -> Table:
+    """Of the settings of a summary, a line each."""
+    table = Table("replaced where", title="Accuracy and replaced tokens; ± one standard error over problems")
+    for heading in ("accuracy", "replaced [%]", "length"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in settings:
+        table.add_row(
+            str(Setting(*(row[name] for name in Setting._fields))),
+            _with_error(row["accuracy"], row["accuracy_standard_error"], 1, 3),
+            _with_error(row["replaced_share"], row["replaced_share_standard_error"], 100, 2),
+            f"{row['mean_length']:,.1f}",
+        )
+    return table
+
+
+def _with_error(mean: float | None, error: float | None, factor: float, digits: int) -> str:
+    if mean is None:
+        return "–"
+    return f"{factor * mean:.{digits}f}" + ("" if error is None else f" ± {factor * error:.{digits}f}")
+
+
+def _print_grader_errors(console: Console, settings: Sequence[Mapping[str, Any]]) -> None:
+    errors, responses = (sum(row[name] for row in settings) for name in ("grader_errors", "responses"))
+    if errors:
+        console.print(
+            f"The grader raised at {errors:,} of {responses:,} responses, which are not in the accuracies; `error` in "
+            f"{RESPONSES_FILE} says what.",
+            style="yellow",
+        )
+
+
+def print_sweep_plot(console: Console, plot: SweepPlot) -> None:
+    """The results and the replaced tokens of a sweep, and where the files are."""
+    if not plot.complete:
+        console.print("The run is not complete: this shows the part that is written.", style="yellow")
+    settings = [result.to_json() for result in plot.results]
+    console.print(results_table(settings))
+    _print_grader_errors(console, settings)
+    if plot.replaced_tokens:
+        console.print(replaced_token_table(plot.replaced_tokens))
+    for file in plot.files:
+        console.print(str(file), markup=False, soft_wrap=True)
+
+
+def replaced_token_table(tokens: Sequence[ReplacedToken]) -> Table:
+    """The tokens replaced most often, with what took their place; a few for each criterion."""
+    table = Table("criterion", "token", title="Tokens replaced most often")
+    for heading in ("id", "times", "mean Δlog p"):
+        table.add_column(heading, justify="right")
+    table.add_column("replaced by")
+    shown: dict[str, int] = {}
+    for token in tokens:
+        shown[token.criterion] = shown.get(token.criterion, 0) + 1
+        if shown[token.criterion] > _SHOWN_TOKENS:
+            continue
+        table.add_row(
+            token.criterion,
+            Text(visible(token.text)),
+            str(token.token_id),
+            f"{token.occurrences:,}",
+            f"{token.delta_logp:+.4f}",
+            Text(replacements_text(token)),
+        )
     return table
 
 

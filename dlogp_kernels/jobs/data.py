@@ -61,10 +61,11 @@ def read_records(path: Path) -> Iterator[Record]:
         start = file.read(len(_PARQUET_MAGIC))
     if not start:
         raise JobError(f"--data {path}: the file is empty, expected one response a line")
-    return _read_parquet(path) if start == _PARQUET_MAGIC or path.suffix == ".parquet" else _read_jsonl(path)
+    return _read_parquet(path) if start == _PARQUET_MAGIC or path.suffix == ".parquet" else read_jsonl(path)
 
 
-def _read_jsonl(path: Path) -> Iterator[Record]:
+def read_jsonl(path: Path) -> Iterator[Record]:
+    """The lines of a JSONL file but blank ones."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if number == 1:
@@ -83,7 +84,7 @@ def _parse_json(line: bytes) -> Mapping[str, Any] | BrokenLine:
     except (ValueError, RecursionError) as error:
         return BrokenLine(f"not JSON that can be read: {error}")
     if not isinstance(columns, dict):
-        return BrokenLine(f"a JSON {_kind(columns)}, expected an object")
+        return BrokenLine(f"a JSON {kind_of(columns)}, expected an object")
     return columns
 
 
@@ -135,7 +136,7 @@ class Encoder:
             )
         return Sample(
             record.line,
-            _sample_id(columns, record.line),
+            sample_id(columns, record.line),
             _source(columns),
             np.asarray(prompt_ids, np.int32),
             np.asarray(response_ids, np.int32),
@@ -144,32 +145,27 @@ class Encoder:
     def _token_ids(self, columns: Mapping[str, Any]) -> tuple[list[int], list[int]]:
         form = next((form for form in _FORMS if columns.keys() >= set(form)), None)
         if form is None:
-            names = ", ".join(map(_shown, columns)) or "none"
+            names = ", ".join(map(shown, columns)) or "none"
             raise BrokenLine(f"missing columns: it has {names}; {_EXPECTED}")
         if form == ("messages",):
             prompt_ids, response_ids = self._encode_messages(columns["messages"])
         elif form == ("prompt", "response"):
-            prompt, response = (_text(name, columns[name]) for name in form)
-            prompt_ids, response_ids = self._encode(prompt, beginning=True), self._encode(response, beginning=False)
+            prompt, response = (as_text(name, columns[name]) for name in form)
+            prompt_ids = encode_text(self._tokenizer, prompt, beginning=True)
+            response_ids = encode_text(self._tokenizer, response, beginning=False)
         else:
-            prompt_ids, response_ids = (_id_list(name, columns[name]) for name in form)
+            prompt_ids, response_ids = (as_id_list(name, columns[name]) for name in form)
         for name, ids in zip(("prompt", "response"), (prompt_ids, response_ids), strict=True):
-            _check_range(name, ids, self._vocabulary)
+            check_range(name, ids, self._vocabulary)
         return prompt_ids, response_ids
-
-    def _encode(self, text: str, *, beginning: bool) -> list[int]:
-        """Token ids; with the special tokens of a beginning, unless the text spells them out itself."""
-        special = self._tokenizer.bos_token
-        add_special = beginning and not (special and text.startswith(special))
-        return _guarded(lambda: self._tokenizer.encode(text, add_special_tokens=add_special), "the tokenizer")
 
     def _encode_messages(self, messages: Any) -> tuple[list[int], list[int]]:
         """Prompt: the rendering of all messages but the last, as generation starts; response: what follows in full."""
         if not self._tokenizer.chat_template:
             raise BrokenLine("it has messages, but the tokenizer has no chat template: expected prompt and response")
         conversation = _conversation(messages)
-        prompt_ids = self._render(conversation[:-1], add_generation_prompt=True)
-        whole = self._render(conversation, add_generation_prompt=False)
+        prompt_ids = render_conversation(self._tokenizer, conversation[:-1], add_generation_prompt=True)
+        whole = render_conversation(self._tokenizer, conversation, add_generation_prompt=False)
         if whole[: len(prompt_ids)] != prompt_ids:
             raise BrokenLine(
                 "the chat template does not render the response as a continuation of its prompt: give prompt_ids and "
@@ -182,13 +178,24 @@ class Encoder:
             response_ids = response_ids[:last]
         return prompt_ids, response_ids
 
-    def _render(self, conversation: list[dict[str, Any]], *, add_generation_prompt: bool) -> list[int]:
-        return _guarded(
-            lambda: self._tokenizer.apply_chat_template(
-                conversation, tokenize=True, return_dict=False, add_generation_prompt=add_generation_prompt
-            ),
-            "the chat template",
-        )
+
+def encode_text(tokenizer: Any, text: str, *, beginning: bool) -> list[int]:
+    """Token ids; with the special tokens of a beginning, unless the text spells them out itself."""
+    special = tokenizer.bos_token
+    add_special = beginning and not (special and text.startswith(special))
+    return _guarded(lambda: tokenizer.encode(text, add_special_tokens=add_special), "the tokenizer")
+
+
+def render_conversation(
+    tokenizer: Any, conversation: list[dict[str, Any]], *, add_generation_prompt: bool
+) -> list[int]:
+    """Token ids of the messages, by the tokenizer's chat template."""
+    return _guarded(
+        lambda: tokenizer.apply_chat_template(
+            conversation, tokenize=True, return_dict=False, add_generation_prompt=add_generation_prompt
+        ),
+        "the chat template",
+    )
 
 
 def _guarded(encode: Callable[[], Any], what: str) -> list[int]:
@@ -204,9 +211,10 @@ def _guarded(encode: Callable[[], Any], what: str) -> list[int]:
         raise BrokenLine(f"{what} refuses it: {error}") from error
 
 
-def _text(name: str, value: Any) -> str:
+def as_text(name: str, value: Any) -> str:
+    """`value` if it is a string of Unicode; else a BrokenLine with its name."""
     if not isinstance(value, str):
-        raise BrokenLine(f"{name} is a {_kind(value)}, expected a string")
+        raise BrokenLine(f"{name} is a {kind_of(value)}, expected a string")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -216,59 +224,69 @@ def _text(name: str, value: Any) -> str:
     return value
 
 
-def _id_list(name: str, value: Any) -> list[int]:
+def as_id_list(name: str, value: Any) -> list[int]:
+    """`value` if it is a list of integers; else a BrokenLine with its name."""
     if not isinstance(value, list):
-        raise BrokenLine(f"{name} is a {_kind(value)}, expected a list of integers")
+        raise BrokenLine(f"{name} is a {kind_of(value)}, expected a list of integers")
     for position, token_id in enumerate(value):
         if isinstance(token_id, bool) or not isinstance(token_id, int):
-            raise BrokenLine(f"{name}[{position}] is {_shown(token_id)}, expected an integer")
+            raise BrokenLine(f"{name}[{position}] is {shown(token_id)}, expected an integer")
     return value
 
 
-def _check_range(name: str, ids: list[int], vocabulary: int) -> None:
+def check_range(name: str, ids: list[int], vocabulary: int) -> None:
+    """BrokenLine for a token that the models do not have."""
     for position, token_id in enumerate(ids):
         if not 0 <= token_id < vocabulary:
             raise BrokenLine(
-                f"token {position} of the {name} is {_shown(token_id)}, outside the vocabulary [0, {vocabulary})"
+                f"token {position} of the {name} is {shown(token_id)}, outside the vocabulary [0, {vocabulary})"
             )
 
 
 def _conversation(messages: Any) -> list[dict[str, Any]]:
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise BrokenLine(f"messages is a {_kind(messages)}, expected a list of objects with role and content")
+    check_messages(messages)
     if len(messages) < 2:
         raise BrokenLine(f"messages has {len(messages)} entries, expected a prompt and a response")
     if messages[-1].get("role") != "assistant":
-        raise BrokenLine(f"the last message has the role {_shown(messages[-1].get('role'))}, expected 'assistant'")
-    for message in messages:
-        for key in ("role", "content"):
-            if isinstance(message.get(key), str):
-                _text(f"messages {key}", message[key])
+        raise BrokenLine(f"the last message has the role {shown(messages[-1].get('role'))}, expected 'assistant'")
     if not messages[-1].get("content"):
         raise BrokenLine("the response is empty")
     # Parquet gives every message every key.
     return [{key: value for key, value in message.items() if value is not None} for message in messages]
 
 
-def _sample_id(columns: Mapping[str, Any], line: int) -> str:
+def check_messages(messages: Any) -> None:
+    """BrokenLine unless it is a list of objects whose texts are Unicode."""
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise BrokenLine(f"messages is a {kind_of(messages)}, expected a list of objects with role and content")
+    for message in messages:
+        for key in ("role", "content"):
+            if isinstance(message.get(key), str):
+                as_text(f"messages {key}", message[key])
+
+
+def sample_id(columns: Mapping[str, Any], line: int) -> str:
+    """The column `id` as a string; the number of the line where there is none."""
     value = columns.get("id")
     if value is None:
         return str(line)
     if isinstance(value, bool) or not isinstance(value, str | int):
-        raise BrokenLine(f"id is {_shown(value)}, expected a string or an integer")
-    return _text("id", str(value))
+        raise BrokenLine(f"id is {shown(value)}, expected a string or an integer")
+    return as_text("id", str(value))
 
 
 def _source(columns: Mapping[str, Any]) -> str | None:
     value = columns.get("source")
-    return None if value is None else _text("source", value)
+    return None if value is None else as_text("source", value)
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
+    """What JSON calls a value of this type."""
     names = {dict: "object", list: "list", str: "string", bool: "boolean", int: "number", float: "number"}
     return "null" if value is None else names.get(type(value), type(value).__name__)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value in a message, cut to a length that a line bears."""
     text = repr(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"

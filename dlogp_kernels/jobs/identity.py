@@ -13,13 +13,13 @@ _SAMPLE_SIZE = 64 * 2**10
 _NUM_SAMPLES = 16
 
 
-def versions(device: str) -> dict[str, str]:
+def versions(device: str, op: str = "linear_delta_logp_fwd") -> dict[str, str]:
     """Of the packages that the numbers come from, and the backend that serves the op on this device."""
     packages = {name: version(name) for name in ("torch", "transformers")}
     return {
         "dlogp_kernels": __version__,
         **packages,
-        "backend": backends.select("linear_delta_logp_fwd", device),
+        "backend": backends.select(op, device),
     }
 
 

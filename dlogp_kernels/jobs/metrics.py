@@ -6,11 +6,9 @@ appear whole or not at all. (On the same machine with as many threads: how many 
 bit.)
 """
 
-import json
 import math
 import platform
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -22,16 +20,17 @@ from tqdm import tqdm
 
 from ..hf import HiddenStore, LmHead, lm_head
 from ..hf.memory import as_bytes
-from ..report.dataset import ResponseRows, TokenDataset, count_rows, part_path, to_table, write_part
+from ..report.dataset import TOKENS_DIRECTORY, ResponseRows, TokenDataset, count_rows, part_path, to_table, write_part
 from ..report.files import write_atomically
 from .compute import Setting, measure, response_hidden
 from .data import Encoder, Sample, read_records
 from .errors import JobError, explained_writes
 from .identity import file_identity, model_identity, versions
-from .models import DTYPES, ModelPlace, find_model, load_weights, read_pair
+from .models import DTYPES, ModelPlace, check_device, find_model, load_weights, read_pair
 from .plan import cut_batches, cut_parts
 from .prepared import BrokenLineReport, PreparedData, prepare
 from .run_directory import RunDirectory, State
+from .stopwatch import Stopwatch
 from .summary import describe
 from .token_text import TokenTexts
 
@@ -168,21 +167,8 @@ def _check_arguments(
     except ValueError as error:
         raise JobError(f"--memory-limit: {error}") from error
     return Arguments(
-        limit, batch_tokens, dtype, _check_device(device), sequential, on_error, float(temperature), trust_remote_code
+        limit, batch_tokens, dtype, check_device(device), sequential, on_error, float(temperature), trust_remote_code
     )
-
-
-def _check_device(name: str | None) -> str:
-    if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        # PyTorch built without CUDA says so with an assertion.
-        reason = str(error).splitlines()[0]
-        raise JobError(f"--device is {name!r}, which can not be used here: {reason}") from error
-    return str(device)
 
 
 def _check_not_empty(data: Path, prepared: PreparedData) -> None:
@@ -233,7 +219,7 @@ class _Run:
         self._progress = progress
         self._parts = cut_parts(data.lengths, arguments.batch_tokens)
         self._setting = Setting(torch.device(arguments.device), arguments.temperature, arguments.memory_limit)
-        self._stopwatch = _Stopwatch(directory.work / _SECONDS_FILE)
+        self._stopwatch = Stopwatch(directory.work / _SECONDS_FILE)
 
     def compute(self) -> None:
         """Compute and write the parts that are not there yet."""
@@ -288,7 +274,7 @@ class _Run:
         """Write the base model's hidden states of all samples; a batch that is there already stays."""
         base = self._load(self._base)
         with self._writing():
-            self._directory.begin()
+            self._directory.begin(TOKENS_DIRECTORY)
             store = HiddenStore.create(store_directory, lm_head(base))
         with self._bar("base", 0) as bar:
             self._stopwatch.start()
@@ -323,7 +309,7 @@ class _Run:
                 # Keys sort as the data do.
                 table = to_table([rows[key] for key in sorted(rows)])
                 with self._writing():
-                    self._directory.begin()
+                    self._directory.begin(TOKENS_DIRECTORY)
                     write_part(self._directory.out, index, table)
                     self._stopwatch.save_lap()
 
@@ -361,25 +347,6 @@ class _Run:
             dynamic_ncols=True,
             disable=not self._progress,
         )
-
-
-class _Stopwatch:
-    """Seconds of computation, over all the processes that worked on a run."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self.seconds: float = json.loads(path.read_text(encoding="utf-8")) if path.exists() else 0.0
-        self._started = time.monotonic()
-
-    def start(self) -> None:
-        """Begin a lap."""
-        self._started = time.monotonic()
-
-    def save_lap(self) -> None:
-        """End a lap, keep its time on disk, begin the next one."""
-        now = time.monotonic()
-        self.seconds, self._started = self.seconds + now - self._started, now
-        write_atomically(self._path, json.dumps(self.seconds).encode())
 
 
 @contextmanager

@@ -39,6 +39,20 @@ class Reading(NamedTuple):
     context: int | None
 
 
+def check_device(name: str | None) -> str:
+    """The device of the option --device, CUDA if there is one by default; JobError if it can not be used here."""
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        # PyTorch built without CUDA says so with an assertion.
+        reason = str(error).splitlines()[0]
+        raise JobError(f"--device is {name!r}, which can not be used here: {reason}") from error
+    return str(device)
+
+
 def find_model(option: str, name: str | Path, *, trust_remote_code: bool) -> ModelPlace:
     """The directory of a model, downloaded if `name` is one of the Hub; JobError if there are no weights in it."""
     directory = Path(name)

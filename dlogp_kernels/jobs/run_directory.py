@@ -1,7 +1,8 @@
 """The directory of a run: whose it is, what is in it, and that only one process writes there.
 
 DIR/manifest.json   what the run is of: arguments, data and model files; it appears with the first results
-DIR/tokens/         the data set, see report.dataset
+DIR/tokens/         the data set of `dlogp metrics`, see report.dataset
+DIR/responses.jsonl what `dlogp generate` and `dlogp sweep` drew, see report.responses
 DIR/summary.json    appears when the run is complete
 DIR/.work/          what the run needs while it is under way
 """
@@ -69,7 +70,7 @@ class RunDirectory:
             found = json.loads(manifest.read_text(encoding="utf-8"))
             format_number, identity = found["format"], found["identity"]
         except (ValueError, KeyError, TypeError) as error:
-            raise JobError(f"--out {self.out}: {manifest} is not a manifest of `dlogp metrics`: {error}") from error
+            raise JobError(f"--out {self.out}: {manifest} is not the manifest of a run: {error}") from error
         if format_number != _FORMAT:
             raise JobError(f"--out {self.out}: a run in format {format_number}, this version writes {_FORMAT}")
         differences = list(_differences(identity, self._identity))
@@ -126,12 +127,13 @@ class RunDirectory:
             with contextlib.suppress(OSError):
                 self.out.rmdir()
 
-    def begin(self) -> None:
-        """Record whose directory this is, before the first results; again has no effect."""
+    def begin(self, *subdirectories: str) -> None:
+        """Record whose directory this is, before the first results, and make directories in it; again has no effect."""
         manifest = self.out / MANIFEST_FILE
         if not manifest.exists():
             write_atomically(manifest, to_json({"format": _FORMAT, "identity": self._identity}))
-        (self.out / TOKENS_DIRECTORY).mkdir(exist_ok=True)
+        for name in subdirectories:
+            (self.out / name).mkdir(exist_ok=True)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write the summary, which completes the run."""

@@ -20,8 +20,8 @@ FIGURES_DIRECTORY = "figures"
 TOP_TOKENS = 50
 DEFAULT_MIN_COUNT = 10
 
-# Okabe and Ito's palette, told apart by colour-blind readers; the order puts the clearest pair first.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
+#: Okabe and Ito's palette, told apart by colour-blind readers; the order puts the clearest pair first.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
 _LINES = ("-", "--", "-.", ":")
 _KNOWN_SOURCES = {"rl": ("RL responses", 0), "base": ("base responses", 1)}
 _MOST_SOURCES = 12
@@ -100,8 +100,8 @@ def plot(directory: str | Path, out: str | Path | None = None, *, min_count: int
     figure = draw_histograms(dataset)
     tokens = top_tokens(dataset, min_count=min_count)
     contents = {
-        "histograms.png": _render(figure, "png"),
-        "histograms.svg": _render(figure, "svg"),
+        "histograms.png": render(figure, "png"),
+        "histograms.svg": render(figure, "svg"),
         "top_tokens.md": markdown_table(tokens, min_count).encode(),
         "top_tokens.csv": csv_table(tokens).encode(),
     }
@@ -173,7 +173,7 @@ def draw_histograms(dataset: TokenDataset) -> Figure:
 def _draw_panel(axes: Axes, panel: Panel, data: Sequence[Histogram]) -> None:
     for index, histogram in enumerate(data):
         label, style = _label_and_style(histogram, index)
-        colour, line = _COLOURS[style % len(_COLOURS)], _LINES[style // len(_COLOURS) % len(_LINES)]
+        colour, line = PALETTE[style % len(PALETTE)], _LINES[style // len(PALETTE) % len(_LINES)]
         axes.stairs(histogram.density, histogram.edges, color=colour, alpha=0.13, fill=True)
         axes.stairs(histogram.density, histogram.edges, color=colour, linewidth=1.6, linestyle=line, label=label)
     if panel.signed:
@@ -206,7 +206,8 @@ def _label_and_style(histogram: Histogram, index: int) -> tuple[str, int]:
     return f"{name} ({histogram.num_tokens:,} tokens)", style
 
 
-def _render(figure: Figure, kind: str) -> bytes:
+def render(figure: Figure, kind: str) -> bytes:
+    """The file of a picture, of the kind "png" or "svg"."""
     buffer = io.BytesIO()
     # Without the date and random ids the same data give the same file.
     with rc_context({"svg.hashsalt": "dlogp"}):

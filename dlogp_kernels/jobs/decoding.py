@@ -1,0 +1,349 @@
+"""Draws and grades responses under a list of settings; what `generate` and `sweep` share.
+
+A response depends on its setting, seed and number alone, and chunks are cut from the data and the arguments alone: a
+run killed at any moment and started again gives the file of a run that was not interrupted. (On the same machine with
+as many threads: how many share a matrix product shows in the last bit.)
+"""
+
+import platform
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..hf import Generation, generate
+from ..report.responses import RESPONSES_FILE, Collector, Response, Setting, SettingResult, describe
+from .errors import JobError, explained_writes
+from .graders import Grade, Grader, load_grader
+from .identity import file_identity, model_identity, versions
+from .models import DTYPES, ModelPlace, Reading, check_device, find_model, load_weights, read_pair
+from .problems import Problem, check_file, read_problems
+from .response_file import ResponseFile
+from .run_directory import RunDirectory, State
+from .settings import Decoding, check_decoding, check_settings
+from .stopwatch import Stopwatch
+from .token_text import TokenTexts
+
+_GO_ON = "what is finished stays: make room and start again with the same arguments to go on"
+_SECONDS_FILE = "seconds.json"
+_NUM_ROW_IDS = 2**32
+
+
+class Inputs(NamedTuple):
+    """What a run is given: names of the two models, the data, where the output goes, and how it is graded."""
+
+    rl: str | Path
+    base: str | Path
+    data: str | Path
+    out: str | Path
+    grader: str
+
+
+def run_decoding(
+    command: str,
+    inputs: Inputs,
+    settings: Sequence[Setting],
+    seeds: Sequence[int],
+    decoding: Decoding,
+    *,
+    resume: bool,
+    progress: bool,
+) -> dict[str, Any]:
+    """Draw and grade the responses of every setting and seed, and write them to the directory `inputs.out`.
+
+    Returns what `summary.json` holds; raises JobError as `run_generate` and `run_sweep` say.
+    """
+    check_settings(settings, seeds)
+    check_decoding(decoding)
+    device = check_device(decoding.device)
+    grader = load_grader(inputs.grader)
+    places = [
+        find_model(option, name, trust_remote_code=decoding.trust_remote_code)
+        for option, name in (("--rl", inputs.rl), ("--base", inputs.base))
+    ]
+    data = Path(inputs.data)
+    check_file(data)
+    identity: dict[str, Any] = {
+        "command": command,
+        "settings": [setting._asdict() for setting in settings],
+        "seeds": list(seeds),
+        "decoding": _plain(decoding) | {"device": device},
+        "grader": dict(grader.identity),
+        "data": file_identity(data),
+        "rl": model_identity(places[0].directory),
+        "base": model_identity(places[1].directory),
+        "versions": versions(device, "extrapolated_sample"),
+    }
+    directory = RunDirectory(inputs.out, identity)
+    if directory.state() is State.NEW and resume:
+        raise JobError(f"--out {inputs.out}: --resume is given, but there is no run to go on with")
+    with directory.claimed() as state:
+        if state is State.COMPLETE:
+            return directory.summary()
+        reading = read_pair(*places, trust_remote_code=decoding.trust_remote_code)
+        problems = read_problems(
+            data, reading, max_new_tokens=decoding.max_new_tokens, needs_answer=grader.needs_answer
+        )
+        if len(problems) * decoding.samples >= _NUM_ROW_IDS:
+            raise JobError(
+                f"--samples: {len(problems)} problems × {decoding.samples} are too many, expected below 2**32"
+            )
+        chunks = _cut_chunks(problems, settings, seeds, decoding)
+        run = _Run(directory, grader, reading, chunks, decoding, torch.device(device), progress)
+        run.compute(places)
+        names = {"rl": str(inputs.rl), "base": str(inputs.base), "data": str(inputs.data), "grader": inputs.grader}
+        summary = run.summary() | {
+            "arguments": {"command": command, **names, "seeds": list(seeds), **identity["decoding"]},
+            "versions": {"python": platform.python_version(), **identity["versions"]},
+        }
+        with explained_writes(directory.out, _GO_ON):
+            directory.finish(summary)
+        return summary
+
+
+def _plain(decoding: Decoding) -> dict[str, Any]:
+    columns = asdict(decoding)
+    stops = columns["stop_token_ids"]
+    return columns | {"stop_token_ids": None if stops is None else list(stops)}
+
+
+class _Chunk(NamedTuple):
+    """The responses that are drawn and written together: `samples` to each of some problems."""
+
+    setting: Setting
+    seed: int
+    problems: Sequence[Problem]
+
+
+def _cut_chunks(
+    problems: Sequence[Problem], settings: Sequence[Setting], seeds: Sequence[int], decoding: Decoding
+) -> list[_Chunk]:
+    size = decoding.problems_per_chunk
+    return [
+        _Chunk(setting, seed, problems[begin : begin + size])
+        for setting in settings
+        for seed in seeds
+        for begin in range(0, len(problems), size)
+    ]
+
+
+class _Run:
+    """The computation of a run whose problems are read."""
+
+    def __init__(
+        self,
+        directory: RunDirectory,
+        grader: Grader,
+        reading: Reading,
+        chunks: Sequence[_Chunk],
+        decoding: Decoding,
+        device: torch.device,
+        progress: bool,
+    ) -> None:
+        self._directory = directory
+        self._grader = grader
+        self._tokenizer = reading.tokenizer
+        self._texts = TokenTexts(reading.tokenizer)
+        self._chunks = chunks
+        self._decoding = decoding
+        self._device = device
+        self._progress = progress
+        self._collector = Collector()
+        self._stopwatch = Stopwatch(directory.work / _SECONDS_FILE)
+
+    def compute(self, places: Sequence[ModelPlace]) -> None:
+        """Draw, grade and write the chunks that are not there yet."""
+        file = ResponseFile(self._directory.out / RESPONSES_FILE)
+        lengths = [len(chunk.problems) * self._decoding.samples for chunk in self._chunks]
+        with explained_writes(self._directory.out, _GO_ON):
+            self._directory.begin()
+            num_kept = file.keep_whole_chunks(lengths, self._collector.add)
+        missing = self._chunks[num_kept:]
+        if not missing:
+            return
+        rl, base = map(self._load, places)
+        with _Bar(sum(lengths), sum(lengths[:num_kept]), self._progress) as bar:
+            self._stopwatch.start()
+            for chunk in missing:
+                bar.begin(chunk.setting)
+                responses = self._draw(chunk, rl, base, bar.on_step)
+                with explained_writes(self._directory.out, _GO_ON):
+                    file.append(responses)
+                    self._stopwatch.save_lap()
+                for response in responses:
+                    self._collector.add(response)
+                bar.end(self._collector.result(chunk.setting))
+
+    def summary(self) -> dict[str, Any]:
+        """What is written when all responses are there; without arguments and versions."""
+        results = self._collector.results()
+        tokens = sum(result.tokens for result in results)
+        seconds = self._stopwatch.seconds
+        return {
+            "settings": describe(self._collector),
+            "responses": sum(result.responses for result in results),
+            "tokens": tokens,
+            "grader_errors": sum(result.grader_errors for result in results),
+            "seconds": round(seconds, 3),
+            "tokens_per_second": round(tokens / seconds, 1) if seconds else None,
+        }
+
+    def _load(self, place: ModelPlace) -> Any:
+        return load_weights(
+            place,
+            DTYPES[self._decoding.dtype],
+            self._device,
+            trust_remote_code=self._decoding.trust_remote_code,
+        )
+
+    def _draw(self, chunk: _Chunk, rl: Any, base: Any, on_step: Callable[[int, int, int], None]) -> list[Response]:
+        """The graded responses of a chunk, samples of a problem one after another."""
+        samples = self._decoding.samples
+        input_ids, attention_mask = _pad_left([problem.prompt_ids for problem in chunk.problems], self._device)
+        row_id = torch.tensor(
+            [problem.number * samples + sample for problem in chunk.problems for sample in range(samples)],
+            device=self._device,
+        )
+        with _explained_generation():
+            generation = generate(
+                rl,
+                base,
+                input_ids,
+                attention_mask,
+                **chunk.setting._asdict(),
+                **self._decoding.filters,
+                seed=chunk.seed,
+                max_new_tokens=self._decoding.max_new_tokens,
+                stop_token_ids=self._decoding.stop_token_ids,
+                num_return_sequences=samples,
+                row_id=row_id,
+                max_batch_size=self._decoding.batch_size,
+                on_step=on_step,
+            )
+        rows = _rows(generation)
+        places = [(problem, sample) for problem in chunk.problems for sample in range(samples)]
+        return [
+            self._response(chunk, problem, sample, row) for (problem, sample), row in zip(places, rows, strict=True)
+        ]
+
+    def _response(self, chunk: _Chunk, problem: Problem, sample: int, row: "_Row") -> Response:
+        text = self._tokenizer.decode(row.tokens, skip_special_tokens=True)
+        grade: Grade = self._grader(text, problem.columns)
+        return Response(
+            problem.problem_id,
+            problem.number,
+            sample,
+            chunk.setting,
+            chunk.seed,
+            text,
+            row.tokens.tolist(),
+            row.finished,
+            grade.score,
+            grade.error,
+            row.selected.tolist(),
+            row.delta_logp.tolist(),
+            row.draft_tokens.tolist(),
+            self._texts(row.draft_tokens.numpy()),
+            self._texts(row.tokens[row.selected].numpy()),
+        )
+
+
+class _Row(NamedTuple):
+    """One response on the CPU: its tokens; places, Δlog p and drafts of those that were replaced."""
+
+    tokens: Tensor
+    finished: bool
+    selected: Tensor
+    delta_logp: Tensor
+    draft_tokens: Tensor
+
+
+def _rows(generation: Generation) -> Iterator[_Row]:
+    names = ("tokens", "draft_tokens", "selected", "delta_logp", "lengths", "finished")
+    tokens, drafts, selected, delta_logp, lengths, finished = (getattr(generation, name).cpu() for name in names)
+    for row, length in enumerate(lengths.tolist()):
+        places = selected[row, :length].nonzero().flatten()
+        yield _Row(
+            tokens[row, :length], bool(finished[row]), places, delta_logp[row, places].float(), drafts[row, places]
+        )
+
+
+def _pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask (B, longest prompt)."""
+    longest = max(map(len, prompts))
+    input_ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, prompt in enumerate(prompts):
+        input_ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        attention_mask[row, longest - len(prompt) :] = 1
+    return input_ids.to(device), attention_mask.to(device)
+
+
+class _Bar:
+    """Progress in responses, with tokens a second, and the share of replaced tokens and the accuracy of the setting."""
+
+    def __init__(self, total: int, done: int, enabled: bool) -> None:
+        self._tqdm = tqdm(total=total, initial=done, unit=" responses", dynamic_ncols=True, disable=not enabled)
+        self._started = time.monotonic()
+        self._setting: Setting | None = None
+        self._tokens = self._chunk_tokens = self._chunk_rows = 0
+        self._share = self._accuracy = "–"
+
+    def __enter__(self) -> "_Bar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._tqdm.close()
+
+    def begin(self, setting: Setting) -> None:
+        """A chunk begins."""
+        self._chunk_tokens = self._chunk_rows = 0
+        if setting != self._setting:
+            self._setting = setting
+            self._share = self._accuracy = "–"
+            self._tqdm.set_description_str(str(setting), refresh=False)
+
+    def on_step(self, tokens: int, selected: int, rows_done: int) -> None:
+        """A token of every row in the batch was drawn; all counts are of this chunk so far."""
+        self._tokens += tokens - self._chunk_tokens
+        if self._accuracy == "–" and tokens:
+            self._share = f"{selected / tokens:.1%}"
+        self._show(rows_done - self._chunk_rows)
+        self._chunk_tokens, self._chunk_rows = tokens, rows_done
+
+    def end(self, result: SettingResult) -> None:
+        """The chunk is written; `result` is of all chunks of its setting so far."""
+        self._share = "–" if result.replaced_share is None else f"{result.replaced_share.mean:.1%}"
+        self._accuracy = "–" if result.accuracy is None else f"{result.accuracy.mean:.3f}"
+        self._show(0)
+
+    def _show(self, num_done: int) -> None:
+        rate = self._tokens / max(time.monotonic() - self._started, 1e-9)
+        text = f"{rate:,.0f} tokens/s, replaced {self._share}, accuracy {self._accuracy}"
+        self._tqdm.set_postfix_str(text, refresh=False)
+        self._tqdm.update(num_done)
+
+
+@contextmanager
+def _explained_generation() -> Iterator[None]:
+    """What the models and the ops can not do with these arguments, as a JobError."""
+    try:
+        with warnings.catch_warnings():
+            # It was said before the models were loaded.
+            warnings.filterwarnings("ignore", message="threshold is .* replaces nearly every token")
+            yield
+    except torch.OutOfMemoryError as error:
+        raise JobError(
+            "the device's memory is full: give a smaller --batch-size, with another --out; "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    except (ValueError, TypeError, IndexError, RuntimeError) as error:
+        # RuntimeError: a model that gives NaN.
+        raise JobError(f"the responses can not be drawn: {error}") from error

@@ -1,0 +1,32 @@
+"""Responses to a file of problems under a grid of settings: what curves over the replaced share are drawn from."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..report.responses import Setting
+from .decoding import Inputs, run_decoding
+from .graders import EXACT
+from .settings import Decoding
+
+
+def run_sweep(
+    rl: str | Path,
+    base: str | Path,
+    data: str | Path,
+    out: str | Path,
+    *,
+    settings: Sequence[Setting],
+    seeds: Sequence[int] = (0,),
+    decoding: Decoding | None = None,
+    grader: str = EXACT,
+    resume: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Draw and grade responses to the problems of `data` under each setting with each seed; write them to `out`.
+
+    `settings` come from `jobs.settings.grid`, or from the caller. Everything else is as in `run_generate`; `dlogp plot`
+    draws what comes out.
+    """
+    inputs = Inputs(rl, base, data, out, grader)
+    return run_decoding("sweep", inputs, settings, seeds, decoding or Decoding(), resume=resume, progress=progress)

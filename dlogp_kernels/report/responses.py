@@ -1,0 +1,343 @@
+"""The responses of `dlogp generate` and `dlogp sweep`: one JSON object a line, and what they say about each setting.
+
+DIR/responses.jsonl   one response a line, as `to_line` writes it; whole lines only, but for the last of a killed run
+DIR/summary.json      `describe` of them and what the run was; it appears when the run is complete
+"""
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .dataset import SUMMARY_FILE
+from .errors import DatasetError
+
+RESPONSES_FILE = "responses.jsonl"
+
+_SHOWN_CRITERIA = {
+    "delta_logp": "Δlog p <",
+    "kl": "KL(RL ‖ base) >",
+    "reverse_kl": "KL(base ‖ RL) >",
+    "avg_kl": "mean KL >",
+    "entropy": "entropy of base >",
+    "rl_entropy": "entropy of RL >",
+    "random": "u <",
+}
+
+
+class Setting(NamedTuple):
+    """When a drafted token is replaced, and from what; the arguments of `extrapolated_sample` of the same names."""
+
+    criterion: str = "all"
+    threshold: float | None = None
+    gamma: float = 0.0
+    draft: str = "base"
+
+    def __str__(self) -> str:
+        rule = {"all": "everywhere", "none": "nowhere"}.get(self.criterion, self.criterion)
+        if self.threshold is not None:
+            rule = f"{_SHOWN_CRITERIA.get(self.criterion, self.criterion)} {self.threshold:.4g}"
+        gamma = f", γ = {self.gamma:g}" if self.gamma else ""
+        return rule + gamma + (", drafts of RL" if self.draft == "rl" else "")
+
+
+#: Every token from the base model, or every token from the RL model.
+BASE, RL = Setting("none"), Setting("all")
+
+
+class Response(NamedTuple):
+    """One response, its tokens without the prompt.
+
+    The last five are of the replaced tokens: place, Δlog p, id and text of the draft, text of what took its place.
+    """
+
+    problem_id: str
+    problem: int
+    sample: int
+    setting: Setting
+    seed: int
+    text: str
+    token_ids: Sequence[int]
+    finished: bool
+    score: float | None
+    error: str | None
+    selected: Sequence[int]
+    delta_logp: Sequence[float]
+    draft_ids: Sequence[int]
+    draft_texts: Sequence[str]
+    new_texts: Sequence[str]
+
+
+def to_line(response: Response) -> bytes:
+    """The response as one line of JSON, its end included; the same response gives the same bytes."""
+    columns: dict[str, Any] = {
+        "id": response.problem_id,
+        "problem": response.problem,
+        "sample": response.sample,
+        **response.setting._asdict(),
+        "seed": response.seed,
+        "correct": response.score,
+        "error": response.error,
+        "length": len(response.token_ids),
+        "finished": response.finished,
+        "text": response.text,
+        "token_ids": list(response.token_ids),
+        "selected": list(response.selected),
+        "delta_logp": [_to_json(value) for value in response.delta_logp],
+        "draft_ids": list(response.draft_ids),
+        "draft_texts": list(response.draft_texts),
+        "new_texts": list(response.new_texts),
+    }
+    # ASCII: half of a surrogate pair in a text has no UTF-8, and a line separator in it is not the end of a line.
+    return (json.dumps(columns, ensure_ascii=True, allow_nan=False) + "\n").encode("ascii")
+
+
+def from_line(line: bytes) -> Response:
+    """The response that `to_line` wrote; ValueError if it is none."""
+    try:
+        columns = json.loads(line)
+        return Response(
+            columns["id"],
+            columns["problem"],
+            columns["sample"],
+            Setting(*(columns[name] for name in Setting._fields)),
+            columns["seed"],
+            columns["text"],
+            columns["token_ids"],
+            columns["finished"],
+            columns["correct"],
+            columns["error"],
+            columns["selected"],
+            [float(value) for value in columns["delta_logp"]],
+            columns["draft_ids"],
+            columns["draft_texts"],
+            columns["new_texts"],
+        )
+    except (KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"not a response as this version writes it: {error!r}") from error
+
+
+def _to_json(value: float) -> float | str:
+    """Seven digits, which is what float32 has; JSON has no infinities."""
+    return float(f"{value:.7g}") if math.isfinite(value) else str(value)
+
+
+class Estimate(NamedTuple):
+    """A mean and its standard error over problems; None where one problem is all there is."""
+
+    mean: float
+    standard_error: float | None
+
+    def __str__(self) -> str:
+        error = "" if self.standard_error is None else f" ± {self.standard_error:.3f}"
+        return f"{self.mean:.3f}{error}"
+
+
+def estimate(sums: np.ndarray, counts: np.ndarray) -> Estimate | None:
+    """Σ sums / Σ counts, entries of which belong to one problem each; None without counts.
+
+    The standard error is that of a ratio over problems drawn at random: responses to one problem are alike.
+    """
+    sums, counts = np.asarray(sums, np.float64), np.asarray(counts, np.float64)
+    total = counts.sum()
+    if total == 0:
+        return None
+    mean = float(sums.sum() / total)
+    num_problems = len(counts)
+    if num_problems < 2:
+        return Estimate(mean, None)
+    residuals = sums - mean * counts
+    return Estimate(mean, float(np.sqrt(num_problems / (num_problems - 1) * (residuals**2).sum()) / total))
+
+
+class ReplacedToken(NamedTuple):
+    """A token that was drafted and replaced, under one criterion, and by what most often: text and count."""
+
+    criterion: str
+    token_id: int
+    text: str
+    occurrences: int
+    delta_logp: float
+    replacements: list[tuple[str, int]]
+
+
+class _Tally:
+    """Sums over the responses of one problem under one setting."""
+
+    __slots__ = ("finished", "graded", "grader_errors", "replaced", "responses", "score", "tokens")
+
+    def __init__(self) -> None:
+        self.responses = self.graded = self.grader_errors = self.finished = self.tokens = self.replaced = 0
+        self.score = 0.0
+
+    def add(self, response: Response) -> None:
+        self.responses += 1
+        self.finished += response.finished
+        self.tokens += len(response.token_ids)
+        self.replaced += len(response.selected)
+        self.grader_errors += response.error is not None
+        if response.score is not None:
+            self.graded += 1
+            self.score += response.score
+
+
+class SettingResult(NamedTuple):
+    """What the responses of one setting came to.
+
+    `accuracy` is over the responses that the grader graded (None if none), `replaced_share` over all response tokens,
+    `scores` has the mean score of each problem by its number.
+    """
+
+    setting: Setting
+    seeds: list[int]
+    problems: int
+    responses: int
+    graded: int
+    grader_errors: int
+    accuracy: Estimate | None
+    replaced_share: Estimate | None
+    tokens: int
+    mean_length: float
+    finished_share: float
+    scores: dict[int, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; without the scores of single problems."""
+        columns = self._asdict()
+        del columns["scores"], columns["setting"]
+        for name in ("accuracy", "replaced_share"):
+            value = columns.pop(name)
+            columns[name] = None if value is None else value.mean
+            columns[f"{name}_standard_error"] = None if value is None else value.standard_error
+        return {**self.setting._asdict(), **columns}
+
+
+class Collector:
+    """Takes responses one by one and keeps sums; `results` and `replaced_tokens` can be asked at any time."""
+
+    def __init__(self) -> None:
+        self._tallies: dict[Setting, dict[int, _Tally]] = {}
+        self._seeds: dict[Setting, set[int]] = {}
+        self._replaced: dict[tuple[str, int], _ReplacedTally] = {}
+
+    def add(self, response: Response) -> None:
+        """Count one response."""
+        by_problem = self._tallies.setdefault(response.setting, {})
+        by_problem.setdefault(response.problem, _Tally()).add(response)
+        self._seeds.setdefault(response.setting, set()).add(response.seed)
+        rows = zip(response.draft_ids, response.draft_texts, response.new_texts, response.delta_logp, strict=True)
+        for token_id, text, new_text, delta_logp in rows:
+            key = (response.setting.criterion, token_id)
+            tally = self._replaced.get(key) or self._replaced.setdefault(key, _ReplacedTally(text))
+            tally.add(new_text, delta_logp)
+
+    def results(self) -> list[SettingResult]:
+        """One entry a setting, in the order in which they came."""
+        return [self.result(setting) for setting in self._tallies]
+
+    def result(self, setting: Setting) -> SettingResult:
+        """What the responses of `setting` came to so far."""
+        by_problem = self._tallies[setting]
+        tallies = list(by_problem.values())
+        totals = {name: sum(getattr(tally, name) for tally in tallies) for name in _Tally.__slots__}
+        graded, tokens = (np.array([getattr(tally, name) for tally in tallies]) for name in ("graded", "tokens"))
+        return SettingResult(
+            setting,
+            sorted(self._seeds[setting]),
+            len(tallies),
+            int(totals["responses"]),
+            int(totals["graded"]),
+            int(totals["grader_errors"]),
+            estimate(np.array([tally.score for tally in tallies]), graded),
+            estimate(np.array([tally.replaced for tally in tallies]), tokens),
+            int(totals["tokens"]),
+            totals["tokens"] / totals["responses"],
+            totals["finished"] / totals["responses"],
+            {problem: tally.score / tally.graded for problem, tally in by_problem.items() if tally.graded},
+        )
+
+    def replaced_tokens(self, *, limit: int, min_count: int = 1) -> list[ReplacedToken]:
+        """For each criterion but `all`, the `limit` tokens replaced most often, over all its settings; ties by id."""
+        found: list[ReplacedToken] = []
+        for wanted in dict.fromkeys(criterion for criterion, _ in self._replaced if criterion != "all"):
+            rows = [
+                tally.row(criterion, token_id)
+                for (criterion, token_id), tally in self._replaced.items()
+                if criterion == wanted and tally.count >= min_count
+            ]
+            found += sorted(rows, key=lambda row: (-row.occurrences, row.token_id))[:limit]
+        return found
+
+
+class _ReplacedTally:
+    """Sums over the places where one token was replaced."""
+
+    def __init__(self, text: str) -> None:
+        self.count = 0
+        self._text = text
+        self._delta_logp = 0.0
+        self._new: dict[str, int] = {}
+
+    def add(self, new_text: str, delta_logp: float) -> None:
+        self.count += 1
+        self._delta_logp += delta_logp
+        self._new[new_text] = self._new.get(new_text, 0) + 1
+
+    def row(self, criterion: str, token_id: int) -> ReplacedToken:
+        replacements = sorted(self._new.items(), key=lambda item: (-item[1], item[0]))
+        return ReplacedToken(
+            criterion, token_id, self._text, self.count, self._delta_logp / self.count, replacements[:_REPLACEMENTS]
+        )
+
+
+_REPLACEMENTS = 4
+
+
+def difference(one: SettingResult, other: SettingResult) -> Estimate | None:
+    """Mean accuracy of `one` minus that of `other`, over the problems both have, with its standard error.
+
+    Paired: settings of one seed share their noise, so the difference is known better than either accuracy. Each
+    problem counts once, however many responses it has.
+    """
+    common = sorted(one.scores.keys() & other.scores.keys())
+    differences = np.array([one.scores[problem] - other.scores[problem] for problem in common])
+    return estimate(differences, np.ones(len(differences)))
+
+
+def read_responses(directory: str | Path) -> Iterator[Response]:
+    """The responses in a directory, in their order; a last line that is only half there is left out.
+
+    Raises DatasetError where there are none, or where a line is not one.
+    """
+    path = Path(directory) / RESPONSES_FILE
+    if not path.is_file():
+        raise DatasetError(f"{directory} holds no {RESPONSES_FILE}, as `dlogp generate` and `dlogp sweep` write it")
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                yield from_line(line)
+            except ValueError as error:
+                raise DatasetError(f"{path}: line {number}: {error}") from error
+
+
+def is_complete(directory: str | Path) -> bool:
+    """Whether the run that writes there has finished."""
+    return (Path(directory) / SUMMARY_FILE).exists()
+
+
+def collect(responses: Iterable[Response]) -> Collector:
+    """All of them counted."""
+    collector = Collector()
+    for response in responses:
+        collector.add(response)
+    return collector
+
+
+def describe(collector: Collector) -> list[Mapping[str, Any]]:
+    """The results as plain values, for a summary file."""
+    return [result.to_json() for result in collector.results()]

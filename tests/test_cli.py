@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -20,9 +21,23 @@ from pair_files import Pair, contents, write_lines, write_pair
 
 import dlogp_kernels
 from dlogp_kernels import backends, cli
-from dlogp_kernels.demo import memory
+from dlogp_kernels.demo import curves as demo_curves
+from dlogp_kernels.demo import memory, task
 from dlogp_kernels.demo import run as demo_run
+from dlogp_kernels.demo.generate import PAIR_DIRECTORY
+from dlogp_kernels.jobs.errors import JobError
 from dlogp_kernels.jobs.metrics import run_metrics
+from dlogp_kernels.jobs.settings import Decoding
+from dlogp_kernels.report.responses import RL, Setting, collect, read_responses
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Small models on a busy machine: threads would wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +133,131 @@ def test_errors_are_one_message_on_stderr(pair, dlogp, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def write_problems(path: Path, count: int) -> Path:
+    problems = task.generate_problems(count, 9)
+    return write_lines(path, [{"prompt": problem.prompt, "answer": str(problem.answer)} for problem in problems])
+
+
+def on_demo_pair(command: str, data: Path, out: Path, *options: object) -> list[object]:
+    models = ["--rl", PAIR_DIRECTORY / "rl", "--base", PAIR_DIRECTORY / "base"]
+    shared = ["--data", data, "--out", out, "--dtype", "fp32", "--device", "cpu", "--max-new-tokens", 45]
+    return [command, *models, *shared, *options]
+
+
+def test_generate_sweep_and_plot_on_the_demo_pair(dlogp, tmp_path):
+    data = write_problems(tmp_path / "problems.jsonl", 12)
+    status, printed, errors = dlogp(
+        *on_demo_pair("generate", data, tmp_path / "one", "--threshold", -0.5, "--gamma", 0.5, "--seed", 3)
+    )
+    assert status == 0, errors
+    assert "tokens/s" in errors and "replaced" in errors and "accuracy" in errors
+    rows = list(read_responses(tmp_path / "one"))
+    assert [row.problem for row in rows] == list(range(12))
+    accuracy = sum(row.score for row in rows) / 12
+    assert accuracy > 0.6 and f"{accuracy:.3f} ± " in printed and "Δlog p < -0.5, γ = 0.5" in printed
+    for row, line in zip(rows, data.read_text().splitlines(), strict=True):
+        assert row.text.endswith(f"# {json.loads(line)['answer']}") == bool(row.score)
+        assert row.draft_texts.count("jump") == sum(row.draft_ids[i] == 19 for i in range(len(row.draft_ids)))
+
+    grid = ["--criterion", "delta_logp:-1,-0.5", "--criterion", "random:0.1", "--gamma", "0,0.5", "--seed", "3,4"]
+    status, printed, errors = dlogp(*on_demo_pair("sweep", data, tmp_path / "grid", *grid))
+    assert status == 0, errors
+    assert "everywhere" in printed and "u < 0.1, γ = 0.5" in printed
+    found = list(read_responses(tmp_path / "grid"))
+    assert len(found) == (2 + 4 + 2) * 2 * 12
+    # The same setting, seed and problem: the same response, in another run of another batch.
+    mine = [row for row in found if row.setting == rows[0].setting and row.seed == 3]
+    assert [row.token_ids for row in mine] == [row.token_ids for row in rows]
+    status, printed, errors = dlogp("plot", tmp_path / "grid", "--out", tmp_path / "figures")
+    assert status == 0, errors
+    assert len(contents(tmp_path / "figures")) == 7 and "jump" in printed
+    status, _, errors = dlogp(*on_demo_pair("sweep", data, tmp_path / "grid", *grid, "--resume"))
+    assert status == 0, errors
+
+
+def test_every_option_of_generate_and_sweep_reaches_the_job(dlogp, tmp_path, monkeypatch):
+    received = {}
+
+    def record(*arguments, **options):
+        received.update(options, arguments=arguments)
+        raise JobError("enough")
+
+    monkeypatch.setattr("dlogp_kernels.jobs.generate.run_generate", record)
+    monkeypatch.setattr("dlogp_kernels.jobs.sweep.run_sweep", record)
+    common = ["--rl", "R", "--base", "B", "--data", "D", "--out", tmp_path, "--draft", "rl", "--grader", "m:f"]
+    common += ["--temperature", 0.6, "--top-k", 5, "--top-p", 0.7, "--min-p", 0.01, "--samples", 4]
+    common += ["--max-new-tokens", 77, "--stop-token-id", 3, "--stop-token-id", 4, "--batch-size", 9]
+    common += ["--chunk-size", 18, "--dtype", "fp16", "--device", "cpu", "--resume", "--trust-remote-code"]
+    shared = {
+        "arguments": ("R", "B", Path("D"), tmp_path),
+        "decoding": Decoding(0.6, 5, 0.7, 0.01, 4, 77, [3, 4], 9, 18, "fp16", "cpu", True),
+        "grader": "m:f",
+        "resume": True,
+    }
+    dlogp("generate", "--criterion", "kl", "--threshold", 0.2, "--gamma", 0.1, "--seed", 5, *common)
+    assert received == shared | {"setting": Setting("kl", 0.2, 0.1, "rl"), "seed": 5}
+    received.clear()
+    dlogp("sweep", "--criterion", "kl:0.2,0.3", "--gamma", "0.1", "--seed", "5,6", "--no-baselines", *common)
+    settings = [Setting("kl", threshold, 0.1, "rl") for threshold in (0.2, 0.3)]
+    assert received == shared | {"settings": settings, "seeds": [5, 6]}
+
+
+def test_errors_and_warnings_of_generate_and_sweep(pair, dlogp, tmp_path):
+    data = write_lines(tmp_path / "data.jsonl", [{"prompt": "w1", "answer": "w2"}])
+    models = ["--rl", pair.rl, "--base", pair.base, "--data", data, "--out", tmp_path / "out", "--device", "cpu"]
+    long = ["--threshold", "-1", "--max-new-tokens", 64]
+    cases = [
+        (["generate", *models], 1, "error: --threshold is missing: the criterion delta_logp compares with it"),
+        (["generate", *models, *long], 1, "error: --data: line 1: the prompt has 1 tokens and --max-new-tokens is 64"),
+        (["generate", *models, "--criterion", "all", "--top-p", 1.5], 1, "error: --top-p is 1.5, expected a number in"),
+        (["generate", *models, "--criterion", "all", "--gamma", "-1"], 1, "error: --gamma is -1"),
+        (["generate", *models, "--criterion", "all", "--grader", "math"], 1, "error: --grader is 'math', expected"),
+        (["generate", *models, "--draft", "both"], 2, "--draft"),
+        (["sweep", *models], 2, "--criterion"),
+        (["sweep", *models, "--criterion", "kl"], 1, "error: --criterion kl: the threshold is missing, expected kl:τ"),
+        (["sweep", *models, "--criterion", "all", "--gamma", "a"], 1, "error: --gamma is 'a', expected numbers"),
+    ]
+    for arguments, expected_status, message in cases:
+        status, printed, errors = dlogp(*arguments)
+        assert status == expected_status, errors
+        assert message in errors and "Traceback" not in errors and printed == ""
+    assert not (tmp_path / "out").exists()
+    status, _, errors = dlogp("generate", *models, "--threshold", 0.5, "--max-new-tokens", 4)
+    assert status == 0
+    assert errors.count("warning: --threshold is 0.5 for the criterion delta_logp: one that is not below 0") == 1
+    assert ".py" not in errors
+
+
+def test_demo_curves(dlogp, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo_curves, "CALIBRATION_PROBLEMS", 60)
+    arguments = ["demo", "--curves", "--problems", 10, "--out", tmp_path]
+    status, printed, errors = dlogp(*arguments)
+    assert status == 0, errors
+    directory = tmp_path / "curves-10-problems"
+    results = collect(read_responses(directory / "sweep")).results()
+    by_criterion = Counter(result.setting.criterion for result in results)
+    # Six shares of each; three γ at four of the thresholds of Δlog p, and everywhere.
+    assert by_criterion == {"none": 1, "all": 4, "delta_logp": 18, "kl": 6, "entropy": 6, "random": 6}
+    # Thresholds are quantiles of what base responses have: comparable shares come out.
+    for criterion in ("delta_logp", "kl", "entropy", "random"):
+        chosen = [r for r in results if r.setting.criterion == criterion and r.setting.gamma == 0]
+        shares = sorted(result.replaced_share.mean for result in chosen)
+        assert all(
+            share / 3 - 0.02 < found < share * 3 for share, found in zip(demo_curves.SHARES, shares, strict=True)
+        )
+    figures = sorted(path.name for path in (directory / "sweep" / "figures").glob("*.png"))
+    assert figures == ["accuracy_by_share.png", "extrapolation.png", "threshold_gamma.png"]
+    summary = (directory / "summary.md").read_text()
+    rl = next(result for result in results if result.setting == RL)
+    assert f"RL model: {rl.accuracy}" in summary and "minus" in printed
+    before = contents(directory / "sweep")
+    (directory / "sweep" / "summary.json").unlink()
+    status, _, errors = dlogp(*arguments)
+    assert status == 0, errors
+    after = contents(directory / "sweep")
+    assert after["responses.jsonl"] == before["responses.jsonl"] and after.keys() == before.keys()
+
+
 def test_a_missing_package_is_named_with_its_extra(dlogp, monkeypatch):
     monkeypatch.setattr(cli, "_NEEDED", ("rich", "no_such_package"))
     status, _, _ = dlogp("doctor")
@@ -131,7 +271,7 @@ def test_module_can_be_run_and_imports_nothing_heavy_for_help():
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=False
     )
     assert result.returncode == 0, result.stderr
-    for command in ("metrics", "plot", "doctor", "demo"):
+    for command in ("metrics", "generate", "sweep", "plot", "doctor", "demo"):
         assert command in result.stdout
     result = subprocess.run(
         [sys.executable, "-m", "dlogp_kernels.cli", "plot", "/nowhere"],

@@ -68,7 +68,7 @@ def run_demo(
     if count < 1:
         raise JobError(f"--problems is {count}, expected at least 1")
     directory = Path(out)
-    pair = _retrain(directory / "pair", console) if retrain else PAIR_DIRECTORY
+    pair = find_pair(directory, retrain, console)
     directory = directory / f"{count}-problems"
     started = time.monotonic()
     data = directory / "responses.jsonl"
@@ -84,6 +84,11 @@ def run_demo(
     memory = measure_in_subprocess(QUICK_MEMORY_TOKENS if quick else MEMORY_TOKENS)
     _print_memory(console, memory)
     return DemoResult(accuracies, summary, figures, memory)
+
+
+def find_pair(out: Path, retrain: bool, console: Console) -> Path:
+    """The pair that comes along, or with `retrain` one that is trained into `out / "pair"` first."""
+    return _retrain(out / "pair", console) if retrain else PAIR_DIRECTORY
 
 
 def _retrain(directory: Path, console: Console) -> Path:

@@ -29,7 +29,8 @@ from .text import escape_markdown, quoted, visible
 
 REPLACED_TOKENS = 20
 
-_LABELS = {
+#: Criteria in the words of a legend, in its order.
+CRITERION_LABELS = {
     "delta_logp": "Δlog p of the draft",
     "kl": "KL(RL ‖ base)",
     "reverse_kl": "KL(base ‖ RL)",
@@ -109,7 +110,7 @@ def _pictures(results: Sequence[SettingResult]) -> dict[str, bytes]:
     if curves(graded):
         drawn["accuracy_by_share.png"] = render(draw_curves(graded), "png")
     groups = bars(graded)
-    if any(len(group.results) > 1 for group in groups):
+    if groups:
         drawn["extrapolation.png"] = render(draw_bars(graded), "png")
         if len(groups) > 1:
             drawn["threshold_gamma.png"] = render(draw_map(graded), "png")
@@ -131,7 +132,13 @@ def curves(results: Sequence[SettingResult]) -> list[Curve]:
     for result in with_threshold:
         if (result.setting.gamma, result.setting.draft) == (gamma, draft):
             found.setdefault(result.setting.criterion, []).append(result)
-    ordered = sorted(found, key=lambda name: (list(_LABELS).index(name) if name in _LABELS else len(_LABELS), name))
+    ordered = sorted(
+        found,
+        key=lambda name: (
+            list(CRITERION_LABELS).index(name) if name in CRITERION_LABELS else len(CRITERION_LABELS),
+            name,
+        ),
+    )
     return [Curve(name, sorted(found[name], key=_share)) for name in ordered]
 
 
@@ -145,11 +152,9 @@ def _share(result: SettingResult) -> float:
 
 
 def bars(results: Sequence[SettingResult]) -> list[Bars]:
-    """The settings of `delta_logp` by threshold, lowest first, each with its γ in order."""
+    """The thresholds of `delta_logp` that were drawn with more than one γ, lowest first, each with its γ in order."""
     chosen = [result for result in results if result.setting.criterion == "delta_logp"]
-    if not chosen:
-        return []
-    draft = min(result.setting.draft for result in chosen)
+    draft = min((result.setting.draft for result in chosen), default="base")
     groups: dict[float, list[SettingResult]] = {}
     for result in chosen:
         if result.setting.draft == draft and result.setting.threshold is not None:
@@ -157,6 +162,7 @@ def bars(results: Sequence[SettingResult]) -> list[Bars]:
     return [
         Bars(threshold, sorted(groups[threshold], key=lambda result: result.setting.gamma))
         for threshold in sorted(groups)
+        if len(groups[threshold]) > 1
     ]
 
 
@@ -178,7 +184,7 @@ def draw_curves(results: Sequence[SettingResult]) -> Figure:
             markersize=5.5,
             linewidth=1.6,
             capsize=2.5,
-            label=_LABELS.get(curve.criterion, curve.criterion),
+            label=CRITERION_LABELS.get(curve.criterion, curve.criterion),
         )
     _draw_models(axes, results)
     axes.set_xlabel("replaced tokens [% of the response]", fontsize=12)
@@ -241,7 +247,7 @@ def draw_bars(results: Sequence[SettingResult]) -> Figure:
             place += 1
         share = 100 * _share(group.results[0])
         ticks.append((begin + place - 1) / 2)
-        labels.append(f"τ = {group.threshold:g}\n{share:.1f} % replaced")
+        labels.append(f"τ = {_signed(group.threshold)}\n{share:.1f} % replaced")
         place += 0.6
     axes.set_xticks(ticks, labels, fontsize=10)
     axes.set_ylabel("accuracy ± standard error", fontsize=12)
@@ -303,13 +309,18 @@ def draw_map(results: Sequence[SettingResult]) -> Figure:
     for (row, column), text in texts.items():
         colour = "black" if cells[row, column] > middle else "white"
         axes.text(column, row, text, ha="center", va="center", fontsize=9, color=colour)
-    axes.set_xticks(range(len(groups)), [f"{group.threshold:g}" for group in groups])
+    axes.set_xticks(range(len(groups)), [_signed(group.threshold) for group in groups])
     axes.set_yticks(range(len(gammas)), [f"{gamma:g}" for gamma in gammas])
     axes.set_xlabel("τ: replaced where Δlog p < τ [nats]", fontsize=11)
     axes.set_ylabel("γ", fontsize=12)
     axes.set_title("Accuracy ± standard error", fontsize=12)
     figure.colorbar(image, ax=axes)
     return figure
+
+
+def _signed(value: float) -> str:
+    """Three digits, with the sign that axes have."""
+    return f"{value:.3g}".replace("-", "−")
 
 
 def _accuracy(result: SettingResult) -> Estimate:

@@ -4,6 +4,8 @@ The definition is reference_sample.py; the noise is the same bit for bit. What a
 interval of float32 numbers: a walk over the row weighs what lies above seven numbers in it, and an eighth is left.
 """
 
+import math
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import torch
@@ -207,8 +209,8 @@ def pair_statistics(pair, row, V, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def is_selected(state, delta_logp, threshold, u, CRITERION: tl.constexpr):
-    """Whether the draft is to be replaced, (1,)."""
+def is_selected(state, delta_logp, threshold, bits, limit, CRITERION: tl.constexpr):
+    """Whether the draft is to be replaced, (1,); by chance where the random bits are below the limit."""
     if CRITERION == "all":
         selected = delta_logp == delta_logp
         selected = selected | (delta_logp != delta_logp)
@@ -218,7 +220,7 @@ def is_selected(state, delta_logp, threshold, u, CRITERION: tl.constexpr):
     elif CRITERION == "delta_logp":
         selected = delta_logp < threshold
     elif CRITERION == "random":
-        selected = u < threshold
+        selected = bits < limit
     elif CRITERION == "entropy":
         selected = _math.entropy_of(state.base, 1.0) > threshold
     elif CRITERION == "rl_entropy":
@@ -237,13 +239,13 @@ def is_selected(state, delta_logp, threshold, u, CRITERION: tl.constexpr):
 
 @triton.jit
 def logp_of_token(matrix, state, row, token, V):
-    """(1,)"""
-    return _math.logp_of(possible(load_logits(matrix, row, token + tl.arange(0, 1), V)), state, 1.0)
+    """log p of a token, (1,); −inf where its logit is."""
+    return load_logits(matrix, row, token + tl.arange(0, 1), V) - state.m - _math.log(state.sum)
 
 
-@triton.jit(do_not_specialize=["top_k"])
+@triton.jit(do_not_specialize=["top_k", "limit"])
 def _extrapolated_sample_kernel(
-    pair, noise, out, V, threshold, top_k, top_p, min_p, CRITERION: tl.constexpr, BASE_DRAFTS: tl.constexpr,
+    pair, noise, out, V, threshold, limit, top_k, top_p, min_p, CRITERION: tl.constexpr, BASE_DRAFTS: tl.constexpr,
     GREEDY: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program samples one row: logits, base_logits (N, V) of any floating dtype → Sample `out`, (N,) each.
@@ -271,9 +273,9 @@ def _extrapolated_sample_kernel(
         logp = logp_of_token(pair.logits, state.model, row, draft_token, V)
         base_logp = logp_of_token(pair.base_logits, state.base, row, draft_token, V)
         delta_logp = logp - base_logp
-        u = noise_bits(noise, row_id, step, one, _RANDOM)
-        u = (tl.min(tl.where(tl.arange(0, 4) == 0, u, 0xFFFFFFFF), 0).to(tl.float32) + 0.5) * 2.3283064365386963e-10
-        selected = is_selected(state, delta_logp, threshold, u + tl.zeros([1], tl.float32), CRITERION)
+        words = noise_bits(noise, row_id, step, one, _RANDOM).to(tl.int64)
+        bits = tl.min(tl.where(tl.arange(0, 4) == 0, words, 2**32), 0) + tl.zeros([1], tl.int64)
+        selected = is_selected(state, delta_logp, threshold, bits, limit, CRITERION)
         token = draft_token
         if tl.max(selected.to(tl.int32), 0) > 0:
             token = draw(
@@ -288,6 +290,11 @@ def _extrapolated_sample_kernel(
     tl.store(out.delta_logp + row + one, delta_logp)
     tl.store(out.logp + row + one, logp)
     tl.store(out.base_logp + row + one, base_logp)
+
+
+def random_limit(threshold: float | None) -> int:
+    """Of the random bits of the criterion `random`: (bits + ½)·2⁻³² < threshold for those below it, exactly."""
+    return math.ceil(Fraction(min(max(threshold or 0.0, 0.0), 2.0)) * 2**32 - Fraction(1, 2))
 
 
 def extrapolated_sample(
@@ -319,7 +326,8 @@ def extrapolated_sample(
         step = int(step_tensor.numel() > 1)
     with on_device_of(logits):
         _extrapolated_sample_kernel[(n,)](
-            pair, Noise(seed, step, seed_tensor, step_tensor, row_id), out, v, threshold or 0.0, top_k, top_p, min_p,
+            pair, Noise(seed, step, seed_tensor, step_tensor, row_id), out, v, threshold or 0.0, random_limit(threshold),
+            top_k, top_p, min_p,
             CRITERION=criterion, BASE_DRAFTS=draft == "base", GREEDY=greedy, TOP_K=0 < top_k < v and not greedy,
             TOP_P=top_p < 1.0 and not greedy, BLOCK=min(_BLOCK, max(128, next_power_of_2(v))), num_warps=8,
         )  # fmt: skip

@@ -326,8 +326,8 @@ def extrapolated_sample(
         step = int(step_tensor.numel() > 1)
     with on_device_of(logits):
         _extrapolated_sample_kernel[(n,)](
-            pair, Noise(seed, step, seed_tensor, step_tensor, row_id), out, v, threshold or 0.0, random_limit(threshold),
-            top_k, top_p, min_p,
+            pair, Noise(seed, step, seed_tensor, step_tensor, row_id), out, v, threshold or 0.0,
+            random_limit(threshold), top_k, top_p, min_p,
             CRITERION=criterion, BASE_DRAFTS=draft == "base", GREEDY=greedy, TOP_K=0 < top_k < v and not greedy,
             TOP_P=top_p < 1.0 and not greedy, BLOCK=min(_BLOCK, max(128, next_power_of_2(v))), num_warps=8,
         )  # fmt: skip

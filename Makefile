@@ -19,7 +19,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES) $(wildcard tests/*/*.h tests/*/*.cpp)
 
 benchmarks: setup
 	$(BIN)/python -m benchmarks
@@ -39,4 +39,4 @@ $(STAMP): $(BIN)/torch-installed pyproject.toml setup.py $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dlogp_kernels/_cpu*.so *.egg-info
+	rm -rf $(VENV) build dlogp_kernels/_c*.so *.egg-info

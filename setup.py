@@ -1,26 +1,44 @@
-"""Builds the compiled extension where that is possible; everything else is in pyproject.toml.
+"""Builds the compiled extensions where that is possible; everything else is in pyproject.toml.
 
-`DLOGP_BUILD=none` leaves it out. Build with `--no-build-isolation`, so that it is compiled against the installed torch.
+The CPU's wherever there is a C++ compiler; the one for CUDA, a library of its own, where nvcc is found too, whether or
+not this machine has a GPU. `DLOGP_BUILD=cpu` leaves the latter out, `DLOGP_BUILD=none` both. Build with
+`--no-build-isolation`, so that they are compiled against the installed torch.
 """
 
 import os
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from setuptools import setup
+from setuptools import Extension, setup
 
+ROOT = Path(__file__).parent
+CUDA = "dlogp_kernels._cuda"
 CPU_SOURCES = [
     "python_bindings/ops_cpu.cpp",
     "python_bindings/ops_cpu_sample.cpp",
-    *sorted(str(path.relative_to(Path(__file__).parent)) for path in Path(__file__).parent.glob("csrc/cpu/*.cpp")),
+    *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cpu/*.cpp")),
+]
+CUDA_SOURCES = [
+    "python_bindings/ops_cuda.cpp",
+    *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cuda/*.cu")),
 ]
 COMPILE_FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
+#: The stable ABI of torch 2.11: what is built against a later torch runs with every one from there on.
+NVCC_FLAGS = [
+    "-O3", "-std=c++20", "--expt-relaxed-constexpr", "--threads=2", "-DUSE_CUDA",
+    "-DTORCH_TARGET_VERSION=0x020b000000000000", "-Xcompiler=-fPIC,-fvisibility=hidden", "-shared", "--cudart=static",
+    "-ltorch_cpu", "-lc10",
+]  # fmt: skip
+#: GPU architecture → the first nvcc that knows it.
+ARCHITECTURES = {"80": (12, 0), "90a": (12, 0), "100a": (12, 8)}
 
 
 def why_not() -> str | None:
-    """Why the extension can not be built here; None if it can."""
+    """Why nothing can be compiled here; None if it can."""
     if os.environ.get("DLOGP_BUILD") == "none":
         return "DLOGP_BUILD=none"
     if not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++")):
@@ -34,16 +52,58 @@ def why_not() -> str | None:
     return None
 
 
-def extension() -> dict[str, Any]:
+def why_not_cuda() -> str | None:
+    if os.environ.get("DLOGP_BUILD") == "cpu":
+        return "DLOGP_BUILD=cpu"
+    if not shutil.which("nvcc"):
+        return "nvcc was not found"
+    if not architectures():
+        return f"nvcc is older than {min(ARCHITECTURES.values())[0]}.0"
+    return None
+
+
+def architectures() -> list[str]:
+    """Those that the installed nvcc compiles for."""
+    shown = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    release = re.search(r"release (\d+)\.(\d+)", shown)
+    version = (int(release[1]), int(release[2])) if release else (0, 0)
+    return [name for name, first in ARCHITECTURES.items() if version >= first]
+
+
+def compile_cuda(output: Path) -> None:
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    targets = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in architectures()]
+    paths = [f"-I{path}" for path in include_paths()] + [f"-L{path}" for path in library_paths()]
+    command = ["nvcc", *NVCC_FLAGS, *targets, *paths, *CUDA_SOURCES, "-o", str(output)]
+    print(" ".join(command), flush=True)
+    subprocess.run(command, check=True, cwd=ROOT)
+
+
+def extensions() -> dict[str, Any]:
     problem = why_not()
     if problem is not None:
         print(f"dlogp_kernels: building without compiled kernels: {problem}", file=sys.stderr)
         return {}
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
+    class Build(BuildExtension):
+        def build_extension(self, extension: Extension) -> None:
+            if extension.name == CUDA:
+                compile_cuda(Path(self.get_ext_fullpath(CUDA)).absolute())
+            else:
+                super().build_extension(extension)
+
     # OpenMP is not linked: the symbols come with torch, so that both share one pool of threads.
-    cpu = CppExtension("dlogp_kernels._cpu", CPU_SOURCES, extra_compile_args=COMPILE_FLAGS)
-    return {"ext_modules": [cpu], "cmdclass": {"build_ext": BuildExtension}}
+    modules = [CppExtension("dlogp_kernels._cpu", CPU_SOURCES, extra_compile_args=COMPILE_FLAGS)]
+    problem = why_not_cuda()
+    if problem is None:
+        # Its .cu files would make torch look for a CUDA build of itself.
+        modules.append(Extension(CUDA, CUDA_SOURCES[:1]))
+    else:
+        print(f"dlogp_kernels: building without CUDA C++ kernels: {problem}", file=sys.stderr)
+    return {"ext_modules": modules, "cmdclass": {"build_ext": Build}}
 
 
-setup(**extension())
+setup(**extensions())

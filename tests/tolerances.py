@@ -30,6 +30,11 @@ LOGP_ERROR = 5e-6
 REGISTERS = {"cuda": 255, "hip": 512}
 SPILLED_BYTES: dict[tuple[str, str, str], int] = {}
 
+#: Of a thread of a CUDA C++ kernel: registers, so that two blocks share a multiprocessor, and bytes of the stack, by
+#: architecture: 16 for the words of a Philox block, the rest for what does not fit into the registers.
+CUDA_REGISTERS = 64
+CUDA_STACK_BYTES = {"sm_80": 64, "sm_90a": 32, "sm_100a": 32}
+
 #: Through tiny float32 models of transformers: statistics off float64 of the models' own float32 logits; hidden states
 #: rounded in another order and gradients, relative to the largest of a tensor.
 HF_STATISTIC_ERROR = 5e-6

@@ -15,6 +15,10 @@ enum class Criterion { kDeltaLogp, kKl, kReverseKl, kAvgKl, kEntropy, kRlEntropy
 constexpr bool needs_divergence(Criterion criterion) {
   return criterion == Criterion::kKl || criterion == Criterion::kReverseKl || criterion == Criterion::kAvgKl;
 }
+// Whether Σ e^d alone is not enough.
+constexpr bool needs_all_sums(Criterion criterion) {
+  return needs_divergence(criterion) || criterion == Criterion::kEntropy || criterion == Criterion::kRlEntropy;
+}
 
 // Of logits / temperature, in this order; 0, 1 and 0 switch them off.
 struct Filters {

@@ -6,9 +6,10 @@ from .library import LIBRARY
 for _op in schemas.SCHEMAS:
     LIBRARY.define(schemas.public_schema(_op))
     for _backend in backends.COMPILED:
-        LIBRARY.define(schemas.backend_schema(_backend, _op))
+        if backends.has(_backend, _op):
+            LIBRARY.define(schemas.backend_schema(_backend, _op))
 
-backends.load_extension()
+backends.load_extensions()
 
 from . import delta_logp, extrapolated_sample, linear_delta_logp, linear_logp, logp  # noqa: E402
 

@@ -10,25 +10,28 @@ import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from . import schemas
 
-#: In order of preference: C++ for the CPU, fused Triton kernels, the vendor's GEMM with Triton kernels around it, and
-#: plain PyTorch.
-BACKENDS = ("cpu", "triton", "gemm", "reference")
-#: Those with private ops of their own, `torch.ops.dlogp._<backend>_<op>`.
-COMPILED = ("cpu",)
+#: In order of preference: C++ for the CPU, fused Triton kernels, CUDA C++, the vendor's GEMM with Triton kernels around
+#: it, and plain PyTorch. No GPU has run "triton" and "cuda" side by side yet; the one with fewer new parts comes first.
+BACKENDS = ("cpu", "triton", "cuda", "gemm", "reference")
+#: Those with private ops of their own, `torch.ops.dlogp._<backend>_<op>`, in an extension module `_<backend>`.
+COMPILED = ("cpu", "cuda")
 #: Modules with the launchers of the others.
 _MODULES = {
     "triton": "dlogp_kernels.triton",
     "gemm": "dlogp_kernels.triton.gemm",
     "reference": "dlogp_kernels.blocked",
 }
-#: Ops that have a form with the vendor's GEMM. Their backward is the same one as that of "triton".
-_GEMM_OPS = ("linear_logp_fwd", "linear_delta_logp_fwd")
+#: Ops of the backends that do not have all. The others are served by "triton" when such a backend is asked for.
+_ONLY = {"gemm": ("linear_logp_fwd", "linear_delta_logp_fwd"), "cuda": ("extrapolated_sample",)}
+#: Compute capabilities that the CUDA C++ kernels are compiled for.
+_CUDA_CAPABILITIES = ("8.x", "9.0", "10.0")
 #: (op, compute capability) where `python -m benchmarks gpu` measured "gemm" to be faster than "triton". A choice by
 #: the number of tokens would change a row's bits, so there is none. No GPU has run the comparison yet.
 _GEMM_IS_FASTER: frozenset[tuple[str, int]] = frozenset()
@@ -38,7 +41,7 @@ _TRITON_OF_TORCH = {"2.11": "3.6", "2.12": "3.7", "2.13": "3.7"}
 DEFAULT_WORKSPACE = 256 * 2**20
 
 _Launcher = Callable[..., tuple[torch.Tensor, ...]]
-_extension_problem: str | None = None
+_extension_problems: dict[str, str] = {}
 _chosen: str | None = os.environ.get("DLOGP_BACKEND") or None
 _workspace = DEFAULT_WORKSPACE
 
@@ -55,18 +58,39 @@ class Choice(NamedTuple):
     others: dict[str, str]
 
 
-def load_extension() -> None:
-    """Load the compiled CPU kernels, remembering why that was not possible."""
-    global _extension_problem
+def has(backend: str, op: str) -> bool:
+    """Whether `backend` implements `op` at all."""
+    return backend not in _ONLY or op in _ONLY[backend]
+
+
+def load_extensions() -> None:
+    """Load the compiled kernels, remembering why that was not possible."""
     try:
         importlib.import_module("dlogp_kernels._cpu")
     except ModuleNotFoundError:
-        _extension_problem = (
+        _extension_problems["cpu"] = (
             "the compiled extension is missing: it is built at installation where a C++ compiler and ninja are found "
             "(pip install --no-build-isolation, so that the build sees this torch)"
         )
     except ImportError as error:
-        _extension_problem = f"the compiled extension does not load with torch {torch.__version__}: {error}"
+        _extension_problems["cpu"] = f"the compiled extension does not load with torch {torch.__version__}: {error}"
+    problem = _load_cuda_library()
+    if problem is not None:
+        _extension_problems["cuda"] = problem
+
+
+def _load_cuda_library() -> str | None:
+    """A library without Python in it; it needs symbols that only CUDA builds of torch have."""
+    found = sorted(Path(__file__).parent.parent.glob("_cuda*.so"))
+    if not found:
+        return "the CUDA extension is missing: it is built at installation where nvcc is found"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    try:
+        torch.ops.load_library(found[0])
+    except OSError as error:
+        return f"the CUDA extension does not load with torch {torch.__version__}: {error}"
+    return None
 
 
 def unavailable(backend: str, op: str, device: torch.device | str, dtype: torch.dtype = torch.float32) -> str | None:
@@ -75,18 +99,20 @@ def unavailable(backend: str, op: str, device: torch.device | str, dtype: torch.
         return None
     device = torch.device(device)
     if backend == "cpu":
-        return _extension_problem if device.type == "cpu" else "it has kernels for the CPU only"
-    if backend == "gemm" and op not in _GEMM_OPS:
-        return "it has linear forward ops only"
+        return _extension_problems.get("cpu") if device.type == "cpu" else "it has kernels for the CPU only"
+    if not has(backend, op):
+        return "it has linear forward ops only" if backend == "gemm" else f"it has {', '.join(_ONLY[backend])} only"
     if dtype == torch.float64:
         return "it has no float64 kernels"
+    if backend == "cuda":
+        return _cuda_problem(device)
     return _triton_problem() or _device_problem(device)
 
 
 def select(op: str, device: torch.device | str, dtype: torch.dtype = torch.float32) -> str:
     """The backend that serves `op` of outputs of this dtype (float32, or float64 for such inputs) on `device` now."""
     device = torch.device(device)
-    if _chosen == "gemm" and op not in _GEMM_OPS:
+    if _chosen is not None and not has(_chosen, op):
         return _first(op, device, dtype, ("triton",))
     return _first(op, device, dtype, _preference(op, device) if _chosen is None else (_chosen,))
 
@@ -126,6 +152,19 @@ def _device_problem(device: torch.device) -> str | None:
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         major, minor = torch.cuda.get_device_capability(device)
         return f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, expected 8.0 or later"
+    return None
+
+
+def _cuda_problem(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return "it has kernels for GPUs only"
+    if "cuda" in _extension_problems:
+        return _extension_problems["cuda"]
+    major, minor = torch.cuda.get_device_capability(device)
+    if f"{major}.x" not in _CUDA_CAPABILITIES and f"{major}.{minor}" not in _CUDA_CAPABILITIES:
+        return f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, expected " + ", ".join(
+            _CUDA_CAPABILITIES
+        )
     return None
 
 

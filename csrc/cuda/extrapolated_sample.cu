@@ -77,12 +77,17 @@ bool fits(const Plan& plan) {
   return clusters > 0;
 }
 
-cudaError_t allow(const Plan& plan) {
-  const void* const kernel = reinterpret_cast<const void*>(plan.kernel);
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes);
-  if (error != cudaSuccess || plan.blocks <= 8) return error;
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+// What a kernel may ask for; the same for every plan, since each sets it for all of the kernel's launches.
+cudaError_t allow(const Device& device, Kernel kernel) {
+  const void* const function = reinterpret_cast<const void*>(kernel);
+  cudaError_t error = cudaSuccess;
+  const auto set = [&](cudaFuncAttribute attribute, int value) {
+    if (error == cudaSuccess) error = cudaFuncSetAttribute(function, attribute, value);
+  };
+  set(cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
+  set(cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  if (device.major >= 9) set(cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  return error;
 }
 
 // The smallest cluster of whose blocks two share a multiprocessor, one computing while the other reads; 16 blocks where
@@ -92,15 +97,16 @@ cudaError_t make_plan(const Device& device, LogitType type, int64_t vocabulary, 
   const int of_two = device.shared_per_multiprocessor / 2 - reserved;
   plan.slice_tokens = slice_tokens(vocabulary);
   if (device.major >= 9) {
+    plan.kernel = kernel_for<true>(type);
+    if (const cudaError_t error = allow(device, plan.kernel); error != cudaSuccess) return error;
+    constexpr int small_first[] = {1, 2, 4, 8, 16}, large_first[] = {16, 8, 4, 2, 1};
     for (const int room : {of_two, device.shared_per_block}) {
-      for (plan.blocks = few_rows ? kSlices : 1; plan.blocks <= kSlices; plan.blocks *= 2) {
+      for (const int blocks : few_rows ? large_first : small_first) {
+        plan.blocks = blocks;
         const int64_t tokens = int64_t(kSlices / plan.blocks) * plan.slice_tokens;
         const int64_t bytes = int64_t(sizeof(SampleRoom)) + 2 * tokens * size_of(type);
         if (bytes > room) continue;
-        plan.kernel = kernel_for<true>(type);
         plan.shared_bytes = int(bytes);
-        const cudaError_t error = allow(plan);
-        if (error != cudaSuccess) return error;
         if (fits(plan)) return cudaSuccess;
       }
     }
@@ -110,7 +116,7 @@ cudaError_t make_plan(const Device& device, LogitType type, int64_t vocabulary, 
   plan.kernel = kernel_for<false>(clusters ? LogitType::kFloat : type);
   plan.blocks = clusters ? 8 : 1;
   plan.shared_bytes = int(sizeof(SampleRoom));
-  return allow(plan);
+  return allow(device, plan.kernel);
 }
 
 // Plans are made once: it takes the driver several microseconds.

@@ -243,9 +243,9 @@ def sum_of_parts(sums_ptr, quantity, b, B, SPLITS: tl.constexpr):
 @triton.jit
 def _policy_loss_finish_kernel(
     sums_ptr, num_tokens_ptr, loss_ptr, metrics_ptr, scale_ptr, B, max_length,
-    DENOMINATOR: tl.constexpr, SPLITS: tl.constexpr, TOGETHER: tl.constexpr,
+    METRICS: tl.constexpr, DENOMINATOR: tl.constexpr, SPLITS: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    """loss () = Σ_b scale[b] · loss of b, scale (B,) = 1 / the denominator, metrics (_METRICS,) = sums / tokens.
+    """loss () = Σ_b scale[b] · loss of b, scale (B,) = 1 / the denominator, metrics (METRICS,) = sums / tokens.
 
     All float32; sums (_SUMS, B · SPLITS). One program, that adds in float64. Deterministic.
     """
@@ -271,7 +271,7 @@ def _policy_loss_finish_kernel(
         tl.store(scale_ptr + b, scale.to(tl.float32), mask=b < B)
         losses += tl.where(scale > 0.0, scale * sum_of_parts(sums_ptr, _LOSS, b, B, SPLITS), 0.0)
     tl.store(loss_ptr, tl.sum(losses, 0).to(tl.float32))
-    for quantity in range(_METRICS):
+    for quantity in range(METRICS):
         values, largest = zero, zero
         for start in range(0, B, TOGETHER):
             parts = parts_of(sums_ptr, quantity, start + together, B, SPLITS)
@@ -371,7 +371,7 @@ def policy_loss_fwd(
         _policy_loss_finish_kernel[(1,)](
             sums, num_tokens, loss, metrics, scale, sequences,
             columns if options.max_length is None else options.max_length,
-            DENOMINATOR=_denominator(options), SPLITS=splits, TOGETHER=_TOGETHER, num_warps=4,
+            METRICS=_METRICS, DENOMINATOR=_denominator(options), SPLITS=splits, TOGETHER=_TOGETHER, num_warps=4,
         )  # fmt: skip
     return loss, metrics, coefficient, scale
 

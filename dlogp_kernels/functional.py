@@ -510,7 +510,7 @@ def policy_loss(
         entropy,
         token_weight,
         _number_of_tokens(num_tokens, loss_type, logp, dtype),
-        *options,
+        *options.arguments(),
         torch.is_grad_enabled() and logp.requires_grad,
     )
     return PolicyLoss(loss, PolicyMetrics(*metrics.unbind()))
@@ -833,12 +833,12 @@ def _policy_options(
     return reference_policy.PolicyOptions(
         loss_type,
         reweight,
-        float(alpha),
         reweight_sign,
+        importance,
+        float(alpha),
         float(clip_low),
         float(clip_high),
-        _optional_float(dual_clip),
-        importance,
+        math.inf if dual_clip is None else float(dual_clip),
         float(kl_beta),
         float(entropy_coef),
         float(sapo_temperature_pos),

@@ -4,6 +4,7 @@ Tokens lie in padded sequences (B, T) with a mask (B, T) bool; `padded` makes th
 is set to 0 before anything is computed, so NaN and infinity there reach neither the loss nor a gradient.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -25,21 +26,31 @@ GROUP_EPSILON = 1e-6
 
 
 class PolicyOptions(NamedTuple):
-    """The options of `policy_loss`, in the order of the op's arguments."""
+    """The options of `policy_loss`: four choices, eight numbers, and max_length; a dual_clip of ∞ is none."""
 
     loss_type: str = "dapo"
     reweight: str = "low_prob"
-    alpha: float = 0.1
     reweight_sign: str = "both"
+    importance: str = "token"
+    alpha: float = 0.1
     clip_low: float = 0.2
     clip_high: float = 0.28
-    dual_clip: float | None = None
-    importance: str = "token"
+    dual_clip: float = math.inf
     kl_beta: float = 0.0
     entropy_coef: float = 0.0
     sapo_temperature_pos: float = 1.0
     sapo_temperature_neg: float = 1.05
     max_length: int | None = None
+
+    def arguments(self) -> tuple[list[str], list[float], int | None]:
+        """As the ops take them: choices, numbers, max_length."""
+        return list(self[:4]), list(self[4:12]), self.max_length
+
+
+def options_of(choices: list[str], numbers: list[float], max_length: int | None) -> PolicyOptions:
+    """The inverse of `PolicyOptions.arguments`."""
+    values = (*choices, *numbers, max_length)
+    return PolicyOptions._make(values)
 
 
 class PolicyTokens(NamedTuple):
@@ -112,9 +123,9 @@ def surrogate(ratio: Tensor, logp: Tensor, advantage: Tensor, options: PolicyOpt
         return -advantage * torch.sigmoid(temperature * (ratio - 1.0)) * 4.0 / temperature
     clipped = ratio.clamp(1.0 - options.clip_low, 1.0 + options.clip_high)
     loss = torch.maximum(-advantage * ratio, -advantage * clipped)
-    if options.dual_clip is not None:
-        loss = torch.where(dual_clipped(ratio, advantage, options), -advantage * options.dual_clip, loss)
-    return loss
+    if options.dual_clip == math.inf:
+        return loss
+    return torch.where(dual_clipped(ratio, advantage, options), -advantage * options.dual_clip, loss)
 
 
 def surrogate_gradient(ratio: Tensor, advantage: Tensor, options: PolicyOptions) -> Tensor:
@@ -134,8 +145,6 @@ def sapo_temperature(advantage: Tensor, options: PolicyOptions) -> Tensor:
 
 
 def dual_clipped(ratio: Tensor, advantage: Tensor, options: PolicyOptions) -> Tensor:
-    if options.dual_clip is None:
-        return torch.zeros_like(advantage, dtype=torch.bool)
     return (advantage < 0) & (ratio > options.dual_clip)
 
 

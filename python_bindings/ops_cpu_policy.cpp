@@ -75,13 +75,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss_fwd_cpu(
     const Tensor& logp, const Tensor& old_logp, const Tensor& advantage, const Tensor& mask,
     const OptionalTensor& offsets, const OptionalTensor& group, const OptionalTensor& ref_logp,
     const OptionalTensor& entropy, const OptionalTensor& token_weight, const OptionalTensor& num_tokens,
-    std::string_view loss_type, std::string_view reweight, double alpha, std::string_view reweight_sign,
-    double clip_low, double clip_high, std::optional<double> dual_clip, std::string_view importance, double kl_beta,
-    double entropy_coef, double sapo_temperature_pos, double sapo_temperature_neg, std::optional<int64_t> max_length,
+    const std::vector<std::string>& choices, at::ArrayRef<double> numbers, std::optional<int64_t> max_length,
     bool with_gradient, int64_t workspace) {
-  const PolicyOptions options =
-      policy_options(loss_type, reweight, alpha, reweight_sign, clip_low, clip_high, dual_clip, importance, kl_beta,
-                     entropy_coef, sapo_temperature_pos, sapo_temperature_neg);
+  const PolicyOptions options = policy_options(choices, numbers);
   const Sequences sequences(logp, offsets, "logp");
   const auto sizes = logp.sizes();
   const PolicyInputs inputs = {sequences.tokens(logp, sizes, "logp"),

@@ -1,5 +1,6 @@
 """Inputs of the policy loss, its float64 truth, and the size of the terms that rounding goes by."""
 
+import math
 from typing import Any, NamedTuple
 
 import cases
@@ -96,6 +97,10 @@ def call(inputs: Inputs, *, upstream: float = 1.0, **options: Any) -> Outcome:
     return _outcome(dlogp_kernels.policy_loss, moved, upstream, **options)
 
 
+def _options(dual_clip: float | None = None, **options: Any) -> PolicyOptions:
+    return PolicyOptions(**options, dual_clip=math.inf if dual_clip is None else dual_clip)
+
+
 def _definition(options: PolicyOptions, num_tokens: float | None) -> Any:
     tokens = None if num_tokens is None else torch.tensor(num_tokens, dtype=torch.float64)
     return lambda **inputs: reference_policy.policy_loss(**inputs, options=options, num_tokens=tokens)
@@ -103,7 +108,7 @@ def _definition(options: PolicyOptions, num_tokens: float | None) -> Any:
 
 def truth(inputs: Inputs, *, upstream: float = 1.0, num_tokens: float | None = None, **options: Any) -> Outcome:
     """The definition in float64, differentiated by autograd."""
-    return _outcome(_definition(PolicyOptions(**options), num_tokens), upcast(inputs), upstream)
+    return _outcome(_definition(_options(**options), num_tokens), upcast(inputs), upstream)
 
 
 class Sizes(NamedTuple):
@@ -115,7 +120,7 @@ class Sizes(NamedTuple):
 
 def sizes(inputs: Inputs, *, upstream: float = 1.0, num_tokens: float | None = None, **options: Any) -> Sizes:
     """Absolute terms, times 1 + |log ratio|, which the exponential multiplies roundings by."""
-    chosen, inputs = PolicyOptions(**options), upcast(inputs)
+    chosen, inputs = _options(**options), upcast(inputs)
     offsets, advantage = inputs.get("offsets"), inputs["advantage"]
     sequences = inputs["logp"].shape[0] if offsets is None else offsets.numel() - 1
     names = ("logp", "old_logp", "advantage", "mask", "ref_logp", "entropy", "token_weight")

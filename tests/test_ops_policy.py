@@ -339,8 +339,8 @@ def _arguments(dtype: torch.dtype, present: bool, packed: bool = False) -> list:
     out_dtype = FP64 if dtype == FP64 else FP32
     tokens.append(torch.tensor(9.0, dtype=out_dtype, device=cases.DEVICE) if present else None)
     extras = (0.3, 0.2) if present else (0.0, 0.0)
-    options = ["dapo", "ppl", 0.4, "positive", 0.2, 0.28, 3.0 if present else None, "sequence", *extras, 1.0, 1.05]
-    return [*tokens, *options, 11 if present else None, True]
+    choices, numbers = ["dapo", "ppl", "positive", "sequence"], [0.4, 0.2, 0.28, 3.0, *extras, 1.0, 1.05]
+    return [*tokens, choices, numbers, 11 if present else None, True]
 
 
 @pytest.mark.parametrize("present", [True, False], ids=["every optional argument", "no optional argument"])

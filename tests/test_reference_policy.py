@@ -149,7 +149,7 @@ def test_k3_has_no_overflow_and_is_exact_below():
 def test_the_coefficient_is_the_gradient(loss_type, importance):
     """What every backward kernel implements, against autograd of the loss."""
     inputs = upcast(make_inputs())
-    options = PolicyOptions(loss_type, "low_prob", 0.3, dual_clip=1.4, importance=importance, kl_beta=0.2)
+    options = PolicyOptions(loss_type, alpha=0.3, dual_clip=1.4, importance=importance, kl_beta=0.2)
     leaves = {name: inputs[name].requires_grad_() for name in DIFFERENTIABLE}
     loss = reference_policy.policy_loss(**(inputs | leaves), options=options).loss
     expected = torch.autograd.grad(loss, inputs["logp"])[0]

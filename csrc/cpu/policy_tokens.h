@@ -8,7 +8,8 @@
 
 namespace dlogp {
 
-constexpr int64_t kPolicyTokens = 512;
+// So few that their numbers stay in the first cache.
+constexpr int64_t kPolicyTokens = 256;
 
 // Over the tokens of a sequence or of all; the definition of each: PolicyMetrics.
 struct PolicySums {
@@ -29,7 +30,7 @@ struct PolicyTokens {
   bool has_ref_logp = false, has_entropy = false, has_token_weight = false;
   // ----
   Real weight[kPolicyTokens], log_ratio[kPolicyTokens], ratio[kPolicyTokens];
-  Real loss[kPolicyTokens], slope[kPolicyTokens], ref_kl[kPolicyTokens];
+  Real loss[kPolicyTokens], slope[kPolicyTokens], divergence[kPolicyTokens];
   Real low[kPolicyTokens], high[kPolicyTokens], dual[kPolicyTokens];
   Real coefficient[kPolicyTokens];
 };

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..reference_policy import options_of
 from ..results import PolicyMetrics
 from . import library
 
@@ -42,7 +43,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     mask, offsets = inputs[3:5]
     _, metrics, coefficient, scale = output
     ctx.save_for_backward(coefficient, scale, mask, offsets)
-    ctx.entropy_coef = inputs[19]
+    ctx.entropy_coef = options_of(*inputs[10:13]).entropy_coef
     ctx.num_inputs = len(inputs)
     # The coefficient counts as differentiable, so that deriving what backward makes of it raises (library.py).
     ctx.mark_non_differentiable(metrics, scale)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference_policy import BY_TOKENS, PolicyOptions
+from ..reference_policy import BY_TOKENS, PolicyOptions, options_of
 from ..results import PolicyMetrics
 from . import _policy
 from ._device import on_device_of
@@ -328,10 +328,13 @@ def policy_loss_fwd(
     entropy: Tensor | None,
     token_weight: Tensor | None,
     num_tokens: Tensor | None,
-    *rest: Any,
+    choices: list[str],
+    numbers: list[float],
+    max_length: int | None,
+    with_gradient: bool,
+    workspace: int,
 ) -> tuple[Tensor, ...]:
-    *option_values, with_gradient, _ = rest
-    options = PolicyOptions(*option_values)
+    options = options_of(choices, numbers, max_length)
     packed = offsets is not None
     sequences = logp.shape[0] if offsets is None else offsets.shape[0] - 1
     inputs = Inputs(
@@ -355,7 +358,7 @@ def policy_loss_fwd(
     loss, metrics, scale = new(), new(_METRICS), new(sequences)
     if sequences == 0:
         return loss.zero_(), metrics.zero_(), coefficient, scale
-    kind, numbers, columns = kind_of(options), numbers_of(options), logp.shape[-1]
+    kind, columns = kind_of(options), logp.shape[-1]
     splits = 1 if kind.of_sequences else _splits(columns)
     sums, in_common = new(_SUMS, sequences * splits), None
     with on_device_of(logp):
@@ -363,14 +366,14 @@ def policy_loss_fwd(
             in_common = new(3, sequences)
             _sequences_kernel[(sequences,)](inputs, in_common, sequences, columns, BLOCK=_BLOCK, num_warps=8)
         _policy_loss_fwd_kernel[(sequences, splits)](
-            inputs, numbers, in_common, None if group is None else group.contiguous(),
+            inputs, numbers_of(options), in_common, None if group is None else group.contiguous(),
             coefficient if with_gradient else None, sums, sequences, columns, 0 if packed else columns,
             SURROGATE=kind.surrogate, REWEIGHT=kind.reweight, SIGN=kind.sign, OF_SEQUENCES=kind.of_sequences,
             SPLITS=splits, BLOCK=_BLOCK, TOGETHER=_TOGETHER, num_warps=8,
         )  # fmt: skip
         _policy_loss_finish_kernel[(1,)](
             sums, num_tokens, loss, metrics, scale, sequences,
-            columns if options.max_length is None else options.max_length,
+            columns if max_length is None else max_length,
             METRICS=_METRICS, DENOMINATOR=_denominator(options), SPLITS=splits, TOGETHER=_TOGETHER, num_warps=4,
         )  # fmt: skip
     return loss, metrics, coefficient, scale

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent
 CUDA = "dlogp_kernels._cuda"
 CPU_SOURCES = [
     "python_bindings/ops_cpu.cpp",
+    "python_bindings/ops_cpu_policy.cpp",
     "python_bindings/ops_cpu_sample.cpp",
     *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cpu/*.cpp")),
 ]

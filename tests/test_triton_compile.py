@@ -15,6 +15,7 @@ from fake_gpu import GPUS, Kernel, kernels, launch_code_sees, pretend
 from tolerances import REGISTERS, SPILLED_BYTES
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+import dlogp_kernels
 from dlogp_kernels import backends
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -160,3 +161,31 @@ def test_kernels_fit_and_multiply_on_tensor_cores(gpu, name, record_property):
             assert re.search(GPUS[gpu].matrix_instruction, kernel.assembly)
             assert kernel.constants["DESCRIPTORS"] == (GPUS[gpu].descriptors and "unaligned" not in name)
             assert ("cp.async.bulk.tensor" in kernel.assembly) == kernel.constants["DESCRIPTORS"]
+
+
+#: With a step that takes all 32 bits, as a number, and both counters as tensors.
+SAMPLES = {
+    "draw": {"seed": 2**64 - 1, "step": 2**32 - 1},
+    "greedy": {"seed": 0, "temperature": 0.0, "draft": "rl"},
+    "filters": {"seed": 7, "top_k": 50, "top_p": 0.7, "min_p": 0.1, "temperature": 0.8},
+    "divergence, tensors": {
+        "seed": torch.tensor([3]), "step": torch.tensor([5]), "criterion": "avg_kl", "threshold": 0.3, "gamma": 0.1,
+        "top_p": 0.7,
+    },
+    "chance": {"seed": 7, "criterion": "random", "threshold": 0.5, "row_id": torch.arange(3)},
+}  # fmt: skip
+
+
+SAMPLE_CASES = [*(("sm_90", name) for name in SAMPLES), *((gpu, "filters") for gpu in ("sm_80", "sm_100", "gfx942"))]
+
+
+@pytest.mark.parametrize(("gpu", "name"), SAMPLE_CASES, ids=[f"{gpu} {name}" for gpu, name in SAMPLE_CASES])
+def test_sampling_fits(gpu, name, record_property):
+    logits = torch.randn(3, VOCABULARY, dtype=BF16)
+    with pretend(GPUS[gpu]) as launched, launch_code_sees(GPUS[gpu]), backends.use_backend("triton"):
+        dlogp_kernels.extrapolated_sample(logits, logits, **SAMPLES[name])
+    (kernel,) = kernels(launched)
+    record_property(f"{kernel.name} registers, spilled, shared memory", kernel[3:])
+    assert kernel.spilled == 0, f"{kernel.spilled} bytes a thread"
+    assert kernel.registers <= REGISTERS[GPUS[gpu].target.backend]
+    assert kernel.shared_memory <= GPUS[gpu].shared_memory

@@ -28,6 +28,8 @@ _RANDOM = tl.constexpr(reference_sample.RANDOM)
 #: −log of the smallest −log(1 − u), that of u = 2⁻³³; rounded up.
 _MOST_NOISE = tl.constexpr(22.875)
 _NO_TOKEN = tl.constexpr(2**31 - 1)
+#: Numbers that a walk weighs; a power of 2.
+_MARKS = tl.constexpr(8)
 
 
 class Pair(NamedTuple):
@@ -108,9 +110,9 @@ def weight_above(
     pair, row, V, least_base, largest, low, high, MASS: tl.constexpr, STREAM: tl.constexpr,
     BASE_DRAFTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Eight keys from `low` on, and the weight of the tokens above each: e^{x − largest} with MASS, else 1; float64."""
-    marks = low + ((high - low) * tl.arange(0, 8).to(tl.int64)) // 8
-    weight = tl.zeros([8], tl.float64)
+    """_MARKS keys from `low` on, and in float64 the weight above each: of a token e^{x − largest} with MASS, else 1."""
+    marks = low + ((high - low) * tl.arange(0, _MARKS).to(tl.int64)) // _MARKS
+    weight = tl.zeros([_MARKS], tl.float64)
     for begin in range(0, V, BLOCK):
         x = load_scores(pair, row, begin + tl.arange(0, BLOCK), V, least_base, STREAM, BASE_DRAFTS)
         each = _math.exp(x - largest) if MASS else tl.where(x > float("-inf"), 1.0, 0.0)
@@ -171,7 +173,8 @@ def draw(
     for begin in range(0, V, BLOCK):
         tokens = begin + tl.arange(0, BLOCK)
         x = load_scores(pair, row, tokens, V, least_base, STREAM, BASE_DRAFTS)
-        kept = (key_of(x).to(tl.int64) > cut) & (_math.exp(x - largest) >= min_p)
+        # ∞ − ∞ has no exponential: where z / T overflowed, its largest stay.
+        kept = (key_of(x).to(tl.int64) > cut) & ((_math.exp(x - largest) >= min_p) | (x == largest))
         score = tl.where(kept, x, float("-inf"))
         if GREEDY:
             score = x
@@ -184,7 +187,8 @@ def draw(
             first = tl.min(tl.where(score == best_here, tokens, _NO_TOKEN), 0)
             token = tl.where(best_here > best, first, token)
             best = tl.maximum(best, best_here)
-    return token
+    # Scores that all overflowed to −∞ or NaN mean nothing, but a token has to be one.
+    return tl.where(token == _NO_TOKEN, 0, token)
 
 
 @triton.jit
@@ -209,8 +213,8 @@ def pair_statistics(pair, row, V, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def is_selected(state, delta_logp, threshold, bits, limit, CRITERION: tl.constexpr):
-    """Whether the draft is to be replaced, (1,); by chance where the random bits are below the limit."""
+def is_selected(state, delta_logp, threshold, CRITERION: tl.constexpr):
+    """Whether the draft is to be replaced, (1,), by a criterion other than chance."""
     if CRITERION == "all":
         selected = delta_logp == delta_logp
         selected = selected | (delta_logp != delta_logp)
@@ -219,8 +223,6 @@ def is_selected(state, delta_logp, threshold, bits, limit, CRITERION: tl.constex
         selected = selected & (delta_logp == delta_logp)
     elif CRITERION == "delta_logp":
         selected = delta_logp < threshold
-    elif CRITERION == "random":
-        selected = bits < limit
     elif CRITERION == "entropy":
         selected = _math.entropy_of(state.base, 1.0) > threshold
     elif CRITERION == "rl_entropy":
@@ -273,9 +275,12 @@ def _extrapolated_sample_kernel(
         logp = logp_of_token(pair.logits, state.model, row, draft_token, V)
         base_logp = logp_of_token(pair.base_logits, state.base, row, draft_token, V)
         delta_logp = logp - base_logp
-        words = noise_bits(noise, row_id, step, one, _RANDOM).to(tl.int64)
-        bits = tl.min(tl.where(tl.arange(0, 4) == 0, words, 2**32), 0) + tl.zeros([1], tl.int64)
-        selected = is_selected(state, delta_logp, threshold, bits, limit, CRITERION)
+        if CRITERION == "random":
+            words = noise_bits(noise, row_id, step, one, _RANDOM).to(tl.int64)
+            bits = tl.min(tl.where(tl.arange(0, 4) == 0, words, 2**32), 0) + tl.zeros([1], tl.int64)
+            selected = bits < limit
+        else:
+            selected = is_selected(state, delta_logp, threshold, CRITERION)
         token = draft_token
         if tl.max(selected.to(tl.int32), 0) > 0:
             token = draw(
@@ -324,6 +329,8 @@ def extrapolated_sample(
     pair = Pair(matrix(logits), matrix(base_logits), gamma, 1.0 if greedy else temperature)
     if step_tensor is not None:  # the number then says how far apart the rows' steps are
         step = int(step_tensor.numel() > 1)
+    elif step >= 2**31:  # the same 32 bits; Triton would pass 64
+        step -= 2**32
     with on_device_of(logits):
         _extrapolated_sample_kernel[(n,)](
             pair, Noise(seed, step, seed_tensor, step_tensor, row_id), out, v, threshold or 0.0,

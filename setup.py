@@ -14,6 +14,7 @@ from setuptools import setup
 CPU_SOURCES = [
     "python_bindings/ops_cpu.cpp",
     "python_bindings/ops_cpu_sample.cpp",
+    "python_bindings/ops_cpu_linear_sample.cpp",
     *sorted(str(path.relative_to(Path(__file__).parent)) for path in Path(__file__).parent.glob("csrc/cpu/*.cpp")),
 ]
 COMPILE_FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]

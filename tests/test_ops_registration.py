@@ -81,8 +81,9 @@ def test_opcheck_backward(op, present, mask):
 
 
 def test_every_public_op_has_an_opcheck():
-    """Those of this file, and of test_ops_sample.py."""
-    assert set(schemas.SCHEMAS) == {f"{op}_{way}" for op in OPS for way in ("fwd", "bwd")} | {"extrapolated_sample"}
+    """Those of this file, of test_ops_sample.py and of test_ops_linear_sample.py."""
+    sampling = {"extrapolated_sample", "linear_extrapolated_sample"}
+    assert set(schemas.SCHEMAS) == {f"{op}_{way}" for op in OPS for way in ("fwd", "bwd")} | sampling
 
 
 @pytest.fixture

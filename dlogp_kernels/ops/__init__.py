@@ -10,6 +10,22 @@ for _op in schemas.SCHEMAS:
 
 backends.load_extension()
 
-from . import delta_logp, extrapolated_sample, linear_delta_logp, linear_logp, logp  # noqa: E402
+from . import (  # noqa: E402
+    delta_logp,
+    extrapolated_sample,
+    linear_delta_logp,
+    linear_extrapolated_sample,
+    linear_logp,
+    logp,
+)
 
-__all__ = ["backends", "delta_logp", "extrapolated_sample", "linear_delta_logp", "linear_logp", "logp", "schemas"]
+__all__ = [
+    "backends",
+    "delta_logp",
+    "extrapolated_sample",
+    "linear_delta_logp",
+    "linear_extrapolated_sample",
+    "linear_logp",
+    "logp",
+    "schemas",
+]

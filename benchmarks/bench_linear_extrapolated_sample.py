@@ -10,6 +10,7 @@ Rounds and ratios as in `harness`; nothing is truncated. Beside it:
 import argparse
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +22,8 @@ from .problem import build
 from .shapes import DTYPES, Shape, Workload
 
 _GAMMA, _THRESHOLD = 0.1, -0.3
-_OPTIONS = {"gamma": _GAMMA, "criterion": "delta_logp", "threshold": _THRESHOLD, "seed": 1}
-#: Of log p, and of the score by which a row's first choice in float64 may beat the token that was drawn.
+_OPTIONS: Mapping[str, Any] = {"gamma": _GAMMA, "criterion": "delta_logp", "threshold": _THRESHOLD, "seed": 1}
+#: Of log p.
 _ERROR = 1e-4
 
 Inputs = Mapping[str, Tensor]
@@ -65,7 +66,7 @@ def _draw(scores: Tensor) -> Tensor:
 
 
 def verify(inputs: Inputs) -> None:
-    """The first row against the definition in float64. Rounding may change a token at a tie, and which row is selected."""
+    """The first row against the definition in float64. Rounding could only change a token at a tie."""
     one = {name: x if "weight" in name else x[:1] for name, x in inputs.items()}
     drawn = ours(one)
     z, base_z = (
@@ -107,10 +108,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0, help="of each number of rows and dtype")
     parser.add_argument("--device", default="cpu", type=torch.device)
     options = parser.parse_args()
+    backend = backends.select("linear_extrapolated_sample", options.device)
     print(
         f"D {options.hidden_size}, V {options.vocabulary}, {torch.get_num_threads()} threads, torch "
-        f"{torch.__version__}, backend `{backends.select('linear_extrapolated_sample', options.device)}`; time of ours, "
-        "and as a part of that of the others\n"
+        f"{torch.__version__}, backend `{backend}`; time of ours, and as a part of that of the others\n"
     )
     print("| dtype | rows | ours | matmuls | logits | eager |\n|---|---|---|---|---|---|")
     shape = Shape("sampling", options.hidden_size, options.vocabulary)

@@ -21,6 +21,7 @@ CPU_SOURCES = [
     "python_bindings/ops_cpu.cpp",
     "python_bindings/ops_cpu_policy.cpp",
     "python_bindings/ops_cpu_sample.cpp",
+    "python_bindings/ops_cpu_linear_sample.cpp",
     *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cpu/*.cpp")),
 ]
 CUDA_SOURCES = [

@@ -8,12 +8,11 @@ the whole vocabulary, accumulated in float32 (float64 for float64 inputs), never
 import math
 import os
 import warnings
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import blocked, reference, reference_policy, reference_sample
+from . import reference, reference_policy, reference_sample
 from .results import DeltaLogpStats, LogpStats, PolicyLoss, PolicyMetrics, Sample
 
 _FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -121,14 +120,7 @@ def linear_delta_logp(
     """
     hidden, weight, bias = _autocast(hidden, weight, bias)
     base_hidden, base_weight, base_bias = _autocast(base_hidden, base_weight, base_bias)
-    _check_head("", hidden, weight, bias)
-    _check_head("base_", base_hidden, base_weight, base_bias)
-    _check_same_leading("base_hidden", base_hidden, "hidden", hidden)
-    _check_same_device("base_hidden", base_hidden, "hidden", hidden)
-    if base_weight.shape[0] != weight.shape[0]:
-        raise ValueError(
-            f"base_weight has {base_weight.shape[0]} rows, expected the vocabulary of weight ({weight.shape[0]} rows)"
-        )
+    _check_pair_of_heads(hidden, weight, bias, base_hidden, base_weight, base_bias)
     _check_target(target, "hidden", hidden, ignore_index, weight.shape[0])
     _check_options(
         temperature=temperature,
@@ -309,25 +301,13 @@ def extrapolated_sample(
             f"base_logits has shape {tuple(base_logits.shape)}, expected that of logits, {tuple(logits.shape)}"
         )
     _check_same_device("base_logits", base_logits, "logits", logits)
-    _check_criterion(criterion, threshold)
-    _check_choice("draft", draft, ("base", "rl"))
-    _check_number("gamma", gamma, 0.0, math.inf)
-    _check_number("temperature", temperature, 0.0, math.inf)
-    _check_number("top_p", top_p, 0.0, 1.0, low_included=False)
-    _check_number("min_p", min_p, 0.0, 1.0)
-    _check_integer("top_k", top_k, 0, 2**63)
-    flat_row_id = None if row_id is None else _per_row("row_id", row_id, logits)
-    seed_number, seed_tensor = _counter("seed", seed, 2**64, logits)
-    step_number, step_tensor = _steps(step, logits)
+    _check_sampling(gamma, criterion, threshold, draft, temperature, top_k, top_p, min_p)
+    noise = _noise("logits", logits, seed, row_id, step)
     with torch.no_grad():
         drawn = torch.ops.dlogp.extrapolated_sample(
             _rows(logits),
             _rows(base_logits),
-            flat_row_id,
-            seed_number,
-            step_number,
-            seed_tensor,
-            step_tensor,
+            *noise,
             float(gamma),
             criterion,
             _optional_float(threshold),
@@ -352,53 +332,79 @@ def linear_extrapolated_sample(
     base_softcap: float | None = None,
     logit_scale: float = 1.0,
     base_logit_scale: float = 1.0,
+    gamma: float = 0.0,
+    criterion: str = "all",
+    threshold: float | None = None,
+    draft: str = "base",
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    seed: int | Tensor,
     row_id: Tensor | None = None,
     step: int | Tensor = 0,
-    **options: Any,
 ) -> Sample:
-    """`extrapolated_sample` from hidden states: float32 logits of as many rows at a time as the workspace holds.
+    """`extrapolated_sample` straight from hidden states, each weight read once, without the logits.
+
+    Equivalent to `extrapolated_sample(z, base_z, …)` with z = softcap_c(logit_scale · (hidden @ weight.T + bias)) in
+    float32 (float64 for float64 inputs) and the same of the base: the same noise, and the same tokens but for ties
+    within rounding. In one pass over the vocabulary the statistics of each row are folded while the draft and what may
+    replace it are drawn; of a tile of logits only the winners stay.
 
     Args:
-        hidden, base_hidden: (…, D) and (…, D_base); weight, base_weight: (V, D) and (V, D_base); bias, base_bias,
-            softcap, base_softcap, logit_scale, base_logit_scale: as in `linear_delta_logp`.
-        row_id, step: as in `extrapolated_sample`, and so are the other options: gamma, criterion, threshold, draft,
-            temperature (of sampling), top_k, top_p, min_p, seed.
+        hidden, base_hidden: (…, D) and (…, D_base), of the RL model and of its base at the same positions.
+        weight, base_weight: (V, D) and (V, D_base); one vocabulary.
+        bias, base_bias: (V,), optional; −inf masks a token.
+        softcap, base_softcap, logit_scale, base_logit_scale: of each model, as in `linear_logp`.
+        gamma, criterion, threshold, draft: as in `extrapolated_sample`.
+        temperature: ≥ 0, of both draws, as in `extrapolated_sample`; the criterion and the outputs are at 1.
+        top_k, top_p, min_p: as in `extrapolated_sample`. A filter needs a whole row of logits: with one of them on, the
+            logits of as many rows as the workspace holds (`backends.workspace_limit`) exist at a time.
+        seed, row_id, step: as in `extrapolated_sample`.
 
-    Returns, Raises: as in `extrapolated_sample`. The tokens are those of `extrapolated_sample` on the same logits.
+    Returns:
+        Sample, each field (…), as from `extrapolated_sample`.
+
+    Gradients: none. Memory over inputs and outputs is bounded (`backends.workspace_limit`), whatever the number of rows
+    and V. With the compiled kernels a row's result does not depend on the other rows. Within `torch.autocast`, 32-bit
+    inputs are converted to the autocast dtype, as in `torch.nn.functional.linear`.
+
+    Raises:
+        ValueError, TypeError, UserWarning: as `extrapolated_sample` and `linear_delta_logp`.
+
+    Source: arXiv 2603.22117, Algorithm 1, Sec. 4 (extrapolation).
     """
     hidden, weight, bias = _autocast(hidden, weight, bias)
     base_hidden, base_weight, base_bias = _autocast(base_hidden, base_weight, base_bias)
-    _check_head("", hidden, weight, bias)
-    _check_head("base_", base_hidden, base_weight, base_bias)
-    _check_same_leading("base_hidden", base_hidden, "hidden", hidden)
-    _check_same_device("base_hidden", base_hidden, "hidden", hidden)
-    if base_weight.shape[0] != weight.shape[0]:
-        raise ValueError(
-            f"base_weight has {base_weight.shape[0]} rows, expected the vocabulary of weight ({weight.shape[0]} rows)"
-        )
+    _check_pair_of_heads(hidden, weight, bias, base_hidden, base_weight, base_bias)
     _check_options(
         softcap=softcap, base_softcap=base_softcap, logit_scale=logit_scale, base_logit_scale=base_logit_scale
     )
-    leading, n = hidden.shape[:-1], hidden.shape[:-1].numel()
-    flat, base_flat = _rows(hidden), _rows(base_hidden)
-    all_ids = torch.arange(n, device=hidden.device) if row_id is None else _per_row("row_id", row_id, hidden)
-    steps = _per_row("step", step, hidden) if isinstance(step, Tensor) and step.numel() != 1 else step
-    dtype = reference.accumulation_dtype(hidden, weight, bias, base_hidden, base_weight, base_bias)
-    samples = []
+    _check_sampling(gamma, criterion, threshold, draft, temperature, top_k, top_p, min_p)
+    noise = _noise("hidden", hidden, seed, row_id, step)
     with torch.no_grad():
-        for rows in torch.arange(n, device=hidden.device).split(blocked.rows_that_fit(weight.shape[0], dtype)):
-            raw = blocked.slabbed_logits(blocked.rows_of(flat, rows), weight, bias, dtype)
-            base_raw = blocked.slabbed_logits(blocked.rows_of(base_flat, rows), base_weight, base_bias, dtype)
-            samples.append(
-                extrapolated_sample(
-                    reference.transform_logits(raw, 1.0, softcap, logit_scale),
-                    reference.transform_logits(base_raw, 1.0, base_softcap, base_logit_scale),
-                    row_id=all_ids[rows],
-                    step=steps[rows] if isinstance(steps, Tensor) and steps.numel() != 1 else steps,
-                    **options,
-                )
-            )
-    return Sample(*(torch.cat(values).view(leading) for values in zip(*samples, strict=True)))
+        drawn = torch.ops.dlogp.linear_extrapolated_sample(
+            _rows(hidden),
+            weight,
+            _rows(base_hidden),
+            base_weight,
+            bias,
+            base_bias,
+            _optional_float(softcap),
+            _optional_float(base_softcap),
+            float(logit_scale),
+            float(base_logit_scale),
+            *noise,
+            float(gamma),
+            criterion,
+            _optional_float(threshold),
+            draft,
+            float(temperature),
+            top_k,
+            float(top_p),
+            float(min_p),
+        )
+    return Sample(*(value.view(hidden.shape[:-1]) for value in drawn))
 
 
 def policy_loss(
@@ -583,6 +589,24 @@ def _check_head(prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None
     _check_same_device(bias_name, bias, hidden_name, hidden)
 
 
+def _check_pair_of_heads(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    base_hidden: Tensor,
+    base_weight: Tensor,
+    base_bias: Tensor | None,
+) -> None:
+    _check_head("", hidden, weight, bias)
+    _check_head("base_", base_hidden, base_weight, base_bias)
+    _check_same_leading("base_hidden", base_hidden, "hidden", hidden)
+    _check_same_device("base_hidden", base_hidden, "hidden", hidden)
+    if base_weight.shape[0] != weight.shape[0]:
+        raise ValueError(
+            f"base_weight has {base_weight.shape[0]} rows, expected the vocabulary of weight ({weight.shape[0]} rows)"
+        )
+
+
 def _check_logits(name: str, logits: Tensor) -> None:
     _check_floating(name, logits)
     if logits.dim() < 1 or logits.shape[-1] == 0:
@@ -666,6 +690,25 @@ def _check_integer(name: str, value: object, low: int, end: int) -> None:
         raise ValueError(f"{name} is {value}, expected an integer in [{low}, 2**{end.bit_length() - 1})")
 
 
+def _check_sampling(
+    gamma: float,
+    criterion: str,
+    threshold: float | None,
+    draft: str,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+) -> None:
+    _check_criterion(criterion, threshold)
+    _check_choice("draft", draft, ("base", "rl"))
+    _check_number("gamma", gamma, 0.0, math.inf)
+    _check_number("temperature", temperature, 0.0, math.inf)
+    _check_number("top_p", top_p, 0.0, 1.0, low_included=False)
+    _check_number("min_p", min_p, 0.0, 1.0)
+    _check_integer("top_k", top_k, 0, 2**63)
+
+
 def _check_criterion(criterion: str, threshold: float | None) -> None:
     _check_choice("criterion", criterion, reference_sample.CRITERIA)
     if criterion not in reference_sample.WITH_THRESHOLD:
@@ -681,27 +724,32 @@ def _check_criterion(criterion: str, threshold: float | None) -> None:
     if criterion == "delta_logp" and threshold >= 0:
         warnings.warn(
             f"threshold is {threshold}: one that is not below 0 replaces nearly every token (criterion 'delta_logp')",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
-def _per_row(name: str, value: Tensor, logits: Tensor) -> Tensor:
+def _noise(
+    rows_name: str, rows: Tensor, seed: int | Tensor, row_id: Tensor | None, step: int | Tensor
+) -> tuple[Tensor | None, int, int, Tensor | None, Tensor | None]:
+    """What the noise depends on, as an op takes it: row_id, both numbers, both tensors."""
+    flat_row_id = None if row_id is None else _per_row("row_id", row_id, rows_name, rows)
+    seed_number, seed_tensor = _counter("seed", seed, 2**64, rows_name, rows)
+    if isinstance(step, Tensor) and step.numel() != 1:
+        return flat_row_id, seed_number, 0, seed_tensor, _per_row("step", step, rows_name, rows)
+    step_number, step_tensor = _counter("step", step, 2**32, rows_name, rows)
+    return flat_row_id, seed_number, step_number, seed_tensor, step_tensor
+
+
+def _per_row(name: str, value: Tensor, rows_name: str, rows: Tensor) -> Tensor:
     """An integer tensor (…) as (N,) int64."""
     _check_tensor(name, value, _INTEGER, "an integer dtype")
-    if value.shape != logits.shape[:-1]:
-        raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {tuple(logits.shape[:-1])}")
-    _check_same_device(name, value, "logits", logits)
+    if value.shape != rows.shape[:-1]:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {tuple(rows.shape[:-1])}")
+    _check_same_device(name, value, rows_name, rows)
     return value.reshape(-1).to(torch.int64)
 
 
-def _steps(step: int | Tensor, logits: Tensor) -> tuple[int, Tensor | None]:
-    """As `_counter`, or a tensor (N,) of every row's step."""
-    if isinstance(step, Tensor) and step.numel() != 1:
-        return 0, _per_row("step", step, logits)
-    return _counter("step", step, 2**32, logits)
-
-
-def _counter(name: str, value: int | Tensor, end: int, logits: Tensor) -> tuple[int, Tensor | None]:
+def _counter(name: str, value: int | Tensor, end: int, rows_name: str, rows: Tensor) -> tuple[int, Tensor | None]:
     """A number as signed 64 bits, and None; or 0 and the tensor (1,) that holds it."""
     if not isinstance(value, Tensor):
         _check_integer(name, value, 0, end)
@@ -710,7 +758,7 @@ def _counter(name: str, value: int | Tensor, end: int, logits: Tensor) -> tuple[
         raise ValueError(
             f"{name} has dtype {value.dtype} and shape {tuple(value.shape)}, expected an int64 tensor of one element"
         )
-    _check_same_device(name, value, "logits", logits)
+    _check_same_device(name, value, rows_name, rows)
     return 0, value.reshape(1)
 
 

@@ -81,10 +81,10 @@ def test_opcheck_backward(op, present, mask):
 
 
 def test_every_public_op_has_an_opcheck():
-    """Those of this file, of test_ops_policy.py, and of test_ops_sample.py."""
+    """Those of this file, of test_ops_policy.py, and of test_ops_sample.py and test_ops_linear_sample.py."""
     differentiable = (*OPS, "policy_loss")
-    expected = {f"{op}_{way}" for op in differentiable for way in ("fwd", "bwd")} | {"extrapolated_sample"}
-    assert set(schemas.SCHEMAS) == expected
+    sampling = {"extrapolated_sample", "linear_extrapolated_sample"}
+    assert set(schemas.SCHEMAS) == {f"{op}_{way}" for op in differentiable for way in ("fwd", "bwd")} | sampling
 
 
 @pytest.fixture

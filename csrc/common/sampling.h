@@ -26,6 +26,7 @@ struct Filters {
   double top_p = 1, min_p = 0;
 
   DLOGP_HOST_DEVICE bool limits_rank(int64_t vocabulary) const { return top_k > 0 && top_k < vocabulary; }
+  DLOGP_HOST_DEVICE bool any(int64_t vocabulary) const { return limits_rank(vocabulary) || top_p < 1 || min_p > 0; }
   // Top-p alone needs the mass of all tokens.
   DLOGP_HOST_DEVICE bool needs_softmax(int64_t vocabulary) const { return top_p < 1 && !limits_rank(vocabulary); }
 };

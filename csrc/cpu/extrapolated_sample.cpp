@@ -2,29 +2,10 @@
 
 #include "fold.h"
 #include "sample_filter.h"
+#include "winner.h"
 
 namespace dlogp {
 namespace {
-
-template <typename Real>
-struct Winner {
-  double score = -std::numeric_limits<double>::infinity();
-  int64_t token = -1;
-};
-
-// Scores the kept tokens of a block; among equal scores the first token wins, whatever the order of blocks.
-template <typename Real>
-void score_block(int64_t block, const Real* s, int64_t size, Real cut, const NoiseKey& key, Winner<Real>& winner) {
-  uint32_t bits[kBlockTokens];
-  const int64_t first = block * kBlockTokens;
-  block_noise(key, first, bits);
-  if (!may_win(size, s, bits, cut, winner.score)) return;
-  for (int64_t i = 0; i < size; ++i) {
-    if (!(s[i] >= cut) || s[i] + kLargestGumbel < winner.score) continue;
-    const double score = double(s[i]) + gumbel<double>(bits[i]);
-    if (score > winner.score || (score == winner.score && first + i < winner.token)) winner = {score, first + i};
-  }
-}
 
 // The largest score s + noise among tokens with s ≥ cut. The block with the largest logit goes first: its score rules
 // most of the others out.
@@ -32,13 +13,13 @@ template <typename Real>
 int64_t draw_by_noise(const ScaledLogits<Real>& logits, const BlockMaxima<Real>& maxima, Real cut,
                       const NoiseKey& key) {
   const int64_t likely = std::find(maxima.values.begin(), maxima.values.end(), maxima.largest) - maxima.values.begin();
-  Winner<Real> winner;
+  Winner winner;
   Real buffer[kBlockTokens];
-  score_block(likely, logits.block(likely, buffer), logits.block_size(likely), cut, key, winner);
+  score_block(likely * kBlockTokens, logits.block(likely, buffer), logits.block_size(likely), cut, key, winner);
   for_blocks(
       logits, maxima, [&](Real max) { return max >= cut && max + kLargestGumbel >= winner.score; },
       [&](int64_t block, const Real* s, int64_t size) {
-        if (block != likely) score_block(block, s, size, cut, key, winner);
+        if (block != likely) score_block(block * kBlockTokens, s, size, cut, key, winner);
       });
   return winner.token;
 }

@@ -56,6 +56,43 @@ DLOGP_INLINE void divide_body(int64_t count, Real divisor, const Real* from, Rea
   for (int64_t i = 0; i < count; ++i) z[i] = from[i] / divisor;
 }
 
+// A possible token keeps a score that can win, however far its logit overflowed.
+template <typename Real>
+DLOGP_INLINE Real not_impossible(Real score) {
+  constexpr Real lowest = std::numeric_limits<Real>::lowest();
+  return score > lowest ? score : lowest;
+}
+
+template <typename Real>
+DLOGP_INLINE void divide_scores_body(int64_t count, Real divisor, Real* s) {
+  constexpr Real impossible = -std::numeric_limits<Real>::infinity();
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) s[i] = s[i] == impossible ? impossible : not_impossible(s[i] / divisor);
+}
+
+template <typename Real>
+DLOGP_INLINE bool extrapolated_scores_body(int64_t count, Real gamma, const Real* z, const Real* base_z, Real* s) {
+  constexpr Real impossible = -std::numeric_limits<Real>::infinity();
+  int32_t unlikely = 0;
+#pragma omp simd reduction(+ : unlikely)
+  for (int64_t i = 0; i < count; ++i) {
+    const Real value = not_impossible((1 + gamma) * z[i] - gamma * base_z[i]);
+    s[i] = (z[i] == impossible) | (base_z[i] == impossible) ? impossible : value;
+    unlikely += base_z[i] == impossible ? 1 : 0;
+  }
+  return unlikely != 0;
+}
+
+template <typename Real>
+DLOGP_INLINE void unlikely_scores_body(int64_t count, Real gamma, const Real* z, const Real* base_z, Real* s) {
+  constexpr Real impossible = -std::numeric_limits<Real>::infinity();
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    const Real value = not_impossible((1 + gamma) * z[i]);
+    s[i] = (z[i] == impossible) | (base_z[i] != impossible) ? impossible : value;
+  }
+}
+
 // Ten rounds one after the other in the body of the loop over the counters, which the compiler then vectorises.
 DLOGP_INLINE void block_noise_body(const NoiseKey& key, int64_t first_token, uint32_t* bits) {
   const uint32_t first = uint32_t(first_token / 4), row_id = key.row_id, step = key.step;
@@ -136,6 +173,23 @@ DLOGP_CLONES void divide_row(int64_t count, float divisor, const float* from, fl
   divide_body(count, divisor, from, z);
 }
 void divide_row(int64_t count, double divisor, const double* from, double* z) { divide_body(count, divisor, from, z); }
+
+DLOGP_CLONES void divide_scores(int64_t count, float divisor, float* s) { divide_scores_body(count, divisor, s); }
+void divide_scores(int64_t count, double divisor, double* s) { divide_scores_body(count, divisor, s); }
+
+DLOGP_CLONES bool extrapolated_scores(int64_t count, float gamma, const float* z, const float* base_z, float* s) {
+  return extrapolated_scores_body(count, gamma, z, base_z, s);
+}
+bool extrapolated_scores(int64_t count, double gamma, const double* z, const double* base_z, double* s) {
+  return extrapolated_scores_body(count, gamma, z, base_z, s);
+}
+
+DLOGP_CLONES void unlikely_scores(int64_t count, float gamma, const float* z, const float* base_z, float* s) {
+  unlikely_scores_body(count, gamma, z, base_z, s);
+}
+void unlikely_scores(int64_t count, double gamma, const double* z, const double* base_z, double* s) {
+  unlikely_scores_body(count, gamma, z, base_z, s);
+}
 
 DLOGP_CLONES void block_noise(const NoiseKey& key, int64_t first_token, uint32_t* bits) {
   block_noise_body(key, first_token, bits);

@@ -30,6 +30,15 @@ void extrapolate_row(int64_t count, double gamma, double least, const double* fr
 void divide_row(int64_t count, float divisor, const float* from, float* z);
 void divide_row(int64_t count, double divisor, const double* from, double* z);
 
+// What linear_extrapolated_sample draws by, −inf where a token is not to be drawn: s / divisor in place; (1 + γ) z − γ
+// z_B of tokens with z_B > −inf, and whether there are others; (1 + γ) z of those others, without their stand-in.
+void divide_scores(int64_t count, float divisor, float* s);
+void divide_scores(int64_t count, double divisor, double* s);
+bool extrapolated_scores(int64_t count, float gamma, const float* z, const float* base_z, float* s);
+bool extrapolated_scores(int64_t count, double gamma, const double* z, const double* base_z, double* s);
+void unlikely_scores(int64_t count, float gamma, const float* z, const float* base_z, float* s);
+void unlikely_scores(int64_t count, double gamma, const double* z, const double* base_z, double* s);
+
 // The noise of the tokens of a block, from `first_token` on.
 void block_noise(const NoiseKey& key, int64_t first_token, uint32_t* bits);
 

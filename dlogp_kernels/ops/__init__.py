@@ -11,13 +11,22 @@ for _op in schemas.SCHEMAS:
 
 backends.load_extensions()
 
-from . import delta_logp, extrapolated_sample, linear_delta_logp, linear_logp, logp, policy_loss  # noqa: E402
+from . import (  # noqa: E402
+    delta_logp,
+    extrapolated_sample,
+    linear_delta_logp,
+    linear_extrapolated_sample,
+    linear_logp,
+    logp,
+    policy_loss,
+)
 
 __all__ = [
     "backends",
     "delta_logp",
     "extrapolated_sample",
     "linear_delta_logp",
+    "linear_extrapolated_sample",
     "linear_logp",
     "logp",
     "policy_loss",

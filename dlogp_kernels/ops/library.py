@@ -1,5 +1,6 @@
 """What every op file uses to register its op."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -11,12 +12,16 @@ from . import backends
 LIBRARY = torch.library.Library("dlogp", "DEF")
 
 
-def register(op: str, fake: Callable[..., Any]) -> None:
-    """Give `op` its fake, and a kernel that runs the backend selected at the time of the call."""
+def register(op: str, fake: Callable[..., Any], in_blocks: Callable[..., bool] | None = None) -> None:
+    """Give `op` its fake, and a kernel that runs the backend selected at the time of the call.
+
+    For arguments of which `in_blocks` holds no backend has a kernel of its own: blocked.py serves them, by other ops.
+    """
 
     def run(*arguments: Any) -> Any:
         tensors = [x for x in arguments if isinstance(x, Tensor)]
-        return backends.launch(op, tensors[0].device, output_dtype(*tensors), *arguments)
+        launch = backends.launch_blocked if in_blocks is not None and in_blocks(*arguments) else backends.launch
+        return launch(op, tensors[0].device, output_dtype(*tensors), *arguments)
 
     for dispatch_key in ("CPU", "CUDA"):
         LIBRARY.impl(op, run, dispatch_key)
@@ -42,6 +47,14 @@ def fake_stats(target: Tensor, dtype: torch.dtype, with_candidates: int, without
     per_candidate = [target.new_empty(target.shape, dtype=dtype) for _ in range(with_candidates)]
     per_row = [target.new_empty(target.shape[:1], dtype=dtype) for _ in range(without)]
     return (*per_candidate, *per_row)
+
+
+def fake_sample(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """What sampling returns for each of `rows` (…, columns)."""
+    n = math.prod(rows.shape[:-1])  # numel() would fix a symbolic size
+    tokens = [rows.new_empty(n, dtype=torch.int64) for _ in range(2)]
+    values = [rows.new_empty(n, dtype=dtype) for _ in range(3)]
+    return *tokens, rows.new_empty(n, dtype=torch.bool), *values
 
 
 def fake_gradients(inputs: tuple[Tensor | None, ...], output_mask: list[bool]) -> tuple[Tensor, ...]:

@@ -31,6 +31,10 @@ _PAIR_GRADIENTS = (
     "Tensor? grad_logp, Tensor? grad_base_logp, Tensor? grad_entropy, Tensor? grad_base_entropy, "
     "Tensor? grad_kl, Tensor? grad_reverse_kl, Tensor? grad_lse, Tensor? grad_base_lse"
 )
+_LINEAR_SAMPLE_INPUTS = (
+    "Tensor hidden, Tensor weight, Tensor base_hidden, Tensor base_weight, Tensor? bias, Tensor? base_bias, "
+    "float? softcap, float? base_softcap, float logit_scale, float base_logit_scale"
+)
 _SAMPLE_OPTIONS = (
     "Tensor? row_id, int seed, int step, Tensor? seed_tensor, Tensor? step_tensor, float gamma, str criterion, "
     "float? threshold, str draft, float temperature, int top_k, float top_p, float min_p"
@@ -42,6 +46,7 @@ _POLICY_TOKENS = (
 _POLICY_OPTIONS = "str[] choices, float[] numbers, int? max_length"
 _ONE_MODEL_SAVED = "Tensor entropy, Tensor lse"
 _PAIR_SAVED = "Tensor entropy, Tensor base_entropy, Tensor kl, Tensor reverse_kl, Tensor lse, Tensor base_lse"
+_SAMPLE = "(Tensor token, Tensor draft_token, Tensor selected, Tensor delta_logp, Tensor logp, Tensor base_logp)"
 _ONE_MODEL_STATS = "(Tensor logp, Tensor entropy, Tensor lse)"
 _PAIR_STATS = (
     "(Tensor delta_logp, Tensor logp, Tensor base_logp, Tensor entropy, Tensor base_entropy, "
@@ -72,10 +77,8 @@ SCHEMAS: dict[str, tuple[str, str]] = {
         "bool[2] output_mask",
         "(Tensor grad_logits, Tensor grad_base_logits)",
     ),
-    "extrapolated_sample": (
-        f"Tensor logits, Tensor base_logits, {_SAMPLE_OPTIONS}",
-        "(Tensor token, Tensor draft_token, Tensor selected, Tensor delta_logp, Tensor logp, Tensor base_logp)",
-    ),
+    "extrapolated_sample": (f"Tensor logits, Tensor base_logits, {_SAMPLE_OPTIONS}", _SAMPLE),
+    "linear_extrapolated_sample": (f"{_LINEAR_SAMPLE_INPUTS}, {_SAMPLE_OPTIONS}", _SAMPLE),
     "policy_loss_fwd": (
         f"{_POLICY_TOKENS}, {_POLICY_OPTIONS}, bool with_gradient",
         "(Tensor loss, Tensor metrics, Tensor coefficient, Tensor scale)",

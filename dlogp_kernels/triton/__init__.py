@@ -4,6 +4,7 @@ from ._backward import linear_delta_logp_bwd, linear_logp_bwd
 from .delta_logp import delta_logp_bwd, delta_logp_fwd
 from .extrapolated_sample import extrapolated_sample
 from .linear_delta_logp import linear_delta_logp_fwd
+from .linear_extrapolated_sample import linear_extrapolated_sample
 from .linear_logp import linear_logp_fwd
 from .logp import logp_bwd, logp_fwd
 from .policy_loss import policy_loss_bwd, policy_loss_fwd
@@ -14,6 +15,7 @@ __all__ = [
     "extrapolated_sample",
     "linear_delta_logp_bwd",
     "linear_delta_logp_fwd",
+    "linear_extrapolated_sample",
     "linear_logp_bwd",
     "linear_logp_fwd",
     "logp_bwd",

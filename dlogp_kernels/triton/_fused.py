@@ -5,6 +5,7 @@ tile, with the softmax state in registers, stores the state, and goes on to its 
 splits. How the vocabulary is cut depends on V and the device alone, so a row's result does not depend on other rows.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -167,7 +168,7 @@ class Plan(NamedTuple):
     descriptors: bool
     precision: str
 
-    def constants(self, masked: bool, candidates: int) -> dict[str, Any]:
+    def constants(self, masked: bool) -> dict[str, Any]:
         """What the kernels are compiled for."""
         tile = self.tile
         return {
@@ -178,24 +179,35 @@ class Plan(NamedTuple):
             "DESCRIPTORS": self.descriptors,
             "PRECISION": self.precision,
             "MASKED": masked,
-            "ONE_TARGET": candidates == 1,
             "num_warps": tile.num_warps,
             "num_stages": tile.num_stages,
         }
 
 
 def plan(models: list[Model], target: Tensor, state_size: int, workspace: int) -> Plan:
-    device, dtype = properties(target.device), max((model.dtype for model in models), key=lambda dtype: dtype.itemsize)
-    aligned = all(_can_copy_tiles(model) for model in models)
-    tile = config(len(models), target.device, dtype, aligned)
+    return plan_of(models, target.shape[0], state_size, len(models) * target.shape[1], config, workspace)
+
+
+def plan_of(
+    models: list[Model],
+    rows: int,
+    state_size: int,
+    row_numbers: int,
+    choose: Callable[[int, torch.device, torch.dtype, bool], Config],
+    workspace: int,
+) -> Plan:
+    """For tiles that `choose` takes, and so many numbers of 4 bytes a row: of each split, and besides."""
+    where, dtype = models[0].hidden.device, max((model.dtype for model in models), key=lambda dtype: dtype.itemsize)
+    device, aligned = properties(where), all(_can_copy_tiles(model) for model in models)
+    tile = choose(len(models), where, dtype, aligned)
     v = models[0].weight.shape[0]
     blocks = ceil_div(v, tile.block_v)
     blocks_per_split = ceil_div(blocks, device.programs)
     num_splits = ceil_div(blocks, blocks_per_split)
-    row_bytes = 4 * num_splits * state_size + 4 * len(models) * target.shape[1]
+    row_bytes = 4 * (num_splits * state_size + row_numbers)
     row_bytes += sum(model.dtype.itemsize * _padded(model.hidden.shape[-1]) for model in models)
     fitting = workspace // _SHARE // row_bytes // tile.block_n
-    needed = ceil_div(target.shape[0], tile.block_n)
+    needed = ceil_div(rows, tile.block_n)
     row_tiles = max(1, min(fitting, needed))
     return Plan(
         tile,

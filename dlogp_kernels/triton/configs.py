@@ -42,8 +42,19 @@ _CONFIGS: dict[tuple[int, int, int], list[Config]] = {
     (100, 2, 2): [Config(128, 64, 64, 4, 3), Config(128, 64, 64, 8, 3)],
     (100, 2, 4): [Config(64, 64, 32, 4, 3)],
 }
+#: (architecture, bytes of an element) for sampling from a pair, whose batches are of few rows: as few as fill a matrix
+#: unit, since memory sets the pace. Noise and winners take registers beside both tiles.
+_SAMPLE_CONFIGS: dict[tuple[int, int], Config] = {
+    (80, 2): Config(64, 64, 64, 8, 3),
+    (80, 4): Config(64, 64, 32, 8, 3),
+    (90, 2): Config(64, 128, 64, 8, 3),
+    (90, 4): Config(64, 64, 32, 8, 3),
+    (100, 2): Config(64, 64, 64, 4, 3),
+    (100, 4): Config(64, 64, 32, 4, 3),
+}
 #: Where rows of the weight do not begin on 16 bytes, or its dtype is another: narrow loads, many addresses.
 _UNALIGNED = Config(128, 64, 32, 8, 2)
+_UNALIGNED_SAMPLE = Config(64, 64, 32, 8, 2)
 #: The interpreter's time goes by the number of operations: few and large ones.
 _OTHERS = {"hip": Config(64, 64, 32, 4, 2), "interpreter": Config(32, 64, 32, 1, 1)}
 
@@ -68,6 +79,14 @@ def config(models: int, device: torch.device, dtype: torch.dtype, aligned: bool)
     if _chosen is not None:
         return _chosen
     return default if aligned or properties(device).kind != "cuda" else _UNALIGNED
+
+
+def sample_config(models: int, device: torch.device, dtype: torch.dtype, aligned: bool) -> Config:
+    """As `config`, of linear_extrapolated_sample."""
+    found = properties(device)
+    if found.kind != "cuda":
+        return _OTHERS[found.kind]
+    return _SAMPLE_CONFIGS[_architecture(found), dtype.itemsize] if aligned else _UNALIGNED_SAMPLE
 
 
 @contextlib.contextmanager

@@ -4,30 +4,34 @@ The definition is reference_sample.py; the noise is the same bit for bit. What a
 interval of float32 numbers: a walk over the row weighs what lies above seven numbers in it, and an eighth is left.
 """
 
-import math
-from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import reference_sample
 from ..results import Sample
 from . import _math
 from ._device import on_device_of
 from ._rows import Matrix, matrix, row_offset
+from ._sample import (
+    DRAFT,
+    MOST_NOISE,
+    NO_TOKEN,
+    REPLACEMENT,
+    gumbel,
+    is_selected,
+    new_sample,
+    noise_bits,
+    noise_of,
+    random_bits,
+    random_limit,
+    row_noise,
+)
 from ._sizes import next_power_of_2
 from .logp import possible
 
 _BLOCK = 1024
-_DRAFT = tl.constexpr(reference_sample.DRAFT)
-_REPLACEMENT = tl.constexpr(reference_sample.REPLACEMENT)
-_RANDOM = tl.constexpr(reference_sample.RANDOM)
-#: −log of the smallest −log(1 − u), that of u = 2⁻³³; rounded up.
-_MOST_NOISE = tl.constexpr(22.875)
-_NO_TOKEN = tl.constexpr(2**31 - 1)
 #: Numbers that a walk weighs; a power of 2.
 _MARKS = tl.constexpr(8)
 
@@ -41,16 +45,6 @@ class Pair(NamedTuple):
     temperature: float
 
 
-class Noise(NamedTuple):
-    """Where the noise of a row comes from: numbers, or int64 tensors on the device that count instead."""
-
-    seed: int
-    step: int
-    seed_ptr: Any
-    step_ptr: Any
-    row_id_ptr: Any
-
-
 @triton.jit
 def load_logits(matrix, row, tokens, V):
     """float32; −inf outside the vocabulary."""
@@ -61,7 +55,7 @@ def load_logits(matrix, row, tokens, V):
 @triton.jit
 def load_scores(pair, row, tokens, V, least_base, STREAM: tl.constexpr, BASE_DRAFTS: tl.constexpr):
     """z / T of the model that drafts, or of the extrapolation; `least_base` stands in for −inf in the base alone."""
-    if STREAM == _REPLACEMENT:
+    if STREAM == REPLACEMENT:
         rl, base = load_logits(pair.logits, row, tokens, V), load_logits(pair.base_logits, row, tokens, V)
         base = tl.where(base == float("-inf"), least_base, base)
         z = tl.where(rl == float("-inf"), rl, (1.0 + pair.gamma) * rl - pair.gamma * base)
@@ -73,35 +67,9 @@ def load_scores(pair, row, tokens, V, least_base, STREAM: tl.constexpr, BASE_DRA
 
 
 @triton.jit
-def noise_bits(noise, row_id, step, blocks, STREAM: tl.constexpr):
-    """32 bits of each token of `blocks` of four, in order: counter (block, row_id, step, stream)."""
-    zero = tl.zeros_like(blocks)
-    seed = noise.seed
-    if noise.seed_ptr is not None:
-        seed = tl.load(noise.seed_ptr)
-    b0, b1, b2, b3 = tl.philox(seed, blocks, zero + row_id, zero + step, zero + STREAM)
-    return tl.interleave(tl.interleave(b0, b2), tl.interleave(b1, b3))
-
-
-@triton.jit
-def log_of_rest(u):
-    """log(1 − u) for 0 < u ≤ ½, with what 1 − u loses to rounding."""
-    rest = 1.0 - u
-    return _math.log(rest) + ((1.0 - rest) - u) / rest
-
-
-@triton.jit
-def gumbel(bits):
-    """−log(−log(1 − u)), u = (bits + ½)·2⁻³², from the smaller one of u and 1 − u."""
-    low = bits < 0x80000000
-    smaller = (tl.where(low, bits, 0xFFFFFFFF - bits).to(tl.float32) + 0.5) * 2.3283064365386963e-10
-    return -_math.log(-tl.where(low, log_of_rest(smaller), _math.log(smaller)))
-
-
-@triton.jit
 def key_of(x):
-    """An int32 in the order of the float32 numbers."""
-    bits = x.to(tl.int32, bitcast=True)
+    """An int32 in the order of the float32 numbers; the same for both zeros."""
+    bits = (x + 0.0).to(tl.int32, bitcast=True)
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
@@ -169,7 +137,7 @@ def draw(
             pair, row, V, least_base, largest, cut, top_k, top_p, True, STREAM, BASE_DRAFTS, BLOCK
         )  # fmt: skip
     best = tl.full([], float("-inf"), tl.float32)
-    token = _NO_TOKEN + tl.zeros([], tl.int32)
+    token = NO_TOKEN + tl.zeros([], tl.int32)
     for begin in range(0, V, BLOCK):
         tokens = begin + tl.arange(0, BLOCK)
         x = load_scores(pair, row, tokens, V, least_base, STREAM, BASE_DRAFTS)
@@ -179,16 +147,16 @@ def draw(
         if GREEDY:
             score = x
         # A block whose best token would lose with the most noise needs none.
-        if (tl.max(score, 0) > float("-inf")) & (tl.max(score, 0) + (0.0 if GREEDY else _MOST_NOISE) >= best):
+        if (tl.max(score, 0) > float("-inf")) & (tl.max(score, 0) + (0.0 if GREEDY else MOST_NOISE) >= best):
             if not GREEDY:
                 blocks = begin // 4 + tl.arange(0, BLOCK // 4)
                 score = score + gumbel(noise_bits(noise, row_id, step, blocks, STREAM))
             best_here = tl.max(score, 0)
-            first = tl.min(tl.where(score == best_here, tokens, _NO_TOKEN), 0)
+            first = tl.min(tl.where(score == best_here, tokens, NO_TOKEN), 0)
             token = tl.where(best_here > best, first, token)
             best = tl.maximum(best, best_here)
     # Scores that all overflowed to −∞ or NaN mean nothing, but a token has to be one.
-    return tl.where(token == _NO_TOKEN, 0, token)
+    return tl.where(token == NO_TOKEN, 0, token)
 
 
 @triton.jit
@@ -213,33 +181,6 @@ def pair_statistics(pair, row, V, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def is_selected(state, delta_logp, threshold, CRITERION: tl.constexpr):
-    """Whether the draft is to be replaced, (1,), by a criterion other than chance."""
-    if CRITERION == "all":
-        selected = delta_logp == delta_logp
-        selected = selected | (delta_logp != delta_logp)
-    elif CRITERION == "none":
-        selected = delta_logp != delta_logp
-        selected = selected & (delta_logp == delta_logp)
-    elif CRITERION == "delta_logp":
-        selected = delta_logp < threshold
-    elif CRITERION == "entropy":
-        selected = _math.entropy_of(state.base, 1.0) > threshold
-    elif CRITERION == "rl_entropy":
-        selected = _math.entropy_of(state.model, 1.0) > threshold
-    else:
-        kl = _math.divergence_of(state.model, state.base, state.cross, state.alone)
-        reverse_kl = _math.divergence_of(state.base, state.model, state.base_cross, state.base_alone)
-        if CRITERION == "kl":
-            selected = kl > threshold
-        elif CRITERION == "reverse_kl":
-            selected = reverse_kl > threshold
-        else:
-            selected = 0.5 * (kl + reverse_kl) > threshold
-    return selected
-
-
-@triton.jit
 def logp_of_token(matrix, state, row, token, V):
     """log p of a token, (1,); −inf where its logit is."""
     return load_logits(matrix, row, token + tl.arange(0, 1), V) - state.m - _math.log(state.sum)
@@ -256,11 +197,7 @@ def _extrapolated_sample_kernel(
     """
     row = tl.program_id(0)
     one = tl.arange(0, 1)
-    row_id, step = row, noise.step
-    if noise.row_id_ptr is not None:
-        row_id = tl.load(noise.row_id_ptr + row).to(tl.int32)
-    if noise.step_ptr is not None:
-        step = tl.load(noise.step_ptr + row * noise.step).to(tl.int32)
+    row_id, step = row_noise(noise, row, tl.zeros([], tl.int32))
     state, least_base, bad = pair_statistics(pair, row, V, BLOCK)
     token = tl.full([], -1, tl.int32)
     draft_token = token
@@ -269,22 +206,20 @@ def _extrapolated_sample_kernel(
     selected = one < 0
     if not bad:
         draft_token = draw(
-            pair, noise, row, V, least_base, row_id, step, top_k, top_p, min_p, _DRAFT, BASE_DRAFTS, GREEDY, TOP_K,
+            pair, noise, row, V, least_base, row_id, step, top_k, top_p, min_p, DRAFT, BASE_DRAFTS, GREEDY, TOP_K,
             TOP_P, BLOCK,
         )  # fmt: skip
         logp = logp_of_token(pair.logits, state.model, row, draft_token, V)
         base_logp = logp_of_token(pair.base_logits, state.base, row, draft_token, V)
         delta_logp = logp - base_logp
+        bits = tl.zeros([1], tl.int64)
         if CRITERION == "random":
-            words = noise_bits(noise, row_id, step, one, _RANDOM).to(tl.int64)
-            bits = tl.min(tl.where(tl.arange(0, 4) == 0, words, 2**32), 0) + tl.zeros([1], tl.int64)
-            selected = bits < limit
-        else:
-            selected = is_selected(state, delta_logp, threshold, CRITERION)
+            bits = random_bits(noise, row_id + one, step + one)
+        selected = is_selected(state, delta_logp, threshold, bits, limit, CRITERION)
         token = draft_token
         if tl.max(selected.to(tl.int32), 0) > 0:
             token = draw(
-                pair, noise, row, V, least_base, row_id, step, top_k, top_p, min_p, _REPLACEMENT, BASE_DRAFTS, GREEDY,
+                pair, noise, row, V, least_base, row_id, step, top_k, top_p, min_p, REPLACEMENT, BASE_DRAFTS, GREEDY,
                 TOP_K, TOP_P, BLOCK,
             )  # fmt: skip
             logp = logp_of_token(pair.logits, state.model, row, token, V)
@@ -295,11 +230,6 @@ def _extrapolated_sample_kernel(
     tl.store(out.delta_logp + row + one, delta_logp)
     tl.store(out.logp + row + one, logp)
     tl.store(out.base_logp + row + one, base_logp)
-
-
-def random_limit(threshold: float | None) -> int:
-    """Of the random bits of the criterion `random`: (bits + ½)·2⁻³² < threshold for those below it, exactly."""
-    return math.ceil(Fraction(min(max(threshold or 0.0, 0.0), 2.0)) * 2**32 - Fraction(1, 2))
 
 
 def extrapolated_sample(
@@ -321,19 +251,15 @@ def extrapolated_sample(
     workspace: int,
 ) -> Sample:
     n, v = logits.shape[:-1].numel(), logits.shape[-1]
-    dtypes = (torch.int64, torch.int64, torch.bool, torch.float32, torch.float32, torch.float32)
-    out = Sample(*(torch.empty(n, dtype=dtype, device=logits.device) for dtype in dtypes))
+    out = new_sample(n, logits.device)
     if n == 0:
         return out
     greedy = temperature == 0.0
     pair = Pair(matrix(logits), matrix(base_logits), gamma, 1.0 if greedy else temperature)
-    if step_tensor is not None:  # the number then says how far apart the rows' steps are
-        step = int(step_tensor.numel() > 1)
-    elif step >= 2**31:  # the same 32 bits; Triton would pass 64
-        step -= 2**32
+    noise = noise_of(row_id, seed, step, seed_tensor, step_tensor)
     with on_device_of(logits):
         _extrapolated_sample_kernel[(n,)](
-            pair, Noise(seed, step, seed_tensor, step_tensor, row_id), out, v, threshold or 0.0,
+            pair, noise, out, v, threshold or 0.0,
             random_limit(threshold), top_k, top_p, min_p,
             CRITERION=criterion, BASE_DRAFTS=draft == "base", GREEDY=greedy, TOP_K=0 < top_k < v and not greedy,
             TOP_P=top_p < 1.0 and not greedy, BLOCK=min(_BLOCK, max(128, next_power_of_2(v))), num_warps=8,

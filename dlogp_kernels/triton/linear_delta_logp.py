@@ -111,7 +111,7 @@ def linear_delta_logp_fwd(
         state = hidden.new_empty((_math.PAIR_STATE_SIZE.value, cut.num_splits, cut.num_rows), dtype=torch.float32)
         picked = hidden.new_empty((2 * target.shape[1], cut.num_rows), dtype=torch.float32)
         gathered, base_gathered = gather_buffer(model, cut, rows), gather_buffer(base, cut, rows)
-        constants = cut.constants(is_masked(model, cut) or is_masked(base, cut), target.shape[1])
+        constants = cut.constants(is_masked(model, cut) or is_masked(base, cut)) | {"ONE_TARGET": target.shape[1] == 1}
         constants["ONE_WEIGHT"] = share_weight(model, base, cut)
         for first in range(0, target.shape[0], cut.num_rows):
             layer, base_layer = head(model, cut, rows, gathered, first), head(base, cut, rows, base_gathered, first)

@@ -87,7 +87,7 @@ def linear_logp_fwd(
         state = hidden.new_empty((_math.STATE_SIZE.value, cut.num_splits, cut.num_rows), dtype=torch.float32)
         picked = hidden.new_empty((target.shape[1], cut.num_rows), dtype=torch.float32)
         gathered = gather_buffer(model, cut, rows)
-        constants = cut.constants(is_masked(model, cut), target.shape[1])
+        constants = cut.constants(is_masked(model, cut)) | {"ONE_TARGET": target.shape[1] == 1}
         for first in range(0, target.shape[0], cut.num_rows):
             layer = head(model, cut, rows, gathered, first)
             _linear_logp_fwd_kernel[(cut.programs,)](

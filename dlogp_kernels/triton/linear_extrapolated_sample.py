@@ -1,0 +1,394 @@
+"""`linear_extrapolated_sample` on GPUs: draws from both models' tiles of logits while they are in registers.
+
+Whether a row is to be replaced is known only after its last tile, and so is the least finite z_B, which stands in for
+−inf: both draws run along, and tokens with z_B = −inf, which the stand-in shifts all alike, have a winner of their own.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..results import Sample
+from . import _math
+from ._device import on_device_of
+from ._fused import (
+    Model,
+    Plan,
+    bias_of,
+    head,
+    is_masked,
+    logits_tile,
+    logits_tiles_of_one_weight,
+    one_model,
+    plan_of,
+    share_weight,
+    unit_of,
+)
+from ._math import IMPOSSIBLE
+from ._sample import (
+    DRAFT,
+    MOST_NOISE,
+    NO_TOKEN,
+    REPLACEMENT,
+    gumbel,
+    is_selected,
+    new_sample,
+    noise_bits,
+    noise_of,
+    random_bits,
+    random_limit,
+    row_noise,
+)
+from ._sizes import ceil_div, next_power_of_2
+from .configs import sample_config
+from .logp import EVERY_ROW
+
+_FINISH_ROWS = 4
+#: A possible token keeps a score that can win, however far its logit overflowed.
+_LOWEST = tl.constexpr(-3.4028234663852886e38)
+
+
+class Drawn(NamedTuple):
+    """The winner so far of a draw, a row each: its score, its logits at temperature 1."""
+
+    score: Any
+    token: Any
+    z: Any
+    base_z: Any
+
+
+class Seen(NamedTuple):
+    """What is known of rows from the tiles so far: the pair state (slope 1), and a winner for each draw.
+
+    `unlikely` is the winner of the tokens with z_B = −inf, scored without the stand-in for it, `least` the least finite
+    z_B, and `bad` is 1 where a logit is NaN or +inf.
+    """
+
+    state: Any
+    draft: Any
+    replacement: Any
+    unlikely: Any
+    least: Any
+    bad: Any
+
+
+#: Numbers that it has in memory besides the tokens, a row and part of the vocabulary.
+_SEEN_SIZE = tl.constexpr(_math.PAIR_STATE_SIZE.value + 3 * 3 + 2)
+_TOKENS = tl.constexpr(3)
+
+
+@triton.jit
+def nothing_drawn(BLOCK_N: tl.constexpr):
+    zero = tl.zeros([BLOCK_N], tl.float32)
+    return Drawn(zero - float("inf"), tl.zeros([BLOCK_N], tl.int32) + NO_TOKEN, zero, zero)
+
+
+@triton.jit
+def nothing_seen(BLOCK_N: tl.constexpr):
+    zero = tl.zeros([BLOCK_N], tl.float32)
+    none = nothing_drawn(BLOCK_N)
+    return Seen(_math.empty_pair_state(BLOCK_N), none, none, none, zero + float("inf"), zero)
+
+
+@triton.jit
+def drawn_unless(reset, drawn):
+    """`drawn`, or nothing where the scalar `reset` is true."""
+    return Drawn(
+        tl.where(reset, float("-inf"), drawn.score),
+        tl.where(reset, NO_TOKEN, drawn.token),
+        tl.where(reset, 0.0, drawn.z),
+        tl.where(reset, 0.0, drawn.base_z),
+    )
+
+
+@triton.jit
+def seen_unless(reset, seen):
+    return Seen(
+        _math.pair_state_unless(reset, seen.state),
+        drawn_unless(reset, seen.draft),
+        drawn_unless(reset, seen.replacement),
+        drawn_unless(reset, seen.unlikely),
+        tl.where(reset, float("inf"), seen.least),
+        tl.where(reset, 0.0, seen.bad),
+    )
+
+
+@triton.jit
+def z_of(head, x, tokens, V, MASKED: tl.constexpr):
+    """Logits at temperature 1 of a tile of products; IMPOSSIBLE for −inf and outside the vocabulary."""
+    if MASKED:
+        x += bias_of(head, tokens, V)[None, :]
+    if head.inner is not None:  # a softcap makes every token possible
+        x = tl.where((tokens < V)[None, :], _math.transform(x, None, head.inner), IMPOSSIBLE)
+    return tl.where(x <= IMPOSSIBLE, IMPOSSIBLE, head.slope * x)
+
+
+@triton.jit
+def scores(z, temperature, possible):
+    """z / T of possible tokens, −inf of others."""
+    return tl.where(possible, tl.maximum(z / temperature, _LOWEST), float("-inf"))
+
+
+@triton.jit
+def draw(
+    drawn, score, z, base_z, noise, row_id, step, mask, column, STREAM: tl.constexpr, GREEDY: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """`drawn` with the tokens of a tile, from `column` on; among equal scores the first one wins."""
+    most = tl.max(score, 1)
+    # A tile whose best token would lose with the most noise needs none.
+    may_win = mask & (most > float("-inf")) & (most + (0.0 if GREEDY else MOST_NOISE) >= drawn.score)
+    best, token, best_z, best_base_z = drawn.score, drawn.token, drawn.z, drawn.base_z
+    if tl.max(may_win.to(tl.int32), 0) > 0:
+        if not GREEDY:
+            blocks = column // 4 + tl.arange(0, BLOCK_V // 4)
+            score += gumbel(noise_bits(noise, row_id[:, None], step[:, None], blocks[None, :], STREAM))
+        tokens = column + tl.arange(0, BLOCK_V)[None, :]
+        most = tl.max(score, 1)
+        first = tl.min(tl.where(score == most[:, None], tokens, NO_TOKEN), 1)
+        here, wins = tokens == first[:, None], most > best
+        best, token = tl.where(wins, most, best), tl.where(wins, first, token)
+        best_z = tl.where(wins, tl.sum(tl.where(here, z, 0.0), 1), best_z)
+        best_base_z = tl.where(wins, tl.sum(tl.where(here, base_z, 0.0), 1), best_base_z)
+    return Drawn(best, token, best_z, best_base_z)
+
+
+@triton.jit
+def fold_state(state, z, base_z, DIVERGENCE: tl.constexpr):
+    """The pair state with a tile; its cross terms only where a criterion needs them."""
+    if DIVERGENCE:
+        state = _math.fold_pair(state, z, base_z, 1.0, 1.0)
+        possible, base_possible = z > IMPOSSIBLE, base_z > IMPOSSIBLE
+        alone = tl.max((possible & (base_z <= IMPOSSIBLE)).to(tl.float32), 1)
+        base_alone = tl.max((base_possible & (z <= IMPOSSIBLE)).to(tl.float32), 1)
+        alone, base_alone = tl.maximum(state.alone, alone), tl.maximum(state.base_alone, base_alone)
+        return _math.PairState(state.model, state.base, state.cross, state.base_cross, alone, base_alone)
+    model, base = _math.fold(state.model, z, 1.0), _math.fold(state.base, base_z, 1.0)
+    return _math.PairState(model, base, state.cross, state.base_cross, state.alone, state.base_alone)
+
+
+@triton.jit
+def look_at(
+    seen, z, base_z, noise, row_id, step, mask, column, gamma, temperature, DIVERGENCE: tl.constexpr,
+    BASE_DRAFTS: tl.constexpr, GREEDY: tl.constexpr, REPLACES: tl.constexpr, EXTRAPOLATES: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """`seen` with a tile of both models' logits."""
+    infinity = float("inf")
+    wrong = (z != z) | (base_z != base_z) | (z == infinity) | (base_z == infinity)
+    bad = tl.maximum(seen.bad, tl.max(wrong.to(tl.float32), 1))
+    state = fold_state(seen.state, z, base_z, DIVERGENCE)
+    possible, base_possible = z > IMPOSSIBLE, base_z > IMPOSSIBLE
+    score = scores(base_z, temperature, base_possible) if BASE_DRAFTS else scores(z, temperature, possible)
+    draft = draw(seen.draft, score, z, base_z, noise, row_id, step, mask, column, DRAFT, GREEDY, BLOCK_V)
+    replacement, unlikely, least = seen.replacement, seen.unlikely, seen.least
+    if REPLACES:
+        further = z
+        known = possible
+        if EXTRAPOLATES:
+            further = (1.0 + gamma) * z
+            known = possible & base_possible
+            least = tl.minimum(least, tl.min(tl.where(base_possible, base_z, infinity), 1))
+            score = scores(further, temperature, possible & (base_z <= IMPOSSIBLE))
+            unlikely = draw(unlikely, score, z, base_z, noise, row_id, step, mask, column, REPLACEMENT, GREEDY, BLOCK_V)
+            further -= gamma * base_z
+        score = scores(further, temperature, known)
+        replacement = draw(
+            replacement, score, z, base_z, noise, row_id, step, mask, column, REPLACEMENT, GREEDY, BLOCK_V
+        )  # fmt: skip
+    return Seen(state, draft, replacement, unlikely, least, bad)
+
+
+@triton.jit
+def store_drawn(pointer, token_ptr, stride, drawn, mask):
+    tl.store(pointer, drawn.score, mask=mask)
+    tl.store(pointer + stride, drawn.z, mask=mask)
+    tl.store(pointer + 2 * stride, drawn.base_z, mask=mask)
+    tl.store(token_ptr, drawn.token, mask=mask)
+
+
+@triton.jit
+def store_seen(pointer, token_ptr, stride, seen, mask):
+    """To `pointer`, the first of _SEEN_SIZE tensors `stride` apart, and `token_ptr`, the first of _TOKENS."""
+    _math.store_pair_state(pointer, stride, seen.state, mask)
+    store_drawn(pointer + 10 * stride, token_ptr, stride, seen.draft, mask)
+    store_drawn(pointer + 13 * stride, token_ptr + stride, stride, seen.replacement, mask)
+    store_drawn(pointer + 16 * stride, token_ptr + 2 * stride, stride, seen.unlikely, mask)
+    tl.store(pointer + 19 * stride, seen.least, mask=mask)
+    tl.store(pointer + 20 * stride, seen.bad, mask=mask)
+
+
+@triton.jit
+def load_winner(pointer, token_ptr, stride, mask):
+    """The winner of parts, (parts, rows) in memory; NO_TOKEN where no part has one."""
+    score = tl.load(pointer, mask=mask, other=float("-inf"))
+    tokens = tl.load(token_ptr, mask=mask, other=NO_TOKEN)
+    best = tl.max(score, 0)
+    token = tl.min(tl.where(score == best[None, :], tokens, NO_TOKEN), 0)
+    here = mask & (tokens == token[None, :])
+    z = tl.sum(tl.where(here, tl.load(pointer + stride, mask=mask, other=0.0), 0.0), 0)
+    base_z = tl.sum(tl.where(here, tl.load(pointer + 2 * stride, mask=mask, other=0.0), 0.0), 0)
+    return Drawn(best, token, z, base_z)
+
+
+@triton.jit(do_not_specialize=["first", "num_rows", "R"])
+def _linear_extrapolated_sample_kernel(
+    head, base_head, noise, state_ptr, token_ptr, first, num_rows, R, V, gamma, temperature, blocks_per_split,
+    num_splits, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr, ONE_WEIGHT: tl.constexpr,
+    DIVERGENCE: tl.constexpr, BASE_DRAFTS: tl.constexpr, GREEDY: tl.constexpr, REPLACES: tl.constexpr,
+    EXTRAPOLATES: tl.constexpr,
+):  # fmt: skip
+    """`Seen` of rows × splits of the vocabulary from both models' hidden · weightᵀ.
+
+    Heads as in _fused.py, of num_rows rows, which are rows first … of the call; state (_SEEN_SIZE, num_splits, R)
+    float32, token (_TOKENS, num_splits, R) int32. A program takes one tile of rows through one split, then its next
+    unit. Accumulates in float32; deterministic, and a row's bits do not depend on others.
+    """
+    row_tiles = tl.cdiv(num_rows, BLOCK_N)
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    num_units = tl.cdiv(tl.maximum(row_tiles * num_splits - program, 0), programs)
+    seen = nothing_seen(BLOCK_N)
+    for step in range(0, num_units * blocks_per_split):
+        block = step % blocks_per_split
+        row_tile, split = unit_of(program + step // blocks_per_split * programs, row_tiles, num_splits, GROUP)
+        column = (split * blocks_per_split + block) * BLOCK_V
+        row = row_tile * BLOCK_N
+        tokens = column + tl.arange(0, BLOCK_V)
+        if ONE_WEIGHT:
+            x, base_x = logits_tiles_of_one_weight(
+                head, base_head, row, column, num_rows, V, BLOCK_N, BLOCK_V, BLOCK_D, PRECISION
+            )
+        else:
+            x = logits_tile(head, row, column, num_rows, V, BLOCK_N, BLOCK_V, BLOCK_D, DESCRIPTORS, PRECISION)
+            base_x = logits_tile(base_head, row, column, num_rows, V, BLOCK_N, BLOCK_V, BLOCK_D, DESCRIPTORS, PRECISION)
+        z, base_z = z_of(head, x, tokens, V, MASKED), z_of(base_head, base_x, tokens, V, MASKED)
+        i = row + tl.arange(0, BLOCK_N)
+        mask = i < num_rows
+        row_id, row_step = row_noise(noise, tl.where(mask, first + i, first), tl.zeros([BLOCK_N], tl.int32))
+        seen = seen_unless(block == 0, seen)
+        seen = look_at(
+            seen, z, base_z, noise, row_id, row_step, mask, column, gamma, temperature, DIVERGENCE, BASE_DRAFTS,
+            GREEDY, REPLACES, EXTRAPOLATES, BLOCK_V,
+        )  # fmt: skip
+        place = split * R + i
+        store_seen(
+            state_ptr + place, token_ptr + place, num_splits * R, seen, mask & (block == blocks_per_split - 1)
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["first", "num_rows", "R", "limit"])
+def _finish_linear_sample_kernel(
+    state_ptr, token_ptr, noise, out, first, num_rows, R, gamma, temperature, threshold, limit, num_splits,
+    CRITERION: tl.constexpr, REPLACES: tl.constexpr, EXTRAPOLATES: tl.constexpr, SPLITS: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """Sample `out` of rows first + i, i < num_rows, from what the splits saw of them.
+
+    Shapes as in `_linear_extrapolated_sample_kernel`; a program finishes ROWS rows, merging in one fixed order.
+    float32; deterministic.
+    """
+    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = i < num_rows
+    n = first + tl.where(inside, i, 0)
+    splits = tl.arange(0, SPLITS)[:, None]
+    stride, mask = num_splits * R, (splits < num_splits) & inside[None, :]
+    pointer, token_ptr = state_ptr + splits * R + i[None, :], token_ptr + splits * R + i[None, :]
+    state = _math.merge_pair(_math.load_pair_state(pointer, stride, mask), 1.0, 1.0)
+    bad = tl.max(tl.load(pointer + 20 * stride, mask=mask, other=0.0), 0) > 0.0
+    bad = bad | (state.model.m <= IMPOSSIBLE) | (state.base.m <= IMPOSSIBLE)
+    row_id, step = row_noise(noise, n, tl.zeros([ROWS], tl.int32))
+    drawn = load_winner(pointer + 10 * stride, token_ptr, stride, mask)
+    token, z, base_z = drawn.token, drawn.z, drawn.base_z
+    delta_logp = _math.logp_of(z, state.model, 1.0) - _math.logp_of(base_z, state.base, 1.0)
+    bits = random_bits(noise, row_id, step)
+    selected = is_selected(state, delta_logp, threshold, bits, limit, CRITERION) & (bad == 0)
+    if REPLACES:
+        replacement = load_winner(pointer + 13 * stride, token_ptr + stride, stride, mask)
+        new_token, new_z, new_base_z = replacement.token, replacement.z, replacement.base_z
+        if EXTRAPOLATES:
+            least = tl.min(tl.load(pointer + 19 * stride, mask=mask, other=float("inf")), 0)
+            unlikely = load_winner(pointer + 16 * stride, token_ptr + 2 * stride, stride, mask)
+            score = tl.maximum(unlikely.score - gamma * least / temperature, _LOWEST)
+            wins = (score > replacement.score) | ((score == replacement.score) & (unlikely.token < new_token))
+            wins = wins & (unlikely.token < NO_TOKEN)
+            new_token = tl.where(wins, unlikely.token, new_token)
+            new_z, new_base_z = tl.where(wins, unlikely.z, new_z), tl.where(wins, unlikely.base_z, new_base_z)
+        token = tl.where(selected, new_token, token)
+        z, base_z = tl.where(selected, new_z, z), tl.where(selected, new_base_z, base_z)
+    nan = float("nan")
+    tl.store(out.token + n, tl.where(bad, -1, token).to(tl.int64), mask=inside)
+    tl.store(out.draft_token + n, tl.where(bad, -1, drawn.token).to(tl.int64), mask=inside)
+    tl.store(out.selected + n, selected, mask=inside)
+    tl.store(out.delta_logp + n, tl.where(bad, nan, delta_logp), mask=inside)
+    tl.store(out.logp + n, tl.where(bad, nan, _math.logp_of(z, state.model, 1.0)), mask=inside)
+    tl.store(out.base_logp + n, tl.where(bad, nan, _math.logp_of(base_z, state.base, 1.0)), mask=inside)
+
+
+def _plan(model: Model, base: Model, rows: int, workspace: int) -> Plan:
+    numbers = _SEEN_SIZE.value + _TOKENS.value
+    return plan_of([model, base], rows, numbers, 0, sample_config, workspace)
+
+
+def linear_extrapolated_sample(
+    hidden: Tensor,
+    weight: Tensor,
+    base_hidden: Tensor,
+    base_weight: Tensor,
+    bias: Tensor | None,
+    base_bias: Tensor | None,
+    softcap: float | None,
+    base_softcap: float | None,
+    logit_scale: float,
+    base_logit_scale: float,
+    row_id: Tensor | None,
+    seed: int,
+    step: int,
+    seed_tensor: Tensor | None,
+    step_tensor: Tensor | None,
+    gamma: float,
+    criterion: str,
+    threshold: float | None,
+    draft: str,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    workspace: int,
+) -> Sample:
+    """Without the filters, which blocked.py serves."""
+    n, v = hidden.shape[:-1].numel(), weight.shape[0]
+    out = new_sample(n, hidden.device)
+    if n == 0:
+        return out
+    model = one_model(hidden.reshape(n, -1), weight, bias, 1.0, softcap, logit_scale)
+    base = one_model(base_hidden.reshape(n, -1), base_weight, base_bias, 1.0, base_softcap, base_logit_scale)
+    noise = noise_of(row_id, seed, step, seed_tensor, step_tensor)
+    greedy, replaces = temperature == 0.0, criterion != "none"
+    divisor, extrapolates = 1.0 if greedy else temperature, gamma > 0.0
+    with on_device_of(hidden):
+        plan = _plan(model, base, n, workspace)
+        shape = (plan.num_splits, plan.num_rows)
+        state = hidden.new_empty((_SEEN_SIZE.value, *shape), dtype=torch.float32)
+        token = hidden.new_empty((_TOKENS.value, *shape), dtype=torch.int32)
+        constants = plan.constants(is_masked(model, plan) or is_masked(base, plan))
+        for first in range(0, n, plan.num_rows):
+            rows = slice(first, min(n, first + plan.num_rows))
+            count = rows.stop - first
+            part, base_part = (x._replace(hidden=x.hidden[rows]) for x in (model, base))
+            _linear_extrapolated_sample_kernel[(plan.programs,)](
+                head(part, plan, EVERY_ROW, None, 0), head(base_part, plan, EVERY_ROW, None, 0), noise, state, token,
+                first, count, plan.num_rows, v, gamma, divisor, plan.blocks_per_split, plan.num_splits,
+                **constants, ONE_WEIGHT=share_weight(model, base, plan),
+                DIVERGENCE=criterion in ("kl", "reverse_kl", "avg_kl"), BASE_DRAFTS=draft == "base", GREEDY=greedy,
+                REPLACES=replaces, EXTRAPOLATES=extrapolates,
+            )  # fmt: skip
+            _finish_linear_sample_kernel[(ceil_div(count, _FINISH_ROWS),)](
+                state, token, noise, out, first, count, plan.num_rows, gamma, divisor, threshold or 0.0,
+                random_limit(threshold), plan.num_splits, CRITERION=criterion, REPLACES=replaces,
+                EXTRAPOLATES=extrapolates, SPLITS=next_power_of_2(plan.num_splits), ROWS=_FINISH_ROWS,
+            )  # fmt: skip
+    return out

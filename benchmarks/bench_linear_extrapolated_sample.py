@@ -26,7 +26,8 @@ _OPTIONS: Mapping[str, Any] = {"gamma": _GAMMA, "criterion": "delta_logp", "thre
 #: Of log p.
 _ERROR = 1e-4
 
-Inputs = Mapping[str, Tensor]
+#: Tensors by the names of the function's arguments.
+Inputs = Mapping[str, Any]
 
 
 def inputs_of(rows: int, shape: Shape, dtype: str, device: torch.device) -> Inputs:

@@ -9,18 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from cuda_emulation import WHY_NOT, Launch, emulated
-from test_ops_sample import (
-    BF16,
-    FILTERS,
-    FP16,
-    FP32,
-    QWEN,
-    adversarial_pair,
-    check_against_definition,
-    criterion_options,
-    random_pair,
-    sample,
-)
+from sampling import BF16, FILTERS, FP16, FP32, adversarial_pair, criterion_options, random_pair
+from test_ops_sample import QWEN, check_against_definition, sample
 from tolerances import CUDA_REGISTERS, CUDA_STACK_BYTES, Accuracy
 
 import dlogp_kernels

@@ -138,17 +138,48 @@ def test_the_policy_loss_fits(gpu, name):
         assert kernel.spilled == 0 and kernel.registers <= REGISTERS[GPUS[gpu].target.backend]
 
 
+#: Name → options of a draw from hidden states, and what differs from a call with 5 rows, no bias and bfloat16.
+SAMPLING = {
+    "draws": ({"gamma": 0.1, "criterion": "delta_logp", "threshold": -0.3}, {"v": VOCABULARY, "d": 256}),
+    "draws, by divergence": ({"gamma": 0.1, "criterion": "kl", "threshold": 0.1}, {"v": 4096, "d": 256, "n": 130}),
+    "draws, greedy": ({"temperature": 0.0, "criterion": "none"}, {"v": 4096, "d": 256}),
+    "draws, unaligned, every option": (
+        {"gamma": 0.1, "criterion": "avg_kl", "threshold": 0.1, "temperature": 0.7, "softcap": 5.0, "draft": "rl"},
+        {"v": 1187, "d": 45, "bias": True},
+    ),
+    "draws, float32": ({"gamma": 0.1, "criterion": "avg_kl", "threshold": 0.1}, {"v": 4099, "d": 256, "dtype": FP32}),
+    "draws, one weight": ({"gamma": 0.1, "criterion": "all"}, {"v": 4096, "d": 256}),
+}
+
+
+def _sampled(gpu: str, name: str) -> list[Kernel]:
+    options, changes = SAMPLING[name]
+    case = {"shape": changes.get("n", 5), "dtype": BF16, "bias": False}
+    inputs = make_inputs("linear_delta_logp", **case | {x: y for x, y in changes.items() if x != "n"})
+    del inputs["target"]
+    if "one weight" in name:
+        inputs["base_weight"], inputs["base_hidden"] = inputs["weight"], inputs["hidden"].clone()
+    with pretend(GPUS[gpu]) as launched, launch_code_sees(GPUS[gpu]), backends.use_backend("triton"):
+        dlogp_kernels.linear_extrapolated_sample(
+            **inputs, seed=torch.tensor([1]), step=torch.arange(len(inputs["hidden"])), **options
+        )
+    return kernels(launched)
+
+
 CASES = [
     *((gpu, name) for gpu in ("sm_80", "sm_90", "sm_100") for name in LINEAR),
     *(("sm_90", name) for name in OTHERS),
     *(("gfx942", name) for name in ("one model", "pair", "one model, float32", "logits", "logits of a pair")),
     *(("sm_89", name) for name in ("one model", "pair", "one model, float32", "pair, float32")),
+    *((gpu, name) for gpu in ("sm_80", "sm_90", "sm_100") for name in SAMPLING),
+    *((gpu, name) for gpu in ("sm_89", "gfx942") for name in ("draws", "draws, float32")),
 ]
+MULTIPLY = ("_linear_logp_fwd_kernel", "_linear_delta_logp_fwd_kernel", "_linear_extrapolated_sample_kernel")
 
 
 @pytest.mark.parametrize(("gpu", "name"), CASES, ids=[f"{gpu} {name}" for gpu, name in CASES])
 def test_kernels_fit_and_multiply_on_tensor_cores(gpu, name, record_property):
-    launched = _launched(gpu, name)
+    launched = (_sampled if name in SAMPLING else _launched)(gpu, name)
     assert launched
     for kernel in launched:
         print(f"{kernel.name} {kernel.constants}: {kernel[3:]}")
@@ -157,7 +188,7 @@ def test_kernels_fit_and_multiply_on_tensor_cores(gpu, name, record_property):
         assert kernel.spilled <= allowed, f"{kernel.name} {kernel.constants} spills {kernel.spilled} bytes a thread"
         assert kernel.registers <= REGISTERS[GPUS[gpu].target.backend]
         assert kernel.shared_memory <= GPUS[gpu].shared_memory
-        if kernel.name in ("_linear_logp_fwd_kernel", "_linear_delta_logp_fwd_kernel"):
+        if kernel.name in MULTIPLY:
             assert re.search(GPUS[gpu].matrix_instruction, kernel.assembly)
             assert kernel.constants["DESCRIPTORS"] == (GPUS[gpu].descriptors and "unaligned" not in name)
             assert ("cp.async.bulk.tensor" in kernel.assembly) == kernel.constants["DESCRIPTORS"]

@@ -140,9 +140,10 @@ template <typename Real>
 DrawnToken<Real> with_stand_in(DrawnToken<Real> drawn, Real least, const RowNoise& noise,
                                const SampleOptions& options) {
   const bool greedy = options.temperature == 0;
-  const Real s = extrapolated(drawn.z, drawn.base_z, Real(options.gamma), least);
   const Real temperature = greedy ? 1 : Real(options.temperature);
-  drawn.winner.score = std::max(s / temperature, std::numeric_limits<Real>::lowest());
+  const Real s = extrapolated(drawn.z, drawn.base_z, Real(options.gamma), least) / temperature;
+  constexpr Real lowest = std::numeric_limits<Real>::lowest();
+  drawn.winner.score = s > lowest ? s : lowest;  // of NaN too
   if (!greedy) {
     const NoiseKey key = noise.key(options.seed, Stream::kReplacement);
     drawn.winner.score += gumbel<double>(noise_bits(key, drawn.winner.token));

@@ -47,10 +47,10 @@ _CONFIGS: dict[tuple[int, int, int], list[Config]] = {
 _SAMPLE_CONFIGS: dict[tuple[int, int], Config] = {
     (80, 2): Config(64, 64, 64, 8, 3),
     (80, 4): Config(64, 64, 32, 8, 3),
-    (90, 2): Config(64, 128, 64, 8, 3),
+    (90, 2): Config(64, 64, 64, 8, 3),
     (90, 4): Config(64, 64, 32, 8, 3),
-    (100, 2): Config(64, 64, 64, 4, 3),
-    (100, 4): Config(64, 64, 32, 4, 3),
+    (100, 2): Config(128, 64, 64, 8, 3),
+    (100, 4): Config(128, 64, 32, 8, 3),
 }
 #: Where rows of the weight do not begin on 16 bytes, or its dtype is another: narrow loads, many addresses.
 _UNALIGNED = Config(128, 64, 32, 8, 2)

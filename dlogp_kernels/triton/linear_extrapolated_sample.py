@@ -51,20 +51,18 @@ _FINISH_ROWS = 4
 _LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
-class Drawn(NamedTuple):
-    """The winner so far of a draw, a row each: its score, its logits at temperature 1."""
+class Pair(NamedTuple):
+    """Both models' states without the cross terms of a PairState, for criteria that need none."""
 
-    score: Any
-    token: Any
-    z: Any
-    base_z: Any
+    model: Any
+    base: Any
 
 
 class Seen(NamedTuple):
-    """What is known of rows from the tiles so far: the pair state (slope 1), and a winner for each draw.
+    """What is known of rows from the tiles so far: the models' states (slope 1), and the best score of each draw.
 
-    `unlikely` is the winner of the tokens with z_B = −inf, scored without the stand-in for it, `least` the least finite
-    z_B, and `bad` is 1 where a logit is NaN or +inf.
+    `unlikely` is that of the tokens with z_B = −inf, without the stand-in for it, `least` the least finite z_B, and
+    `bad` is 1 where a logit is NaN or +inf.
     """
 
     state: Any
@@ -75,42 +73,47 @@ class Seen(NamedTuple):
     bad: Any
 
 
-#: Numbers that it has in memory besides the tokens, a row and part of the vocabulary.
+class Memory(NamedTuple):
+    """What a split leaves of rows: _SEEN_SIZE numbers and _TOKENS tokens, each a tensor (splits, R), `stride` apart.
+
+    The state, then three numbers of each draw (score, z, z_B; the latter two are those of its token), least, bad. A
+    winner's token and logits are written whenever there is a better one, so that no register has to keep them.
+    """
+
+    state_ptr: Any
+    token_ptr: Any
+    stride: Any
+
+
 _SEEN_SIZE = tl.constexpr(_math.PAIR_STATE_SIZE.value + 3 * 3 + 2)
 _TOKENS = tl.constexpr(3)
+_DRAFT_PLACE, _REPLACEMENT_PLACE, _UNLIKELY_PLACE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+_LEAST, _BAD = tl.constexpr(19), tl.constexpr(20)
 
 
 @triton.jit
-def nothing_drawn(BLOCK_N: tl.constexpr):
+def nothing_seen(BLOCK_N: tl.constexpr, DIVERGENCE: tl.constexpr):
     zero = tl.zeros([BLOCK_N], tl.float32)
-    return Drawn(zero - float("inf"), tl.zeros([BLOCK_N], tl.int32) + NO_TOKEN, zero, zero)
+    none = zero - float("inf")
+    if DIVERGENCE:
+        state = _math.empty_pair_state(BLOCK_N)
+    else:
+        state = Pair(_math.empty_state(BLOCK_N), _math.empty_state(BLOCK_N))
+    return Seen(state, none, none, none, zero + float("inf"), zero)
 
 
 @triton.jit
-def nothing_seen(BLOCK_N: tl.constexpr):
-    zero = tl.zeros([BLOCK_N], tl.float32)
-    none = nothing_drawn(BLOCK_N)
-    return Seen(_math.empty_pair_state(BLOCK_N), none, none, none, zero + float("inf"), zero)
-
-
-@triton.jit
-def drawn_unless(reset, drawn):
-    """`drawn`, or nothing where the scalar `reset` is true."""
-    return Drawn(
-        tl.where(reset, float("-inf"), drawn.score),
-        tl.where(reset, NO_TOKEN, drawn.token),
-        tl.where(reset, 0.0, drawn.z),
-        tl.where(reset, 0.0, drawn.base_z),
-    )
-
-
-@triton.jit
-def seen_unless(reset, seen):
+def seen_unless(reset, seen, DIVERGENCE: tl.constexpr):
+    """`seen`, or nothing where the scalar `reset` is true."""
+    if DIVERGENCE:
+        state = _math.pair_state_unless(reset, seen.state)
+    else:
+        state = Pair(_math.state_unless(reset, seen.state.model), _math.state_unless(reset, seen.state.base))
     return Seen(
-        _math.pair_state_unless(reset, seen.state),
-        drawn_unless(reset, seen.draft),
-        drawn_unless(reset, seen.replacement),
-        drawn_unless(reset, seen.unlikely),
+        state,
+        tl.where(reset, float("-inf"), seen.draft),
+        tl.where(reset, float("-inf"), seen.replacement),
+        tl.where(reset, float("-inf"), seen.unlikely),
         tl.where(reset, float("inf"), seen.least),
         tl.where(reset, 0.0, seen.bad),
     )
@@ -133,32 +136,37 @@ def scores(z, temperature, possible):
 
 
 @triton.jit
-def draw(
-    drawn, score, z, base_z, noise, row_id, step, mask, column, STREAM: tl.constexpr, GREEDY: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):  # fmt: skip
-    """`drawn` with the tokens of a tile, from `column` on; among equal scores the first one wins."""
+def may_win(score, best, mask, GREEDY: tl.constexpr):
+    """Whether some row of a tile has a token that, with the most noise, does not lose; a scalar."""
     most = tl.max(score, 1)
-    # A tile whose best token would lose with the most noise needs none.
-    may_win = mask & (most > float("-inf")) & (most + (0.0 if GREEDY else MOST_NOISE) >= drawn.score)
-    best, token, best_z, best_base_z = drawn.score, drawn.token, drawn.z, drawn.base_z
-    if tl.max(may_win.to(tl.int32), 0) > 0:
-        if not GREEDY:
-            blocks = column // 4 + tl.arange(0, BLOCK_V // 4)
-            score += gumbel(noise_bits(noise, row_id[:, None], step[:, None], blocks[None, :], STREAM))
-        tokens = column + tl.arange(0, BLOCK_V)[None, :]
-        most = tl.max(score, 1)
-        first = tl.min(tl.where(score == most[:, None], tokens, NO_TOKEN), 1)
-        here, wins = tokens == first[:, None], most > best
-        best, token = tl.where(wins, most, best), tl.where(wins, first, token)
-        best_z = tl.where(wins, tl.sum(tl.where(here, z, 0.0), 1), best_z)
-        best_base_z = tl.where(wins, tl.sum(tl.where(here, base_z, 0.0), 1), best_base_z)
-    return Drawn(best, token, best_z, best_base_z)
+    may = mask & (most > float("-inf")) & (most + (0.0 if GREEDY else MOST_NOISE) >= best)
+    # By way of a row: Triton 3.7 can not compile a reduction of a reduction of a tile for Blackwell.
+    return tl.max(tl.max(may.to(tl.int32)[None, :], 1), 0) > 0
+
+
+@triton.jit
+def noise_of_tile(noise, row_id, step, column, STREAM: tl.constexpr, BLOCK_V: tl.constexpr):
+    blocks = column // 4 + tl.arange(0, BLOCK_V // 4)
+    return gumbel(noise_bits(noise, row_id[:, None], step[:, None], blocks[None, :], STREAM))
+
+
+@triton.jit
+def better(best, score, z, base_z, memory, mask, column, PLACE: tl.constexpr, BLOCK_V: tl.constexpr):
+    """The best score with the tokens of a tile; where it is new, the first token that has it goes to memory."""
+    tokens = column + tl.arange(0, BLOCK_V)[None, :]
+    most = tl.max(score, 1)
+    token = tl.min(tl.where(score == most[:, None], tokens, NO_TOKEN), 1)
+    here, wins = tokens == token[:, None], most > best
+    number_ptr = memory.state_ptr + (10 + 3 * PLACE) * memory.stride
+    tl.store(memory.token_ptr + PLACE * memory.stride, token, mask=mask & wins)
+    tl.store(number_ptr + memory.stride, tl.sum(tl.where(here, z, 0.0), 1), mask=mask & wins)
+    tl.store(number_ptr + 2 * memory.stride, tl.sum(tl.where(here, base_z, 0.0), 1), mask=mask & wins)
+    return tl.where(wins, most, best)
 
 
 @triton.jit
 def fold_state(state, z, base_z, DIVERGENCE: tl.constexpr):
-    """The pair state with a tile; its cross terms only where a criterion needs them."""
+    """The states with a tile; cross terms only where a criterion needs them."""
     if DIVERGENCE:
         state = _math.fold_pair(state, z, base_z, 1.0, 1.0)
         possible, base_possible = z > IMPOSSIBLE, base_z > IMPOSSIBLE
@@ -166,13 +174,13 @@ def fold_state(state, z, base_z, DIVERGENCE: tl.constexpr):
         base_alone = tl.max((base_possible & (z <= IMPOSSIBLE)).to(tl.float32), 1)
         alone, base_alone = tl.maximum(state.alone, alone), tl.maximum(state.base_alone, base_alone)
         return _math.PairState(state.model, state.base, state.cross, state.base_cross, alone, base_alone)
-    model, base = _math.fold(state.model, z, 1.0), _math.fold(state.base, base_z, 1.0)
-    return _math.PairState(model, base, state.cross, state.base_cross, state.alone, state.base_alone)
+    else:
+        return Pair(_math.fold(state.model, z, 1.0), _math.fold(state.base, base_z, 1.0))
 
 
 @triton.jit
 def look_at(
-    seen, z, base_z, noise, row_id, step, mask, column, gamma, temperature, DIVERGENCE: tl.constexpr,
+    seen, z, base_z, noise, memory, row_id, step, mask, column, gamma, temperature, DIVERGENCE: tl.constexpr,
     BASE_DRAFTS: tl.constexpr, GREEDY: tl.constexpr, REPLACES: tl.constexpr, EXTRAPOLATES: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -182,56 +190,60 @@ def look_at(
     bad = tl.maximum(seen.bad, tl.max(wrong.to(tl.float32), 1))
     state = fold_state(seen.state, z, base_z, DIVERGENCE)
     possible, base_possible = z > IMPOSSIBLE, base_z > IMPOSSIBLE
+    draft, replacement, unlikely, least = seen.draft, seen.replacement, seen.unlikely, seen.least
     score = scores(base_z, temperature, base_possible) if BASE_DRAFTS else scores(z, temperature, possible)
-    draft = draw(seen.draft, score, z, base_z, noise, row_id, step, mask, column, DRAFT, GREEDY, BLOCK_V)
-    replacement, unlikely, least = seen.replacement, seen.unlikely, seen.least
+    if may_win(score, draft, mask, GREEDY):
+        if not GREEDY:
+            score += noise_of_tile(noise, row_id, step, column, DRAFT, BLOCK_V)
+        draft = better(draft, score, z, base_z, memory, mask, column, _DRAFT_PLACE, BLOCK_V)
     if REPLACES:
-        further = z
-        known = possible
         if EXTRAPOLATES:
-            further = (1.0 + gamma) * z
-            known = possible & base_possible
             least = tl.minimum(least, tl.min(tl.where(base_possible, base_z, infinity), 1))
-            score = scores(further, temperature, possible & (base_z <= IMPOSSIBLE))
-            unlikely = draw(unlikely, score, z, base_z, noise, row_id, step, mask, column, REPLACEMENT, GREEDY, BLOCK_V)
-            further -= gamma * base_z
-        score = scores(further, temperature, known)
-        replacement = draw(
-            replacement, score, z, base_z, noise, row_id, step, mask, column, REPLACEMENT, GREEDY, BLOCK_V
-        )  # fmt: skip
+            score = scores((1.0 + gamma) * z, temperature, possible & (base_z <= IMPOSSIBLE))
+            if may_win(score, unlikely, mask, GREEDY):
+                if not GREEDY:
+                    score += noise_of_tile(noise, row_id, step, column, REPLACEMENT, BLOCK_V)
+                unlikely = better(unlikely, score, z, base_z, memory, mask, column, _UNLIKELY_PLACE, BLOCK_V)
+            score = scores((1.0 + gamma) * z - gamma * base_z, temperature, possible & base_possible)
+        else:
+            score = scores(z, temperature, possible)
+        if may_win(score, replacement, mask, GREEDY):
+            if not GREEDY:
+                score += noise_of_tile(noise, row_id, step, column, REPLACEMENT, BLOCK_V)
+            replacement = better(replacement, score, z, base_z, memory, mask, column, _REPLACEMENT_PLACE, BLOCK_V)
     return Seen(state, draft, replacement, unlikely, least, bad)
 
 
 @triton.jit
-def store_drawn(pointer, token_ptr, stride, drawn, mask):
-    tl.store(pointer, drawn.score, mask=mask)
-    tl.store(pointer + stride, drawn.z, mask=mask)
-    tl.store(pointer + 2 * stride, drawn.base_z, mask=mask)
-    tl.store(token_ptr, drawn.token, mask=mask)
+def store_seen(memory, seen, mask, DIVERGENCE: tl.constexpr):
+    """All but the winners' tokens and logits."""
+    pointer, stride = memory.state_ptr, memory.stride
+    if DIVERGENCE:
+        _math.store_pair_state(pointer, stride, seen.state, mask)
+    else:
+        zero = seen.bad * 0.0
+        state = _math.PairState(seen.state.model, seen.state.base, zero, zero, zero, zero)
+        _math.store_pair_state(pointer, stride, state, mask)
+    tl.store(pointer + 10 * stride, seen.draft, mask=mask)
+    tl.store(pointer + 13 * stride, seen.replacement, mask=mask)
+    tl.store(pointer + 16 * stride, seen.unlikely, mask=mask)
+    tl.store(pointer + _LEAST * stride, seen.least, mask=mask)
+    tl.store(pointer + _BAD * stride, seen.bad, mask=mask)
 
 
 @triton.jit
-def store_seen(pointer, token_ptr, stride, seen, mask):
-    """To `pointer`, the first of _SEEN_SIZE tensors `stride` apart, and `token_ptr`, the first of _TOKENS."""
-    _math.store_pair_state(pointer, stride, seen.state, mask)
-    store_drawn(pointer + 10 * stride, token_ptr, stride, seen.draft, mask)
-    store_drawn(pointer + 13 * stride, token_ptr + stride, stride, seen.replacement, mask)
-    store_drawn(pointer + 16 * stride, token_ptr + 2 * stride, stride, seen.unlikely, mask)
-    tl.store(pointer + 19 * stride, seen.least, mask=mask)
-    tl.store(pointer + 20 * stride, seen.bad, mask=mask)
-
-
-@triton.jit
-def load_winner(pointer, token_ptr, stride, mask):
-    """The winner of parts, (parts, rows) in memory; NO_TOKEN where no part has one."""
-    score = tl.load(pointer, mask=mask, other=float("-inf"))
-    tokens = tl.load(token_ptr, mask=mask, other=NO_TOKEN)
+def load_winner(memory, mask, PLACE: tl.constexpr):
+    """Best score of a draw, its token and logits, of what splits left, (splits, rows); NO_TOKEN if there is none."""
+    number_ptr = memory.state_ptr + (10 + 3 * PLACE) * memory.stride
+    score = tl.load(number_ptr, mask=mask, other=float("-inf"))
+    mask = mask & (score > float("-inf"))
+    tokens = tl.load(memory.token_ptr + PLACE * memory.stride, mask=mask, other=NO_TOKEN)
     best = tl.max(score, 0)
     token = tl.min(tl.where(score == best[None, :], tokens, NO_TOKEN), 0)
     here = mask & (tokens == token[None, :])
-    z = tl.sum(tl.where(here, tl.load(pointer + stride, mask=mask, other=0.0), 0.0), 0)
-    base_z = tl.sum(tl.where(here, tl.load(pointer + 2 * stride, mask=mask, other=0.0), 0.0), 0)
-    return Drawn(best, token, z, base_z)
+    z = tl.sum(tl.where(here, tl.load(number_ptr + memory.stride, mask=mask, other=0.0), 0.0), 0)
+    base_z = tl.sum(tl.where(here, tl.load(number_ptr + 2 * memory.stride, mask=mask, other=0.0), 0.0), 0)
+    return best, token, z, base_z
 
 
 @triton.jit(do_not_specialize=["first", "num_rows", "R"])
@@ -242,16 +254,16 @@ def _linear_extrapolated_sample_kernel(
     DIVERGENCE: tl.constexpr, BASE_DRAFTS: tl.constexpr, GREEDY: tl.constexpr, REPLACES: tl.constexpr,
     EXTRAPOLATES: tl.constexpr,
 ):  # fmt: skip
-    """`Seen` of rows × splits of the vocabulary from both models' hidden · weightᵀ.
+    """What is `Seen` of rows × splits of the vocabulary, and the winners, from both models' hidden · weightᵀ.
 
     Heads as in _fused.py, of num_rows rows, which are rows first … of the call; state (_SEEN_SIZE, num_splits, R)
-    float32, token (_TOKENS, num_splits, R) int32. A program takes one tile of rows through one split, then its next
-    unit. Accumulates in float32; deterministic, and a row's bits do not depend on others.
+    float32, token (_TOKENS, num_splits, R) int32, as in `Memory`. A program takes one tile of rows through one split,
+    then its next unit. Accumulates in float32; deterministic, and a row's bits do not depend on others.
     """
     row_tiles = tl.cdiv(num_rows, BLOCK_N)
     program, programs = tl.program_id(0), tl.num_programs(0)
     num_units = tl.cdiv(tl.maximum(row_tiles * num_splits - program, 0), programs)
-    seen = nothing_seen(BLOCK_N)
+    seen = nothing_seen(BLOCK_N, DIVERGENCE)
     for step in range(0, num_units * blocks_per_split):
         block = step % blocks_per_split
         row_tile, split = unit_of(program + step // blocks_per_split * programs, row_tiles, num_splits, GROUP)
@@ -269,15 +281,13 @@ def _linear_extrapolated_sample_kernel(
         i = row + tl.arange(0, BLOCK_N)
         mask = i < num_rows
         row_id, row_step = row_noise(noise, tl.where(mask, first + i, first), tl.zeros([BLOCK_N], tl.int32))
-        seen = seen_unless(block == 0, seen)
+        memory = Memory(state_ptr + split * R + i, token_ptr + split * R + i, num_splits * R)
+        seen = seen_unless(block == 0, seen, DIVERGENCE)
         seen = look_at(
-            seen, z, base_z, noise, row_id, row_step, mask, column, gamma, temperature, DIVERGENCE, BASE_DRAFTS,
-            GREEDY, REPLACES, EXTRAPOLATES, BLOCK_V,
+            seen, z, base_z, noise, memory, row_id, row_step, mask, column, gamma, temperature, DIVERGENCE,
+            BASE_DRAFTS, GREEDY, REPLACES, EXTRAPOLATES, BLOCK_V,
         )  # fmt: skip
-        place = split * R + i
-        store_seen(
-            state_ptr + place, token_ptr + place, num_splits * R, seen, mask & (block == blocks_per_split - 1)
-        )  # fmt: skip
+        store_seen(memory, seen, mask & (block == blocks_per_split - 1), DIVERGENCE)
 
 
 @triton.jit(do_not_specialize=["first", "num_rows", "R", "limit"])
@@ -295,33 +305,32 @@ def _finish_linear_sample_kernel(
     inside = i < num_rows
     n = first + tl.where(inside, i, 0)
     splits = tl.arange(0, SPLITS)[:, None]
-    stride, mask = num_splits * R, (splits < num_splits) & inside[None, :]
-    pointer, token_ptr = state_ptr + splits * R + i[None, :], token_ptr + splits * R + i[None, :]
-    state = _math.merge_pair(_math.load_pair_state(pointer, stride, mask), 1.0, 1.0)
-    bad = tl.max(tl.load(pointer + 20 * stride, mask=mask, other=0.0), 0) > 0.0
+    place, mask = splits * R + i[None, :], (splits < num_splits) & inside[None, :]
+    memory = Memory(state_ptr + place, token_ptr + place, num_splits * R)
+    state = _math.merge_pair(_math.load_pair_state(memory.state_ptr, memory.stride, mask), 1.0, 1.0)
+    bad = tl.max(tl.load(memory.state_ptr + _BAD * memory.stride, mask=mask, other=0.0), 0) > 0.0
     bad = bad | (state.model.m <= IMPOSSIBLE) | (state.base.m <= IMPOSSIBLE)
     row_id, step = row_noise(noise, n, tl.zeros([ROWS], tl.int32))
-    drawn = load_winner(pointer + 10 * stride, token_ptr, stride, mask)
-    token, z, base_z = drawn.token, drawn.z, drawn.base_z
+    _, draft_token, z, base_z = load_winner(memory, mask, _DRAFT_PLACE)
+    token = draft_token
     delta_logp = _math.logp_of(z, state.model, 1.0) - _math.logp_of(base_z, state.base, 1.0)
     bits = random_bits(noise, row_id, step)
     selected = is_selected(state, delta_logp, threshold, bits, limit, CRITERION) & (bad == 0)
     if REPLACES:
-        replacement = load_winner(pointer + 13 * stride, token_ptr + stride, stride, mask)
-        new_token, new_z, new_base_z = replacement.token, replacement.z, replacement.base_z
+        score, new_token, new_z, new_base_z = load_winner(memory, mask, _REPLACEMENT_PLACE)
         if EXTRAPOLATES:
-            least = tl.min(tl.load(pointer + 19 * stride, mask=mask, other=float("inf")), 0)
-            unlikely = load_winner(pointer + 16 * stride, token_ptr + 2 * stride, stride, mask)
-            score = tl.maximum(unlikely.score - gamma * least / temperature, _LOWEST)
-            wins = (score > replacement.score) | ((score == replacement.score) & (unlikely.token < new_token))
-            wins = wins & (unlikely.token < NO_TOKEN)
-            new_token = tl.where(wins, unlikely.token, new_token)
-            new_z, new_base_z = tl.where(wins, unlikely.z, new_z), tl.where(wins, unlikely.base_z, new_base_z)
+            least = tl.min(tl.load(memory.state_ptr + _LEAST * memory.stride, mask=mask, other=float("inf")), 0)
+            other_score, other_token, other_z, other_base_z = load_winner(memory, mask, _UNLIKELY_PLACE)
+            other_score = tl.maximum(other_score - gamma * least / temperature, _LOWEST)
+            wins = (other_score > score) | ((other_score == score) & (other_token < new_token)) | (new_token == NO_TOKEN)
+            wins = wins & (other_token < NO_TOKEN)
+            new_token = tl.where(wins, other_token, new_token)
+            new_z, new_base_z = tl.where(wins, other_z, new_z), tl.where(wins, other_base_z, new_base_z)
         token = tl.where(selected, new_token, token)
         z, base_z = tl.where(selected, new_z, z), tl.where(selected, new_base_z, base_z)
     nan = float("nan")
     tl.store(out.token + n, tl.where(bad, -1, token).to(tl.int64), mask=inside)
-    tl.store(out.draft_token + n, tl.where(bad, -1, drawn.token).to(tl.int64), mask=inside)
+    tl.store(out.draft_token + n, tl.where(bad, -1, draft_token).to(tl.int64), mask=inside)
     tl.store(out.selected + n, selected, mask=inside)
     tl.store(out.delta_logp + n, tl.where(bad, nan, delta_logp), mask=inside)
     tl.store(out.logp + n, tl.where(bad, nan, _math.logp_of(z, state.model, 1.0)), mask=inside)

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 
 from . import table
-from .cases import MODES, Planner
+from .case import MODES
 from .gpu import command as gpu
 from .gpu import table as gpu_table
+from .plans import PLANS
 from .records import RESULTS, Record, Run, environment, read
-from .registry import BENCHES
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -27,7 +27,7 @@ def _parser() -> argparse.ArgumentParser:
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--quick", dest="mode", action="store_const", const="quick", help="the table in 3 minutes")
     mode.add_argument("--full", dest="mode", action="store_const", const="full", help="also a batch of 131072 tokens")
-    parser.add_argument("--only", choices=BENCHES, action="append", metavar="OP", help=f"one of {', '.join(BENCHES)}")
+    parser.add_argument("--only", choices=PLANS, action="append", metavar="OP", help=f"one of {', '.join(PLANS)}")
     parser.add_argument("--case", help="only cases whose description contains this, e.g. 'memory' or 'N=512'")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="folder for the JSON and CSV")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
@@ -57,8 +57,8 @@ def _measure(options: argparse.Namespace) -> None:
     run = Run(environment(device), {"mode": options.mode, "only": options.only, "case": options.case})
     cases = [
         case
-        for op in options.only or BENCHES
-        for case in Planner(BENCHES[op], device, options.mode).cases()
+        for op in options.only or PLANS
+        for case in PLANS[op](device, options.mode)
         if options.case is None or options.case in case.label
     ]
     start = time.perf_counter()
@@ -88,7 +88,10 @@ def _summary(entry: Record) -> str:
         parts.append(f"{entry.p80_ms or entry.median_ms:.1f}, {entry.rounds} rounds)")
     if entry.peak_mib is not None:
         parts.append(f"{entry.peak_mib:.1f} MiB")
+    if entry.tokens_per_s is not None:
+        parts.append(f"{entry.tokens_per_s:.0f} tokens/s")
     parts += [f"= {ratio[0]:.3f} × {other}" for other, ratio in entry.ratios.items() if other in ("matmul", "ours")]
+    parts += [f"{name} {value:.4g}" for name, value in entry.statistics.items()]
     if "logp" in entry.errors:
         parts.append(f"log p error {entry.errors['logp']:.1e}")
     return " ".join(parts)

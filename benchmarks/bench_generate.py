@@ -1,33 +1,37 @@
-"""`python -m benchmarks.bench_generate`: `hf.generate` on the demo pair, beside what it can not do without.
+"""`hf.generate` on the demo pair, beside what it can not do without and beside what one would write without it.
 
-Rounds and ratios as in `harness`: everything is measured once a round, and ratios are taken within it. The others
-replay the tokens that `hf.generate` drew, row by row with the same batches, and draw nothing:
+The others replay the tokens that `hf.generate` drew, row by row with the same batches, and draw nothing:
 
 - forwards: the two models' forwards, each with its cache; only the time within the models' calls counts;
 - generate calls: two `model.generate(max_new_tokens=1)` calls a step, on all tokens so far;
 - generate calls, caches kept: the same, each model's cache handed from call to call. No rows leave.
 """
 
-import argparse
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dlogp_kernels import backends, hf
+from dlogp_kernels import backends
 from dlogp_kernels.demo import task
-from dlogp_kernels.demo.generate import PAIR_DIRECTORY
 
-from .harness import Quantiles, WrongResultError, quantiles
+from .case import Case, case_of
+from .harness import NotMeasuredError, Sample, Timings, verify
+from .records import Record, record, time_fields
+from .shapes import Shape, Workload
+
+OP = "hf.generate"
+PROBLEMS = 64
 
 _SETTING: Any = {"gamma": 0.1, "criterion": "delta_logp", "threshold": -0.3, "seed": 0}
+#: Words and the four special ones.
+_VOCABULARY = len(task.WORDS) + 4
 _MAX_NEW_TOKENS = task.MAX_RESPONSE_WORDS
-_LOGP_ERROR = 1e-3
-#: Times the forwards alone, and times the speed of generate calls.
-_REACH = {"forwards": 1.25, "generate calls": 5.0}
+_TOLERANCES = {"logp": 1e-3, "base_logp": 1e-3}
+_ROUNDS = {"quick": 3, "default": 9, "full": 9}
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Replay:
 
     models: tuple[Any, Any]
     prompts: Tensor
-    drawn: hf.Generation
+    drawn: Any
 
     @property
     def tokens(self) -> int:
@@ -51,7 +55,7 @@ class Replay:
 def generate(replay: Replay) -> float:
     """Seconds of all that `hf.generate` does."""
     start = time.perf_counter()
-    hf.generate(*replay.models, replay.prompts, max_new_tokens=_MAX_NEW_TOKENS, **_SETTING)
+    _drawn(replay.models, replay.prompts)
     return time.perf_counter() - start
 
 
@@ -112,85 +116,76 @@ def _one_token(model: Any, input_ids: Tensor, **options: Any) -> Any:
     )
 
 
+#: Seconds of each.
 _CANDIDATES: Mapping[str, Callable[[Replay], float]] = {
-    "hf.generate": generate,
+    "ours": generate,
     "forwards": forwards,
     "generate calls": generate_calls,
     "generate calls, caches kept": generate_calls_with_caches,
 }
 
 
+def plan(device: torch.device, mode: str) -> Iterator[Case]:
+    # The demo pair is for the CPU: on a GPU nothing but launches would be measured.
+    if device.type == "cpu":
+        work = Workload(OP, Shape("demo pair", 0, _VOCABULARY), PROBLEMS, "float32")
+        yield case_of("compare", _comparison, work, _ROUNDS[mode])
+
+
+def _comparison(kind: str, work: Workload, rounds: int) -> Iterator[Record]:
+    replay = prepare(work.n)
+    errors = errors_of(replay)
+    verify("ours", errors, _TOLERANCES)
+    timings = measure(replay, rounds)
+    note = f"{replay.tokens} tokens in {replay.drawn.tokens.shape[1]} steps"
+    for name in _CANDIDATES:
+        fields = time_fields(timings, name, _CANDIDATES, "forward")
+        if name == "ours":
+            backend = backends.select("extrapolated_sample", torch.device("cpu"))
+            fields |= {"errors": errors, "backend": backend}
+        speed = 1e3 * replay.tokens / fields["median_ms"]
+        yield record(kind, work, name, "forward", tokens_per_s=speed, note=note, **fields)
+
+
 def prepare(problems: int) -> Replay:
-    """The pair in float32, and its responses to held-out problems; verified against `hf.token_metrics`."""
+    """The pair in float32, and its responses to held-out problems."""
+    try:
+        from dlogp_kernels import hf
+    except ModuleNotFoundError as error:
+        raise NotMeasuredError(f"not installed: {error.name}") from error
+    from dlogp_kernels.demo.generate import PAIR_DIRECTORY
+
     tokenizer = hf.load_tokenizer(PAIR_DIRECTORY / "rl")
-    rl, base = (hf.load_model(PAIR_DIRECTORY / name, dtype=torch.float32) for name in ("rl", "base"))
+    models = [hf.load_model(PAIR_DIRECTORY / name, dtype=torch.float32) for name in ("rl", "base")]
     texts = [problem.prompt for problem in task.generate_problems(problems, seed=0)]
     prompts = torch.tensor(tokenizer(texts, add_special_tokens=False)["input_ids"])
-    replay = Replay((rl, base), prompts, hf.generate(rl, base, prompts, max_new_tokens=_MAX_NEW_TOKENS, **_SETTING))
-    _verify(replay)
-    return replay
+    return Replay((models[0], models[1]), prompts, _drawn(models, prompts))
+
+
+def _drawn(models: Sequence[Any], prompts: Tensor) -> Any:
+    from dlogp_kernels import hf
+
+    return hf.generate(models[0], models[1], prompts, max_new_tokens=_MAX_NEW_TOKENS, **_SETTING)
 
 
 @torch.no_grad()
-def _verify(replay: Replay) -> None:
+def errors_of(replay: Replay) -> dict[str, float]:
+    """The largest error of each log-probability, beside whole forwards."""
+    from dlogp_kernels import hf
+
     drawn, begin = replay.drawn, replay.prompts.shape[1] - 1
     inside = torch.arange(drawn.tokens.shape[1]) < drawn.lengths[:, None]
     stats = hf.token_metrics(*replay.models, torch.cat([replay.prompts, drawn.tokens], 1))
-    for name in ("logp", "base_logp"):
-        error = (getattr(stats, name)[:, begin:] - getattr(drawn, name))[inside].abs().max().item()
-        if not error <= _LOGP_ERROR:
-            raise WrongResultError(f"hf.generate: {name} is off by {error:.2e}, expected at most {_LOGP_ERROR:.2e}")
+    return {
+        name: (getattr(stats, name)[:, begin:] - getattr(drawn, name))[inside].abs().max().item()
+        for name in _TOLERANCES
+    }
 
 
-def measure(replay: Replay, rounds: int) -> list[dict[str, float]]:
-    """Seconds of each candidate in each round, after a warm-up, in an order that rotates."""
+def measure(replay: Replay, rounds: int) -> Timings:
+    """Each candidate in each round, after a warm-up, in an order that rotates."""
     for candidate in _CANDIDATES.values():
         candidate(replay)
     names = list(_CANDIDATES)
-    result = []
-    for number in range(rounds):
-        first = number % len(names)
-        result.append({name: _CANDIDATES[name](replay) for name in names[first:] + names[:first]})
-    return result
-
-
-def _row(name: str, replay: Replay, rounds: list[dict[str, float]]) -> str:
-    seconds = quantiles([samples[name] for samples in rounds])
-    speed = replay.tokens / seconds.median
-    text = f"| {name} | {1e3 * seconds.median:.0f} ms | {speed:.0f} |"
-    if name == "hf.generate":
-        return f"{text} | |"
-    ratio = quantiles([samples["hf.generate"] / samples[name] for samples in rounds])
-    if name == "forwards":
-        return f"{text} {ratio.median:.2f} × its time ({_range(ratio)}) | ≤ {_REACH[name]:.2f} |"
-    faster = Quantiles(1 / ratio.median, 1 / ratio.p80, 1 / ratio.p20)
-    reach = f"≥ {_REACH[name]:.0f}" if name in _REACH else ""
-    return f"{text} {faster.median:.1f} × as fast ({_range(faster)}) | {reach} |"
-
-
-def _range(values: Quantiles) -> str:
-    return f"{values.p20:.2f} … {values.p80:.2f}"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_generate", description=__doc__)
-    parser.add_argument("--problems", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, help="as many as PyTorch takes by default")
-    options = parser.parse_args()
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    replay = prepare(options.problems)
-    rounds = measure(replay, options.rounds)
-    print(
-        f"{options.problems} problems, {replay.tokens} tokens in {replay.drawn.tokens.shape[1]} steps, float32, "
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}, backend "
-        f"`{backends.select('extrapolated_sample', torch.device('cpu'))}`; medians of {len(rounds)} rounds\n"
-    )
-    print("| what | time | tokens/s | hf.generate takes or is | reach |\n|---|---|---|---|---|")
-    for name in _CANDIDATES:
-        print(_row(name, replay, rounds))
-
-
-if __name__ == "__main__":
-    main()
+    orders = (names[number % len(names) :] + names[: number % len(names)] for number in range(rounds))
+    return Timings([{name: Sample(_CANDIDATES[name](replay), 0.0) for name in order} for order in orders])

@@ -1,32 +1,22 @@
-"""What is measured: cases, each of which yields records, and which of them a mode has."""
+"""The cases of an op that has a `Bench`, and which of them a mode has."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
 from .bench import Bench, tolerances
-from .harness import PHASES, Budget, Candidate, Clock, NotMeasuredError, WrongResultError, measure, verify
+from .case import Case, budget, case_of, skipped, timed, whole
+from .harness import Candidate, NotMeasuredError, verify
 from .memory import MIB, Request, in_fresh_process
 from .problem import Truth, build
-from .records import Record, record, time_fields
+from .records import Record, record
 from .shapes import LINEARITY_N, LONG_N, MAIN, MAIN_N, OTHER, SHAPES, SWEEP_N, Shape, Workload, require_fit
 
-MODES = ("quick", "default", "full")
 #: Candidates of a comparison, beside the floor.
 ALL = ("ours", "eager", "compiled", "chunked")
 _QUICK = ("ours", "eager")
-
-
-_Measured = Callable[..., Iterator[Record]]
-
-
-@dataclass(frozen=True)
-class Case:
-    label: str
-    run: Callable[[], Iterator[Record]]
 
 
 @dataclass(frozen=True)
@@ -44,11 +34,11 @@ class Planner:
         yield self._compare(MAIN, MAIN_N, dtype)
         if op == "linear_logp" or not quick:
             yield self._compare(MAIN, MAIN_N, dtype, training=True)
-            yield self._case("half ignored", self._half_ignored, Workload(op, MAIN, MAIN_N, dtype))
+            yield case_of("half ignored", self._half_ignored, Workload(op, MAIN, MAIN_N, dtype))
         yield from map(self._memory, self._memory_works(dtype))
         if op == "linear_delta_logp":
             sizes = [n // 2 for n in LINEARITY_N] if quick else LINEARITY_N
-            yield self._case("linearity", self._linearity, Workload(op, MAIN, max(sizes)), sizes)
+            yield case_of("linearity", self._linearity, Workload(op, MAIN, max(sizes)), sizes)
         if not quick:
             yield from self._more(linear)
         if op == "linear_delta_logp" and self.mode == "full":
@@ -75,29 +65,16 @@ class Planner:
                 yield self._compare(shape, MAIN_N // 2, "bfloat16")
         for n in SWEEP_N:
             work = Workload(op, MAIN, n)
-            yield self._case("sweep", self._comparison, work, ALL)
+            yield case_of("sweep", self._comparison, work, ALL)
             for name in ALL:
                 yield self._memory(work, name, case="sweep memory")
 
     def _compare(self, shape: Shape, n: int, dtype: str, training: bool = False) -> Case:
         work = Workload(self.bench.op, shape, n, dtype, training)
-        return self._case("compare", self._comparison, work, _QUICK if self.mode == "quick" else ALL)
+        return case_of("compare", self._comparison, work, _QUICK if self.mode == "quick" else ALL)
 
     def _memory(self, work: Workload, name: str = "ours", case: str = "memory") -> Case:
-        return self._case(case, self._peak, work, name)
-
-    def _case(self, case: str, measured: _Measured, work: Workload, *arguments: object) -> Case:
-        return Case(f"{case}: {work}", partial(self._run, case, measured, work, *arguments))
-
-    def _run(self, case: str, measured: _Measured, work: Workload, *arguments: object) -> Iterator[Record]:
-        try:
-            yield from measured(case, work, *arguments)
-        except NotMeasuredError as error:
-            yield _skipped(case, work, "ours", error)
-
-    @property
-    def _budget(self) -> Budget:
-        return Budget(seconds=4) if self.mode == "quick" else Budget(seconds=20, least=5)
+        return case_of(case, self._peak, work, name)
 
     def _comparison(self, case: str, work: Workload, names: Sequence[str]) -> Iterator[Record]:
         require_fit(work, "ours", self.device)
@@ -111,7 +88,7 @@ class Planner:
                 errors[name] = truth.errors(function)
                 verify(name, errors[name], tolerances(name, errors[name]))
             except NotMeasuredError as error:
-                yield _skipped(case, work, name, error)
+                yield skipped(case, work, name, error)
             else:
                 candidates.append(problem.candidate(name, function))
         del truth
@@ -121,14 +98,15 @@ class Planner:
     def _timed(
         self, case: str, work: Workload, candidates: Sequence[Candidate], errors: dict[str, dict[str, float]]
     ) -> Iterator[Record]:
-        timings = measure(candidates, self._budget, Clock(self.device))
-        names = [candidate.name for candidate in candidates]
-        for phase in PHASES if work.training else PHASES[:1]:
-            for name in names:
-                measured = time_fields(timings, name, names, phase)
-                yield record(
-                    case, work, name, phase, backend=self._backend(name), errors=errors.get(name, {}), **measured
-                )
+        yield from timed(
+            case,
+            work,
+            candidates,
+            budget(self.mode),
+            self.device,
+            errors=errors,
+            backend=self.bench.backend(self.device),
+        )
 
     def _half_ignored(self, case: str, work: Workload) -> Iterator[Record]:
         problem = build(work, self.device)
@@ -155,28 +133,17 @@ class Planner:
             )
             verify(name, answer.errors, tolerances(name, answer.errors))
         except NotMeasuredError as error:
-            yield _skipped(case, work, name, error)
+            yield skipped(case, work, name, error)
             return
         yield record(
             case,
             work,
             name,
-            _whole(work),
-            backend=self._backend(name),
+            whole(work),
+            backend=self.bench.backend(self.device) if name.startswith("ours") else None,
             median_ms=1e3 * answer.seconds if case == "long" else None,
             rounds=1,
             errors=answer.errors,
             peak_mib=answer.peak / MIB,
             output_mib=answer.outputs / MIB,
         )
-
-    def _backend(self, name: str) -> str | None:
-        return self.bench.backend(self.device) if name.startswith("ours") else None
-
-
-def _whole(work: Workload) -> str:
-    return "both" if work.training else "forward"
-
-
-def _skipped(case: str, work: Workload, name: str, reason: NotMeasuredError) -> Record:
-    return record(case, work, name, _whole(work), skipped=str(reason), wrong=isinstance(reason, WrongResultError))

@@ -27,12 +27,12 @@ _ROOT = RESULTS.parent.parent
 class Record:
     """One candidate in one case; times in milliseconds, memory in MiB over inputs and outputs.
 
-    `case` is "compare", "sweep", "sweep memory", "half ignored", "linearity", "memory" or "long"; on a GPU also
-    "peers", "small", "ceilings" or "tune". `ratios` holds, for other candidates of the case, the [median, p20, p80] of
-    this one's time over that one's within a round. `errors` are against float64: largest absolute for an output,
-    relative norm for a gradient. `tflops` and `gb_per_s` count the operations and bytes that the workload needs;
-    `host_us` is the host's time of one call. `skipped` says why there is no figure; `wrong` that it is because of the
-    result.
+    `case` is "compare", "sweep", "sweep memory", "half ignored", "linearity", "memory", "long", "frequencies" or
+    "tail"; on a GPU also "peers", "small", "sample", "ceilings" or "tune". `variant` names options of the op. `ratios`
+    holds, for other candidates of the case, the [median, p20, p80] of this one's time over that one's within a round.
+    `errors` are against float64: largest absolute for an output, relative norm for a gradient. `tflops` and `gb_per_s`
+    count the operations and bytes that the workload needs; `host_us` is the host's time of one call; `statistics` are
+    numbers about what was drawn. `skipped` says why there is no figure; `wrong` that it is because of the result.
     """
 
     case: str
@@ -60,6 +60,9 @@ class Record:
     gb_per_s: float | None = None
     host_us: float | None = None
     note: str | None = None
+    variant: str = ""
+    tokens_per_s: float | None = None
+    statistics: dict[str, float] = field(default_factory=dict)
 
     def ratio_to(self, other: str) -> float:
         return self.ratios[other][0]
@@ -78,6 +81,7 @@ def record(case: str, work: Workload, candidate: str, phase: str, **measured: An
         training=work.training,
         candidate=candidate,
         phase=phase,
+        variant=work.variant,
         **measured,
     )
 
@@ -184,11 +188,12 @@ def read(path: Path) -> Run:
 
 def _flat(entry: Record) -> dict[str, Any]:
     row = dataclasses.asdict(entry)
-    ratios, errors = row.pop("ratios"), row.pop("errors")
+    ratios, errors, statistics = (row.pop(name) for name in ("ratios", "errors", "statistics"))
     return (
         row
         | {f"time_over_{other}": median for other, (median, _, _) in ratios.items()}
         | {f"error_{output}": error for output, error in errors.items()}
+        | {f"statistic_{name}": value for name, value in statistics.items()}
     )
 
 

@@ -53,17 +53,21 @@ LONG_N = 131072
 
 @dataclass(frozen=True)
 class Workload:
-    """One op on one shape: all that is needed to build its inputs again in another process."""
+    """One op on one shape: all that is needed to build its inputs again in another process.
+
+    `variant` names options of the op, where they make another amount of work.
+    """
 
     op: str
     shape: Shape
     n: int
     dtype: str = "bfloat16"
     training: bool = False
+    variant: str = ""
 
     @property
     def pair(self) -> bool:
-        return "delta" in self.op
+        return "delta" in self.op or "extrapolated" in self.op
 
     @property
     def linear(self) -> bool:
@@ -82,7 +86,8 @@ class Workload:
     def __str__(self) -> str:
         width = f" D={self.shape.d}" if self.linear else ""
         steps = "forward+backward" if self.training else "forward"
-        return f"{self.op} {self.shape.name} N={self.n}{width} V={self.shape.v} {self.dtype} {steps}"
+        variant = f" {self.variant}" if self.variant else ""
+        return f"{self.op} {self.shape.name} N={self.n}{width} V={self.shape.v} {self.dtype} {steps}{variant}"
 
 
 def input_bytes(work: Workload) -> int:

@@ -1,15 +1,19 @@
 """The acceptance table, computed from records, and its place in a README."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from . import bench_extrapolated_sample as sample
+from . import bench_generate as decode
 from .records import Record, Run
 from .shapes import LONG_N, MAIN, MAIN_N
 
 MARKERS = ("<!-- benchmark table -->", "<!-- /benchmark table -->")
 
 FORWARD_MIB, BACKWARD_MIB = 64, 256
+#: Of a chi-square, at least; and how many standard deviations the number of tokens from the tail may be off.
+LEAST_P, MOST_SIGMAS = 1e-4, 4.5
 _NOT_MEASURED = "not measured"
 
 
@@ -30,18 +34,26 @@ def lines(records: Sequence[Record]) -> list[Line]:
     step = _main(records, "linear_logp", training=True)
     logp, delta_logp = _main(records, "logp"), _main(records, "delta_logp")
     return [
-        _slower(f"`linear_logp` {head}", single, "a bare bf16 matmul", 1.05),
-        _faster("the same", single, "eager PyTorch", 2),
+        _slower(f"`linear_logp` {head}", single, "matmul", "a bare bf16 matmul", 1.05),
+        _faster("the same", single, "eager", "eager PyTorch", 2),
         _exact("the same: log p against float64", single, 1e-5),
-        _slower("`linear_delta_logp`, same shape", pair, "two bare matmuls", 1.05),
-        _slower("`linear_logp` forward + backward (hidden, weight), bf16", step, "four bare matmuls of N·V·D", 1.25),
-        _faster(f"`logp` of {given}", logp, "eager log_softmax + gather + entropy", 8),
-        _faster("`delta_logp` of two such tensors", delta_logp, "eager", 8),
+        _slower("`linear_delta_logp`, same shape", pair, "matmul", "two bare matmuls", 1.05),
+        _slower(
+            "`linear_logp` forward + backward (hidden, weight), bf16",
+            step,
+            "matmul",
+            "four bare matmuls of N·V·D",
+            1.25,
+        ),
+        _faster(f"`logp` of {given}", logp, "eager", "eager log_softmax + gather + entropy", 8),
+        _faster("`delta_logp` of two such tensors", delta_logp, "eager", "eager", 8),
         _memory("peak memory over inputs and outputs, forward", records, False, FORWARD_MIB),
         _memory("the same, forward + backward", records, True, BACKWARD_MIB),
         _long(records),
         _linear(records),
         _ignored(records),
+        *_sampling(records),
+        *_decoding(records),
     ]
 
 
@@ -50,8 +62,8 @@ def _select(records: Iterable[Record], **wanted: object) -> list[Record]:
     found = {}
     for entry in records:
         if entry.skipped is None and all(getattr(entry, name) == value for name, value in wanted.items()):
-            key = (entry.case, entry.op, entry.shape, entry.n, entry.dtype, entry.training, entry.candidate)
-            found[key] = entry
+            of_work = (entry.op, entry.shape, entry.n, entry.dtype, entry.training, entry.variant)
+            found[entry.case, entry.candidate, of_work] = entry
     return list(found.values())
 
 
@@ -68,27 +80,31 @@ def _main(records: Sequence[Record], op: str, training: bool = False) -> Record 
         candidate="ours",
         phase="both" if training else "forward",
     )
-    return entries[0] if entries else None
+    return _last(entries)
 
 
 def _line(what: str, reach: str, entry: Record | None, measure: Callable[[Record], tuple[str, bool]]) -> Line:
     return Line(what, reach, _NOT_MEASURED, None) if entry is None else Line(what, reach, *measure(entry))
 
 
-def _slower(what: str, entry: Record | None, floor: str, most: float) -> Line:
+def _slower(what: str, entry: Record | None, other: str, described: str, most: float) -> Line:
+    """`other` is a candidate of the same case, described in words."""
+
     def measure(entry: Record) -> tuple[str, bool]:
-        ratio = entry.ratio_to("matmul")
+        ratio = entry.ratio_to(other)
         return f"{ratio:.2f} × ({entry.median_ms:.0f} ms)", ratio <= most
 
-    return _line(what, f"≤ {most} × {floor}", entry, measure)
+    return _line(what, f"≤ {most} × {described}", entry, measure)
 
 
-def _faster(what: str, entry: Record | None, baseline: str, least: float) -> Line:
+def _faster(what: str, entry: Record | None, other: str, described: str, least: float) -> Line:
     def measure(entry: Record) -> tuple[str, bool]:
-        ratio = 1 / entry.ratio_to("eager")
-        return f"{ratio:.1f} × ({entry.median_ms:.0f} ms)", ratio >= least
+        ratio = 1 / entry.ratio_to(other)
+        assert entry.median_ms is not None
+        digits = 0 if entry.median_ms >= 5 else 1
+        return f"{ratio:.1f} × ({entry.median_ms:.{digits}f} ms)", ratio >= least
 
-    return _line(what, f"≥ {least} × faster than {baseline}", entry, measure)
+    return _line(what, f"≥ {least} × faster than {described}", entry, measure)
 
 
 def _exact(what: str, entry: Record | None, most: float) -> Line:
@@ -118,7 +134,7 @@ def _long(records: Sequence[Record]) -> Line:
 
     entries = _select(records, case="long")
     what = f"one pair, N {LONG_N}, D {MAIN.d}, V {MAIN.v}, bf16"
-    return _line(what, f"finishes within {FORWARD_MIB} MiB", entries[-1] if entries else None, measure)
+    return _line(what, f"finishes within {FORWARD_MIB} MiB", _last(entries), measure)
 
 
 def _linear(records: Sequence[Record]) -> Line:
@@ -141,6 +157,56 @@ def _ignored(records: Sequence[Record]) -> Line:
     ratios = {entry.op: entry.ratio_to("ours") for entry in entries}
     listed = ", ".join(f"{ratio:.2f} × `{op}`" for op, ratio in ratios.items())
     return Line(what, reach, listed, max(ratios.values()) <= 0.55)
+
+
+def _sampling(records: Sequence[Record]) -> Iterator[Line]:
+    work = {"op": sample.OP, "candidate": "ours", "dtype": "float32"}
+    entries = _select(records, case="compare", n=sample.ROWS, shape=MAIN.name, variant=sample.MAIN_FILTER, **work)
+    entry = _last([entry for entry in entries if {"warpers", "numpy"} <= entry.ratios.keys()])
+    what = f"`{sample.OP}` fp32, B {sample.ROWS}, V {MAIN.v}, {sample.MAIN_FILTER}"
+    yield _faster(what, entry, "warpers", "`transformers`' warpers + multinomial on the extrapolated logits", 15)
+    yield _faster(
+        f"`{sample.OP}`, the same", entry, "numpy", "the authors' loop over all log-probabilities, in numpy", 30
+    )
+    yield _line(
+        f"`{sample.OP}`, {sample.DRAWS:,} draws from V {MAIN.v}, chi-square against exact probabilities",
+        f"p > {LEAST_P:.0e} for {len(sample.SEEDS)} seeds",
+        _last(_select(records, case="frequencies", **work)),
+        _p_values,
+    )
+    yield _line(
+        f"`{sample.OP}`, {sample.TAIL.v - 1:,} tokens of probability {sample.RARE:.0e} each, {sample.DRAWS:,} draws",
+        f"as many as expected, within {MOST_SIGMAS} σ",
+        _last(_select(records, case="tail", **work)),
+        _tail,
+    )
+
+
+def _p_values(entry: Record) -> tuple[str, bool]:
+    values = list(entry.statistics.values())
+    return "p = " + ", ".join(f"{p:.2g}" for p in values), min(values) > LEAST_P
+
+
+def _tail(entry: Record) -> tuple[str, bool]:
+    drawn, expected = entry.statistics["drawn"], entry.statistics["expected"]
+    return f"{drawn:.0f} drawn, {expected:.0f} expected", abs(drawn - expected) <= MOST_SIGMAS * expected**0.5
+
+
+def _decoding(records: Sequence[Record]) -> Iterator[Line]:
+    entries = _select(records, case="compare", op=decode.OP, n=decode.PROBLEMS, candidate="ours")
+    what = f"`{decode.OP}`, demo pair, {decode.PROBLEMS} problems"
+
+    def speed(entry: Record) -> tuple[str, bool]:
+        ratio = 1 / entry.ratio_to("generate calls")
+        return f"{ratio:.1f} × ({entry.tokens_per_s:,.0f} tokens/s)", ratio >= 5
+
+    reach = "≥ 5 × the tokens/s of two `model.generate(max_new_tokens=1)` calls a step"
+    yield _line(what, reach, _last(entries), speed)
+    yield _slower(f"`{decode.OP}`, the same", _last(entries), "forwards", "the two models' forwards alone", 1.25)
+
+
+def _last(entries: Sequence[Record]) -> Record | None:
+    return entries[-1] if entries else None
 
 
 def markdown(table: Sequence[Line]) -> str:

@@ -1,6 +1,7 @@
 """The benchmarks measure what they say: times, memory, errors, the table."""
 
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
@@ -13,9 +14,11 @@ import torch
 _ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(_ROOT))
 
-from benchmarks import table  # noqa: E402
+from benchmarks import bench_extrapolated_sample, bench_generate, frequencies, sampling, table  # noqa: E402
+from benchmarks.__main__ import main  # noqa: E402
 from benchmarks.bench import tolerances  # noqa: E402
-from benchmarks.cases import MODES, Planner  # noqa: E402
+from benchmarks.case import MODES  # noqa: E402
+from benchmarks.cases import Planner  # noqa: E402
 from benchmarks.harness import (  # noqa: E402
     Budget,
     Candidate,
@@ -29,6 +32,7 @@ from benchmarks.harness import (  # noqa: E402
     verify,
 )
 from benchmarks.memory import Answer, NoAnswerError, Request, in_fresh_process  # noqa: E402
+from benchmarks.plans import PLANS  # noqa: E402
 from benchmarks.problem import Truth, build  # noqa: E402
 from benchmarks.records import Record, Run, environment, read, record, time_fields  # noqa: E402
 from benchmarks.registry import BENCHES  # noqa: E402
@@ -206,10 +210,12 @@ def test_what_does_not_fit_is_not_run():
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_mode_has_what_the_table_needs(mode):
-    labels = [case.label for bench in BENCHES.values() for case in Planner(bench, CPU, mode).cases()]
+    labels = [case.label for plan in PLANS.values() for case in plan(CPU, mode)]
     assert len(labels) == len(set(labels)) or mode != "quick"
     assert any(f"N={LONG_N}" in label for label in labels) == (mode == "full")
-    for kind in ("compare: linear_logp", "compare: delta_logp", "memory", "linearity", "half ignored"):
+    assert any(label.startswith("frequencies") for label in labels) == (mode == "full")
+    kinds = ("compare: linear_logp", "compare: delta_logp", "compare: extrapolated_sample", "compare: hf.generate")
+    for kind in (*kinds, "memory", "linearity", "half ignored"):
         assert any(label.startswith(kind) for label in labels), kind
 
 
@@ -233,7 +239,25 @@ def _records() -> list[Record]:
         _entry("linear_delta_logp", "ours, N=2048", "linearity", 2048, ratios={"ours, N=4096": [0.5] * 3}),
         _entry("linear_delta_logp", "ours, N=4096", "linearity", 4096, ratios={"ours, N=2048": [2.06] * 3}),
         _entry("logp", "ours, half ignored", "half ignored", ratios={"ours": [0.52] * 3}),
+        _sampled(
+            "compare", n=8, variant="top-p 0.7", median_ms=4.2, ratios={"warpers": [0.05] * 3, "numpy": [0.04] * 3}
+        ),
+        # Another filter is not what the table is of.
+        _sampled("compare", n=8, variant="top-k 50", median_ms=1.0, ratios={"warpers": [0.9] * 3, "numpy": [0.9] * 3}),
+        _sampled("frequencies", statistics={"p, seed 1": 0.5, "p, seed 2": 2e-3, "p, seed 3": 0.97}),
+        _sampled("tail", statistics={"drawn": 1080.0, "expected": 1000.0}),
+        _decoded(ratios={"generate calls": [0.125] * 3, "forwards": [1.2] * 3}, tokens_per_s=4321.0),
     ]
+
+
+def _sampled(case: str, n: int = 10**6, variant: str = "", **fields: object) -> Record:
+    work = Workload("extrapolated_sample", MAIN, n, "float32", variant=variant)
+    return record(case, work, "ours", "forward", backend="cpu", **fields)
+
+
+def _decoded(**fields: object) -> Record:
+    work = Workload("hf.generate", Shape("demo pair", 0, 30), 64, "float32")
+    return record("compare", work, "ours", "forward", median_ms=500.0, **fields)
 
 
 def test_the_table():
@@ -250,6 +274,42 @@ def test_the_table():
     assert by_what["the same, forward + backward"].met is True
     assert by_what["`linear_delta_logp`: time over N"].measured == "+3.0 % (N 2048, 4096)"
     assert by_what["half the rows ignored"][2:] == ("0.52 × `logp`", True)
+
+
+def test_the_lines_of_sampling_and_decoding():
+    by_reach = {line.reach: line[2:] for line in table.lines(_records())}
+    warpers = "≥ 15 × faster than `transformers`' warpers + multinomial on the extrapolated logits"
+    assert by_reach[warpers] == ("20.0 × (4.2 ms)", True)
+    numpy = "≥ 30 × faster than the authors' loop over all log-probabilities, in numpy"
+    assert by_reach[numpy] == ("25.0 × (4.2 ms)", False)
+    assert by_reach["p > 1e-04 for 3 seeds"] == ("p = 0.5, 0.002, 0.97", True)
+    assert by_reach["as many as expected, within 4.5 σ"] == ("1080 drawn, 1000 expected", True)
+    calls = "≥ 5 × the tokens/s of two `model.generate(max_new_tokens=1)` calls a step"
+    assert by_reach[calls] == ("8.0 × (4,321 tokens/s)", True)
+    assert by_reach["≤ 1.25 × the two models' forwards alone"] == ("1.20 × (500 ms)", True)
+    bad = [
+        _sampled("frequencies", statistics={"p, seed 1": 0.5, "p, seed 2": 1e-5}),
+        _sampled("tail", statistics={"drawn": 0.0, "expected": 33.0}),
+    ]
+    assert [line.met for line in table.lines(bad) if line.measured != "not measured"] == [False, False]
+
+
+def test_a_readme_keeps_what_a_newer_run_has_not(tmp_path):
+    """An older run without the columns of today, and a newer one of one op."""
+    older = Run(environment(CPU), {"mode": "quick", "only": None, "case": None}, _records()[:3])
+    newer = Run(environment(CPU), {"mode": "default", "only": ["extrapolated_sample"], "case": None}, _records()[-4:])
+    paths = [older.write(tmp_path), newer.write(tmp_path)]
+    content = json.loads(paths[0].read_text())
+    for entry in content["records"]:
+        for name in ("variant", "tokens_per_s", "statistics"):
+            del entry[name]
+    paths[0].write_text(json.dumps(content))
+    readme = tmp_path / "README.md"
+    readme.write_text("\n".join(table.MARKERS))
+    main(["readme", *map(str, paths), "--readme", str(readme)])
+    text = readme.read_text()
+    assert "0.96 × (350 ms)" in text and "p = 0.5, 0.002, 0.97" in text and "4,321 tokens/s" in text
+    assert older.name in text and newer.name in text
 
 
 def test_the_table_of_a_readme(tmp_path):
@@ -304,6 +364,69 @@ def test_time_fields():
     fields = time_fields(timings, "a", ["a", "b"], "both")
     assert fields["median_ms"] == pytest.approx(3) and fields["rounds"] == 3
     assert fields["ratios"] == {"b": pytest.approx([0.75] * 3)}
+
+
+@pytest.mark.parametrize("variant", sampling.FILTERS)
+def test_every_way_of_sampling_is_right(variant):
+    draws = sampling.build(Workload("extrapolated_sample", SMALL, 20, "float32", variant=variant), CPU)
+    ways = (sampling.ours, sampling.ours_all_replaced, sampling.ours_one_model)
+    for draw in (*ways, sampling.eager, sampling.eager_one_model, sampling.warpers, sampling.in_numpy):
+        verify(draw.__name__, sampling.errors_of(draw, draws), sampling.TOLERANCES)
+
+
+def test_a_wrong_way_of_sampling_is_refused(monkeypatch):
+    draws = sampling.build(Workload("extrapolated_sample", SMALL, 20, "float32", variant="top-p 0.7"), CPU)
+    unfiltered = dataclasses.replace(draws, work=dataclasses.replace(draws.work, variant="no truncation"))
+    with pytest.raises(WrongResultError, match="excluded token is off"):
+        verify("eager", sampling.errors_of(lambda _: sampling.eager(unfiltered), draws), sampling.TOLERANCES)
+    monkeypatch.setitem(sampling._OPTIONS, sampling.ours, sampling._OPTIONS[sampling.ours_all_replaced])
+    with pytest.raises(WrongResultError, match=r"ours: .*is off"):
+        verify("ours", sampling.errors_of(sampling.ours, draws), sampling.TOLERANCES)
+
+
+def _multinomial(logits, seed, step, power=1.0):
+    generator = torch.Generator().manual_seed(seed + step)
+    return [torch.multinomial((power * logits[0]).softmax(-1), len(logits), True, generator=generator)]
+
+
+def test_frequencies_see_a_wrong_distribution():
+    for power, right in ((1.0, True), (1.05, False)):
+        draw = functools.partial(_multinomial, power=power)
+        assert (frequencies.p_value(draw, 3000, 50_000, 1, CPU) > 1e-4) == right
+    found = frequencies.tail(_multinomial, 1e-4, 1000, 5000, 4, 1, CPU)
+    assert found.expected == 2000 and abs(found.tokens.numel() - 2000) < 4.5 * 2000**0.5
+
+
+def test_the_cases_of_sampling_and_decoding(tmp_path, monkeypatch):
+    """From the arguments to the records, small."""
+    for name, value in {
+        "MAIN": SMALL,
+        "DRAWS": 3000,
+        "TAIL": Shape("tail", 0, 51),
+        "RARE": 1e-2,
+        "_TAIL_ROWS": 500,
+    }.items():
+        monkeypatch.setattr(bench_extrapolated_sample, name, value)
+    monkeypatch.setattr(bench_generate, "PROBLEMS", 3)
+    monkeypatch.setattr(bench_generate, "_MAX_NEW_TOKENS", 5)
+    monkeypatch.setitem(bench_generate._ROUNDS, "full", 1)
+    monkeypatch.setattr(bench_extrapolated_sample, "budget", lambda _: Budget(seconds=0, least=1))
+    threads = torch.get_num_threads()
+    main(["--full", "--only=extrapolated_sample", "--only=hf.generate", "--out", str(tmp_path), "--threads=1"])
+    torch.set_num_threads(threads)
+    (path,) = tmp_path.glob("*.json")
+    records = read(path).records
+    assert not any(entry.skipped for entry in records)
+    compared = {entry.candidate for entry in records if entry.case == "compare" and entry.op == "extrapolated_sample"}
+    assert compared == {"ours", "ours, all replaced", "eager", "warpers", "numpy"}
+    assert {entry.variant for entry in records if entry.case == "compare"} == {*sampling.FILTERS, ""}
+    (counted,) = [entry for entry in records if entry.case == "frequencies"]
+    assert len(counted.statistics) == 3 and min(counted.statistics.values()) > 1e-4
+    (tail,) = [entry for entry in records if entry.case == "tail"]
+    assert tail.statistics["expected"] == 1500 and abs(tail.statistics["drawn"] - 1500) < 175
+    decoded = {entry.candidate: entry for entry in records if entry.op == "hf.generate"}
+    assert decoded["ours"].tokens_per_s > 0 and max(decoded["ours"].errors.values()) < 1e-3
+    assert decoded["ours"].ratios.keys() == {"forwards", "generate calls", "generate calls, caches kept"}
 
 
 def test_environment_says_where_a_figure_comes_from():

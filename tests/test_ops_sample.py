@@ -2,7 +2,9 @@
 
 import importlib
 import math
+import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import cases
@@ -30,6 +32,10 @@ import dlogp_kernels
 from dlogp_kernels import Sample, backends, reference_sample
 from dlogp_kernels.ops import schemas
 from dlogp_kernels.reference_sample import CRITERIA, RANDOM
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import frequencies
 
 pytestmark = pytest.mark.usefixtures("serves_sampling", "few_walks")
 
@@ -496,42 +502,15 @@ def test_huge_scores_stay_inside_the_vocabulary():
                 assert ((token >= -1) & (token < 70)).all()
 
 
-def chi_square_p(observed: Tensor, expected: Tensor) -> float:
-    """Probability of a chi-square at least this large, of cells that all expect 10 or more."""
-    assert expected.min() >= 10 and observed.sum() == expected.sum().round()
-    statistic = ((observed - expected).square() / expected).sum()
-    freedom = torch.tensor((expected.numel() - 1) / 2, dtype=FP64)
-    return torch.special.gammaincc(freedom, statistic / 2).item()
+def both_draws(logits: Tensor, seed: int, step: int) -> tuple[Tensor, Tensor]:
+    """Draft and replacement of a row, whose noise is independent."""
+    drawn = sample(logits, logits, seed=seed, step=step)
+    return drawn.token, drawn.draft_token
 
 
-def cells_of(probability: Tensor, draws: int) -> Tensor:
-    """A cell for each token: likely tokens alone, the others in runs of 20 expected draws or more."""
-    order = probability.argsort(descending=True)
-    alone = int((probability * draws >= 20).sum())
-    rest = (probability[order[alone:]].cumsum(0) * draws / 20).floor().long()
-    cells = torch.cat([torch.arange(alone), alone + rest])
-    last = int(cells[-1])
-    # The last one may have been left with too little.
-    cells = torch.where(cells == last, max(last - 1, 0), cells)
-    _, cells = cells.unique(return_inverse=True)
-    return torch.empty_like(cells).scatter_(0, order, cells)
-
-
-def check_frequencies(v: int, draws: int, seed: int, **options: Any) -> None:
-    """Drafts and replacements of one row, whose noise is independent, against exact probabilities."""
-    logits = torch.randn(v, generator=torch.Generator().manual_seed(seed)) * 2
-    probability = logits.double().softmax(-1)
-    cells = cells_of(probability, draws)
-    observed = torch.zeros(int(cells.max()) + 1, dtype=FP64)
-    expected = torch.zeros_like(observed).index_add_(0, cells, probability * draws)
-    rows = min(draws // 2, 20_000)
-    for step in range(draws // 2 // rows):
-        batch = logits.expand(rows, -1)
-        drawn = sample(batch, batch, seed=seed, step=step, **options)
-        for token in (drawn.token, drawn.draft_token):
-            observed += cells[token].bincount(minlength=observed.numel())
-    p = chi_square_p(observed, expected)
-    assert p > 1e-4, f"seed {seed}: chi-square over {observed.numel()} cells has p = {p:.2g}"
+def check_frequencies(v: int, draws: int, seed: int) -> None:
+    p = frequencies.p_value(both_draws, v, draws, seed, torch.device("cpu"))
+    assert p > 1e-4, f"seed {seed}: chi-square has p = {p:.2g}"
 
 
 @pytest.mark.not_interpreted("too many draws")
@@ -559,7 +538,7 @@ def test_draft_and_replacement_are_independent():
     drawn = sample(rows, rows, seed=8)
     observed = (8 * drawn.draft_token + drawn.token).bincount(minlength=64)
     expected = (probability[:, None] * probability).flatten() * rows.shape[0]
-    assert chi_square_p(observed.double(), expected) > 1e-4
+    assert frequencies.chi_square_p(observed.double(), expected) > 1e-4
 
 
 @pytest.mark.not_interpreted("too many draws")
@@ -567,16 +546,8 @@ def test_draft_and_replacement_are_independent():
 @pytest.mark.parametrize("rare", [1e-8, pytest.param(1e-9, marks=pytest.mark.slow)])
 def test_tail_tokens_come_at_their_rate(rare):
     """100 000 tokens of this probability each, behind one that has nearly all of it (vLLM #43150)."""
-    count, rows, batches = 100_000, 4000, 5 if rare == 1e-8 else 25
-    logits = torch.zeros(1 + count)
-    logits[1:] = math.log(rare / (1 - rare * count))
-    batch = logits.expand(rows, -1)
-    hits = []
-    for step in range(batches):
-        drawn = sample(batch, batch, seed=10, step=step)
-        hits += [token[token > 0] for token in (drawn.token, drawn.draft_token)]
-    found = torch.cat(hits)
-    expected = 2 * rows * batches * rare * count
+    batches = 5 if rare == 1e-8 else 25
+    found, expected = frequencies.tail(both_draws, rare, 100_000, 4000, batches, 10, torch.device("cpu"))
     assert abs(found.numel() - expected) < 4.5 * math.sqrt(expected), f"{found.numel()} of {expected:.1f} expected"
     assert found.unique().numel() >= found.numel() - 1
 

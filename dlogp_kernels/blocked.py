@@ -330,6 +330,7 @@ def policy_loss_fwd(
     group: Tensor | None,
     ref_logp: Tensor | None,
     entropy: Tensor | None,
+    kl: Tensor | None,
     token_weight: Tensor | None,
     num_tokens: Tensor | None,
     choices: list[str],
@@ -340,7 +341,7 @@ def policy_loss_fwd(
 ) -> tuple[Tensor, ...]:
     options = reference_policy.options_of(choices, numbers, max_length)
     sequences = _Sequences(
-        PolicyTokens(logp, old_logp, advantage, mask, ref_logp, entropy, token_weight), offsets, workspace
+        PolicyTokens(logp, old_logp, advantage, mask, ref_logp, entropy, kl, token_weight), offsets, workspace
     )
     counts, s = sequences.counts(), None
     if options.reweight == "ppl":
@@ -379,15 +380,19 @@ def policy_loss_bwd(
     mask: Tensor,
     offsets: Tensor | None,
     entropy_coef: float,
+    kl_beta: float,
     output_mask: list[bool],
     workspace: int,
 ) -> tuple[Tensor, ...]:
     scale = scale * grad_loss
     of_tokens = scale[:, None] if offsets is None else scale.repeat_interleave(offsets.diff(), output_size=mask.numel())
-    wants_logp, wants_entropy = output_mask
+    wants_logp, *wants_constant = output_mask
     grad_logp = coefficient * of_tokens if wants_logp else scale.new_empty(0)
-    grad_entropy = (-entropy_coef * of_tokens).masked_fill(~mask, 0.0) if wants_entropy else scale.new_empty(0)
-    return grad_logp, grad_entropy
+    constants = (
+        (factor * of_tokens).masked_fill(~mask, 0.0) if wanted else scale.new_empty(0)
+        for factor, wanted in zip((-entropy_coef, kl_beta), wants_constant, strict=True)
+    )
+    return grad_logp, *constants
 
 
 def linear_extrapolated_sample(

@@ -25,6 +25,8 @@ X = torch.zeros(5, 36)
         ({"mask": torch.ones(5, dtype=torch.bool)}, r"mask has shape \(5,\), expected that of logp"),
         ({"mask": torch.ones(5, 37, dtype=torch.complex64)}, r"mask has dtype torch.complex64, expected bool or 0/1"),
         ({"ref_logp": X}, r"ref_logp has shape \(5, 36\)"),
+        ({"kl": torch.zeros(5, 37)}, r"kl is given, expected None beside ref_logp"),
+        ({"kl": X, "ref_logp": None}, r"kl has shape \(5, 36\)"),
         ({"entropy": X}, r"entropy has shape \(5, 36\)"),
         ({"token_weight": X}, r"token_weight has shape \(5, 36\)"),
         ({"group": torch.zeros(4, dtype=torch.int64)}, r"group has shape \(4,\), expected \(5,\)"),
@@ -92,16 +94,16 @@ def test_the_op_checks_what_it_reads():
     choices, *options = [*PolicyOptions(reweight="none").arguments(), True, 2**20]
     run = torch.ops.dlogp._cpu_policy_loss_fwd
     with pytest.raises(ValueError, match=r"old_logp has shape \[5, 36\], expected \[5, 37\]"):
-        run(tokens[0], X, *tokens[2:], *[None] * 6, choices, *options)
+        run(tokens[0], X, *tokens[2:], *[None] * 7, choices, *options)
     flat = [tokens[0].flatten(), tokens[1].flatten(), tokens[2], tokens[3].flatten()]
     with pytest.raises(ValueError, match=r"offsets\[1\] is 186, expected a number in \[0, 185\]"):
-        run(*flat, torch.tensor([0, 186]), *[None] * 5, choices, *options)
+        run(*flat, torch.tensor([0, 186]), *[None] * 6, choices, *options)
     with pytest.raises(ValueError, match=r"group is missing"):
-        run(*tokens, *[None] * 6, ["dapo", "ppl", "both", "token"], *options)
+        run(*tokens, *[None] * 7, ["dapo", "ppl", "both", "token"], *options)
     with pytest.raises(ValueError, match="loss_type is 'ppo'"):
-        run(*tokens, *[None] * 6, ["ppo", *choices[1:]], *options)
+        run(*tokens, *[None] * 7, ["ppo", *choices[1:]], *options)
     with pytest.raises(ValueError, match="choices and numbers have 3 and 8 elements, expected 4 and 8"):
-        run(*tokens, *[None] * 6, choices[1:], *options)
+        run(*tokens, *[None] * 7, choices[1:], *options)
 
 
 def test_module():

@@ -127,6 +127,15 @@ DLOGP_INLINE void finish_slopes(bool summed, int64_t count, PolicyTokens<Real>& 
   for (int64_t i = 0; i < count; ++i) t.coefficient[i] = t.slope[i] * t.mask[i];
 }
 
+// Values may be infinite where their factor is 0.
+template <typename Real>
+DLOGP_INLINE void add_to_loss(double factor, int64_t count, const Real* values, PolicyTokens<Real>& t) {
+  if (factor == 0) return;
+  const Real f = Real(factor);
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) t.loss[i] += f * values[i];
+}
+
 template <typename Real>
 DLOGP_INLINE void add_reference(const PolicyOptions& options, int64_t count, PolicyTokens<Real>& t, PolicySums& sums) {
   const Real limit = Real(kLogRatioLimit), beta = Real(options.kl_beta);
@@ -141,18 +150,19 @@ DLOGP_INLINE void add_reference(const PolicyOptions& options, int64_t count, Pol
     t.coefficient[i] -= full > limit ? Real(0) : beta * slope * t.mask[i];
   }
   sums.ref_kl += masked_sum(count, t.divergence, t.mask);
-  if (options.kl_beta == 0) return;
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) t.loss[i] += beta * t.divergence[i];
+  add_to_loss(options.kl_beta, count, t.divergence, t);
 }
 
 template <typename Real>
 DLOGP_INLINE void add_entropy(const PolicyOptions& options, int64_t count, PolicyTokens<Real>& t, PolicySums& sums) {
-  const Real coefficient = Real(options.entropy_coef);
   sums.entropy += masked_sum(count, t.entropy, t.mask);
-  if (options.entropy_coef == 0) return;
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) t.loss[i] -= coefficient * t.entropy[i];
+  add_to_loss(-options.entropy_coef, count, t.entropy, t);
+}
+
+template <typename Real>
+DLOGP_INLINE void add_kl(const PolicyOptions& options, int64_t count, PolicyTokens<Real>& t, PolicySums& sums) {
+  sums.ref_kl += masked_sum(count, t.kl, t.mask);
+  add_to_loss(options.kl_beta, count, t.kl, t);
 }
 
 template <typename Real>
@@ -195,6 +205,7 @@ DLOGP_INLINE void policy_body(const PolicyOptions& options, int64_t count, Polic
   set_terms(options, count, t);
   finish_slopes(options.of_sequences && options.surrogate != PolicySurrogate::kCispo, count, t, sums);
   if (t.has_ref_logp) add_reference(options, count, t, sums);
+  if (t.has_kl) add_kl(options, count, t, sums);
   if (t.has_entropy) add_entropy(options, count, t, sums);
   add_sums(options.of_sequences, count, t, sums);
 }

@@ -26,8 +26,8 @@ template <typename Real>
 struct PolicyTokens {
   Real mask[kPolicyTokens], logp[kPolicyTokens], old_logp[kPolicyTokens], advantage[kPolicyTokens];
   Real raw_ratio[kPolicyTokens], score[kPolicyTokens];
-  Real ref_logp[kPolicyTokens], entropy[kPolicyTokens], token_weight[kPolicyTokens];
-  bool has_ref_logp = false, has_entropy = false, has_token_weight = false;
+  Real ref_logp[kPolicyTokens], entropy[kPolicyTokens], kl[kPolicyTokens], token_weight[kPolicyTokens];
+  bool has_ref_logp = false, has_entropy = false, has_kl = false, has_token_weight = false;
   // ----
   Real weight[kPolicyTokens], log_ratio[kPolicyTokens], ratio[kPolicyTokens];
   Real loss[kPolicyTokens], slope[kPolicyTokens], divergence[kPolicyTokens];

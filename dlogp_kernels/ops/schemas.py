@@ -41,7 +41,7 @@ _SAMPLE_OPTIONS = (
 )
 _POLICY_TOKENS = (
     "Tensor logp, Tensor old_logp, Tensor advantage, Tensor mask, Tensor? offsets, Tensor? group, Tensor? ref_logp, "
-    "Tensor? entropy, Tensor? token_weight, Tensor? num_tokens"
+    "Tensor? entropy, Tensor? kl, Tensor? token_weight, Tensor? num_tokens"
 )
 _POLICY_OPTIONS = "str[] choices, float[] numbers, int? max_length"
 _ONE_MODEL_SAVED = "Tensor entropy, Tensor lse"
@@ -85,8 +85,8 @@ SCHEMAS: dict[str, tuple[str, str]] = {
     ),
     "policy_loss_bwd": (
         "Tensor grad_loss, Tensor coefficient, Tensor scale, Tensor mask, Tensor? offsets, float entropy_coef, "
-        "bool[2] output_mask",
-        "(Tensor grad_logp, Tensor grad_entropy)",
+        "float kl_beta, bool[3] output_mask",
+        "(Tensor grad_logp, Tensor grad_entropy, Tensor grad_kl)",
     ),
 }
 

@@ -50,6 +50,7 @@ class Inputs(NamedTuple):
     mask: Tokens
     ref_logp: Tokens
     entropy: Tokens
+    kl: Tokens
     token_weight: Tokens
     offsets: Any
 
@@ -182,6 +183,10 @@ def _policy_loss_fwd_kernel(
             # An infinite divergence may be looked at without it.
             loss += tl.where(numbers.kl_beta == 0.0, 0.0, numbers.kl_beta * k3)
             coefficient += numbers.kl_beta * k3_slope
+        if inputs.kl.data is not None:
+            kl = load_tokens(inputs.kl, b, t, mask)
+            ref_kl_sum += kl
+            loss += tl.where(numbers.kl_beta == 0.0, 0.0, numbers.kl_beta * kl)
         if inputs.entropy.data is not None:
             entropy = load_tokens(inputs.entropy, b, t, mask)
             entropy_sum += entropy
@@ -284,12 +289,12 @@ def _policy_loss_finish_kernel(
 
 @triton.jit
 def _policy_loss_bwd_kernel(
-    grad_loss_ptr, coefficient_ptr, scale_ptr, mask, offsets_ptr, grad_logp_ptr, grad_entropy_ptr, T, stride_row,
-    entropy_coef, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    grad_loss_ptr, coefficient_ptr, scale_ptr, mask, offsets_ptr, grad_logp_ptr, grad_entropy_ptr, grad_kl_ptr,
+    T, stride_row, entropy_coef, kl_beta, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """grad_logp = coefficient · factor and, of tokens that count, grad_entropy = −entropy_coef · factor.
+    """grad_logp = coefficient · factor; of tokens that count grad_entropy = −entropy_coef · factor, grad_kl likewise.
 
-    factor = scale[b] · grad_loss. All float32, coefficient and both gradients with rows stride_row apart; a pointer
+    factor = scale[b] · grad_loss. All float32, coefficient and gradients with rows stride_row apart; a pointer
     that is None is not wanted.
     A program takes every SPLITS-th block of one sequence.
     """
@@ -304,6 +309,9 @@ def _policy_loss_bwd_kernel(
         if grad_entropy_ptr is not None:
             counted = load_mask(mask, b, t, end)
             tl.store(grad_entropy_ptr + place, tl.where(counted, -entropy_coef * factor, 0.0), mask=t < end)
+        if grad_kl_ptr is not None:
+            counted = load_mask(mask, b, t, end)
+            tl.store(grad_kl_ptr + place, tl.where(counted, kl_beta * factor, 0.0), mask=t < end)
 
 
 def _tokens(x: Tensor | None, packed: bool) -> Tokens:
@@ -326,6 +334,7 @@ def policy_loss_fwd(
     group: Tensor | None,
     ref_logp: Tensor | None,
     entropy: Tensor | None,
+    kl: Tensor | None,
     token_weight: Tensor | None,
     num_tokens: Tensor | None,
     choices: list[str],
@@ -344,6 +353,7 @@ def policy_loss_fwd(
         _tokens(mask, packed),
         _tokens(ref_logp, packed),
         _tokens(entropy, packed),
+        _tokens(kl, packed),
         _tokens(token_weight, packed),
         None if offsets is None else offsets.contiguous(),
     )
@@ -397,22 +407,23 @@ def policy_loss_bwd(
     mask: Tensor,
     offsets: Tensor | None,
     entropy_coef: float,
+    kl_beta: float,
     output_mask: list[bool],
     workspace: int,
 ) -> tuple[Tensor, ...]:
     packed, sequences, columns = offsets is not None, scale.shape[0], mask.shape[-1]
-    grad_logp, grad_entropy = (
+    gradients = [
         (torch.zeros if packed else torch.empty)(mask.shape if wanted else 0, dtype=torch.float32, device=scale.device)
         for wanted in output_mask
-    )
+    ]
     if sequences == 0 or not any(output_mask):
-        return grad_logp, grad_entropy
-    wants_logp, wants_entropy = output_mask
+        return tuple(gradients)
+    pointers = [gradient if wanted else None for gradient, wanted in zip(gradients, output_mask, strict=True)]
     splits = _splits(columns)
     with on_device_of(scale):
         _policy_loss_bwd_kernel[(sequences, splits)](
             grad_loss, coefficient, scale, _tokens(mask, packed), None if offsets is None else offsets.contiguous(),
-            grad_logp if wants_logp else None, grad_entropy if wants_entropy else None, columns,
-            0 if packed else columns, entropy_coef, SPLITS=splits, BLOCK=_BLOCK, num_warps=4,
+            *pointers, columns, 0 if packed else columns, entropy_coef, kl_beta, SPLITS=splits, BLOCK=_BLOCK,
+            num_warps=4,
         )  # fmt: skip
-    return grad_logp, grad_entropy
+    return tuple(gradients)

@@ -72,10 +72,20 @@ def architectures() -> list[str]:
     return [name for name, first in ARCHITECTURES.items() if version >= first]
 
 
+def build_cuda(destination: Path) -> None:
+    """Compile where a source has changed since the last time."""
+    built = ROOT / "build" / "cuda" / destination.name
+    sources = [ROOT / "setup.py", *ROOT.glob("csrc/common/*"), *ROOT.glob("csrc/cuda/*"), ROOT / CUDA_SOURCES[0]]
+    if not built.exists() or built.stat().st_mtime < max(source.stat().st_mtime for source in sources):
+        built.parent.mkdir(parents=True, exist_ok=True)
+        compile_cuda(built)
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy2(built, destination)
+
+
 def compile_cuda(output: Path) -> None:
     from torch.utils.cpp_extension import include_paths, library_paths
 
-    output.parent.mkdir(parents=True, exist_ok=True)
     targets = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in architectures()]
     paths = [f"-I{path}" for path in include_paths()] + [f"-L{path}" for path in library_paths()]
     command = ["nvcc", *NVCC_FLAGS, *targets, *paths, *CUDA_SOURCES, "-o", str(output)]
@@ -93,7 +103,7 @@ def extensions() -> dict[str, Any]:
     class Build(BuildExtension):
         def build_extension(self, extension: Extension) -> None:
             if extension.name == CUDA:
-                compile_cuda(Path(self.get_ext_fullpath(CUDA)).absolute())
+                build_cuda(Path(self.get_ext_fullpath(CUDA)).absolute())
             else:
                 super().build_extension(extension)
 

@@ -1,8 +1,9 @@
 """Other libraries' kernels for the same work, each behind one function that takes our arguments.
 
-Of one model: `function(hidden, weight, target, softcap)` or `function(logits, target, softcap)`. Nothing of a library
-is imported before `load()`. Written from the source of liger-kernel 0.8.5, trl 1.16.0, cut-cross-entropy 25.1.1,
-quack-kernels 0.6.5 and verl 0.9.1. What differs from our ops in kind, not in speed, is in the peer's `note`.
+Of one model: `function(hidden, weight, target, softcap)` or `function(logits, target, softcap)`; of a sampler
+`function(logits, top_p)`. Nothing of a library is imported before `load()`. Written from the source of liger-kernel
+0.8.5, trl 1.16.0, cut-cross-entropy 25.1.1, quack-kernels 0.6.5, verl 0.9.1 and of flashinfer-python (ba1f206). What
+differs from our ops in kind, not in speed, is in the peer's `note`.
 """
 
 import importlib.util
@@ -10,7 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,7 +53,7 @@ class Peer:
     op: str
     distribution: str
     modules: tuple[str, ...]
-    load: Callable[[], Function]
+    load: Callable[[], Callable[..., Any]]
     gives: tuple[str, ...]
     softcap: bool = False
     forward: bool = True
@@ -77,7 +78,7 @@ def peers_for(work: Workload, peers: Sequence[Peer]) -> list[Peer]:
     """Those for a workload; for a pair also those of one model, which are called twice."""
     of_one = work.op.replace("delta_", "")
     found = [peer for peer in peers if peer.op == work.op]
-    if work.pair:
+    if of_one != work.op:
         found += [_for_a_pair(peer) for peer in peers if peer.op == of_one and not peer.summed]
     return [peer for peer in found if (peer.trains if work.training else peer.forward)]
 
@@ -265,6 +266,18 @@ def _verl() -> Function:
     return function
 
 
+def _flashinfer() -> Callable[[Tensor, float], Tensor]:
+    """flashinfer/sampling.py: top-p by rejection from probabilities in float32; without a filter from the logits."""
+    from flashinfer.sampling import sampling_from_logits, softmax, top_p_sampling_from_probs
+
+    def function(logits: Tensor, top_p: float = 1.0) -> Tensor:
+        if top_p == 1.0:
+            return sampling_from_logits(logits)
+        return top_p_sampling_from_probs(softmax(logits), top_p)
+
+    return function
+
+
 _SUM_ONLY = "one gradient for the sum of all tokens, formed in forward: 6·N·V·D operations"
 
 #: In the order in which a run takes them: when time runs out, the last ones are missing.
@@ -385,5 +398,15 @@ PEERS = (
         softcap=True,
         trains=False,
         note="no entropy; the loss has the logits' dtype; in training it overwrites the logits, so it is not timed",
+    ),
+    Peer(
+        "flashinfer",
+        "extrapolated_sample",
+        "flashinfer-python",
+        ("flashinfer",),
+        _flashinfer,
+        (),
+        trains=False,
+        note="one model's logits; a token and no log-probabilities",
     ),
 )

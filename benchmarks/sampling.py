@@ -96,10 +96,14 @@ _OPTIONS: Mapping[Draw, tuple[dict[str, Any], bool]] = {
 
 
 def eager(draws: Draws) -> Tensor:
-    logits, base_logits = draws.logits.float(), draws.base_logits.float()
-    draft = _draw(base_logits, **draws.filters)
+    return eager_pair(draws.logits, draws.base_logits, **draws.filters)
+
+
+def eager_pair(logits: Tensor, base_logits: Tensor, **filters: Any) -> Tensor:
+    logits, base_logits = logits.float(), base_logits.float()
+    draft = _draw(base_logits, **filters)
     logp, base_logp = (x.log_softmax(-1).gather(-1, draft[:, None])[:, 0] for x in (logits, base_logits))
-    replacement = _draw((1 + GAMMA) * logits - GAMMA * base_logits, **draws.filters)
+    replacement = _draw((1 + GAMMA) * logits - GAMMA * base_logits, **filters)
     return torch.where(logp - base_logp < THRESHOLD, replacement, draft)
 
 
@@ -171,11 +175,12 @@ def _draw_in_numpy(scores: np.ndarray, filters: dict[str, Any], generator: np.ra
     return int(order[generator.choice(len(p), p=ordered / ordered.sum())])
 
 
-def errors_of(draw: Draw, draws: Draws) -> dict[str, float]:
+def errors_of(draw: Draw, draws: Draws, *, one_model: bool = False) -> dict[str, float]:
     """How far one call is from what is right, on some rows, by the names of TOLERANCES.
 
     A form of ours: from the definition in float64, token for token (rounding could only change one at a tie). Others
-    have noise of their own: a token that the filters exclude is wrong.
+    have noise of their own: a token that the filters exclude is wrong; `one_model` says that they look at the RL model
+    alone.
     """
     rows, exact = draws.checked()
     drawn = draw(draws)
@@ -184,7 +189,7 @@ def errors_of(draw: Draw, draws: Draws) -> dict[str, float]:
     tokens = drawn.to(rows.device)[rows].long()
     allowed = torch.zeros_like(exact.logits, dtype=torch.bool)
     extrapolated = (1 + GAMMA) * exact.logits - GAMMA * exact.base_logits
-    for scores in (exact.base_logits, exact.logits, extrapolated):
+    for scores in (exact.logits,) if one_model else (exact.base_logits, exact.logits, extrapolated):
         allowed |= reference_sample.kept_tokens(scores, **_moved(draws.filters))
     excluded = ~allowed.gather(-1, tokens[:, None])
     return {"excluded token": excluded.double().mean().item()}

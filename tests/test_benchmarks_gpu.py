@@ -14,15 +14,18 @@ import torch
 _ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(_ROOT))
 
+from benchmarks import sampling  # noqa: E402
 from benchmarks.__main__ import main  # noqa: E402
 from benchmarks.gpu import checks, command, table  # noqa: E402
 from benchmarks.gpu.cases import REAL, TINY, Case, Sizes, plan, tuning_plan  # noqa: E402
-from benchmarks.gpu.measure import OUT_OF_TIME, Session, run_case  # noqa: E402
+from benchmarks.gpu.measure import run_case  # noqa: E402
+from benchmarks.gpu.session import OUT_OF_TIME, Session  # noqa: E402
 from benchmarks.gpu.worker import Worker  # noqa: E402
 from benchmarks.peers import MISSING, PEERS, Peer, Single, Summed, peers_for  # noqa: E402
 from benchmarks.records import Record, Run, environment, read, record  # noqa: E402
 from benchmarks.registry import BENCHES  # noqa: E402
 from benchmarks.shapes import Shape, Workload  # noqa: E402
+from dlogp_kernels import backends  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -278,6 +281,44 @@ def test_few_tokens_and_backends():
     assert given["ours"].gb_per_s > 0 and given["ours"].ratios["copy"][0] > 0
 
 
+def _sampler():
+    def function(logits, top_p=1.0):
+        work = TINY.sample(len(logits), "no truncation" if top_p == 1.0 else "top-p 0.7")
+        return sampling.eager_one_model(sampling.Draws(work, logits, logits))
+
+    return function
+
+
+def _excluded():
+    return lambda logits, top_p=1.0: logits.argmin(-1)
+
+
+@pytest.mark.usefixtures("without_compiler")
+@pytest.mark.parametrize("variant", ["top-p 0.7", "no truncation"])
+def test_samplers(variant, monkeypatch):
+    """Every backend there is by its name, a pair and one model, and a library's sampler of one model."""
+    monkeypatch.setattr(backends, "BACKENDS", (*backends.BACKENDS, "cuda"))
+    unavailable = backends.unavailable
+    monkeypatch.setattr(
+        backends, "unavailable", lambda name, *rest: "not built" if name == "cuda" else unavailable(name, *rest)
+    )
+    peers = [_peer(load, op="extrapolated_sample", gives=(), trains=False) for load in (_sampler, _excluded, _raises)]
+    case = Case("sample", TINY.sample(40, variant), seconds=0, rounds=2)
+    records = list(run_case(case, _session(*peers)))
+    by_name = _by_name(records, "forward")
+    timed = ("ours", "ours, reference", "ours, all replaced", "ours, one model", "eager", "compiled", "sampler", "copy")
+    assert all(by_name[name].median_ms > 0 and by_name[name].gb_per_s > 0 for name in timed)
+    assert by_name["ours, cuda"].skipped == "not built" and "GPUs only" in by_name["ours, triton"].skipped
+    assert by_name["raises"].skipped.startswith("TypeError")
+    assert by_name["excluded"].wrong == (variant == "top-p 0.7")
+    assert by_name["sampler"].ratios.keys() >= {"ours", "ours, one model", "copy"}
+    assert by_name["ours"].errors["other token"] == 0 and by_name["ours"].errors["logp"] < 1e-5
+    # As many bytes a second as it has models to read.
+    one, two = by_name["ours, one model"], by_name["ours"]
+    assert two.gb_per_s * two.median_ms == pytest.approx(2 * one.gb_per_s * one.median_ms)
+    assert by_name["ours"].host_us > 0 and by_name["ours"].peak_mib is not None
+
+
 def test_bytes_of_a_copy():
     """As many as the op has to move: that is the floor it is compared with."""
     from benchmarks.gpu.measure import _floor
@@ -299,8 +340,6 @@ def test_tile_configurations(monkeypatch):
     from contextlib import contextmanager
     from types import SimpleNamespace
     from typing import NamedTuple
-
-    from dlogp_kernels import backends
 
     class Config(NamedTuple):
         block_n: int
@@ -339,6 +378,8 @@ def test_the_plan():
     shapes = {(e.work.shape.d, e.work.shape.v) for e in cases if e.kind == "compare" and e.work.linear}
     assert shapes == {(896, 151936), (2048, 128256), (3584, 152064), (4096, 151936), (5120, 152064), (2304, 256000)}
     assert {e.work.n for e in cases if e.kind == "small"} == {1, 8, 64}
+    sampled = {(e.work.n, e.work.variant) for e in cases if e.kind == "sample"}
+    assert sampled == {(n, v) for n in (1, 8, 64, 128, 512) for v in ("top-p 0.7", "no truncation")}
     assert {e.work.dtype for e in cases} == {"bfloat16", "float16", "float32"}
     assert [case.kind for case in cases[:5]] == ["ceilings", *4 * ["compare"]]
     assert all(e.work.shape is REAL.head and e.work.n == 8192 for e in cases[1:7])
@@ -380,7 +421,7 @@ def _full_run() -> Run:
     for case in plan(REAL):
         training = case.work.training
         exact = {"logp": 2e-6, "entropy": 3e-6}
-        ratios = {name: [1.05] * 3 for name in ("matmul", "copy", "ours", "ours, triton", "eager")}
+        ratios = {name: [1.05] * 3 for name in ("matmul", "copy", "ours", "ours, triton", "ours, one model", "eager")}
         names = ["ours", "ours, triton", "ours, gemm", "eager", "compiled", *dict.fromkeys(p.name for p in PEERS)]
         for phase in ("forward", "backward", "both") if training else ("forward",):
             for name in names:
@@ -419,6 +460,11 @@ def test_acceptance():
     assert lines["peak memory over inputs, outputs, gradients: forward"].met is True
     assert lines["N 1, 8, 64: the host's time of one call"][2:] == ("20 µs (`linear_logp`, N 1)", True)
     assert lines["half the rows ignored"].met is True
+    head = "`extrapolated_sample` bfloat16, V 151936, top-p 0.7, B 64…512"
+    assert lines[head][1:] == ("≥ 0.75 of a copy's bandwidth, both rows read once", "0.95 (B 64, 4000 GB/s)", True)
+    assert lines["the same, B 1"][1:] == ("≤ 25 µs", "14200 µs", False)
+    beside = lines["one model's logits, top-p 0.7, beside FlashInfer, B 1…512"]
+    assert beside.measured == "1.05 × faster, B 1" and beside.met is True
     empty = table.acceptance(_run([]))
     assert {line.measured for line in empty} == {"not measured"} and {line.met for line in empty} == {None}
 

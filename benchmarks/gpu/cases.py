@@ -7,6 +7,8 @@ from ..shapes import SHAPES, Shape, Workload
 
 _OPS = ("linear_logp", "linear_delta_logp")
 _LOGITS_OPS = ("logp", "delta_logp")
+#: Filters of the sampling cases, as the variants of a workload.
+FILTERS = ("top-p 0.7", "no truncation")
 
 
 @dataclass(frozen=True)
@@ -15,7 +17,8 @@ class Case:
     further candidate begins.
 
     Kinds: "compare" (our backends, eager PyTorch, the floor), "peers" (other libraries and torch.compile), "small"
-    (also the host's time), "half ignored", "ceilings" (of the machine), "tune" (tile configurations).
+    (also the host's time), "sample" (a step of decoding; other samplers), "half ignored", "ceilings" (of the machine),
+    "tune" (tile configurations).
     """
 
     kind: str
@@ -40,11 +43,16 @@ class Sizes:
     long: int
     #: Tokens for float32, which the GPU multiplies more than ten times slower.
     float32_n: int
+    #: Rows that are sampled at once.
+    batches: tuple[int, ...]
     #: Elements of a side of the matrices that the machine's ceilings are measured with.
     ceiling: int
     dtype: str = "bfloat16"
     #: Rounds once and briefly: what is timed then is not to be looked at.
     hurried: bool = False
+
+    def sample(self, rows: int, variant: str) -> Workload:
+        return Workload("extrapolated_sample", self.head, rows, self.dtype, variant=variant)
 
     def main(self, op: str, training: bool = False) -> Workload:
         """An op on the shape of the table."""
@@ -58,6 +66,7 @@ REAL = Sizes(
     small=(1, 8, 64),
     long=65536,
     float32_n=2048,
+    batches=(1, 8, 64, 128, 512),
     ceiling=8192,
 )
 TINY = Sizes(
@@ -67,6 +76,7 @@ TINY = Sizes(
     small=(1,),
     long=48,
     float32_n=8,
+    batches=(1, 3),
     ceiling=64,
     dtype="float32",
     hurried=True,
@@ -102,6 +112,9 @@ def _plan(sizes: Sizes) -> Iterator[Case]:
     for op in _OPS:
         for n in sizes.small:
             yield Case("small", Workload(op, sizes.head, n, sizes.dtype))
+    for variant in FILTERS:
+        for rows in sizes.batches:
+            yield Case("sample", sizes.sample(rows, variant))
     # Compilers of other libraries take most of the time; a pair needs nothing compiled that one model has not.
     for op in _OPS:
         yield Case("peers", sizes.main(op), 4.0, patience=75.0)

@@ -18,7 +18,7 @@ from ..peers import PEERS, Peer
 from ..records import RESULTS, Record, Run, environment
 from . import checks, table
 from .cases import REAL, TINY, Case, plan, tuning_plan
-from .measure import OUT_OF_TIME
+from .session import OUT_OF_TIME
 from .worker import HANG_SECONDS, Worker
 
 #: The tests' part of the time, and at most so many seconds of it.

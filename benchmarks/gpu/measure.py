@@ -1,12 +1,10 @@
 """One case, in this process: every candidate is verified against float64, then timed in rounds with the others."""
 
-import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,59 +13,21 @@ from dlogp_kernels import backends
 
 from ..baselines import bare_matmuls, bare_reads
 from ..bench import Bench, tolerances
-from ..harness import (
-    PHASES,
-    Budget,
-    Candidate,
-    Clock,
-    NotMeasuredError,
-    Sample,
-    Timings,
-    WrongResultError,
-    measure,
-    verify,
-)
+from ..harness import PHASES, Candidate, NotMeasuredError, WrongResultError, verify
 from ..memory import MIB, peak_over
 from ..peers import Peer, peers_for
 from ..problem import IGNORE_INDEX, Function, Problem, Truth, build, checked_rows
 from ..records import Record, record, time_fields
 from ..registry import BENCHES
 from ..shapes import DTYPES, Workload, require_fit
+from . import sampling
 from .cases import Case
+from .session import Session, attempt, copies, host_us, in_context, reason, require_wanted, rounds, skipped
 
-OUT_OF_TIME = "out of time"
 #: Whom the others are compared with, within a round.
-_REFERENCES = ("ours", "ours, triton", "ours, gemm", "eager", "matmul", "copy", "read")
+REFERENCES = ("ours", "ours, triton", "ours, gemm", "eager", "matmul", "copy", "read")
 #: Backends that are forced, beside the library's own choice.
 _FORCED = ("triton", "gemm", "reference")
-_MOST_ROUNDS = 30
-_HOST_CALLS, _HOST_REPEATS = 20, 7
-#: The innermost frames of an exception, which are printed.
-_FRAMES = 5
-
-_Result = TypeVar("_Result")
-
-
-class DeviceLostError(RuntimeError):
-    """A candidate left the GPU unusable for this process, as an access out of bounds does."""
-
-
-@dataclass
-class Session:
-    """What a case needs to know of the run. `excluded`: candidates that are not to be tried again, and why.
-
-    `watch` tells the parent process which candidate runs now: the one to blame if this process dies.
-    """
-
-    device: torch.device
-    peers: Sequence[Peer]
-    deadline: float
-    excluded: Mapping[str, str] = field(default_factory=dict)
-    watch: Callable[[str], None] = lambda _: None
-
-    @property
-    def out_of_time(self) -> bool:
-        return time.monotonic() > self.deadline
 
 
 @dataclass(frozen=True)
@@ -96,9 +56,9 @@ class Prepared(NamedTuple):
 def run_case(case: Case, session: Session) -> Iterator[Record]:
     """The case's records. A case that can not be measured, or not to its end, has one that says why."""
     records = _KINDS.get(case.kind, _comparison)(case, session)
-    while (outcome := _attempt(lambda: next(records, None), session.device)) is not None:
+    while (outcome := attempt(lambda: next(records, None), session.device)) is not None:
         if isinstance(outcome, Exception):
-            yield _skipped(case, "ours", _reason(outcome))
+            yield skipped(case, "ours", reason(outcome))
             return
         yield outcome
 
@@ -111,9 +71,9 @@ def _comparison(case: Case, session: Session) -> Iterator[Record]:
     prepared = []
     for option in _options(case, session):
         session.watch(option.name)
-        outcome = _attempt(partial(_prepared, case, option, truths, session), session.device)
+        outcome = attempt(partial(_prepared, case, option, truths, session), session.device)
         if isinstance(outcome, Exception):
-            yield _skipped(case, option.name, _reason(outcome), option.note, isinstance(outcome, WrongResultError))
+            yield skipped(case, option.name, reason(outcome), option.note, isinstance(outcome, WrongResultError))
         else:
             prepared.append(outcome)
     del truths
@@ -215,10 +175,7 @@ def _summed(problem: Problem) -> Problem:
 def _prepared(case: Case, option: Option, truths: _Truths, session: Session) -> Prepared:
     """`option` loaded, verified, and its memory measured."""
     work, device = case.work, session.device
-    reason = session.excluded.get(option.name) or (OUT_OF_TIME if session.out_of_time else None)
-    reason = reason or option.unavailable(work, device)
-    if reason is not None:
-        raise NotMeasuredError(reason)
+    require_wanted(option.name, session, option.unavailable(work, device))
     require_fit(work, option.name, device, built=True)
     problem = truths.problem
     with option.context():
@@ -231,9 +188,9 @@ def _prepared(case: Case, option: Option, truths: _Truths, session: Session) -> 
             errors = truths.of(problem).errors(function)
         verify(option.name, errors, _tolerances(option, errors))
         answer = peak_over(lambda: problem.step(function), device)
-    candidate = _in_context(option, problem.candidate(option.name, function))
-    host_us = _host_us(candidate, device) if case.kind == "small" else None
-    return Prepared(option, candidate, errors, answer.peak, answer.outputs, host_us)
+    candidate = in_context(option.context, problem.candidate(option.name, function))
+    host = host_us(candidate, device) if case.kind == "small" else None
+    return Prepared(option, candidate, errors, answer.peak, answer.outputs, host)
 
 
 def _tolerances(option: Option, errors: Mapping[str, float]) -> dict[str, float]:
@@ -242,97 +199,20 @@ def _tolerances(option: Option, errors: Mapping[str, float]) -> dict[str, float]
     return {name: float("inf") if option.peer and name.startswith("d_") else most for name, most in allowed.items()}
 
 
-def _in_context(option: Option, candidate: Candidate) -> Candidate:
-    if option.context is nullcontext:
-        return candidate
-
-    def forward() -> object:
-        with option.context():
-            return candidate.forward()
-
-    def backward(outputs: object) -> object:
-        assert candidate.backward is not None
-        with option.context():
-            return candidate.backward(outputs)
-
-    return Candidate(candidate.name, forward, None if candidate.backward is None else backward)
-
-
-def _attempt(call: Callable[[], _Result], device: torch.device) -> _Result | Exception:
-    """What `call` returns, or what it raised."""
-    try:
-        return call()
-    except DeviceLostError:
-        raise
-    except Exception as error:
-        # The one place where anything may be raised: by other libraries, by their compilers, and by kernels of ours
-        # that meet a GPU for the first time. It is recorded, and the run goes on with the next candidate.
-        if not isinstance(error, NotMeasuredError):
-            traceback.print_exception(error, limit=-_FRAMES)
-        error.__traceback__ = None  # whose frames hold the candidate's tensors
-        _require_device(device, error)
-        return error
-
-
-def _require_device(device: torch.device, error: Exception) -> None:
-    """Raise DeviceLostError if `device` does not answer any more; give back what the failed call held."""
-    if device.type != "cuda":
-        return
-    try:
-        torch.cuda.synchronize(device)
-        torch.cuda.empty_cache()
-    except RuntimeError as lost:
-        raise DeviceLostError(_reason(error)) from lost
-
-
-def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if isinstance(error, NotMeasuredError) else f"{type(error).__name__}: {text[:300]}"
-
-
-class _WatchedClock(Clock):
-    """Tells the session whose turn it is."""
-
-    def __init__(self, session: Session) -> None:
-        super().__init__(session.device)
-        self._watch = session.watch
-        self.current = ""
-
-    def sample(self, candidate: Candidate, repeats: int = 1) -> Sample:
-        self.current = candidate.name
-        self._watch(candidate.name)
-        return super().sample(candidate, repeats)
-
-
 def _timed(case: Case, problem: Problem, prepared: Sequence[Prepared], session: Session) -> Iterator[Record]:
     work = case.work
-    timings, failed = _rounds(case, [p.candidate for p in prepared] + _floor(case, problem), session)
+    timings, failed = rounds(case, [p.candidate for p in prepared] + _floor(case, problem), session)
     for name, error in failed.items():
-        yield _skipped(case, name, _reason(error))
+        yield skipped(case, name, reason(error))
     names = list(timings.rounds[0])
     by_name = {p.option.name: p for p in prepared}
     for phase in PHASES if work.training else PHASES[:1]:
         for name in names:
-            fields = time_fields(timings, name, [other for other in _REFERENCES if other in names], phase)
+            fields = time_fields(timings, name, [other for other in REFERENCES if other in names], phase)
             fields |= _rates(case, phase, fields["median_ms"] / 1e3)
             if name in by_name:
                 fields |= _own_fields(by_name[name], work, session)
             yield record(case.kind, work, name, phase, **fields)
-
-
-def _rounds(case: Case, candidates: Sequence[Candidate], session: Session) -> tuple[Timings, dict[str, Exception]]:
-    """Timings of the candidates that can be called again and again, and what the others raised."""
-    clock = _WatchedClock(session)
-    failed: dict[str, Exception] = {}
-    seconds = max(0.0, min(case.seconds, session.deadline - time.monotonic()))
-    budget = Budget(seconds, case.rounds, _MOST_ROUNDS)
-    while candidates:
-        outcome = _attempt(partial(measure, candidates, budget, clock), session.device)
-        if not isinstance(outcome, Exception):
-            return outcome, failed
-        failed[clock.current] = outcome
-        candidates = [candidate for candidate in candidates if candidate.name != clock.current]
-    raise NotMeasuredError("no candidate could be timed: " + "; ".join(map(_reason, failed.values())))
 
 
 def _own_fields(own: Prepared, work: Workload, session: Session) -> dict[str, Any]:
@@ -353,57 +233,17 @@ def _backend(option: Option, work: Workload, session: Session) -> str | None:
         return BENCHES[work.op].backend(session.device)
 
 
-def _host_us(candidate: Candidate, device: torch.device) -> float:
-    """Microseconds of the host for one call, while the GPU still works on the calls before; the least of some repeats.
-
-    A call that waits for the GPU shows the GPU's time here.
-    """
-    seconds = []
-    for _ in range(_HOST_REPEATS):
-        _wait(device)
-        start = time.perf_counter()
-        for _ in range(_HOST_CALLS):
-            candidate.forward()
-        seconds.append((time.perf_counter() - start) / _HOST_CALLS)
-    _wait(device)
-    return 1e6 * min(seconds)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def _floor(case: Case, problem: Problem) -> list[Candidate]:
     work = problem.work
     if case.kind == "small":
-        return _copies(problem, _weights(problem))
+        return copies(problem.work, _weights(problem))
     if work.linear:
         return bare_matmuls(problem)
-    return [*bare_reads(problem), *_copies(problem, [problem.inputs["logits"].detach()])]
+    return [*bare_reads(problem), *copies(problem.work, [problem.inputs["logits"].detach()])]
 
 
 def _weights(problem: Problem) -> list[Tensor]:
     return [x.detach() for name, x in problem.inputs.items() if "weight" in name]
-
-
-def _copies(problem: Problem, of: Sequence[Tensor]) -> list[Candidate]:
-    """Copies that move as many bytes, read and written together, as the work must.
-
-    Forward reads the tensors of each model once, so it is as half a copy of each; backward of given logits also writes
-    the gradient.
-    """
-    work = problem.work
-    flat = of[0].reshape(-1)
-    half, target = flat[: flat.numel() // 2], torch.empty_like(flat)
-
-    def move(halves: int) -> None:
-        for _ in range(halves):
-            target[: half.numel()].copy_(half)
-
-    models = 2 if work.pair else 1
-    backward = (lambda _: move(models + 1)) if work.training else None
-    return [Candidate("copy", lambda: move(models), backward)]
 
 
 def _rates(case: Case, phase: str, seconds: float) -> dict[str, float]:
@@ -427,9 +267,9 @@ def _half_ignored(case: Case, session: Session) -> Iterator[Record]:
         problem.candidate("ours", bench.ours),
         problem.half_ignored().candidate("ours, half ignored", bench.ours),
     ]
-    timings, failed = _rounds(case, candidates, session)
+    timings, failed = rounds(case, candidates, session)
     for name, error in failed.items():
-        yield _skipped(case, name, _reason(error))
+        yield skipped(case, name, reason(error))
     names = list(timings.rounds[0])
     for name in names:
         fields = time_fields(timings, name, [other for other in names if other == "ours"], "forward")
@@ -449,7 +289,7 @@ def _ceilings(case: Case, session: Session) -> Iterator[Record]:
         Candidate("copy", lambda: target.copy_(source)),
         Candidate("read", lambda: torch.amax(source, -1)),
     ]
-    timings, _ = _rounds(case, candidates, session)
+    timings, _ = rounds(case, candidates, session)
     rates = {
         "matmul": ("tflops", 2 * side**3 / 1e12),
         "copy": ("gb_per_s", 2 * source.nbytes / 1e9),
@@ -461,12 +301,8 @@ def _ceilings(case: Case, session: Session) -> Iterator[Record]:
         yield record(case.kind, work, name, "forward", **fields, **rate)
 
 
-def _skipped(case: Case, name: str, reason: str, note: str | None = None, wrong: bool = False) -> Record:
-    phase = "both" if case.work.training else "forward"
-    return record(case.kind, case.work, name, phase, skipped=reason, wrong=wrong, note=note)
-
-
 _KINDS: Mapping[str, Callable[[Case, Session], Iterator[Record]]] = {
     "half ignored": _half_ignored,
+    "sample": sampling.records,
     "ceilings": _ceilings,
 }

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from .. import bench_extrapolated_sample as sample
 from .. import peers
 from ..records import Record, Run
 from ..shapes import Shape, Workload
@@ -10,9 +11,11 @@ from . import checks
 from .cases import REAL, TINY, Sizes
 
 MARKERS = ("<!-- gpu table -->", "<!-- /gpu table -->")
-MOST_LINES = 60
+MOST_LINES = 75
 
 GEMM_FORWARD, GEMM_STEP, COPY, READ = 0.92, 0.85, 0.90, 0.8
+#: Of sampling: the copy's bandwidth from so many rows on, and microseconds of one row.
+SAMPLE_COPY, SAMPLE_ROWS, SAMPLE_US = 0.75, 64, 25
 ERROR, FORWARD_MIB, BACKWARD_MIB, HOST_US, IGNORED = 5e-6, 64, 512, 25, 0.55
 #: What the baselines and the floor are called; every other candidate is ours or another library's.
 _NOT_PEERS = ("ours", "eager", "compiled", "matmul", "matmul, real", "copy", "read")
@@ -22,7 +25,7 @@ _NOT_MEASURED = "not measured"
 def report(run: Run) -> str:
     """At most MOST_LINES lines."""
     parts = [_head(run), markdown(acceptance(run))]
-    parts += ["\n".join(table) for table in (_beside(run), _variants(run), _tuning(run)) if table]
+    parts += ["\n".join(table) for table in (_beside(run), _samplers(run), _variants(run), _tuning(run)) if table]
     lines = "\n\n".join(parts).splitlines()
     problems = [line[:200] for line in _problems(run)]
     room = max(1, MOST_LINES - len(lines) - 3)
@@ -37,7 +40,7 @@ def section(run: Run | None) -> str:
     """For the README."""
     if run is None:
         return "Not yet measured: no result of `python -m benchmarks gpu` has been recorded."
-    tables = [table for table in (_beside(run), _variants(run)) if table]
+    tables = [table for table in (_beside(run), _samplers(run), _variants(run)) if table]
     return "\n\n".join([markdown(acceptance(run)), *("\n".join(table) for table in tables), _caption(run)])
 
 
@@ -59,8 +62,9 @@ class _Found:
 
     def of(self, kind: str, work: Workload) -> Iterator[Record]:
         for entry in self.measured:
-            of_work = (entry.op, entry.shape, entry.n, entry.dtype, entry.training)
-            if entry.case == kind and of_work == (work.op, work.shape.name, work.n, work.dtype, work.training):
+            of_entry = (entry.op, entry.shape, entry.n, entry.dtype, entry.training, entry.variant)
+            of_work = (work.op, work.shape.name, work.n, work.dtype, work.training, work.variant)
+            if entry.case == kind and of_entry == of_work:
                 yield entry
 
     def ours(self, dtype: str) -> list[Record]:
@@ -88,6 +92,7 @@ def _acceptance(found: _Found) -> Iterator[Line]:
     yield _worst_peak(found, training=True, most=BACKWARD_MIB)
     yield from _small(found)
     yield _ignored(found)
+    yield from _sampling(found)
 
 
 def _where(sizes: Sizes) -> str:
@@ -201,6 +206,64 @@ def _ignored(found: _Found) -> Line:
         entry,
         lambda e: (f"{e.ratio_to('ours'):.2f} × `{e.op}`", e.ratio_to("ours") <= IGNORED),
     )
+
+
+def _sampling(found: _Found) -> Iterator[Line]:
+    """With top-p, a pair at the copy's bandwidth and in time; one model's logits beside another library's sampler."""
+    batches = found.sizes.batches
+    head = f"`{sample.OP}` {found.sizes.dtype}, V {found.sizes.head.v}, {sample.MAIN_FILTER}"
+    works = {rows: found.sizes.sample(rows, sample.MAIN_FILTER) for rows in batches}
+    many = [rows for rows in batches if rows >= SAMPLE_ROWS] or list(batches[-1:])
+    entries = [entry for rows in many if (entry := found.one("sample", works[rows], "ours"))]
+    slowest = max((e for e in entries if "copy" in e.ratios), key=lambda e: e.ratio_to("copy"), default=None)
+    yield _line(
+        f"{head}, B {_range(many)}",
+        f"≥ {SAMPLE_COPY} of a copy's bandwidth, both rows read once",
+        slowest,
+        lambda e: (f"{1 / e.ratio_to('copy'):.2f} (B {e.n}, {e.gb_per_s:.0f} GB/s)", _copies_fast(e)),
+    )
+    yield _line(
+        "the same, B 1",
+        f"≤ {SAMPLE_US} µs",
+        found.one("sample", works[1], "ours"),
+        lambda e: (f"{1e3 * (e.median_ms or 0.0):.0f} µs", 1e3 * (e.median_ms or 0.0) <= SAMPLE_US),
+    )
+    peers = [entry for rows in batches if (entry := found.one("sample", works[rows], "flashinfer"))]
+    compared = [entry for entry in peers if "ours, one model" in entry.ratios]
+    yield _line(
+        f"one model's logits, {sample.MAIN_FILTER}, beside FlashInfer, B {_range(batches)}",
+        "faster at every B",
+        min(compared, key=lambda e: e.ratio_to("ours, one model"), default=None),
+        lambda e: (f"{e.ratio_to('ours, one model'):.2f} × faster, B {e.n}", _faster_everywhere(compared, batches)),
+    )
+
+
+def _range(rows: Sequence[int]) -> str:
+    return f"{rows[0]}…{rows[-1]}" if len(rows) > 1 else f"{rows[0]}"
+
+
+def _copies_fast(entry: Record) -> bool:
+    return 1 / entry.ratio_to("copy") >= SAMPLE_COPY
+
+
+def _faster_everywhere(compared: Sequence[Record], batches: Sequence[int]) -> bool:
+    return len(compared) == len(batches) and all(entry.ratio_to("ours, one model") > 1 for entry in compared)
+
+
+def _samplers(run: Run) -> list[str]:
+    """Candidate × rows: microseconds. Of ours, what it chose and the kernels for GPUs; the rest is in the CSV."""
+    found = _Found(run)
+    works = [found.sizes.sample(rows, sample.MAIN_FILTER) for rows in found.sizes.batches]
+    entries = [{e.candidate: e for e in found.of("sample", work)} for work in works]
+    shown = ("ours", "ours, triton", "ours, cuda", "ours, one model", "eager", "compiled")
+    names = [*shown, *(peer.name for peer in peers.PEERS if peer.op == sample.OP)]
+    names = [name for name in names if any(name in of_work for of_work in entries)]
+    rows = [[name, *(_us(of_work.get(name)) for of_work in entries)] for name in names]
+    return _table([f"µs, `{sample.OP}`, {sample.MAIN_FILTER}", *(f"B {work.n}" for work in works)], rows)
+
+
+def _us(entry: Record | None) -> str:
+    return "" if entry is None or entry.median_ms is None else f"{1e3 * entry.median_ms:.0f}"
 
 
 def _beside(run: Run) -> list[str]:

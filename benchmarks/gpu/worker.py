@@ -20,7 +20,8 @@ import torch
 from ..peers import Peer
 from ..records import Record, record
 from .cases import Case
-from .measure import OUT_OF_TIME, DeviceLostError, Session, run_case
+from .measure import run_case
+from .session import OUT_OF_TIME, DeviceLostError, Session
 
 #: Seconds without any progress, compilation included, after which a candidate counts as hanging.
 HANG_SECONDS = 90.0

@@ -7,10 +7,11 @@ from .functional import (
     linear_extrapolated_sample,
     linear_logp,
     logp,
+    policy_loss,
 )
 from .modules import DeltaLogp, LinearDeltaLogp, LinearLogp, Logp
 from .ops import backends
-from .results import DeltaLogpStats, LogpStats, Sample
+from .results import DeltaLogpStats, LogpStats, PolicyLoss, PolicyMetrics, Sample
 
 __version__ = "0.1.0"
 
@@ -21,6 +22,8 @@ __all__ = [
     "LinearLogp",
     "Logp",
     "LogpStats",
+    "PolicyLoss",
+    "PolicyMetrics",
     "Sample",
     "backends",
     "delta_logp",
@@ -29,4 +32,5 @@ __all__ = [
     "linear_extrapolated_sample",
     "linear_logp",
     "logp",
+    "policy_loss",
 ]

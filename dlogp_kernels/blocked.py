@@ -6,18 +6,23 @@ for float64 inputs); deterministic as far as the device's matmul is.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import reference, reference_sample
+from . import reference, reference_policy, reference_sample
 from .ops import backends
 from .reference import accumulation_dtype, transform_gradient, transform_logits
+from .reference_policy import PolicyOptions, PolicyTokens
+from .results import PolicyMetrics
 
 # Temporaries of the size of a block of logits that are alive at once, per model, at most.
 _TEMPORARIES = 8
 # Of 8 bytes, while sampling: the noise is computed in 64-bit integers.
 _SAMPLE_TEMPORARIES = 24
+# Of 8 bytes, a token of the policy loss.
+_POLICY_TEMPORARIES = 24
 _SLAB = 4096
 _BACKWARD_ROWS = 1024
 
@@ -316,6 +321,72 @@ def extrapolated_sample(
     return tuple(torch.cat(values) for values in zip(*blocks, strict=True))
 
 
+def policy_loss_fwd(
+    logp: Tensor,
+    old_logp: Tensor,
+    advantage: Tensor,
+    mask: Tensor,
+    offsets: Tensor | None,
+    group: Tensor | None,
+    ref_logp: Tensor | None,
+    entropy: Tensor | None,
+    token_weight: Tensor | None,
+    num_tokens: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    *option_values, with_gradient, workspace = rest
+    options = PolicyOptions(*option_values)
+    sequences = _Sequences(
+        PolicyTokens(logp, old_logp, advantage, mask, ref_logp, entropy, token_weight), offsets, workspace
+    )
+    counts, s = sequences.counts(), None
+    if options.reweight == "ppl":
+        assert group is not None
+        perplexity = [reference_policy.log_perplexity(x.old_logp, x.mask) for _, x in sequences.blocks()]
+        joined = torch.cat([logp.new_zeros(0, dtype=sequences.dtype), *perplexity])
+        s = reference_policy.normalized_in_group(joined, group, counts > 0)
+    max_length = logp.shape[-1] if options.max_length is None else options.max_length
+    scale = reference_policy.sequence_scale(
+        counts, counts.sum(), counts.shape[0], max_length, num_tokens, options.loss_type
+    )
+    coefficient = torch.zeros_like(logp, dtype=sequences.dtype) if with_gradient else logp.new_empty(0)
+    loss = torch.zeros((), dtype=torch.float64, device=logp.device)
+    sums = torch.zeros(len(PolicyMetrics._fields), dtype=torch.float64, device=logp.device)
+    for block, tokens in sequences.blocks():
+        weight = reference_policy.reweighting(
+            tokens.old_logp, tokens.advantage, None if s is None else s[block], options
+        )
+        reweighted = weight * tokens.advantage
+        raw = reference_policy.raw_log_ratio(tokens.logp, tokens.old_logp, tokens.mask, options.importance)
+        ratio = reference_policy.ratio_of(raw).expand_as(tokens.logp)
+        of_tokens = reference_policy.token_loss(tokens, ratio, reweighted, options)
+        loss += (of_tokens.sum(-1, dtype=torch.float64) * scale[block]).sum()
+        sums = reference_policy.merged(sums, reference_policy.metric_sums(tokens, ratio, weight, reweighted, options))
+        if with_gradient:
+            grad = reference_policy.coefficient(tokens, raw, ratio, reweighted, options)
+            sequences.write(coefficient, block, grad)
+    metrics = reference_policy.finished_metrics(sums, counts.sum())
+    return loss.to(sequences.dtype), metrics.to(sequences.dtype), coefficient, scale.to(sequences.dtype, copy=True)
+
+
+def policy_loss_bwd(
+    grad_loss: Tensor,
+    coefficient: Tensor,
+    scale: Tensor,
+    mask: Tensor,
+    offsets: Tensor | None,
+    entropy_coef: float,
+    output_mask: list[bool],
+    workspace: int,
+) -> tuple[Tensor, ...]:
+    scale = scale * grad_loss
+    of_tokens = scale[:, None] if offsets is None else scale.repeat_interleave(offsets.diff(), output_size=mask.numel())
+    wants_logp, wants_entropy = output_mask
+    grad_logp = coefficient * of_tokens if wants_logp else scale.new_empty(0)
+    grad_entropy = (-entropy_coef * of_tokens).masked_fill(~mask, 0.0) if wants_entropy else scale.new_empty(0)
+    return grad_logp, grad_entropy
+
+
 def rows_that_fit(vocabulary: int, dtype: torch.dtype) -> int:
     """Rows of a pair's logits, transformed and not, that the workspace holds."""
     return max(1, backends.workspace() // (4 * vocabulary * dtype.itemsize))
@@ -390,6 +461,50 @@ def slabbed_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: t
 
 def _rows_or_zero(value: Tensor | None, rows: Tensor, like: Tensor) -> Tensor:
     return torch.zeros_like(rows, dtype=like.dtype) if value is None else value[rows]
+
+
+class _Sequences:
+    """The sequences of a policy loss, brought into the form of its definition a block of them at a time."""
+
+    def __init__(self, tokens: PolicyTokens, offsets: Tensor | None, workspace: int) -> None:
+        self.tokens, self.offsets = tokens, offsets
+        self.dtype = accumulation_dtype(*tokens)
+        self.number = tokens.logp.shape[0] if offsets is None else offsets.shape[0] - 1
+        longest = tokens.logp.shape[-1] if offsets is None else int(offsets.diff().max()) if self.number else 0
+        self.size = max(1, workspace // (max(1, longest) * 8 * _POLICY_TEMPORARIES))
+        self.of_sequences = tokens.advantage.shape == (self.number,)
+
+    def counts(self) -> Tensor:
+        """Tokens of each sequence (B,)."""
+        mask = self.tokens.mask
+        if self.offsets is None:
+            return mask.sum(-1)
+        sums = torch.cat([mask.new_zeros(1, dtype=torch.int64), mask.cumsum(0)])
+        return sums[self.offsets].diff()
+
+    def blocks(self) -> Iterator[tuple[slice, PolicyTokens]]:
+        for begin in range(0, self.number, self.size):
+            block = slice(begin, min(begin + self.size, self.number))
+            yield block, self._block(block)
+
+    def _block(self, block: slice) -> PolicyTokens:
+        tokens, offsets = self.tokens, self.offsets
+        if offsets is None:
+            tokens = PolicyTokens(*(None if x is None else x[block] for x in tokens))
+        else:
+            offsets = offsets[block.start : block.stop + 1]
+            if self.of_sequences:
+                tokens = tokens._replace(advantage=tokens.advantage[block])
+        return reference_policy.as_padded(tokens, offsets, self.dtype, of_sequences=self.of_sequences)
+
+    def write(self, out: Tensor, block: slice, values: Tensor) -> None:
+        """Of a block (b, t) to their places in `out`, which has the shape of logp."""
+        if self.offsets is None:
+            out[block] = values
+            return
+        offsets = self.offsets[block.start : block.stop + 1]
+        inside = torch.arange(values.shape[1], device=out.device) < offsets.diff()[:, None]
+        out[offsets[0] : offsets[-1]] = values[inside]
 
 
 class _ModelRows:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import blocked, reference, reference_sample
-from .results import DeltaLogpStats, LogpStats, Sample
+from . import blocked, reference, reference_policy, reference_sample
+from .results import DeltaLogpStats, LogpStats, PolicyLoss, PolicyMetrics, Sample
 
 _FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -401,6 +401,122 @@ def linear_extrapolated_sample(
     return Sample(*(torch.cat(values).view(leading) for values in zip(*samples, strict=True)))
 
 
+def policy_loss(
+    logp: Tensor,
+    old_logp: Tensor,
+    advantage: Tensor,
+    mask: Tensor,
+    *,
+    loss_type: str = "dapo",
+    reweight: str = "low_prob",
+    alpha: float = 0.1,
+    reweight_sign: str = "both",
+    group: Tensor | None = None,
+    clip_low: float = 0.2,
+    clip_high: float = 0.28,
+    dual_clip: float | None = None,
+    importance: str = "token",
+    ref_logp: Tensor | None = None,
+    kl_beta: float = 0.0,
+    entropy: Tensor | None = None,
+    entropy_coef: float = 0.0,
+    token_weight: Tensor | None = None,
+    num_tokens: float | Tensor | None = None,
+    max_length: int | None = None,
+    offsets: Tensor | None = None,
+    sapo_temperature_pos: float = 1.0,
+    sapo_temperature_neg: float = 1.05,
+) -> PolicyLoss:
+    """A clipped policy-gradient loss (DAPO, GRPO, GSPO, CISPO, SAPO, …) with reweighted advantages, in one pass.
+
+    With r = exp(clamp(logp − old_logp, ±20)), Ã = weight · advantage and the defaults, it is
+    `(torch.maximum(-Ã * r, -Ã * r.clamp(1 - clip_low, 1 + clip_high)) * mask).sum() / mask.sum()`; every other option
+    is defined, line by line, in `dlogp_kernels.reference_policy`.
+
+    Args:
+        logp: (B, T) log-probabilities of the tokens under the policy, padded; or (N,), packed, with `offsets`.
+        old_logp: the shape of logp; of the policy that generated the tokens, or from which the step started.
+        advantage: (B,) of each response, or the shape of logp. With `offsets`, (B,) is read as of each response.
+        mask: the shape of logp, bool or 0/1: which tokens count. Nothing is read where it is 0: NaN there stays there.
+        loss_type: how token losses become one. `dapo`: their mean over all tokens; `bnpo`: the same; `grpo`: the mean
+            over responses of each one's mean, an empty response counting as 0; `dr_grpo`: their sum ÷ (B ·
+            max_length). `cispo`: −Ã · min(r, clip_high) · logp, r without gradient, as a mean over all tokens; here
+            clip_high bounds r itself (5 is usual). `sapo`: −Ã · 4/τ · sigmoid(τ (r − 1)), aggregated as `grpo`.
+        reweight: Ã / advantage, with p = exp(old_logp), at most 1. `low_prob`: 1 + alpha (1 − p); `dominate`:
+            alpha · p + 1 − alpha; `ppl`: 1 − alpha · s, s the response's log-perplexity under the old policy,
+            standardised over its group; `none`: 1.
+        alpha: ≥ 0; of `dominate`, ≤ 1.
+        reweight_sign: where to reweight: "both", or only where the advantage is "positive" or "negative".
+        group: (B,) integers, the prompt of each response, for `ppl`; responses without tokens do not count.
+        clip_low, clip_high: ≥ 0; r is clipped to [1 − clip_low, 1 + clip_high].
+        dual_clip: > 1 or None; where Ã < 0 the loss is at most −Ã · dual_clip.
+        importance: "token", or "sequence": one ratio for a response, of the mean of its log-ratios (GSPO).
+        ref_logp: the shape of logp, of a reference model; kl_beta · (eˣ − x − 1) with x = ref_logp − logp, at most 20 in
+            the exponent, is added to a token's loss.
+        kl_beta: ≥ 0.
+        entropy: the shape of logp; − entropy_coef · entropy is added.
+        entropy_coef: any finite number.
+        token_weight: the shape of logp, multiplies the term of the ratio, not those of KL and entropy (the importance
+            correction of a rollout engine).
+        num_tokens: a number or a tensor of one element: the denominator of `dapo`, `bnpo` and `cispo`, instead of the
+            mask's sum. With gradient accumulation over K batches or data parallelism over K processes whose gradients
+            are averaged: the tokens of all K together ÷ K; where gradients are added up, the tokens of all.
+        max_length: ≥ 1, of `dr_grpo`; T by default.
+        offsets: (B + 1,) integers from 0 to N: response b is logp[offsets[b] : offsets[b + 1]].
+        sapo_temperature_pos, sapo_temperature_neg: > 0, τ where Ã > 0 and where it is not.
+
+    Returns:
+        PolicyLoss: `loss`, a scalar, float32 (float64 if any input is), and `metrics` without gradients. A batch
+        without tokens has loss 0 and gradients that are 0, not None.
+
+    Gradients: with respect to `logp` and `entropy`, already formed by the forward pass; backward multiplies. The other
+    inputs are constants of the loss: one that requires a gradient is refused. Second derivatives raise RuntimeError.
+    Results are the same bit for bit in every run.
+
+    Raises:
+        ValueError, TypeError: a shape, device, dtype or option that does not fit, by name.
+
+    Source: arXiv 2603.22117, Sec. 5 and Lemma 3.1 (`low_prob`); DAPO, arXiv 2503.14476; GRPO, 2402.03300; Dr. GRPO,
+    2503.20783; GSPO, 2507.18071; CISPO, 2506.13585; SAPO, 2511.20347; `dominate`, 2505.12929; k3: Schulman, "Approximating
+    KL divergence".
+    """
+    _check_floating("logp", logp)
+    _check_sequences(logp, offsets)
+    options = _policy_options(
+        loss_type, reweight, alpha, reweight_sign, clip_low, clip_high, dual_clip, importance, kl_beta, entropy_coef,
+        sapo_temperature_pos, sapo_temperature_neg, max_length,
+    )  # fmt: skip
+    sequences = logp.shape[0] if offsets is None else offsets.shape[0] - 1
+    _check_constant_tokens("old_logp", old_logp, logp)
+    _check_advantage(advantage, logp, sequences)
+    mask = _mask_of(mask, logp)
+    _check_policy_needs(options, packed=offsets is not None, group=group, ref_logp=ref_logp, entropy=entropy)
+    if ref_logp is not None:
+        _check_constant_tokens("ref_logp", ref_logp, logp)
+    if token_weight is not None:
+        _check_constant_tokens("token_weight", token_weight, logp)
+    if entropy is not None:
+        _check_tokens("entropy", entropy, logp)
+    if group is not None:
+        group = _group_of(group, sequences, logp)
+    dtype = reference.accumulation_dtype(logp, old_logp, advantage, ref_logp, entropy, token_weight)
+    loss, metrics, _, _ = torch.ops.dlogp.policy_loss_fwd(
+        logp,
+        old_logp,
+        advantage,
+        mask,
+        None if offsets is None else offsets.to(torch.int64),
+        group,
+        ref_logp,
+        entropy,
+        token_weight,
+        _number_of_tokens(num_tokens, loss_type, logp, dtype),
+        *options,
+        torch.is_grad_enabled() and logp.requires_grad,
+    )
+    return PolicyLoss(loss, PolicyMetrics(*metrics.unbind()))
+
+
 def _rows(x: Tensor) -> Tensor:
     """At least one leading dimension; no copy."""
     return x if x.dim() > 1 else x[None]
@@ -498,10 +614,14 @@ def _check_target(target: Tensor, rows_name: str, rows: Tensor, ignore_index: in
             f"of shape {tuple(rows.shape)}"
         )
     _check_same_device("target", target, rows_name, rows)
-    # On CUDA the check would wait for the device; compiled and fake tensors have no values to look at.
-    has_values = type(target) is Tensor and not torch.compiler.is_compiling()
-    if has_values and (target.device.type == "cpu" or (_CHECK and target.device.type == "cuda")):
+    if _has_values(target):
         _check_target_range(target.to(torch.int64), ignore_index, vocabulary)
+
+
+def _has_values(x: Tensor) -> bool:
+    """Whether x can be looked at: on CUDA that would wait; compiled and fake tensors have no values."""
+    has_values = type(x) is Tensor and not torch.compiler.is_compiling()
+    return has_values and (x.device.type == "cpu" or (_CHECK and x.device.type == "cuda"))
 
 
 def _check_target_range(target: Tensor, ignore_index: int, vocabulary: int) -> None:
@@ -593,3 +713,156 @@ def _counter(name: str, value: int | Tensor, end: int, logits: Tensor) -> tuple[
         )
     _check_same_device(name, value, "logits", logits)
     return 0, value.reshape(1)
+
+
+def _check_tokens(name: str, x: Tensor, logp: Tensor) -> None:
+    """Floating, one number a token."""
+    _check_floating(name, x)
+    if x.shape != logp.shape:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, expected that of logp, {tuple(logp.shape)}")
+    _check_same_device(name, x, "logp", logp)
+
+
+def _check_constant(name: str, x: Tensor) -> None:
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} requires a gradient, expected a constant of the loss: pass {name}.detach()")
+
+
+def _check_constant_tokens(name: str, x: Tensor, logp: Tensor) -> None:
+    _check_tokens(name, x, logp)
+    _check_constant(name, x)
+
+
+def _check_sequences(logp: Tensor, offsets: Tensor | None) -> None:
+    """logp (B, T), or (N,) with offsets (B + 1,)."""
+    if offsets is None:
+        if logp.dim() != 2:
+            raise ValueError(f"logp has shape {tuple(logp.shape)}, expected (B, T), or (N,) with offsets")
+        return
+    if logp.dim() != 1:
+        raise ValueError(f"logp has shape {tuple(logp.shape)}, expected (N,) with offsets")
+    _check_tensor("offsets", offsets, _INTEGER, "an integer dtype")
+    if offsets.dim() != 1 or offsets.shape[0] == 0:
+        raise ValueError(f"offsets has shape {tuple(offsets.shape)}, expected (B + 1,)")
+    _check_same_device("offsets", offsets, "logp", logp)
+    if _has_values(offsets):
+        ends = offsets[0].item(), offsets[-1].item()
+        if ends != (0, logp.shape[0]) or bool((offsets.to(torch.int64).diff() < 0).any()):
+            raise ValueError(
+                f"offsets go from {ends[0]} to {ends[1]}, expected numbers from 0 to {logp.shape[0]}, the tokens of "
+                "logp, that do not decrease"
+            )
+
+
+def _check_advantage(advantage: Tensor, logp: Tensor, sequences: int) -> None:
+    _check_floating("advantage", advantage)
+    if advantage.shape != (sequences,) and advantage.shape != logp.shape:
+        raise ValueError(
+            f"advantage has shape {tuple(advantage.shape)}, expected ({sequences},) or that of logp, {tuple(logp.shape)}"
+        )
+    _check_same_device("advantage", advantage, "logp", logp)
+    _check_constant("advantage", advantage)
+
+
+def _mask_of(mask: Tensor, logp: Tensor) -> Tensor:
+    """As bool."""
+    _check_tensor("mask", mask, (torch.bool, *_INTEGER, *_FLOATING), "bool or 0/1")
+    if mask.shape != logp.shape:
+        raise ValueError(f"mask has shape {tuple(mask.shape)}, expected that of logp, {tuple(logp.shape)}")
+    _check_same_device("mask", mask, "logp", logp)
+    return mask if mask.dtype == torch.bool else mask != 0
+
+
+def _group_of(group: Tensor, sequences: int, logp: Tensor) -> Tensor:
+    _check_tensor("group", group, _INTEGER, "an integer dtype")
+    if group.shape != (sequences,):
+        raise ValueError(f"group has shape {tuple(group.shape)}, expected ({sequences},), an id a response")
+    _check_same_device("group", group, "logp", logp)
+    return group.to(torch.int64)
+
+
+def _number_of_tokens(
+    num_tokens: float | Tensor | None, loss_type: str, logp: Tensor, dtype: torch.dtype
+) -> Tensor | None:
+    """As a tensor () of `dtype`."""
+    if num_tokens is None:
+        return None
+    if loss_type not in reference_policy.BY_TOKENS:
+        raise ValueError(f"num_tokens is given, expected None: loss_type {loss_type!r} does not divide by it")
+    if isinstance(num_tokens, Tensor):
+        if num_tokens.numel() != 1 or num_tokens.dtype not in (*_INTEGER, *_FLOATING):
+            raise ValueError(
+                f"num_tokens has dtype {num_tokens.dtype} and shape {tuple(num_tokens.shape)}, expected one number"
+            )
+        _check_same_device("num_tokens", num_tokens, "logp", logp)
+        _check_constant("num_tokens", num_tokens)
+        return num_tokens.reshape(()).to(dtype)
+    _check_number("num_tokens", num_tokens, 0.0, math.inf)
+    return torch.full((), float(num_tokens), dtype=dtype, device=logp.device)
+
+
+def _policy_options(
+    loss_type: str,
+    reweight: str,
+    alpha: float,
+    reweight_sign: str,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    importance: str,
+    kl_beta: float,
+    entropy_coef: float,
+    sapo_temperature_pos: float,
+    sapo_temperature_neg: float,
+    max_length: int | None,
+) -> reference_policy.PolicyOptions:
+    _check_choice("loss_type", loss_type, reference_policy.LOSS_TYPES)
+    _check_choice("reweight", reweight, reference_policy.REWEIGHTS)
+    _check_choice("reweight_sign", reweight_sign, reference_policy.REWEIGHT_SIGNS)
+    _check_choice("importance", importance, reference_policy.IMPORTANCES)
+    _check_number("alpha", alpha, 0.0, 1.0 if reweight == "dominate" else math.inf)
+    _check_number("clip_low", clip_low, 0.0, math.inf)
+    _check_number("clip_high", clip_high, 0.0, math.inf)
+    if dual_clip is not None:
+        _check_number("dual_clip", dual_clip, 1.0, math.inf, low_included=False)
+    _check_number("kl_beta", kl_beta, 0.0, math.inf)
+    _check_number("entropy_coef", entropy_coef, -math.inf, math.inf)
+    _check_options(sapo_temperature_pos=sapo_temperature_pos, sapo_temperature_neg=sapo_temperature_neg)
+    if max_length is not None:
+        _check_integer("max_length", max_length, 1, 2**63)
+    return reference_policy.PolicyOptions(
+        loss_type,
+        reweight,
+        float(alpha),
+        reweight_sign,
+        float(clip_low),
+        float(clip_high),
+        _optional_float(dual_clip),
+        importance,
+        float(kl_beta),
+        float(entropy_coef),
+        float(sapo_temperature_pos),
+        float(sapo_temperature_neg),
+        max_length,
+    )
+
+
+def _check_policy_needs(
+    options: reference_policy.PolicyOptions,
+    *,
+    packed: bool,
+    group: Tensor | None,
+    ref_logp: Tensor | None,
+    entropy: Tensor | None,
+) -> None:
+    """What an option needs is given."""
+    if options.reweight == "ppl" and group is None:
+        raise ValueError("group is None, expected the prompts' ids: reweight 'ppl' standardises over a group")
+    if options.kl_beta != 0 and ref_logp is None:
+        raise ValueError(f"ref_logp is None, expected a tensor: kl_beta is {options.kl_beta}")
+    if options.entropy_coef != 0 and entropy is None:
+        raise ValueError(f"entropy is None, expected a tensor: entropy_coef is {options.entropy_coef}")
+    if options.loss_type == "dr_grpo" and packed and options.max_length is None:
+        raise ValueError(
+            "max_length is None, expected a number: loss_type 'dr_grpo' divides by it, and offsets are given"
+        )

@@ -48,3 +48,30 @@ class Sample(NamedTuple):
     delta_logp: Tensor
     logp: Tensor
     base_logp: Tensor
+
+
+class PolicyMetrics(NamedTuple):
+    """Means over the tokens of a batch, scalars without a gradient; 0 where there are no tokens.
+
+    `clip_low`, `clip_high`, `clip_dual`: the share of tokens whose gradient the lower, upper, dual bound took away.
+    `approx_kl`: of r − 1 − log r, an estimate of KL(π_old ‖ π). `mean_ratio`, `max_ratio`: of the importance ratio.
+    `mean_weight`: of what the advantages were reweighted by. `ref_kl`: of the divergence to the reference model, and
+    `entropy`; 0 where they are not given.
+    """
+
+    clip_low: Tensor
+    clip_high: Tensor
+    clip_dual: Tensor
+    approx_kl: Tensor
+    mean_ratio: Tensor
+    max_ratio: Tensor
+    mean_weight: Tensor
+    ref_kl: Tensor
+    entropy: Tensor
+
+
+class PolicyLoss(NamedTuple):
+    """What `policy_loss` and `linear_policy_loss` return: the scalar to call `backward` on, and its metrics."""
+
+    loss: Tensor
+    metrics: PolicyMetrics

@@ -10,6 +10,15 @@ for _op in schemas.SCHEMAS:
 
 backends.load_extension()
 
-from . import delta_logp, extrapolated_sample, linear_delta_logp, linear_logp, logp  # noqa: E402
+from . import delta_logp, extrapolated_sample, linear_delta_logp, linear_logp, logp, policy_loss  # noqa: E402
 
-__all__ = ["backends", "delta_logp", "extrapolated_sample", "linear_delta_logp", "linear_logp", "logp", "schemas"]
+__all__ = [
+    "backends",
+    "delta_logp",
+    "extrapolated_sample",
+    "linear_delta_logp",
+    "linear_logp",
+    "logp",
+    "policy_loss",
+    "schemas",
+]

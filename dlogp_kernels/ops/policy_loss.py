@@ -1,0 +1,62 @@
+"""`policy_loss`: a policy-gradient loss of given log-probabilities, whose forward also leaves the gradient."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..results import PolicyMetrics
+from . import library
+
+
+def _fake_fwd(*arguments: Any) -> tuple[Tensor, ...]:
+    logp, _, _, _, offsets = arguments[:5]
+    with_gradient = arguments[-1]
+    dtype = library.output_dtype(*(x for x in arguments if isinstance(x, Tensor)))
+    sequences = logp.shape[0] if offsets is None else offsets.shape[0] - 1
+    return (
+        logp.new_empty((), dtype=dtype),
+        logp.new_empty(len(PolicyMetrics._fields), dtype=dtype),
+        logp.new_empty(logp.shape if with_gradient else (0,), dtype=dtype),
+        logp.new_empty(sequences, dtype=dtype),
+    )
+
+
+def _fake_bwd(
+    grad_loss: Tensor,
+    coefficient: Tensor,
+    scale: Tensor,
+    mask: Tensor,
+    offsets: Tensor | None,
+    entropy_coef: float,
+    output_mask: list[bool],
+) -> tuple[Tensor, ...]:
+    wants_logp, wants_entropy = output_mask
+    return (
+        scale.new_empty(coefficient.shape if wants_logp else (0,)),
+        scale.new_empty(mask.shape if wants_entropy else (0,)),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    mask, offsets = inputs[3:5]
+    coefficient, scale = output[2:]
+    ctx.save_for_backward(coefficient, scale, mask, offsets)
+    ctx.entropy_coef = inputs[19]
+    ctx.num_inputs = len(inputs)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    gradients: list[Tensor | None] = [None] * ctx.num_inputs
+    output_mask = [ctx.needs_input_grad[0], ctx.needs_input_grad[7]]
+    if grad_loss is not None:
+        found = torch.ops.dlogp.policy_loss_bwd(grad_loss, *ctx.saved_tensors, ctx.entropy_coef, output_mask)
+        gradients[0], gradients[7] = library.wanted(found, output_mask)
+    return tuple(gradients)
+
+
+library.register("policy_loss_fwd", _fake_fwd)
+library.register("policy_loss_bwd", _fake_bwd)
+library.register_autograd("policy_loss", _setup_context, _backward)

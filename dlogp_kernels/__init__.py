@@ -9,7 +9,7 @@ from .functional import (
     logp,
     policy_loss,
 )
-from .modules import DeltaLogp, LinearDeltaLogp, LinearLogp, Logp
+from .modules import DeltaLogp, LinearDeltaLogp, LinearLogp, Logp, PolicyLossModule
 from .ops import backends
 from .results import DeltaLogpStats, LogpStats, PolicyLoss, PolicyMetrics, Sample
 
@@ -23,6 +23,7 @@ __all__ = [
     "Logp",
     "LogpStats",
     "PolicyLoss",
+    "PolicyLossModule",
     "PolicyMetrics",
     "Sample",
     "backends",

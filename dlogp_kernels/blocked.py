@@ -490,7 +490,8 @@ class _Sequences:
     def _block(self, block: slice) -> PolicyTokens:
         tokens, offsets = self.tokens, self.offsets
         if offsets is None:
-            tokens = PolicyTokens(*(None if x is None else x[block] for x in tokens))
+            some = {name: x[block] for name, x in tokens._asdict().items() if x is not None}
+            tokens = tokens._replace(**some)
         else:
             offsets = offsets[block.start : block.stop + 1]
             if self.of_sequences:

@@ -451,8 +451,8 @@ def policy_loss(
         clip_low, clip_high: ≥ 0; r is clipped to [1 − clip_low, 1 + clip_high].
         dual_clip: > 1 or None; where Ã < 0 the loss is at most −Ã · dual_clip.
         importance: "token", or "sequence": one ratio for a response, of the mean of its log-ratios (GSPO).
-        ref_logp: the shape of logp, of a reference model; kl_beta · (eˣ − x − 1) with x = ref_logp − logp, at most 20 in
-            the exponent, is added to a token's loss.
+        ref_logp: the shape of logp, of a reference model; kl_beta · (eˣ − x − 1) with x = min(ref_logp − logp, 20) is
+            added to a token's loss.
         kl_beta: ≥ 0.
         entropy: the shape of logp; − entropy_coef · entropy is added.
         entropy_coef: any finite number.
@@ -477,8 +477,7 @@ def policy_loss(
         ValueError, TypeError: a shape, device, dtype or option that does not fit, by name.
 
     Source: arXiv 2603.22117, Sec. 5 and Lemma 3.1 (`low_prob`); DAPO, arXiv 2503.14476; GRPO, 2402.03300; Dr. GRPO,
-    2503.20783; GSPO, 2507.18071; CISPO, 2506.13585; SAPO, 2511.20347; `dominate`, 2505.12929; k3: Schulman, "Approximating
-    KL divergence".
+    2503.20783; GSPO, 2507.18071; CISPO, 2506.13585; SAPO, 2511.20347; `dominate`, 2505.12929; dual clip, 1912.09729.
     """
     _check_floating("logp", logp)
     _check_sequences(logp, offsets)
@@ -758,7 +757,8 @@ def _check_advantage(advantage: Tensor, logp: Tensor, sequences: int) -> None:
     _check_floating("advantage", advantage)
     if advantage.shape != (sequences,) and advantage.shape != logp.shape:
         raise ValueError(
-            f"advantage has shape {tuple(advantage.shape)}, expected ({sequences},) or that of logp, {tuple(logp.shape)}"
+            f"advantage has shape {tuple(advantage.shape)}, expected ({sequences},) or that of logp, "
+            f"{tuple(logp.shape)}"
         )
     _check_same_device("advantage", advantage, "logp", logp)
     _check_constant("advantage", advantage)

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import functional
-from .results import DeltaLogpStats, LogpStats
+from .results import DeltaLogpStats, LogpStats, PolicyLoss
 
 
 class _OneModelOptions(nn.Module):
@@ -81,3 +81,72 @@ class DeltaLogp(_PairOptions):
 
     def forward(self, logits: Tensor, base_logits: Tensor, target: Tensor) -> DeltaLogpStats:
         return functional.delta_logp(logits, base_logits, target, **self.options)
+
+
+class PolicyLossModule(nn.Module):
+    """Module form of `dlogp_kernels.policy_loss`."""
+
+    def __init__(
+        self,
+        *,
+        loss_type: str = "dapo",
+        reweight: str = "low_prob",
+        alpha: float = 0.1,
+        reweight_sign: str = "both",
+        clip_low: float = 0.2,
+        clip_high: float = 0.28,
+        dual_clip: float | None = None,
+        importance: str = "token",
+        kl_beta: float = 0.0,
+        entropy_coef: float = 0.0,
+        max_length: int | None = None,
+        sapo_temperature_pos: float = 1.0,
+        sapo_temperature_neg: float = 1.05,
+    ) -> None:
+        super().__init__()
+        self.options: dict[str, Any] = {
+            "loss_type": loss_type,
+            "reweight": reweight,
+            "alpha": alpha,
+            "reweight_sign": reweight_sign,
+            "clip_low": clip_low,
+            "clip_high": clip_high,
+            "dual_clip": dual_clip,
+            "importance": importance,
+            "kl_beta": kl_beta,
+            "entropy_coef": entropy_coef,
+            "max_length": max_length,
+            "sapo_temperature_pos": sapo_temperature_pos,
+            "sapo_temperature_neg": sapo_temperature_neg,
+        }
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in self.options.items())
+
+    def forward(
+        self,
+        logp: Tensor,
+        old_logp: Tensor,
+        advantage: Tensor,
+        mask: Tensor,
+        *,
+        group: Tensor | None = None,
+        ref_logp: Tensor | None = None,
+        entropy: Tensor | None = None,
+        token_weight: Tensor | None = None,
+        num_tokens: float | Tensor | None = None,
+        offsets: Tensor | None = None,
+    ) -> PolicyLoss:
+        return functional.policy_loss(
+            logp,
+            old_logp,
+            advantage,
+            mask,
+            group=group,
+            ref_logp=ref_logp,
+            entropy=entropy,
+            token_weight=token_weight,
+            num_tokens=num_tokens,
+            offsets=offsets,
+            **self.options,
+        )

@@ -102,8 +102,8 @@ def ratio_of(raw: Tensor) -> Tensor:
 def surrogate(ratio: Tensor, logp: Tensor, advantage: Tensor, options: PolicyOptions) -> Tensor:
     """The term of the ratio in the loss of a token, `advantage` being Ã.
 
-    max(−Ã r, −Ã clip(r, 1 − low, 1 + high)), at most −Ã · dual_clip where Ã < 0. As TRL defines them, `cispo` is
-    −Ã · min(r, high) · log π with no gradient of the ratio, and `sapo` −Ã · 4/τ · sigmoid(τ(r − 1)), τ by the sign of Ã.
+    max(−Ã r, −Ã clip(r, 1 − low, 1 + high)), at most −Ã · dual_clip where Ã < 0. As TRL defines them, `cispo`
+    is −Ã · min(r, high) · log π with no gradient of the ratio, `sapo` −Ã · 4/τ · sigmoid(τ(r − 1)), τ by the sign of Ã.
     """
     if options.loss_type == "cispo":
         return -advantage * ratio.detach().clamp_max(options.clip_high) * logp
@@ -122,8 +122,8 @@ def surrogate_gradient(ratio: Tensor, advantage: Tensor, options: PolicyOptions)
     if options.loss_type == "cispo":
         return -advantage * ratio.clamp_max(options.clip_high)
     if options.loss_type == "sapo":
-        sigmoid = torch.sigmoid(sapo_temperature(advantage, options) * (ratio - 1.0))
-        return -advantage * 4.0 * sigmoid * (1.0 - sigmoid) * ratio
+        x = sapo_temperature(advantage, options) * (ratio - 1.0)
+        return -advantage * 4.0 * torch.sigmoid(x) * torch.sigmoid(-x) * ratio
     low, high, dual = clipped_places(ratio, advantage, options)
     return (-advantage * ratio).masked_fill(low | high | dual, 0.0)
 
@@ -178,13 +178,13 @@ def sequence_scale(
 
 
 def token_loss(tokens: PolicyTokens, ratio: Tensor, advantage: Tensor, options: PolicyOptions) -> Tensor:
-    """surrogate · token_weight + kl_beta · k3(ref_logp − logp) − entropy_coef · entropy of each token; 0 where masked."""
+    """surrogate · token_weight + kl_beta · k3(ref_logp − logp) − entropy_coef · entropy; 0 where masked."""
     loss = surrogate(ratio, tokens.logp, advantage, options)
     if tokens.token_weight is not None:
         loss = loss * tokens.token_weight
-    if tokens.ref_logp is not None:
+    if tokens.ref_logp is not None and options.kl_beta != 0.0:  # an infinite divergence may be looked at without it
         loss = loss + options.kl_beta * k3(tokens.ref_logp - tokens.logp)
-    if tokens.entropy is not None:
+    if tokens.entropy is not None and options.entropy_coef != 0.0:
         loss = loss - options.entropy_coef * tokens.entropy
     return loss.masked_fill(~tokens.mask, 0.0)
 
@@ -240,7 +240,7 @@ def coefficient(tokens: PolicyTokens, raw: Tensor, ratio: Tensor, advantage: Ten
         grad = grad.masked_fill(raw.abs() > LOG_RATIO_LIMIT, 0.0)
         if options.importance == "sequence":
             grad = _mean(grad, tokens.mask)[:, None].expand_as(grad)
-    if tokens.ref_logp is not None:
+    if tokens.ref_logp is not None and options.kl_beta != 0.0:
         grad = grad - options.kl_beta * k3_gradient(tokens.ref_logp - tokens.logp)
     return grad.masked_fill(~tokens.mask, 0.0)
 
@@ -284,7 +284,7 @@ def finished_metrics(sums: Tensor, count: Tensor) -> Tensor:
 
 
 def as_padded(tokens: PolicyTokens, offsets: Tensor | None, dtype: torch.dtype, *, of_sequences: bool) -> PolicyTokens:
-    """(B, T) of `dtype`, 0 where masked, out of packed tokens or padded ones; `of_sequences`: the advantages are (B,)."""
+    """(B, T) of `dtype`, 0 where masked, of packed tokens or padded ones; advantages (B,) are `of_sequences`."""
     mask = tokens.mask if offsets is None else padded(tokens.mask, offsets)
     advantage = tokens.advantage[:, None].expand_as(mask) if of_sequences else tokens.advantage
 

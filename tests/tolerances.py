@@ -8,13 +8,18 @@ float64 inputs ε64 stands for ε32. What underflows may become 0.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 STATISTIC_ROUNDINGS = 4.0
 GRADIENT_ROUNDINGS = 2.0
+
+#: The policy loss and its gradient by a token's logp: of ε32 (ε64 for float64 inputs) times the absolute terms that
+#: it sums, each times 1 + |log ratio| (policy_cases.sizes), besides one rounding of the gradient's own dtype; of ε32
+#: times max(1, |value|) a metric.
+POLICY_ROUNDINGS = 4.0
 
 #: Identical models: KL is this many ε32 at most, times the largest |z|.
 ZERO_KL_ROUNDINGS = 8.0
@@ -71,6 +76,23 @@ class Accuracy(NamedTuple):
             rounding += compute.tiny * value.numel() + torch.finfo(value.dtype).tiny * torch.finfo(value.dtype).eps
             error = _roundings(value, truth[name], rounding)
             self._check(op, f"d_{name}", value.dtype, error, GRADIENT_ROUNDINGS)
+
+    def policy(self, op: str, actual: Any, expected: Any, sizes: Any, width: int) -> None:
+        """`actual` and `expected` have loss, metrics, gradients; `width` is in bytes that of the widest input."""
+        dtype = torch.float64 if width == 8 else torch.float32
+        rounding = torch.finfo(dtype).eps
+        assert actual.loss.dtype == dtype
+        tiny = torch.finfo(dtype).tiny
+        error = _roundings(actual.loss, expected.loss, rounding * sizes.loss + tiny)
+        self._check(op, "loss", dtype, error, POLICY_ROUNDINGS)
+        error = _roundings(actual.metrics, expected.metrics, rounding * expected.metrics.abs().clamp_min(1.0))
+        self._check(op, "metrics", dtype, error, POLICY_ROUNDINGS)
+        limits = {"logp": sizes.grad_logp} | {"entropy": torch.zeros(())}
+        for name, grad in actual.gradients.items():
+            own = torch.finfo(grad.dtype)
+            limit = rounding * limits[name] + (own.eps + rounding) * expected.gradients[name].abs() + own.tiny
+            error = _roundings(grad, expected.gradients[name], limit)
+            self._check(op, f"d_{name}", grad.dtype, error, POLICY_ROUNDINGS)
 
     def _check(self, op: str, quantity: str, dtype: torch.dtype, error: float, limit: float) -> None:
         name = str(dtype).removeprefix("torch.")

@@ -40,11 +40,12 @@ def _fake_bwd(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     mask, offsets = inputs[3:5]
-    coefficient, scale = output[2:]
+    _, metrics, coefficient, scale = output
     ctx.save_for_backward(coefficient, scale, mask, offsets)
     ctx.entropy_coef = inputs[19]
     ctx.num_inputs = len(inputs)
-    ctx.mark_non_differentiable(*output[1:])
+    # The coefficient counts as differentiable, so that deriving what backward makes of it raises (library.py).
+    ctx.mark_non_differentiable(metrics, scale)
     ctx.set_materialize_grads(False)
 
 

@@ -6,9 +6,10 @@ that is None counts as zero, and `output_mask` says which gradients to compute, 
 others come back empty. Sampling has no gradient; its seed (64 bits, as int64) and step come as numbers, or from the
 device as int64 tensors, seed (1,), step (1,) or (N,), which then count; row_id is (N,) int64, or None for 0 … N − 1.
 
-The policy loss takes tokens (B, T), or (N,) with the offsets (B + 1,) int64 of B sequences; advantage is of each token or
-(B,), mask bool, group (B,) int64, num_tokens () of the dtype of the loss. Its forward op leaves `coefficient`, the shape of logp, empty
-unless with_gradient, and `scale` (B,): the gradient by logp is their product. metrics are in the order of PolicyMetrics.
+The policy loss takes tokens (B, T), or (N,) with the offsets (B + 1,) int64 of B sequences; advantage is of each token
+or (B,), mask bool, group (B,) int64, num_tokens () of the dtype of the loss. Its forward op leaves `coefficient`, the
+shape of logp, empty unless with_gradient, and `scale` (B,): the gradient by logp is their product. metrics are in the
+order of PolicyMetrics.
 
 A backend other than plain PyTorch implements a private copy of each schema, `_<backend>_<op>`, with one more argument,
 the workspace in bytes; `backends.py` chooses between them.

@@ -1,0 +1,45 @@
+// The policy loss of a few tokens next to each other: losses, the gradient by logp, sums for the metrics.
+// float: vectorised. double: the same in float64. Sums are float64.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/policy.h"
+
+namespace dlogp {
+
+constexpr int64_t kPolicyTokens = 512;
+
+// Over the tokens of a sequence or of all; the definition of each: PolicyMetrics.
+struct PolicySums {
+  double count = 0, loss = 0, slope = 0;
+  double clip_low = 0, clip_high = 0, clip_dual = 0, approx_kl = 0, ratio = 0, max_ratio = 0, weight = 0, ref_kl = 0,
+         entropy = 0;
+
+  void add(const PolicySums& other);
+};
+
+// The caller fills what is above the line, with finite numbers where `mask` is 0; `raw_ratio` only where a ratio is
+// that of a sequence, `score` only to reweight by perplexity.
+template <typename Real>
+struct PolicyTokens {
+  Real mask[kPolicyTokens], logp[kPolicyTokens], old_logp[kPolicyTokens], advantage[kPolicyTokens];
+  Real raw_ratio[kPolicyTokens], score[kPolicyTokens];
+  Real ref_logp[kPolicyTokens], entropy[kPolicyTokens], token_weight[kPolicyTokens];
+  bool has_ref_logp = false, has_entropy = false, has_token_weight = false;
+  // ----
+  Real weight[kPolicyTokens], log_ratio[kPolicyTokens], ratio[kPolicyTokens];
+  Real loss[kPolicyTokens], slope[kPolicyTokens], ref_kl[kPolicyTokens];
+  Real low[kPolicyTokens], high[kPolicyTokens], dual[kPolicyTokens];
+  Real coefficient[kPolicyTokens];
+};
+
+// Sets `coefficient`: the gradient of the unscaled loss by logp, 0 where `mask` is. Where a ratio is that of a sequence
+// it lacks ∂/∂ log r, whose sum goes to sums.slope (`add_slope` puts it in), but for CISPO. Adds to `sums`.
+void policy_tokens(const PolicyOptions& options, int64_t count, PolicyTokens<float>& tokens, PolicySums& sums);
+void policy_tokens(const PolicyOptions& options, int64_t count, PolicyTokens<double>& tokens, PolicySums& sums);
+
+// What a token's coefficient gets of a sequence's ratio: ∂/∂ log r of the sequence, out of sums over it.
+double slope_of_sequence(const PolicyOptions& options, double raw_ratio, const PolicySums& sums);
+
+}  // namespace dlogp

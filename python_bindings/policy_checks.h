@@ -1,0 +1,147 @@
+// What the ops of the policy loss have in common: their options, and tokens as the kernels take them.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <string_view>
+#include <vector>
+
+#include "../csrc/cpu/policy_loss.h"
+#include "checks.h"
+
+namespace dlogp {
+
+template <typename Choice, size_t count>
+Choice choice_of(const std::pair<std::string_view, Choice> (&choices)[count], std::string_view name, const char* what) {
+  for (const auto& [known, choice] : choices)
+    if (name == known) return choice;
+  TORCH_CHECK_VALUE(false, what, " is '", name, "', expected one of those of reference_policy.py");
+}
+
+inline PolicyOptions policy_options(std::string_view loss_type, std::string_view reweight, double alpha,
+                                    std::string_view reweight_sign, double clip_low, double clip_high,
+                                    std::optional<double> dual_clip, std::string_view importance, double kl_beta,
+                                    double entropy_coef, double sapo_temperature_pos, double sapo_temperature_neg) {
+  using Loss = std::pair<PolicySurrogate, PolicyDenominator>;
+  constexpr std::pair<std::string_view, Loss> losses[] = {
+      {"dapo", {PolicySurrogate::kClipped, PolicyDenominator::kTokens}},
+      {"bnpo", {PolicySurrogate::kClipped, PolicyDenominator::kTokens}},
+      {"grpo", {PolicySurrogate::kClipped, PolicyDenominator::kSequences}},
+      {"dr_grpo", {PolicySurrogate::kClipped, PolicyDenominator::kMaxLength}},
+      {"cispo", {PolicySurrogate::kCispo, PolicyDenominator::kTokens}},
+      {"sapo", {PolicySurrogate::kSapo, PolicyDenominator::kSequences}}};
+  constexpr std::pair<std::string_view, PolicyReweight> reweights[] = {{"none", PolicyReweight::kNone},
+                                                                       {"low_prob", PolicyReweight::kLowProb},
+                                                                       {"dominate", PolicyReweight::kDominate},
+                                                                       {"ppl", PolicyReweight::kPerplexity}};
+  constexpr std::pair<std::string_view, PolicySign> signs[] = {
+      {"both", PolicySign::kBoth}, {"positive", PolicySign::kPositive}, {"negative", PolicySign::kNegative}};
+  constexpr std::pair<std::string_view, bool> importances[] = {{"token", false}, {"sequence", true}};
+  PolicyOptions options;
+  std::tie(options.surrogate, options.denominator) = choice_of(losses, loss_type, "loss_type");
+  options.reweight = choice_of(reweights, reweight, "reweight");
+  options.reweight_sign = choice_of(signs, reweight_sign, "reweight_sign");
+  options.of_sequences = choice_of(importances, importance, "importance");
+  options.alpha = alpha;
+  options.clip_low = clip_low;
+  options.clip_high = clip_high;
+  options.dual_clip = dual_clip.value_or(std::numeric_limits<double>::infinity());
+  options.kl_beta = kl_beta;
+  options.entropy_coef = entropy_coef;
+  options.sapo_temperature_pos = sapo_temperature_pos;
+  options.sapo_temperature_neg = sapo_temperature_neg;
+  return options;
+}
+
+// Sequences (B, T), or packed (N,) with offsets (B + 1,) within [0, N].
+struct Sequences {
+  at::Tensor offsets;
+  int64_t count, columns;
+
+  Sequences(const at::Tensor& tokens, const std::optional<at::Tensor>& given_offsets, const char* name) {
+    TORCH_CHECK_VALUE(tokens.device().is_cpu(), name, " is on ", tokens.device(), ", expected cpu");
+    if (!given_offsets.has_value()) {
+      TORCH_CHECK_VALUE(tokens.dim() == 2, name, " has ", tokens.dim(), " dimensions, expected 2");
+      count = tokens.size(0);
+      columns = tokens.size(1);
+      return;
+    }
+    TORCH_CHECK_VALUE(tokens.dim() == 1, name, " has ", tokens.dim(), " dimensions, expected 1");
+    TORCH_CHECK_VALUE(given_offsets->dim() == 1 && given_offsets->size(0) > 0 && given_offsets->device().is_cpu(),
+                      "offsets has shape ", given_offsets->sizes(), ", expected [B + 1], on the CPU");
+    TORCH_CHECK_TYPE(given_offsets->scalar_type() == at::kLong, "offsets has dtype ", given_offsets->scalar_type(),
+                     ", expected int64");
+    offsets = given_offsets->contiguous();
+    count = offsets.size(0) - 1;
+    columns = tokens.size(0);
+    for (int64_t b = 0; b <= count; ++b) {
+      const int64_t low = b == 0 ? 0 : begin_of(b - 1);
+      TORCH_CHECK_VALUE(low <= begin_of(b) && begin_of(b) <= columns, "offsets[", b, "] is ", begin_of(b),
+                        ", expected a number in [", low, ", ", columns, "]");
+    }
+  }
+
+  bool packed() const { return offsets.defined(); }
+  const int64_t* begins() const { return packed() ? offsets.const_data_ptr<int64_t>() : nullptr; }
+  int64_t begin_of(int64_t sequence) const { return begins()[sequence]; }
+  PolicySpans spans() const { return policy_spans(count, columns, begins()); }
+
+  // One number a token.
+  Matrix tokens(const std::optional<at::Tensor>& x, at::IntArrayRef sizes, const char* name) const {
+    if (!x.has_value()) return {};
+    check(*x, sizes, name);
+    const int64_t row_stride = packed() ? 0 : x->stride(0);
+    return {x->const_data_ptr(), dtype_of(*x), count, columns, row_stride, x->stride(-1)};
+  }
+
+  // One number a sequence, or a token.
+  Matrix advantages(const at::Tensor& x, at::IntArrayRef sizes) const {
+    if (x.dim() != 1 || x.size(0) != count) return tokens(x, sizes, "advantage");
+    check(x, {count}, "advantage");
+    return {x.const_data_ptr(), dtype_of(x), count, columns, x.stride(0), 0};
+  }
+
+  BoolMatrix mask(const at::Tensor& x, at::IntArrayRef sizes) const {
+    check(x, sizes, "mask");
+    TORCH_CHECK_TYPE(x.scalar_type() == at::kBool, "mask has dtype ", x.scalar_type(), ", expected bool");
+    return {x.const_data_ptr<bool>(), packed() ? 0 : x.stride(0), x.stride(-1)};
+  }
+
+ private:
+  static void check(const at::Tensor& x, at::IntArrayRef sizes, const char* name) {
+    TORCH_CHECK_VALUE(x.sizes() == sizes, name, " has shape ", x.sizes(), ", expected ", sizes);
+    TORCH_CHECK_VALUE(x.device().is_cpu(), name, " is on ", x.device(), ", expected cpu");
+  }
+};
+
+inline double number_of(const std::optional<at::Tensor>& num_tokens) {
+  if (!num_tokens.has_value()) return -1;
+  TORCH_CHECK_VALUE(num_tokens->numel() == 1 && num_tokens->device().is_cpu(), "num_tokens has shape ",
+                    num_tokens->sizes(), ", expected one number on the CPU");
+  return num_tokens->item<double>();
+}
+
+// `score` of each sequence (policy_loss.h).
+inline void normalize_in_groups(const std::optional<at::Tensor>& group, std::vector<PolicySequence>& sequences) {
+  TORCH_CHECK_VALUE(group.has_value(), "group is missing, expected [B] for reweight 'ppl'");
+  TORCH_CHECK_VALUE(group->dim() == 1 && group->size(0) == int64_t(sequences.size()) && group->device().is_cpu(),
+                    "group has shape ", group->sizes(), ", expected [", sequences.size(), "]");
+  TORCH_CHECK_TYPE(group->scalar_type() == at::kLong, "group has dtype ", group->scalar_type(), ", expected int64");
+  const at::Tensor contiguous = group->contiguous();
+  normalize_in_groups(contiguous.const_data_ptr<int64_t>(), sequences);
+}
+
+// In the order of PolicyMetrics.
+template <typename Real>
+void write_metrics(const PolicySums& sums, const at::Tensor& metrics) {
+  const double scale = sums.count > 0 ? 1 / sums.count : 0;
+  const double values[] = {sums.clip_low * scale,  sums.clip_high * scale, sums.clip_dual * scale,
+                           sums.approx_kl * scale, sums.ratio * scale,     sums.max_ratio,
+                           sums.weight * scale,    sums.ref_kl * scale,    sums.entropy * scale};
+  Real* to = metrics.mutable_data_ptr<Real>();
+  for (const double value : values) *to++ = Real(value);
+}
+
+constexpr int64_t kPolicyMetrics = 9;
+
+}  // namespace dlogp

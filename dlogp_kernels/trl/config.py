@@ -8,9 +8,7 @@ from typing import Any
 
 from trl import GRPOConfig
 
-REWEIGHTINGS = ("none", "low_prob", "dominate", "ppl")
-SIGNS = ("both", "positive", "negative")
-LOSS_TYPES = ("dapo", "grpo", "bnpo", "dr_grpo", "cispo", "sapo")
+from ..reference_policy import LOSS_TYPES, REWEIGHT_SIGNS, REWEIGHTS
 
 
 def _option(default: Any, text: str) -> Any:
@@ -61,10 +59,10 @@ class ReweightedGRPOConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.reweight not in REWEIGHTINGS:
-            raise ValueError(f"reweight is {self.reweight!r}, expected one of {', '.join(REWEIGHTINGS)}")
-        if self.reweight_sign not in SIGNS:
-            raise ValueError(f"reweight_sign is {self.reweight_sign!r}, expected one of {', '.join(SIGNS)}")
+        if self.reweight not in REWEIGHTS:
+            raise ValueError(f"reweight is {self.reweight!r}, expected one of {', '.join(REWEIGHTS)}")
+        if self.reweight_sign not in REWEIGHT_SIGNS:
+            raise ValueError(f"reweight_sign is {self.reweight_sign!r}, expected one of {', '.join(REWEIGHT_SIGNS)}")
         if self.loss_type not in LOSS_TYPES:
             raise ValueError(f"loss_type is {self.loss_type!r}, expected one of {', '.join(LOSS_TYPES)}")
         for name in ("reweight_alpha", "overlong_penalty"):
@@ -100,11 +98,6 @@ class ReweightedGRPOConfig(GRPOConfig):
             raise ValueError("use_adaptive_entropy is True, expected False: a constant entropy_coef is supported")
         if self.use_bias_correction_kl:
             raise ValueError("use_bias_correction_kl is True, expected False: it is not supported")
-        if self.loss_type == "sapo" and (self.sapo_temperature_pos, self.sapo_temperature_neg) != (1.0, 1.05):
-            raise ValueError(
-                f"sapo_temperature_pos and sapo_temperature_neg are {self.sapo_temperature_pos} and "
-                f"{self.sapo_temperature_neg}, expected 1.0 and 1.05"
-            )
 
     def _check_rollout_seed(self, seed: int) -> None:
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:

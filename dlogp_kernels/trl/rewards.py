@@ -59,13 +59,14 @@ def overlong_penalty(max_tokens: int, buffer: int, penalty: float) -> Callable[.
     return overlong_penalty
 
 
-def without_scores_unpenalised(rewards: Tensor) -> Tensor:
-    """Rewards (N, functions + 1), the last column the penalty: NaN there where no function scored the response.
+def without_scores_unpenalised(rewards: Tensor, penalty: int) -> Tensor:
+    """Rewards (N, functions) with column `penalty` NaN where no other function scored the response.
 
     TRL takes a response with any score for a scored one.
     """
-    unscored = rewards[:, :-1].isnan().all(1)
-    return torch.cat([rewards[:, :-1], rewards[:, -1:].masked_fill(unscored[:, None], torch.nan)], 1)
+    others = torch.arange(rewards.shape[1], device=rewards.device) != penalty
+    unscored = rewards[:, others].isnan().all(1, keepdim=True)
+    return rewards.masked_fill(unscored & ~others, torch.nan)
 
 
 def informative_groups(rewards: Tensor, weights: Tensor, group_size: int) -> Tensor:
@@ -110,9 +111,8 @@ def _as_rewards(name: str, rewards: Any, count: int) -> list[float | None]:
 def _as_reward(name: str, place: int, reward: Any) -> float | None:
     if reward is None:
         return None
-    if isinstance(reward, Tensor) and reward.numel() == 1:
-        reward = reward.item()
-    # numpy's numbers are registered as such.
+    # Scalars of torch and numpy.
+    reward = reward.item() if hasattr(reward, "item") else reward
     if not isinstance(reward, numbers.Real) or not math.isfinite(reward):
         raise ValueError(
             f"the reward function {name} returned {reward!r} for response {place}, expected a finite number, or None "

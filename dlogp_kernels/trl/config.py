@@ -40,8 +40,9 @@ class ReweightedGRPOConfig(GRPOConfig):
         rollout_seed: None: responses are drawn by TRL, from torch's generator of the process. A number: they are drawn
             by `dlogp_kernels.hf.generate` with that seed's noise, so that they do not depend on the number of processes
             or on the batch size.
-        log_delta_logp: log Δlog p of the drawn tokens to the policy at the start of training. Costs one forward pass per
-            batch of responses, and a copy of the trained parameters.
+        delta_logp_responses: for how many responses of a process, out of each batch that is drawn, Δlog p to the policy
+            at the start of training is logged. It costs their forward pass, and a copy of the trained parameters; 0 for
+            neither.
 
     Raises ValueError for a value that can not be, by name.
     """
@@ -55,7 +56,7 @@ class ReweightedGRPOConfig(GRPOConfig):
     overlong_buffer: int = _option(0, "Tokens before max_completion_length in which the overlong penalty grows.")
     overlong_penalty: float = _option(1.0, "Overlong penalty of a response of max_completion_length tokens.")
     rollout_seed: int | None = _option(None, "Seed of noise that does not depend on the number of processes.")
-    log_delta_logp: bool = _option(True, "Log Δlog p to the policy at the start of training.")
+    delta_logp_responses: int = _option(16, "Responses whose Δlog p to the start of training is logged.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,15 +70,17 @@ class ReweightedGRPOConfig(GRPOConfig):
             value = getattr(self, name)
             if not math.isfinite(value) or value < 0:
                 raise ValueError(f"{name} is {value}, expected a finite number ≥ 0")
-        if self.max_refills < 0:
-            raise ValueError(f"max_refills is {self.max_refills}, expected a number ≥ 0")
-        if not 0 <= self.overlong_buffer <= self.max_completion_length:
+        for name in ("max_refills", "delta_logp_responses"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected a number ≥ 0")
+        longest = self.max_completion_length
+        if self.overlong_buffer and (longest is None or not 0 < self.overlong_buffer <= longest):
             raise ValueError(
-                f"overlong_buffer is {self.overlong_buffer}, expected 0 to max_completion_length "
-                f"({self.max_completion_length})"
+                f"overlong_buffer is {self.overlong_buffer}, expected 0 to max_completion_length ({longest})"
             )
         self._check_dual_clip()
-        self._check_left_out()
+        if self.use_adaptive_entropy:
+            raise ValueError("use_adaptive_entropy is True, expected False: a constant entropy_coef is supported")
         if self.rollout_seed is not None:
             self._check_rollout_seed(self.rollout_seed)
 
@@ -92,13 +95,6 @@ class ReweightedGRPOConfig(GRPOConfig):
         if self.dual_clip is not None and not self.dual_clip > 1:
             raise ValueError(f"dual_clip is {self.dual_clip}, expected a number > 1 or None")
 
-    def _check_left_out(self) -> None:
-        """What TRL's loss has and the fused one has not."""
-        if self.use_adaptive_entropy:
-            raise ValueError("use_adaptive_entropy is True, expected False: a constant entropy_coef is supported")
-        if self.use_bias_correction_kl:
-            raise ValueError("use_bias_correction_kl is True, expected False: it is not supported")
-
     def _check_rollout_seed(self, seed: int) -> None:
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
             raise ValueError(f"rollout_seed is {seed!r}, expected an integer in [0, 2**64) or None")
@@ -108,5 +104,6 @@ class ReweightedGRPOConfig(GRPOConfig):
             ("repetition_penalty", 1.0),
             ("generation_kwargs", None),
         ):
-            if getattr(self, name) != needed:
-                raise ValueError(f"rollout_seed is given together with {name}={getattr(self, name)!r}: expected {needed}")
+            value = getattr(self, name)
+            if value != needed:
+                raise ValueError(f"rollout_seed is given together with {name} = {value!r}, expected {needed}")

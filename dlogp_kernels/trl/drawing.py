@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from trl.models import unwrap_model_for_generation
@@ -25,8 +25,7 @@ def draw_responses(
         prompt_ids: of the rows of this process; a prompt stands there once for each of its `samples` responses.
         first: the number of the first row among all rows of all processes since the training began.
     """
-    args = trainer.args
-    assert args.rollout_seed is not None
+    args: Any = trainer.args
     once = prompt_ids
     # Where this process has whole groups a prompt is run once for all its samples.
     groups = [prompt_ids[begin : begin + samples] for begin in range(0, len(prompt_ids), samples)]

@@ -23,7 +23,7 @@ def checked(function: Callable[..., Any]) -> Callable[..., Any]:
     """
     name = getattr(function, "__name__", type(function).__name__)
 
-    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None)):
+    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
 
         @functools.wraps(function)
         async def checked_async(**columns: Any) -> list[float | None]:
@@ -98,12 +98,12 @@ def _as_rewards(name: str, rewards: Any, count: int) -> list[float | None]:
         rewards = rewards.tolist()
     if rewards is None or isinstance(rewards, str) or not hasattr(rewards, "__iter__"):
         raise TypeError(
-            f"the reward function {name} returned {rewards!r}, expected a list of {count} rewards, one for each response"
+            f"the reward function {name} returned {rewards!r}, expected a list of {count} rewards, one of each response"
         )
     rewards = list(rewards)
     if len(rewards) != count:
         raise ValueError(
-            f"the reward function {name} returned {len(rewards)} rewards, expected {count}, one for each response"
+            f"the reward function {name} returned {len(rewards)} rewards, expected {count}, one of each response"
         )
     return [_as_reward(name, place, reward) for place, reward in enumerate(rewards)]
 

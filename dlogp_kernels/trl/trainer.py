@@ -11,12 +11,19 @@ import torch
 from torch import Tensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
-from trl.trainer.utils import RepeatSampler
 
 from ..functional import policy_loss
 from ..hf.heads import unwrapped
 from ..hf.probe import verified_lm_head
-from ..reference_policy import PolicyOptions, log_perplexity, normalized_in_group, reweighting
+from ..reference_policy import (
+    PolicyOptions,
+    k3,
+    log_perplexity,
+    normalized_in_group,
+    ratio_of,
+    raw_log_ratio,
+    reweighting,
+)
 from .config import ReweightedGRPOConfig
 from .drawing import draw_responses
 from .head import add_logp_head
@@ -44,8 +51,8 @@ _BY_STEP = ("dapo", "cispo")
 class ReweightedGRPOTrainer(GRPOTrainer):
     """`trl.GRPOTrainer` whose log-probabilities, entropies and loss come from the fused ops, without a logit tensor.
 
-    It takes what TRL's trainer takes, with a `ReweightedGRPOConfig`; with `reweight="none"` it trains as TRL's does. PEFT,
-    gradient accumulation, gradient checkpointing, DDP and mixed precision work as there.
+    It takes what TRL's trainer takes, with a `ReweightedGRPOConfig`; with `reweight="none"` it trains as TRL's does.
+    PEFT, gradient accumulation, gradient checkpointing, DDP and mixed precision work as there.
 
     Beside TRL's metrics it logs, as means over tokens of all processes: `reweight/mean_weight`, `clip_ratio/low_mean`,
     `clip_ratio/high_mean`, `clip_ratio/region_mean` and `clip_ratio/dual_mean`, `approx_kl`, `ratio/mean`, `ratio/max`,
@@ -69,6 +76,9 @@ class ReweightedGRPOTrainer(GRPOTrainer):
     """
 
     args: ReweightedGRPOConfig
+    model: Any
+    train_dataset: Any
+    num_generations: int
 
     def __init__(
         self,
@@ -83,19 +93,24 @@ class ReweightedGRPOTrainer(GRPOTrainer):
             args = ReweightedGRPOConfig(f"{name.split('/')[-1]}-GRPO")
         if not isinstance(args, ReweightedGRPOConfig):
             raise TypeError(f"args is {type(args).__name__}, expected a ReweightedGRPOConfig")
-        functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-        functions = [checked(f) if _is_function(f) else f for f in functions if f is not None]
+        given: list[Any] = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        functions = [checked(f) if _is_function(f) else f for f in given if f is not None]
         if args.overlong_buffer and (functions or named.get("environment_factory")):
+            assert args.max_completion_length is not None
             functions.append(overlong_penalty(args.max_completion_length, args.overlong_buffer, args.overlong_penalty))
             if args.reward_weights is not None:
+                weights = [*args.reward_weights, 1.0]
                 args = copy.copy(args)
-                args.reward_weights = [*args.reward_weights, 1.0]
-        super().__init__(model, functions, args, *others, **named)
+                args.reward_weights = weights
+        super().__init__(model, functions, args, *others, **named)  # type: ignore[misc]
         self._check_supported()
         self._use_fused_head()
         self._rewards = torch.empty(0)
         self._rows_drawn = 0
-        self._sampler: RepeatSampler | None = None
+        # The configuration has filled in whichever of them was left out.
+        assert args.generation_batch_size is not None and args.steps_per_generation is not None
+        self._batch_size, self._steps = args.generation_batch_size, args.steps_per_generation
+        self._sampler: Any = None
         self._refill_order: PromptOrder | None = None
         if args.dynamic_sampling:
             if not hasattr(self.train_dataset, "__getitem__"):
@@ -104,7 +119,7 @@ class ReweightedGRPOTrainer(GRPOTrainer):
         # With a reference model that stays as it is, its log-probabilities serve.
         self._reference_is_start = self.beta != 0.0 and not args.sync_ref_model
         self._start: StartingParameters | None = None
-        if args.log_delta_logp and not self._reference_is_start:
+        if args.delta_logp_responses and not self._reference_is_start:
             self._start = StartingParameters(self.model)
 
     def _check_supported(self) -> None:
@@ -117,10 +132,10 @@ class ReweightedGRPOTrainer(GRPOTrainer):
             )
         if self._dist.is_zero3:
             raise ValueError("DeepSpeed ZeRO-3 shards the weight of the last layer, expected stage 2 or lower, or FSDP")
-        if (self._dist.is_fsdp or self.is_deepspeed_enabled) and self.args.log_delta_logp:
+        if (self._dist.is_fsdp or self.is_deepspeed_enabled) and self.args.delta_logp_responses:
             raise ValueError(
-                "log_delta_logp is True with parameters that FSDP or DeepSpeed hold, expected False: the policy at the "
-                "start of training is kept as a copy of whole parameters"
+                f"delta_logp_responses is {self.args.delta_logp_responses} with parameters held by FSDP or DeepSpeed, "
+                "expected 0: the policy at the start of training is kept as a copy of whole parameters"
             )
         if self.args.rollout_seed is not None and (self.tools or self.rollout_func is not None):
             raise ValueError("rollout_seed is given together with tools or rollout_func, expected None")
@@ -170,21 +185,32 @@ class ReweightedGRPOTrainer(GRPOTrainer):
             rollouts = self._refilled(rollouts, self._refill_order)
         if self.args.reweight == "ppl":
             self._reweight_by_perplexity(rollouts)
-        if self._reference_is_start and self.args.log_delta_logp:
+        if self._reference_is_start and self.args.delta_logp_responses:
             rollouts[_START] = rollouts[_REFERENCE]
         elif self._start is not None:
-            with self._start.restored():
-                rollouts[_START] = self._logps_without_gradient(rollouts)
+            rollouts[_START] = self._start_logps(rollouts, self._start)
         return rollouts
 
+    def _start_logps(self, rollouts: Rollouts, start: StartingParameters) -> Tensor:
+        """(B, T): log-probabilities at the start of training, of responses spread over the batch; NaN of others."""
+        count = _num_rows(rollouts)
+        some = torch.linspace(0, count - 1, min(count, self.args.delta_logp_responses)).round().long()
+        some = some.to(rollouts["completion_ids"].device)
+        with start.restored():
+            logps = self._logps_without_gradient(rows(rollouts, some))
+        result = logps.new_full(rollouts["completion_ids"].shape, torch.nan)
+        result[some] = logps
+        return result
+
     def _refilled(self, rollouts: Rollouts, order: PromptOrder) -> Rollouts:
-        """The rows of this process out of a batch in which every group is informative, as far as they could be found."""
-        wanted = self.args.generation_batch_size // self.num_generations
+        """The rows of this process out of a batch of informative groups, as far as they could be found."""
+        batch_size, processes = self._batch_size, self.accelerator.num_processes
+        wanted = batch_size // self.num_generations
         kept, left = self._sorted_out(rollouts)
         found, drawn, refills = _num_rows(kept) // self.num_generations, wanted, 0
         batches, rest = [kept], [left]
         while found < wanted and refills < self.args.max_refills:
-            count = num_groups_to_draw(wanted - found, self.num_generations, self.accelerator.num_processes)
+            count = num_groups_to_draw(wanted - found, self.num_generations, processes)
             more = super()._generate_and_score_completions(self._further_examples(order.take(count)))
             kept, left = self._sorted_out(more)
             batches.append(kept)
@@ -202,8 +228,8 @@ class ReweightedGRPOTrainer(GRPOTrainer):
             )
         padding = self._tokenizer.pad_token_id
         everyone = joined([*batches, masked_out(joined(rest, padding))], padding)
-        everyone = rows(everyone, slice(self.args.generation_batch_size))
-        local = self.args.generation_batch_size // self.accelerator.num_processes
+        everyone = rows(everyone, slice(batch_size))
+        local = batch_size // processes
         begin = self.accelerator.process_index * local
         return rows(everyone, slice(begin, begin + local)) | {TOKENS_IN_BATCH: loss_mask(everyone).sum()}
 
@@ -231,16 +257,14 @@ class ReweightedGRPOTrainer(GRPOTrainer):
         group = torch.arange(len(everyone), device=everyone.device) // self.num_generations
         s = normalized_in_group(everyone[:, 0], group, everyone[:, 1] > 0)
         begin = self.accelerator.process_index * len(local)
-        options = PolicyOptions(
-            reweight="ppl", alpha=self.args.reweight_alpha, reweight_sign=self.args.reweight_sign
-        )
+        options = PolicyOptions(reweight="ppl", alpha=self.args.reweight_alpha, reweight_sign=self.args.reweight_sign)
         advantages = rollouts["advantages"]
         weight = reweighting(
             rollouts[_OLD][:, :1], advantages[:, None], s[begin : begin + len(local)], options
         ).squeeze(1)
         rollouts["advantages"] = weight * advantages
-        sums = TokenSums(local[:, 1].sum())
-        sums.add("reweight/mean_weight", (weight * local[:, 1]).sum())
+        sums = TokenSums()
+        sums.add("reweight/mean_weight", (weight * local[:, 1]).sum(), local[:, 1].sum())
         self._log_means(sums)
 
     @torch.no_grad()
@@ -275,9 +299,7 @@ class ReweightedGRPOTrainer(GRPOTrainer):
             clip_high=self.epsilon_high,
             dual_clip=self.args.dual_clip,
             importance=self.importance_sampling_level,
-            ref_logp=inputs.get(_REFERENCE),
-            kl_beta=self.beta,
-            entropy=entropy.detach(),
+            **self._divergence(inputs, logp, old_logp, mask),
             token_weight=self._token_weight(inputs, logp, old_logp, mask, entropy_mask),
             num_tokens=self._tokens_of_step(inputs, accumulated) if by_step else None,
             max_length=self.max_completion_length,
@@ -293,21 +315,31 @@ class ReweightedGRPOTrainer(GRPOTrainer):
             bonus_mask = mask if entropy_mask is None else mask * entropy_mask
             bonus = (entropy * bonus_mask).sum() / bonus_mask.sum().clamp(min=1.0)
             loss = loss - self.entropy_coef * bonus / accumulated
-        sums = policy_sums(
-            result.metrics,
-            mask.sum(),
-            reweighted=self.args.reweight != "ppl",
-            with_reference=self.beta != 0.0,
-        )
+        sums = policy_sums(result.metrics, mask.sum(), reweighted=self.args.reweight != "ppl")
+        sums.add("entropy", (entropy.detach() * mask).sum(), mask.sum())
+        if self.beta != 0.0:
+            sums.add("kl", (k3(inputs[_REFERENCE] - logp.detach()) * mask).sum(), mask.sum())
         if _START in inputs:
-            add_delta_logp(sums, logp.detach() - inputs[_START], mask.bool())
+            start = inputs[_START]
+            add_delta_logp(sums, logp.detach() - start, mask.bool() & ~start.isnan())
         self._log_means(sums)
         return loss
+
+    def _divergence(self, inputs: Rollouts, logp: Tensor, old_logp: Tensor, mask: Tensor) -> dict[str, Any]:
+        """The arguments by which β · k3 is added to a token's loss, times its ratio where TRL's default is kept."""
+        if self.beta == 0.0:
+            return {}
+        reference = inputs[_REFERENCE]
+        if not self.args.use_bias_correction_kl:
+            return {"ref_logp": reference, "kl_beta": self.beta}
+        ratio = ratio_of(raw_log_ratio(logp, old_logp, mask.bool(), self.importance_sampling_level))
+        # What the op adds to the loss of a token is −coefficient · entropy, with a gradient: any other term fits there.
+        return {"entropy": k3(reference - logp) * ratio, "entropy_coef": -self.beta}
 
     def _tokens_of_step(self, inputs: Rollouts, accumulated: int) -> Tensor:
         """Tokens of an optimiser step over the number of processes, whose gradients are averaged."""
         tokens = inputs[TOKENS_IN_BATCH].clamp(min=1.0) / self.accelerator.num_processes
-        return tokens * accumulated / self.args.steps_per_generation if self.model.training else tokens
+        return tokens * accumulated / self._steps if self.model.training else tokens
 
     def _token_weight(
         self, inputs: Rollouts, logp: Tensor, old_logp: Tensor, mask: Tensor, entropy_mask: Tensor | None
@@ -340,7 +372,7 @@ class ReweightedGRPOTrainer(GRPOTrainer):
 
     # Checkpoints
 
-    def _get_train_sampler(self, dataset: Any = None) -> RepeatSampler:
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
         self._sampler = super()._get_train_sampler(dataset)
         return self._sampler
 
@@ -378,7 +410,7 @@ class ReweightedGRPOTrainer(GRPOTrainer):
             self._refill_order.position = state["refill_position"]
 
     def _steps_per_rollout(self) -> int:
-        return self.args.steps_per_generation * self.num_iterations
+        return self._steps * self.num_iterations
 
 
 def rollouts_file(process_index: int) -> str:

@@ -283,6 +283,7 @@ class ReweightedGRPOTrainer(GRPOTrainer):
         entropy_mask = None
         if self.top_entropy_quantile < 1.0:
             entropy_mask = self.get_high_entropy_mask(entropy, mask, 1 - self.top_entropy_quantile)
+        divergence = self._divergence(inputs, logp, old_logp, mask)
         training = self.model.training
         accumulated = self.current_gradient_accumulation_steps if training else 1
         by_step = self.loss_type in _BY_STEP
@@ -299,7 +300,9 @@ class ReweightedGRPOTrainer(GRPOTrainer):
             clip_high=self.epsilon_high,
             dual_clip=self.args.dual_clip,
             importance=self.importance_sampling_level,
-            **self._divergence(inputs, logp, old_logp, mask),
+            # The op adds −entropy_coef · entropy to the loss of a token, with a gradient: any other term fits there.
+            entropy=divergence,
+            entropy_coef=-self.beta,
             token_weight=self._token_weight(inputs, logp, old_logp, mask, entropy_mask),
             num_tokens=self._tokens_of_step(inputs, accumulated) if by_step else None,
             max_length=self.max_completion_length,
@@ -317,24 +320,23 @@ class ReweightedGRPOTrainer(GRPOTrainer):
             loss = loss - self.entropy_coef * bonus / accumulated
         sums = policy_sums(result.metrics, mask.sum(), reweighted=self.args.reweight != "ppl")
         sums.add("entropy", (entropy.detach() * mask).sum(), mask.sum())
-        if self.beta != 0.0:
-            sums.add("kl", (k3(inputs[_REFERENCE] - logp.detach()) * mask).sum(), mask.sum())
+        if divergence is not None:
+            sums.add("kl", (divergence.detach() * mask).sum(), mask.sum())
         if _START in inputs:
             start = inputs[_START]
             add_delta_logp(sums, logp.detach() - start, mask.bool() & ~start.isnan())
         self._log_means(sums)
         return loss
 
-    def _divergence(self, inputs: Rollouts, logp: Tensor, old_logp: Tensor, mask: Tensor) -> dict[str, Any]:
-        """The arguments by which β · k3 is added to a token's loss, times its ratio where TRL's default is kept."""
+    def _divergence(self, inputs: Rollouts, logp: Tensor, old_logp: Tensor, mask: Tensor) -> Tensor | None:
+        """k3 of each token to the reference model (B, T), times the token's ratio as TRL's default has it."""
         if self.beta == 0.0:
-            return {}
-        reference = inputs[_REFERENCE]
-        if not self.args.use_bias_correction_kl:
-            return {"ref_logp": reference, "kl_beta": self.beta}
-        ratio = ratio_of(raw_log_ratio(logp, old_logp, mask.bool(), self.importance_sampling_level))
-        # What the op adds to the loss of a token is −coefficient · entropy, with a gradient: any other term fits there.
-        return {"entropy": k3(reference - logp) * ratio, "entropy_coef": -self.beta}
+            return None
+        divergence = k3(inputs[_REFERENCE] - logp)
+        if self.args.use_bias_correction_kl:
+            ratio = ratio_of(raw_log_ratio(logp, old_logp, mask.bool(), self.importance_sampling_level))
+            divergence = divergence * ratio
+        return divergence
 
     def _tokens_of_step(self, inputs: Rollouts, accumulated: int) -> Tensor:
         """Tokens of an optimiser step over the number of processes, whose gradients are averaged."""

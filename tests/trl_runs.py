@@ -1,4 +1,4 @@
-"""Training runs of seconds, for the tests of dlogp_kernels.trl: a tiny model, prompts of two lengths, a cheap reward."""
+"""Training runs of a second for the tests of dlogp_kernels.trl: a tiny model, short prompts, a cheap reward."""
 
 import zlib
 from pathlib import Path

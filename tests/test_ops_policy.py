@@ -85,7 +85,7 @@ def test_advantages_of_tokens(accuracy, importance):
 
 
 @pytest.mark.parametrize("importance", reference_policy.IMPORTANCES)
-@pytest.mark.parametrize("loss_type", reference_policy.LOSS_TYPES)
+@pytest.mark.parametrize("loss_type", fewer(reference_policy.LOSS_TYPES, ["grpo", "dr_grpo"]))
 def test_packed(accuracy, loss_type, importance):
     """Packed responses, some of them empty, are as padded ones."""
     inputs, options = make_inputs(), {"loss_type": loss_type, "importance": importance, "reweight": "ppl"}
@@ -103,11 +103,11 @@ def test_packed(accuracy, loss_type, importance):
 def test_long_and_many_sequences(accuracy, importance):
     """Over any block of tokens or sequences that a kernel takes at a time."""
     check_against_truth(accuracy, make_inputs(2, fewer(9_001, 2_501)), importance=importance, **ALL_EXTRAS)
-    many = make_inputs(fewer(1_300, 140), 3)
-    check_against_truth(accuracy, many, importance=importance, reweight="ppl", **ALL_EXTRAS)
+    if importance == "sequence" or not backends.interpreting():
+        check_against_truth(accuracy, make_inputs(fewer(1_300, 130), 3), importance=importance, reweight="ppl")
 
 
-@pytest.mark.parametrize("loss_type", ["dapo", "bnpo", "cispo"])
+@pytest.mark.parametrize("loss_type", fewer(["dapo", "bnpo", "cispo"], ["dapo"]))
 @pytest.mark.parametrize("tokens", [7, 33.5, "tensor", 0])
 def test_num_tokens_is_the_denominator(accuracy, loss_type, tokens):
     inputs = make_inputs()
@@ -131,14 +131,14 @@ def test_accumulation_over_batches_is_one_batch():
     torch.testing.assert_close(grads, whole.gradients["logp"], rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("poison", fewer([torch.nan, torch.inf, -torch.inf], [torch.nan, -torch.inf]))
 @pytest.mark.parametrize("importance", reference_policy.IMPORTANCES)
 def test_masked_places_are_not_read(poison, importance):
     inputs = make_inputs() | {"advantage": torch.randn(5, 37)}
     poisoned = {
         name: x.masked_fill(~inputs["mask"], poison) if x.is_floating_point() else x for name, x in inputs.items()
     }
-    for reweight in reference_policy.REWEIGHTS:
+    for reweight in fewer(reference_policy.REWEIGHTS, ["ppl"]):
         options = {"importance": importance, "reweight": reweight, **ALL_EXTRAS}
         clean, actual = call(inputs, **options), call(poisoned, **options)
         assert torch.equal(actual.loss, clean.loss) and torch.equal(actual.metrics, clean.metrics)
@@ -202,7 +202,7 @@ def test_probabilities_above_one_count_as_one():
 
 @pytest.mark.parametrize("importance", reference_policy.IMPORTANCES)
 @pytest.mark.parametrize("loss_type", reference_policy.LOSS_TYPES)
-@pytest.mark.parametrize("far", [1e4, 60.0, torch.inf])
+@pytest.mark.parametrize("far", fewer([1e4, 60.0, torch.inf], [1e4]))
 def test_ratios_that_would_overflow(accuracy, loss_type, importance, far):
     """Beyond ± 20 a log-ratio is cut and has no gradient; nothing becomes infinite that the definition keeps finite."""
     inputs = make_inputs(2, 8)
@@ -262,7 +262,7 @@ def test_layouts(accuracy):
 
 @pytest.mark.parametrize("importance", reference_policy.IMPORTANCES)
 def test_the_same_bits_in_every_run(importance):
-    inputs = make_inputs(33, fewer(700, 90))
+    inputs = make_inputs(fewer(33, 5), fewer(700, 90))
     options = {"importance": importance, "reweight": "ppl", **ALL_EXTRAS}
     results = [call(inputs, **options) for _ in range(2)]
     threads = torch.get_num_threads()
@@ -345,7 +345,7 @@ def _arguments(dtype: torch.dtype, present: bool, packed: bool = False) -> list:
 
 @pytest.mark.parametrize("present", [True, False], ids=["every optional argument", "no optional argument"])
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("dtype", [BF16, FP32, FP64], ids=str)
+@pytest.mark.parametrize("dtype", fewer([BF16, FP32, FP64], [BF16]), ids=str)
 def test_opcheck_forward(dtype, packed, present):
     arguments = _arguments(dtype, present, packed)
     arguments = [x.requires_grad_() if i in (0, 7) and x is not None else x for i, x in enumerate(arguments)]

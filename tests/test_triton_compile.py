@@ -5,6 +5,7 @@ The launchers run on small tensors of the CPU, for their choice of kernels and a
 
 import re
 
+import policy_cases
 import pytest
 import torch
 import triton
@@ -108,6 +109,32 @@ def _launched(gpu: str, name: str) -> list[Kernel]:
         stats = call(op, inputs, **options)
         gradients(op, inputs, upstream_of(stats), wanted=changes.get("wanted"), **options)
     return kernels(launched)
+
+
+POLICY = {
+    "policy loss": ({}, {}),
+    "policy loss, every option": ({"reweight": "ppl", "importance": "sequence", "dual_clip": 3.0}, {"packed": True}),
+    "policy loss, sapo": ({"loss_type": "sapo", "reweight": "dominate", "alpha": 0.5}, {"dtype": BF16}),
+    "policy loss, cispo": ({"loss_type": "cispo", "importance": "sequence"}, {"dtype": FP16}),
+}
+
+
+@pytest.mark.parametrize("gpu", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("name", POLICY)
+def test_the_policy_loss_fits(gpu, name):
+    options, layout = POLICY[name]
+    inputs = policy_cases.make_inputs(3, 4096, dtype=layout.get("dtype", FP32))
+    if layout.get("packed"):
+        inputs = policy_cases.pack(inputs, [4096, 1, 17])
+    with pretend(GPUS[gpu]) as launched, launch_code_sees(GPUS[gpu]), backends.use_backend("triton"):
+        policy_cases.call(inputs, **options, **policy_cases.ALL_EXTRAS)
+    compiled = kernels(launched)
+    assert {"_policy_loss_fwd_kernel", "_policy_loss_finish_kernel", "_policy_loss_bwd_kernel"} <= {
+        x.name for x in compiled
+    }
+    for kernel in compiled:
+        print(f"{kernel.name} {kernel.constants}: {kernel[3:]}")
+        assert kernel.spilled == 0 and kernel.registers <= REGISTERS[GPUS[gpu].target.backend]
 
 
 CASES = [

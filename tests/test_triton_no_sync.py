@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import policy_cases
 import pytest
 import torch
 from cases import ALL_OPTIONS, OPS, call, gradients, make_inputs, options_for, upstream_of
@@ -89,6 +90,15 @@ def test_launchers_do_not_wait(launches, backend, op, dtype, options):
     gradients(op, inputs, upstream_of(call(op, inputs, **options)), **options)
     forward = backend if op.startswith("linear") else "triton"
     assert launches == [(forward, f"{op}_fwd")] * 2 + [("triton", f"{op}_bwd")]
+
+
+@pytest.mark.parametrize("options", [{}, {"reweight": "ppl", "importance": "sequence", "num_tokens": 9}])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.served_by("triton")
+def test_the_policy_loss_does_not_wait(launches, backend, packed, options):
+    inputs = policy_cases.make_inputs(3, 7)
+    policy_cases.call(policy_cases.pack(inputs, [7, 2, 0]) if packed else inputs, **options, **policy_cases.ALL_EXTRAS)
+    assert launches == [("triton", "policy_loss_fwd"), ("triton", "policy_loss_bwd")]
 
 
 def test_launchers_in_small_blocks_do_not_wait(launches, backend):

@@ -6,6 +6,7 @@ from .extrapolated_sample import extrapolated_sample
 from .linear_delta_logp import linear_delta_logp_fwd
 from .linear_logp import linear_logp_fwd
 from .logp import logp_bwd, logp_fwd
+from .policy_loss import policy_loss_bwd, policy_loss_fwd
 
 __all__ = [
     "delta_logp_bwd",
@@ -17,4 +18,6 @@ __all__ = [
     "linear_logp_fwd",
     "logp_bwd",
     "logp_fwd",
+    "policy_loss_bwd",
+    "policy_loss_fwd",
 ]

@@ -1,0 +1,109 @@
+"""What does not fit in a call of the policy loss, by name."""
+
+import pytest
+import torch
+from policy_cases import make_inputs, pack, without_extras
+
+from dlogp_kernels import PolicyLossModule, backends, policy_loss
+
+X = torch.zeros(5, 36)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"logp": torch.zeros(37)}, r"logp has shape \(37,\), expected \(B, T\), or \(N,\) with offsets"),
+        ({"logp": torch.zeros(5, 37, dtype=torch.int64)}, r"logp has dtype torch.int64, expected bfloat16"),
+        ({"logp": [1.0]}, r"logp is list, expected a tensor"),
+        ({"old_logp": X}, r"old_logp has shape \(5, 36\), expected that of logp, \(5, 37\)"),
+        ({"old_logp": torch.zeros(5, 37, device="meta")}, r"old_logp is on meta, expected cpu"),
+        ({"old_logp": torch.zeros(5, 37, requires_grad=True)}, r"old_logp requires a gradient.*old_logp\.detach\(\)"),
+        ({"advantage": torch.zeros(4)}, r"advantage has shape \(4,\), expected \(5,\) or that of logp, \(5, 37\)"),
+        ({"advantage": torch.zeros(5, dtype=torch.int64)}, r"advantage has dtype torch.int64"),
+        ({"advantage": torch.zeros(5, requires_grad=True)}, r"advantage requires a gradient"),
+        ({"mask": torch.ones(5, dtype=torch.bool)}, r"mask has shape \(5,\), expected that of logp"),
+        ({"mask": torch.ones(5, 37, dtype=torch.complex64)}, r"mask has dtype torch.complex64, expected bool or 0/1"),
+        ({"ref_logp": X}, r"ref_logp has shape \(5, 36\)"),
+        ({"entropy": X}, r"entropy has shape \(5, 36\)"),
+        ({"token_weight": X}, r"token_weight has shape \(5, 36\)"),
+        ({"group": torch.zeros(4, dtype=torch.int64)}, r"group has shape \(4,\), expected \(5,\)"),
+        ({"group": torch.zeros(5)}, r"group has dtype torch.float32, expected an integer dtype"),
+        ({"group": None, "reweight": "ppl"}, r"group is None, expected the prompts' ids"),
+        ({"loss_type": "ppo"}, r"loss_type is 'ppo', expected one of dapo, grpo, bnpo, dr_grpo, cispo, sapo"),
+        ({"reweight": "high"}, r"reweight is 'high', expected one of low_prob"),
+        ({"reweight_sign": "+"}, r"reweight_sign is '\+', expected one of both, positive, negative"),
+        ({"importance": "word"}, r"importance is 'word', expected one of token, sequence"),
+        ({"alpha": -0.1}, r"alpha is -0.1, expected a number in \[0, ∞\)"),
+        ({"alpha": float("nan")}, r"alpha is nan"),
+        ({"reweight": "dominate", "alpha": 1.1}, r"alpha is 1.1, expected a number in \[0, 1\]"),
+        ({"clip_low": -0.2}, r"clip_low is -0.2, expected a number in \[0, ∞\)"),
+        ({"clip_high": -0.28}, r"clip_high is -0.28, expected a number in \[0, ∞\)"),
+        ({"clip_low": "0.2"}, r"clip_low is '0.2', expected a Python number"),
+        ({"dual_clip": 1.0}, r"dual_clip is 1.0, expected a number in \(1, ∞\)"),
+        ({"kl_beta": -1.0}, r"kl_beta is -1.0"),
+        ({"kl_beta": 0.1, "ref_logp": None}, r"ref_logp is None, expected a tensor: kl_beta is 0.1"),
+        ({"entropy_coef": 0.1, "entropy": None}, r"entropy is None, expected a tensor: entropy_coef is 0.1"),
+        ({"entropy_coef": float("inf")}, r"entropy_coef is inf"),
+        ({"num_tokens": -1}, r"num_tokens is -1, expected a number in \[0, ∞\)"),
+        ({"num_tokens": torch.ones(2)}, r"num_tokens has dtype torch.float32 and shape \(2,\), expected one number"),
+        ({"num_tokens": 5, "loss_type": "grpo"}, r"num_tokens is given, expected None: loss_type 'grpo'"),
+        ({"max_length": 0}, r"max_length is 0, expected an integer in \[1"),
+        ({"sapo_temperature_neg": 0.0}, r"sapo_temperature_neg is 0.0, expected a finite number > 0"),
+    ],
+)
+def test_what_does_not_fit(change, message):
+    inputs = make_inputs()
+    inputs["logp"].requires_grad_()
+    with pytest.raises((ValueError, TypeError), match=message):
+        policy_loss(**(inputs | change))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"offsets": torch.tensor([0, 100])}, r"offsets go from 0 to 100, expected numbers from 0 to 63"),
+        ({"offsets": torch.tensor([1, 63])}, r"offsets go from 1 to 63"),
+        ({"offsets": torch.tensor([0, 40, 20, 63])}, r"that do not decrease"),
+        ({"offsets": torch.tensor([0.0, 63.0])}, r"offsets has dtype torch.float32, expected an integer dtype"),
+        ({"offsets": torch.zeros(0, dtype=torch.int64)}, r"offsets has shape \(0,\), expected \(B \+ 1,\)"),
+        ({"logp": torch.zeros(5, 37)}, r"logp has shape \(5, 37\), expected \(N,\) with offsets"),
+        ({"loss_type": "dr_grpo"}, r"max_length is None, expected a number: loss_type 'dr_grpo'"),
+        ({"advantage": torch.zeros(6)}, r"advantage has shape \(6,\), expected \(5,\) or that of logp, \(63,\)"),
+    ],
+)
+def test_what_does_not_fit_packed_tokens(change, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        policy_loss(**(pack(make_inputs(), [37, 20, 5, 0, 1]) | change))
+
+
+def test_a_constant_that_requires_a_gradient_will_do_where_none_is_asked_for():
+    inputs = without_extras(make_inputs())
+    inputs["old_logp"].requires_grad_()
+    with torch.no_grad():
+        assert not policy_loss(**inputs).loss.requires_grad
+
+
+@pytest.mark.skipif(backends.unavailable("cpu", "policy_loss_fwd", "cpu") is not None, reason="no compiled extension")
+def test_the_op_checks_what_it_reads():
+    """Past functional.py: memory safety."""
+    inputs = make_inputs()
+    tokens = [inputs["logp"], inputs["old_logp"], inputs["advantage"], inputs["mask"]]
+    options = ["dapo", "none", 0.1, "both", 0.2, 0.28, None, "token", 0.0, 0.0, 1.0, 1.05, None, True]
+    run = torch.ops.dlogp._cpu_policy_loss_fwd
+    with pytest.raises(ValueError, match=r"old_logp has shape \[5, 36\], expected \[5, 37\]"):
+        run(tokens[0], X, *tokens[2:], *[None] * 6, *options, 2**20)
+    flat = [tokens[0].flatten(), tokens[1].flatten(), tokens[2], tokens[3].flatten()]
+    with pytest.raises(ValueError, match=r"offsets\[1\] is 186, expected a number in \[0, 185\]"):
+        run(*flat, torch.tensor([0, 186]), *[None] * 5, *options, 2**20)
+    with pytest.raises(ValueError, match=r"group is missing"):
+        run(*tokens, *[None] * 6, "dapo", "ppl", *options[2:], 2**20)
+    with pytest.raises(ValueError, match="loss_type is 'ppo'"):
+        run(*tokens, *[None] * 6, "ppo", *options[1:], 2**20)
+
+
+def test_module():
+    options = {"loss_type": "grpo", "reweight": "ppl", "alpha": 0.4, "kl_beta": 0.1, "clip_high": 0.5}
+    inputs = make_inputs()
+    module = PolicyLossModule(**options)
+    assert torch.equal(module(**inputs).loss, policy_loss(**inputs, **options).loss)
+    assert "loss_type=grpo" in repr(module) and not list(module.parameters())

@@ -6,7 +6,6 @@ for float64 inputs); deterministic as far as the device's matmul is.
 """
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from torch import Tensor
 from . import reference, reference_policy, reference_sample
 from .ops import backends
 from .reference import accumulation_dtype, transform_gradient, transform_logits
-from .reference_policy import PolicyOptions, PolicyTokens
+from .reference_policy import PolicyTokens
 from .results import PolicyMetrics
 
 # Temporaries of the size of a block of logits that are alive at once, per model, at most.
@@ -330,14 +329,18 @@ def policy_loss_fwd(
     group: Tensor | None,
     ref_logp: Tensor | None,
     entropy: Tensor | None,
+    kl: Tensor | None,
     token_weight: Tensor | None,
     num_tokens: Tensor | None,
-    *rest: Any,
+    choices: list[str],
+    numbers: list[float],
+    max_length: int | None,
+    with_gradient: bool,
+    workspace: int,
 ) -> tuple[Tensor, ...]:
-    *option_values, with_gradient, workspace = rest
-    options = PolicyOptions(*option_values)
+    options = reference_policy.options_of(choices, numbers, max_length)
     sequences = _Sequences(
-        PolicyTokens(logp, old_logp, advantage, mask, ref_logp, entropy, token_weight), offsets, workspace
+        PolicyTokens(logp, old_logp, advantage, mask, ref_logp, entropy, kl, token_weight), offsets, workspace
     )
     counts, s = sequences.counts(), None
     if options.reweight == "ppl":
@@ -345,9 +348,9 @@ def policy_loss_fwd(
         perplexity = [reference_policy.log_perplexity(x.old_logp, x.mask) for _, x in sequences.blocks()]
         joined = torch.cat([logp.new_zeros(0, dtype=sequences.dtype), *perplexity])
         s = reference_policy.normalized_in_group(joined, group, counts > 0)
-    max_length = logp.shape[-1] if options.max_length is None else options.max_length
+    longest = logp.shape[-1] if max_length is None else max_length
     scale = reference_policy.sequence_scale(
-        counts, counts.sum(), counts.shape[0], max_length, num_tokens, options.loss_type
+        counts, counts.sum(), counts.shape[0], longest, num_tokens, options.loss_type
     )
     coefficient = torch.zeros_like(logp, dtype=sequences.dtype) if with_gradient else logp.new_empty(0)
     loss = torch.zeros((), dtype=torch.float64, device=logp.device)
@@ -376,15 +379,19 @@ def policy_loss_bwd(
     mask: Tensor,
     offsets: Tensor | None,
     entropy_coef: float,
+    kl_beta: float,
     output_mask: list[bool],
     workspace: int,
 ) -> tuple[Tensor, ...]:
     scale = scale * grad_loss
     of_tokens = scale[:, None] if offsets is None else scale.repeat_interleave(offsets.diff(), output_size=mask.numel())
-    wants_logp, wants_entropy = output_mask
+    wants_logp, *wants_constant = output_mask
     grad_logp = coefficient * of_tokens if wants_logp else scale.new_empty(0)
-    grad_entropy = (-entropy_coef * of_tokens).masked_fill(~mask, 0.0) if wants_entropy else scale.new_empty(0)
-    return grad_logp, grad_entropy
+    constants = (
+        (factor * of_tokens).masked_fill(~mask, 0.0) if wanted else scale.new_empty(0)
+        for factor, wanted in zip((-entropy_coef, kl_beta), wants_constant, strict=True)
+    )
+    return grad_logp, *constants
 
 
 def rows_that_fit(vocabulary: int, dtype: torch.dtype) -> int:

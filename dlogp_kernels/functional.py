@@ -424,6 +424,7 @@ def policy_loss(
     num_tokens: float | Tensor | None = None,
     max_length: int | None = None,
     offsets: Tensor | None = None,
+    kl: Tensor | None = None,
     sapo_temperature_pos: float = 1.0,
     sapo_temperature_neg: float = 1.05,
 ) -> PolicyLoss:
@@ -463,15 +464,17 @@ def policy_loss(
             are averaged: the tokens of all K together ÷ K; where gradients are added up, the tokens of all.
         max_length: ≥ 1, of `dr_grpo`; T by default.
         offsets: (B + 1,) integers from 0 to N: response b is logp[offsets[b] : offsets[b + 1]].
+        kl: the shape of logp, an exact divergence to a reference model (of `linear_delta_logp`, for example) that
+            kl_beta then multiplies; instead of ref_logp.
         sapo_temperature_pos, sapo_temperature_neg: > 0, τ where Ã > 0 and where it is not.
 
     Returns:
         PolicyLoss: `loss`, a scalar, float32 (float64 if any input is), and `metrics` without gradients. A batch
         without tokens has loss 0 and gradients that are 0, not None.
 
-    Gradients: with respect to `logp` and `entropy`, already formed by the forward pass; backward multiplies. The other
-    inputs are constants of the loss: one that requires a gradient is refused. Second derivatives raise RuntimeError.
-    Results are the same bit for bit in every run.
+    Gradients: with respect to `logp`, `entropy` and `kl`, already formed by the forward pass; backward multiplies. The
+    other inputs are constants of the loss: one that requires a gradient is refused. Second derivatives raise
+    RuntimeError. Results are the same bit for bit in every run.
 
     Raises:
         ValueError, TypeError: a shape, device, dtype or option that does not fit, by name.
@@ -489,16 +492,18 @@ def policy_loss(
     _check_constant_tokens("old_logp", old_logp, logp)
     _check_advantage(advantage, logp, sequences)
     mask = _mask_of(mask, logp)
-    _check_policy_needs(options, packed=offsets is not None, group=group, ref_logp=ref_logp, entropy=entropy)
+    _check_policy_needs(options, packed=offsets is not None, group=group, ref_logp=ref_logp, entropy=entropy, kl=kl)
     if ref_logp is not None:
         _check_constant_tokens("ref_logp", ref_logp, logp)
     if token_weight is not None:
         _check_constant_tokens("token_weight", token_weight, logp)
     if entropy is not None:
         _check_tokens("entropy", entropy, logp)
+    if kl is not None:
+        _check_tokens("kl", kl, logp)
     if group is not None:
         group = _group_of(group, sequences, logp)
-    dtype = reference.accumulation_dtype(logp, old_logp, advantage, ref_logp, entropy, token_weight)
+    dtype = reference.accumulation_dtype(logp, old_logp, advantage, ref_logp, entropy, kl, token_weight)
     loss, metrics, _, _ = torch.ops.dlogp.policy_loss_fwd(
         logp,
         old_logp,
@@ -508,9 +513,10 @@ def policy_loss(
         group,
         ref_logp,
         entropy,
+        kl,
         token_weight,
         _number_of_tokens(num_tokens, loss_type, logp, dtype),
-        *options,
+        *options.arguments(),
         torch.is_grad_enabled() and logp.requires_grad,
     )
     return PolicyLoss(loss, PolicyMetrics(*metrics.unbind()))
@@ -833,12 +839,12 @@ def _policy_options(
     return reference_policy.PolicyOptions(
         loss_type,
         reweight,
-        float(alpha),
         reweight_sign,
+        importance,
+        float(alpha),
         float(clip_low),
         float(clip_high),
-        _optional_float(dual_clip),
-        importance,
+        math.inf if dual_clip is None else float(dual_clip),
         float(kl_beta),
         float(entropy_coef),
         float(sapo_temperature_pos),
@@ -854,12 +860,15 @@ def _check_policy_needs(
     group: Tensor | None,
     ref_logp: Tensor | None,
     entropy: Tensor | None,
+    kl: Tensor | None,
 ) -> None:
     """What an option needs is given."""
     if options.reweight == "ppl" and group is None:
         raise ValueError("group is None, expected the prompts' ids: reweight 'ppl' standardises over a group")
-    if options.kl_beta != 0 and ref_logp is None:
+    if options.kl_beta != 0 and ref_logp is None and kl is None:
         raise ValueError(f"ref_logp is None, expected a tensor: kl_beta is {options.kl_beta}")
+    if ref_logp is not None and kl is not None:
+        raise ValueError("kl is given, expected None beside ref_logp: one divergence to one reference model")
     if options.entropy_coef != 0 and entropy is None:
         raise ValueError(f"entropy is None, expected a tensor: entropy_coef is {options.entropy_coef}")
     if options.loss_type == "dr_grpo" and packed and options.max_length is None:

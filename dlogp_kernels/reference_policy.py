@@ -4,6 +4,7 @@ Tokens lie in padded sequences (B, T) with a mask (B, T) bool; `padded` makes th
 is set to 0 before anything is computed, so NaN and infinity there reach neither the loss nor a gradient.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -25,21 +26,31 @@ GROUP_EPSILON = 1e-6
 
 
 class PolicyOptions(NamedTuple):
-    """The options of `policy_loss`, in the order of the op's arguments."""
+    """The options of `policy_loss`: four choices, eight numbers, and max_length; a dual_clip of ∞ is none."""
 
     loss_type: str = "dapo"
     reweight: str = "low_prob"
-    alpha: float = 0.1
     reweight_sign: str = "both"
+    importance: str = "token"
+    alpha: float = 0.1
     clip_low: float = 0.2
     clip_high: float = 0.28
-    dual_clip: float | None = None
-    importance: str = "token"
+    dual_clip: float = math.inf
     kl_beta: float = 0.0
     entropy_coef: float = 0.0
     sapo_temperature_pos: float = 1.0
     sapo_temperature_neg: float = 1.05
     max_length: int | None = None
+
+    def arguments(self) -> tuple[list[str], list[float], int | None]:
+        """As the ops take them: choices, numbers, max_length."""
+        return list(self[:4]), list(self[4:12]), self.max_length
+
+
+def options_of(choices: list[str], numbers: list[float], max_length: int | None) -> PolicyOptions:
+    """The inverse of `PolicyOptions.arguments`."""
+    values = (*choices, *numbers, max_length)
+    return PolicyOptions._make(values)
 
 
 class PolicyTokens(NamedTuple):
@@ -51,6 +62,7 @@ class PolicyTokens(NamedTuple):
     mask: Tensor
     ref_logp: Tensor | None
     entropy: Tensor | None
+    kl: Tensor | None
     token_weight: Tensor | None
 
 
@@ -112,9 +124,9 @@ def surrogate(ratio: Tensor, logp: Tensor, advantage: Tensor, options: PolicyOpt
         return -advantage * torch.sigmoid(temperature * (ratio - 1.0)) * 4.0 / temperature
     clipped = ratio.clamp(1.0 - options.clip_low, 1.0 + options.clip_high)
     loss = torch.maximum(-advantage * ratio, -advantage * clipped)
-    if options.dual_clip is not None:
-        loss = torch.where(dual_clipped(ratio, advantage, options), -advantage * options.dual_clip, loss)
-    return loss
+    if options.dual_clip == math.inf:
+        return loss
+    return torch.where(dual_clipped(ratio, advantage, options), -advantage * options.dual_clip, loss)
 
 
 def surrogate_gradient(ratio: Tensor, advantage: Tensor, options: PolicyOptions) -> Tensor:
@@ -134,8 +146,6 @@ def sapo_temperature(advantage: Tensor, options: PolicyOptions) -> Tensor:
 
 
 def dual_clipped(ratio: Tensor, advantage: Tensor, options: PolicyOptions) -> Tensor:
-    if options.dual_clip is None:
-        return torch.zeros_like(advantage, dtype=torch.bool)
     return (advantage < 0) & (ratio > options.dual_clip)
 
 
@@ -178,15 +188,24 @@ def sequence_scale(
 
 
 def token_loss(tokens: PolicyTokens, ratio: Tensor, advantage: Tensor, options: PolicyOptions) -> Tensor:
-    """surrogate · token_weight + kl_beta · k3(ref_logp − logp) − entropy_coef · entropy; 0 where masked."""
+    """surrogate · token_weight + kl_beta · k3(ref_logp − logp) − entropy_coef · entropy; 0 where masked.
+
+    An exact divergence `kl` takes the place of k3.
+    """
     loss = surrogate(ratio, tokens.logp, advantage, options)
     if tokens.token_weight is not None:
         loss = loss * tokens.token_weight
-    if tokens.ref_logp is not None and options.kl_beta != 0.0:  # an infinite divergence may be looked at without it
-        loss = loss + options.kl_beta * k3(tokens.ref_logp - tokens.logp)
+    divergence = divergence_of(tokens)
+    if divergence is not None and options.kl_beta != 0.0:  # an infinite divergence may be looked at without it
+        loss = loss + options.kl_beta * divergence
     if tokens.entropy is not None and options.entropy_coef != 0.0:
         loss = loss - options.entropy_coef * tokens.entropy
     return loss.masked_fill(~tokens.mask, 0.0)
+
+
+def divergence_of(tokens: PolicyTokens) -> Tensor | None:
+    """Of each token from the policy to the reference model, if there is one."""
+    return tokens.kl if tokens.ref_logp is None else k3(tokens.ref_logp - tokens.logp)
 
 
 def policy_loss(
@@ -199,13 +218,14 @@ def policy_loss(
     group: Tensor | None = None,
     ref_logp: Tensor | None = None,
     entropy: Tensor | None = None,
+    kl: Tensor | None = None,
     token_weight: Tensor | None = None,
     num_tokens: Tensor | None = None,
     options: PolicyOptions,
 ) -> PolicyLoss:
     """`dlogp_kernels.policy_loss` in plain PyTorch."""
-    dtype = accumulation_dtype(logp, old_logp, advantage, ref_logp, entropy, token_weight)
-    given = PolicyTokens(logp, old_logp, advantage, mask, ref_logp, entropy, token_weight)
+    dtype = accumulation_dtype(logp, old_logp, advantage, ref_logp, entropy, kl, token_weight)
+    given = PolicyTokens(logp, old_logp, advantage, mask, ref_logp, entropy, kl, token_weight)
     num_sequences = logp.shape[0] if offsets is None else offsets.numel() - 1
     tokens = as_padded(given, offsets, dtype, of_sequences=advantage.shape == (num_sequences,))
     s = None
@@ -251,7 +271,7 @@ def metric_sums(
     """The numerators of PolicyMetrics; the largest ratio as it is. `advantage` is Ã."""
     low, high, dual = clipped_places(ratio, advantage, options)
     x = (tokens.logp - tokens.old_logp).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-    zero = torch.zeros_like(ratio)
+    zero, divergence = torch.zeros_like(ratio), divergence_of(tokens)
     values = {
         "clip_low": low,
         "clip_high": high,
@@ -260,7 +280,7 @@ def metric_sums(
         "mean_ratio": ratio,
         "max_ratio": ratio,
         "mean_weight": weight,
-        "ref_kl": zero if tokens.ref_logp is None else k3(tokens.ref_logp - tokens.logp),
+        "ref_kl": zero if divergence is None else divergence,
         "entropy": zero if tokens.entropy is None else tokens.entropy,
     }
     masked = {name: x.double().masked_fill(~tokens.mask, 0.0) for name, x in values.items()}

@@ -74,14 +74,10 @@ void policy_forward(const PolicyOptions& options, const PolicyInputs& inputs, co
 std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss_fwd_cpu(
     const Tensor& logp, const Tensor& old_logp, const Tensor& advantage, const Tensor& mask,
     const OptionalTensor& offsets, const OptionalTensor& group, const OptionalTensor& ref_logp,
-    const OptionalTensor& entropy, const OptionalTensor& token_weight, const OptionalTensor& num_tokens,
-    std::string_view loss_type, std::string_view reweight, double alpha, std::string_view reweight_sign,
-    double clip_low, double clip_high, std::optional<double> dual_clip, std::string_view importance, double kl_beta,
-    double entropy_coef, double sapo_temperature_pos, double sapo_temperature_neg, std::optional<int64_t> max_length,
-    bool with_gradient, int64_t workspace) {
-  const PolicyOptions options =
-      policy_options(loss_type, reweight, alpha, reweight_sign, clip_low, clip_high, dual_clip, importance, kl_beta,
-                     entropy_coef, sapo_temperature_pos, sapo_temperature_neg);
+    const OptionalTensor& entropy, const OptionalTensor& kl, const OptionalTensor& token_weight,
+    const OptionalTensor& num_tokens, const std::vector<std::string>& choices, at::ArrayRef<double> numbers,
+    std::optional<int64_t> max_length, bool with_gradient, int64_t workspace) {
+  const PolicyOptions options = policy_options(choices, numbers);
   const Sequences sequences(logp, offsets, "logp");
   const auto sizes = logp.sizes();
   const PolicyInputs inputs = {sequences.tokens(logp, sizes, "logp"),
@@ -89,11 +85,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss_fwd_cpu(
                                sequences.advantages(advantage, sizes),
                                sequences.tokens(ref_logp, sizes, "ref_logp"),
                                sequences.tokens(entropy, sizes, "entropy"),
+                               sequences.tokens(kl, sizes, "kl"),
                                sequences.tokens(token_weight, sizes, "token_weight"),
                                sequences.mask(mask, sizes)};
   bool use_double = num_tokens.has_value() && num_tokens->scalar_type() == at::kDouble;
-  for (const Matrix* x :
-       {&inputs.logp, &inputs.old_logp, &inputs.advantage, &inputs.ref_logp, &inputs.entropy, &inputs.token_weight})
+  for (const Matrix* x : {&inputs.logp, &inputs.old_logp, &inputs.advantage, &inputs.ref_logp, &inputs.entropy,
+                          &inputs.kl, &inputs.token_weight})
     use_double |= x->data != nullptr && x->dtype == Dtype::kDouble;
   const auto like = at::TensorOptions().dtype(use_double ? at::kDouble : at::kFloat);
   const Tensor loss = at::empty({}, like), metrics = at::empty({kPolicyMetrics}, like);
@@ -110,9 +107,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss_fwd_cpu(
   return {loss, metrics, coefficient, scale};
 }
 
-std::tuple<Tensor, Tensor> policy_loss_bwd_cpu(const Tensor& grad_loss, const Tensor& coefficient, const Tensor& scale,
-                                               const Tensor& mask, const OptionalTensor& offsets, double entropy_coef,
-                                               std::array<bool, 2> output_mask, int64_t workspace) {
+std::tuple<Tensor, Tensor, Tensor> policy_loss_bwd_cpu(const Tensor& grad_loss, const Tensor& coefficient,
+                                                       const Tensor& scale, const Tensor& mask,
+                                                       const OptionalTensor& offsets, double entropy_coef,
+                                                       double kl_beta, std::array<bool, 3> output_mask,
+                                                       int64_t workspace) {
   const Sequences sequences(mask, offsets, "mask");
   const auto sizes = mask.sizes();
   const BoolMatrix counted = sequences.mask(mask, sizes);
@@ -124,21 +123,23 @@ std::tuple<Tensor, Tensor> policy_loss_bwd_cpu(const Tensor& grad_loss, const Te
     if (!wanted) return at::empty({0}, scale.options());
     return sequences.packed() ? at::zeros(sizes, scale.options()) : at::empty(sizes, scale.options());
   };
-  const Tensor grad_logp = allocate(output_mask[0]), grad_entropy = allocate(output_mask[1]);
+  const Tensor grad_logp = allocate(output_mask[0]), grad_entropy = allocate(output_mask[1]),
+               grad_kl = allocate(output_mask[2]);
   const double upstream = grad_loss.item<double>();
   const PolicySpans spans = sequences.spans();
   const auto run = [&](auto type) {
     using Real = decltype(type);
     const Values<Real> scales(scale, {sequences.count}, "scale");
     for_spans(spans, [&](int64_t, const PolicySpan& span) {
-      policy_span_bwd<Real>(counted, span, double(scales.get()[span.sequence]) * upstream, entropy_coef,
-                            coefficient.const_data_ptr<Real>(),
-                            output_mask[0] ? grad_logp.mutable_data_ptr<Real>() : nullptr,
-                            output_mask[1] ? grad_entropy.mutable_data_ptr<Real>() : nullptr);
+      const double factor = double(scales.get()[span.sequence]) * upstream;
+      if (output_mask[0])
+        scale_span<Real>(span, factor, coefficient.const_data_ptr<Real>(), grad_logp.mutable_data_ptr<Real>());
+      if (output_mask[1]) fill_span<Real>(counted, span, -entropy_coef * factor, grad_entropy.mutable_data_ptr<Real>());
+      if (output_mask[2]) fill_span<Real>(counted, span, kl_beta * factor, grad_kl.mutable_data_ptr<Real>());
     });
   };
   scale.scalar_type() == at::kDouble ? run(double()) : run(float());
-  return {grad_logp, grad_entropy};
+  return {grad_logp, grad_entropy, grad_kl};
 }
 
 }  // namespace

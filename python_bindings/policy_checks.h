@@ -3,7 +3,9 @@
 
 #include <ATen/ATen.h>
 
+#include <string>
 #include <string_view>
+#include <tuple>
 #include <vector>
 
 #include "../csrc/cpu/policy_loss.h"
@@ -18,10 +20,10 @@ Choice choice_of(const std::pair<std::string_view, Choice> (&choices)[count], st
   TORCH_CHECK_VALUE(false, what, " is '", name, "', expected one of those of reference_policy.py");
 }
 
-inline PolicyOptions policy_options(std::string_view loss_type, std::string_view reweight, double alpha,
-                                    std::string_view reweight_sign, double clip_low, double clip_high,
-                                    std::optional<double> dual_clip, std::string_view importance, double kl_beta,
-                                    double entropy_coef, double sapo_temperature_pos, double sapo_temperature_neg) {
+// Of reference_policy.PolicyOptions.arguments().
+inline PolicyOptions policy_options(const std::vector<std::string>& choices, at::ArrayRef<double> numbers) {
+  TORCH_CHECK_VALUE(choices.size() == 4 && numbers.size() == 8, "choices and numbers have ", choices.size(), " and ",
+                    numbers.size(), " elements, expected 4 and 8");
   using Loss = std::pair<PolicySurrogate, PolicyDenominator>;
   constexpr std::pair<std::string_view, Loss> losses[] = {
       {"dapo", {PolicySurrogate::kClipped, PolicyDenominator::kTokens}},
@@ -38,18 +40,19 @@ inline PolicyOptions policy_options(std::string_view loss_type, std::string_view
       {"both", PolicySign::kBoth}, {"positive", PolicySign::kPositive}, {"negative", PolicySign::kNegative}};
   constexpr std::pair<std::string_view, bool> importances[] = {{"token", false}, {"sequence", true}};
   PolicyOptions options;
-  std::tie(options.surrogate, options.denominator) = choice_of(losses, loss_type, "loss_type");
-  options.reweight = choice_of(reweights, reweight, "reweight");
-  options.reweight_sign = choice_of(signs, reweight_sign, "reweight_sign");
-  options.of_sequences = choice_of(importances, importance, "importance");
-  options.alpha = alpha;
-  options.clip_low = clip_low;
-  options.clip_high = clip_high;
-  options.dual_clip = dual_clip.value_or(std::numeric_limits<double>::infinity());
-  options.kl_beta = kl_beta;
-  options.entropy_coef = entropy_coef;
-  options.sapo_temperature_pos = sapo_temperature_pos;
-  options.sapo_temperature_neg = sapo_temperature_neg;
+  std::tie(options.surrogate, options.denominator) = choice_of(losses, choices[0], "loss_type");
+  options.reweight = choice_of(reweights, choices[1], "reweight");
+  options.reweight_sign = choice_of(signs, choices[2], "reweight_sign");
+  options.of_sequences = choice_of(importances, choices[3], "importance");
+  double* const values[] = {&options.alpha,
+                            &options.clip_low,
+                            &options.clip_high,
+                            &options.dual_clip,
+                            &options.kl_beta,
+                            &options.entropy_coef,
+                            &options.sapo_temperature_pos,
+                            &options.sapo_temperature_neg};
+  for (size_t i = 0; i < numbers.size(); ++i) *values[i] = numbers[i];
   return options;
 }
 

@@ -1,5 +1,6 @@
 """Inputs of the policy loss, its float64 truth, and the size of the terms that rounding goes by."""
 
+import math
 from typing import Any, NamedTuple
 
 import cases
@@ -12,15 +13,18 @@ from dlogp_kernels.reference_policy import PolicyOptions
 
 Inputs = dict[str, Tensor]
 #: Optional arguments, and what makes each of them count.
-EXTRAS = {"ref_logp": {"kl_beta": 0.3}, "entropy": {"entropy_coef": 0.2}, "token_weight": {}}
+EXTRAS = {"ref_logp": {"kl_beta": 0.3}, "entropy": {"entropy_coef": 0.2}, "kl": {"kl_beta": 0.3}, "token_weight": {}}
 ALL_EXTRAS = {"kl_beta": 0.3, "entropy_coef": 0.2}
-DIFFERENTIABLE = ("logp", "entropy")
+DIFFERENTIABLE = ("logp", "entropy", "kl")
 
 
 def make_inputs(
     b: int = 5, t: int = 37, *, dtype: torch.dtype = torch.float32, spread: float = 0.5, seed: int = 0
 ) -> Inputs:
-    """Every tensor argument, padded: responses of different lengths with holes, and one without tokens if b > 2."""
+    """Every tensor argument but `kl`, which stands for ref_logp: (b, t), padded.
+
+    Responses have different lengths with holes; one has no tokens if b > 2.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*size: int) -> Tensor:
@@ -41,6 +45,12 @@ def make_inputs(
     }
     inputs = {name: x.to(dtype) for name, x in inputs.items()}
     return inputs | {"mask": mask, "group": torch.arange(b) // 2}
+
+
+def with_kl(inputs: Inputs) -> Inputs:
+    """An exact divergence instead of the reference model's log-probabilities."""
+    rest = {name: x for name, x in inputs.items() if name != "ref_logp"}
+    return rest | {"kl": (inputs["entropy"] * 0.7).flip(-1)}
 
 
 def without_extras(inputs: Inputs) -> Inputs:
@@ -96,6 +106,10 @@ def call(inputs: Inputs, *, upstream: float = 1.0, **options: Any) -> Outcome:
     return _outcome(dlogp_kernels.policy_loss, moved, upstream, **options)
 
 
+def _options(dual_clip: float | None = None, **options: Any) -> PolicyOptions:
+    return PolicyOptions(**options, dual_clip=math.inf if dual_clip is None else dual_clip)
+
+
 def _definition(options: PolicyOptions, num_tokens: float | None) -> Any:
     tokens = None if num_tokens is None else torch.tensor(num_tokens, dtype=torch.float64)
     return lambda **inputs: reference_policy.policy_loss(**inputs, options=options, num_tokens=tokens)
@@ -103,7 +117,7 @@ def _definition(options: PolicyOptions, num_tokens: float | None) -> Any:
 
 def truth(inputs: Inputs, *, upstream: float = 1.0, num_tokens: float | None = None, **options: Any) -> Outcome:
     """The definition in float64, differentiated by autograd."""
-    return _outcome(_definition(PolicyOptions(**options), num_tokens), upcast(inputs), upstream)
+    return _outcome(_definition(_options(**options), num_tokens), upcast(inputs), upstream)
 
 
 class Sizes(NamedTuple):
@@ -115,10 +129,10 @@ class Sizes(NamedTuple):
 
 def sizes(inputs: Inputs, *, upstream: float = 1.0, num_tokens: float | None = None, **options: Any) -> Sizes:
     """Absolute terms, times 1 + |log ratio|, which the exponential multiplies roundings by."""
-    chosen, inputs = PolicyOptions(**options), upcast(inputs)
+    chosen, inputs = _options(**options), upcast(inputs)
     offsets, advantage = inputs.get("offsets"), inputs["advantage"]
     sequences = inputs["logp"].shape[0] if offsets is None else offsets.numel() - 1
-    names = ("logp", "old_logp", "advantage", "mask", "ref_logp", "entropy", "token_weight")
+    names = ("logp", "old_logp", "advantage", "mask", "ref_logp", "entropy", "kl", "token_weight")
     given = reference_policy.PolicyTokens(*(inputs.get(name) for name in names))
     tokens = reference_policy.as_padded(given, offsets, torch.float64, of_sequences=advantage.shape == (sequences,))
     raw = reference_policy.raw_log_ratio(tokens.logp, tokens.old_logp, tokens.mask, chosen.importance)
@@ -138,6 +152,8 @@ def sizes(inputs: Inputs, *, upstream: float = 1.0, num_tokens: float | None = N
     if tokens.ref_logp is not None and chosen.kl_beta:
         x = (tokens.ref_logp - tokens.logp).clamp_max(reference_policy.LOG_RATIO_LIMIT)
         loss, grad = loss + chosen.kl_beta * (x.exp() + x.abs()), grad + chosen.kl_beta * (x.exp() + 1.0)
+    if tokens.kl is not None:
+        loss = loss + chosen.kl_beta * tokens.kl
     if tokens.entropy is not None:
         loss = loss + abs(chosen.entropy_coef) * tokens.entropy.abs()
     counts = tokens.mask.sum(-1)

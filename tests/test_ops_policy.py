@@ -15,6 +15,7 @@ from policy_cases import (
     make_inputs,
     pack,
     truth,
+    with_kl,
     without_extras,
 )
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -49,8 +50,16 @@ def test_reweights(accuracy, reweight, sign):
 
 @pytest.mark.parametrize("extra", EXTRAS)
 def test_each_optional_argument(accuracy, extra):
-    inputs = make_inputs()
+    inputs = with_kl(make_inputs()) if extra == "kl" else make_inputs()
     check_against_truth(accuracy, without_extras(inputs) | {extra: inputs[extra]}, **EXTRAS[extra])
+
+
+def test_an_exact_divergence(accuracy):
+    """Instead of ref_logp, with a gradient of its own."""
+    inputs = with_kl(make_inputs())
+    for given in (inputs, pack(inputs, LENGTHS)):
+        result = check_against_truth(accuracy, given, importance="sequence", **ALL_EXTRAS)
+        assert set(result.gradients) == {"logp", "entropy", "kl"}
 
 
 @pytest.mark.parametrize("loss_type", ["dapo", "cispo", "sapo"])
@@ -304,7 +313,7 @@ def test_what_needs_a_gradient_gets_one_and_nothing_else():
 
 
 def test_without_gradients_none_is_formed():
-    arguments = _arguments(FP32, True)
+    arguments = _arguments(FP32, "ref_logp")
     for with_gradient, shape in ((True, (5, 7)), (False, (0,))):
         result = torch.ops.dlogp.policy_loss_fwd(*arguments[:-1], with_gradient)
         assert result[2].shape == shape
@@ -327,38 +336,42 @@ def test_gradcheck(loss_type, importance):
     assert torch.autograd.gradcheck(loss, (logp, entropy))
 
 
-def _arguments(dtype: torch.dtype, present: bool, packed: bool = False) -> list:
-    """Every argument of policy_loss_fwd in order, on the device under test; optional ones given or None."""
+def _arguments(dtype: torch.dtype, present: str | None, packed: bool = False) -> list:
+    """Every argument of policy_loss_fwd in order, on the device under test.
+
+    Optional ones are None, or given, with the divergence `present`, "ref_logp" or "kl".
+    """
     inputs = make_inputs(5, 7, dtype=dtype)
+    inputs = with_kl(inputs) if present == "kl" else inputs
     if packed:
         inputs = pack(inputs, [7, 4, 0, 1, 2])
     inputs = {name: x.to(cases.DEVICE) for name, x in inputs.items()}
     kept = inputs if present else without_extras(inputs)
-    names = ("logp", "old_logp", "advantage", "mask", "offsets", "group", "ref_logp", "entropy", "token_weight")
+    names = ("logp", "old_logp", "advantage", "mask", "offsets", "group", "ref_logp", "entropy", "kl", "token_weight")
     tokens = [kept.get(name) for name in names]
     out_dtype = FP64 if dtype == FP64 else FP32
     tokens.append(torch.tensor(9.0, dtype=out_dtype, device=cases.DEVICE) if present else None)
     extras = (0.3, 0.2) if present else (0.0, 0.0)
-    options = ["dapo", "ppl", 0.4, "positive", 0.2, 0.28, 3.0 if present else None, "sequence", *extras, 1.0, 1.05]
-    return [*tokens, *options, 11 if present else None, True]
+    choices, numbers = ["dapo", "ppl", "positive", "sequence"], [0.4, 0.2, 0.28, 3.0, *extras, 1.0, 1.05]
+    return [*tokens, choices, numbers, 11 if present else None, True]
 
 
-@pytest.mark.parametrize("present", [True, False], ids=["every optional argument", "no optional argument"])
+@pytest.mark.parametrize("present", ["ref_logp", "kl", None])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("dtype", fewer([BF16, FP32, FP64], [BF16]), ids=str)
 def test_opcheck_forward(dtype, packed, present):
     arguments = _arguments(dtype, present, packed)
-    arguments = [x.requires_grad_() if i in (0, 7) and x is not None else x for i, x in enumerate(arguments)]
+    arguments = [x.requires_grad_() if i in (0, 7, 8) and x is not None else x for i, x in enumerate(arguments)]
     torch.library.opcheck(torch.ops.dlogp.policy_loss_fwd.default, arguments)
 
 
-@pytest.mark.parametrize("mask", list(itertools.product([True, False], repeat=2)))
+@pytest.mark.parametrize("mask", fewer(list(itertools.product([True, False], repeat=3)), [(True,) * 3, (False,) * 3]))
 @pytest.mark.parametrize("packed", [False, True])
 def test_opcheck_backward(packed, mask):
-    arguments = _arguments(FP32, True, packed)
+    arguments = _arguments(FP32, "kl", packed)
     _, _, coefficient, scale = torch.ops.dlogp.policy_loss_fwd(*arguments)
     grad_loss = torch.tensor(2.0, device=cases.DEVICE)
-    given = [grad_loss, coefficient, scale, arguments[3], arguments[4], 0.2, list(mask)]
+    given = [grad_loss, coefficient, scale, arguments[3], arguments[4], 0.2, 0.3, list(mask)]
     torch.library.opcheck(torch.ops.dlogp.policy_loss_bwd.default, given)
 
 

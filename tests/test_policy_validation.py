@@ -5,6 +5,7 @@ import torch
 from policy_cases import make_inputs, pack, without_extras
 
 from dlogp_kernels import PolicyLossModule, backends, policy_loss
+from dlogp_kernels.reference_policy import PolicyOptions
 
 X = torch.zeros(5, 36)
 
@@ -24,6 +25,8 @@ X = torch.zeros(5, 36)
         ({"mask": torch.ones(5, dtype=torch.bool)}, r"mask has shape \(5,\), expected that of logp"),
         ({"mask": torch.ones(5, 37, dtype=torch.complex64)}, r"mask has dtype torch.complex64, expected bool or 0/1"),
         ({"ref_logp": X}, r"ref_logp has shape \(5, 36\)"),
+        ({"kl": torch.zeros(5, 37)}, r"kl is given, expected None beside ref_logp"),
+        ({"kl": X, "ref_logp": None}, r"kl has shape \(5, 36\)"),
         ({"entropy": X}, r"entropy has shape \(5, 36\)"),
         ({"token_weight": X}, r"token_weight has shape \(5, 36\)"),
         ({"group": torch.zeros(4, dtype=torch.int64)}, r"group has shape \(4,\), expected \(5,\)"),
@@ -88,17 +91,19 @@ def test_the_op_checks_what_it_reads():
     """Past functional.py: memory safety."""
     inputs = make_inputs()
     tokens = [inputs["logp"], inputs["old_logp"], inputs["advantage"], inputs["mask"]]
-    options = ["dapo", "none", 0.1, "both", 0.2, 0.28, None, "token", 0.0, 0.0, 1.0, 1.05, None, True]
+    choices, *options = [*PolicyOptions(reweight="none").arguments(), True, 2**20]
     run = torch.ops.dlogp._cpu_policy_loss_fwd
     with pytest.raises(ValueError, match=r"old_logp has shape \[5, 36\], expected \[5, 37\]"):
-        run(tokens[0], X, *tokens[2:], *[None] * 6, *options, 2**20)
+        run(tokens[0], X, *tokens[2:], *[None] * 7, choices, *options)
     flat = [tokens[0].flatten(), tokens[1].flatten(), tokens[2], tokens[3].flatten()]
     with pytest.raises(ValueError, match=r"offsets\[1\] is 186, expected a number in \[0, 185\]"):
-        run(*flat, torch.tensor([0, 186]), *[None] * 5, *options, 2**20)
+        run(*flat, torch.tensor([0, 186]), *[None] * 6, choices, *options)
     with pytest.raises(ValueError, match=r"group is missing"):
-        run(*tokens, *[None] * 6, "dapo", "ppl", *options[2:], 2**20)
+        run(*tokens, *[None] * 7, ["dapo", "ppl", "both", "token"], *options)
     with pytest.raises(ValueError, match="loss_type is 'ppo'"):
-        run(*tokens, *[None] * 6, "ppo", *options[1:], 2**20)
+        run(*tokens, *[None] * 7, ["ppo", *choices[1:]], *options)
+    with pytest.raises(ValueError, match="choices and numbers have 3 and 8 elements, expected 4 and 8"):
+        run(*tokens, *[None] * 7, choices[1:], *options)
 
 
 def test_module():

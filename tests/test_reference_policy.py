@@ -134,6 +134,10 @@ def test_other_terms_by_hand():
     result = reference_policy.policy_loss(zero, zero, zero[0] + 1.0, one, options=options, **given)
     assert result.loss.item() == pytest.approx(-3.0 + 0.1 * (2 - math.log(2.0) - 1) - 0.05)
     assert result.metrics.ref_kl.item() == pytest.approx(1 - math.log(2.0)) and result.metrics.entropy == 5.0
+    given["kl"] = zero + 7.0
+    del given["ref_logp"]
+    result = reference_policy.policy_loss(zero, zero, zero[0] + 1.0, one, options=options, **given)
+    assert result.loss.item() == pytest.approx(-3.0 + 0.7 - 0.05) and result.metrics.ref_kl == 7.0
 
 
 def test_k3_has_no_overflow_and_is_exact_below():
@@ -149,12 +153,12 @@ def test_k3_has_no_overflow_and_is_exact_below():
 def test_the_coefficient_is_the_gradient(loss_type, importance):
     """What every backward kernel implements, against autograd of the loss."""
     inputs = upcast(make_inputs())
-    options = PolicyOptions(loss_type, "low_prob", 0.3, dual_clip=1.4, importance=importance, kl_beta=0.2)
-    leaves = {name: inputs[name].requires_grad_() for name in DIFFERENTIABLE}
+    options = PolicyOptions(loss_type, alpha=0.3, dual_clip=1.4, importance=importance, kl_beta=0.2)
+    leaves = {name: inputs[name].requires_grad_() for name in DIFFERENTIABLE if name in inputs}
     loss = reference_policy.policy_loss(**(inputs | leaves), options=options).loss
     expected = torch.autograd.grad(loss, inputs["logp"])[0]
-    names = ("logp", "old_logp", "advantage", "mask", "ref_logp", "entropy", "token_weight")
-    given = reference_policy.PolicyTokens(*(inputs[name].detach() for name in names))
+    names = ("logp", "old_logp", "advantage", "mask", "ref_logp", "entropy", "kl", "token_weight")
+    given = reference_policy.PolicyTokens(*(inputs[name].detach() if name in inputs else None for name in names))
     tokens = reference_policy.as_padded(given, None, FP64, of_sequences=True)
     advantage = reference_policy.reweighting(tokens.old_logp, tokens.advantage, None, options) * tokens.advantage
     raw = reference_policy.raw_log_ratio(tokens.logp, tokens.old_logp, tokens.mask, importance)

@@ -87,7 +87,7 @@ class Accuracy(NamedTuple):
         self._check(op, "loss", dtype, error, POLICY_ROUNDINGS)
         error = _roundings(actual.metrics, expected.metrics, rounding * expected.metrics.abs().clamp_min(1.0))
         self._check(op, "metrics", dtype, error, POLICY_ROUNDINGS)
-        limits = {"logp": sizes.grad_logp} | {"entropy": torch.zeros(())}
+        limits = {"logp": sizes.grad_logp, "entropy": torch.zeros(()), "kl": torch.zeros(())}
         for name, grad in actual.gradients.items():
             own = torch.finfo(grad.dtype)
             limit = rounding * limits[name] + (own.eps + rounding) * expected.gradients[name].abs() + own.tiny

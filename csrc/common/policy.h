@@ -71,7 +71,8 @@ DLOGP_HOST_DEVICE inline Real k3_of(Real x, Real exponential) {
   series = series * x + Real(1) / 6;
   series = series * x + Real(0.5);
   // The first term left out is x⁹ / 9!, 2e-9 of the result.
-  return x > Real(-0.3) && x < Real(0.3) && sizeof(Real) == 4 ? series * x * x : exponential - x - 1;
+  const Real bound = sizeof(Real) == 4 ? Real(0.09) : Real(0);
+  return x * x < bound ? series * x * x : exponential - x - 1;
 }
 
 }  // namespace dlogp

@@ -116,6 +116,7 @@ void policy_span(const PolicyOptions& options, const PolicyInputs& inputs, const
   read_tokens(inputs.advantage, span, tokens.mask, tokens.advantage);
   tokens.has_ref_logp = read_tokens(inputs.ref_logp, span, tokens.mask, tokens.ref_logp);
   tokens.has_entropy = read_tokens(inputs.entropy, span, tokens.mask, tokens.entropy);
+  tokens.has_kl = read_tokens(inputs.kl, span, tokens.mask, tokens.kl);
   tokens.has_token_weight = read_tokens(inputs.token_weight, span, tokens.mask, tokens.token_weight);
   if (options.of_sequences) std::fill_n(tokens.raw_ratio, span.count, Real(sequence.mean_log_ratio()));
   if (options.reweight == PolicyReweight::kPerplexity) std::fill_n(tokens.score, span.count, Real(sequence.score));
@@ -143,13 +144,14 @@ double policy_scale(const PolicyOptions& options, double count, double total, do
 }
 
 template <typename Real>
-void policy_span_bwd(const BoolMatrix& mask, const PolicySpan& span, double factor, double entropy_coef,
-                     const Real* coefficient, Real* grad_logp, Real* grad_entropy) {
-  if (grad_logp != nullptr) multiply_row(span.count, Real(factor), coefficient + span.place, grad_logp + span.place);
-  if (grad_entropy == nullptr) return;
-  const Real value = Real(-entropy_coef * factor);
+void scale_span(const PolicySpan& span, double factor, const Real* coefficient, Real* grad) {
+  multiply_row(span.count, Real(factor), coefficient + span.place, grad + span.place);
+}
+
+template <typename Real>
+void fill_span(const BoolMatrix& mask, const PolicySpan& span, double value, Real* grad) {
   for (int64_t i = 0; i < span.count; ++i)
-    grad_entropy[span.place + i] = mask.at(span.sequence, span.begin + i) ? value : Real(0);
+    grad[span.place + i] = mask.at(span.sequence, span.begin + i) ? Real(value) : Real(0);
 }
 
 #define DLOGP_INSTANTIATE(Real)                                                                                        \
@@ -157,7 +159,8 @@ void policy_span_bwd(const BoolMatrix& mask, const PolicySpan& span, double fact
   template void policy_span<Real>(const PolicyOptions&, const PolicyInputs&, const PolicySpan&, const PolicySequence&, \
                                   PolicySums&, Real*);                                                                 \
   template void add_slope<Real>(const BoolMatrix&, const PolicySpan&, double, Real*);                                  \
-  template void policy_span_bwd<Real>(const BoolMatrix&, const PolicySpan&, double, double, const Real*, Real*, Real*);
+  template void scale_span<Real>(const PolicySpan&, double, const Real*, Real*);                                       \
+  template void fill_span<Real>(const BoolMatrix&, const PolicySpan&, double, Real*);
 DLOGP_INSTANTIATE(float)
 DLOGP_INSTANTIATE(double)
 #undef DLOGP_INSTANTIATE

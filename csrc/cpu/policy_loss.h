@@ -20,7 +20,7 @@ struct BoolMatrix {
 // What is known of each token; a row is a sequence. Packed tokens have a row stride of 0, and columns count through all
 // sequences; advantages of sequences have a column stride of 0. An optional matrix has no data.
 struct PolicyInputs {
-  Matrix logp, old_logp, advantage, ref_logp, entropy, token_weight;
+  Matrix logp, old_logp, advantage, ref_logp, entropy, kl, token_weight;
   BoolMatrix mask;
 };
 
@@ -66,10 +66,12 @@ void add_slope(const BoolMatrix& mask, const PolicySpan& span, double slope, Rea
 double policy_scale(const PolicyOptions& options, double count, double total, double num_tokens, int64_t sequences,
                     int64_t max_length);
 
-// grad_logp = coefficient · factor and grad_entropy = −entropy_coef · factor of the tokens that count; null: not
-// wanted.
+// grad[i] = coefficient[i] · factor.
 template <typename Real>
-void policy_span_bwd(const BoolMatrix& mask, const PolicySpan& span, double factor, double entropy_coef,
-                     const Real* coefficient, Real* grad_logp, Real* grad_entropy);
+void scale_span(const PolicySpan& span, double factor, const Real* coefficient, Real* grad);
+
+// grad[i] = value where tokens count, else 0.
+template <typename Real>
+void fill_span(const BoolMatrix& mask, const PolicySpan& span, double value, Real* grad);
 
 }  // namespace dlogp

@@ -93,6 +93,21 @@ DLOGP_INLINE void set_terms(const PolicyOptions& options, int64_t count, PolicyT
   for (int64_t i = 0; i < count; ++i) t.slope[i] = std::fabs(t.log_ratio[i]) > limit ? Real(0) : t.slope[i];
 }
 
+// Σ of values that count: four at a time, then in float64.
+template <typename Real>
+DLOGP_INLINE double masked_sum(int64_t count, const Real* values, const Real* mask) {
+  const int64_t quarter = count / 4;
+  const Real *v = values, *m = mask;
+  double sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < quarter; ++i) {
+    const int64_t j = i + quarter, k = j + quarter, l = k + quarter;
+    sum += double((v[i] * m[i] + v[j] * m[j]) + (v[k] * m[k] + v[l] * m[l]));
+  }
+  for (int64_t i = 4 * quarter; i < count; ++i) sum += double(v[i] * m[i]);
+  return sum;
+}
+
 // Of a sequence's ratio the slopes are summed up, and the coefficients get no part of them yet.
 template <typename Real>
 DLOGP_INLINE void finish_slopes(bool summed, int64_t count, PolicyTokens<Real>& t, PolicySums& sums) {
@@ -103,52 +118,55 @@ DLOGP_INLINE void finish_slopes(bool summed, int64_t count, PolicyTokens<Real>& 
       t.slope[i] *= t.token_weight[i];
     }
   }
-  const Real kept = summed ? Real(0) : Real(1);
-  double slope = 0;
-#pragma omp simd reduction(+ : slope)
-  for (int64_t i = 0; i < count; ++i) {
-    const Real masked = t.slope[i] * t.mask[i];
-    slope += double(masked);
-    t.coefficient[i] = summed ? Real(0) : masked * kept;
+  if (summed) {
+    sums.slope += masked_sum(count, t.slope, t.mask);
+    std::fill_n(t.coefficient, count, Real(0));
+    return;
   }
-  sums.slope += slope;
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) t.coefficient[i] = t.slope[i] * t.mask[i];
+}
+
+// Values may be infinite where their factor is 0.
+template <typename Real>
+DLOGP_INLINE void add_to_loss(double factor, int64_t count, const Real* values, PolicyTokens<Real>& t) {
+  if (factor == 0) return;
+  const Real f = Real(factor);
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) t.loss[i] += f * values[i];
 }
 
 template <typename Real>
 DLOGP_INLINE void add_reference(const PolicyOptions& options, int64_t count, PolicyTokens<Real>& t, PolicySums& sums) {
   const Real limit = Real(kLogRatioLimit), beta = Real(options.kl_beta);
-  double total = 0;
-#pragma omp simd reduction(+ : total)
+#pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
     const Real full = t.ref_logp[i] - t.logp[i];
     const Real x = full > limit ? limit : full;
     const Real exponential = exp_of(x);
     const Real divergence = k3_of(x, exponential);
     const Real slope = std::fabs(x) < Real(0.3) ? divergence + x : exponential - 1;  // eˣ − 1
-    t.ref_kl[i] = divergence;
-    total += double(divergence * t.mask[i]);
+    t.divergence[i] = divergence;
     t.coefficient[i] -= full > limit ? Real(0) : beta * slope * t.mask[i];
   }
-  sums.ref_kl += total;
-  if (options.kl_beta == 0) return;
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) t.loss[i] += beta * t.ref_kl[i];
+  sums.ref_kl += masked_sum(count, t.divergence, t.mask);
+  add_to_loss(options.kl_beta, count, t.divergence, t);
 }
 
 template <typename Real>
 DLOGP_INLINE void add_entropy(const PolicyOptions& options, int64_t count, PolicyTokens<Real>& t, PolicySums& sums) {
-  const Real coefficient = Real(options.entropy_coef);
-  double total = 0;
-#pragma omp simd reduction(+ : total)
-  for (int64_t i = 0; i < count; ++i) total += double(t.entropy[i] * t.mask[i]);
-  sums.entropy += total;
-  if (options.entropy_coef == 0) return;
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) t.loss[i] -= coefficient * t.entropy[i];
+  sums.entropy += masked_sum(count, t.entropy, t.mask);
+  add_to_loss(-options.entropy_coef, count, t.entropy, t);
 }
 
 template <typename Real>
-DLOGP_INLINE void add_sums(int64_t count, const PolicyTokens<Real>& t, PolicySums& sums) {
+DLOGP_INLINE void add_kl(const PolicyOptions& options, int64_t count, PolicyTokens<Real>& t, PolicySums& sums) {
+  sums.ref_kl += masked_sum(count, t.kl, t.mask);
+  add_to_loss(options.kl_beta, count, t.kl, t);
+}
+
+template <typename Real>
+DLOGP_INLINE void add_sums(bool of_sequences, int64_t count, PolicyTokens<Real>& t, PolicySums& sums) {
   Real tokens = 0, low = 0, high = 0, dual = 0, largest = 0;  // exact: they count up to kPolicyTokens
 #pragma omp simd reduction(+ : tokens, low, high, dual) reduction(max : largest)
   for (int64_t i = 0; i < count; ++i) {
@@ -159,24 +177,25 @@ DLOGP_INLINE void add_sums(int64_t count, const PolicyTokens<Real>& t, PolicySum
     dual += t.dual[i] * t.mask[i];
     largest = ratio > largest ? ratio : largest;
   }
-  double loss = 0, approx_kl = 0, ratios = 0, weights = 0;
-#pragma omp simd reduction(+ : loss, approx_kl, ratios, weights)
-  for (int64_t i = 0; i < count; ++i) {
-    const Real x = clamped(t.log_ratio[i]);
-    loss += double(t.loss[i] * t.mask[i]);
-    approx_kl += double(k3_of(x, exp_of(x)) * t.mask[i]);
-    ratios += double(t.ratio[i] * t.mask[i]);
-    weights += double(t.weight[i] * t.mask[i]);
+  if (of_sequences) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) {
+      const Real x = clamped(t.log_ratio[i]);
+      t.divergence[i] = k3_of(x, exp_of(x));
+    }
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) t.divergence[i] = k3_of(clamped(t.log_ratio[i]), t.ratio[i]);
   }
   sums.count += double(tokens);
   sums.clip_low += double(low);
   sums.clip_high += double(high);
   sums.clip_dual += double(dual);
   sums.max_ratio = std::max(sums.max_ratio, double(largest));
-  sums.loss += loss;
-  sums.approx_kl += approx_kl;
-  sums.ratio += ratios;
-  sums.weight += weights;
+  sums.loss += masked_sum(count, t.loss, t.mask);
+  sums.approx_kl += masked_sum(count, t.divergence, t.mask);
+  sums.ratio += masked_sum(count, t.ratio, t.mask);
+  sums.weight += masked_sum(count, t.weight, t.mask);
 }
 
 template <typename Real>
@@ -186,8 +205,9 @@ DLOGP_INLINE void policy_body(const PolicyOptions& options, int64_t count, Polic
   set_terms(options, count, t);
   finish_slopes(options.of_sequences && options.surrogate != PolicySurrogate::kCispo, count, t, sums);
   if (t.has_ref_logp) add_reference(options, count, t, sums);
+  if (t.has_kl) add_kl(options, count, t, sums);
   if (t.has_entropy) add_entropy(options, count, t, sums);
-  add_sums(count, t, sums);
+  add_sums(options.of_sequences, count, t, sums);
 }
 
 }  // namespace

@@ -8,7 +8,8 @@
 
 namespace dlogp {
 
-constexpr int64_t kPolicyTokens = 512;
+// So few that their numbers stay in the first cache.
+constexpr int64_t kPolicyTokens = 256;
 
 // Over the tokens of a sequence or of all; the definition of each: PolicyMetrics.
 struct PolicySums {
@@ -25,11 +26,11 @@ template <typename Real>
 struct PolicyTokens {
   Real mask[kPolicyTokens], logp[kPolicyTokens], old_logp[kPolicyTokens], advantage[kPolicyTokens];
   Real raw_ratio[kPolicyTokens], score[kPolicyTokens];
-  Real ref_logp[kPolicyTokens], entropy[kPolicyTokens], token_weight[kPolicyTokens];
-  bool has_ref_logp = false, has_entropy = false, has_token_weight = false;
+  Real ref_logp[kPolicyTokens], entropy[kPolicyTokens], kl[kPolicyTokens], token_weight[kPolicyTokens];
+  bool has_ref_logp = false, has_entropy = false, has_kl = false, has_token_weight = false;
   // ----
   Real weight[kPolicyTokens], log_ratio[kPolicyTokens], ratio[kPolicyTokens];
-  Real loss[kPolicyTokens], slope[kPolicyTokens], ref_kl[kPolicyTokens];
+  Real loss[kPolicyTokens], slope[kPolicyTokens], divergence[kPolicyTokens];
   Real low[kPolicyTokens], high[kPolicyTokens], dual[kPolicyTokens];
   Real coefficient[kPolicyTokens];
 };

@@ -5,8 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..reference_policy import options_of
 from ..results import PolicyMetrics
 from . import library
+
+#: Places of logp, entropy and kl among the arguments.
+_DIFFERENTIABLE = (0, 7, 8)
 
 
 def _fake_fwd(*arguments: Any) -> tuple[Tensor, ...]:
@@ -29,20 +33,18 @@ def _fake_bwd(
     mask: Tensor,
     offsets: Tensor | None,
     entropy_coef: float,
+    kl_beta: float,
     output_mask: list[bool],
 ) -> tuple[Tensor, ...]:
-    wants_logp, wants_entropy = output_mask
-    return (
-        scale.new_empty(coefficient.shape if wants_logp else (0,)),
-        scale.new_empty(mask.shape if wants_entropy else (0,)),
-    )
+    return tuple(scale.new_empty(mask.shape if wanted else (0,)) for wanted in output_mask)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     mask, offsets = inputs[3:5]
     _, metrics, coefficient, scale = output
     ctx.save_for_backward(coefficient, scale, mask, offsets)
-    ctx.entropy_coef = inputs[19]
+    options = options_of(*inputs[11:14])
+    ctx.coefficients = (options.entropy_coef, options.kl_beta)
     ctx.num_inputs = len(inputs)
     # The coefficient counts as differentiable, so that deriving what backward makes of it raises (library.py).
     ctx.mark_non_differentiable(metrics, scale)
@@ -51,10 +53,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     gradients: list[Tensor | None] = [None] * ctx.num_inputs
-    output_mask = [ctx.needs_input_grad[0], ctx.needs_input_grad[7]]
+    output_mask = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE]
     if grad_loss is not None:
-        found = torch.ops.dlogp.policy_loss_bwd(grad_loss, *ctx.saved_tensors, ctx.entropy_coef, output_mask)
-        gradients[0], gradients[7] = library.wanted(found, output_mask)
+        found = torch.ops.dlogp.policy_loss_bwd(grad_loss, *ctx.saved_tensors, *ctx.coefficients, output_mask)
+        for i, gradient in zip(_DIFFERENTIABLE, library.wanted(found, output_mask), strict=True):
+            gradients[i] = gradient
     return tuple(gradients)
 
 

@@ -7,9 +7,10 @@ others come back empty. Sampling has no gradient; its seed (64 bits, as int64) a
 device as int64 tensors, seed (1,), step (1,) or (N,), which then count; row_id is (N,) int64, or None for 0 … N − 1.
 
 The policy loss takes tokens (B, T), or (N,) with the offsets (B + 1,) int64 of B sequences; advantage is of each token
-or (B,), mask bool, group (B,) int64, num_tokens () of the dtype of the loss. Its forward op leaves `coefficient`, the
-shape of logp, empty unless with_gradient, and `scale` (B,): the gradient by logp is their product. metrics are in the
-order of PolicyMetrics.
+or (B,), mask bool, group (B,) int64, num_tokens () of the dtype of the loss; choices and numbers are those options of
+reference_policy.PolicyOptions, in its order (PyTorch's time for a call goes by the square of the number of arguments).
+Its forward op leaves `coefficient`, the shape of logp, empty unless with_gradient, and `scale` (B,): the gradient by
+logp is their product. metrics are in the order of PolicyMetrics.
 
 A backend other than plain PyTorch implements a private copy of each schema, `_<backend>_<op>`, with one more argument,
 the workspace in bytes; `backends.py` chooses between them.
@@ -36,13 +37,9 @@ _SAMPLE_OPTIONS = (
 )
 _POLICY_TOKENS = (
     "Tensor logp, Tensor old_logp, Tensor advantage, Tensor mask, Tensor? offsets, Tensor? group, Tensor? ref_logp, "
-    "Tensor? entropy, Tensor? token_weight, Tensor? num_tokens"
+    "Tensor? entropy, Tensor? kl, Tensor? token_weight, Tensor? num_tokens"
 )
-_POLICY_OPTIONS = (
-    "str loss_type, str reweight, float alpha, str reweight_sign, float clip_low, float clip_high, float? dual_clip, "
-    "str importance, float kl_beta, float entropy_coef, float sapo_temperature_pos, float sapo_temperature_neg, "
-    "int? max_length"
-)
+_POLICY_OPTIONS = "str[] choices, float[] numbers, int? max_length"
 _ONE_MODEL_SAVED = "Tensor entropy, Tensor lse"
 _PAIR_SAVED = "Tensor entropy, Tensor base_entropy, Tensor kl, Tensor reverse_kl, Tensor lse, Tensor base_lse"
 _ONE_MODEL_STATS = "(Tensor logp, Tensor entropy, Tensor lse)"
@@ -85,8 +82,8 @@ SCHEMAS: dict[str, tuple[str, str]] = {
     ),
     "policy_loss_bwd": (
         "Tensor grad_loss, Tensor coefficient, Tensor scale, Tensor mask, Tensor? offsets, float entropy_coef, "
-        "bool[2] output_mask",
-        "(Tensor grad_logp, Tensor grad_entropy)",
+        "float kl_beta, bool[3] output_mask",
+        "(Tensor grad_logp, Tensor grad_entropy, Tensor grad_kl)",
     ),
 }
 

@@ -50,7 +50,7 @@ def numbers_of(options: PolicyOptions) -> Numbers:
         options.alpha,
         1.0 - options.clip_low,
         options.clip_high if cispo else 1.0 + options.clip_high,
-        float("inf") if options.dual_clip is None else options.dual_clip,
+        options.dual_clip,
         options.kl_beta,
         options.entropy_coef,
         options.sapo_temperature_pos,

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference_policy import BY_TOKENS, PolicyOptions
+from ..reference_policy import BY_TOKENS, PolicyOptions, options_of
 from ..results import PolicyMetrics
 from . import _policy
 from ._device import on_device_of
@@ -50,6 +50,7 @@ class Inputs(NamedTuple):
     mask: Tokens
     ref_logp: Tokens
     entropy: Tokens
+    kl: Tokens
     token_weight: Tokens
     offsets: Any
 
@@ -182,6 +183,10 @@ def _policy_loss_fwd_kernel(
             # An infinite divergence may be looked at without it.
             loss += tl.where(numbers.kl_beta == 0.0, 0.0, numbers.kl_beta * k3)
             coefficient += numbers.kl_beta * k3_slope
+        if inputs.kl.data is not None:
+            kl = load_tokens(inputs.kl, b, t, mask)
+            ref_kl_sum += kl
+            loss += tl.where(numbers.kl_beta == 0.0, 0.0, numbers.kl_beta * kl)
         if inputs.entropy.data is not None:
             entropy = load_tokens(inputs.entropy, b, t, mask)
             entropy_sum += entropy
@@ -284,12 +289,12 @@ def _policy_loss_finish_kernel(
 
 @triton.jit
 def _policy_loss_bwd_kernel(
-    grad_loss_ptr, coefficient_ptr, scale_ptr, mask, offsets_ptr, grad_logp_ptr, grad_entropy_ptr, T, stride_row,
-    entropy_coef, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    grad_loss_ptr, coefficient_ptr, scale_ptr, mask, offsets_ptr, grad_logp_ptr, grad_entropy_ptr, grad_kl_ptr,
+    T, stride_row, entropy_coef, kl_beta, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """grad_logp = coefficient · factor and, of tokens that count, grad_entropy = −entropy_coef · factor.
+    """grad_logp = coefficient · factor; of tokens that count grad_entropy = −entropy_coef · factor, grad_kl likewise.
 
-    factor = scale[b] · grad_loss. All float32, coefficient and both gradients with rows stride_row apart; a pointer
+    factor = scale[b] · grad_loss. All float32, coefficient and gradients with rows stride_row apart; a pointer
     that is None is not wanted.
     A program takes every SPLITS-th block of one sequence.
     """
@@ -304,6 +309,9 @@ def _policy_loss_bwd_kernel(
         if grad_entropy_ptr is not None:
             counted = load_mask(mask, b, t, end)
             tl.store(grad_entropy_ptr + place, tl.where(counted, -entropy_coef * factor, 0.0), mask=t < end)
+        if grad_kl_ptr is not None:
+            counted = load_mask(mask, b, t, end)
+            tl.store(grad_kl_ptr + place, tl.where(counted, kl_beta * factor, 0.0), mask=t < end)
 
 
 def _tokens(x: Tensor | None, packed: bool) -> Tokens:
@@ -326,12 +334,16 @@ def policy_loss_fwd(
     group: Tensor | None,
     ref_logp: Tensor | None,
     entropy: Tensor | None,
+    kl: Tensor | None,
     token_weight: Tensor | None,
     num_tokens: Tensor | None,
-    *rest: Any,
+    choices: list[str],
+    numbers: list[float],
+    max_length: int | None,
+    with_gradient: bool,
+    workspace: int,
 ) -> tuple[Tensor, ...]:
-    *option_values, with_gradient, _ = rest
-    options = PolicyOptions(*option_values)
+    options = options_of(choices, numbers, max_length)
     packed = offsets is not None
     sequences = logp.shape[0] if offsets is None else offsets.shape[0] - 1
     inputs = Inputs(
@@ -341,6 +353,7 @@ def policy_loss_fwd(
         _tokens(mask, packed),
         _tokens(ref_logp, packed),
         _tokens(entropy, packed),
+        _tokens(kl, packed),
         _tokens(token_weight, packed),
         None if offsets is None else offsets.contiguous(),
     )
@@ -355,7 +368,7 @@ def policy_loss_fwd(
     loss, metrics, scale = new(), new(_METRICS), new(sequences)
     if sequences == 0:
         return loss.zero_(), metrics.zero_(), coefficient, scale
-    kind, numbers, columns = kind_of(options), numbers_of(options), logp.shape[-1]
+    kind, columns = kind_of(options), logp.shape[-1]
     splits = 1 if kind.of_sequences else _splits(columns)
     sums, in_common = new(_SUMS, sequences * splits), None
     with on_device_of(logp):
@@ -363,14 +376,14 @@ def policy_loss_fwd(
             in_common = new(3, sequences)
             _sequences_kernel[(sequences,)](inputs, in_common, sequences, columns, BLOCK=_BLOCK, num_warps=8)
         _policy_loss_fwd_kernel[(sequences, splits)](
-            inputs, numbers, in_common, None if group is None else group.contiguous(),
+            inputs, numbers_of(options), in_common, None if group is None else group.contiguous(),
             coefficient if with_gradient else None, sums, sequences, columns, 0 if packed else columns,
             SURROGATE=kind.surrogate, REWEIGHT=kind.reweight, SIGN=kind.sign, OF_SEQUENCES=kind.of_sequences,
             SPLITS=splits, BLOCK=_BLOCK, TOGETHER=_TOGETHER, num_warps=8,
         )  # fmt: skip
         _policy_loss_finish_kernel[(1,)](
             sums, num_tokens, loss, metrics, scale, sequences,
-            columns if options.max_length is None else options.max_length,
+            columns if max_length is None else max_length,
             METRICS=_METRICS, DENOMINATOR=_denominator(options), SPLITS=splits, TOGETHER=_TOGETHER, num_warps=4,
         )  # fmt: skip
     return loss, metrics, coefficient, scale
@@ -394,22 +407,23 @@ def policy_loss_bwd(
     mask: Tensor,
     offsets: Tensor | None,
     entropy_coef: float,
+    kl_beta: float,
     output_mask: list[bool],
     workspace: int,
 ) -> tuple[Tensor, ...]:
     packed, sequences, columns = offsets is not None, scale.shape[0], mask.shape[-1]
-    grad_logp, grad_entropy = (
+    gradients = [
         (torch.zeros if packed else torch.empty)(mask.shape if wanted else 0, dtype=torch.float32, device=scale.device)
         for wanted in output_mask
-    )
+    ]
     if sequences == 0 or not any(output_mask):
-        return grad_logp, grad_entropy
-    wants_logp, wants_entropy = output_mask
+        return tuple(gradients)
+    pointers = [gradient if wanted else None for gradient, wanted in zip(gradients, output_mask, strict=True)]
     splits = _splits(columns)
     with on_device_of(scale):
         _policy_loss_bwd_kernel[(sequences, splits)](
             grad_loss, coefficient, scale, _tokens(mask, packed), None if offsets is None else offsets.contiguous(),
-            grad_logp if wants_logp else None, grad_entropy if wants_entropy else None, columns,
-            0 if packed else columns, entropy_coef, SPLITS=splits, BLOCK=_BLOCK, num_warps=4,
+            *pointers, columns, 0 if packed else columns, entropy_coef, kl_beta, SPLITS=splits, BLOCK=_BLOCK,
+            num_warps=4,
         )  # fmt: skip
-    return grad_logp, grad_entropy
+    return tuple(gradients)

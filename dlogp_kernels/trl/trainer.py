@@ -300,9 +300,8 @@ class ReweightedGRPOTrainer(GRPOTrainer):
             clip_high=self.epsilon_high,
             dual_clip=self.args.dual_clip,
             importance=self.importance_sampling_level,
-            # The op adds −entropy_coef · entropy to the loss of a token, with a gradient: any other term fits there.
-            entropy=divergence,
-            entropy_coef=-self.beta,
+            kl=divergence,
+            kl_beta=self.beta,
             token_weight=self._token_weight(inputs, logp, old_logp, mask, entropy_mask),
             num_tokens=self._tokens_of_step(inputs, accumulated) if by_step else None,
             max_length=self.max_completion_length,

@@ -85,7 +85,8 @@ def generate(
 
     Args:
         model, base_model: causal language models of one vocabulary (sizes may differ), a PeftModel or a
-            `torch.compile`d model of one. They run in evaluation mode and are left in their own.
+            `torch.compile`d model of one. They run in evaluation mode and are left in their own. One model given twice
+            runs once: with criterion "none" that is ordinary sampling.
         input_ids: (B, T), integer: the prompts.
         attention_mask: (B, T), bool or 0/1; 0 marks padding, on any side. Masked tokens are as if they were not there.
         gamma, criterion, threshold, draft, temperature, top_k, top_p, min_p: as in `extrapolated_sample`.
@@ -143,7 +144,8 @@ def generate(
     # Errors of the options, before a model runs.
     zeros = prompts[0].new_zeros(1, 1, dtype=torch.float32)
     draw(zeros, zeros)
-    models = _Models(CachedModel(model, vocabulary), CachedModel(base_model, vocabulary))
+    rl = CachedModel(model, vocabulary)
+    models = _Models(rl, rl if base_model is model else CachedModel(base_model, vocabulary))
     queue = _Queue(models, prompts, num_return_sequences)
     decoder = _Decoder(models, draw, _row_ids(row_id, rows), stop, max_new_tokens)
     with torch.no_grad(), contextlib.ExitStack() as stack:
@@ -174,21 +176,21 @@ class _Row(NamedTuple):
 
 
 class _States(NamedTuple):
-    """Rows in mid-sequence, of both models."""
+    """Rows in mid-sequence, of both models: the same object twice where they are one model."""
 
     rl: CachedRows
     base: CachedRows
 
     def take(self, rows: Sequence[int]) -> _States:
-        return _States(self.rl.take(rows), self.base.take(rows))
+        return _both(self, lambda side: side.take(rows))
 
     def append(self, other: _States) -> _States:
-        for side, joining in zip(self, other, strict=True):
+        for side, joining in _distinct(self, other):
             side.append(joining)
         return self
 
     def resize(self, width: int) -> None:
-        for side in self:
+        for (side,) in _distinct(self):
             side.resize(width)
 
 
@@ -197,11 +199,23 @@ class _Models(NamedTuple):
     base: CachedModel
 
     def prefill(self, prompts: Sequence[Tensor]) -> _States:
-        return _States(self.rl.prefill(prompts), self.base.prefill(prompts))
+        return _both(self, lambda model: model.prefill(prompts))
 
     def advance(self, states: _States, tokens: Tensor, lengths: Sequence[int]) -> None:
-        for model, side in zip(self, states, strict=True):
+        for model, side in _distinct(self, states):
             model.advance(side, tokens, lengths)
+
+
+def _both(pair: tuple[Any, Any], compute: Callable[[Any], CachedRows]) -> _States:
+    """What is computed of both sides; once where they are one."""
+    rl = compute(pair[0])
+    return _States(rl, rl if pair[1] is pair[0] else compute(pair[1]))
+
+
+def _distinct(*pairs: tuple[Any, Any]) -> list[tuple[Any, ...]]:
+    """The two sides of all pairs, side by side; the first alone where both are one."""
+    sides = list(zip(*pairs, strict=True))
+    return sides[:1] if pairs[0][0] is pairs[0][1] else sides
 
 
 class _Queue:

@@ -1,7 +1,7 @@
 """Trainers of TRL, built from plain arguments, for the CPU and without any network access.
 
-The only module that imports `trl`. Both functions return a trainer of TRL's own class: call `.train()`
-on it, and find the trained weights in the model that was passed in. Neither writes checkpoints.
+Both functions return a trainer: call `.train()` on it, and find the trained weights in the model that was passed in.
+Neither writes checkpoints.
 """
 
 from __future__ import annotations
@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+from trl import SFTConfig, SFTTrainer
+
+from .config import ReweightedGRPOConfig
+from .trainer import ReweightedGRPOTrainer
 
 Reward = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
 """(prompts, responses) -> one reward for each; responses keep their special tokens."""
@@ -71,8 +74,10 @@ def grpo_trainer(
     learning_rate: float,
     warmup_steps: int,
     seed: int,
+    reweight: str = "none",
+    reweight_alpha: float = 0.1,
     show_progress: bool = True,
-) -> GRPOTrainer:
+) -> ReweightedGRPOTrainer:
     """Group-relative policy optimisation with DAPO's loss: token mean, clip .2/.28, no KL term.
 
     One rollout samples `prompts_per_rollout` × `samples_per_prompt` responses at temperature 1, and is then
@@ -81,7 +86,7 @@ def grpo_trainer(
     samples = prompts_per_rollout * samples_per_prompt
     if samples % minibatches:
         raise ValueError(f"minibatches: expected a divisor of {samples} samples, got {minibatches}")
-    config = GRPOConfig(
+    config = ReweightedGRPOConfig(
         **_offline_arguments(output_dir, seed=seed, log_every=minibatches, show_progress=show_progress),
         max_steps=rollouts * minibatches,
         per_device_train_batch_size=samples // minibatches,
@@ -99,12 +104,14 @@ def grpo_trainer(
         epsilon=0.2,
         epsilon_high=0.28,
         beta=0.0,
+        reweight=reweight,
+        reweight_alpha=reweight_alpha,
     )
 
     def answer_reward(prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float | None]:
         return list(reward(prompts, tokenizer.batch_decode(completion_ids, skip_special_tokens=False)))
 
-    return GRPOTrainer(
+    return ReweightedGRPOTrainer(
         model,
         reward_funcs=answer_reward,
         args=config,

@@ -1,0 +1,16 @@
+"""Trainers of TRL with the fused ops and the reweighted loss: the only place that imports `trl`."""
+
+try:
+    import accelerate  # noqa: F401
+    import datasets  # noqa: F401
+    import trl  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"dlogp_kernels.trl needs {error.name}: pip install 'dlogp_kernels[trl]'", name=error.name
+    ) from error
+
+from .config import ReweightedGRPOConfig
+from .simple import grpo_trainer, sft_trainer
+from .trainer import ReweightedGRPOTrainer
+
+__all__ = ["ReweightedGRPOConfig", "ReweightedGRPOTrainer", "grpo_trainer", "sft_trainer"]

@@ -1,0 +1,80 @@
+"""Log-probabilities and entropies instead of logits, from within a model's own forward."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from ..functional import linear_logp
+from ..hf import lm_head_inputs
+
+_IGNORED = -100
+
+
+@dataclass
+class TokenLogps(ModelOutput):
+    """`log_probs` and `entropy` (B, T − 1): entry t about predicting token t + 1, 0 where its label is −100."""
+
+    log_probs: Tensor | None = None
+    entropy: Tensor | None = None
+
+
+def add_logp_head(model: PreTrainedModel, *, temperature: float, float32_head: bool) -> None:
+    """Make `model(input_ids, attention_mask, labels=…, fused_lm_head=True)` return `TokenLogps`.
+
+    That is how TRL asks for log-probabilities. They have to come from within the model's forward, where DDP, FSDP and
+    mixed precision have their hooks. Any other call is what it was before, so generation is unchanged.
+
+    Args:
+        model: a causal language model, the innermost one where PEFT or a parallel wrapper is around it.
+        temperature: divides the logits.
+        float32_head: keep the last layer's product out of autocast.
+    """
+    forward_before = model.forward
+
+    # The signature stays: `generate` looks its arguments up there.
+    @functools.wraps(type(model).forward)
+    def forward(self: PreTrainedModel, *args: Any, fused_lm_head: bool = False, **options: Any) -> Any:
+        if fused_lm_head:
+            return _token_logps(self, *args, temperature=temperature, float32_head=float32_head, **options)
+        return forward_before(*args, **options)
+
+    model.forward = MethodType(forward, model)  # type: ignore[method-assign]
+
+
+def _token_logps(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    labels: Tensor,
+    temperature: float,
+    float32_head: bool,
+    **others: Any,
+) -> TokenLogps:
+    given = [name for name, value in others.items() if value is not None]
+    if given:
+        raise ValueError(
+            f"the model is called with {', '.join(given)}, expected input_ids, attention_mask and labels alone"
+        )
+    inputs = lm_head_inputs(model, input_ids, attention_mask)
+    hidden = inputs.hidden[:, :-1]
+    with torch.autocast(hidden.device.type, enabled=torch.is_autocast_enabled(hidden.device.type) and not float32_head):
+        stats = linear_logp(
+            hidden,
+            inputs.weight,
+            labels[:, 1:],
+            bias=inputs.bias,
+            temperature=temperature,
+            softcap=inputs.softcap,
+            logit_scale=inputs.logit_scale,
+            ignore_index=_IGNORED,
+        )
+    return TokenLogps(stats.logp, stats.entropy)

@@ -1,0 +1,78 @@
+"""Means over the tokens of all processes, for the log."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from ..results import PolicyMetrics
+
+#: Of Δlog p to the start of training: the share of tokens below the one and above the other.
+LOWERED_BELOW, RAISED_ABOVE = -1.0, 0.25
+
+_NAMES = {
+    "clip_low": "clip_ratio/low_mean",
+    "clip_high": "clip_ratio/high_mean",
+    "clip_dual": "clip_ratio/dual_mean",
+    "approx_kl": "approx_kl",
+    "mean_ratio": "ratio/mean",
+    "mean_weight": "reweight/mean_weight",
+}
+
+
+class TokenSums:
+    """Sums over tokens of this process, and extremes; `means` puts all processes together."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[Tensor, Tensor]] = {}
+        self._largest: dict[str, Tensor] = {}
+        self._least: set[str] = set()
+
+    def add(self, name: str, total: Tensor, count: Tensor) -> None:
+        """The sum of a quantity over `count` tokens."""
+        self._sums[name] = total.float(), count.float()
+
+    def add_largest(self, name: str, value: Tensor) -> None:
+        """The largest value of a quantity; −inf where there are no tokens."""
+        self._largest[name] = value.float()
+
+    def add_least(self, name: str, value: Tensor) -> None:
+        """The least value of a quantity; +inf where there are no tokens."""
+        self.add_largest(name, -value)
+        self._least.add(name)
+
+    def means(self, accelerator: Accelerator) -> dict[str, float]:
+        """Means and extremes over the tokens of all processes, of what there are tokens of."""
+        pairs = torch.stack([torch.stack(pair) for pair in self._sums.values()])
+        totals = accelerator.reduce(pairs, reduction="sum").tolist()
+        values = {name: total / count for name, (total, count) in zip(self._sums, totals, strict=True) if count}
+        if self._largest:
+            largest = accelerator.gather(torch.stack([*self._largest.values()])[None]).amax(0).tolist()
+            for name, value in zip(self._largest, largest, strict=True):
+                if math.isfinite(value):
+                    values[name] = -value if name in self._least else value
+        return values
+
+
+def policy_sums(metrics: PolicyMetrics, count: Tensor, *, reweighted: bool) -> TokenSums:
+    """What the loss says about its `count` tokens; its mean weight only if it has `reweighted` the advantages."""
+    sums = TokenSums()
+    for field, name in _NAMES.items():
+        if reweighted or field != "mean_weight":
+            sums.add(name, getattr(metrics, field) * count, count)
+    sums.add("clip_ratio/region_mean", (metrics.clip_low + metrics.clip_high) * count, count)
+    sums.add_largest("ratio/max", metrics.max_ratio)
+    return sums
+
+
+def add_delta_logp(sums: TokenSums, delta_logp: Tensor, mask: Tensor) -> None:
+    """Mean, extremes and tails of Δlog p (B, T) where `mask` (B, T); nothing is read elsewhere."""
+    kept, count = delta_logp.masked_fill(~mask, 0.0), mask.sum()
+    sums.add("delta_logp/mean", kept.sum(), count)
+    sums.add(f"delta_logp/below_{LOWERED_BELOW:g}", (kept < LOWERED_BELOW).sum(), count)
+    sums.add(f"delta_logp/above_{RAISED_ABOVE:g}", (kept > RAISED_ABOVE).sum(), count)
+    sums.add_largest("delta_logp/max", delta_logp.masked_fill(~mask, -torch.inf).amax())
+    sums.add_least("delta_logp/min", delta_logp.masked_fill(~mask, torch.inf).amin())

@@ -1,0 +1,38 @@
+"""The policy at the start of training, kept as a copy of the parameters that are trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+
+class StartingParameters:
+    """The trained parameters of a model as they are now; all others do not change.
+
+    They take as much memory as the trained parameters themselves: little with adapters.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._pairs = [
+            (parameter, parameter.detach().clone()) for parameter in model.parameters() if parameter.requires_grad
+        ]
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Within this context the model is what it was; only for calls without gradients, with no graph in use."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    def _exchange(self) -> None:
+        exchanged: list[tuple[nn.Parameter, Tensor]] = []
+        for parameter, kept in self._pairs:
+            now = parameter.data
+            # The model may have been moved to a device since.
+            parameter.data = kept.to(now.device)
+            exchanged.append((parameter, now))
+        self._pairs = exchanged

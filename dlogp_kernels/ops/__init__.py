@@ -10,7 +10,7 @@ for _op in schemas.SCHEMAS:
 
 backends.load_extension()
 
-from . import delta_logp, extrapolated_sample, linear_delta_logp, linear_logp, logp, policy_loss  # noqa: E402
+from . import delta_logp, extrapolated_sample, linear_delta_logp, linear_logp, linear_policy_loss, logp, policy_loss  # noqa: E402
 
 __all__ = [
     "backends",
@@ -18,6 +18,7 @@ __all__ = [
     "extrapolated_sample",
     "linear_delta_logp",
     "linear_logp",
+    "linear_policy_loss",
     "logp",
     "policy_loss",
     "schemas",

@@ -6,6 +6,7 @@ from .functional import (
     linear_delta_logp,
     linear_extrapolated_sample,
     linear_logp,
+    linear_policy_loss,
     logp,
     policy_loss,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "linear_delta_logp",
     "linear_extrapolated_sample",
     "linear_logp",
+    "linear_policy_loss",
     "logp",
     "policy_loss",
 ]

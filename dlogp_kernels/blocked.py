@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import reference, reference_policy, reference_sample
+from .policy_rows import PolicyRows
 from .reference import accumulation_dtype, transform_gradient, transform_logits
 from .reference_policy import PolicyTokens
 from .results import PolicyMetrics
@@ -21,6 +22,8 @@ _TEMPORARIES = 8
 _SAMPLE_TEMPORARIES = 24
 # Of 8 bytes, a token of the policy loss.
 _POLICY_TEMPORARIES = 24
+# An ignore_index that none of the targets left has.
+_NO_TARGET = -1
 # Both models' logits, transformed and not.
 _PAIR_OF_LOGITS = 4
 _SLAB = 4096
@@ -358,7 +361,7 @@ def policy_loss_fwd(
     sums = torch.zeros(len(PolicyMetrics._fields), dtype=torch.float64, device=logp.device)
     for block, tokens in sequences.blocks():
         weight = reference_policy.reweighting(
-            tokens.old_logp, tokens.advantage, None if s is None else s[block], options
+            tokens.old_logp, tokens.advantage, None if s is None else s[block, None], options
         )
         reweighted = weight * tokens.advantage
         raw = reference_policy.raw_log_ratio(tokens.logp, tokens.old_logp, tokens.mask, options.importance)
@@ -393,6 +396,78 @@ def policy_loss_bwd(
         for factor, wanted in zip((-entropy_coef, kl_beta), wants_constant, strict=True)
     )
     return grad_logp, *constants
+
+
+def linear_policy_loss_fwd(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    base_hidden: Tensor | None,
+    base_weight: Tensor | None,
+    base_bias: Tensor | None,
+    old_logp: Tensor,
+    advantage: Tensor,
+    scale: Tensor,
+    score: Tensor | None,
+    ref_logp: Tensor | None,
+    token_weight: Tensor | None,
+    choices: list[str],
+    numbers: list[float],
+    temperature: float,
+    softcap: float | None,
+    base_softcap: float | None,
+    logit_scale: float,
+    base_logit_scale: float,
+    ignore_index: int,
+    output_mask: list[bool],
+    workspace: int,
+) -> tuple[Tensor, ...]:
+    target, bad_rows = check_target(target, weight.shape[0], ignore_index)
+    options, dtype = reference_policy.options_of(choices, numbers, None), scale.dtype
+    known = PolicyRows(old_logp, advantage, scale, score, ref_logp, token_weight)
+    head = _Head(hidden, weight, bias, temperature, softcap, logit_scale, output_mask, dtype)
+    base = None
+    if base_hidden is not None and base_weight is not None:
+        base = _Head(
+            base_hidden, base_weight, base_bias, temperature, base_softcap, base_logit_scale, [False] * 3, dtype
+        )
+    loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
+    sums = torch.zeros(len(PolicyMetrics._fields), dtype=torch.float64, device=hidden.device)
+    count = 0
+    for rows in _row_blocks(target, ignore_index, weight.shape[0], dtype, 1 if base is None else 2, workspace):
+        block = _PolicyBlock(head, base, rows, target[rows], known, options)
+        loss, sums = loss + block.loss, reference_policy.merged(sums, block.sums)
+        count += rows.numel()
+        if any(output_mask):
+            block.accumulate()
+    if bad_rows is not None:
+        loss = loss.masked_fill(bad_rows.any(), torch.nan)
+    metrics = reference_policy.finished_metrics(sums, torch.tensor(count, device=hidden.device))
+    gradients = (hidden.new_zeros(0, dtype=dtype) if grad is None else grad for grad in head.grads)
+    return loss.to(dtype), metrics.to(dtype), *gradients
+
+
+def linear_policy_loss_bwd(
+    grad_loss: Tensor,
+    grad_hidden: Tensor,
+    grad_weight: Tensor,
+    grad_bias: Tensor,
+    hidden_dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    bias_dtype: torch.dtype,
+    output_mask: list[bool],
+    workspace: int,
+) -> tuple[Tensor, ...]:
+    gradients, dtypes = (grad_hidden, grad_weight, grad_bias), (hidden_dtype, weight_dtype, bias_dtype)
+    scaled = []
+    for gradient, dtype, wanted in zip(gradients, dtypes, output_mask, strict=True):
+        out = gradient.new_empty(gradient.shape if wanted else (0,), dtype=dtype)
+        if wanted:
+            for part, out_part in zip(gradient.view(-1).split(2**20), out.view(-1).split(2**20), strict=True):
+                out_part.copy_(part * grad_loss)
+        scaled.append(out)
+    return tuple(scaled)
 
 
 def linear_extrapolated_sample(
@@ -587,6 +662,134 @@ class _ModelRows:
         inside = (self.target >= slab.start) & (self.target < slab.stop)
         column = (self.target - slab.start).masked_fill(~inside, 0)
         return grad.scatter_add(1, column, self.grad_logp.masked_fill(~inside, 0.0))
+
+
+class _PairRows:
+    """What backward needs of both models at a block of rows."""
+
+    def __init__(
+        self,
+        model: _ModelRows,
+        base: _ModelRows,
+        kl: Tensor,
+        reverse_kl: Tensor,
+        grad_kl: Tensor,
+        grad_reverse_kl: Tensor,
+    ) -> None:
+        self.model, self.base = model, base
+        self.kl, self.reverse_kl = kl, reverse_kl
+        self.grad_kl, self.grad_reverse_kl = grad_kl, grad_reverse_kl
+
+    def gradient(self, logp_all: Tensor, base_logp_all: Tensor, slab: slice) -> Tensor:
+        return self.model.gradient(logp_all, slab, base_logp_all, self.kl, self.grad_kl, self.grad_reverse_kl)
+
+    def base_gradient(self, logp_all: Tensor, base_logp_all: Tensor, slab: slice) -> Tensor:
+        return self.base.gradient(base_logp_all, slab, logp_all, self.reverse_kl, self.grad_reverse_kl, self.grad_kl)
+
+
+class _Head:
+    """One model's last layer: recomputes slabs of logits and accumulates the gradients that are wanted."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        temperature: float,
+        softcap: float | None,
+        logit_scale: float,
+        wanted: list[bool],
+        dtype: torch.dtype,
+    ) -> None:
+        self.hidden, self.weight, self.bias = hidden, weight, bias
+        self.options = (temperature, softcap, logit_scale)
+        self.dtype = dtype
+        self.inputs = (hidden, weight, bias)
+        self.grads = [
+            x.new_zeros(x.shape, dtype=dtype) if want and x is not None else None
+            for x, want in zip(self.inputs, wanted, strict=True)
+        ]
+
+    def logits(self, rows: Tensor, slab: slice) -> Tensor:
+        bias = None if self.bias is None else self.bias[slab]
+        return reference.linear_logits(rows_of(self.hidden, rows), self.weight[slab], bias, self.dtype)
+
+    def transform(self, raw: Tensor) -> Tensor:
+        return transform_logits(raw, *self.options)
+
+    def accumulate(self, rows: Tensor, slab: slice, raw: Tensor, grad_z: Tensor) -> None:
+        grad = transform_gradient(grad_z, raw, *self.options)
+        grad_hidden, grad_weight, grad_bias = self.grads
+        if grad_hidden is not None:
+            grad_hidden.view(-1, grad_hidden.shape[-1])[rows] += grad @ self.weight[slab].to(self.dtype)
+        if grad_weight is not None:
+            grad_weight[slab] += grad.t() @ rows_of(self.hidden, rows).to(self.dtype)
+        if grad_bias is not None:
+            grad_bias[slab] += grad.sum(0)
+
+    def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
+        """In the dtype of each input; empty where not wanted."""
+        hidden, weight, bias = (
+            self.hidden.new_zeros(0) if grad is None or x is None else grad.to(x.dtype)
+            for x, grad in zip(self.inputs, self.grads, strict=True)
+        )
+        return hidden, weight, bias
+
+
+class _PolicyBlock:
+    """A block of rows of a policy loss with its logits in full: the loss, sums for the metrics, and the gradient."""
+
+    def __init__(
+        self,
+        head: "_Head",
+        base: "_Head | None",
+        rows: Tensor,
+        target: Tensor,
+        known: PolicyRows,
+        options: reference_policy.PolicyOptions,
+    ) -> None:
+        self.head, self.rows, self.target, self.options = head, rows, target, options
+        self.base_z, stats, kl = None, None, None
+        self.raw = slabbed_logits(rows_of(head.hidden, rows), head.weight, head.bias, head.dtype)
+        self.z = head.transform(self.raw)
+        if base is None:
+            stats = reference.logp_of_rows(self.z, target, _NO_TARGET)
+        else:
+            base_raw = slabbed_logits(rows_of(base.hidden, rows), base.weight, base.bias, base.dtype)
+            self.base_z = base.transform(base_raw)
+            pair = reference.delta_logp_of_rows(self.z, self.base_z, target, _NO_TARGET)
+            stats, kl = reference.LogpStats(pair.logp, pair.entropy, pair.lse), pair.kl
+            self.base_lse = pair.base_lse
+        self.entropy, self.lse, self.kl = stats.entropy, stats.lse, kl
+        old_logp, advantage, self.scale = (x[rows, None] for x in known[:3])
+        score, ref_logp, token_weight = (None if x is None else x[rows, None] for x in known[3:])
+        tokens = PolicyTokens(
+            stats.logp, old_logp, advantage, torch.ones_like(target, dtype=torch.bool), ref_logp,
+            self.entropy[:, None], None if kl is None else kl[:, None], token_weight,
+        )  # fmt: skip
+        weight = reference_policy.reweighting(old_logp, advantage, score, options)
+        raw_ratio = reference_policy.raw_log_ratio(tokens.logp, old_logp, tokens.mask, options.importance)
+        ratio, reweighted = reference_policy.ratio_of(raw_ratio), weight * advantage
+        of_tokens = reference_policy.token_loss(tokens, ratio, reweighted, options)
+        self.loss = (of_tokens * self.scale).sum(dtype=torch.float64)
+        self.sums = reference_policy.metric_sums(tokens, ratio, weight, reweighted, options)
+        self.coefficient = reference_policy.coefficient(tokens, raw_ratio, ratio, reweighted, options)
+
+    def accumulate(self) -> None:
+        """Add to the gradients of the head."""
+        scale, options, logp_all = self.scale[:, 0], self.options, self.z - self.lse[:, None]
+        grad_logp, zero = self.coefficient * self.scale, torch.zeros_like(scale)
+        pair = (
+            ()
+            if self.base_z is None
+            else (self.base_z - self.base_lse[:, None], self.kl, options.kl_beta * scale, zero)
+        )
+        grad = reference.logits_gradient(
+            logp_all, self.entropy, grad_logp[:, 0], -options.entropy_coef * scale, zero, *pair
+        )
+        grad.scatter_add_(1, self.target, grad_logp)
+        for slab in _slabs(self.z.shape[1]):
+            self.head.accumulate(self.rows, slab, self.raw[:, slab], grad[:, slab])
 
 
 class _PairRows:

@@ -8,11 +8,12 @@ the whole vocabulary, accumulated in float32 (float64 for float64 inputs), never
 import math
 import os
 import warnings
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import reference, reference_policy, reference_sample
+from . import policy_rows, reference, reference_policy, reference_sample
 from .results import DeltaLogpStats, LogpStats, PolicyLoss, PolicyMetrics, Sample
 
 _FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -489,41 +490,163 @@ def policy_loss(
     2503.20783; GSPO, 2507.18071; CISPO, 2506.13585; SAPO, 2511.20347; `dominate`, 2505.12929; dual clip, 1912.09729.
     """
     _check_floating("logp", logp)
-    _check_sequences(logp, offsets)
     options = _policy_options(
         loss_type, reweight, alpha, reweight_sign, clip_low, clip_high, dual_clip, importance, kl_beta, entropy_coef,
         sapo_temperature_pos, sapo_temperature_neg, max_length,
     )  # fmt: skip
-    sequences = logp.shape[0] if offsets is None else offsets.shape[0] - 1
-    _check_constant_tokens("old_logp", old_logp, logp)
-    _check_advantage(advantage, logp, sequences)
-    mask = _mask_of(mask, logp)
-    _check_policy_needs(options, packed=offsets is not None, group=group, ref_logp=ref_logp, entropy=entropy, kl=kl)
-    if ref_logp is not None:
-        _check_constant_tokens("ref_logp", ref_logp, logp)
-    if token_weight is not None:
-        _check_constant_tokens("token_weight", token_weight, logp)
-    if entropy is not None:
-        _check_tokens("entropy", entropy, logp)
-    if kl is not None:
-        _check_tokens("kl", kl, logp)
-    if group is not None:
-        group = _group_of(group, sequences, logp)
+    like = _Like("logp", logp)
+    _check_sequences(like, offsets)
+    for name, x in (("entropy", entropy), ("kl", kl)):
+        if x is not None:
+            _check_tokens(name, x, like)
+    _check_divergence(options, "kl", ref_logp, kl)
+    if options.entropy_coef != 0 and entropy is None:
+        raise ValueError(f"entropy is None, expected a tensor: entropy_coef is {options.entropy_coef}")
+    given = _policy_inputs(like, options, old_logp, advantage, mask, offsets, group, ref_logp, token_weight)
     dtype = reference.accumulation_dtype(logp, old_logp, advantage, ref_logp, entropy, kl, token_weight)
     loss, metrics, _, _ = torch.ops.dlogp.policy_loss_fwd(
         logp,
         old_logp,
         advantage,
-        mask,
-        None if offsets is None else offsets.to(torch.int64),
-        group,
+        given.mask,
+        given.offsets,
+        given.group,
         ref_logp,
         entropy,
         kl,
         token_weight,
-        _number_of_tokens(num_tokens, loss_type, logp, dtype),
+        _number_of_tokens(num_tokens, loss_type, like, dtype),
         *options.arguments(),
         torch.is_grad_enabled() and logp.requires_grad,
+    )
+    return PolicyLoss(loss, PolicyMetrics(*metrics.unbind()))
+
+
+def linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    old_logp: Tensor,
+    advantage: Tensor,
+    mask: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    base_hidden: Tensor | None = None,
+    base_weight: Tensor | None = None,
+    base_bias: Tensor | None = None,
+    base_softcap: float | None = None,
+    base_logit_scale: float = 1.0,
+    loss_type: str = "dapo",
+    reweight: str = "low_prob",
+    alpha: float = 0.1,
+    reweight_sign: str = "both",
+    group: Tensor | None = None,
+    clip_low: float = 0.2,
+    clip_high: float = 0.28,
+    dual_clip: float | None = None,
+    importance: str = "token",
+    ref_logp: Tensor | None = None,
+    kl_beta: float = 0.0,
+    entropy_coef: float = 0.0,
+    token_weight: Tensor | None = None,
+    num_tokens: float | Tensor | None = None,
+    max_length: int | None = None,
+    offsets: Tensor | None = None,
+    sapo_temperature_pos: float = 1.0,
+    sapo_temperature_neg: float = 1.05,
+) -> PolicyLoss:
+    """`policy_loss` of `linear_logp(hidden, weight, target)`, its gradients formed while the logits are at hand.
+
+    With ratios of tokens that takes the three products of N · V · D that loss and gradients need, 6 N V D operations,
+    and no more; logits are computed once. A ratio of a response (`importance="sequence"`) is not known before all of
+    its tokens are: then it is the composition of both functions, whose backward computes the logits again.
+
+    Args:
+        hidden: (B, T, D), or (N, D) with `offsets`; hidden states that predict the tokens.
+        weight, bias, temperature, softcap, logit_scale: as in `linear_logp`.
+        target: (B, T) or (N,), token ids in [0, V); not read where the mask is 0.
+        old_logp, advantage, mask: as in `policy_loss`; the shape of target. Tokens that do not count cost nothing.
+        base_hidden, base_weight, base_bias, base_softcap, base_logit_scale: a frozen reference model, as in
+            `linear_delta_logp`. kl_beta then multiplies KL(π ‖ π_base) over the whole vocabulary.
+        ref_logp: instead of those, for the estimate k3, as in `policy_loss`.
+        entropy_coef: − entropy_coef · entropy is added; the entropy is that of the whole vocabulary.
+        loss_type and the other options: as in `policy_loss`.
+
+    Returns:
+        PolicyLoss: as of `policy_loss`; float32 (float64 if hidden states, weights or biases are).
+
+    Gradients: with respect to `hidden`, `weight` and `bias`, formed by the forward pass where they are required and
+    gradients are enabled, kept in float32 until backward multiplies and rounds them to the dtype of each input. What is
+    not required costs no product and no buffer. Second derivatives raise RuntimeError; the reference model, if it
+    requires a gradient, ValueError. Loss and gradients are those of the composition up to float32 rounding (the
+    gradients by the logits are rounded to the inputs' dtype before the products in both).
+
+    Memory: besides inputs and outputs, what backward will need (V · D and N · D float32 numbers for weight and hidden)
+    and a workspace (`backends.workspace_limit`) that holds all logits of some rows, at least 8.
+
+    Raises: as `linear_logp` and `policy_loss`.
+
+    Source: as `policy_loss`; forming gradients in the forward pass: Liger Kernel, arXiv 2410.10989.
+    """
+    hidden, weight, bias = _autocast(hidden, weight, bias)
+    _check_head("", hidden, weight, bias)
+    _check_frozen_base(hidden, weight, base_hidden, base_weight, base_bias)
+    if base_hidden is not None and base_weight is not None:
+        base_hidden, base_weight, base_bias = _autocast(base_hidden, base_weight, base_bias)
+    heads = {"temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
+    base_heads = {"base_softcap": base_softcap, "base_logit_scale": base_logit_scale}
+    _check_options(**heads, **base_heads)
+    options = _policy_options(
+        loss_type, reweight, alpha, reweight_sign, clip_low, clip_high, dual_clip, importance, kl_beta, entropy_coef,
+        sapo_temperature_pos, sapo_temperature_neg, max_length,
+    )  # fmt: skip
+    _check_tensor("target", target, _INTEGER, "an integer dtype")
+    if target.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"target has shape {tuple(target.shape)}, expected {tuple(hidden.shape[:-1])} for hidden of shape "
+            f"{tuple(hidden.shape)}"
+        )
+    _check_same_device("target", target, "hidden", hidden)
+    like = _Like("target", target)
+    _check_sequences(like, offsets)
+    _check_divergence(options, "base_hidden", ref_logp, base_hidden)
+    given = _policy_inputs(like, options, old_logp, advantage, mask, offsets, group, ref_logp, token_weight)
+    targets = target.to(torch.int64).masked_fill(~given.mask, policy_rows.MASKED)
+    if _has_values(target):
+        _check_target_range(targets, policy_rows.MASKED, weight.shape[0])
+    dtype = reference.accumulation_dtype(hidden, weight, bias, base_hidden, base_weight, base_bias)
+    if importance == "sequence":
+        return _composed_policy_loss(
+            hidden, weight, targets, old_logp, advantage, given.mask, bias, base_hidden, base_weight, base_bias,
+            heads, base_heads, options, group=group, ref_logp=ref_logp, token_weight=token_weight,
+            num_tokens=num_tokens, offsets=offsets,
+        )  # fmt: skip
+    rows = policy_rows.policy_rows(
+        old_logp, advantage, given.mask, given.offsets, given.group, ref_logp, token_weight,
+        _number_of_tokens(num_tokens, loss_type, like, dtype), options, dtype,
+    )  # fmt: skip
+    choices, numbers, _ = options.arguments()
+    loss, metrics, *_ = torch.ops.dlogp.linear_policy_loss_fwd(
+        _rows(hidden),
+        weight,
+        targets.reshape(-1, 1),
+        bias,
+        None if base_hidden is None else _rows(base_hidden),
+        base_weight,
+        base_bias,
+        *rows,
+        choices,
+        numbers,
+        float(temperature),
+        _optional_float(softcap),
+        _optional_float(base_softcap),
+        float(logit_scale),
+        float(base_logit_scale),
+        policy_rows.MASKED,
+        [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)],
     )
     return PolicyLoss(loss, PolicyMetrics(*metrics.unbind()))
 
@@ -768,75 +891,131 @@ def _counter(name: str, value: int | Tensor, end: int, rows_name: str, rows: Ten
     return 0, value.reshape(1)
 
 
-def _check_tokens(name: str, x: Tensor, logp: Tensor) -> None:
+class _Like(NamedTuple):
+    """The tensor whose shape and device tokens have, and its name."""
+
+    name: str
+    tensor: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.tensor.shape
+
+
+class _PolicyInputs(NamedTuple):
+    """mask bool; offsets and group int64."""
+
+    mask: Tensor
+    offsets: Tensor | None
+    group: Tensor | None
+
+
+def _policy_inputs(
+    like: _Like,
+    options: reference_policy.PolicyOptions,
+    old_logp: Tensor,
+    advantage: Tensor,
+    mask: Tensor,
+    offsets: Tensor | None,
+    group: Tensor | None,
+    ref_logp: Tensor | None,
+    token_weight: Tensor | None,
+) -> _PolicyInputs:
+    """What both policy losses check, and bring into the form that their ops take."""
+    sequences = like.shape[0] if offsets is None else offsets.shape[0] - 1
+    for name, x in (("old_logp", old_logp), ("ref_logp", ref_logp), ("token_weight", token_weight)):
+        if x is not None or name == "old_logp":
+            _check_tokens(name, x, like)
+            _check_constant(name, x)
+    _check_advantage(advantage, like, sequences)
+    if options.reweight == "ppl" and group is None:
+        raise ValueError("group is None, expected the prompts' ids: reweight 'ppl' standardises over a group")
+    if options.loss_type == "dr_grpo" and offsets is not None and options.max_length is None:
+        raise ValueError(
+            "max_length is None, expected a number: loss_type 'dr_grpo' divides by it, and offsets are given"
+        )
+    return _PolicyInputs(
+        _mask_of(mask, like),
+        None if offsets is None else offsets.to(torch.int64),
+        None if group is None else _group_of(group, sequences, like),
+    )
+
+
+def _check_tokens(name: str, x: Any, like: _Like) -> None:
     """Floating, one number a token."""
     _check_floating(name, x)
-    if x.shape != logp.shape:
-        raise ValueError(f"{name} has shape {tuple(x.shape)}, expected that of logp, {tuple(logp.shape)}")
-    _check_same_device(name, x, "logp", logp)
+    if x.shape != like.shape:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, expected that of {like.name}, {tuple(like.shape)}")
+    _check_same_device(name, x, like.name, like.tensor)
 
 
-def _check_constant(name: str, x: Tensor) -> None:
+def _check_constant(name: str, x: Any) -> None:
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} requires a gradient, expected a constant of the loss: pass {name}.detach()")
 
 
-def _check_constant_tokens(name: str, x: Tensor, logp: Tensor) -> None:
-    _check_tokens(name, x, logp)
-    _check_constant(name, x)
-
-
-def _check_sequences(logp: Tensor, offsets: Tensor | None) -> None:
-    """logp (B, T), or (N,) with offsets (B + 1,)."""
+def _check_sequences(like: _Like, offsets: Tensor | None) -> None:
+    """Tokens (B, T), or (N,) with offsets (B + 1,)."""
+    shape = tuple(like.shape)
     if offsets is None:
-        if logp.dim() != 2:
-            raise ValueError(f"logp has shape {tuple(logp.shape)}, expected (B, T), or (N,) with offsets")
+        if len(shape) != 2:
+            raise ValueError(f"{like.name} has shape {shape}, expected (B, T), or (N,) with offsets")
         return
-    if logp.dim() != 1:
-        raise ValueError(f"logp has shape {tuple(logp.shape)}, expected (N,) with offsets")
+    if len(shape) != 1:
+        raise ValueError(f"{like.name} has shape {shape}, expected (N,) with offsets")
     _check_tensor("offsets", offsets, _INTEGER, "an integer dtype")
     if offsets.dim() != 1 or offsets.shape[0] == 0:
         raise ValueError(f"offsets has shape {tuple(offsets.shape)}, expected (B + 1,)")
-    _check_same_device("offsets", offsets, "logp", logp)
+    _check_same_device("offsets", offsets, like.name, like.tensor)
     if _has_values(offsets):
         ends = offsets[0].item(), offsets[-1].item()
-        if ends != (0, logp.shape[0]) or bool((offsets.to(torch.int64).diff() < 0).any()):
+        if ends != (0, shape[0]) or bool((offsets.to(torch.int64).diff() < 0).any()):
             raise ValueError(
-                f"offsets go from {ends[0]} to {ends[1]}, expected numbers from 0 to {logp.shape[0]}, the tokens of "
-                "logp, that do not decrease"
+                f"offsets go from {ends[0]} to {ends[1]}, expected numbers from 0 to {shape[0]}, the tokens of "
+                f"{like.name}, that do not decrease"
             )
 
 
-def _check_advantage(advantage: Tensor, logp: Tensor, sequences: int) -> None:
+def _check_advantage(advantage: Tensor, like: _Like, sequences: int) -> None:
     _check_floating("advantage", advantage)
-    if advantage.shape != (sequences,) and advantage.shape != logp.shape:
+    if advantage.shape != (sequences,) and advantage.shape != like.shape:
         raise ValueError(
-            f"advantage has shape {tuple(advantage.shape)}, expected ({sequences},) or that of logp, "
-            f"{tuple(logp.shape)}"
+            f"advantage has shape {tuple(advantage.shape)}, expected ({sequences},) or that of {like.name}, "
+            f"{tuple(like.shape)}"
         )
-    _check_same_device("advantage", advantage, "logp", logp)
+    _check_same_device("advantage", advantage, like.name, like.tensor)
     _check_constant("advantage", advantage)
 
 
-def _mask_of(mask: Tensor, logp: Tensor) -> Tensor:
+def _mask_of(mask: Tensor, like: _Like) -> Tensor:
     """As bool."""
     _check_tensor("mask", mask, (torch.bool, *_INTEGER, *_FLOATING), "bool or 0/1")
-    if mask.shape != logp.shape:
-        raise ValueError(f"mask has shape {tuple(mask.shape)}, expected that of logp, {tuple(logp.shape)}")
-    _check_same_device("mask", mask, "logp", logp)
+    if mask.shape != like.shape:
+        raise ValueError(f"mask has shape {tuple(mask.shape)}, expected that of {like.name}, {tuple(like.shape)}")
+    _check_same_device("mask", mask, like.name, like.tensor)
     return mask if mask.dtype == torch.bool else mask != 0
 
 
-def _group_of(group: Tensor, sequences: int, logp: Tensor) -> Tensor:
+def _group_of(group: Tensor, sequences: int, like: _Like) -> Tensor:
     _check_tensor("group", group, _INTEGER, "an integer dtype")
     if group.shape != (sequences,):
         raise ValueError(f"group has shape {tuple(group.shape)}, expected ({sequences},), an id a response")
-    _check_same_device("group", group, "logp", logp)
+    _check_same_device("group", group, like.name, like.tensor)
     return group.to(torch.int64)
 
 
+def _check_divergence(
+    options: reference_policy.PolicyOptions, exact_name: str, ref_logp: Tensor | None, exact: Tensor | None
+) -> None:
+    """At most one divergence to one reference model, and one where it counts."""
+    if options.kl_beta != 0 and ref_logp is None and exact is None:
+        raise ValueError(f"ref_logp is None, expected a tensor: kl_beta is {options.kl_beta}")
+    if ref_logp is not None and exact is not None:
+        raise ValueError(f"{exact_name} is given, expected None beside ref_logp: one divergence to one reference model")
+
+
 def _number_of_tokens(
-    num_tokens: float | Tensor | None, loss_type: str, logp: Tensor, dtype: torch.dtype
+    num_tokens: float | Tensor | None, loss_type: str, like: _Like, dtype: torch.dtype
 ) -> Tensor | None:
     """As a tensor () of `dtype`."""
     if num_tokens is None:
@@ -848,11 +1027,71 @@ def _number_of_tokens(
             raise ValueError(
                 f"num_tokens has dtype {num_tokens.dtype} and shape {tuple(num_tokens.shape)}, expected one number"
             )
-        _check_same_device("num_tokens", num_tokens, "logp", logp)
+        _check_same_device("num_tokens", num_tokens, like.name, like.tensor)
         _check_constant("num_tokens", num_tokens)
         return num_tokens.reshape(()).to(dtype)
     _check_number("num_tokens", num_tokens, 0.0, math.inf)
-    return torch.full((), float(num_tokens), dtype=dtype, device=logp.device)
+    return torch.full((), float(num_tokens), dtype=dtype, device=like.tensor.device)
+
+
+def _check_frozen_base(
+    hidden: Tensor,
+    weight: Tensor,
+    base_hidden: Tensor | None,
+    base_weight: Tensor | None,
+    base_bias: Tensor | None,
+) -> None:
+    """A reference model is given whole, fits, and requires no gradient."""
+    given = {"base_hidden": base_hidden, "base_weight": base_weight}
+    missing = [name for name, x in given.items() if x is None]
+    if len(missing) == 2 and base_bias is None:
+        return
+    if missing:
+        raise ValueError(f"{missing[0]} is None, expected a tensor: the reference model has hidden states and a weight")
+    assert base_hidden is not None and base_weight is not None
+    _check_head("base_", base_hidden, base_weight, base_bias)
+    _check_same_leading("base_hidden", base_hidden, "hidden", hidden)
+    _check_same_device("base_hidden", base_hidden, "hidden", hidden)
+    if base_weight.shape[0] != weight.shape[0]:
+        raise ValueError(
+            f"base_weight has {base_weight.shape[0]} rows, expected the vocabulary of weight ({weight.shape[0]} rows)"
+        )
+    for name, x in (given | {"base_bias": base_bias}).items():
+        if x is not None:
+            _check_constant(name, x)
+
+
+def _composed_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    old_logp: Tensor,
+    advantage: Tensor,
+    mask: Tensor,
+    bias: Tensor | None,
+    base_hidden: Tensor | None,
+    base_weight: Tensor | None,
+    base_bias: Tensor | None,
+    heads: dict[str, Any],
+    base_heads: dict[str, Any],
+    options: reference_policy.PolicyOptions,
+    **rest: Any,
+) -> PolicyLoss:
+    """`linear_logp`, or `linear_delta_logp` with a reference model, then `policy_loss`."""
+    common: dict[str, Any] = {"bias": bias, "ignore_index": policy_rows.MASKED, **heads}
+    kl = None
+    if base_hidden is None or base_weight is None:
+        logp, entropy, _ = linear_logp(hidden, weight, target, **common)
+    else:
+        pair = linear_delta_logp(
+            hidden, weight, base_hidden, base_weight, target, base_bias=base_bias, **base_heads, **common
+        )
+        logp, entropy, kl = pair.logp, pair.entropy, pair.kl
+        kl = kl if options.kl_beta != 0 else kl.detach()
+    entropy = entropy if options.entropy_coef != 0 else entropy.detach()
+    values = options._asdict()
+    values["dual_clip"] = None if options.dual_clip == math.inf else options.dual_clip
+    return policy_loss(logp, old_logp, advantage, mask, entropy=entropy, kl=kl, **values, **rest)
 
 
 def _policy_options(
@@ -899,27 +1138,3 @@ def _policy_options(
         float(sapo_temperature_neg),
         max_length,
     )
-
-
-def _check_policy_needs(
-    options: reference_policy.PolicyOptions,
-    *,
-    packed: bool,
-    group: Tensor | None,
-    ref_logp: Tensor | None,
-    entropy: Tensor | None,
-    kl: Tensor | None,
-) -> None:
-    """What an option needs is given."""
-    if options.reweight == "ppl" and group is None:
-        raise ValueError("group is None, expected the prompts' ids: reweight 'ppl' standardises over a group")
-    if options.kl_beta != 0 and ref_logp is None and kl is None:
-        raise ValueError(f"ref_logp is None, expected a tensor: kl_beta is {options.kl_beta}")
-    if ref_logp is not None and kl is not None:
-        raise ValueError("kl is given, expected None beside ref_logp: one divergence to one reference model")
-    if options.entropy_coef != 0 and entropy is None:
-        raise ValueError(f"entropy is None, expected a tensor: entropy_coef is {options.entropy_coef}")
-    if options.loss_type == "dr_grpo" and packed and options.max_length is None:
-        raise ValueError(
-            "max_length is None, expected a number: loss_type 'dr_grpo' divides by it, and offsets are given"
-        )

@@ -5,11 +5,12 @@ is set to 0 before anything is computed, so NaN and infinity there reach neither
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import reference
 from .reference import accumulation_dtype
 from .results import PolicyLoss, PolicyMetrics
 
@@ -83,7 +84,7 @@ def normalized_in_group(x: Tensor, group: Tensor, counts: Tensor) -> Tensor:
 def reweighting(old_logp: Tensor, advantage: Tensor, s: Tensor | None, options: PolicyOptions) -> Tensor:
     """Ã / Â of each token: `low_prob` 1 + α(1 − p), `dominate` αp + 1 − α, `ppl` 1 − α·s, with p = π_old ≤ 1.
 
-    s (B,) is `normalized_in_group` of `log_perplexity`.
+    s, (B, 1) or of each token, is `normalized_in_group` of `log_perplexity`.
     """
     if options.reweight == "none":
         return torch.ones_like(old_logp)
@@ -94,7 +95,7 @@ def reweighting(old_logp: Tensor, advantage: Tensor, s: Tensor | None, options: 
         weight = options.alpha * p + 1.0 - options.alpha
     else:
         assert s is not None
-        weight = (1.0 - options.alpha * s)[:, None].expand_as(old_logp)
+        weight = (1.0 - options.alpha * s).expand_as(old_logp)
     if options.reweight_sign == "both":
         return weight
     chosen = advantage > 0 if options.reweight_sign == "positive" else advantage < 0
@@ -231,7 +232,7 @@ def policy_loss(
     s = None
     if options.reweight == "ppl":
         assert group is not None
-        s = normalized_in_group(log_perplexity(tokens.old_logp, tokens.mask), group, tokens.mask.any(-1))
+        s = normalized_in_group(log_perplexity(tokens.old_logp, tokens.mask), group, tokens.mask.any(-1))[:, None]
     weight = reweighting(tokens.old_logp, tokens.advantage, s, options)
     advantage = weight * tokens.advantage
     raw = raw_log_ratio(tokens.logp, tokens.old_logp, tokens.mask, options.importance)
@@ -244,6 +245,32 @@ def policy_loss(
     with torch.no_grad():
         sums = metric_sums(tokens, ratio, weight, advantage, options)
     return PolicyLoss(total, PolicyMetrics(*finished_metrics(sums, counts.sum()).to(dtype).unbind()))
+
+
+def linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    old_logp: Tensor,
+    advantage: Tensor,
+    mask: Tensor,
+    *,
+    base_hidden: Tensor | None = None,
+    base_weight: Tensor | None = None,
+    heads: dict[str, Any],
+    **rest: Any,
+) -> PolicyLoss:
+    """`dlogp_kernels.linear_policy_loss` in plain PyTorch; `heads` are the options of both models' last layers."""
+    targets = target.masked_fill(~mask, -1)
+    if base_hidden is None or base_weight is None:
+        stats = reference.linear_logp(hidden, weight, targets, ignore_index=-1, **heads)
+        kl = None
+    else:
+        pair = reference.linear_delta_logp(
+            hidden, weight, base_hidden, base_weight, targets, ignore_index=-1, **heads
+        )  # fmt: skip
+        stats, kl = reference.LogpStats(pair.logp, pair.entropy, pair.lse), pair.kl
+    return policy_loss(stats.logp, old_logp, advantage, mask, entropy=stats.entropy, kl=kl, **rest)
 
 
 def coefficient(tokens: PolicyTokens, raw: Tensor, ratio: Tensor, advantage: Tensor, options: PolicyOptions) -> Tensor:

@@ -106,7 +106,7 @@ def call(inputs: Inputs, *, upstream: float = 1.0, **options: Any) -> Outcome:
     return _outcome(dlogp_kernels.policy_loss, moved, upstream, **options)
 
 
-def _options(dual_clip: float | None = None, **options: Any) -> PolicyOptions:
+def options_of(dual_clip: float | None = None, **options: Any) -> PolicyOptions:
     return PolicyOptions(**options, dual_clip=math.inf if dual_clip is None else dual_clip)
 
 
@@ -117,7 +117,7 @@ def _definition(options: PolicyOptions, num_tokens: float | None) -> Any:
 
 def truth(inputs: Inputs, *, upstream: float = 1.0, num_tokens: float | None = None, **options: Any) -> Outcome:
     """The definition in float64, differentiated by autograd."""
-    return _outcome(_definition(_options(**options), num_tokens), upcast(inputs), upstream)
+    return _outcome(_definition(options_of(**options), num_tokens), upcast(inputs), upstream)
 
 
 class Sizes(NamedTuple):
@@ -129,7 +129,7 @@ class Sizes(NamedTuple):
 
 def sizes(inputs: Inputs, *, upstream: float = 1.0, num_tokens: float | None = None, **options: Any) -> Sizes:
     """Absolute terms, times 1 + |log ratio|, which the exponential multiplies roundings by."""
-    chosen, inputs = _options(**options), upcast(inputs)
+    chosen, inputs = options_of(**options), upcast(inputs)
     offsets, advantage = inputs.get("offsets"), inputs["advantage"]
     sequences = inputs["logp"].shape[0] if offsets is None else offsets.numel() - 1
     names = ("logp", "old_logp", "advantage", "mask", "ref_logp", "entropy", "kl", "token_weight")

@@ -99,6 +99,25 @@ class Accuracy(NamedTuple):
             error = _roundings(grad, expected.gradients[name], limit)
             self._check(op, f"d_{name}", grad.dtype, error, POLICY_ROUNDINGS)
 
+    def linear_policy(
+        self,
+        actual: Any,
+        expected: Any,
+        sizes: Any,
+        scales: dict[str, tuple[Tensor, Tensor]],
+        magnitude: Tensor,
+        dtype: torch.dtype,
+    ) -> None:
+        """Of `linear_policy_loss`: loss and metrics as of `policy`, gradients as of `gradients`."""
+        op, compute = "linear_policy_loss", torch.float64 if dtype == torch.float64 else torch.float32
+        rounding = torch.finfo(compute).eps
+        assert actual.loss.dtype == compute
+        largest = max(1.0, magnitude.max().item()) if magnitude.numel() else 1.0
+        self._check(op, "loss", dtype, _roundings(actual.loss, expected.loss, rounding * sizes.loss), POLICY_ROUNDINGS)
+        limit = rounding * largest * expected.metrics.abs().clamp_min(1.0)
+        self._check(op, "metrics", dtype, _roundings(actual.metrics, expected.metrics, limit), POLICY_ROUNDINGS)
+        self.gradients(op, actual.gradients, expected.gradients, scales, magnitude, dtype)
+
     def _check(self, op: str, quantity: str, dtype: torch.dtype, error: float, limit: float) -> None:
         name = str(dtype).removeprefix("torch.")
         self.report(op, quantity, name, error, limit)

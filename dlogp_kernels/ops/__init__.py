@@ -17,6 +17,7 @@ from . import (  # noqa: E402
     linear_delta_logp,
     linear_extrapolated_sample,
     linear_logp,
+    linear_policy_loss,
     logp,
     policy_loss,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "linear_delta_logp",
     "linear_extrapolated_sample",
     "linear_logp",
+    "linear_policy_loss",
     "logp",
     "policy_loss",
     "schemas",

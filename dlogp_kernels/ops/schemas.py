@@ -12,6 +12,10 @@ reference_policy.PolicyOptions, in its order (PyTorch's time for a call goes by 
 Its forward op leaves `coefficient`, the shape of logp, empty unless with_gradient, and `scale` (B,): the gradient by
 logp is their product. metrics are in the order of PolicyMetrics.
 
+The linear policy loss takes target (N, 1) and the rows of policy_rows.PolicyRows, (N,) of the dtype of the loss. Its
+forward op leaves the gradients of the loss that output_mask asks for in that dtype, float32 or float64, whatever the
+inputs' is: they are rounded once, when backward has multiplied them.
+
 A backend other than plain PyTorch implements a private copy of each schema, `_<backend>_<op>`, with one more argument,
 the workspace in bytes; `backends.py` chooses between them.
 """
@@ -44,6 +48,10 @@ _POLICY_TOKENS = (
     "Tensor? entropy, Tensor? kl, Tensor? token_weight, Tensor? num_tokens"
 )
 _POLICY_OPTIONS = "str[] choices, float[] numbers, int? max_length"
+_POLICY_ROWS = (
+    "Tensor old_logp, Tensor advantage, Tensor scale, Tensor? score, Tensor? ref_logp, Tensor? token_weight, "
+    "str[] choices, float[] numbers"
+)
 _ONE_MODEL_SAVED = "Tensor entropy, Tensor lse"
 _PAIR_SAVED = "Tensor entropy, Tensor base_entropy, Tensor kl, Tensor reverse_kl, Tensor lse, Tensor base_lse"
 _SAMPLE = "(Tensor token, Tensor draft_token, Tensor selected, Tensor delta_logp, Tensor logp, Tensor base_logp)"
@@ -87,6 +95,16 @@ SCHEMAS: dict[str, tuple[str, str]] = {
         "Tensor grad_loss, Tensor coefficient, Tensor scale, Tensor mask, Tensor? offsets, float entropy_coef, "
         "float kl_beta, bool[3] output_mask",
         "(Tensor grad_logp, Tensor grad_entropy, Tensor grad_kl)",
+    ),
+    "linear_policy_loss_fwd": (
+        f"{_LINEAR_INPUTS}, Tensor? base_hidden, Tensor? base_weight, Tensor? base_bias, {_POLICY_ROWS}, "
+        f"{_PAIR_OPTIONS}, bool[3] output_mask",
+        "(Tensor loss, Tensor metrics, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
+    ),
+    "linear_policy_loss_bwd": (
+        "Tensor grad_loss, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias, ScalarType hidden_dtype, "
+        "ScalarType weight_dtype, ScalarType bias_dtype, bool[3] output_mask",
+        "(Tensor scaled_hidden, Tensor scaled_weight, Tensor scaled_bias)",
     ),
 }
 

@@ -14,6 +14,7 @@ from .gpu import command as gpu
 from .gpu import table as gpu_table
 from .records import RESULTS, Record, Run, environment, read
 from .registry import BENCHES
+from .reweighting import options as reweighting
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -37,6 +38,11 @@ def _parser() -> argparse.ArgumentParser:
     on_gpu = commands.add_parser("gpu", help="on a GPU: tests, then speed, memory and errors beside other libraries")
     gpu.add_arguments(on_gpu)
     on_gpu.set_defaults(command=gpu.command)
+    on_task = commands.add_parser(
+        "reweighting", help="train the demo's base model with and without reweighting, over seeds"
+    )
+    on_task.set_defaults(command=_reweighting)
+    reweighting.add_arguments(on_task)
     readme = commands.add_parser("readme", help="write stored results between the markers of a README")
     readme.set_defaults(command=_readme)
     plot = commands.add_parser("plot", help="draw time and memory over N")
@@ -132,6 +138,13 @@ def _readme(options: argparse.Namespace) -> None:
 def _is_gpu_run(run: Run) -> bool:
     settings = run.settings
     return settings["mode"] == "gpu" and run.environment["device"] == "cuda" and not settings["tiny"] | settings["tune"]
+
+
+def _reweighting(options: argparse.Namespace) -> None:
+    # trl is not needed to measure.
+    from .reweighting import command
+
+    command.command(options)
 
 
 def _plot(options: argparse.Namespace) -> None:

@@ -1,0 +1,178 @@
+"""The table, the figure and the JSON of finished runs; what is written of them into a README."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from dlogp_kernels.report.files import write_atomically
+from dlogp_kernels.report.responses import Estimate
+
+from .training import METHODS
+
+NAMES = {"none": "DAPO", "low_prob": "low_prob", "dominate": "dominate", "ppl": "ppl"}
+#: |difference ÷ standard error| that 5 % of differences between equals exceed, by the number of seeds.
+_T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
+
+Quantity = Callable[[dict[str, Any]], float]
+
+
+def write(results: dict[str, Any], directory: Path) -> list[Path]:
+    """Write `reweighting.json`, `.md` and `.png`; their paths."""
+    # matplotlib is not needed to train.
+    from .figure import draw
+
+    directory.mkdir(parents=True, exist_ok=True)
+    paths = [directory / f"reweighting.{kind}" for kind in ("json", "md", "png")]
+    write_atomically(paths[0], (_json(results) + "\n").encode())
+    write_atomically(paths[1], markdown(results).encode())
+    draw(results, paths[2])
+    return paths
+
+
+def avg(run: dict[str, Any]) -> float:
+    return run["evaluation"]["avg"]
+
+
+def passed(run: dict[str, Any]) -> float:
+    return run["evaluation"]["pass"]
+
+
+def training_accuracy(run: dict[str, Any]) -> float:
+    """Of all responses that were learned from: how fast a run got better."""
+    return statistics.fmean(run["curves"]["accuracy"])
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Mean and its standard error over seeds."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return Estimate(statistics.fmean(values), error)
+
+
+def of_method(results: dict[str, Any], method: str) -> dict[int, dict[str, Any]]:
+    """The runs of a method by seed."""
+    return {run["seed"]: run for run in results["runs"] if run["method"] == method}
+
+
+def differences(results: dict[str, Any], method: str, quantity: Quantity) -> list[float]:
+    """To DAPO, of the seeds that both have."""
+    ours, dapo = of_method(results, method), of_method(results, "none")
+    return [quantity(ours[seed]) - quantity(dapo[seed]) for seed in sorted(ours.keys() & dapo.keys())]
+
+
+def table(results: dict[str, Any]) -> str:
+    """A row for each method, ± one standard error over seeds; differences are paired by seed."""
+    samples = results["settings"]["samples_per_problem"]
+    lines = [
+        f"| method | α | seeds | avg@{samples} | minus DAPO | pass@{samples} | minus DAPO | accuracy in training "
+        "| minus DAPO |",
+        "|:---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    base = results["base"]
+    lines.append(f"| base model | – | – | {base['avg']:.4f} | – | {base['pass']:.4f} | – | – | – |")
+    for method, alpha in METHODS.items():
+        runs = of_method(results, method)
+        if runs:
+            cells = [NAMES[method], f"{alpha:g}" if alpha else "–", str(len(runs))]
+            for quantity in (avg, passed, training_accuracy):
+                cells.append(_value(estimate([quantity(run) for run in runs.values()])))
+                apart = differences(results, method, quantity)
+                cells.append("–" if method == "none" or not apart else _signed(estimate(apart)))
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def lemma_text(results: dict[str, Any]) -> str:
+    """What Lemma 3.1 came to over all runs."""
+    checks = [check for run in results["runs"] for check in run["lemma"]]
+    tokens, clipped = (sum(check[name] for check in checks) for name in ("num_tokens", "num_clipped"))
+    return (
+        f"Lemma 3.1, looked at in {len(checks)} optimiser steps: over {tokens:,} tokens the l1 norm of the gradient with "
+        f"respect to the logits was 2·abs(w)·(1 − π) within a relative "
+        f"{max((check['largest_deviation'] for check in checks), default=0.0):.0e}; the largest norm of the {clipped:,} "
+        f"clipped tokens was {max((check['largest_clipped'] for check in checks), default=0.0):g}."
+    )
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """`reweighting.md`."""
+    chosen, where = results["settings"], results["environment"]
+    seeds = len(of_method(results, "none"))
+    responses = chosen["prompts_per_rollout"] * chosen["samples_per_prompt"]
+    seconds = sum(run["seconds"]["all"] for run in results["runs"])
+    critical = _T_95.get(seeds)
+    lines = [
+        "# Reweighting on the demo task",
+        "",
+        f"The demo's base model, trained for {chosen['rollouts']} rollouts of {responses} responses "
+        f"({chosen['prompts_per_rollout']} prompts × {chosen['samples_per_prompt']}), {chosen['minibatches']} optimiser "
+        f"steps each, learning rate {chosen['learning_rate']:g}: DAPO's loss (clip 0.2/0.28, dual clip 10, token mean, no "
+        "KL term), the same prompts and noise for all methods of a seed. Without dynamic sampling, so that all see the "
+        "same prompts, and without an overlong penalty. No α was tuned.",
+        "",
+        f"avg@{chosen['samples_per_problem']} and pass@{chosen['samples_per_problem']}: {chosen['num_problems']} held-out "
+        "problems, temperature 1, the same problems and noise for every model. Accuracy in training: the mean over all "
+        "responses that were learned from, which is higher for what learns faster. ± is one standard error over seeds; "
+        "differences are paired by seed."
+        + (f" Of {seeds} seeds, a difference beyond {critical} standard errors has p < 0.05." if critical else "")
+        + " Nothing is corrected for how many differences were looked at.",
+        "",
+        table(results),
+        "",
+        "Every run:",
+        "",
+        *_runs_table(results),
+        "",
+        lemma_text(results),
+        "",
+        "![accuracy, entropy and length over rollouts](reweighting.png)",
+        "",
+        f"{where['date'][:10]}, {where['machine']}, {where['threads']} thread, "
+        + ", ".join(f"{name} {where['versions'][name]}" for name in ("python", "torch", "transformers", "trl"))
+        + f", commit {(where['commit'] or 'unknown')[:10]}{' with changes' if where['dirty'] else ''}; "
+        f"{seconds / 60:.0f} minutes for {len(results['runs'])} runs (load average {where['load_average_at_start']:.1f} "
+        f"on {where['cores']} cores). Repeat: `python -m benchmarks reweighting --rollouts {chosen['rollouts']} --seeds "
+        f"{seeds}`.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def section(results: dict[str, Any]) -> str:
+    """What stands in the README."""
+    chosen = results["settings"]
+    return "\n".join([table(results), "", f"{chosen['rollouts']} rollouts. {lemma_text(results)}"])
+
+
+def _runs_table(results: dict[str, Any]) -> list[str]:
+    samples = results["settings"]["samples_per_problem"]
+    lines = [
+        f"| seed | method | avg@{samples} | pass@{samples} | jumps a response | tokens a response | entropy at the end |",
+        "|---:|:---|---:|---:|---:|---:|---:|",
+    ]
+    for run in results["runs"]:
+        found = run["evaluation"]
+        lines.append(
+            f"| {run['seed']} | {NAMES[run['method']]} | {found['avg']:.4f} | {found['pass']:.4f} | "
+            f"{found['jumps_per_response']:.3f} | {found['mean_length']:.1f} | {run['curves']['entropy'][-1]:.4f} |"
+        )
+    return lines
+
+
+def _value(found: Estimate) -> str:
+    return f"{found.mean:.4f}" + ("" if found.standard_error is None else f" ± {found.standard_error:.4f}")
+
+
+def _signed(found: Estimate) -> str:
+    return f"{found.mean:+.4f}" + ("" if found.standard_error is None else f" ± {found.standard_error:.4f}")
+
+
+def _json(results: dict[str, Any]) -> str:
+    """A run a line: a diff shows which."""
+    head = {name: value for name, value in results.items() if name != "runs"}
+    runs = ",\n".join(json.dumps(run, ensure_ascii=False) for run in results["runs"])
+    return json.dumps(head, indent=1, ensure_ascii=False).removesuffix("\n}") + f',\n "runs": [\n{runs}\n]}}'

@@ -1,7 +1,7 @@
 """Lemma 3.1 of arXiv 2603.22117, looked at while a model trains.
 
-The l1 norm of the gradient of a token's loss with respect to its logits is 2 |w| (1 − π(y)), with w = r Ã where the ratio
-r is not clipped, and 0 where it is.
+The l1 norm of the gradient of a token's loss with respect to its logits is 2 |w| (1 − π(y)), with w = r Ã where the
+ratio r is not clipped, and 0 where it is.
 """
 
 from __future__ import annotations

@@ -90,56 +90,68 @@ def lemma_text(results: dict[str, Any]) -> str:
     """What Lemma 3.1 came to over all runs."""
     checks = [check for run in results["runs"] for check in run["lemma"]]
     tokens, clipped = (sum(check[name] for check in checks) for name in ("num_tokens", "num_clipped"))
+    deviation, norm = (
+        max((check[name] for check in checks), default=0.0) for name in ("largest_deviation", "largest_clipped")
+    )
     return (
-        f"Lemma 3.1, looked at in {len(checks)} optimiser steps: over {tokens:,} tokens the l1 norm of the gradient with "
-        f"respect to the logits was 2·abs(w)·(1 − π) within a relative "
-        f"{max((check['largest_deviation'] for check in checks), default=0.0):.0e}; the largest norm of the {clipped:,} "
-        f"clipped tokens was {max((check['largest_clipped'] for check in checks), default=0.0):g}."
+        f"Lemma 3.1, looked at in {len(checks)} optimiser steps: over {tokens:,} tokens the l1 norm of the gradient "
+        f"with respect to the logits is 2 abs(w) (1 − π) within a relative {deviation:.0e}; the largest norm of the "
+        f"{clipped:,} clipped tokens is {norm:g}."
     )
 
 
 def markdown(results: dict[str, Any]) -> str:
     """`reweighting.md`."""
-    chosen, where = results["settings"], results["environment"]
-    seeds = len(of_method(results, "none"))
-    responses = chosen["prompts_per_rollout"] * chosen["samples_per_prompt"]
-    seconds = sum(run["seconds"]["all"] for run in results["runs"])
-    critical = _T_95.get(seeds)
-    lines = [
+    paragraphs = [
         "# Reweighting on the demo task",
-        "",
-        f"The demo's base model, trained for {chosen['rollouts']} rollouts of {responses} responses "
-        f"({chosen['prompts_per_rollout']} prompts × {chosen['samples_per_prompt']}), {chosen['minibatches']} optimiser "
-        f"steps each, learning rate {chosen['learning_rate']:g}: DAPO's loss (clip 0.2/0.28, dual clip 10, token mean, no "
-        "KL term), the same prompts and noise for all methods of a seed. Without dynamic sampling, so that all see the "
-        "same prompts, and without an overlong penalty. No α was tuned.",
-        "",
-        f"avg@{chosen['samples_per_problem']} and pass@{chosen['samples_per_problem']}: {chosen['num_problems']} held-out "
-        "problems, temperature 1, the same problems and noise for every model. Accuracy in training: the mean over all "
-        "responses that were learned from, which is higher for what learns faster. ± is one standard error over seeds; "
-        "differences are paired by seed."
-        + (f" Of {seeds} seeds, a difference beyond {critical} standard errors has p < 0.05." if critical else "")
-        + " Nothing is corrected for how many differences were looked at.",
-        "",
+        _training_text(results),
+        _evaluation_text(results),
         table(results),
-        "",
         "Every run:",
-        "",
-        *_runs_table(results),
-        "",
+        "\n".join(_runs_table(results)),
         lemma_text(results),
-        "",
         "![accuracy, entropy and length over rollouts](reweighting.png)",
-        "",
-        f"{where['date'][:10]}, {where['machine']}, {where['threads']} thread, "
-        + ", ".join(f"{name} {where['versions'][name]}" for name in ("python", "torch", "transformers", "trl"))
-        + f", commit {(where['commit'] or 'unknown')[:10]}{' with changes' if where['dirty'] else ''}; "
-        f"{seconds / 60:.0f} minutes for {len(results['runs'])} runs (load average {where['load_average_at_start']:.1f} "
-        f"on {where['cores']} cores). Repeat: `python -m benchmarks reweighting --rollouts {chosen['rollouts']} --seeds "
-        f"{seeds}`.",
-        "",
+        _origin_text(results),
     ]
-    return "\n".join(lines)
+    return "\n\n".join(paragraphs) + "\n"
+
+
+def _training_text(results: dict[str, Any]) -> str:
+    chosen = results["settings"]
+    prompts, samples = chosen["prompts_per_rollout"], chosen["samples_per_prompt"]
+    return (
+        f"The demo's base model, trained for {chosen['rollouts']} rollouts of {prompts * samples} responses ({prompts} "
+        f"prompts × {samples}), {chosen['minibatches']} optimiser steps each, learning rate "
+        f"{chosen['learning_rate']:g}: DAPO's loss (clip 0.2/0.28, dual clip 10, token mean, no KL term), the same "
+        "prompts and noise for all methods of a seed. Without dynamic sampling, so that all see the same prompts, and "
+        "without an overlong penalty. All reweightings have the same α, and none was tuned."
+    )
+
+
+def _evaluation_text(results: dict[str, Any]) -> str:
+    chosen = results["settings"]
+    samples, seeds = chosen["samples_per_problem"], len(of_method(results, "none"))
+    text = (
+        f"avg@{samples} and pass@{samples}: {chosen['num_problems']} held-out problems, temperature 1, the same "
+        "problems and noise for every model. Accuracy in training: the mean over all responses that were learned from, "
+        "higher for what learns faster. ± is one standard error over seeds; differences are paired by seed."
+    )
+    if seeds in _T_95:
+        text += f" Of {seeds} seeds, a difference beyond {_T_95[seeds]} standard errors has p < 0.05 (t test)."
+    return text + " Nothing is corrected for how many differences were looked at."
+
+
+def _origin_text(results: dict[str, Any]) -> str:
+    where, rollouts = results["environment"], results["settings"]["rollouts"]
+    seconds, seeds = sum(run["seconds"]["all"] for run in results["runs"]), len(of_method(results, "none"))
+    versions = ", ".join(f"{name} {where['versions'][name]}" for name in ("python", "torch", "transformers", "trl"))
+    commit = f"{(where['commit'] or 'unknown')[:10]}{' with changes' if where['dirty'] else ''}"
+    return (
+        f"{where['date'][:10]}, {where['machine']}, {where['threads']} thread, {versions}, commit {commit}; "
+        f"{len(results['runs'])} runs took {seconds / 60:.0f} minutes on a machine shared with other work (load "
+        f"average {where['load_average_at_start']:.1f} on {where['cores']} cores). Repeat: "
+        f"`python -m benchmarks reweighting --rollouts {rollouts} --seeds {seeds}`."
+    )
 
 
 def section(results: dict[str, Any]) -> str:
@@ -151,7 +163,8 @@ def section(results: dict[str, Any]) -> str:
 def _runs_table(results: dict[str, Any]) -> list[str]:
     samples = results["settings"]["samples_per_problem"]
     lines = [
-        f"| seed | method | avg@{samples} | pass@{samples} | jumps a response | tokens a response | entropy at the end |",
+        f"| seed | method | avg@{samples} | pass@{samples} | jumps a response | tokens a response | entropy, last "
+        "rollout |",
         "|---:|:---|---:|---:|---:|---:|---:|",
     ]
     for run in results["runs"]:

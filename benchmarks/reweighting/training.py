@@ -40,7 +40,7 @@ _CURVES = {
 
 @dataclass(frozen=True)
 class Budget:
-    """What every run has; but for the dual clip and the noise, as the demo's RL model was trained.
+    """What every run has; as the demo's RL model was trained, but for half the samples of a prompt, dual clip and noise.
 
     Args:
         rollouts: batches of `prompts_per_rollout` × `samples_per_prompt` responses; each is spent in `minibatches`
@@ -51,13 +51,13 @@ class Budget:
 
     rollouts: int
     prompts_per_rollout: int = 16
-    samples_per_prompt: int = 16
+    samples_per_prompt: int = 8
     minibatches: int = 2
     learning_rate: float = 2e-4
     warmup_steps: int = 5
     num_problems: int = 1000
     samples_per_problem: int = 4
-    lemma_every: int = 4
+    lemma_every: int = 7
 
 
 def settings(method: str, seed: int, budget: Budget) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """`python -m benchmarks`: measure, print the acceptance table, keep the results."""
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -124,7 +125,7 @@ def _stored(given: Sequence[Run]) -> list[Run]:
 
 
 def _readme(options: argparse.Namespace) -> None:
-    """Both tables; where only runs of one kind are given, only theirs."""
+    """All tables; where only runs of one kind are given, only theirs."""
     given = [read(path) for path in options.results]
     on_gpu = [run for run in given if run.settings["mode"] == "gpu"]
     others = [run for run in given if run.settings["mode"] != "gpu"]
@@ -133,6 +134,12 @@ def _readme(options: argparse.Namespace) -> None:
     if on_gpu or not given:
         newest = on_gpu[-1] if on_gpu else _newest(_is_gpu_run)
         table.put_into(options.readme, gpu_table.section(newest), gpu_table.MARKERS)
+    stored = reweighting.FOLDER / "reweighting.json"
+    if not given and stored.exists():
+        # What it draws on comes with the extra `report`.
+        from .reweighting import summary
+
+        table.put_into(options.readme, summary.section(json.loads(stored.read_text())), summary.MARKERS)
 
 
 def _is_gpu_run(run: Run) -> bool:

@@ -82,6 +82,8 @@ def test_what_is_written_of_runs(runs: Path, tmp_path: Path):
     assert results["settings"]["rollouts"] == 2 and "method" not in results["settings"]
     assert results["environment"]["versions"]["trl"]
     assert summary.table(results) in paths[1].read_text()
+    section = summary.section(results)
+    assert section.splitlines()[0] == "| method | α | seeds | avg@2 | minus DAPO | pass@2 | minus DAPO |"
     assert paths[2].read_bytes().startswith(b"\x89PNG")
 
 

@@ -19,7 +19,8 @@ from dlogp_kernels.report.files import write_atomically
 
 from ..records import environment
 from . import summary, training
-from .training import METHODS, Budget
+from .options import METHODS
+from .training import Budget
 
 
 def command(options: argparse.Namespace) -> None:

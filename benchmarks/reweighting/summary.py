@@ -12,13 +12,16 @@ from typing import Any
 from dlogp_kernels.report.files import write_atomically
 from dlogp_kernels.report.responses import Estimate
 
-from .training import METHODS
+from .options import METHODS
 
+MARKERS = ("<!-- reweighting table -->", "<!-- /reweighting table -->")
 NAMES = {"none": "DAPO", "low_prob": "low_prob", "dominate": "dominate", "ppl": "ppl"}
 #: |difference ÷ standard error| that 5 % of differences between equals exceed, by the number of seeds.
 _T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 
 Quantity = Callable[[dict[str, Any]], float]
+#: A name, what of a run, and the same of the base model.
+Column = tuple[str, Quantity, float | None]
 
 
 def write(results: dict[str, Any], directory: Path) -> list[Path]:
@@ -66,24 +69,30 @@ def differences(results: dict[str, Any], method: str, quantity: Quantity) -> lis
 
 def table(results: dict[str, Any]) -> str:
     """A row for each method, ± one standard error over seeds; differences are paired by seed."""
-    samples = results["settings"]["samples_per_problem"]
-    lines = [
-        f"| method | α | seeds | avg@{samples} | minus DAPO | pass@{samples} | minus DAPO | accuracy in training "
-        "| minus DAPO |",
-        "|:---|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    base = results["base"]
-    lines.append(f"| base model | – | – | {base['avg']:.4f} | – | {base['pass']:.4f} | – | – | – |")
+    return _table(results, [*_held_out(results), ("accuracy in training", training_accuracy, None)])
+
+
+def _held_out(results: dict[str, Any]) -> list[Column]:
+    samples, base = results["settings"]["samples_per_problem"], results["base"]
+    return [(f"avg@{samples}", avg, base["avg"]), (f"pass@{samples}", passed, base["pass"])]
+
+
+def _table(results: dict[str, Any], columns: Sequence[Column]) -> str:
+    heads = ["method", "α", "seeds", *(head for name, _, _ in columns for head in (name, "minus DAPO"))]
+    cells = [heads, [":---", *["---:"] * (len(heads) - 1)]]
+    of_base = ("–" if base is None else f"{base:.4f}" for _, _, base in columns)
+    cells.append(["base model", "–", "–", *(cell for value in of_base for cell in (value, "–"))])
     for method, alpha in METHODS.items():
         runs = of_method(results, method)
-        if runs:
-            cells = [NAMES[method], f"{alpha:g}" if alpha else "–", str(len(runs))]
-            for quantity in (avg, passed, training_accuracy):
-                cells.append(_value(estimate([quantity(run) for run in runs.values()])))
-                apart = differences(results, method, quantity)
-                cells.append("–" if method == "none" or not apart else _signed(estimate(apart)))
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        if not runs:
+            continue
+        row = [NAMES[method], f"{alpha:g}" if alpha else "–", str(len(runs))]
+        for _, quantity, _ in columns:
+            apart = differences(results, method, quantity)
+            row.append(_value(estimate([quantity(run) for run in runs.values()])))
+            row.append("–" if method == "none" or not apart else _signed(estimate(apart)))
+        cells.append(row)
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 
 def lemma_text(results: dict[str, Any]) -> str:
@@ -155,9 +164,8 @@ def _origin_text(results: dict[str, Any]) -> str:
 
 
 def section(results: dict[str, Any]) -> str:
-    """What stands in the README."""
-    chosen = results["settings"]
-    return "\n".join([table(results), "", f"{chosen['rollouts']} rollouts. {lemma_text(results)}"])
+    """What stands in the README: what was graded on held-out problems, and the lemma."""
+    return f"{_table(results, _held_out(results))}\n\n{lemma_text(results)}"
 
 
 def _runs_table(results: dict[str, Any]) -> list[str]:

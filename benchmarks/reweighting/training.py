@@ -19,9 +19,7 @@ from dlogp_kernels.hf.tiny import PreTrainedModel, PreTrainedTokenizerFast, load
 from dlogp_kernels.trl import ReweightedGRPOConfig, ReweightedGRPOTrainer
 
 from . import lemma
-
-#: `none` is DAPO. The others share one α and none was tuned: `low_prob` weighs 1 to 1.2, `dominate` 0.8 to 1.
-METHODS = {"none": 0.0, "low_prob": 0.2, "dominate": 0.2, "ppl": 0.2}
+from .options import METHODS
 
 _CLIP_LOW, _CLIP_HIGH, _DUAL_CLIP = 0.2, 0.28, 10.0
 #: All models are graded on the same problems with the same noise.
@@ -40,7 +38,7 @@ _CURVES = {
 
 @dataclass(frozen=True)
 class Budget:
-    """What every run has; as the demo's RL model was trained, but for half the samples of a prompt, dual clip and noise.
+    """What every run has: as the demo's RL model was trained, with half the samples of a prompt and a dual clip.
 
     Args:
         rollouts: batches of `prompts_per_rollout` × `samples_per_prompt` responses; each is spent in `minibatches`

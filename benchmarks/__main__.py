@@ -1,6 +1,7 @@
 """`python -m benchmarks`: measure, print the acceptance table, keep the results."""
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from .gpu import command as gpu
 from .gpu import table as gpu_table
 from .plans import PLANS
 from .records import RESULTS, Record, Run, environment, read
+from .reweighting import options as reweighting
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -37,6 +39,11 @@ def _parser() -> argparse.ArgumentParser:
     on_gpu = commands.add_parser("gpu", help="on a GPU: tests, then speed, memory and errors beside other libraries")
     gpu.add_arguments(on_gpu)
     on_gpu.set_defaults(command=gpu.command)
+    on_task = commands.add_parser(
+        "reweighting", help="train the demo's base model with and without reweighting, over seeds"
+    )
+    on_task.set_defaults(command=_reweighting)
+    reweighting.add_arguments(on_task)
     readme = commands.add_parser("readme", help="write stored results between the markers of a README")
     readme.set_defaults(command=_readme)
     plot = commands.add_parser("plot", help="draw time and memory over N")
@@ -121,7 +128,7 @@ def _stored(given: Sequence[Run]) -> list[Run]:
 
 
 def _readme(options: argparse.Namespace) -> None:
-    """Both tables; where only runs of one kind are given, only theirs."""
+    """All tables; where only runs of one kind are given, only theirs."""
     given = [read(path) for path in options.results]
     on_gpu = [run for run in given if run.settings["mode"] == "gpu"]
     others = [run for run in given if run.settings["mode"] != "gpu"]
@@ -130,11 +137,24 @@ def _readme(options: argparse.Namespace) -> None:
     if on_gpu or not given:
         newest = on_gpu[-1] if on_gpu else _newest(_is_gpu_run)
         table.put_into(options.readme, gpu_table.section(newest), gpu_table.MARKERS)
+    stored = reweighting.FOLDER / "reweighting.json"
+    if not given and stored.exists():
+        # What it draws on comes with the extra `report`.
+        from .reweighting import summary
+
+        table.put_into(options.readme, summary.section(json.loads(stored.read_text())), summary.MARKERS)
 
 
 def _is_gpu_run(run: Run) -> bool:
     settings = run.settings
     return settings["mode"] == "gpu" and run.environment["device"] == "cuda" and not settings["tiny"] | settings["tune"]
+
+
+def _reweighting(options: argparse.Namespace) -> None:
+    # trl is not needed to measure.
+    from .reweighting import command
+
+    command.command(options)
 
 
 def _plot(options: argparse.Namespace) -> None:

@@ -1,0 +1,1 @@
+"""Does reweighting help on the demo task? DAPO beside three reweightings, over seeds."""

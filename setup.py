@@ -13,6 +13,7 @@ from setuptools import setup
 
 CPU_SOURCES = [
     "python_bindings/ops_cpu.cpp",
+    "python_bindings/ops_cpu_linear_policy.cpp",
     "python_bindings/ops_cpu_policy.cpp",
     "python_bindings/ops_cpu_sample.cpp",
     *sorted(str(path.relative_to(Path(__file__).parent)) for path in Path(__file__).parent.glob("csrc/cpu/*.cpp")),

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent
 CUDA = "dlogp_kernels._cuda"
 CPU_SOURCES = [
     "python_bindings/ops_cpu.cpp",
+    "python_bindings/ops_cpu_linear_policy.cpp",
     "python_bindings/ops_cpu_policy.cpp",
     "python_bindings/ops_cpu_sample.cpp",
     "python_bindings/ops_cpu_linear_sample.cpp",

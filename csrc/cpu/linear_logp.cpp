@@ -91,7 +91,8 @@ void tile_logits(const Head& head, const PackedRows<T>& hidden, int64_t first_ro
 template <typename T, int Models>
 void linear_logp_fwd(const Head* heads, const PackedRows<T>* hidden, int64_t count, const int64_t* target,
                      int64_t candidates, const Tiling& tiling, int64_t part, TileScratch<T>& scratch,
-                     State<Accumulator<T>, Models>* states, Accumulator<T>* const* target_logits) {
+                     State<Accumulator<T>, Models>* states, Accumulator<T>* const* target_logits,
+                     Accumulator<T>* const* kept_logits) {
   using Real = Accumulator<T>;
   for (int64_t r = 0; r < count; ++r) states[r * tiling.parts + part] = {};
   for (int64_t begin = tiling.part_begin(part); begin < tiling.part_end(part); begin += tiling.columns) {
@@ -103,12 +104,16 @@ void linear_logp_fwd(const Head* heads, const PackedRows<T>* hidden, int64_t cou
     }
     for (int64_t first = 0; first < count; first += kRowBlock) {
       const int64_t rows = std::min(kRowBlock, count - first);
-      for (int model = 0; model < Models; ++model)
+      Real* logits[Models];
+      for (int model = 0; model < Models; ++model) {
+        logits[model] = kept_logits == nullptr
+                            ? scratch.logits[model].data()
+                            : kept_logits[model] + begin * padded_rows(count) + first * tiling.columns;
         tile_logits(heads[model], hidden[model], first, rows, scratch.packed_weight[model].data(), begin, width, tiling,
-                    scratch, scratch.logits[model].data());
+                    scratch, logits[model]);
+      }
       for (int64_t r = 0; r < rows; ++r) {
-        const Real* z[2] = {scratch.logits[0].data() + r * tiling.columns,
-                            scratch.logits[Models - 1].data() + r * tiling.columns};
+        const Real* z[2] = {logits[0] + r * tiling.columns, logits[Models - 1] + r * tiling.columns};
         fold_tile_row(width, z, states[(first + r) * tiling.parts + part]);
         for (int64_t k = 0; k < candidates; ++k) {
           const int64_t place = (first + r) * candidates + k, column = target[place] - begin;
@@ -157,7 +162,7 @@ void write_stats(const State<Real, Models>* states, int64_t parts, const Real* c
 #define DLOGP_INSTANTIATE_MODELS(T, Models)                                                                         \
   template void linear_logp_fwd<T, Models>(const Head*, const PackedRows<T>*, int64_t, const int64_t*, int64_t,     \
                                            const Tiling&, int64_t, TileScratch<T>&, State<Accumulator<T>, Models>*, \
-                                           Accumulator<T>* const*);
+                                           Accumulator<T>* const*, Accumulator<T>* const*);
 #define DLOGP_INSTANTIATE(T)                                                                                    \
   template void gather_rows<T>(const Matrix&, const int64_t*, int64_t, int64_t, const PackedRows<T>&);          \
   template struct TileScratch<T>;                                                                               \

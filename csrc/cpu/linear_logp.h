@@ -98,10 +98,12 @@ void tile_logits(const Head& head, const PackedRows<T>& hidden, int64_t first_ro
 
 // Folds part `part` of the vocabulary for `count` gathered rows. `target` (count, candidates) are their targets.
 // Writes states[row · parts + part], and target_logits[model][row · candidates + k] where the target lies in this part.
+// If `kept_logits` is not null, each model's logits go there: (tiles, padded_rows(count), columns).
 template <typename T, int Models>
 void linear_logp_fwd(const Head* heads, const PackedRows<T>* hidden, int64_t count, const int64_t* target,
                      int64_t candidates, const Tiling& tiling, int64_t part, TileScratch<T>& scratch,
-                     State<Accumulator<T>, Models>* states, Accumulator<T>* const* target_logits);
+                     State<Accumulator<T>, Models>* states, Accumulator<T>* const* target_logits,
+                     Accumulator<T>* const* kept_logits = nullptr);
 
 // Merges the parts of gathered rows [begin, end) in their order and writes the statistics to places rows[i].
 template <typename Real, int Models>

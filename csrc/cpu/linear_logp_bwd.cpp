@@ -30,11 +30,23 @@ template <typename T, int Models>
 void linear_logp_bwd_rows(const Head* heads, const Tiling& tiling, const BackwardTile& tile, int64_t first,
                           const int64_t* rows, const int64_t* target, const Upstream<Accumulator<T>>& upstream,
                           TileScratch<T>& scratch, const BackwardBuffers<T>* buffers) {
-  using Real = Accumulator<T>;
-  const int64_t columns = tiling.columns, count = std::min(tile.row_block, tile.count - first);
-  for (int model = 0; model < Models; ++model)
+  const int64_t count = std::min(tile.row_block, tile.count - first);
+  const Accumulator<T>* logits[Models];
+  for (int model = 0; model < Models; ++model) {
     tile_logits(heads[model], buffers[model].hidden, first, count, buffers[model].packed_weight, tile.begin, tile.width,
                 tiling, scratch, scratch.logits[model].data());
+    logits[model] = scratch.logits[model].data();
+  }
+  linear_logp_bwd_logits<T, Models>(heads, tiling, tile, first, rows, target, upstream, logits, scratch, buffers);
+}
+
+template <typename T, int Models>
+void linear_logp_bwd_logits(const Head* heads, const Tiling& tiling, const BackwardTile& tile, int64_t first,
+                            const int64_t* rows, const int64_t* target, const Upstream<Accumulator<T>>& upstream,
+                            const Accumulator<T>* const* logits, TileScratch<T>& scratch,
+                            const BackwardBuffers<T>* buffers) {
+  using Real = Accumulator<T>;
+  const int64_t columns = tiling.columns, count = std::min(tile.row_block, tile.count - first);
   for (int model = 0; model < Models; ++model) {
     const BackwardBuffers<T>& own = buffers[model];
     if (!own.wants_any()) continue;
@@ -44,8 +56,8 @@ void linear_logp_bwd_rows(const Head* heads, const Tiling& tiling, const Backwar
     for (int64_t r = 0; r < count; ++r) {
       const int64_t row = rows[first + r];
       const int64_t* row_target = target + (first + r) * upstream.candidates;
-      const Real* z = scratch.logits[model].data() + r * columns;
-      const Real* other_z = Models == 1 ? nullptr : scratch.logits[Models - 1 - model].data() + r * columns;
+      const Real* z = logits[model] + r * columns;
+      const Real* other_z = Models == 1 ? nullptr : logits[Models - 1 - model] + r * columns;
       const auto terms = upstream.terms(model, row, row_target, heads[model].transform);
       Real* grad = scratch.grad.data();
       logits_gradient(upstream, model, row, row_target, heads[model].transform, terms, tile.begin, tile.width, z,
@@ -55,7 +67,7 @@ void linear_logp_bwd_rows(const Head* heads, const Tiling& tiling, const Backwar
       round_to(columns, grad, grad_logits + r * columns);
     }
     std::fill(grad_logits + count * columns, grad_logits + tile.row_block * columns, T(0));
-    if (own.grad_weight != nullptr)
+    if (own.packed_grad_logits != nullptr)
       pack_rows(tile.row_block, columns, grad_logits, columns, own.packed_grad_logits + first * columns, columns);
     if (own.grad_hidden != nullptr) {
       const int64_t stride = own.hidden.stride;
@@ -93,7 +105,10 @@ void write_weight_gradient(const Accumulator<T>* accumulators, int64_t stride, c
 #define DLOGP_INSTANTIATE_MODELS(T, Models)                                                                      \
   template void linear_logp_bwd_rows<T, Models>(const Head*, const Tiling&, const BackwardTile&, int64_t,        \
                                                 const int64_t*, const int64_t*, const Upstream<Accumulator<T>>&, \
-                                                TileScratch<T>&, const BackwardBuffers<T>*);
+                                                TileScratch<T>&, const BackwardBuffers<T>*);                     \
+  template void linear_logp_bwd_logits<T, Models>(                                                               \
+      const Head*, const Tiling&, const BackwardTile&, int64_t, const int64_t*, const int64_t*,                  \
+      const Upstream<Accumulator<T>>&, const Accumulator<T>* const*, TileScratch<T>&, const BackwardBuffers<T>*);
 #define DLOGP_INSTANTIATE(T)                                                                                       \
   template void pack_backward_weight<T>(const Head&, const Tiling&, const BackwardTile&, int64_t, TileScratch<T>&, \
                                         const BackwardBuffers<T>&);                                                \

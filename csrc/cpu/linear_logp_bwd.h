@@ -53,6 +53,13 @@ void linear_logp_bwd_rows(const Head* heads, const Tiling& tiling, const Backwar
                           const int64_t* rows, const int64_t* target, const Upstream<Accumulator<T>>& upstream,
                           TileScratch<T>& scratch, const BackwardBuffers<T>* buffers);
 
+// The same of given logits: logits[model] are those of row `first` on, transformed, `columns` apart.
+template <typename T, int Models>
+void linear_logp_bwd_logits(const Head* heads, const Tiling& tiling, const BackwardTile& tile, int64_t first,
+                            const int64_t* rows, const int64_t* target, const Upstream<Accumulator<T>>& upstream,
+                            const Accumulator<T>* const* logits, TileScratch<T>& scratch,
+                            const BackwardBuffers<T>* buffers);
+
 // Columns [begin, end) of grad_weight for this tile; starts from zero unless `accumulate`.
 template <typename T>
 void linear_logp_bwd_weight(const Tiling& tiling, const BackwardTile& tile, int64_t begin, int64_t end, bool accumulate,

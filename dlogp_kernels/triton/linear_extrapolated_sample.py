@@ -322,7 +322,9 @@ def _finish_linear_sample_kernel(
             least = tl.min(tl.load(memory.state_ptr + _LEAST * memory.stride, mask=mask, other=float("inf")), 0)
             other_score, other_token, other_z, other_base_z = load_winner(memory, mask, _UNLIKELY_PLACE)
             other_score = tl.maximum(other_score - gamma * least / temperature, _LOWEST)
-            wins = (other_score > score) | ((other_score == score) & (other_token < new_token)) | (new_token == NO_TOKEN)
+            wins = (
+                (other_score > score) | ((other_score == score) & (other_token < new_token)) | (new_token == NO_TOKEN)
+            )
             wins = wins & (other_token < NO_TOKEN)
             new_token = tl.where(wins, other_token, new_token)
             new_z, new_base_z = tl.where(wins, other_z, new_z), tl.where(wins, other_base_z, new_base_z)

@@ -7,6 +7,7 @@ before the call, less the size of the results.
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from cases import call, floating, make_inputs
@@ -19,10 +20,18 @@ def _resident_kib(field: str) -> int:
     return int(status.split(f"{field}:")[1].split()[0])
 
 
+def _inputs(op: str, *size: Any, **changes: Any) -> dict[str, Any]:
+    if op != "linear_extrapolated_sample":
+        return make_inputs(op, *size, **changes)
+    inputs = make_inputs("linear_delta_logp", *size, **changes)
+    del inputs["target"]
+    return inputs
+
+
 def _big_inputs(case: dict) -> dict[str, torch.Tensor]:
     """Inputs of the asked size, filled in place: a temporary copy would leave free memory to hide in."""
     dtype = getattr(torch, case["dtype"])
-    small = make_inputs(case["op"], 2, v=8, d=case["d"], dtype=dtype, bias=case.get("bias", True))
+    small = _inputs(case["op"], 2, v=8, d=case["d"], dtype=dtype, bias=case.get("bias", True))
     sizes = {2: case["n"], 8: case["v"]}
     inputs: dict[str, torch.Tensor] = {}
     for name, x in small.items():
@@ -39,10 +48,11 @@ def _big_inputs(case: dict) -> dict[str, torch.Tensor]:
 
 def measure(case: dict) -> dict[str, float]:
     wanted = case.get("wanted") or []
-    warm = make_inputs(case["op"], 70, v=700, d=case["d"], dtype=getattr(torch, case["dtype"]))
+    warm = _inputs(case["op"], 70, v=700, d=case["d"], dtype=getattr(torch, case["dtype"]))
     for name in wanted:
         warm[name].requires_grad_()
-    stats = call(case["op"], warm)
+    options = case.get("options", {})
+    stats = call(case["op"], warm, **options)
     if wanted:
         sum(x.sum() for x in stats).backward()
 
@@ -51,12 +61,12 @@ def measure(case: dict) -> dict[str, float]:
         inputs[name] = inputs[name].detach().requires_grad_()
     results: list[torch.Tensor]
     if case["pass"] == "backward":
-        stats = call(case["op"], inputs)
+        stats = call(case["op"], inputs, **options)
         upstream = [torch.ones_like(x) for x in stats]
     Path("/proc/self/clear_refs").write_text("5")
     before = _resident_kib("VmRSS")
     if case["pass"] == "forward":
-        results = list(call(case["op"], inputs))
+        results = list(call(case["op"], inputs, **options))
     else:
         results = list(torch.autograd.grad(stats, [inputs[name] for name in wanted], upstream))
     growth = (_resident_kib("VmHWM") - before) / 1024

@@ -19,6 +19,7 @@ from sampling import (
     check_sample,
     criterion_options,
     criterion_value,
+    definition,
     is_definition,
 )
 from torch import Tensor
@@ -98,16 +99,17 @@ def assert_equal(drawn: Sample, expected: Sample) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:threshold is .* not below 0")
-@pytest.mark.parametrize("draft", ["base", "rl"])
+@pytest.mark.parametrize("draft", fewer(["base", "rl"], ["base"]))
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_random_inputs(accuracy, exact, criterion, draft):
     """The threshold is the median, so that about half of the rows are replaced."""
-    rows = fewer(40, 6)
-    inputs = near_pair_inputs(rows, dtype=exact)
+    rows = fewer(40, 8)
+    inputs = near_pair_inputs(rows, v=fewer(301, 90), dtype=exact)
     z, base_z = (logits_of(upcast(inputs), prefix, FP64, {}) for prefix in ("", "base_"))
-    for temperature, gamma in ((1.0, 0.0), (1.0, 0.3), (0.7, 2.0), (0.0, 0.3), (0.0, 0.0))[: fewer(5, 4)]:
+    everything = [(1.0, 0.0), (1.0, 0.3), (0.7, 2.0), (0.0, 0.3), (0.0, 0.0)]
+    for temperature, gamma in fewer(everything, everything[2 : 3 + (criterion == "all")]):
         options = {"temperature": temperature, "gamma": gamma, "draft": draft, "seed": 2, "step": 3}
-        drafted = check(accuracy, inputs, criterion="none", **options).draft_token
+        drafted = definition(z, base_z, criterion="none", **options).draft_token
         if criterion in THRESHOLDS and criterion != "random":
             threshold = criterion_value(z, base_z, drafted, criterion).quantile(0.5).item()
         else:
@@ -124,25 +126,26 @@ def test_random_inputs(accuracy, exact, criterion, draft):
 def test_dtypes_and_heads(accuracy, backend, dtype):
     if backend == "triton" and dtype == FP64:
         pytest.skip("it has no float64 kernels")
-    for bias in (True, False):
-        for heads in (HEADS, {"logit_scale": 0.5}, {"base_softcap": 3.0}):
-            inputs = pair_inputs(fewer(12, 5), v=fewer(1187, 301), d=33, dtype=dtype, bias=bias)
+    for bias in fewer((True, False), (False,)):
+        for heads in ({"base_softcap": 3.0, "logit_scale": 1.3}, HEADS, {"logit_scale": 0.5})[: fewer(3, 1)]:
+            inputs = pair_inputs(fewer(12, 5), v=fewer(1187, 90), d=33, dtype=dtype, bias=bias)
             drawn = check(accuracy, inputs, gamma=0.3, temperature=0.8, seed=2**63, **heads)
             assert drawn.logp.dtype == (FP64 if dtype == FP64 else FP32)
 
 
-@pytest.mark.parametrize("v", [1, 2, 3, 5, 63, 64, 65, 257, 1025, 4099])
+@pytest.mark.parametrize("v", fewer([1, 2, 3, 5, 63, 64, 65, 257, 1025, 4099], [1, 5, 65]))
 def test_any_vocabulary(accuracy, exact, v):
     inputs = pair_inputs(3, v=v, d=7, dtype=exact)
-    check(accuracy, inputs, gamma=0.3, criterion="avg_kl", threshold=0.2, seed=5)
-    check(accuracy, inputs, gamma=0.3, temperature=0.0, seed=5)
+    for temperature in fewer((1.0, 0.0), (1.0,)):
+        check(accuracy, inputs, gamma=0.3, criterion="avg_kl", threshold=0.2, seed=5, temperature=temperature)
 
 
-@pytest.mark.parametrize("d", [1, 2, 3, 8, 15, 16, 17, 31, 64, 129])
+@pytest.mark.parametrize("d", fewer([1, 2, 3, 8, 15, 16, 17, 31, 64, 129], [1, 129]))
 def test_any_hidden_size(accuracy, exact, d):
     """The base has a larger one."""
-    check(accuracy, pair_inputs(5, v=130, d=d, dtype=exact), gamma=0.2)
-    check(accuracy, pair_inputs(5, v=130, d=d, dtype=BF16, bias=False), gamma=0.2)
+    v = fewer(130, 70)
+    check(accuracy, pair_inputs(5, v=v, d=d, dtype=exact), gamma=0.2)
+    check(accuracy, pair_inputs(5, v=v, d=d, dtype=BF16, bias=False), gamma=0.2)
 
 
 @pytest.mark.not_interpreted("a whole vocabulary")
@@ -153,36 +156,37 @@ def test_a_whole_vocabulary(accuracy, dtype):
     check(accuracy, inputs, gamma=0.1, **criterion_options("delta_logp"))
 
 
-@pytest.mark.parametrize("criterion", ["all", "delta_logp", "kl", "reverse_kl", "rl_entropy"])
+@pytest.mark.parametrize("criterion", fewer(["all", "delta_logp", "kl", "reverse_kl", "rl_entropy"], ["reverse_kl"]))
 def test_adversarial_logits(accuracy, backend, exact, criterion):
     """Row by row, since a linear layer can give −inf to a token of all rows only."""
     logits, base_logits = adversarial_pair(301, exact)
-    rows = range(logits.shape[0]) if not backends.interpreting() else (4, 7, 9, 11, 12, 14, 16, 17, 20, 23)
+    rows = fewer(range(logits.shape[0]), (4, 12, 14, 17, 20))
     for row in rows:
         one = slice(row, row + 1)
         if backend == "triton" and base_logits[row].min() < _IMPOSSIBLE and base_logits[row].isfinite().all():
             continue
         inputs = inputs_of_logits(logits[one], base_logits[one], exact)
-        for temperature in (1.0, 0.0):
+        for temperature in fewer((1.0, 0.0), (1.0,)):
             options = criterion_options(criterion) | {"temperature": temperature, "gamma": 0.4}
             check(accuracy, inputs, seed=3, row_id=torch.tensor([row]), **options)
 
 
-@pytest.mark.parametrize("criterion", ["all", "kl", "reverse_kl", "entropy"])
+@pytest.mark.parametrize("criterion", fewer(["all", "kl", "reverse_kl", "entropy"], ["all", "kl"]))
 def test_masked_vocabularies(accuracy, backend, exact, criterion):
     """−inf in both, in either alone, in whole tiles; the stand-in then decides between two kinds of token."""
-    v = 301 if is_definition(backend) else fewer(1187, 301)
-    inputs = pair_inputs(fewer(12, 5), v=v, dtype=exact)
-    for masked, base_masked in (
+    v = 301 if is_definition(backend) else fewer(1187, 150)
+    inputs = pair_inputs(fewer(12, 8), v=v, dtype=exact)
+    masks = (
         (slice(0, v // 2), slice(0, v // 2)),
         (slice(0, 0), slice(v // 4, v)),
         (slice(v // 2, v), slice(0, 0)),
         (slice(0, v // 3), slice(v // 4, v // 2)),
         (slice(0, 0), slice(1, v)),
-    ):
+    )
+    for masked, base_masked in fewer(masks, masks[1::2]):
         biases = {"bias": inputs["bias"].clone(), "base_bias": inputs["base_bias"].clone()}
         biases["bias"][masked] = biases["base_bias"][base_masked] = -torch.inf
-        for temperature, gamma in ((1.0, 0.5), (0.6, 3.0), (0.0, 0.5), (1.0, 0.0))[: fewer(4, 3)]:
+        for temperature, gamma in ((1.0, 0.5), (0.6, 3.0), (0.0, 0.5), (1.0, 0.0))[: fewer(4, 1)]:
             options = criterion_options(criterion) | {"temperature": temperature, "gamma": gamma}
             drawn = check(accuracy, inputs | biases, seed=7, **options)
             assert biases["bias"][drawn.token[drawn.selected]].isfinite().all()
@@ -197,41 +201,44 @@ def test_a_softcap_makes_masked_tokens_possible(accuracy, exact):
 
 @pytest.mark.parametrize(("offset", "base_offset"), [(1e4, -1e4), (-1e4, 1e4), (1e4, 0.0)])
 def test_common_offsets(accuracy, exact, offset, base_offset):
-    inputs = pair_inputs(6, v=301, dtype=exact)
+    inputs = pair_inputs(6, v=fewer(301, 90), dtype=exact)
     inputs["bias"] += offset
     inputs["base_bias"] += base_offset
-    for temperature in (1.0, 0.0):
+    for temperature in fewer((1.0, 0.0), (1.0,)):
         check(accuracy, inputs, gamma=0.2, temperature=temperature)
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.0}, {"gamma": 0.5}, {"top_p": 0.7}], ids=str)
+@pytest.mark.parametrize(
+    "options", fewer([{}, {"temperature": 0.0}, {"gamma": 0.5}, {"top_p": 0.7}], [{"gamma": 0.5}]), ids=str
+)
 def test_bad_rows_give_minus_one_and_nan(options):
-    inputs = pair_inputs(70, v=301)
+    rows, v = fewer((70, 301), (20, 70))
+    inputs = pair_inputs(rows, v=v)
     expected = sample(inputs, **options)
-    bad = [0, 5, 66]
+    bad = [0, 5, rows - 4]
     broken = inputs | {"hidden": inputs["hidden"].clone(), "base_hidden": inputs["base_hidden"].clone()}
     broken["hidden"][0, 3] = torch.nan
     broken["base_hidden"][5, :] = torch.nan
-    broken["hidden"][66] = torch.inf * torch.ones(24)  # ∞ − ∞
+    broken["hidden"][rows - 4] = torch.inf * torch.ones(24)  # ∞ − ∞
     drawn = sample(broken, **options)
-    good = torch.ones(70, dtype=torch.bool).index_fill_(0, torch.tensor(bad), False)
+    good = torch.ones(rows, dtype=torch.bool).index_fill_(0, torch.tensor(bad), False)
     for value, other in zip(drawn, expected, strict=True):
         assert torch.equal(value[good], other[good])
     assert (drawn.token[bad] == -1).all() and (drawn.draft_token[bad] == -1).all() and not drawn.selected[bad].any()
     assert all(x[bad].isnan().all() for x in drawn[3:])
     for value in (torch.inf, torch.nan):
         for name in ("bias", "base_bias"):
-            one_token = inputs[name].index_fill(0, torch.tensor([300]), value)
+            one_token = inputs[name].index_fill(0, torch.tensor([v - 1]), value)
             assert (sample(inputs | {name: one_token}, **options).token == -1).all()
     for name in ("bias", "base_bias"):
-        drawn = sample(inputs | {name: torch.full((301,), -torch.inf)}, **options)
+        drawn = sample(inputs | {name: torch.full((v,), -torch.inf)}, **options)
         assert (drawn.token == -1).all() and drawn.logp.isnan().all()
 
 
 def test_temperature_0_takes_the_first_maximum():
     """Equal tokens far apart: in one block, in different tiles, parts and programs."""
-    v = fewer(3000, 700)
-    for places in ([13, 64, v - 1], [0, 1], [v // 2, v // 2 + 1], [v - 2, v - 1], [70, 200]):
+    v = fewer(3000, 400)
+    for places in ([13, 64, v - 1], [0, 1], [v // 2, v // 2 + 1], [v - 2, v - 1], [70, 200])[: fewer(5, 1)]:
         logits = torch.zeros(1, v).index_fill_(1, torch.tensor(places), 5.0)
         for gamma in (0.0, 0.7):
             drawn = sample(inputs_of_logits(logits, logits, FP32), temperature=0.0, gamma=gamma)
@@ -244,7 +251,7 @@ def test_huge_scores_stay_inside_the_vocabulary():
     z = torch.full((1, 70), 3e38)
     z[0, ::2] = -3e38
     for sign in (1, -1):
-        for temperature, gamma in ((1e-3, 0.0), (1.0, 3.0), (1e-3, 3.0)):
+        for temperature, gamma in fewer(((1e-3, 0.0), (1.0, 3.0), (1e-3, 3.0)), ((1e-3, 3.0),)):
             inputs = inputs_of_logits(sign * z, -sign * z, FP32)
             drawn = sample(inputs, temperature=temperature, gamma=gamma)
             for token in (drawn.token, drawn.draft_token):
@@ -254,8 +261,7 @@ def test_huge_scores_stay_inside_the_vocabulary():
 @pytest.mark.served_by("cpu", "triton")
 def test_the_smaller_workspace_draws_the_same():
     """More rows than a pass through the vocabulary takes."""
-    rows = fewer(200, 40)
-    inputs = pair_inputs(rows, v=fewer(3000, 301), dtype=BF16)
+    inputs = pair_inputs(fewer(200, 40), v=fewer(3000, 130), dtype=BF16)
     options = {"gamma": 0.3, **criterion_options("delta_logp")}
     expected = sample(inputs, **options)
     with backends.workspace_limit(2**20):
@@ -269,16 +275,15 @@ def test_thousands_of_rows(accuracy):
 
 
 @pytest.mark.served_by("cpu", "triton")
-@pytest.mark.parametrize("dtype", [BF16, FP32, {"weight": BF16, "base_weight": BF16}], ids=str)
+@pytest.mark.parametrize("dtype", fewer([BF16, FP32, {"weight": BF16, "base_weight": BF16}], [FP32]), ids=str)
 def test_a_row_does_not_depend_on_the_batch(dtype):
     rows = fewer(150, 40)
-    inputs = pair_inputs(rows, v=fewer(3000, 301), d=37, dtype=dtype)
+    inputs = pair_inputs(rows, v=fewer(3000, 130), d=37, dtype=dtype)
     row_id = torch.arange(rows) * 1_000_003 % 2**32
     options = {"gamma": 0.2, "criterion": "delta_logp", "threshold": -1.0}
     everything = sample(inputs, row_id=row_id, **options)
     assert everything.selected.any() and not everything.selected.all()
-    few = ([0], [rows - 1], [3, 1], list(range(5, 13)), torch.randperm(rows).tolist())
-    for chosen in few:
+    for chosen in (torch.randperm(rows).tolist(), [3, 1], [0], [rows - 1], list(range(5, 13)))[: fewer(5, 2)]:
         some = inputs | {name: inputs[name][chosen] for name in ("hidden", "base_hidden")}
         assert_equal(sample(some, row_id=row_id[chosen], **options), Sample(*(x[chosen] for x in everything)))
 
@@ -318,7 +323,7 @@ def test_worker_threads():
 
 
 def test_seed_step_and_row_id_are_what_the_noise_depends_on():
-    inputs = inputs_of_logits(torch.zeros(64, 700), torch.zeros(64, 700), FP32)
+    inputs = inputs_of_logits(*(torch.zeros(64, fewer(700, 250)) for _ in range(2)), FP32)
     first = sample(inputs, seed=5, step=3)
     assert_equal(sample(inputs, seed=5, step=3, row_id=torch.arange(64)), first)
     for other in (
@@ -329,40 +334,41 @@ def test_seed_step_and_row_id_are_what_the_noise_depends_on():
     ):
         drawn = sample(inputs, **other)
         for name in ("token", "draft_token"):
-            assert (getattr(drawn, name) == getattr(first, name)).sum() <= 3, other
-    assert (first.token == first.draft_token).sum() <= 3
+            assert (getattr(drawn, name) == getattr(first, name)).sum() <= 4, other
+    assert (first.token == first.draft_token).sum() <= 4
 
 
-@pytest.mark.parametrize("seed", [0, 2**63, 2**64 - 1])
+@pytest.mark.parametrize("seed", fewer([0, 2**63, 2**64 - 1], [2**64 - 1]))
 def test_seed_and_step_from_tensors(accuracy, seed):
-    inputs = pair_inputs(6, v=200)
-    for step in (0, 17, 2**32 - 1):
+    inputs = pair_inputs(6, v=fewer(200, 60))
+    for step in fewer((0, 17, 2**32 - 1), (2**32 - 1,)):
         number = check(accuracy, inputs, seed=seed, step=step)
         signed = torch.tensor([seed - 2**64 if seed >= 2**63 else seed])
         assert_equal(sample(inputs, seed=signed, step=torch.tensor(step)), number)
 
 
 def test_a_step_for_every_row():
-    inputs = pair_inputs(6, v=301)
+    inputs = pair_inputs(6, v=fewer(301, 60))
     steps, row_id = torch.tensor([5, 0, 2**32 - 1, 7, 7, 1]), torch.arange(6) + 9
-    for options in ({"gamma": 0.1}, {"gamma": 0.1, "top_p": 0.8}):
+    for options in ({"gamma": 0.1}, {"gamma": 0.1, "top_p": 0.8})[: fewer(2, 1)]:
         drawn = sample(inputs, step=steps, row_id=row_id, **options)
-        for row in range(6):
+        for row in fewer(range(6), (2,)):
             again = sample(inputs, step=int(steps[row]), row_id=row_id, **options)
             assert all(torch.equal(x[row], y[row]) for x, y in zip(drawn, again, strict=True))
 
 
-@pytest.mark.parametrize("filters", [*FILTERS.values(), {"top_k": 2000}], ids=str)
+@pytest.mark.parametrize("filters", fewer([*FILTERS.values(), {"top_k": 2000}], [{"min_p": 0.1}]), ids=str)
 def test_filters_draw_from_logits(accuracy, filters):
     """With them on, what `extrapolated_sample` draws."""
-    inputs = pair_inputs(fewer(12, 4), v=301)
+    inputs = pair_inputs(fewer(12, 4), v=fewer(301, 60))
     check(accuracy, inputs, gamma=0.3, temperature=0.8, **criterion_options("delta_logp"), **filters, **HEADS)
 
 
+@pytest.mark.not_interpreted("two ops, which have tests of their own there")
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
 @pytest.mark.parametrize("per_row", [False, True])
 def test_tokens_are_those_of_the_logits(dtype, per_row):
-    inputs = pair_inputs((3, 7), v=fewer(1187, 301), dtype=dtype)
+    inputs = pair_inputs((3, 7), v=1187, dtype=dtype)
     rows = torch.arange(21).view(3, 7)
     where = {"row_id": rows + 100, "step": rows % 5} if per_row else {"step": 4}
     options = {"gamma": 0.3, "criterion": "delta_logp", "threshold": -0.2, "temperature": 0.8, "seed": 2**63} | where
@@ -388,11 +394,11 @@ def _strided(x: Tensor) -> list[Tensor]:
     return [wide[:, 1 : 1 + 2 * x.shape[1] : 2], padded[::2, 3:-2], x.t().contiguous().t()]
 
 
-@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+@pytest.mark.parametrize("dtype", fewer([BF16, FP32], [FP32]), ids=str)
 def test_strides(dtype):
-    inputs = pair_inputs(6, v=301, d=16, dtype=dtype)
+    inputs = pair_inputs(6, v=fewer(301, 60), d=16, dtype=dtype)
     expected = sample(inputs, gamma=0.3)
-    for name in ("hidden", "weight", "base_hidden", "base_weight"):
+    for name in fewer(("hidden", "weight", "base_hidden", "base_weight"), ("hidden", "weight")):
         for view in _strided(inputs[name]):
             drawn = sample(inputs | {name: view}, gamma=0.3)
             assert torch.equal(drawn.token, expected.token)
@@ -402,14 +408,14 @@ def test_strides(dtype):
 
 
 def test_one_weight_of_both_models(accuracy, exact):
-    inputs = pair_inputs(9, v=301, d=32, dtype=exact, bias=False)
+    inputs = pair_inputs(9, v=fewer(301, 90), d=32, dtype=exact, bias=False)
     inputs["base_hidden"] = inputs["base_hidden"][:, :32].contiguous()
     inputs["base_weight"] = inputs["weight"]
     check(accuracy, inputs, gamma=0.3, **criterion_options("reverse_kl"))
 
 
 def test_leading_dimensions_and_expanded_rows():
-    inputs = pair_inputs(24, v=90)
+    inputs = pair_inputs(24, v=fewer(90, 40))
     row_id = torch.randint(2**32, (24,))
     flat = sample(inputs, row_id=row_id)
     shaped = inputs | {name: inputs[name].view(2, 3, 4, -1) for name in ("hidden", "base_hidden")}
@@ -451,9 +457,9 @@ def _op_arguments(dtype: torch.dtype, present: bool, top_p: float) -> list[Any]:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("top_p", [1.0, 0.9])
+@pytest.mark.parametrize("top_p", fewer([1.0, 0.9], [1.0]))
 @pytest.mark.parametrize("present", [True, False], ids=["every optional argument", "no optional argument"])
-@pytest.mark.parametrize("dtype", [BF16, FP32, FP64], ids=str)
+@pytest.mark.parametrize("dtype", fewer([BF16, FP32, FP64], [BF16]), ids=str)
 def test_opcheck(dtype, present, top_p):
     op = torch.ops.dlogp.linear_extrapolated_sample.default
     torch.library.opcheck(op, _op_arguments(dtype, present, top_p))
@@ -493,11 +499,11 @@ def test_autocast_converts_as_linear_does():
     assert_equal(drawn, sample({name: x.to(BF16) for name, x in inputs.items()}, gamma=0.2))
 
 
-@pytest.mark.parametrize("seed", range(fewer(30, 4)))
+@pytest.mark.parametrize("seed", range(fewer(30, 3)))
 def test_random_case(accuracy, backend, exact, seed):
     rng = random.Random(seed)
     dtype = rng.choice((BF16, FP16, FP32, exact))
-    rows, v = rng.choice((1, 2, 8, 33, 70)), rng.randint(1, fewer(3000, 500))
+    rows, v = rng.choice((1, 2, 8, 33, 70)), rng.randint(1, fewer(3000, 150))
     inputs = pair_inputs(rows, v=v, d=rng.randint(1, 130), dtype=dtype, bias=rng.random() < 0.5, seed=seed)
     for name in ("bias", "base_bias"):
         if name in inputs and v > 10 and rng.random() < 0.4:

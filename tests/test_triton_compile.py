@@ -171,8 +171,9 @@ CASES = [
     *(("sm_90", name) for name in OTHERS),
     *(("gfx942", name) for name in ("one model", "pair", "one model, float32", "logits", "logits of a pair")),
     *(("sm_89", name) for name in ("one model", "pair", "one model, float32", "pair, float32")),
-    *((gpu, name) for gpu in ("sm_80", "sm_90", "sm_100") for name in SAMPLING),
-    *((gpu, name) for gpu in ("sm_89", "gfx942") for name in ("draws", "draws, float32")),
+    *(("sm_90", name) for name in SAMPLING),
+    *((gpu, name) for gpu in ("sm_80", "sm_100") for name in ("draws", "draws, float32")),
+    *((gpu, "draws, by divergence") for gpu in ("sm_89", "sm_100", "gfx942")),
 ]
 MULTIPLY = ("_linear_logp_fwd_kernel", "_linear_delta_logp_fwd_kernel", "_linear_extrapolated_sample_kernel")
 

@@ -108,6 +108,20 @@ def test_launchers_in_small_blocks_do_not_wait(launches, backend):
     assert launches[-1] == ("triton", "linear_delta_logp_bwd")
 
 
+@pytest.mark.parametrize("extras", [{}, {"top_p": 0.9}], ids=str)
+def test_sampling_from_hidden_states_does_not_wait(launches, extras):
+    inputs = make_inputs("linear_delta_logp", 5, v=61, d=8)
+    del inputs["target"]
+    with backends.use_backend("triton"):
+        dlogp_kernels.linear_extrapolated_sample(
+            **inputs, seed=torch.tensor([1]), step=torch.arange(5), row_id=torch.arange(5), gamma=0.1, **extras
+        )
+    ops = ["extrapolated_sample"] if extras else []
+    assert launches == [("reference" if extras else "triton", "linear_extrapolated_sample")] + [
+        ("triton", op) for op in ops
+    ]
+
+
 @pytest.mark.parametrize("path", sorted(Path(dlogp_kernels.triton.__file__).parent.glob("*.py")), ids=lambda x: x.name)
 def test_source_calls_nothing_that_waits(path):
     for node in ast.walk(ast.parse(path.read_text())):

@@ -42,16 +42,9 @@ _CONFIGS: dict[tuple[int, int, int], list[Config]] = {
     (100, 2, 2): [Config(128, 64, 64, 4, 3), Config(128, 64, 64, 8, 3)],
     (100, 2, 4): [Config(64, 64, 32, 4, 3)],
 }
-#: (architecture, bytes of an element) for sampling from a pair, whose batches are of few rows: as few as fill a matrix
-#: unit, since memory sets the pace. Noise and winners take registers beside both tiles.
-_SAMPLE_CONFIGS: dict[tuple[int, int], Config] = {
-    (80, 2): Config(64, 64, 64, 8, 3),
-    (80, 4): Config(64, 64, 32, 8, 3),
-    (90, 2): Config(64, 64, 64, 8, 3),
-    (90, 4): Config(64, 64, 32, 8, 3),
-    (100, 2): Config(128, 64, 64, 8, 3),
-    (100, 4): Config(128, 64, 32, 8, 3),
-}
+#: Bytes of an element → for sampling from a pair, on every architecture: as few rows as fill a matrix unit, since
+#: batches are of few rows and memory sets the pace. Noise and winners take registers beside both tiles.
+_SAMPLE_CONFIGS = {2: Config(64, 64, 64, 8, 3), 4: Config(64, 32, 32, 8, 3)}
 #: Where rows of the weight do not begin on 16 bytes, or its dtype is another: narrow loads, many addresses.
 _UNALIGNED = Config(128, 64, 32, 8, 2)
 _UNALIGNED_SAMPLE = Config(64, 64, 32, 8, 2)
@@ -86,7 +79,7 @@ def sample_config(models: int, device: torch.device, dtype: torch.dtype, aligned
     found = properties(device)
     if found.kind != "cuda":
         return _OTHERS[found.kind]
-    return _SAMPLE_CONFIGS[_architecture(found), dtype.itemsize] if aligned else _UNALIGNED_SAMPLE
+    return _SAMPLE_CONFIGS[dtype.itemsize] if aligned else _UNALIGNED_SAMPLE
 
 
 @contextlib.contextmanager

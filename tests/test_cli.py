@@ -170,7 +170,8 @@ def test_generate_sweep_and_plot_on_the_demo_pair(dlogp, tmp_path):
     assert [row.token_ids for row in mine] == [row.token_ids for row in rows]
     status, printed, errors = dlogp("plot", tmp_path / "grid", "--out", tmp_path / "figures")
     assert status == 0, errors
-    assert len(contents(tmp_path / "figures")) == 7 and "jump" in printed
+    assert len(contents(tmp_path / "figures")) == 8 and "jump" in printed
+    assert "<code>jump</code>" in (tmp_path / "figures" / "replaced_tokens.html").read_text()
     status, _, errors = dlogp(*on_demo_pair("sweep", data, tmp_path / "grid", *grid, "--resume"))
     assert status == 0, errors
 

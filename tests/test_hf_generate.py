@@ -8,6 +8,7 @@ import torch
 from hf_models import one_thread  # noqa: F401
 from hf_prompts import Recorder, padded, prompts
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 from dlogp_kernels import hf, reference_sample
 from dlogp_kernels.results import Sample
@@ -87,6 +88,27 @@ def test_a_row_does_not_depend_on_its_batch(pair, max_batch_size):
     assert_same(hf.generate(*pair, *inputs, **options, max_batch_size=max_batch_size), together)
 
 
+def test_places_of_rows_that_are_done_are_filled_in_mid_sequence(pair, monkeypatch):
+    steps: list[list[int]] = []
+    draw = hf.generation.extrapolated_sample
+
+    def recorded(logits, base_logits, **options):
+        if "step" in options:  # not the call that checks the options
+            steps.append(torch.as_tensor(options["step"]).expand(len(logits)).tolist())
+        return draw(logits, base_logits, **options)
+
+    monkeypatch.setattr(hf.generation, "extrapolated_sample", recorded)
+    inputs = padded(prompts(3, 9, 1, 6, 4, seed=1))
+    options = {**SAMPLING, "stop_token_ids": range(0, 160, 9), "max_new_tokens": 10, "num_return_sequences": 4}
+    actual = hf.generate(*pair, *inputs, **options, max_batch_size=4)
+    assert sum(map(len, steps)) == int(actual.lengths.sum()), "each token is drawn once"
+    assert max(map(len, steps)) == 4
+    begun = [sum(row.count(0) for row in steps[: number + 1]) for number in range(len(steps))]
+    # No place stays free while a row waits, and rows are at different tokens.
+    assert all(len(rows) == 4 for rows, number in zip(steps, begun, strict=True) if number < 20)
+    assert sum(len(set(rows)) > 1 for rows in steps) > len(steps) / 2
+
+
 def test_a_row_alone_is_that_of_the_batch_with_its_row_id(pair):
     rows = prompts(3, 9, 5)
     together = hf.generate(*pair, *padded(rows), max_new_tokens=8, **SAMPLING)
@@ -160,8 +182,10 @@ def test_compiled_models(pair):
     options = {**SAMPLING, "max_new_tokens": 5, "num_return_sequences": 2, "stop_token_ids": range(0, 160, 9)}
     expected = hf.generate(*pair, *inputs, **options)
     torch.compiler.reset()
-    compiled = [torch.compile(pair[0], backend="eager", dynamic=True), pair[1]]
+    counter = CompileCounter()
+    compiled = [torch.compile(pair[0], backend=counter, dynamic=True), pair[1]]
     assert_same(hf.generate(*compiled, *inputs, max_batch_size=4, **options), expected)
+    assert counter.frame_count > 0, "what was compiled was not run"
 
 
 def test_an_adapter_on_the_base_model(pair):

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from dlogp_kernels.report.curves import (
     results_csv,
 )
 from dlogp_kernels.report.errors import DatasetError
+from dlogp_kernels.report.replaced import tokens_csv
 from dlogp_kernels.report.responses import (
     BASE,
     RL,
@@ -200,7 +202,7 @@ def test_plot_writes_what_there_is_to_draw(results, tmp_path):
     rows = [response(setting, problem, float(problem % 2), replaced=1) for setting in POINTS for problem in range(4)]
     directory = write(tmp_path / "run", rows, tail=b'{"id": "half a li')
     plot = plot_sweep(directory)
-    tables = ["results.md", "results.csv", "replaced_tokens.md", "replaced_tokens.csv"]
+    tables = ["results.md", "results.csv", "replaced_tokens.md", "replaced_tokens.csv", "replaced_tokens.html"]
     pictures = ["accuracy_by_share.png", "extrapolation.png", "threshold_gamma.png"]
     assert [file.name for file in plot.files] == [*pictures, *tables] and not plot.complete
     assert all(file.stat().st_size > 10_000 for file in plot.files[:3])
@@ -215,7 +217,7 @@ def test_plot_writes_what_there_is_to_draw(results, tmp_path):
     found = plot_sweep(ungraded)
     assert [file.name for file in found.files] == tables and found.results[0].grader_errors == 1
     one_problem = write(tmp_path / "single", [response(setting, 0, replaced=1) for setting in POINTS])
-    assert len(plot_sweep(one_problem).files) == 7
+    assert len(plot_sweep(one_problem).files) == 8
 
 
 def test_directories_without_responses(tmp_path):
@@ -259,14 +261,66 @@ def test_replaced_tokens_are_counted_by_criterion():
         row(RL, "cccc", "aaaa", [0] * 4),
     ]
     found = collect(rows).replaced_tokens(limit=5)
-    assert [(token.criterion, token.text, token.occurrences, token.delta_logp) for token in found] == [
-        ("delta_logp", "a", 4, -2.0),
-        ("delta_logp", "b", 2, -3.0),
-        ("delta_logp", "c", 1, -5.0),
-        ("kl", "c", 1, 1.0),
+    assert [(token.criterion, token.text, token.occurrences, token.share, token.delta_logp) for token in found] == [
+        ("delta_logp", "a", 4, 4 / 7, -2.0),
+        ("delta_logp", "b", 2, 2 / 7, -3.0),
+        ("delta_logp", "c", 1, 1 / 7, -5.0),
+        ("kl", "c", 1, 1.0, 1.0),
     ]
     assert [token.replacements for token in found][:2] == [[("x", 4)], [("y", 1), ("z", 1)]]
-    assert [token.text for token in collect(rows).replaced_tokens(limit=1, min_count=2)] == ["a"]
+    [token] = collect(rows).replaced_tokens(limit=1, min_count=2)
+    assert token.text == "a" and token.share == 4 / 7, "what is left out of the table counts"
+    table = list(csv.DictReader(io.StringIO(tokens_csv(found))))
+    assert [(row["token"], row["replaced_by"], row["replaced_by_count"]) for row in table] == [
+        ('"a"', '"x"', "4"), ('"b"', '"y"', "1"), ('"b"', '"z"', "1"), ('"c"', '"c"', "1"), ('"c"', '"a"', "1"),
+    ]  # fmt: skip
+    assert float(table[0]["share"]) == pytest.approx(4 / 7)
+
+
+class _Page(HTMLParser):
+    """The rows of the tables of a page, the text of each cell, and every tag."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.rows: list[list[str]] = []
+        self.tags: set[str] = set()
+        self.widths: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+        if tag == "i":
+            self.widths.append(dict(attrs)["style"])
+
+    def handle_data(self, data):
+        if self.rows and self.rows[-1]:
+            self.rows[-1][-1] += data
+
+
+def test_the_page_of_replaced_tokens(tmp_path):
+    setting = Setting("delta_logp", -1.0)
+
+    def row(text, news, value):
+        count = len(news)
+        return response(
+            setting, 0, selected=range(count), delta_logp=[value] * count, draft_ids=[ord(text)] * count,
+            draft_texts=[text] * count, new_texts=list(news),
+        )  # fmt: skip
+
+    plot = plot_sweep(write(tmp_path / "run", [row("a", "xxxy", -2.0), row(" ", "z", float("-inf"))]))
+    page = _Page(plot.files[-1].read_text())
+    assert plot.files[-1].name == "replaced_tokens.html"
+    assert [[cell.strip() for cell in row] for row in page.rows[1:]] == [
+        ["a", "97", "4", "80 %", "-2.000", "x 3 · 75 %y 1 · 25 %"],
+        ["␣", "32", "1", "20 %", "-inf", "z 1 · 100 %"],
+    ]
+    assert page.widths == ["width:100.0%", "width:25.0%"]
+    empty = plot_sweep(write(tmp_path / "empty", [response(RL, 0)])).files[-1].read_text()
+    assert "No token was replaced" in empty
 
 
 def test_tables_show_hostile_tokens_as_text(tmp_path):
@@ -286,13 +340,20 @@ def test_tables_show_hostile_tokens_as_text(tmp_path):
     plot = plot_sweep(write(tmp_path / "run", rows))
     markdown = next(file for file in plot.files if file.name == "replaced_tokens.md").read_text()
     cells = [line.split(" | ") for line in markdown.splitlines() if line.startswith("| delta")]
-    assert [len(row) for row in cells] == [6] * len(texts)
+    assert [len(row) for row in cells] == [7] * len(texts)
     assert cells[0][1] == r"\|" and cells[1][1] == r"\<script\>alert\(1\)\<\/script\>"
-    assert cells[6][5] == r"\&lt\; (100 %) |"
+    assert cells[6][6] == r"\&lt\; (100 %) |"
     assert not any(character in markdown for character in "\x1b\u202e")
     with open(next(file for file in plot.files if file.name == "replaced_tokens.csv"), newline="") as file:
         table = list(csv.DictReader(file))
     assert [json.loads(row["token"]) for row in table] == [json.loads(row["replaced_by"]) for row in table] == texts
+
+    page = next(file for file in plot.files if file.name == "replaced_tokens.html").read_text()
+    assert not any(character in page for character in "\x1b\u202e")
+    parsed = _Page(page)
+    assert not parsed.tags & {"script", "img", "a", "link", "iframe"}, "a tag of a token"
+    shown = [row[0] for row in parsed.rows[1:]]
+    assert shown[:3] == texts[:3] and shown[6] == "&lt;", "and text stays what it is"
 
     console = Console(width=140, force_terminal=True, color_system=None, record=True, file=io.StringIO())
     console.print(replaced_token_table(plot.replaced_tokens))

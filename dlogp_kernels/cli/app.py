@@ -297,7 +297,7 @@ def plot(
 
     Of `dlogp metrics`: histograms of entropy, KL and Δlog p, and the tokens that RL raised most. Of `dlogp sweep`:
     accuracy over the replaced share, extrapolation against replacement, a map over τ and γ, and the tokens replaced
-    most often.
+    most often, also as a page of HTML.
     """
     from .plotting import plot_any
 

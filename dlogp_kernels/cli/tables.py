@@ -9,8 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from ..jobs.doctor import Report
-from ..report.curves import SweepPlot, replacements_text
+from ..report.curves import SweepPlot
 from ..report.figures import Plot, TopToken
+from ..report.replaced import replacements_text
 from ..report.responses import RESPONSES_FILE, ReplacedToken, Setting
 from ..report.text import visible
 
@@ -128,7 +129,7 @@ def print_sweep_plot(console: Console, plot: SweepPlot) -> None:
 def replaced_token_table(tokens: Sequence[ReplacedToken]) -> Table:
     """The tokens replaced most often, with what took their place; a few for each criterion."""
     table = Table("criterion", "token", title="Tokens replaced most often")
-    for heading in ("id", "times", "mean Δlog p"):
+    for heading in ("id", "times", "share", "mean Δlog p"):
         table.add_column(heading, justify="right")
     table.add_column("replaced by")
     shown: dict[str, int] = {}
@@ -141,6 +142,7 @@ def replaced_token_table(tokens: Sequence[ReplacedToken]) -> Table:
             Text(visible(token.text)),
             str(token.token_id),
             f"{token.occurrences:,}",
+            f"{token.share:.1%}",
             f"{token.delta_logp:+.4f}",
             Text(replacements_text(token)),
         )

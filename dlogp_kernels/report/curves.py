@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from .errors import DatasetError
 from .figures import FIGURES_DIRECTORY, PALETTE, render
 from .files import write_atomically
+from .replaced import tokens_csv, tokens_html, tokens_markdown
 from .responses import (
     BASE,
     RL,
@@ -25,7 +26,6 @@ from .responses import (
     is_complete,
     read_responses,
 )
-from .text import escape_markdown, quoted, visible
 
 REPLACED_TOKENS = 20
 
@@ -75,8 +75,8 @@ def plot_sweep(directory: str | Path, out: str | Path | None = None, *, min_coun
         min_count: leave tokens that were replaced less often out of the table.
 
     Returns:
-        SweepPlot: `results.md` and `results.csv`, `replaced_tokens.md` and `.csv`; and, where the sweep has what they
-        show, `accuracy_by_share.png`, `extrapolation.png` (bars) and `threshold_gamma.png` (a map).
+        SweepPlot: `results.md` and `results.csv`, `replaced_tokens.md`, `.csv` and `.html`; and, where the sweep has
+        what they show, `accuracy_by_share.png`, `extrapolation.png` (bars) and `threshold_gamma.png` (a map).
 
     Raises:
         DatasetError: `directory` holds no responses.
@@ -97,6 +97,7 @@ def plot_sweep(directory: str | Path, out: str | Path | None = None, *, min_coun
         "results.csv": results_csv(results).encode(),
         "replaced_tokens.md": tokens_markdown(tokens, min_count).encode(),
         "replaced_tokens.csv": tokens_csv(tokens).encode(),
+        "replaced_tokens.html": tokens_html(tokens, min_count).encode(),
     }
     for name, content in contents.items():
         write_atomically(target / name, content)
@@ -394,51 +395,6 @@ def results_csv(results: Sequence[SettingResult]) -> str:
     writer = csv.DictWriter(sink, rows[0].keys(), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    return sink.getvalue()
-
-
-def tokens_markdown(tokens: Sequence[ReplacedToken], min_count: int) -> str:
-    """The tokens replaced most often, with what took their place."""
-    lines = [
-        "# Tokens replaced most often",
-        "",
-        f"Over all settings of a criterion; tokens that were replaced at least {min_count} times. Mean Δlog p of the "
-        "drafted token, in nats.",
-        "Spaces are shown as ␣; control and formatting characters are spelt out.",
-        "",
-        "| criterion | token | id | times replaced | mean Δlog p | replaced by |",
-        "|:---|:---|---:|---:|---:|:---|",
-    ]
-    for token in tokens:
-        text = escape_markdown(visible(token.text))
-        new = ", ".join(
-            f"{escape_markdown(visible(new))} ({_percent(count, token)})" for new, count in token.replacements
-        )
-        criterion = escape_markdown(token.criterion)
-        lines.append(
-            f"| {criterion} | {text} | {token.token_id} | {token.occurrences:,} | {token.delta_logp:+.4f} | {new} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def _percent(count: int, token: ReplacedToken) -> str:
-    return f"{100 * count / token.occurrences:.0f} %"
-
-
-def replacements_text(token: ReplacedToken) -> str:
-    """What took the token's place most often, each with its share, for a terminal."""
-    return ", ".join(f"{visible(new)} ({_percent(count, token)})" for new, count in token.replacements)
-
-
-def tokens_csv(tokens: Sequence[ReplacedToken]) -> str:
-    """The same as CSV; tokens are JSON strings."""
-    sink = io.StringIO()
-    writer = csv.writer(sink, lineterminator="\n")
-    writer.writerow(["criterion", "token", "token_id", "count", "mean_delta_logp", "replaced_by", "replaced_by_count"])
-    for token in tokens:
-        new, count = token.replacements[0]
-        row = [token.criterion, quoted(token.text), token.token_id, token.occurrences, f"{token.delta_logp:.9g}"]
-        writer.writerow([*row, quoted(new), count])
     return sink.getvalue()
 
 

@@ -154,12 +154,16 @@ def estimate(sums: np.ndarray, counts: np.ndarray) -> Estimate | None:
 
 
 class ReplacedToken(NamedTuple):
-    """A token that was drafted and replaced, under one criterion, and by what most often: text and count."""
+    """A token that was drafted and replaced, under one criterion, and by what most often: text and count.
+
+    `share` is of all tokens that the criterion replaced.
+    """
 
     criterion: str
     token_id: int
     text: str
     occurrences: int
+    share: float
     delta_logp: float
     replacements: list[tuple[str, int]]
 
@@ -263,10 +267,12 @@ class Collector:
         """For each criterion but `all`, the `limit` tokens replaced most often, over all its settings; ties by id."""
         found: list[ReplacedToken] = []
         for wanted in dict.fromkeys(criterion for criterion, _ in self._replaced if criterion != "all"):
+            tallies = {
+                token_id: tally for (criterion, token_id), tally in self._replaced.items() if criterion == wanted
+            }
+            total = sum(tally.count for tally in tallies.values())
             rows = [
-                tally.row(criterion, token_id)
-                for (criterion, token_id), tally in self._replaced.items()
-                if criterion == wanted and tally.count >= min_count
+                tally.row(wanted, token_id, total) for token_id, tally in tallies.items() if tally.count >= min_count
             ]
             found += sorted(rows, key=lambda row: (-row.occurrences, row.token_id))[:limit]
         return found
@@ -286,10 +292,16 @@ class _ReplacedTally:
         self._delta_logp += delta_logp
         self._new[new_text] = self._new.get(new_text, 0) + 1
 
-    def row(self, criterion: str, token_id: int) -> ReplacedToken:
+    def row(self, criterion: str, token_id: int, total: int) -> ReplacedToken:
         replacements = sorted(self._new.items(), key=lambda item: (-item[1], item[0]))
         return ReplacedToken(
-            criterion, token_id, self._text, self.count, self._delta_logp / self.count, replacements[:_REPLACEMENTS]
+            criterion,
+            token_id,
+            self._text,
+            self.count,
+            self.count / total,
+            self._delta_logp / self.count,
+            replacements[:_REPLACEMENTS],
         )
 
 

@@ -16,14 +16,14 @@ from dlogp_kernels.report.files import write_atomically
 
 from . import summary
 
-#: Colour, line and marker of a method, each enough to tell them apart.
-_STYLES = {
-    "none": ("#000000", "-", "o"),
-    "low_prob": (PALETTE[0], "-", "s"),
-    "dominate": (PALETTE[1], "--", "D"),
-    "ppl": (PALETTE[2], "-.", "^"),
-}
 _GREY = "0.6"
+#: Colour, line, width and marker of a method, told apart without the colour too. DAPO lies broad below the others.
+_STYLES = {
+    "none": (_GREY, "-", 4.0, "o"),
+    "low_prob": (PALETTE[0], "-", 1.7, "s"),
+    "dominate": (PALETTE[1], "--", 1.7, "D"),
+    "ppl": (PALETTE[2], "-.", 1.7, "^"),
+}
 _FONT: dict[Any, Any] = {
     "font.size": 9,
     "axes.titlesize": 9.5,
@@ -60,14 +60,14 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
 def _draw_curves(axes: Axes, results: dict[str, Any], panel: _Panel) -> None:
     axes.set_title(panel.title, loc="left")
-    for method, (color, line, _) in _STYLES.items():
+    for method, (color, line, width, _) in _STYLES.items():
         runs = [*summary.of_method(results, method).values()]
         if not runs:
             continue
         rollouts = runs[0]["curves"]["rollout"]
         values = np.array([run["curves"][panel.curve] for run in runs])
         mean = values.mean(0)
-        axes.plot(rollouts, mean, line, color=color, lw=1.7, label=_label(results, method))
+        axes.plot(rollouts, mean, line, color=color, lw=width, label=_label(results, method))
         if len(runs) > 1:
             error = values.std(0, ddof=1) / np.sqrt(len(runs))
             axes.fill_between(rollouts, mean - error, mean + error, color=color, alpha=0.13, lw=0)
@@ -88,7 +88,7 @@ def _draw_differences(axes: Axes, results: dict[str, Any]) -> None:
         apart = summary.differences(results, method, summary.avg)
         if not apart:
             continue
-        color, _, marker = _STYLES[method]
+        color, *_, marker = _STYLES[method]
         place, found = len(names), summary.estimate(apart)
         axes.plot([place - 0.12] * len(apart), apart, marker, color=color, ms=4.5, alpha=0.55, mew=0)
         axes.errorbar(place + 0.12, found.mean, found.standard_error, fmt=marker, color=color, ms=6, capsize=4, lw=1.7)

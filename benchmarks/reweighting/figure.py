@@ -83,7 +83,7 @@ def _draw_differences(axes: Axes, results: dict[str, Any]) -> None:
     samples = results["settings"]["samples_per_problem"]
     axes.set_title(f"Held-out avg@{samples} at the end, minus DAPO", loc="left")
     axes.axhline(0, color=_GREY, lw=1)
-    names = []
+    names: list[str] = []
     for method in (name for name in _STYLES if name != "none"):
         apart = summary.differences(results, method, summary.avg)
         if not apart:

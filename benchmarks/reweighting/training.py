@@ -123,7 +123,7 @@ def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, budget:
         max_batch_size=_EVALUATION_ROWS,
     )
     texts = [
-        tokenizer.decode(tokens[:length], skip_special_tokens=False)
+        str(tokenizer.decode(tokens[:length], skip_special_tokens=False))
         for tokens, length in zip(drawn.tokens.tolist(), drawn.lengths.tolist(), strict=True)
     ]
     correct = [

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .cache_names import cache_name
 from .heads import body_of
 
 
@@ -116,15 +117,16 @@ def run_body(model: PreTrainedModel, input_ids: Tensor, prefill_chunk: int | Non
         options = {"use_cache": False} if _accepts(accepted, "use_cache") else {}
         return _last_hidden(body(input_ids=input_ids, **options))
     cache: Any = None
+    name = cache_name(accepted)
     hidden = torch.empty(0)
     for begin in range(0, length, prefill_chunk):
         output = body(
             input_ids=input_ids[:, begin : begin + prefill_chunk],
-            past_key_values=cache,
             use_cache=True,
+            **{name: cache},
             **_chunk_positions(accepted, begin, min(begin + prefill_chunk, length), input_ids.device),
         )
-        cache = getattr(output, "past_key_values", None)
+        cache = getattr(output, name, None)
         if cache is None:
             raise ValueError(
                 f"model is {type(model).__name__}, whose body gives no key-value cache: expected prefill_chunk=None"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .cache_names import cache_name
 from .heads import unwrapped
 
 #: Layers of a cache that can be taken apart by rows and put together; by name, as not every version has all of them.
@@ -21,7 +22,6 @@ _GROWS = ("DynamicLayer", "LinearAttentionAndFullAttentionLayer")
 _SLIDES = ("DynamicSlidingWindowLayer", "LinearAttentionAndSlidingWindowAttentionLayer")
 _FIXED = ("LinearAttentionLayer", "DummyLayer")
 _STATES = ("conv_states", "recurrent_states")
-_CACHE_NAMES = ("past_key_values", "cache_params")
 
 
 class CachedRows:
@@ -75,7 +75,7 @@ class CachedModel:
         self._call = self.causal_lm if original is model else model
         self._vocabulary = vocabulary
         self._accepted = inspect.signature(self.causal_lm.forward).parameters
-        self._cache_name = next((name for name in _CACHE_NAMES if name in self._accepted), _CACHE_NAMES[0])
+        self._cache_name = cache_name(self._accepted)
 
     def prefill(self, prompts: Sequence[Tensor]) -> CachedRows:
         """Rows for prompts, 1-dimensional tensors of tokens, each ≥ 1 of them."""

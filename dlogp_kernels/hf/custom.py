@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.utils import ModelOutput
 
+from .cache_names import CACHE_NAMES
 from .generation import OnStep, Streamer, generate
 
 #: What the decoding loop does itself, by the config's numbers.
 _PROCESSORS = ("TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "MinPLogitsWarper")
 _CRITERIA = ("MaxLengthCriteria", "EosTokenCriteria")
 _INPUTS = ("attention_mask", "position_ids", "use_cache", "logits_to_keep")
-_CACHES = ("past_key_values", "cache_params")
 
 
 @dataclass
@@ -124,9 +124,9 @@ def _check_supported(config: GenerationConfig, processors: LogitsProcessorList, 
 def _check_inputs(inputs: Mapping[str, Any]) -> None:
     """ValueError for what would be left out: images, embeddings, a cache that holds tokens."""
     for name, value in inputs.items():
-        if name in _CACHES and value is not None and value.get_seq_length() > 0:
+        if name in CACHE_NAMES and value is not None and value.get_seq_length() > 0:
             raise ValueError(f"{name} holds {value.get_seq_length()} tokens, expected none: pass the whole prompt")
-        if name not in _INPUTS + _CACHES and value is not None:
+        if name not in _INPUTS + CACHE_NAMES and value is not None:
             raise ValueError(f"{name} is given, expected only input_ids and {', '.join(_INPUTS)}")
 
 

@@ -86,7 +86,7 @@ def test_perplexity_by_hand():
     torch.testing.assert_close(perplexity[:3], torch.tensor([1.0, 3.0, 7.0], dtype=FP64))
     s = reference_policy.normalized_in_group(perplexity, torch.tensor([4, 4, 9, 4]), mask.any(-1))
     torch.testing.assert_close(s, torch.tensor([-1.0, 1.0, 0.0, 0.0], dtype=FP64) / (1 + 1e-6))
-    weight = reference_policy.reweighting(old_logp, old_logp, s, PolicyOptions(reweight="ppl", alpha=0.5))
+    weight = reference_policy.reweighting(old_logp, old_logp, s[:, None], PolicyOptions(reweight="ppl", alpha=0.5))
     torch.testing.assert_close(weight[:, 0], 1 - 0.5 * s)
 
 

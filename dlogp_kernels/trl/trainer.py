@@ -260,7 +260,7 @@ class ReweightedGRPOTrainer(GRPOTrainer):
         options = PolicyOptions(reweight="ppl", alpha=self.args.reweight_alpha, reweight_sign=self.args.reweight_sign)
         advantages = rollouts["advantages"]
         weight = reweighting(
-            rollouts[_OLD][:, :1], advantages[:, None], s[begin : begin + len(local)], options
+            rollouts[_OLD][:, :1], advantages[:, None], s[begin : begin + len(local), None], options
         ).squeeze(1)
         rollouts["advantages"] = weight * advantages
         sums = TokenSums()

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 app = typer.Typer(
-    help="Token log-probabilities of an RL model and its base: measure a pair, sample from it, plot what comes out.",
+    help="Token log-probabilities of an RL model and its base: train one, measure a pair, sample from it, plot it all.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -282,12 +282,137 @@ def sweep(
     print_results(_console, summary, out)
 
 
+class Reweight(StrEnum):
+    """The factor on a token's advantage."""
+
+    LOW_PROB = "low_prob"
+    DOMINATE = "dominate"
+    PPL = "ppl"
+    NONE = "none"
+
+
+class Sign(StrEnum):
+    """Which advantages are reweighted."""
+
+    BOTH = "both"
+    POSITIVE = "positive"
+    NEGATIVE = "negative"
+
+
+class TrainingDtype(StrEnum):
+    """Of the trained weights."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+
+
+@app.command()
+def train(
+    base: Annotated[
+        str, typer.Option(help="The model to begin with: a directory, or a name on the Hub.", show_default=False)
+    ],
+    data: _Problems,
+    out: Annotated[
+        Path, typer.Option(help="Directory for the run; one of the same arguments there goes on.", show_default=False)
+    ],
+    eval_data: Annotated[
+        Path | None, typer.Option(help="Held-out problems, likewise JSONL.", show_default="none")
+    ] = None,
+    grader: _GraderName = "exact",
+    steps: Annotated[int, typer.Option(help="Steps of the optimiser.")] = 100,
+    prompts: Annotated[int, typer.Option(help="Problems in a batch of responses.")] = 16,
+    samples: Annotated[int, typer.Option(help="Responses to each of them.")] = 16,
+    minibatches: Annotated[int, typer.Option(help="Steps in which a batch of responses is spent.")] = 2,
+    micro_batch_size: Annotated[
+        int | None, typer.Option(help="Responses in memory at once while learning.", show_default="those of a step")
+    ] = None,
+    max_new_tokens: _MaxNewTokens = 1024,
+    learning_rate: Annotated[float, typer.Option(help="After the warm-up; constant.")] = 1e-6,
+    warmup_steps: Annotated[int, typer.Option(help="Steps in which the learning rate grows.")] = 10,
+    reweight: Annotated[
+        Reweight,
+        typer.Option(
+            help="low_prob: 1 + α (1 − p); dominate: α p + 1 − α; ppl: 1 − α · the response's log-perplexity within "
+            "its group; none."
+        ),
+    ] = Reweight.LOW_PROB,
+    alpha: Annotated[float, typer.Option(help="α of the reweighting.")] = 0.1,
+    reweight_sign: Annotated[Sign, typer.Option(help="Which advantages are reweighted.")] = Sign.BOTH,
+    clip_low: Annotated[float, typer.Option(help="The ratio is clipped at 1 − this,")] = 0.2,
+    clip_high: Annotated[float, typer.Option(help="and at 1 + this.")] = 0.28,
+    dual_clip: Annotated[float, typer.Option(help="Bound of the ratio where the advantage is negative.")] = 10.0,
+    kl_beta: Annotated[float, typer.Option(help="Of the divergence to the base model; 0 for none.")] = 0.0,
+    dynamic_sampling: Annotated[
+        bool, typer.Option(help="Drop problems whose responses are all worth the same, and draw others.")
+    ] = True,
+    overlong_buffer: Annotated[
+        int, typer.Option(help="Tokens before --max-new-tokens in which a penalty grows to 1; 0 for none.")
+    ] = 0,
+    temperature: Annotated[float, typer.Option(help="Of the draws and of the policy.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the order of problems and of the draws.")] = 0,
+    eval_every: Annotated[int, typer.Option(help="Steps between measurements on --eval-data.")] = 10,
+    eval_samples: Annotated[int, typer.Option(help="Responses to each held-out problem.")] = 1,
+    save_every: Annotated[int, typer.Option(help="Steps between checkpoints, which a kill can cost.")] = 10,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
+    ] = False,
+    dtype: Annotated[TrainingDtype, typer.Option(help="Of the weights in memory.")] = TrainingDtype.FP32,
+    device: _Device = None,
+    resume: _Resume = False,
+    trust_remote_code: _TrustRemoteCode = False,
+) -> None:
+    """Train a model on graded problems: DAPO with reweighted advantages; writes a checkpoint and a log.
+
+    Killed and started again with the same arguments, it goes on from its last checkpoint.
+    """
+    from ..jobs.train import MODEL_DIRECTORY, run_train
+    from ..jobs.training import Training
+    from .tables import print_training
+
+    training = Training(
+        steps=steps,
+        prompts=prompts,
+        samples=samples,
+        minibatches=minibatches,
+        micro_batch_size=micro_batch_size,
+        max_new_tokens=max_new_tokens,
+        learning_rate=learning_rate,
+        warmup_steps=warmup_steps,
+        reweight=reweight.value,
+        alpha=alpha,
+        reweight_sign=reweight_sign.value,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        dual_clip=dual_clip,
+        kl_beta=kl_beta,
+        dynamic_sampling=dynamic_sampling,
+        overlong_buffer=overlong_buffer,
+        temperature=temperature,
+        seed=seed,
+        eval_every=eval_every,
+        eval_samples=eval_samples,
+        save_every=save_every,
+        gradient_checkpointing=gradient_checkpointing,
+        dtype=dtype.value,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+    summary = run_train(base, data, out, training=training, grader=grader, eval_data=eval_data, resume=resume)
+    print_training(_console, summary, out / MODEL_DIRECTORY)
+
+
 @app.command()
 def plot(
-    directory: Annotated[
-        Path, typer.Argument(metavar="DIR", help="What `dlogp metrics`, `dlogp generate` or `dlogp sweep` wrote.")
+    directories: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="DIR…",
+            help="What `dlogp metrics`, `generate`, `sweep` or `train` wrote; several of `train` are overlaid.",
+        ),
     ],
-    out: Annotated[Path | None, typer.Option(help="Directory for the files.", show_default="DIR/figures")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Directory for the files.", show_default="figures in the first DIR")
+    ] = None,
     min_count: Annotated[
         int | None,
         typer.Option(help="Leave rarer tokens out of the table.", show_default="10, of replaced tokens 1"),
@@ -297,11 +422,12 @@ def plot(
 
     Of `dlogp metrics`: histograms of entropy, KL and Δlog p, and the tokens that RL raised most. Of `dlogp sweep`:
     accuracy over the replaced share, extrapolation against replacement, a map over τ and γ, and the tokens replaced
-    most often, also as a page of HTML.
+    most often, also as a page of HTML. Of `dlogp train`: accuracy, entropy and response length over steps; runs that
+    differ in their seed alone are one line, their mean with a band of one standard error.
     """
     from .plotting import plot_any
 
-    plot_any(_console, directory, out, min_count)
+    plot_any(_console, directories, out, min_count)
 
 
 @app.command()

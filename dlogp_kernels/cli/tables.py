@@ -113,6 +113,31 @@ def _print_grader_errors(console: Console, settings: Sequence[Mapping[str, Any]]
         )
 
 
+def print_training(console: Console, summary: Mapping[str, Any], model: Path) -> None:
+    """What a training began and ended with, and where the model is."""
+    table = Table("", title=f"{summary['steps']:,} steps in {summary['seconds']:,.1f} s")
+    for heading in ("at first", "at last"):
+        table.add_column(heading, justify="right")
+    for name, title in (
+        ("accuracy", "accuracy in training"),
+        ("eval_accuracy", "accuracy, held out"),
+        ("entropy", "entropy [nats]"),
+        ("length", "response length"),
+    ):
+        if f"last_{name}" in summary:
+            cells = [
+                _with_error(summary[f"{when}_{name}"], summary.get(f"{when}_{name}_standard_error"), 1, 3)
+                for when in ("first", "last")
+            ]
+            table.add_row(title, *cells)
+    console.print(table)
+    if summary["grader_errors"]:
+        console.print(
+            f"The grader raised at {summary['grader_errors']:,} responses, which taught nothing.", style="yellow"
+        )
+    console.print(f"model: {model}", markup=False, soft_wrap=True)
+
+
 def print_sweep_plot(console: Console, plot: SweepPlot) -> None:
     """The results and the replaced tokens of a sweep, and where the files are."""
     if not plot.complete:

@@ -206,7 +206,7 @@ class _Run:
     def _draw(self, chunk: _Chunk, rl: Any, base: Any, on_step: Callable[[int, int, int], None]) -> list[Response]:
         """The graded responses of a chunk, samples of a problem one after another."""
         samples = self._decoding.samples
-        input_ids, attention_mask = _pad_left([problem.prompt_ids for problem in chunk.problems], self._device)
+        input_ids, attention_mask = pad_left([problem.prompt_ids for problem in chunk.problems], self._device)
         row_id = torch.tensor(
             [problem.number * samples + sample for problem in chunk.problems for sample in range(samples)],
             device=self._device,
@@ -275,7 +275,7 @@ def _rows(generation: Generation) -> Iterator[_Row]:
         )
 
 
-def _pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+def pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """Token ids and attention mask (B, longest prompt)."""
     longest = max(map(len, prompts))
     input_ids = torch.zeros(len(prompts), longest, dtype=torch.int64)

@@ -9,8 +9,16 @@ except ModuleNotFoundError as error:
         f"dlogp_kernels.trl needs {error.name}: pip install 'dlogp_kernels[trl]'", name=error.name
     ) from error
 
+from .callbacks import report_to
 from .config import ReweightedGRPOConfig
 from .simple import grpo_trainer, sft_trainer
-from .trainer import ReweightedGRPOTrainer
+from .trainer import ReweightedGRPOTrainer, complete_checkpoints
 
-__all__ = ["ReweightedGRPOConfig", "ReweightedGRPOTrainer", "grpo_trainer", "sft_trainer"]
+__all__ = [
+    "ReweightedGRPOConfig",
+    "ReweightedGRPOTrainer",
+    "complete_checkpoints",
+    "grpo_trainer",
+    "report_to",
+    "sft_trainer",
+]

@@ -68,6 +68,7 @@ class ReweightedGRPOTrainer(GRPOTrainer):
         reward_funcs: as in TRL. A function that raises, or returns anything but a finite number or None for each
             response, ends the training with an error that names it.
         args: a `ReweightedGRPOConfig`.
+        train_dataset: as in TRL; a prompt may also be a list of token ids.
         others, named: the other arguments of TRL's trainer.
 
     Raises:
@@ -149,6 +150,12 @@ class ReweightedGRPOTrainer(GRPOTrainer):
             add_logp_head(causal_lm, temperature=self.temperature, float32_head=self.args.cast_lm_head_to_fp32)
 
     # Responses
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], Any, Any]:
+        """Prompts of a data set may also be lists of token ids, which are taken as they are."""
+        if isinstance(prompts[0], list) and prompts[0] and isinstance(prompts[0][0], int):
+            return prompts, None, {}
+        return super()._tokenize_prompts(prompts)
 
     def _generate_single_turn(
         self,
@@ -417,6 +424,15 @@ class ReweightedGRPOTrainer(GRPOTrainer):
 def rollouts_file(process_index: int) -> str:
     """In a checkpoint: the responses that this process has still to learn from."""
     return f"rollouts_{process_index}.pt"
+
+
+def complete_checkpoints(directory: str | Path) -> dict[int, Path]:
+    """The checkpoints in a trainer's output directory that were written to their end, by step."""
+    found = {}
+    for path in Path(directory).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        if (path / rollouts_file(0)).exists():
+            found[int(path.name.rpartition("-")[2])] = path
+    return found
 
 
 def _is_function(reward: Any) -> bool:

@@ -1,0 +1,364 @@
+"""Reinforcement learning from a file of problems and a grader; resumable, with a log to plot."""
+
+import importlib.util
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from tqdm import tqdm
+
+from ..hf import generate
+from ..report.files import sync_directory, write_atomically
+from ..report.responses import estimate
+from ..report.training import CSV_FILE, LOG_FILE, read_log, to_csv, to_entry, to_line
+from ..trl import ReweightedGRPOConfig, ReweightedGRPOTrainer, complete_checkpoints, report_to
+from .decoding import pad_left
+from .errors import JobError, explained_writes
+from .graders import EXACT, Grader, load_grader
+from .identity import file_identity, model_identity, versions
+from .models import DTYPES, Reading, check_device, find_model, load_weights, read_pair
+from .problems import Problem, check_file, read_problems
+from .run_directory import RunDirectory, State
+from .stopwatch import Stopwatch
+from .training import Training, check_training
+
+MODEL_DIRECTORY = "model"
+_GO_ON = "what is finished stays: make room and start again with the same arguments to go on"
+_SECONDS_FILE, _TRAINER_DIRECTORY, _TENSORBOARD_DIRECTORY = "seconds.json", "trainer", "tensorboard"
+_KEPT_CHECKPOINTS = 2
+_ADAM_BETA2 = 0.95
+
+
+def run_train(
+    base: str | Path,
+    data: str | Path,
+    out: str | Path,
+    *,
+    training: Training | None = None,
+    grader: str = EXACT,
+    eval_data: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Train a model to solve the problems of `data` and write it to the directory `out`.
+
+    Args:
+        base: directory of the model to begin with, or its name on the Hub; safetensors only.
+        data: a JSONL file; its columns are described in `jobs.problems`.
+        out: receives `model/` (the RL checkpoint with its tokenizer), `log.jsonl` and `log.csv` (`report.training`),
+            `tensorboard/` where that package is installed, `manifest.json` and `summary.json`. Where it holds a run of
+            the same arguments, data and model, that run goes on from its last checkpoint, or nothing is done if it is
+            complete; a run of others is an error, and stays as it is.
+        training: steps, batches, learning rate, loss, lengths, device.
+        grader: `exact`, `math-verify` or `module:function`, see `jobs.graders`; its score is the reward. Responses at
+            which it raises teach nothing, and are counted.
+        eval_data: held-out problems, whose accuracy is measured before the first step, every so many steps and at the
+            end; None for none.
+        resume: insist that `out` holds a run to go on with; without it a new run may begin.
+        progress: show progress on stderr.
+
+    Returns:
+        What `summary.json` holds.
+
+    Raises:
+        JobError: an argument, the data, a model or the directory can not be used, or the disk is full.
+    """
+    training = training or Training()
+    check_training(training)
+    device = check_device(training.device)
+    loaded_grader = load_grader(grader)
+    place = find_model("--base", base, trust_remote_code=training.trust_remote_code)
+    files = [Path(data)] if eval_data is None else [Path(data), Path(eval_data)]
+    for file in files:
+        check_file(file)
+    identity: dict[str, Any] = {
+        "command": "train",
+        "training": asdict(training) | {"device": device},
+        "grader": dict(loaded_grader.identity),
+        "data": file_identity(files[0]),
+        "eval_data": None if eval_data is None else file_identity(files[1]),
+        "base": model_identity(place.directory),
+        "versions": versions(device, "policy_loss_fwd") | {"trl": version("trl")},
+    }
+    directory = RunDirectory(out, identity)
+    if directory.state() is State.NEW and resume:
+        raise JobError(f"--out {out}: --resume is given, but there is no run to go on with")
+    with directory.claimed() as state:
+        if state is State.COMPLETE:
+            return directory.summary()
+        reading = read_pair(place, place, trust_remote_code=training.trust_remote_code)
+        problems = [
+            read_problems(
+                file, reading, max_new_tokens=training.max_new_tokens, needs_answer=loaded_grader.needs_answer
+            )
+            for file in files
+        ]
+        if len(problems[0]) < training.prompts:
+            raise JobError(
+                f"--prompts is {training.prompts}, expected at most {len(problems[0])}, the problems there are"
+            )
+        model = load_weights(
+            place, DTYPES[training.dtype], torch.device(device), trust_remote_code=training.trust_remote_code
+        )
+        run = _Run(directory, training, loaded_grader, reading, problems, model, progress)
+        with explained_writes(directory.out, _GO_ON):
+            run.train()
+            summary = run.summary() | {
+                "arguments": {"base": str(base), "data": str(data), "eval_data": eval_data and str(eval_data)}
+                | {"grader": grader, **identity["training"]},
+                "versions": {"python": platform.python_version(), **identity["versions"]},
+            }
+            directory.finish(summary)
+        return summary
+
+
+class _Run:
+    """The training of a run whose problems are read."""
+
+    def __init__(
+        self,
+        directory: RunDirectory,
+        training: Training,
+        grader: Grader,
+        reading: Reading,
+        problems: Sequence[Sequence[Problem]],
+        model: Any,
+        progress: bool,
+    ) -> None:
+        self._directory = directory
+        self._training = training
+        self._grader = grader
+        self._tokenizer = reading.tokenizer
+        self._problems = problems[0]
+        self._held_out = problems[1] if len(problems) > 1 else []
+        self._model = model
+        self._progress = progress
+        self._log = _Log(directory.out)
+        self._stopwatch = Stopwatch(directory.work / _SECONDS_FILE)
+        self._grader_errors = 0
+
+    def train(self) -> None:
+        """Take the steps that are missing, and write the model."""
+        self._directory.begin()
+        trainer_directory = self._directory.work / _TRAINER_DIRECTORY
+        checkpoints = complete_checkpoints(trainer_directory)
+        first = max(checkpoints, default=0)
+        self._log.cut_off(first)
+        with _tensorboard(self._directory.out / _TENSORBOARD_DIRECTORY) as reports:
+            trainer = ReweightedGRPOTrainer(
+                self._model,
+                self._reward(),
+                self._config(trainer_directory, reports),
+                Dataset.from_list(
+                    [{"prompt": problem.prompt_ids, "number": problem.number} for problem in self._problems]
+                ),
+                processing_class=self._tokenizer,
+            )
+            self._stopwatch.start()
+            if first == 0:
+                self._log.add({"step": 0} | self._evaluate())
+            with _Bar(self._training.steps, first, self._progress) as bar:
+                report_to(trainer, lambda step, metrics: self._on_step(step, metrics, bar), self._on_save)
+                trainer.train(resume_from_checkpoint=str(checkpoints[first]) if first else None)
+        self._stopwatch.save_lap()
+        self._log.write_csv()
+        target = self._directory.out / MODEL_DIRECTORY
+        self._model.config.use_cache = True
+        shutil.rmtree(target, ignore_errors=True)
+        self._model.save_pretrained(target)
+        self._tokenizer.save_pretrained(target)
+        sync_directory(target)
+
+    def summary(self) -> dict[str, Any]:
+        """What the log says of the first and the last measurements."""
+        entries = self._log.entries
+        result: dict[str, Any] = {"steps": self._training.steps, "seconds": round(self._stopwatch.seconds, 3)}
+        for name in ("accuracy", "eval_accuracy", "eval_accuracy_standard_error", "entropy", "length"):
+            values = [entry[name] for entry in entries if name in entry]
+            if values:
+                result[f"first_{name}"], result[f"last_{name}"] = values[0], values[-1]
+        return result | {"grader_errors": sum(entry.get("grader_errors", 0) for entry in entries)}
+
+    def _config(self, directory: Path, reports: list[str]) -> ReweightedGRPOConfig:
+        training = self._training
+        return ReweightedGRPOConfig(
+            output_dir=str(directory),
+            max_steps=training.steps,
+            per_device_train_batch_size=training.rows,
+            gradient_accumulation_steps=training.responses_per_step // training.rows,
+            generation_batch_size=training.responses,
+            num_generations=training.samples,
+            max_completion_length=training.max_new_tokens,
+            temperature=training.temperature,
+            learning_rate=training.learning_rate,
+            lr_scheduler_type="constant_with_warmup",
+            warmup_steps=training.warmup_steps,
+            adam_beta2=_ADAM_BETA2,
+            weight_decay=0.0,
+            max_grad_norm=1.0,
+            loss_type="dapo",
+            epsilon=training.clip_low,
+            epsilon_high=training.clip_high,
+            dual_clip=training.dual_clip,
+            beta=training.kl_beta,
+            reweight=training.reweight,
+            reweight_alpha=training.alpha,
+            reweight_sign=training.reweight_sign,
+            dynamic_sampling=training.dynamic_sampling,
+            overlong_buffer=training.overlong_buffer,
+            rollout_seed=training.seed,
+            seed=training.seed,
+            gradient_checkpointing=training.gradient_checkpointing,
+            bf16=False,
+            use_cpu=self._model.device.type == "cpu",
+            dataloader_pin_memory=self._model.device.type != "cpu",
+            save_strategy="steps",
+            save_steps=training.save_every,
+            save_total_limit=_KEPT_CHECKPOINTS,
+            logging_strategy="steps",
+            logging_steps=1,
+            report_to=reports,
+            disable_tqdm=True,
+        )
+
+    def _reward(self) -> Callable[..., list[float | None]]:
+        def grade(completion_ids: Sequence[list[int]], number: Sequence[int], **_: Any) -> list[float | None]:
+            return [self._score(ids, self._problems[place]) for ids, place in zip(completion_ids, number, strict=True)]
+
+        return grade
+
+    def _score(self, ids: Sequence[int], problem: Problem) -> float | None:
+        text = self._tokenizer.decode(ids, skip_special_tokens=True)
+        result = self._grader(text, problem.columns)
+        self._grader_errors += result.error is not None
+        return result.score
+
+    def _on_step(self, step: int, metrics: Mapping[str, Any], bar: "_Bar") -> None:
+        entry = to_entry(step, metrics)
+        if self._grader_errors:
+            entry["grader_errors"], self._grader_errors = self._grader_errors, 0
+        every = self._training.eval_every
+        if step == self._training.steps or (every and step % every == 0):
+            entry |= self._evaluate()
+        self._log.add(entry)
+        bar.show(entry)
+
+    def _on_save(self) -> None:
+        self._stopwatch.save_lap()
+        self._log.write_csv()
+
+    def _evaluate(self) -> dict[str, Any]:
+        """Of the held-out problems, if there are any; always with the same noise."""
+        if not self._held_out:
+            return {}
+        samples = self._training.eval_samples
+        input_ids, attention_mask = pad_left([problem.prompt_ids for problem in self._held_out], self._model.device)
+        drawn = generate(
+            self._model,
+            self._model,
+            input_ids,
+            attention_mask,
+            criterion="none",
+            draft="rl",
+            seed=self._training.seed,
+            max_new_tokens=self._training.max_new_tokens,
+            num_return_sequences=samples,
+            max_batch_size=self._training.responses,
+        )
+        rows = zip(drawn.tokens.tolist(), drawn.lengths.tolist(), strict=True)
+        before = self._grader_errors
+        scores = [
+            self._score(tokens[:length], self._held_out[row // samples]) for row, (tokens, length) in enumerate(rows)
+        ]
+        # Those of the responses that were learned from are counted.
+        self._grader_errors = before
+        groups = [
+            [score for score in scores[i : i + samples] if score is not None] for i in range(0, len(scores), samples)
+        ]
+        entry: dict[str, Any] = {"eval_length": float(drawn.lengths.float().mean())}
+        accuracy = estimate(np.array(list(map(sum, groups))), np.array(list(map(len, groups))))
+        if accuracy is not None:
+            entry["eval_accuracy"] = accuracy.mean
+            if accuracy.standard_error is not None:
+                entry["eval_accuracy_standard_error"] = accuracy.standard_error
+        return entry
+
+
+class _Log:
+    """The files of the log, and what is in them."""
+
+    def __init__(self, out: Path) -> None:
+        self.entries: list[dict[str, Any]] = []
+        self._path, self._csv_path = out / LOG_FILE, out / CSV_FILE
+
+    def cut_off(self, step: int) -> None:
+        """Keep what was logged up to `step`, from which the training goes on; nothing if that is 0."""
+        if self._path.exists() and step:
+            self.entries = [entry for entry in read_log(self._path) if entry["step"] <= step]
+        write_atomically(self._path, b"".join(map(to_line, self.entries)))
+
+    def add(self, entry: dict[str, Any]) -> None:
+        self.entries.append(entry)
+        with open(self._path, "ab") as file:
+            file.write(to_line(entry))
+
+    def write_csv(self) -> None:
+        """Write the same as CSV, and wait until both are on the disk."""
+        write_atomically(self._path, b"".join(map(to_line, self.entries)))
+        write_atomically(self._csv_path, to_csv(self.entries))
+
+
+class _Bar:
+    """Progress in steps, with the last accuracies and the loss."""
+
+    def __init__(self, total: int, done: int, enabled: bool) -> None:
+        self._tqdm = tqdm(total=total, initial=done, unit=" steps", dynamic_ncols=True, disable=not enabled)
+        self._shown: dict[str, str] = {}
+
+    def __enter__(self) -> "_Bar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._tqdm.close()
+
+    def show(self, entry: Mapping[str, Any]) -> None:
+        """A step was taken."""
+        for name, text in (
+            ("loss", "loss"),
+            ("accuracy", "accuracy"),
+            ("eval_accuracy", "held out"),
+            ("length", "length"),
+        ):
+            if name in entry:
+                self._shown[text] = (
+                    f"{entry[name]:.3g}" if name == "loss" else f"{entry[name]:.3f}".rstrip("0").rstrip(".")
+                )
+        self._tqdm.set_postfix_str(", ".join(f"{name} {value}" for name, value in self._shown.items()), refresh=False)
+        self._tqdm.update(1)
+
+
+@contextmanager
+def _tensorboard(directory: Path) -> Iterator[list[str]]:
+    """What the trainer is to report to: TensorBoard, in `directory`, where it is installed."""
+    if importlib.util.find_spec("tensorboard") is None:
+        yield []
+        return
+    name = "TENSORBOARD_LOGGING_DIR"
+    before = os.environ.get(name)
+    os.environ[name] = str(directory)
+    try:
+        yield ["tensorboard"]
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

@@ -5,6 +5,7 @@ from .delta_logp import delta_logp_bwd, delta_logp_fwd
 from .extrapolated_sample import extrapolated_sample
 from .linear_delta_logp import linear_delta_logp_fwd
 from .linear_logp import linear_logp_fwd
+from .linear_policy_loss import linear_policy_loss_bwd, linear_policy_loss_fwd
 from .logp import logp_bwd, logp_fwd
 from .policy_loss import policy_loss_bwd, policy_loss_fwd
 
@@ -16,6 +17,8 @@ __all__ = [
     "linear_delta_logp_fwd",
     "linear_logp_bwd",
     "linear_logp_fwd",
+    "linear_policy_loss_bwd",
+    "linear_policy_loss_fwd",
     "logp_bwd",
     "logp_fwd",
     "policy_loss_bwd",

@@ -24,8 +24,8 @@ _MEASURED = pytest.StashKey[dict[tuple[str, ...], tuple[float, float]]]()
 #: Test files by the kind of process that collects them; the ordinary one has those of no other kind, and the op tests.
 _OP_TESTS = (
     "test_backends.py", "test_functional_fuzz.py", "test_ops_accuracy.py", "test_ops_gradients.py",
-    "test_ops_ignored.py", "test_ops_invariance.py", "test_ops_layout.py", "test_ops_linear_sample.py",
-    "test_ops_policy.py", "test_ops_registration.py", "test_ops_sample.py",
+    "test_ops_ignored.py", "test_ops_invariance.py", "test_ops_layout.py", "test_ops_linear_policy.py",
+    "test_ops_linear_sample.py", "test_ops_policy.py", "test_ops_registration.py", "test_ops_sample.py",
 )  # fmt: skip
 _COLLECTED = {
     "interpreter": (*_OP_TESTS, "test_triton_interpreter.py", "test_triton_no_sync.py", "test_gpu_only.py"),

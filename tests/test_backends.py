@@ -32,9 +32,7 @@ def _search_path() -> str:
 @pytest.mark.parametrize("op", schemas.SCHEMAS)
 def test_each_backend_serves_every_op(backend, op):
     """What has no form with the vendor's GEMM is served by the kernels beside it."""
-    if op.startswith("linear_policy_loss") and backend in ("triton", "gemm"):
-        pytest.skip("it has no kernel for GPUs yet; plain PyTorch serves it there")
-    has_gemm_form = op.startswith("linear") and op.endswith("fwd")
+    has_gemm_form = op in ("linear_logp_fwd", "linear_delta_logp_fwd")
     expected = "triton" if backend == "gemm" and not has_gemm_form else backend
     assert backends.select(op, cases.DEVICE) == expected
 

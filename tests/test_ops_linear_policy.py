@@ -17,7 +17,7 @@ EXTRAS = {"kl_beta": 0.3, "entropy_coef": 0.2}
 
 
 @pytest.mark.parametrize("importance", reference_policy.IMPORTANCES)
-@pytest.mark.parametrize("loss_type", fewer(reference_policy.LOSS_TYPES, ["dapo", "cispo", "sapo"]))
+@pytest.mark.parametrize("loss_type", fewer(reference_policy.LOSS_TYPES, ["cispo", "sapo"]))
 def test_loss_types(accuracy, loss_type, importance):
     inputs = make_inputs()
     options = {"loss_type": loss_type, "importance": importance, "dual_clip": 1.2}
@@ -31,8 +31,8 @@ def test_reweights(accuracy, reweight):
         check_against_truth(accuracy, inputs, reweight=reweight, reweight_sign=sign, alpha=0.7)
 
 
-@pytest.mark.parametrize("importance", reference_policy.IMPORTANCES)
-@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+@pytest.mark.parametrize("importance", fewer(reference_policy.IMPORTANCES, ["token"]))
+@pytest.mark.parametrize("dtype", fewer([BF16, FP32], [BF16]), ids=str)
 def test_divergence_of_the_whole_vocabulary(accuracy, dtype, importance):
     inputs = make_inputs(base=True, dtype=dtype)
     result = check_against_truth(accuracy, inputs, importance=importance, loss_type="grpo", **EXTRAS)
@@ -53,8 +53,8 @@ def test_dtypes_and_options_of_the_last_layer(accuracy, dtype, bias):
     check_against_truth(accuracy, near(inputs, **HEADS), **HEADS, **EXTRAS)
 
 
-@pytest.mark.parametrize("importance", reference_policy.IMPORTANCES)
-@pytest.mark.parametrize("base", [False, True])
+@pytest.mark.parametrize("importance", fewer(reference_policy.IMPORTANCES, ["token"]))
+@pytest.mark.parametrize("base", fewer([False, True], [False]))
 def test_packed(accuracy, base, importance):
     inputs, lengths = make_inputs(base=base), [11, 0, 6]
     options = {"importance": importance, "loss_type": "grpo", "reweight": "ppl", **EXTRAS}
@@ -78,10 +78,14 @@ def test_advantages_of_tokens_and_num_tokens(accuracy):
 
 
 @pytest.mark.parametrize("base", [False, True])
-@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
-def test_many_blocks_of_rows(accuracy, dtype, base):
+@pytest.mark.parametrize("dtype", fewer([BF16, FP32], [BF16]), ids=str)
+def test_many_blocks_of_rows(accuracy, monkeypatch, dtype, base):
     """With the smallest workspace, so that rows come block by block."""
-    inputs = make_inputs(4, fewer(90, 40), v=fewer(3_001, 1_187), dtype=dtype, base=base)
+    if backends.interpreting():
+        from dlogp_kernels.triton import linear_policy_loss
+
+        monkeypatch.setattr(linear_policy_loss, "_MOST_ROWS", 16)
+    inputs = make_inputs(4, fewer(90, 10), v=fewer(3_001, 301), dtype=dtype, base=base)
     with backends.workspace_limit(2**20):
         small = check_against_truth(accuracy, inputs, **EXTRAS)
     large = call(inputs, **EXTRAS)
@@ -89,13 +93,18 @@ def test_many_blocks_of_rows(accuracy, dtype, base):
 
 
 @pytest.mark.parametrize(
-    "wanted", [("hidden",), ("weight",), ("bias",), ("hidden", "weight"), ("weight", "bias"), ()], ids=str
+    "wanted",
+    [("hidden",), ("weight",), *fewer([("bias",), ("hidden", "weight"), ("weight", "bias")], []), ()],
+    ids=str,
 )
 def test_each_subset_of_gradients(wanted):
     """A frozen input costs no product and no buffer, and the others' gradients are the same bits."""
     inputs = make_inputs()
     every, some = call(inputs, **EXTRAS), call(inputs, wanted=wanted, **EXTRAS)
-    assert torch.equal(some.loss, every.loss)
+    if wanted:
+        assert torch.equal(some.loss, every.loss)
+    else:  # whose statistics may come from other kernels
+        torch.testing.assert_close(some.loss, every.loss, rtol=1e-6, atol=1e-6)
     assert set(some.gradients) == set(wanted)
     for name, grad in some.gradients.items():
         assert torch.equal(grad, every.gradients[name])
@@ -120,7 +129,7 @@ def test_the_composition_of_both_ops():
         assert grad.dtype == x.dtype
 
 
-@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+@pytest.mark.parametrize("poison", fewer([torch.nan, torch.inf], [torch.nan]))
 def test_masked_places_are_not_read(poison):
     inputs = make_inputs(base=True)
     clean = call(inputs, reweight="ppl", **EXTRAS)
@@ -137,7 +146,7 @@ def test_masked_places_are_not_read(poison):
     assert (actual.gradients["hidden"][masked] == 0).all()
 
 
-@pytest.mark.parametrize("importance", reference_policy.IMPORTANCES)
+@pytest.mark.parametrize("importance", fewer(reference_policy.IMPORTANCES, ["token"]))
 @pytest.mark.parametrize("shape", [(3, 11), (0, 5), (3, 0)])
 def test_nothing_counts(shape, importance):
     inputs = make_inputs(*shape)
@@ -180,14 +189,14 @@ def test_a_target_outside_the_vocabulary_is_named():
 
 
 def test_the_same_bits_in_every_run():
-    inputs = make_inputs(4, 30, v=1_187, dtype=BF16, base=True)
+    inputs = make_inputs(4, fewer(30, 5), v=fewer(1_187, 301), dtype=BF16, base=True)
     results = [call(inputs, **EXTRAS) for _ in range(2)]
     assert torch.equal(results[0].loss, results[1].loss) and torch.equal(results[0].metrics, results[1].metrics)
     for name, grad in results[0].gradients.items():
         assert torch.equal(grad, results[1].gradients[name])
 
 
-@pytest.mark.parametrize("importance", reference_policy.IMPORTANCES)
+@pytest.mark.parametrize("importance", fewer(reference_policy.IMPORTANCES, ["token"]))
 def test_repeated_backward_and_no_second_derivative(importance):
     """Gradients of the forward pass are multiplied in backward: by accumulation, by AMP's scale."""
     inputs = {name: x.to(cases.DEVICE) for name, x in make_inputs().items()}
@@ -249,8 +258,9 @@ def test_opcheck_forward(dtype, present):
     arguments = _arguments(dtype, present)
     arguments = [x.requires_grad_() if i in (0, 1, 3) and x is not None else x for i, x in enumerate(arguments)]
     torch.library.opcheck(torch.ops.dlogp.linear_policy_loss_fwd.default, arguments)
-    nothing = _arguments(dtype, present, wanted=False)
-    torch.library.opcheck(torch.ops.dlogp.linear_policy_loss_fwd.default, nothing)
+    if not backends.interpreting():
+        nothing = _arguments(dtype, present, wanted=False)
+        torch.library.opcheck(torch.ops.dlogp.linear_policy_loss_fwd.default, nothing)
 
 
 @pytest.mark.parametrize("mask", [[True, True, True], [False, True, False], [False, False, False]])

@@ -81,8 +81,8 @@ def test_opcheck_backward(op, present, mask):
 
 
 def test_every_public_op_has_an_opcheck():
-    """Those of this file, of test_ops_policy.py, and of test_ops_sample.py and test_ops_linear_sample.py."""
-    differentiable = (*OPS, "policy_loss")
+    """Those of this file, of test_ops_policy.py, test_ops_linear_policy.py, test_ops_sample.py and its linear form."""
+    differentiable = (*OPS, "policy_loss", "linear_policy_loss")
     sampling = {"extrapolated_sample", "linear_extrapolated_sample"}
     assert set(schemas.SCHEMAS) == {f"{op}_{way}" for op in differentiable for way in ("fwd", "bwd")} | sampling
 

@@ -5,6 +5,7 @@ The launchers run on small tensors of the CPU, for their choice of kernels and a
 
 import re
 
+import linear_policy_cases
 import policy_cases
 import pytest
 import torch
@@ -133,6 +134,27 @@ def test_the_policy_loss_fits(gpu, name):
     assert {"_policy_loss_fwd_kernel", "_policy_loss_finish_kernel", "_policy_loss_bwd_kernel"} <= {
         x.name for x in compiled
     }
+    for kernel in compiled:
+        print(f"{kernel.name} {kernel.constants}: {kernel[3:]}")
+        assert kernel.spilled == 0 and kernel.registers <= REGISTERS[GPUS[gpu].target.backend]
+
+
+LINEAR_POLICY = {
+    "one model": ({"loss_type": "sapo"}, {}),
+    "pair": ({"reweight": "ppl", "dual_clip": 3.0}, {"base": True}),
+    "float16": ({"loss_type": "cispo", "kl_beta": 0.3}, {"dtype": FP16}),
+}
+
+
+@pytest.mark.parametrize("gpu", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("name", LINEAR_POLICY)
+def test_the_linear_policy_loss_fits(gpu, name):
+    options, changes = LINEAR_POLICY[name]
+    inputs = linear_policy_cases.make_inputs(3, 40, v=9_001, d=64, **({"dtype": BF16} | changes))
+    with pretend(GPUS[gpu]) as launched, launch_code_sees(GPUS[gpu]), backends.use_backend("triton"):
+        linear_policy_cases.call(inputs, entropy_coef=0.1, **options)
+    compiled = kernels(launched)
+    assert "_policy_rows_kernel" in {x.name for x in compiled}
     for kernel in compiled:
         print(f"{kernel.name} {kernel.constants}: {kernel[3:]}")
         assert kernel.spilled == 0 and kernel.registers <= REGISTERS[GPUS[gpu].target.backend]

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import linear_policy_cases
 import policy_cases
 import pytest
 import torch
@@ -99,6 +100,17 @@ def test_the_policy_loss_does_not_wait(launches, backend, packed, options):
     inputs = policy_cases.make_inputs(3, 7)
     policy_cases.call(policy_cases.pack(inputs, [7, 2, 0]) if packed else inputs, **options, **policy_cases.ALL_EXTRAS)
     assert launches == [("triton", "policy_loss_fwd"), ("triton", "policy_loss_bwd")]
+
+
+@pytest.mark.served_by("triton")
+@pytest.mark.parametrize("base", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_linear_policy_loss_does_not_wait(launches, backend, packed, base):
+    inputs = linear_policy_cases.make_inputs(3, 7, v=61, d=8, dtype=torch.float16, base=base)
+    inputs = linear_policy_cases.flat(inputs, [7, 2, 0]) if packed else inputs
+    with _NoWaiting():
+        linear_policy_cases.call(inputs, reweight="ppl", **policy_cases.ALL_EXTRAS)
+    assert launches == [("triton", "linear_policy_loss_fwd"), ("triton", "linear_policy_loss_bwd")]
 
 
 def test_launchers_in_small_blocks_do_not_wait(launches, backend):

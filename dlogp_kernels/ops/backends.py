@@ -97,8 +97,6 @@ def unavailable(backend: str, op: str, device: torch.device | str, dtype: torch.
     """Why `backend` can not serve `op` of outputs of this dtype on `device`; None if it can."""
     if backend == "reference":
         return None
-    if op.startswith("linear_policy_loss") and backend != "cpu":
-        return "it has no kernel of this op"
     device = torch.device(device)
     if backend == "cpu":
         return _extension_problems.get("cpu") if device.type == "cpu" else "it has kernels for the CPU only"

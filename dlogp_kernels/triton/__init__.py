@@ -6,6 +6,7 @@ from .extrapolated_sample import extrapolated_sample
 from .linear_delta_logp import linear_delta_logp_fwd
 from .linear_extrapolated_sample import linear_extrapolated_sample
 from .linear_logp import linear_logp_fwd
+from .linear_policy_loss import linear_policy_loss_bwd, linear_policy_loss_fwd
 from .logp import logp_bwd, logp_fwd
 from .policy_loss import policy_loss_bwd, policy_loss_fwd
 
@@ -18,6 +19,8 @@ __all__ = [
     "linear_extrapolated_sample",
     "linear_logp_bwd",
     "linear_logp_fwd",
+    "linear_policy_loss_bwd",
+    "linear_policy_loss_fwd",
     "logp_bwd",
     "logp_fwd",
     "policy_loss_bwd",

@@ -39,7 +39,7 @@ from .logp import (
 
 _FINISH_ROWS = 8
 #: Both models' columns are in registers at once.
-_WIDEST_SEGMENT = 4096
+WIDEST_SEGMENT = 4096
 
 
 class PairGradients(NamedTuple):
@@ -190,7 +190,7 @@ def fold_pair_tile(
     split: int = 0,
 ) -> None:
     """States of both tiles of `shape` into state (10, splits, R) from `split` on."""
-    segment = segment_of(shape[1], _WIDEST_SEGMENT)
+    segment = segment_of(shape[1], WIDEST_SEGMENT)
     _delta_logp_fwd_kernel[(shape[0], ceil_div(shape[1], segment))](
         logits, base_logits, target, *rows, state, picked, first, state.shape[2], shape[1], column, target.shape[1],
         ignore_index, split, state.shape[1], SEGMENT=segment, num_warps=num_warps(segment),
@@ -234,7 +234,7 @@ def delta_logp_fwd(
     v, numbers = logits.shape[-1], transform_numbers(temperature, softcap, logit_scale)
     base_numbers = transform_numbers(temperature, base_softcap, base_logit_scale)
     with on_device_of(logits):
-        state, picked = new_states(target, v, _math.PAIR_STATE_SIZE.value, 2, workspace, _WIDEST_SEGMENT)
+        state, picked = new_states(target, v, _math.PAIR_STATE_SIZE.value, 2, workspace, WIDEST_SEGMENT)
         for first in range(0, target.shape[0], state.shape[2]):
             tile = Logits(matrix(logits, first), None, *numbers)
             base_tile = Logits(matrix(base_logits, first), None, *base_numbers)
@@ -262,7 +262,7 @@ def pair_tile_gradient(
     in_place: tuple[bool, bool] = (False, False),
 ) -> None:
     """Gradients by the raw logits of both tiles of `shape`, into out and base_out; `in_place` as for one model."""
-    segment = segment_of(shape[1], _WIDEST_SEGMENT)
+    segment = segment_of(shape[1], WIDEST_SEGMENT)
     _delta_logp_bwd_kernel[(shape[0], ceil_div(shape[1], segment))](
         logits, base_logits, out, base_out, target, saved, grads, scale, first, shape[1], column, target.shape[1],
         ignore_index, IN_PLACE=in_place[0], BASE_IN_PLACE=in_place[1], SEGMENT=segment, num_warps=num_warps(segment),

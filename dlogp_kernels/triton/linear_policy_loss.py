@@ -1,0 +1,396 @@
+"""`linear_policy_loss` on GPUs, of ratios of tokens: gradients are formed while a block's logits are in memory.
+
+For a block of rows, the vendor's GEMM writes all logits in float32; Triton kernels fold them into statistics, make of
+these each row's loss and upstream gradients, and of those and the logits the gradient by the logits, in the dtype that
+multiplies; two more GEMMs add that to the gradients by hidden and weight, in float32. Where no gradient is wanted the
+statistics come from the fused forward kernels instead.
+
+Nothing is known of the rows that are ignored without waiting for the device, so they are multiplied, as zeros.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import reference_policy
+from ..policy_rows import PolicyRows
+from ..results import DeltaLogpStats, LogpStats, PolicyMetrics
+from . import _math, _policy, _rows
+from ._device import on_device_of
+from ._fused import Model, one_model
+from ._policy import Kind, Numbers, kind_of, numbers_of
+from ._products import add_product, product
+from ._rows import matrix
+from ._sizes import ceil_div, round_up
+from .delta_logp import (
+    WIDEST_SEGMENT,
+    PairGradients,
+    PairSaved,
+    finish_delta_logp,
+    fold_pair_tile,
+    pair_tile_gradient,
+)
+from .linear_delta_logp import linear_delta_logp_fwd
+from .linear_logp import linear_logp_fwd
+from .logp import (
+    EVERY_ROW,
+    Gradients,
+    Logits,
+    Saved,
+    finish_logp,
+    fold_tile,
+    new_stats,
+    segment_of,
+    tile_gradient,
+    transform_numbers,
+)
+
+_BLOCK = 128
+#: The block of logits and its gradient take this many times the workspace at most: 512 MiB by default.
+_SHARE = 2
+_MOST_ROWS = 8192
+_METRICS = len(PolicyMetrics._fields)
+#: Besides the numerators of the metrics: the loss, times its scale, and the number of tokens.
+_SUMS = _METRICS + 2
+#: In float16 the largest scale · |advantage|, times a power of two: leaves room for ratios up to 2 000.
+_FLOAT16_LARGEST = 2.0**4
+
+
+class Known(NamedTuple):
+    """PolicyRows as pointers, and the statistics of the rows; None for none."""
+
+    old_logp: Any
+    advantage: Any
+    scale: Any
+    score: Any
+    ref_logp: Any
+    token_weight: Any
+    logp: Any
+    entropy: Any
+    kl: Any
+
+
+class Out(NamedTuple):
+    """Upstream gradients of the rows (N,), and sums (_SUMS, N) of each row."""
+
+    grad_logp: Any
+    grad_entropy: Any
+    grad_kl: Any
+    sums: Any
+
+
+@triton.jit
+def load_known(pointer, n, mask):
+    return tl.load(pointer + n, mask=mask, other=0.0)
+
+
+@triton.jit(do_not_specialize=["first", "end", "N", "ignore_index"])
+def _policy_rows_kernel(
+    known, out, target_ptr, numbers, first, end, N, ignore_index,
+    SURROGATE: tl.constexpr, REWEIGHT: tl.constexpr, SIGN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Loss, metrics and upstream gradients of the rows first … end, of the ratio of each token; 0 where ignored.
+
+    known, out: (N,) float32, out.sums (_SUMS, N); target (N, 1) int64. A program takes BLOCK rows. float32.
+    """
+    n = (first + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    inside = n < end
+    mask = inside & (tl.load(target_ptr + n, mask=inside, other=ignore_index) != ignore_index)
+    zero = tl.zeros([BLOCK], tl.float32)
+    logp, entropy = load_known(known.logp, n, mask), load_known(known.entropy, n, mask)
+    old_logp, advantage = load_known(known.old_logp, n, mask), load_known(known.advantage, n, mask)
+    scale, score = load_known(known.scale, n, mask), zero
+    if REWEIGHT == "ppl":
+        score = load_known(known.score, n, mask)
+    weight = _policy.weight_of(old_logp, advantage, score, numbers.alpha, REWEIGHT, SIGN)
+    advantage *= weight
+    log_ratio = logp - old_logp
+    ratio = _policy.ratio_of(log_ratio)
+    loss, slope, low, high, dual = _policy.term_of(ratio, advantage, logp, numbers, SURROGATE)
+    if SURROGATE != "cispo":
+        slope = _policy.within_limit(slope, log_ratio)
+    if known.token_weight is not None:
+        token_weight = load_known(known.token_weight, n, mask)
+        loss *= token_weight
+        slope *= token_weight
+    divergence = zero
+    if known.ref_logp is not None:
+        divergence, k3_slope = _policy.k3_of_reference(load_known(known.ref_logp, n, mask), logp)
+        slope += numbers.kl_beta * k3_slope
+    if known.kl is not None:
+        divergence = load_known(known.kl, n, mask)
+        tl.store(out.grad_kl + n, numbers.kl_beta * scale, mask=inside)
+    # An infinite divergence may be looked at without it.
+    loss += tl.where(numbers.kl_beta == 0.0, 0.0, numbers.kl_beta * divergence)
+    loss -= tl.where(numbers.entropy_coef == 0.0, 0.0, numbers.entropy_coef * entropy)
+    tl.store(out.grad_logp + n, tl.where(mask, slope * scale, 0.0), mask=inside)
+    tl.store(out.grad_entropy + n, -numbers.entropy_coef * scale, mask=inside)
+    # In the order of PolicyMetrics; then loss, count.
+    one = mask.to(tl.float32)
+    sums = out.sums + n
+    tl.store(sums, tl.where(low, one, 0.0), mask=inside)
+    tl.store(sums + N, tl.where(high, one, 0.0), mask=inside)
+    tl.store(sums + 2 * N, tl.where(dual, one, 0.0), mask=inside)
+    tl.store(sums + 3 * N, tl.where(mask, _policy.k3_of_log_ratio(log_ratio), 0.0), mask=inside)
+    tl.store(sums + 4 * N, tl.where(mask, ratio, 0.0), mask=inside)
+    tl.store(sums + 5 * N, tl.where(mask, ratio, 0.0), mask=inside)
+    tl.store(sums + 6 * N, tl.where(mask, weight, 0.0), mask=inside)
+    tl.store(sums + 7 * N, tl.where(mask, divergence, 0.0), mask=inside)
+    tl.store(sums + 8 * N, entropy, mask=inside)
+    tl.store(sums + 9 * N, tl.where(mask & (scale != 0.0), loss * scale, 0.0), mask=inside)
+    tl.store(sums + 10 * N, one, mask=inside)
+
+
+class _Policy:
+    """Rows of a policy loss: what is known of them, what becomes of it."""
+
+    def __init__(self, known: PolicyRows, target: Tensor, kind: Kind, numbers: Numbers, pair: bool) -> None:
+        self.known, self.target, self.kind, self.numbers = known, target, kind, numbers
+        self.num_rows = target.shape[0]
+        grads = [self.new(self.num_rows) for _ in range(3 if pair else 2)]
+        self.out = Out(grads[0], grads[1], grads[2] if pair else None, self.new(_SUMS, self.num_rows))
+
+    def new(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=self.target.device)
+
+    def rows(self, stats: LogpStats | DeltaLogpStats, first: int, end: int, ignore_index: int) -> None:
+        """Of rows first … end, whose statistics are there."""
+        kl = stats.kl if isinstance(stats, DeltaLogpStats) else None
+        kind = self.kind
+        _policy_rows_kernel[(ceil_div(end - first, _BLOCK),)](
+            Known(*self.known, stats.logp, stats.entropy, kl), self.out, self.target, self.numbers, first, end,
+            self.num_rows, ignore_index, SURROGATE=kind.surrogate, REWEIGHT=kind.reweight, SIGN=kind.sign,
+            BLOCK=_BLOCK, num_warps=4,
+        )  # fmt: skip
+
+    def results(self) -> tuple[Tensor, Tensor]:
+        """Loss and metrics."""
+        if self.num_rows == 0:
+            return self.new().zero_(), self.new(_METRICS).zero_()
+        sums, largest = self.out.sums.double().sum(1), PolicyMetrics._fields.index("max_ratio")
+        means = sums[:_METRICS] / sums[-1].clamp_min(1.0)
+        means[largest] = self.out.sums[largest].amax()
+        return sums[_METRICS].float(), means.float()
+
+
+class _Block:
+    """One model's logits of a block of rows, in a buffer that every block uses again."""
+
+    def __init__(self, model: Model, num_rows: int) -> None:
+        self.model = model
+        device, (self.vocabulary, width) = model.hidden.device, model.weight.shape
+        self.hidden = torch.empty((num_rows, width), dtype=model.dtype, device=device)
+        self.raw = torch.empty((num_rows, self.vocabulary), dtype=torch.float32, device=device)
+        self.numbers = transform_numbers(model.temperature, model.softcap, model.logit_scale)
+
+    def logits(self, rows: _rows.Rows, first: int, num_rows: int) -> Logits:
+        _rows.gather_rows(self.model.hidden, rows, first, self.hidden, zero_rest=True)
+        raw = self.raw[:num_rows]
+        product(self.hidden[:num_rows], self.model.weight.t(), out=raw)
+        return Logits(matrix(raw), self.model.bias, *self.numbers)
+
+
+class _Accumulators:
+    """The gradients wanted of one model, float32, and the block's gradient by its logits."""
+
+    def __init__(self, model: Model, wanted: list[bool], num_rows: int, scale: Tensor) -> None:
+        self.model = model
+        self.wants_hidden, self.wants_weight, self.wants_bias = (
+            wanted[0],
+            wanted[1],
+            wanted[2] and model.bias is not None,
+        )
+
+        def new(shape: Any, wanted: bool) -> Tensor:
+            return torch.zeros(shape if wanted else 0, dtype=torch.float32, device=model.hidden.device)
+
+        self.hidden = new(model.hidden.shape, self.wants_hidden)
+        self.weight = new(model.weight.shape, self.wants_weight)
+        self.bias = new(model.weight.shape[:1], self.wants_bias)
+        self.grad_logits = torch.empty((num_rows, model.weight.shape[0]), dtype=model.dtype, device=model.hidden.device)
+        self.scale = _float16_scale(scale) if model.dtype == torch.float16 else None
+
+    def add(self, block: _Block, first: int, num_rows: int) -> None:
+        """Of the rows from `first` on, whose gradient by the logits is there, in float32 in the block itself."""
+        grad_logits = self.grad_logits[:num_rows]
+        if self.wants_hidden:
+            out = self.hidden.view(-1, self.hidden.shape[-1])[first : first + num_rows]
+            product(grad_logits, self.model.weight, out=out)
+        if self.wants_weight:
+            add_product(self.weight, grad_logits.t(), block.hidden[:num_rows])
+        if self.wants_bias:
+            self.bias += block.raw[:num_rows].sum(0)
+
+    def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
+        if self.scale is not None:
+            self.hidden /= self.scale
+            self.weight /= self.scale
+        return self.hidden, self.weight, self.bias
+
+
+def _float16_scale(largest: Tensor) -> Tensor:
+    """A power of two (1,) that gradients by logits are multiplied with, so that they are numbers of float16."""
+    exponent = torch.floor(torch.log2(_FLOAT16_LARGEST / largest.clamp_min(1e-30))).clamp(-60.0, 60.0)
+    return torch.exp2(exponent).reshape(1)
+
+
+def linear_policy_loss_fwd(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    base_hidden: Tensor | None,
+    base_weight: Tensor | None,
+    base_bias: Tensor | None,
+    old_logp: Tensor,
+    advantage: Tensor,
+    scale: Tensor,
+    score: Tensor | None,
+    ref_logp: Tensor | None,
+    token_weight: Tensor | None,
+    choices: list[str],
+    numbers: list[float],
+    temperature: float,
+    softcap: float | None,
+    base_softcap: float | None,
+    logit_scale: float,
+    base_logit_scale: float,
+    ignore_index: int,
+    output_mask: list[bool],
+    workspace: int,
+) -> tuple[Tensor, ...]:
+    options, target = reference_policy.options_of(choices, numbers, None), target.contiguous()
+    optional = (None if x is None else x.contiguous() for x in (score, ref_logp, token_weight))
+    known = PolicyRows(old_logp.contiguous(), advantage.contiguous(), scale.contiguous(), *optional)
+    policy = _Policy(known, target, kind_of(options), numbers_of(options), base_hidden is not None)
+    models = [one_model(hidden, weight, bias, temperature, softcap, logit_scale)]
+    if base_hidden is not None and base_weight is not None:
+        models.append(one_model(base_hidden, base_weight, base_bias, temperature, base_softcap, base_logit_scale))
+    gradients: tuple[Tensor, ...]
+    with on_device_of(hidden):
+        if any(output_mask) and target.shape[0] > 0:
+            gradients = _in_blocks(models, policy, output_mask, ignore_index, workspace)
+        elif any(output_mask):
+            gradients = _Accumulators(models[0], output_mask, 0, scale).gradients()
+        else:
+            gradients = tuple(hidden.new_empty(0, dtype=torch.float32) for _ in output_mask)
+            if target.shape[0] > 0:
+                stats = _statistics(models, target, ignore_index, workspace)
+                policy.rows(stats, 0, target.shape[0], ignore_index)
+        return *policy.results(), *gradients
+
+
+def _statistics(models: list[Model], target: Tensor, ignore_index: int, workspace: int) -> LogpStats | DeltaLogpStats:
+    model = models[0]
+    if len(models) == 1:
+        return linear_logp_fwd(
+            model.hidden, model.weight, target, model.bias, model.temperature, model.softcap, model.logit_scale,
+            ignore_index, workspace,
+        )  # fmt: skip
+    base = models[1]
+    return linear_delta_logp_fwd(
+        model.hidden, model.weight, base.hidden, base.weight, target, model.bias, base.bias, model.temperature,
+        model.softcap, base.softcap, model.logit_scale, base.logit_scale, ignore_index, workspace,
+    )  # fmt: skip
+
+
+def _in_blocks(
+    models: list[Model], policy: _Policy, output_mask: list[bool], ignore_index: int, workspace: int
+) -> tuple[Tensor, ...]:
+    target, vocabulary = policy.target, models[0].weight.shape[0]
+    num_rows = _block_rows(models, target.shape[0], workspace)
+    rows = _rows.rows_in_place(target, ignore_index)
+    blocks = [_Block(model, num_rows) for model in models]
+    largest = (policy.known.scale * policy.known.advantage.abs()).amax()
+    accumulators = _Accumulators(models[0], output_mask, num_rows, largest)
+    pair = len(models) == 2
+    stats = new_stats(target, EVERY_ROW, DeltaLogpStats if pair else LogpStats, 3 if pair else 1)
+    segment = segment_of(vocabulary, WIDEST_SEGMENT) if pair else segment_of(vocabulary)
+    size = _math.PAIR_STATE_SIZE if pair else _math.STATE_SIZE
+    state = policy.new(size.value, ceil_div(vocabulary, segment), num_rows)
+    picked = policy.new(len(models), num_rows)
+    for first in range(0, target.shape[0], num_rows):
+        count = min(num_rows, target.shape[0] - first)
+        shape = (count, vocabulary)
+        tiles = [block.logits(rows, first, count) for block in blocks]
+        _fold(tiles, shape, target, ignore_index, state, picked, stats, first)
+        policy.rows(stats, first, first + count, ignore_index)
+        _logits_gradient(tiles, shape, policy, stats, accumulators, ignore_index, first)
+        accumulators.add(blocks[0], first, count)
+    return accumulators.gradients()
+
+
+def _block_rows(models: list[Model], num_rows: int, workspace: int) -> int:
+    """Rows at a time: those whose logits, and their gradient, fit; blocks of nearly equal size."""
+    row_bytes = models[0].weight.shape[0] * (4 * len(models) + models[0].dtype.itemsize)
+    row_bytes += sum(model.hidden.shape[-1] * model.dtype.itemsize for model in models)
+    most = min(_MOST_ROWS, max(16, _SHARE * workspace * 15 // 16 // row_bytes // 16 * 16))
+    return round_up(ceil_div(num_rows, ceil_div(num_rows, most)), 16)
+
+
+def _fold(
+    tiles: list[Logits],
+    shape: tuple[int, int],
+    target: Tensor,
+    ignore_index: int,
+    state: Tensor,
+    picked: Tensor,
+    stats: Any,
+    first: int,
+) -> None:
+    """Statistics of a block of rows."""
+    if len(tiles) == 1:
+        fold_tile(tiles[0], shape, target, EVERY_ROW, ignore_index, state, picked, first)
+        finish_logp(state, picked, target, EVERY_ROW, stats, shape[1], tiles[0].slope, ignore_index, first)
+        return
+    tile, base_tile = tiles
+    fold_pair_tile(tile, base_tile, shape, target, EVERY_ROW, ignore_index, state, picked, first)
+    slopes = (tile.slope, base_tile.slope)
+    finish_delta_logp(state, picked, target, EVERY_ROW, stats, shape[1], *slopes, ignore_index, first)
+
+
+def _logits_gradient(
+    tiles: list[Logits],
+    shape: tuple[int, int],
+    policy: _Policy,
+    stats: Any,
+    accumulators: _Accumulators,
+    ignore_index: int,
+    first: int,
+) -> None:
+    """Into the accumulators' buffer; for a bias also over the logits themselves, in float32."""
+    grads, saved = Gradients(*policy.out[:2], None), Saved(stats.entropy, stats.lse)
+    out, scale, in_place = matrix(accumulators.grad_logits), accumulators.scale, accumulators.wants_bias
+    target = policy.target
+    if len(tiles) == 1:
+        tile_gradient(tiles[0], out, shape, target, saved, grads, ignore_index, scale, first, in_place=in_place)
+        return
+    tile, base_tile = tiles
+    pair_tile_gradient(
+        tile, base_tile, out, None, shape, target,
+        PairSaved(saved, Saved(stats.base_entropy, stats.base_lse), stats.kl, stats.reverse_kl),
+        PairGradients(grads, Gradients(None, None, None), policy.out.grad_kl, None), ignore_index, scale, first,
+        in_place=(in_place, False),
+    )  # fmt: skip
+
+
+def linear_policy_loss_bwd(
+    grad_loss: Tensor,
+    grad_hidden: Tensor,
+    grad_weight: Tensor,
+    grad_bias: Tensor,
+    hidden_dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    bias_dtype: torch.dtype,
+    output_mask: list[bool],
+    workspace: int,
+) -> tuple[Tensor, ...]:
+    gradients, dtypes = (grad_hidden, grad_weight, grad_bias), (hidden_dtype, weight_dtype, bias_dtype)
+    scaled = []
+    for gradient, dtype, wanted in zip(gradients, dtypes, output_mask, strict=True):
+        out = gradient.new_empty(gradient.shape if wanted else 0, dtype=dtype)
+        scaled.append(torch.mul(gradient, grad_loss, out=out) if wanted else out)
+    return tuple(scaled)

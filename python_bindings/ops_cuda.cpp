@@ -85,13 +85,10 @@ int64_t row_count(const Tensor& x) {
 }
 
 Criterion criterion_of(const std::string& name) {
-  constexpr std::pair<const char*, Criterion> criteria[] = {
-      {"delta_logp", Criterion::kDeltaLogp}, {"kl", Criterion::kKl},           {"reverse_kl", Criterion::kReverseKl},
-      {"avg_kl", Criterion::kAvgKl},         {"entropy", Criterion::kEntropy}, {"rl_entropy", Criterion::kRlEntropy},
-      {"random", Criterion::kRandom},        {"all", Criterion::kAll},         {"none", Criterion::kNone}};
-  for (const auto& [known, criterion] : criteria)
-    if (name == known) return criterion;
-  STD_TORCH_CHECK(false, "criterion is '", name, "', expected one of those of reference_sample.CRITERIA");
+  const std::optional<Criterion> criterion = criterion_named(name);
+  STD_TORCH_CHECK(criterion.has_value(), "criterion is '", name,
+                  "', expected one of those of reference_sample.CRITERIA");
+  return *criterion;
 }
 
 // int64 values on the device, one or one a row; null for none.

@@ -6,7 +6,6 @@
 #include <optional>
 #include <string_view>
 #include <tuple>
-#include <utility>
 
 #include "../csrc/cpu/extrapolated_sample.h"
 #include "checks.h"
@@ -14,13 +13,10 @@
 namespace dlogp {
 
 inline Criterion criterion_of(std::string_view name) {
-  constexpr std::pair<std::string_view, Criterion> criteria[] = {
-      {"delta_logp", Criterion::kDeltaLogp}, {"kl", Criterion::kKl},           {"reverse_kl", Criterion::kReverseKl},
-      {"avg_kl", Criterion::kAvgKl},         {"entropy", Criterion::kEntropy}, {"rl_entropy", Criterion::kRlEntropy},
-      {"random", Criterion::kRandom},        {"all", Criterion::kAll},         {"none", Criterion::kNone}};
-  for (const auto& [known, criterion] : criteria)
-    if (name == known) return criterion;
-  TORCH_CHECK_VALUE(false, "criterion is '", name, "', expected one of those of reference_sample.CRITERIA");
+  const std::optional<Criterion> criterion = criterion_named(name);
+  TORCH_CHECK_VALUE(criterion.has_value(), "criterion is '", name,
+                    "', expected one of those of reference_sample.CRITERIA");
+  return *criterion;
 }
 
 // int64 values, one for all rows or one a row; none where the tensor is.

@@ -36,6 +36,8 @@ _BACKENDS = {
     "interpreter": ("triton", "gemm"),
     "cuda": ("triton", "gemm", "reference"),
 }
+#: A backend that has one op takes the tests of that op.
+_CUDA_TESTS, _CUDA_OP = "test_ops_sample", "extrapolated_sample"
 
 
 #: Tests that "gemm" takes under the interpreter: there it is slow, and its kernels are those of the other backend.
@@ -95,7 +97,10 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames:
-        metafunc.parametrize("backend", _BACKENDS[_kind_of_process()], indirect=True)
+        names = _BACKENDS[_kind_of_process()]
+        if _kind_of_process() == "cuda" and metafunc.module.__name__ == _CUDA_TESTS:
+            names = (*names, "cuda")
+        metafunc.parametrize("backend", names, indirect=True)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -126,7 +131,7 @@ def _out_of_scope(item: pytest.Item) -> bool:
     served_by = item.get_closest_marker("served_by")
     if served_by is not None and backend not in served_by.args:
         return True
-    return backend in ("triton", "gemm") and any(map(_is_float64, parameters.values()))
+    return backend in ("triton", "gemm", "cuda") and any(map(_is_float64, parameters.values()))
 
 
 def _is_float64(parameter: Any) -> bool:
@@ -181,7 +186,8 @@ def seeded() -> None:
 @pytest.fixture
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each backend of this kind of process (`pytest_generate_tests`), selected for the test."""
-    problem = backends.unavailable(request.param, "linear_logp_fwd", cases.DEVICE)
+    op = _CUDA_OP if request.param == "cuda" else "linear_logp_fwd"
+    problem = backends.unavailable(request.param, op, cases.DEVICE)
     if problem is not None:
         pytest.skip(f"backend {request.param}: {problem}")
     with backends.use_backend(request.param):

@@ -42,23 +42,23 @@ class Launch(NamedTuple):
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    folder = Path(tempfile.mkdtemp(prefix="cuda_on_cpu"))
     source = (ROOT / "python_bindings" / "ops_cuda.cpp").read_text()
     for old, new in _REPLACED.items():
         assert old in source, f"{old} is not in the bindings any more"
         source = source.replace(old, new)
-    binding = folder / "ops_cuda.cpp"
-    binding.write_text(source)
-    built = folder / "cuda_on_cpu.so"
     flags = [
         "-std=c++20", "-O2", "-fPIC", "-shared", "-pthread", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000",
         f"-I{STAND_IN}", *(f"-I{path}" for path in include_paths()), *(f"-L{path}" for path in library_paths()),
     ]  # fmt: skip
-    sources = [str(binding), *sorted(map(str, STAND_IN.glob("*.cpp")))]
     assert _COMPILER is not None
-    subprocess.run([_COMPILER, *flags, *sources, "-ltorch_cpu", "-lc10", "-o", str(built)], check=True)
-    torch.ops.load_library(built)
-    loaded = ctypes.CDLL(str(built))
+    # What is loaded stays when its file is gone.
+    with tempfile.TemporaryDirectory(prefix="cuda_on_cpu") as folder:
+        binding, built = Path(folder, "ops_cuda.cpp"), Path(folder, "cuda_on_cpu.so")
+        binding.write_text(source)
+        sources = [str(binding), *sorted(map(str, STAND_IN.glob("*.cpp")))]
+        subprocess.run([_COMPILER, *flags, *sources, "-ltorch_cpu", "-lc10", "-o", str(built)], check=True)
+        torch.ops.load_library(built)
+        loaded = ctypes.CDLL(str(built))
     loaded.set_launch.argtypes = (ctypes.c_int, ctypes.c_bool, ctypes.c_bool)
     return loaded
 

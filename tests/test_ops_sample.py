@@ -171,7 +171,7 @@ def test_dtypes(accuracy, dtype):
 
 
 @pytest.mark.not_interpreted("a whole vocabulary")
-@pytest.mark.served_by("cpu", "triton")
+@pytest.mark.served_by("cpu", "triton", "cuda")
 @pytest.mark.parametrize("filters", FILTERS.values(), ids=FILTERS)
 def test_a_whole_vocabulary(accuracy, filters):
     logits, base_logits = random_pair(2, QWEN, FP32)
@@ -489,7 +489,7 @@ def test_temperature_0_takes_the_first_maximum():
         assert drawn.token.tolist() == drawn.draft_token.tolist() == [13, 0, 0, 100]
 
 
-@pytest.mark.served_by("cpu", "triton")
+@pytest.mark.served_by("cpu", "triton", "cuda")
 def test_huge_scores_stay_inside_the_vocabulary():
     """What overflows on the way to a score has no meaning; it must not be read out of bounds."""
     z = torch.full((3, 70), 3e38)
@@ -524,7 +524,7 @@ def test_frequencies(backend, seed):
 
 @pytest.mark.slow
 @pytest.mark.not_interpreted("too many draws")
-@pytest.mark.served_by("cpu", "triton")
+@pytest.mark.served_by("cpu", "triton", "cuda")
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_frequencies_of_a_million_draws_over_a_whole_vocabulary(seed):
     check_frequencies(QWEN, 1_000_000, seed)
@@ -542,7 +542,7 @@ def test_draft_and_replacement_are_independent():
 
 
 @pytest.mark.not_interpreted("too many draws")
-@pytest.mark.served_by("cpu", "triton")
+@pytest.mark.served_by("cpu", "triton", "cuda")
 @pytest.mark.parametrize("rare", [1e-8, pytest.param(1e-9, marks=pytest.mark.slow)])
 def test_tail_tokens_come_at_their_rate(rare):
     """100 000 tokens of this probability each, behind one that has nearly all of it (vLLM #43150)."""

@@ -3,6 +3,9 @@
 
 #include <cstdint>
 #include <limits>
+#include <optional>
+#include <string_view>
+#include <utility>
 
 #include "online_softmax.h"
 #include "philox.h"
@@ -10,6 +13,17 @@
 namespace dlogp {
 
 enum class Criterion { kDeltaLogp, kKl, kReverseKl, kAvgKl, kEntropy, kRlEntropy, kRandom, kAll, kNone };
+
+// As the schema and reference_sample.CRITERIA name them.
+inline std::optional<Criterion> criterion_named(std::string_view name) {
+  constexpr std::pair<std::string_view, Criterion> criteria[] = {
+      {"delta_logp", Criterion::kDeltaLogp}, {"kl", Criterion::kKl},           {"reverse_kl", Criterion::kReverseKl},
+      {"avg_kl", Criterion::kAvgKl},         {"entropy", Criterion::kEntropy}, {"rl_entropy", Criterion::kRlEntropy},
+      {"random", Criterion::kRandom},        {"all", Criterion::kAll},         {"none", Criterion::kNone}};
+  for (const auto& [known, criterion] : criteria)
+    if (name == known) return criterion;
+  return std::nullopt;
+}
 
 // Whether the sums over both models together (PairState::cross) are needed.
 constexpr bool needs_divergence(Criterion criterion) {

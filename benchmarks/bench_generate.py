@@ -7,6 +7,7 @@ The others replay the tokens that `hf.generate` drew, row by row with the same b
 - generate calls, caches kept: the same, each model's cache handed from call to call. No rows leave.
 """
 
+import inspect
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from dlogp_kernels import backends
 from dlogp_kernels.demo import task
+from dlogp_kernels.hf.cache_names import cache_name
 
 from .case import Case, case_of
 from .harness import NotMeasuredError, Sample, Timings, verify
@@ -64,6 +66,7 @@ def forwards(replay: Replay) -> float:
     """Seconds within the models' forwards; rows that are done leave the caches outside of them."""
     seconds = 0.0
     caches: list[Any] = [None, None]
+    names = [_cache_name(model) for model in replay.models]
     batch, input_ids = torch.arange(len(replay.prompts)), replay.prompts
     for step, rows in enumerate(replay.steps()):
         if step > 0:
@@ -75,8 +78,8 @@ def forwards(replay: Replay) -> float:
         batch = rows
         start = time.perf_counter()
         for number, model in enumerate(replay.models):
-            output = model(input_ids=input_ids, past_key_values=caches[number], use_cache=True, logits_to_keep=1)
-            caches[number] = output.past_key_values
+            output = model(input_ids=input_ids, use_cache=True, logits_to_keep=1, **{names[number]: caches[number]})
+            caches[number] = getattr(output, names[number])
         seconds += time.perf_counter() - start
     return seconds
 
@@ -94,12 +97,18 @@ def generate_calls(replay: Replay) -> float:
 def generate_calls_with_caches(replay: Replay) -> float:
     """The same, all rows to the end, each model on one new token a call."""
     caches: list[Any] = [None, None]
+    names = [_cache_name(model) for model in replay.models]
     start = time.perf_counter()
     for step in range(int(replay.drawn.lengths.max())):
         input_ids = torch.cat([replay.prompts, replay.drawn.tokens[:, :step]], 1)
         for number, model in enumerate(replay.models):
-            caches[number] = _one_token(model, input_ids, past_key_values=caches[number]).past_key_values
+            output = _one_token(model, input_ids, **{names[number]: caches[number]})
+            caches[number] = getattr(output, names[number])
     return time.perf_counter() - start
+
+
+def _cache_name(model: Any) -> str:
+    return cache_name(inspect.signature(model.forward).parameters)
 
 
 def _one_token(model: Any, input_ids: Tensor, **options: Any) -> Any:

@@ -43,7 +43,7 @@ void find_maxima(const ScaledLogits<Real>& logits, BlockMaxima<Real>& maxima, So
     const int64_t count = std::min(kPiece, logits.vocabulary() - begin);
     const Real* s = logits.piece(begin, count, buffer);
     block_maxima(count, s, maxima.values.data() + begin / kBlockTokens);
-    if (state != nullptr) fold_row(count, s, *state);
+    if (state != nullptr) fold_sum(count, s, *state);
   }
   maxima.find_largest();
 }
@@ -80,15 +80,15 @@ class RowSampler {
     const ScaledLogits<Real> z(logits_, row_, 1), base_z(base_logits_, row_, 1);
     scratch_.maxima.values.resize(z.blocks());
     scratch_.base_maxima.values.resize(z.blocks());
-    least_ = std::numeric_limits<Real>::infinity();
     Real buffer[kPiece], base_buffer[kPiece];
     for (int64_t begin = 0; begin < z.vocabulary(); begin += kPiece) {
       const int64_t count = std::min(kPiece, z.vocabulary() - begin), block = begin / kBlockTokens;
       const Real* piece = z.piece(begin, count, buffer);
       const Real* base_piece = base_z.piece(begin, count, base_buffer);
-      if (block_maxima(count, piece, scratch_.maxima.values.data() + block)) return false;
-      if (block_maxima(count, base_piece, scratch_.base_maxima.values.data() + block)) return false;
-      if (options_.gamma != 0) least_ = std::min(least_, least_finite(count, base_piece));
+      if (block_maxima(count, piece, scratch_.maxima.values.data() + block).special) return false;
+      const Finiteness base = block_maxima(count, base_piece, scratch_.base_maxima.values.data() + block);
+      if (base.special) return false;
+      base_impossible_ |= base.impossible;
       fold(count, piece, base_piece);
     }
     scratch_.maxima.find_largest();
@@ -103,9 +103,12 @@ class RowSampler {
       const int64_t size = std::min(most, count - begin);
       if (needs_divergence(options_.criterion)) {
         fold_row(size, z + begin, base_z + begin, state_);
-      } else {
+      } else if (needs_all_sums(options_.criterion)) {
         fold_row(size, z + begin, state_.model);
         fold_row(size, base_z + begin, state_.base);
+      } else {
+        fold_sum(size, z + begin, state_.model);
+        fold_sum(size, base_z + begin, state_.base);
       }
     }
   }
@@ -121,11 +124,24 @@ class RowSampler {
 
   int64_t draw_extrapolated() {
     const bool greedy = options_.temperature == 0;
-    const ScaledLogits<Real> logits(logits_, base_logits_, row_, Real(options_.gamma), least_,
+    const ScaledLogits<Real> logits(logits_, base_logits_, row_, Real(options_.gamma), least_possible(),
                                     greedy ? 1 : temperature());
     if (!greedy) return draw_anew(logits, Stream::kReplacement);
     find_maxima<Real>(logits, scratch_.drawn_maxima, nullptr);
     return first_maximum(logits, scratch_.drawn_maxima);
+  }
+
+  // The base model's least logit that is not −inf; it stands in for those that are, and is not needed without.
+  Real least_possible() const {
+    Real least = std::numeric_limits<Real>::infinity();
+    if (!base_impossible_) return least;
+    const ScaledLogits<Real> base_z(base_logits_, row_, 1);
+    Real buffer[kPiece];
+    for (int64_t begin = 0; begin < base_z.vocabulary(); begin += kPiece) {
+      const int64_t count = std::min(kPiece, base_z.vocabulary() - begin);
+      least = std::min(least, least_finite(count, base_z.piece(begin, count, buffer)));
+    }
+    return least;
   }
 
   // From logits of which nothing is known yet.
@@ -159,7 +175,7 @@ class RowSampler {
   const SampleOptions& options_;
   SampleScratch<Real>& scratch_;
   PairState<Real> state_;
-  Real least_ = 0;
+  bool base_impossible_ = false;
 };
 
 }  // namespace

@@ -82,7 +82,7 @@ struct TileSums {
   Real largest, sum, weighted;
 };
 
-template <typename Real>
+template <bool with_weighted, typename Real>
 DLOGP_INLINE TileSums<Real> sum_tile(int64_t count, const Real* z, Real max) {
   Real largest = -std::numeric_limits<Real>::infinity(), sum = 0, weighted = 0;
 #pragma omp simd reduction(max : largest) reduction(+ : sum, weighted)
@@ -91,20 +91,20 @@ DLOGP_INLINE TileSums<Real> sum_tile(int64_t count, const Real* z, Real max) {
     const Real e = exp_of(d);
     largest = z[i] > largest ? z[i] : largest;
     sum += e;
-    weighted += e * d;
+    if constexpr (with_weighted) weighted += e * d;
   }
   return {largest, sum, weighted};
 }
 
-template <typename Real>
+template <bool with_weighted, typename Real>
 DLOGP_INLINE void fold_body(int64_t count, const Real* z, SoftmaxState<Real>& state) {
   if (state.empty()) rebase(state, largest(count, z));
-  TileSums<Real> tile = sum_tile(count, z, state.max);
+  TileSums<Real> tile = sum_tile<with_weighted>(count, z, state.max);
   if (tile.largest > state.max + kSlack) {
     rebase(state, tile.largest);
-    tile = sum_tile(count, z, state.max);
+    tile = sum_tile<with_weighted>(count, z, state.max);
   }
-  if (!std::isfinite(tile.weighted)) return fold_special(count, z, state);
+  if (!std::isfinite(tile.sum + tile.weighted)) return fold_special(count, z, state);
   state.sum += tile.sum;
   state.weighted += tile.weighted;
 }
@@ -202,8 +202,15 @@ void transform_row(const LogitTransform& transform, int64_t count, const double*
   transform_body(transform, count, bias, z);
 }
 
-DLOGP_CLONES void fold_row(int64_t count, const float* z, SoftmaxState<float>& state) { fold_body(count, z, state); }
-void fold_row(int64_t count, const double* z, SoftmaxState<double>& state) { fold_body(count, z, state); }
+DLOGP_CLONES void fold_row(int64_t count, const float* z, SoftmaxState<float>& state) {
+  fold_body<true>(count, z, state);
+}
+void fold_row(int64_t count, const double* z, SoftmaxState<double>& state) { fold_body<true>(count, z, state); }
+
+DLOGP_CLONES void fold_sum(int64_t count, const float* z, SoftmaxState<float>& state) {
+  fold_body<false>(count, z, state);
+}
+void fold_sum(int64_t count, const double* z, SoftmaxState<double>& state) { fold_body<false>(count, z, state); }
 
 DLOGP_CLONES void fold_row(int64_t count, const float* z, const float* base_z, PairState<float>& state) {
   fold_pair_body(count, z, base_z, state);

@@ -30,14 +30,17 @@ class TileRow {
         draws_(draws) {}
 
   void fold_and_draw() {
-    const bool special = block_maxima(count_, z_, maxima_), base_special = block_maxima(count_, base_z_, base_maxima_);
-    if (special || base_special) draws_.bad = true;
+    const Finiteness model = block_maxima(count_, z_, maxima_), base = block_maxima(count_, base_z_, base_maxima_);
+    if (model.special || base.special) draws_.bad = true;
     if (draws_.bad) return;
     if (needs_divergence(options_.criterion)) {
       fold_row(count_, z_, base_z_, state_);
-    } else {
+    } else if (needs_all_sums(options_.criterion)) {
       fold_row(count_, z_, state_.model);
       fold_row(count_, base_z_, state_.base);
+    } else {
+      fold_sum(count_, z_, state_.model);
+      fold_sum(count_, base_z_, state_.base);
     }
     if (options_.draft_from_base) {
       draw_from(base_z_, base_maxima_, Stream::kDraft, draws_.draft);

@@ -1,6 +1,7 @@
 #include "sample_blocks.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -12,23 +13,32 @@ namespace dlogp {
 namespace {
 
 template <typename Real>
-DLOGP_INLINE bool block_maxima_body(int64_t count, const Real* z, Real* maxima) {
+DLOGP_INLINE Finiteness finiteness_of(int64_t count, const Real* z) {
   constexpr Real infinity = std::numeric_limits<Real>::infinity();
-  bool special = false;
+  int32_t special = 0, impossible = 0;
+#pragma omp simd reduction(+ : special, impossible)
+  for (int64_t i = 0; i < count; ++i) {
+    special += z[i] < infinity ? 0 : 1;
+    impossible += z[i] == -infinity ? 1 : 0;
+  }
+  return {special != 0, impossible != 0};
+}
+
+template <typename Real>
+DLOGP_INLINE Finiteness block_maxima_body(int64_t count, const Real* z, Real* maxima) {
+  Real zero = 0;
   for (int64_t begin = 0; begin < count; begin += kBlockTokens) {
     const int64_t size = std::min(kBlockTokens, count - begin);
     const Real* block = z + begin;
-    Real max = -infinity;
-    int32_t others = 0;
-#pragma omp simd reduction(max : max) reduction(+ : others)
+    Real max = -std::numeric_limits<Real>::infinity();
+#pragma omp simd reduction(max : max) reduction(+ : zero)
     for (int64_t i = 0; i < size; ++i) {
       max = block[i] > max ? block[i] : max;
-      others += block[i] < infinity ? 0 : 1;
+      zero += block[i] * 0;  // NaN where a logit is not finite
     }
     *maxima++ = max;
-    special |= others != 0;
   }
-  return special;
+  return zero == 0 ? Finiteness() : finiteness_of(count, z);
 }
 
 template <typename Real>
@@ -41,6 +51,43 @@ DLOGP_INLINE Real least_finite_body(int64_t count, const Real* z) {
     least = value < least ? value : least;
   }
   return least;
+}
+
+// Calls use(place) where `inside` is 1, in order; most runs of eight have none.
+template <typename Use>
+DLOGP_INLINE void for_inside(const uint8_t (&inside)[kBlockTokens], Use use) {
+  for (int64_t i = 0; i < kBlockTokens; i += 8) {
+    uint64_t eight = 0;
+    for (int j = 0; j < 8; ++j) eight |= uint64_t(inside[i + j]) << 8 * j;
+    for (; eight != 0; eight &= eight - 1) use(i + std::countr_zero(eight) / 8);
+  }
+}
+
+template <typename Real>
+DLOGP_INLINE int64_t copy_within_body(int64_t count, const Real* values, Real low, Real top, Real* to) {
+  const Real* const first = to;
+  for (int64_t begin = 0; begin < count; begin += kBlockTokens) {
+    const int64_t size = std::min(kBlockTokens, count - begin);
+    const Real* block = values + begin;
+    uint8_t inside[kBlockTokens] = {};
+#pragma omp simd
+    for (int64_t i = 0; i < size; ++i) inside[i] = uint8_t((block[i] >= low) & (block[i] <= top));
+    for_inside(inside, [&](int64_t place) { *to++ = block[place]; });
+  }
+  return to - first;
+}
+
+template <typename Real>
+DLOGP_INLINE int64_t places_from_body(int64_t count, const Real* s, Real cut, int64_t most, uint8_t* places) {
+  uint8_t inside[kBlockTokens] = {};
+  int32_t kept = 0;
+#pragma omp simd reduction(+ : kept)
+  for (int64_t i = 0; i < count; ++i) {
+    inside[i] = uint8_t(s[i] >= cut);
+    kept += s[i] >= cut ? 1 : 0;
+  }
+  if (kept <= most) for_inside(inside, [&](int64_t place) { *places++ = uint8_t(place); });
+  return kept;
 }
 
 template <typename Real>
@@ -153,13 +200,27 @@ DLOGP_INLINE void bucket_masses_body(const Buckets<Real>& buckets, int64_t count
 
 }  // namespace
 
-DLOGP_CLONES bool block_maxima(int64_t count, const float* z, float* maxima) {
+DLOGP_CLONES Finiteness block_maxima(int64_t count, const float* z, float* maxima) {
   return block_maxima_body(count, z, maxima);
 }
-bool block_maxima(int64_t count, const double* z, double* maxima) { return block_maxima_body(count, z, maxima); }
+Finiteness block_maxima(int64_t count, const double* z, double* maxima) { return block_maxima_body(count, z, maxima); }
 
 DLOGP_CLONES float least_finite(int64_t count, const float* z) { return least_finite_body(count, z); }
 double least_finite(int64_t count, const double* z) { return least_finite_body(count, z); }
+
+DLOGP_CLONES int64_t copy_within(int64_t count, const float* values, float low, float top, float* to) {
+  return copy_within_body(count, values, low, top, to);
+}
+int64_t copy_within(int64_t count, const double* values, double low, double top, double* to) {
+  return copy_within_body(count, values, low, top, to);
+}
+
+DLOGP_CLONES int64_t places_from(int64_t count, const float* s, float cut, int64_t most, uint8_t* places) {
+  return places_from_body(count, s, cut, most, places);
+}
+int64_t places_from(int64_t count, const double* s, double cut, int64_t most, uint8_t* places) {
+  return places_from_body(count, s, cut, most, places);
+}
 
 DLOGP_CLONES void extrapolate_row(int64_t count, float gamma, float least, const float* from, const float* base_z,
                                   float* z) {

@@ -14,13 +14,26 @@ constexpr int64_t kBlockTokens = 64;
 
 constexpr int64_t sample_blocks(int64_t count) { return (count + kBlockTokens - 1) / kBlockTokens; }
 
-// The maximum of each block; whether there is a NaN or +inf.
-bool block_maxima(int64_t count, const float* z, float* maxima);
-bool block_maxima(int64_t count, const double* z, double* maxima);
+// What there is among logits that may not be finite; a NaN or +inf counts as special.
+struct Finiteness {
+  bool special = false, impossible = false;
+};
+
+// The maximum of each block.
+Finiteness block_maxima(int64_t count, const float* z, float* maxima);
+Finiteness block_maxima(int64_t count, const double* z, double* maxima);
 
 // The least value that is not −inf; +inf if there is none.
 float least_finite(int64_t count, const float* z);
 double least_finite(int64_t count, const double* z);
+
+// Copies the values within [low, top], in their order, to `to`, which has room for all; how many they are.
+int64_t copy_within(int64_t count, const float* values, float low, float top, float* to);
+int64_t copy_within(int64_t count, const double* values, double low, double top, double* to);
+
+// How many tokens of a block have s ≥ cut, and unless they are more than `most`, their places, in order.
+int64_t places_from(int64_t count, const float* s, float cut, int64_t most, uint8_t* places);
+int64_t places_from(int64_t count, const double* s, double cut, int64_t most, uint8_t* places);
 
 // z[i] = extrapolated(z[i], base_z[i]), read from `from`.
 void extrapolate_row(int64_t count, float gamma, float least, const float* from, const float* base_z, float* z);

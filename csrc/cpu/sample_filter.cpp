@@ -8,16 +8,6 @@
 namespace dlogp {
 namespace {
 
-// Copies the values within [low, top] to `to`, which has room for all; returns the end of what was written.
-template <typename Real>
-Real* copy_within(const Real* values, int64_t count, Real low, Real top, Real* to) {
-  for (int64_t i = 0; i < count; ++i) {
-    *to = values[i];
-    to += (values[i] >= low) & (values[i] <= top);
-  }
-  return to;
-}
-
 template <typename Real>
 Real nth_largest(Real* values, int64_t count, int64_t n) {
   std::nth_element(values, values + (n - 1), values + count, std::greater<Real>());
@@ -40,8 +30,7 @@ Real top_k_cut(const ScaledLogits<Real>& logits, const BlockMaxima<Real>& maxima
   for_blocks(
       logits, maxima, [&](Real max) { return max >= bound; },
       [&](int64_t, const Real* s, int64_t size) {
-        Real* const end = copy_within(s, size, bound, maxima.largest, candidates.data() + count);
-        count = end - candidates.data();
+        count += copy_within(size, s, bound, maxima.largest, candidates.data() + count);
         if (count <= most) return;
         bound = nth_largest(candidates.data(), count, k);
         count = k;
@@ -160,7 +149,7 @@ class TopPSearch {
             end = begin;
             dropped = true;
           }
-          end = copy_within(s, size, low_, top_, end);
+          end += copy_within(size, s, low_, top_, end);
         });
     use_all(begin, end - begin);
     if (!dropped) held_ = end - begin;
@@ -171,7 +160,7 @@ class TopPSearch {
     Real within[kPiece];
     for (int64_t begin = 0; begin < held_; begin += kPiece) {
       const int64_t size = std::min(kPiece, held_ - begin);
-      use_all(within, copy_within(scratch_.data() + begin, size, low_, top_, within) - within);
+      use_all(within, copy_within(size, scratch_.data() + begin, low_, top_, within));
     }
   }
 

@@ -19,7 +19,7 @@ from tolerances import Accuracy
 from dlogp_kernels import backends
 
 _M_PERTURB = -6  # of <malloc.h>
-_MEASURED = pytest.StashKey[dict[tuple[str, ...], tuple[float, float]]]()
+_MEASURED = "error against float64"
 
 #: Test files by the kind of process that collects them; the ordinary one has those of no other kind, and the op tests.
 _OP_TESTS = (
@@ -69,7 +69,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "not_interpreted(reason): not for Triton's interpreter, because it is too slow or can not",
     ):
         config.addinivalue_line("markers", marker)
-    config.stash[_MEASURED] = {}
+    config.pluginmanager.register(_MeasuredErrors())
     cases.DEVICE = torch.device(config.getoption("--device"))
     if cases.DEVICE.type == "cuda":
         if not torch.cuda.is_available():
@@ -202,25 +202,36 @@ def exact(backend: str) -> torch.dtype:
 
 
 @pytest.fixture
-def accuracy(request: pytest.FixtureRequest, backend: str, record_property) -> Accuracy:
+def accuracy(backend: str, record_property) -> Accuracy:
     """Compares with float64 truth, asserts tolerances.py, and reports the error that was measured."""
-    measured = request.config.stash[_MEASURED]
 
     def report(op: str, quantity: str, dtype: str, error: float, limit: float) -> None:
-        record_property(f"{op} {quantity} {dtype} error", error)
+        record_property(_MEASURED, [op, backend, dtype, quantity, error, limit])
         print(f"{op} {backend} {dtype} {quantity}: {error:.3g} roundings (limit {limit:g})")
-        key = (op, backend, dtype, quantity)
-        measured[key] = (max(error, measured.get(key, (0.0, limit))[0]), limit)
 
     return Accuracy(report)
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """One line an op, backend and dtype: the largest error of each quantity, in units of tolerances.py."""
-    lines: dict[tuple[str, ...], list[str]] = {}
-    for (*key, quantity), (error, limit) in sorted(config.stash[_MEASURED].items()):
-        lines.setdefault(tuple(key), []).append(f"{quantity} {error:.2g}/{limit:g}")
-    if lines:
-        terminalreporter.section("largest error against float64, in roundings (measured/limit)")
-        for key, errors in lines.items():
-            terminalreporter.write_line(" ".join(key) + ": " + ", ".join(errors))
+class _MeasuredErrors:
+    """One line an op, backend and dtype at the end: the largest error of each quantity, in units of tolerances.py.
+
+    It comes from the reports of tests, which several processes send to the one that prints.
+    """
+
+    def __init__(self) -> None:
+        self._largest: dict[tuple[str, ...], tuple[float, float]] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        for name, value in report.user_properties if report.when == "call" else ():
+            if name == _MEASURED:
+                *key, error, limit = value
+                self._largest[*key] = (max(error, self._largest.get((*key,), (0.0, limit))[0]), limit)
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        lines: dict[tuple[str, ...], list[str]] = {}
+        for (*key, quantity), (error, limit) in sorted(self._largest.items()):
+            lines.setdefault(tuple(key), []).append(f"{quantity} {error:.2g}/{limit:g}")
+        if lines:
+            terminalreporter.section("largest error against float64, in roundings (measured/limit)")
+            for key, errors in lines.items():
+                terminalreporter.write_line(" ".join(key) + ": " + ", ".join(errors))

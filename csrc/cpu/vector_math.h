@@ -1,5 +1,6 @@
 // Branch-free elementary functions that a compiler vectorises, and the attribute that compiles a loop once for each
-// instruction set and picks one at load time.
+// instruction set and picks one at load time. Levels of x86-64, not single features: v3 is AVX2 with FMA, and a list of
+// features within one string would be as many versions.
 #pragma once
 
 #include <cmath>
@@ -7,7 +8,7 @@
 #include <cstring>
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define DLOGP_CLONES __attribute__((target_clones("default", "avx2,fma", "arch=x86-64-v4")))
+#define DLOGP_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 #else
 #define DLOGP_CLONES
 #endif

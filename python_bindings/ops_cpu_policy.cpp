@@ -14,7 +14,7 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 // Spans that one thread takes at the least: a few microseconds of work.
-constexpr int64_t kGrain = 4;
+constexpr int64_t kGrain = 1;
 
 template <typename Use>
 void for_spans(const PolicySpans& spans, Use use) {

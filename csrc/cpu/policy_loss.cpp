@@ -10,13 +10,18 @@ namespace dlogp {
 namespace {
 
 template <typename Real>
-DLOGP_INLINE void clear_masked(int64_t count, const Real* mask, Real* values) {
+DLOGP_INLINE void copy_counted_body(int64_t count, const Real* mask, const Real* from, Real* to) {
 #pragma omp simd
-  for (int64_t i = 0; i < count; ++i) values[i] = mask[i] != 0 ? values[i] : Real(0);
+  for (int64_t i = 0; i < count; ++i) to[i] = mask[i] != 0 ? from[i] : Real(0);
 }
 
-DLOGP_CLONES void clear(int64_t count, const float* mask, float* values) { clear_masked(count, mask, values); }
-void clear(int64_t count, const double* mask, double* values) { clear_masked(count, mask, values); }
+// `from` may be `to`.
+DLOGP_CLONES void copy_counted(int64_t count, const float* mask, const float* from, float* to) {
+  copy_counted_body(count, mask, from, to);
+}
+void copy_counted(int64_t count, const double* mask, const double* from, double* to) {
+  copy_counted_body(count, mask, from, to);
+}
 
 template <typename Real>
 void read_mask(const BoolMatrix& mask, const PolicySpan& span, Real* to) {
@@ -33,8 +38,17 @@ void read_mask(const BoolMatrix& mask, const PolicySpan& span, Real* to) {
 template <typename Real>
 bool read_tokens(const Matrix& from, const PolicySpan& span, const Real* mask, Real* to) {
   if (from.data == nullptr) return false;
-  read_row(from, span.sequence, span.begin, span.count, to);
-  clear(span.count, mask, to);
+  const Real* values = row_in_place<Real>(from, span.sequence, span.begin);
+  if (values == nullptr) {
+    values = to;
+    if (from.column_stride == 0) {
+      read_row(from, span.sequence, span.begin, 1, to);
+      std::fill_n(to, span.count, to[0]);
+    } else {
+      read_row(from, span.sequence, span.begin, span.count, to);
+    }
+  }
+  copy_counted(span.count, mask, values, to);
   return true;
 }
 
@@ -60,24 +74,58 @@ PolicySpans policy_spans(int64_t sequences, int64_t columns, const int64_t* offs
   for (int64_t b = 0; b < sequences; ++b) {
     result.first.push_back(int64_t(result.spans.size()));
     const int64_t begin = offsets == nullptr ? 0 : offsets[b], end = offsets == nullptr ? columns : offsets[b + 1];
-    for (int64_t t = begin; t < end; t += kPolicyTokens)
-      result.spans.push_back({b, t, std::min(kPolicyTokens, end - t), offsets == nullptr ? b * columns + t : t});
+    for (int64_t t = begin; t < end; t += kSpanTokens)
+      result.spans.push_back({b, t, std::min(kSpanTokens, end - t), offsets == nullptr ? b * columns + t : t});
   }
   result.first.push_back(int64_t(result.spans.size()));
   return result;
 }
 
+namespace {
+
+// Calls use(part) for parts of at most kPolicyTokens, in order.
+template <typename Use>
+void for_parts(const PolicySpan& span, Use use) {
+  for (int64_t i = 0; i < span.count; i += kPolicyTokens)
+    use(PolicySpan{span.sequence, span.begin + i, std::min(kPolicyTokens, span.count - i), span.place + i});
+}
+
+template <typename Real>
+DLOGP_INLINE void sum_body(int64_t count, const Real* mask, const Real* logp, const Real* old_logp,
+                           PolicySequence& sequence) {
+  Real tokens = 0;
+  double sum = 0, log_ratio = 0;
+#pragma omp simd reduction(+ : tokens, sum, log_ratio)
+  for (int64_t i = 0; i < count; ++i) {
+    tokens += mask[i];
+    sum += double(old_logp[i]);
+    log_ratio += double(logp[i] - old_logp[i]);
+  }
+  sequence.count += int64_t(tokens);
+  sequence.old_logp += sum;
+  sequence.log_ratio += log_ratio;
+}
+
+DLOGP_CLONES void sum_tokens(int64_t count, const float* mask, const float* logp, const float* old_logp,
+                             PolicySequence& sequence) {
+  sum_body(count, mask, logp, old_logp, sequence);
+}
+void sum_tokens(int64_t count, const double* mask, const double* logp, const double* old_logp,
+                PolicySequence& sequence) {
+  sum_body(count, mask, logp, old_logp, sequence);
+}
+
+}  // namespace
+
 template <typename Real>
 void sum_span(const PolicyInputs& inputs, const PolicySpan& span, PolicySequence& sequence) {
   Real mask[kPolicyTokens], logp[kPolicyTokens], old_logp[kPolicyTokens];
-  read_mask(inputs.mask, span, mask);
-  read_tokens(inputs.logp, span, mask, logp);
-  read_tokens(inputs.old_logp, span, mask, old_logp);
-  for (int64_t i = 0; i < span.count; ++i) {
-    sequence.count += mask[i] != 0;
-    sequence.old_logp += double(old_logp[i]);
-    sequence.log_ratio += double(logp[i] - old_logp[i]);
-  }
+  for_parts(span, [&](const PolicySpan& part) {
+    read_mask(inputs.mask, part, mask);
+    read_tokens(inputs.logp, part, mask, logp);
+    read_tokens(inputs.old_logp, part, mask, old_logp);
+    sum_tokens(part.count, mask, logp, old_logp, sequence);
+  });
 }
 
 void normalize_in_groups(const int64_t* group, std::vector<PolicySequence>& sequences) {
@@ -110,18 +158,20 @@ template <typename Real>
 void policy_span(const PolicyOptions& options, const PolicyInputs& inputs, const PolicySpan& span,
                  const PolicySequence& sequence, PolicySums& sums, Real* coefficient) {
   PolicyTokens<Real> tokens;
-  read_mask(inputs.mask, span, tokens.mask);
-  read_tokens(inputs.logp, span, tokens.mask, tokens.logp);
-  read_tokens(inputs.old_logp, span, tokens.mask, tokens.old_logp);
-  read_tokens(inputs.advantage, span, tokens.mask, tokens.advantage);
-  tokens.has_ref_logp = read_tokens(inputs.ref_logp, span, tokens.mask, tokens.ref_logp);
-  tokens.has_entropy = read_tokens(inputs.entropy, span, tokens.mask, tokens.entropy);
-  tokens.has_kl = read_tokens(inputs.kl, span, tokens.mask, tokens.kl);
-  tokens.has_token_weight = read_tokens(inputs.token_weight, span, tokens.mask, tokens.token_weight);
-  if (options.of_sequences) std::fill_n(tokens.raw_ratio, span.count, Real(sequence.mean_log_ratio()));
-  if (options.reweight == PolicyReweight::kPerplexity) std::fill_n(tokens.score, span.count, Real(sequence.score));
-  policy_tokens(options, span.count, tokens, sums);
-  if (coefficient != nullptr) std::copy_n(tokens.coefficient, span.count, coefficient + span.place);
+  if (options.of_sequences) std::fill_n(tokens.raw_ratio, kPolicyTokens, Real(sequence.mean_log_ratio()));
+  if (options.reweight == PolicyReweight::kPerplexity) std::fill_n(tokens.score, kPolicyTokens, Real(sequence.score));
+  for_parts(span, [&](const PolicySpan& part) {
+    read_mask(inputs.mask, part, tokens.mask);
+    read_tokens(inputs.logp, part, tokens.mask, tokens.logp);
+    read_tokens(inputs.old_logp, part, tokens.mask, tokens.old_logp);
+    read_tokens(inputs.advantage, part, tokens.mask, tokens.advantage);
+    tokens.has_ref_logp = read_tokens(inputs.ref_logp, part, tokens.mask, tokens.ref_logp);
+    tokens.has_entropy = read_tokens(inputs.entropy, part, tokens.mask, tokens.entropy);
+    tokens.has_kl = read_tokens(inputs.kl, part, tokens.mask, tokens.kl);
+    tokens.has_token_weight = read_tokens(inputs.token_weight, part, tokens.mask, tokens.token_weight);
+    policy_tokens(options, part.count, tokens, sums);
+    if (coefficient != nullptr) std::copy_n(tokens.coefficient, part.count, coefficient + part.place);
+  });
 }
 
 template <typename Real>

@@ -1,4 +1,4 @@
-// policy_loss on the CPU. Sequences are cut into spans of at most kPolicyTokens tokens, whose sums are merged in their
+// policy_loss on the CPU. Sequences are cut into spans of at most kSpanTokens tokens, whose sums are merged in their
 // order, so the result is the same for any threads.
 #pragma once
 
@@ -23,6 +23,9 @@ struct PolicyInputs {
   Matrix logp, old_logp, advantage, ref_logp, entropy, kl, token_weight;
   BoolMatrix mask;
 };
+
+// So many that what is kept of each span is little beside its tokens.
+constexpr int64_t kSpanTokens = 8 * kPolicyTokens;
 
 // Tokens [begin, begin + count) of a sequence; `place` is that of the first one in the outputs.
 struct PolicySpan {

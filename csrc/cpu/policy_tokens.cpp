@@ -48,166 +48,134 @@ DLOGP_INLINE void weigh(const PolicyOptions& options, int64_t count, PolicyToken
   }
 }
 
+// The numbers of PolicyOptions that a token's term needs.
 template <typename Real>
-DLOGP_INLINE void set_ratios(const PolicyOptions& options, int64_t count, PolicyTokens<Real>& t) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) t.log_ratio[i] = t.logp[i] - t.old_logp[i];
-  const Real* raw = options.of_sequences ? t.raw_ratio : t.log_ratio;
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) t.ratio[i] = exp_of(clamped(raw[i]));
-}
+struct TermOptions {
+  Real lower, upper, dual, high;
+  Real temperature_pos, temperature_neg;
+};
 
 template <typename Real>
-DLOGP_INLINE void set_term(const PolicyTerm<Real>& term, int64_t i, PolicyTokens<Real>& t) {
-  t.loss[i] = term.loss;
-  t.slope[i] = term.slope;
-  t.low[i] = term.low ? Real(1) : Real(0);
-  t.high[i] = term.high ? Real(1) : Real(0);
-  t.dual[i] = term.dual ? Real(1) : Real(0);
+TermOptions<Real> term_options(const PolicyOptions& options) {
+  return {Real(1 - options.clip_low), Real(1 + options.clip_high),        Real(options.dual_clip),
+          Real(options.clip_high),    Real(options.sapo_temperature_pos), Real(options.sapo_temperature_neg)};
 }
 
-template <typename Real>
-DLOGP_INLINE void set_terms(const PolicyOptions& options, int64_t count, PolicyTokens<Real>& t) {
-  const Real high = Real(options.clip_high);
-  if (options.surrogate == PolicySurrogate::kCispo) {
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) set_term(cispo_term(t.ratio[i], t.advantage[i], t.logp[i], high), i, t);
-    return;
-  }
-  if (options.surrogate == PolicySurrogate::kSapo) {
-    const Real positive = Real(options.sapo_temperature_pos), other = Real(options.sapo_temperature_neg);
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) {
-      const Real temperature = t.advantage[i] > 0 ? positive : other;
-      const Real x = -temperature * (t.ratio[i] - 1);
-      set_term(sapo_term(t.ratio[i], t.advantage[i], temperature, exp_of(x > Real(80) ? Real(80) : x)), i, t);
-    }
-  } else {
-    const Real lower = Real(1 - options.clip_low), upper = Real(1 + options.clip_high), dual = Real(options.dual_clip);
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) set_term(clipped_term(t.ratio[i], t.advantage[i], lower, upper, dual), i, t);
-  }
-  if (options.of_sequences) return;
+template <PolicySurrogate surrogate, typename Real>
+DLOGP_INLINE PolicyTerm<Real> term_of(const TermOptions<Real>& options, Real ratio, Real advantage, Real logp) {
+  if constexpr (surrogate == PolicySurrogate::kCispo) return cispo_term(ratio, advantage, logp, options.high);
+  if constexpr (surrogate == PolicySurrogate::kClipped)
+    return clipped_term(ratio, advantage, options.lower, options.upper, options.dual);
+  const Real temperature = advantage > 0 ? options.temperature_pos : options.temperature_neg;
+  const Real x = -temperature * (ratio - 1);
+  return sapo_term(ratio, advantage, temperature, exp_of(x > Real(80) ? Real(80) : x));
+}
+
+// The terms of the ratio and all sums but those of `add_…`, in one loop. Of a sequence's ratio the slopes are summed
+// up, and the coefficients get no part of them yet.
+template <PolicySurrogate surrogate, bool of_sequences, bool weighted, typename Real>
+DLOGP_INLINE void set_terms(const PolicyOptions& options, int64_t count, PolicyTokens<Real>& t, PolicySums& sums) {
+  constexpr bool by_logp = surrogate == PolicySurrogate::kCispo, summed = of_sequences && !by_logp;
+  const TermOptions<Real> numbers = term_options<Real>(options);
   const Real limit = Real(kLogRatioLimit);
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) t.slope[i] = std::fabs(t.log_ratio[i]) > limit ? Real(0) : t.slope[i];
-}
-
-// Σ of values that count: four at a time, then in float64.
-template <typename Real>
-DLOGP_INLINE double masked_sum(int64_t count, const Real* values, const Real* mask) {
-  const int64_t quarter = count / 4;
-  const Real *v = values, *m = mask;
-  double sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < quarter; ++i) {
-    const int64_t j = i + quarter, k = j + quarter, l = k + quarter;
-    sum += double((v[i] * m[i] + v[j] * m[j]) + (v[k] * m[k] + v[l] * m[l]));
-  }
-  for (int64_t i = 4 * quarter; i < count; ++i) sum += double(v[i] * m[i]);
-  return sum;
-}
-
-// Of a sequence's ratio the slopes are summed up, and the coefficients get no part of them yet.
-template <typename Real>
-DLOGP_INLINE void finish_slopes(bool summed, int64_t count, PolicyTokens<Real>& t, PolicySums& sums) {
-  if (t.has_token_weight) {
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) {
-      t.loss[i] *= t.token_weight[i];
-      t.slope[i] *= t.token_weight[i];
-    }
-  }
-  if (summed) {
-    sums.slope += masked_sum(count, t.slope, t.mask);
-    std::fill_n(t.coefficient, count, Real(0));
-    return;
-  }
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) t.coefficient[i] = t.slope[i] * t.mask[i];
-}
-
-// Values may be infinite where their factor is 0.
-template <typename Real>
-DLOGP_INLINE void add_to_loss(double factor, int64_t count, const Real* values, PolicyTokens<Real>& t) {
-  if (factor == 0) return;
-  const Real f = Real(factor);
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) t.loss[i] += f * values[i];
-}
-
-template <typename Real>
-DLOGP_INLINE void add_reference(const PolicyOptions& options, int64_t count, PolicyTokens<Real>& t, PolicySums& sums) {
-  const Real limit = Real(kLogRatioLimit), beta = Real(options.kl_beta);
-#pragma omp simd
+  Real tokens = 0, low = 0, high = 0, dual = 0;  // exact: they count up to kPolicyTokens
+  Real loss = 0, slopes = 0, approx_kl = 0, ratios = 0, largest = 0, weights = 0;
+#pragma omp simd reduction(+ : tokens, low, high, dual, loss, slopes, approx_kl, ratios, weights) \
+    reduction(max : largest)
   for (int64_t i = 0; i < count; ++i) {
-    const Real full = t.ref_logp[i] - t.logp[i];
-    const Real x = full > limit ? limit : full;
-    const Real exponential = exp_of(x);
-    const Real divergence = k3_of(x, exponential);
-    const Real slope = std::fabs(x) < Real(0.3) ? divergence + x : exponential - 1;  // eˣ − 1
-    t.divergence[i] = divergence;
-    t.coefficient[i] -= full > limit ? Real(0) : beta * slope * t.mask[i];
-  }
-  sums.ref_kl += masked_sum(count, t.divergence, t.mask);
-  add_to_loss(options.kl_beta, count, t.divergence, t);
-}
-
-template <typename Real>
-DLOGP_INLINE void add_entropy(const PolicyOptions& options, int64_t count, PolicyTokens<Real>& t, PolicySums& sums) {
-  sums.entropy += masked_sum(count, t.entropy, t.mask);
-  add_to_loss(-options.entropy_coef, count, t.entropy, t);
-}
-
-template <typename Real>
-DLOGP_INLINE void add_kl(const PolicyOptions& options, int64_t count, PolicyTokens<Real>& t, PolicySums& sums) {
-  sums.ref_kl += masked_sum(count, t.kl, t.mask);
-  add_to_loss(options.kl_beta, count, t.kl, t);
-}
-
-template <typename Real>
-DLOGP_INLINE void add_sums(bool of_sequences, int64_t count, PolicyTokens<Real>& t, PolicySums& sums) {
-  Real tokens = 0, low = 0, high = 0, dual = 0, largest = 0;  // exact: they count up to kPolicyTokens
-#pragma omp simd reduction(+ : tokens, low, high, dual) reduction(max : largest)
-  for (int64_t i = 0; i < count; ++i) {
-    const Real ratio = t.ratio[i] * t.mask[i];
-    tokens += t.mask[i];
-    low += t.low[i] * t.mask[i];
-    high += t.high[i] * t.mask[i];
-    dual += t.dual[i] * t.mask[i];
-    largest = ratio > largest ? ratio : largest;
-  }
-  if (of_sequences) {
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) {
-      const Real x = clamped(t.log_ratio[i]);
-      t.divergence[i] = k3_of(x, exp_of(x));
-    }
-  } else {
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) t.divergence[i] = k3_of(clamped(t.log_ratio[i]), t.ratio[i]);
+    const Real mask = t.mask[i], full = t.logp[i] - t.old_logp[i], log_ratio = clamped(full);
+    const Real ratio = exp_of(of_sequences ? clamped(t.raw_ratio[i]) : log_ratio);
+    const PolicyTerm<Real> term = term_of<surrogate>(numbers, ratio, t.advantage[i], t.logp[i]);
+    const Real share = weighted ? mask * t.token_weight[i] : mask;
+    const Real own_loss = term.loss * share;
+    const Real slope = !of_sequences && !by_logp && std::fabs(full) > limit ? Real(0) : term.slope * share;
+    t.loss[i] = own_loss;
+    t.coefficient[i] = summed ? Real(0) : slope;
+    tokens += mask;
+    low += term.low ? mask : Real(0);
+    high += term.high ? mask : Real(0);
+    dual += term.dual ? mask : Real(0);
+    loss += own_loss;
+    slopes += slope;
+    approx_kl += k3_of(log_ratio, of_sequences ? exp_of(log_ratio) : ratio) * mask;
+    ratios += ratio * mask;
+    weights += t.weight[i] * mask;
+    largest = ratio * mask > largest ? ratio * mask : largest;
   }
   sums.count += double(tokens);
   sums.clip_low += double(low);
   sums.clip_high += double(high);
   sums.clip_dual += double(dual);
+  sums.loss += double(loss);
+  if (summed) sums.slope += double(slopes);
+  sums.approx_kl += double(approx_kl);
+  sums.ratio += double(ratios);
   sums.max_ratio = std::max(sums.max_ratio, double(largest));
-  sums.loss += masked_sum(count, t.loss, t.mask);
-  sums.approx_kl += masked_sum(count, t.divergence, t.mask);
-  sums.ratio += masked_sum(count, t.ratio, t.mask);
-  sums.weight += masked_sum(count, t.weight, t.mask);
+  sums.weight += double(weights);
+}
+
+template <PolicySurrogate surrogate, typename Real>
+DLOGP_INLINE void set_terms(const PolicyOptions& options, int64_t count, PolicyTokens<Real>& t, PolicySums& sums) {
+  if (options.of_sequences)
+    t.has_token_weight ? set_terms<surrogate, true, true>(options, count, t, sums)
+                       : set_terms<surrogate, true, false>(options, count, t, sums);
+  else
+    t.has_token_weight ? set_terms<surrogate, false, true>(options, count, t, sums)
+                       : set_terms<surrogate, false, false>(options, count, t, sums);
+}
+
+template <typename Real>
+DLOGP_INLINE void set_terms(const PolicyOptions& options, int64_t count, PolicyTokens<Real>& t, PolicySums& sums) {
+  switch (options.surrogate) {
+    case PolicySurrogate::kClipped:
+      return set_terms<PolicySurrogate::kClipped>(options, count, t, sums);
+    case PolicySurrogate::kCispo:
+      return set_terms<PolicySurrogate::kCispo>(options, count, t, sums);
+    case PolicySurrogate::kSapo:
+      return set_terms<PolicySurrogate::kSapo>(options, count, t, sums);
+  }
+}
+
+// Adds factor · values to the losses; returns Σ values of the tokens that count, the same bits whatever the factor.
+// Values may be infinite where their factor is 0.
+template <typename Real>
+DLOGP_INLINE double add_to_loss(double factor, int64_t count, const Real* values, PolicyTokens<Real>& t,
+                                PolicySums& sums) {
+  Real sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < count; ++i) sum += values[i] * t.mask[i];
+  if (factor == 0) return double(sum);
+  const Real f = Real(factor);
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) t.loss[i] += f * (values[i] * t.mask[i]);
+  sums.loss += factor * double(sum);
+  return double(sum);
+}
+
+template <typename Real>
+DLOGP_INLINE void add_reference(const PolicyOptions& options, int64_t count, PolicyTokens<Real>& t, PolicySums& sums) {
+  const Real limit = Real(kLogRatioLimit), beta = Real(options.kl_beta);
+  Real divergence[kPolicyTokens];
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    const Real full = t.ref_logp[i] - t.logp[i];
+    const Real x = full > limit ? limit : full;
+    const Real exponential = exp_of(x);
+    const Real k3 = k3_of(x, exponential);
+    const Real slope = std::fabs(x) < Real(0.3) ? k3 + x : exponential - 1;  // eˣ − 1
+    divergence[i] = k3;
+    t.coefficient[i] -= full > limit ? Real(0) : beta * slope * t.mask[i];
+  }
+  sums.ref_kl += add_to_loss(options.kl_beta, count, divergence, t, sums);
 }
 
 template <typename Real>
 DLOGP_INLINE void policy_body(const PolicyOptions& options, int64_t count, PolicyTokens<Real>& t, PolicySums& sums) {
   weigh(options, count, t);
-  set_ratios(options, count, t);
-  set_terms(options, count, t);
-  finish_slopes(options.of_sequences && options.surrogate != PolicySurrogate::kCispo, count, t, sums);
+  set_terms(options, count, t, sums);
   if (t.has_ref_logp) add_reference(options, count, t, sums);
-  if (t.has_kl) add_kl(options, count, t, sums);
-  if (t.has_entropy) add_entropy(options, count, t, sums);
-  add_sums(options.of_sequences, count, t, sums);
+  if (t.has_kl) sums.ref_kl += add_to_loss(options.kl_beta, count, t.kl, t, sums);
+  if (t.has_entropy) sums.entropy += add_to_loss(-options.entropy_coef, count, t.entropy, t, sums);
 }
 
 }  // namespace

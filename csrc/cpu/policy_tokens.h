@@ -1,5 +1,5 @@
 // The policy loss of a few tokens next to each other: losses, the gradient by logp, sums for the metrics.
-// float: vectorised. double: the same in float64. Sums are float64.
+// float: vectorised, in float32 within a call and in float64 between calls. double: the same in float64.
 #pragma once
 
 #include <cstdint>
@@ -29,14 +29,12 @@ struct PolicyTokens {
   Real ref_logp[kPolicyTokens], entropy[kPolicyTokens], kl[kPolicyTokens], token_weight[kPolicyTokens];
   bool has_ref_logp = false, has_entropy = false, has_kl = false, has_token_weight = false;
   // ----
-  Real weight[kPolicyTokens], log_ratio[kPolicyTokens], ratio[kPolicyTokens];
-  Real loss[kPolicyTokens], slope[kPolicyTokens], divergence[kPolicyTokens];
-  Real low[kPolicyTokens], high[kPolicyTokens], dual[kPolicyTokens];
-  Real coefficient[kPolicyTokens];
+  Real weight[kPolicyTokens], loss[kPolicyTokens], coefficient[kPolicyTokens];
 };
 
-// Sets `coefficient`: the gradient of the unscaled loss by logp, 0 where `mask` is. Where a ratio is that of a sequence
-// it lacks ∂/∂ log r, whose sum goes to sums.slope (`add_slope` puts it in), but for CISPO. Adds to `sums`.
+// Sets `loss`, and `coefficient`: the gradient of the unscaled loss by logp; both are 0 where `mask` is. Where a ratio
+// is that of a sequence, the latter lacks ∂/∂ log r, whose sum goes to sums.slope (`add_slope` puts it in), but for
+// CISPO. Adds to `sums`.
 void policy_tokens(const PolicyOptions& options, int64_t count, PolicyTokens<float>& tokens, PolicySums& sums);
 void policy_tokens(const PolicyOptions& options, int64_t count, PolicyTokens<double>& tokens, PolicySums& sums);
 

@@ -5,11 +5,13 @@ freed at once counts as well, and an allocation counts whole, whether used or no
 the inputs is given back to the system first; otherwise the call could use it unseen. Hence the fresh process, and a
 warm-up (threads, code that is loaded on first use) so small that nothing of the size of the workload stays in a cache.
 
-`python -m benchmarks.memory REQUEST` measures the request (JSON) and prints the answer (JSON) as its last line.
+`python -m benchmarks.memory REQUEST` measures the request (JSON) and prints the answer (JSON) as its last line;
+`python -m benchmarks.memory MODULE NAME` prints what the module's `answer(NAME)` returns.
 """
 
 import ctypes
 import dataclasses
+import importlib
 import json
 import subprocess
 import sys
@@ -17,6 +19,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,12 +115,21 @@ def _status_bytes(name: str) -> int:
 
 def in_fresh_process(request: Request) -> Answer:
     """`request` measured in a process of its own; NoAnswerError if that does not answer."""
-    command = [sys.executable, "-m", "benchmarks.memory", json.dumps(dataclasses.asdict(request))]
+    return Answer(**_answer_to([json.dumps(dataclasses.asdict(request))]))
+
+
+def in_process_of(module: str, name: str) -> dict[str, int]:
+    """`module.answer(name)` of a fresh process, for a benchmark whose candidates are its own."""
+    return _answer_to([module, name])
+
+
+def _answer_to(arguments: list[str]) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.memory", *arguments]
     child = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=False)
     if child.returncode != 0:
         last = (child.stderr.strip().splitlines() or ["no message"])[-1]
         raise NoAnswerError(f"exit status {child.returncode}: {last}")
-    return Answer(**json.loads(child.stdout.splitlines()[-1]))
+    return json.loads(child.stdout.splitlines()[-1])
 
 
 def answer(request: Request) -> Answer:
@@ -143,4 +155,7 @@ def main(request_json: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    if len(sys.argv) == 2:
+        main(sys.argv[1])
+    else:
+        print(json.dumps(importlib.import_module(sys.argv[1]).answer(sys.argv[2])))

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-from . import bench_extrapolated_sample, bench_generate
+from . import bench_extrapolated_sample, bench_generate, bench_linear_policy_loss, bench_policy_loss
 from .bench import Bench
 from .case import Case, Plan
 from .cases import Planner
@@ -26,4 +26,6 @@ PLANS: dict[str, Plan] = {
     **{op: _of_bench(bench) for op, bench in BENCHES.items()},
     bench_extrapolated_sample.OP: bench_extrapolated_sample.plan,
     bench_generate.OP: bench_generate.plan,
+    bench_policy_loss.OP: bench_policy_loss.plan,
+    bench_linear_policy_loss.OP: bench_linear_policy_loss.plan,
 }

@@ -6,12 +6,16 @@ from typing import Any, NamedTuple
 
 from . import bench_extrapolated_sample as sample
 from . import bench_generate as decode
+from . import bench_linear_policy_loss as linear_policy
+from . import bench_policy_loss as policy
 from .records import Record, Run
 from .shapes import LONG_N, MAIN, MAIN_N
 
 MARKERS = ("<!-- benchmark table -->", "<!-- /benchmark table -->")
 
 FORWARD_MIB, BACKWARD_MIB = 64, 256
+#: Of B · T float32 numbers: the gradient, and what the forward pass leaves for it. Two hundredths more are sums.
+MOST_TENSORS = 2
 #: Of a chi-square, at least; and how many standard deviations the number of tokens from the tail may be off.
 LEAST_P, MOST_SIGMAS = 1e-4, 4.5
 _NOT_MEASURED = "not measured"
@@ -54,6 +58,7 @@ def lines(records: Sequence[Record]) -> list[Line]:
         _ignored(records),
         *_sampling(records),
         *_decoding(records),
+        *_policy(records),
     ]
 
 
@@ -203,6 +208,36 @@ def _decoding(records: Sequence[Record]) -> Iterator[Line]:
     reach = "≥ 5 × the tokens/s of two `model.generate(max_new_tokens=1)` calls a step"
     yield _line(what, reach, _last(entries), speed)
     yield _slower(f"`{decode.OP}`, the same", _last(entries), "forwards", "the two models' forwards alone", 1.25)
+
+
+def _policy(records: Sequence[Record]) -> Iterator[Line]:
+    work = {"op": policy.OP, "variant": policy.DAPO.label, "phase": "both", "candidate": "ours"}
+    entry = _last(_select(records, case="compare", shape=policy.SHAPE.name, **work))
+    what = f"`{policy.OP}` forward + backward, B {policy.SEQUENCES}, T {policy.TOKENS}, DAPO"
+    yield _faster(what, entry, "TRL", "eager, as TRL writes it", 4)
+
+    def tensors(entry: Record) -> tuple[str, bool]:
+        count = entry.statistics["tensors"]
+        return f"{count:.2f}", count <= MOST_TENSORS + 0.02
+
+    reach = f"≤ {MOST_TENSORS} tensors of B·T"
+    peak = _last(_select(records, case="memory", **work))
+    yield _line(f"`{policy.OP}`, peak memory, gradient included", reach, peak, tensors)
+    entry = _main(records, linear_policy.OP, training=True)
+    what = f"`{linear_policy.OP}` bf16, N {MAIN_N}, D {MAIN.d}, V {MAIN.v}, all gradients"
+    yield _slower(what, entry, "matmul", "three bare bf16 matmuls of N·V·D", 1.15)
+    yield _faster(f"`{linear_policy.OP}`, the same", entry, "eager", "eager", 2)
+
+    def workspace(entry: Record) -> tuple[str, bool]:
+        mib, logits = entry.statistics["MiB"], entry.statistics["MiB of float32 logits"]
+        return f"{mib:.0f} MiB", mib <= BACKWARD_MIB and mib < logits / 2
+
+    yield _line(
+        f"`{linear_policy.OP}`, peak memory over inputs, gradients and those in float32 that wait for backward",
+        f"≤ {BACKWARD_MIB} MiB, no N×V buffer",
+        _last(_select(records, case="workspace", op=linear_policy.OP)),
+        workspace,
+    )
 
 
 def _last(entries: Sequence[Record]) -> Record | None:

@@ -10,7 +10,7 @@ from .functional import (
     logp,
     policy_loss,
 )
-from .modules import DeltaLogp, LinearDeltaLogp, LinearLogp, Logp, PolicyLossModule
+from .modules import DeltaLogp, LinearDeltaLogp, LinearLogp, LinearPolicyLoss, Logp, PolicyLossModule
 from .ops import backends
 from .results import DeltaLogpStats, LogpStats, PolicyLoss, PolicyMetrics, Sample
 
@@ -21,6 +21,7 @@ __all__ = [
     "DeltaLogpStats",
     "LinearDeltaLogp",
     "LinearLogp",
+    "LinearPolicyLoss",
     "Logp",
     "LogpStats",
     "PolicyLoss",

@@ -83,9 +83,7 @@ class DeltaLogp(_PairOptions):
         return functional.delta_logp(logits, base_logits, target, **self.options)
 
 
-class PolicyLossModule(nn.Module):
-    """Module form of `dlogp_kernels.policy_loss`."""
-
+class _PolicyOptions(nn.Module):
     def __init__(
         self,
         *,
@@ -123,6 +121,10 @@ class PolicyLossModule(nn.Module):
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.options.items())
 
+
+class PolicyLossModule(_PolicyOptions):
+    """Module form of `dlogp_kernels.policy_loss`."""
+
     def forward(
         self,
         logp: Tensor,
@@ -147,6 +149,67 @@ class PolicyLossModule(nn.Module):
             ref_logp=ref_logp,
             entropy=entropy,
             kl=kl,
+            token_weight=token_weight,
+            num_tokens=num_tokens,
+            offsets=offsets,
+            **self.options,
+        )
+
+
+class LinearPolicyLoss(_PolicyOptions):
+    """Module form of `dlogp_kernels.linear_policy_loss`; the keyword arguments are options of the loss."""
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 1.0,
+        softcap: float | None = None,
+        base_softcap: float | None = None,
+        logit_scale: float = 1.0,
+        base_logit_scale: float = 1.0,
+        **policy: Any,
+    ) -> None:
+        super().__init__(**policy)
+        self.options |= {
+            "temperature": temperature,
+            "softcap": softcap,
+            "base_softcap": base_softcap,
+            "logit_scale": logit_scale,
+            "base_logit_scale": base_logit_scale,
+        }
+
+    def forward(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        old_logp: Tensor,
+        advantage: Tensor,
+        mask: Tensor,
+        *,
+        bias: Tensor | None = None,
+        base_hidden: Tensor | None = None,
+        base_weight: Tensor | None = None,
+        base_bias: Tensor | None = None,
+        group: Tensor | None = None,
+        ref_logp: Tensor | None = None,
+        token_weight: Tensor | None = None,
+        num_tokens: float | Tensor | None = None,
+        offsets: Tensor | None = None,
+    ) -> PolicyLoss:
+        return functional.linear_policy_loss(
+            hidden,
+            weight,
+            target,
+            old_logp,
+            advantage,
+            mask,
+            bias=bias,
+            base_hidden=base_hidden,
+            base_weight=base_weight,
+            base_bias=base_bias,
+            group=group,
+            ref_logp=ref_logp,
             token_weight=token_weight,
             num_tokens=num_tokens,
             offsets=offsets,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from cases import call, floating, make_inputs
 
+import dlogp_kernels
 from dlogp_kernels import backends
 
 
@@ -75,7 +76,39 @@ def measure(case: dict) -> dict[str, float]:
     return {"growth": growth, "results": size, "workspace": growth - size}
 
 
+def measure_policy(case: dict) -> dict[str, float]:
+    """Of forward and backward of a policy loss; what waits for backward in between counts."""
+    op = getattr(dlogp_kernels, case["op"])
+    differentiable = ("hidden", "weight") if case["op"] == "linear_policy_loss" else ("logp",)
+
+    def step(inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        loss = op(**inputs, **case.get("options", {})).loss
+        return torch.autograd.grad(loss, [inputs[name] for name in differentiable])
+
+    step(_policy_inputs(case | {"n": 64, "v": 700}))
+    inputs = _policy_inputs(case)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _resident_kib("VmRSS")
+    gradients = step(inputs)
+    growth = (_resident_kib("VmHWM") - before) / 1024
+    size = sum(x.nbytes for x in gradients) / 2**20
+    return {"growth": growth, "results": size, "workspace": growth - size}
+
+
+def _policy_inputs(case: dict) -> dict[str, torch.Tensor]:
+    """Eight responses."""
+    shape, dtype = (8, case["n"] // 8), getattr(torch, case["dtype"])
+    old_logp = torch.empty(shape).uniform_(-3, 0)
+    inputs = {"old_logp": old_logp, "advantage": torch.randn(8), "mask": torch.ones(shape, dtype=torch.bool)}
+    if case["op"] == "policy_loss":
+        return inputs | {"logp": old_logp.clone().requires_grad_()}
+    hidden = torch.empty(*shape, case["d"], dtype=dtype).normal_().requires_grad_()
+    weight = torch.empty(case["v"], case["d"], dtype=dtype).normal_(std=0.1).requires_grad_()
+    return inputs | {"hidden": hidden, "weight": weight, "target": torch.randint(case["v"], shape)}
+
+
 if __name__ == "__main__":
     parameters = json.loads(sys.argv[1])
     with backends.use_backend(parameters["backend"]):
-        print(json.dumps(measure(parameters)))
+        measured = measure_policy(parameters) if "policy" in parameters["op"] else measure(parameters)
+        print(json.dumps(measured))

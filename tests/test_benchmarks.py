@@ -1,11 +1,11 @@
 """The benchmarks measure what they say: times, memory, errors, the table."""
 
 import dataclasses
-import functools
 import json
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,17 @@ import torch
 _ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(_ROOT))
 
-from benchmarks import bench_extrapolated_sample, bench_generate, frequencies, sampling, table  # noqa: E402
+from benchmarks import (  # noqa: E402
+    bench_extrapolated_sample,
+    bench_generate,
+    bench_linear_policy_loss,
+    bench_policy_loss,
+    frequencies,
+    memory,
+    policy,
+    sampling,
+    table,
+)
 from benchmarks.__main__ import main  # noqa: E402
 from benchmarks.bench import tolerances  # noqa: E402
 from benchmarks.case import MODES  # noqa: E402
@@ -214,8 +224,9 @@ def test_a_mode_has_what_the_table_needs(mode):
     assert len(labels) == len(set(labels)) or mode != "quick"
     assert any(f"N={LONG_N}" in label for label in labels) == (mode == "full")
     assert any(label.startswith("frequencies") for label in labels) == (mode == "full")
-    kinds = ("compare: linear_logp", "compare: delta_logp", "compare: extrapolated_sample", "compare: hf.generate")
-    for kind in (*kinds, "memory", "linearity", "half ignored"):
+    ops = ("linear_logp", "delta_logp", "extrapolated_sample", "hf.generate", "policy_loss", "linear_policy_loss")
+    kinds = [f"compare: {op}" for op in ops]
+    for kind in (*kinds, "memory", "linearity", "half ignored", "memory: policy_loss", "workspace"):
         assert any(label.startswith(kind) for label in labels), kind
 
 
@@ -247,12 +258,26 @@ def _records() -> list[Record]:
         _sampled("frequencies", statistics={"p, seed 1": 0.5, "p, seed 2": 2e-3, "p, seed 3": 0.97}),
         _sampled("tail", statistics={"drawn": 1080.0, "expected": 1000.0}),
         _decoded(ratios={"generate calls": [0.125] * 3, "forwards": [1.2] * 3}, tokens_per_s=4321.0),
-    ]
+        _policy("compare", median_ms=1.5, ratios={"TRL": [0.2] * 3, "TRL with metrics": [0.1] * 3}),
+        _policy("compare", "SAPO", median_ms=1.5, ratios={"TRL": [0.9] * 3}),
+        _policy("memory", statistics={"tensors": 2.01}),
+        _entry("linear_policy_loss", training=True, median_ms=900, ratios={"matmul": [1.2] * 3, "eager": [0.25] * 3}),
+        _entry(
+            "linear_policy_loss", case="workspace", training=True,
+            statistics={"MiB": 100.0, "MiB of float32 logits": 297.0},
+        ),
+    ]  # fmt: skip
 
 
 def _sampled(case: str, n: int = 10**6, variant: str = "", **fields: object) -> Record:
     work = Workload("extrapolated_sample", MAIN, n, "float32", variant=variant)
     return record(case, work, "ours", "forward", backend="cpu", **fields)
+
+
+def _policy(case: str, variant: str = "DAPO", **fields: object) -> Record:
+    n = bench_policy_loss.SEQUENCES * bench_policy_loss.TOKENS
+    work = Workload("policy_loss", bench_policy_loss.SHAPE, n, "float32", training=True, variant=variant)
+    return record(case, work, "ours", "both", backend="cpu", **fields)
 
 
 def _decoded(**fields: object) -> Record:
@@ -292,6 +317,40 @@ def test_the_lines_of_sampling_and_decoding():
         _sampled("tail", statistics={"drawn": 0.0, "expected": 33.0}),
     ]
     assert [line.met for line in table.lines(bad) if line.measured != "not measured"] == [False, False]
+
+
+def test_the_lines_of_the_policy_losses():
+    by_reach = {line.reach: line[2:] for line in table.lines(_records())}
+    assert by_reach["≥ 4 × faster than eager, as TRL writes it"] == ("5.0 × (1.5 ms)", True)
+    assert by_reach["≤ 2 tensors of B·T"] == ("2.01", True)
+    assert by_reach["≤ 1.15 × three bare bf16 matmuls of N·V·D"] == ("1.20 × (900 ms)", False)
+    assert by_reach["≥ 2 × faster than eager"] == ("4.0 × (900 ms)", True)
+    assert by_reach["≤ 256 MiB, no N×V buffer"] == ("100 MiB", True)
+
+
+@pytest.mark.parametrize("loss", bench_policy_loss.LOSSES, ids=lambda loss: loss.label)
+def test_the_policy_loss_beside_trls(loss):
+    batch = policy.build(4, 50, CPU)
+    for function in (policy.trl_loss, partial(bench_policy_loss.ours, reweight="none")):
+        assert max(bench_policy_loss.errors_of(function, batch, loss).values()) <= 1e-5
+    wrong = bench_policy_loss.errors_of(lambda *inputs: 2 * policy.trl_loss(*inputs), batch, loss)
+    assert wrong["d_logp"] > 0.5
+
+
+def test_the_linear_policy_loss_beside_eager():
+    step = bench_linear_policy_loss.build(Workload("linear_policy_loss", Shape("tiny", 16, 500), 32, "float32"), CPU)
+    for function in (bench_linear_policy_loss.eager, partial(bench_linear_policy_loss.ours, reweight="none")):
+        assert max(bench_linear_policy_loss.errors_of(function, step).values()) <= 1e-5
+    names = [candidate.name for candidate in bench_linear_policy_loss.bare_products(step)]
+    for candidate in bench_linear_policy_loss.bare_products(step):
+        candidate.backward(candidate.forward())
+    assert names == ["matmul", "matmul, real"]
+
+
+def test_an_answer_of_a_fresh_process():
+    assert 0 < memory.in_process_of("benchmarks.bench_policy_loss", "ours")["peak"] < 2**30
+    with pytest.raises(NoAnswerError, match="KeyError: 'theirs'"):
+        memory.in_process_of("benchmarks.bench_policy_loss", "theirs")
 
 
 def test_a_readme_keeps_what_a_newer_run_has_not(tmp_path):
@@ -391,7 +450,7 @@ def _multinomial(logits, seed, step, power=1.0):
 
 def test_frequencies_see_a_wrong_distribution():
     for power, right in ((1.0, True), (1.05, False)):
-        draw = functools.partial(_multinomial, power=power)
+        draw = partial(_multinomial, power=power)
         assert (frequencies.p_value(draw, 3000, 50_000, 1, CPU) > 1e-4) == right
     found = frequencies.tail(_multinomial, 1e-4, 1000, 5000, 4, 1, CPU)
     assert found.expected == 2000 and abs(found.tokens.numel() - 2000) < 4.5 * 2000**0.5

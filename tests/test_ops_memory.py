@@ -99,3 +99,19 @@ def test_given_logits_without_the_last_position(backend, peak):
 def test_does_not_grow_with_tokens(peak):
     small, large = (peak("linear_delta_logp", n=n, d=32, v=20_000) for n in (512, 8192))
     assert large <= small + 16
+
+
+def test_policy_loss(backend, peak):
+    """Beside the gradient what the forward pass leaves for it, and hardly anything else."""
+    if backend == "reference":
+        pytest.skip("plain PyTorch has a tensor for each step of the formula")
+    tensor = 4 * 2**22 / 2**20
+    assert peak("policy_loss", n=2**22) <= 1.02 * tensor + 1
+
+
+@pytest.mark.parametrize("options", [{}, {"importance": "sequence"}], ids=str)
+def test_linear_policy_loss(backend, peak, options):
+    """Of the logits, 195 MiB and twice that in float32, nothing remains; float32 gradients wait for backward."""
+    n, d, v = 2048, 64, 50_000
+    waiting = 4 * d * (n + v) / 2**20
+    assert peak("linear_policy_loss", n=n, d=d, v=v, options=options) <= MEMORY_MIB[backend][1] + waiting

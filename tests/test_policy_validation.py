@@ -1,10 +1,11 @@
 """What does not fit in a call of the policy loss, by name."""
 
+import linear_policy_cases
 import pytest
 import torch
 from policy_cases import make_inputs, pack, without_extras
 
-from dlogp_kernels import PolicyLossModule, backends, policy_loss
+from dlogp_kernels import LinearPolicyLoss, PolicyLossModule, backends, linear_policy_loss, policy_loss
 from dlogp_kernels.reference_policy import PolicyOptions
 
 X = torch.zeros(5, 36)
@@ -79,6 +80,72 @@ def test_what_does_not_fit_packed_tokens(change, message):
         policy_loss(**(pack(make_inputs(), [37, 20, 5, 0, 1]) | change))
 
 
+H, W = torch.zeros(3, 11, 24), torch.zeros(301, 24)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"hidden": torch.zeros(3, 11, 23)},
+            r"weight has shape \(301, 24\), expected \(V, 23\) for hidden of shape",
+        ),
+        ({"hidden": torch.zeros(3, 11, 24, dtype=torch.int64)}, r"hidden has dtype torch.int64"),
+        ({"weight": torch.zeros(24)}, r"weight has shape \(24,\), expected"),
+        ({"target": torch.zeros(3, 10, dtype=torch.int64)}, r"target has shape \(3, 10\), expected \(3, 11\)"),
+        ({"target": torch.zeros(3, 11)}, r"target has dtype torch.float32, expected an integer dtype"),
+        ({"target": torch.zeros(3, 11, dtype=torch.int64, device="meta")}, r"target is on meta, expected cpu"),
+        ({"bias": torch.zeros(300)}, r"bias has shape \(300,\), expected \(301,\)"),
+        ({"old_logp": torch.zeros(3, 10)}, r"old_logp has shape \(3, 10\), expected that of target, \(3, 11\)"),
+        ({"mask": torch.ones(3, dtype=torch.bool)}, r"mask has shape \(3,\), expected that of target"),
+        ({"advantage": torch.zeros(4)}, r"advantage has shape \(4,\), expected \(3,\) or that of target"),
+        ({"token_weight": torch.zeros(3, 10)}, r"token_weight has shape \(3, 10\)"),
+        ({"group": None, "reweight": "ppl"}, r"group is None, expected the prompts' ids"),
+        ({"ref_logp": None, "kl_beta": 0.1}, r"ref_logp is None, expected a tensor: kl_beta is 0.1"),
+        ({"base_hidden": H, "base_weight": W}, r"base_hidden is given, expected None beside ref_logp"),
+        ({"base_hidden": H, "ref_logp": None}, r"base_weight is None, expected a tensor"),
+        ({"base_weight": W, "ref_logp": None}, r"base_hidden is None, expected a tensor"),
+        ({"base_bias": torch.zeros(301), "ref_logp": None}, r"base_hidden is None, expected a tensor"),
+        (
+            {"base_hidden": H, "base_weight": W[:300], "ref_logp": None},
+            r"base_weight has 300 rows, expected the vocabulary of weight \(301 rows\)",
+        ),
+        (
+            {"base_hidden": H, "base_weight": W.clone().requires_grad_(), "ref_logp": None},
+            r"base_weight requires a gradient.*base_weight\.detach\(\)",
+        ),
+        ({"base_hidden": H[:2], "base_weight": W, "ref_logp": None}, r"base_hidden has .*2, 11.*, expected .*3, 11"),
+        ({"temperature": 0.0}, r"temperature is 0.0, expected a finite number > 0"),
+        ({"softcap": -1.0}, r"softcap is -1.0, expected a finite number > 0"),
+        ({"alpha": -0.1}, r"alpha is -0.1, expected a number in \[0, ∞\)"),
+        ({"clip_low": -0.2}, r"clip_low is -0.2"),
+        ({"loss_type": "ppo"}, r"loss_type is 'ppo', expected one of"),
+        ({"num_tokens": 5, "loss_type": "grpo"}, r"num_tokens is given, expected None"),
+        ({"offsets": torch.tensor([0, 33])}, r"target has shape \(3, 11\), expected \(N,\) with offsets"),
+    ],
+)
+def test_what_does_not_fit_hidden_states(change, message):
+    inputs = linear_policy_cases.make_inputs()
+    inputs["weight"].requires_grad_()
+    with pytest.raises((ValueError, TypeError), match=message):
+        linear_policy_loss(**(inputs | change))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"offsets": torch.tensor([0, 100])}, r"offsets go from 0 to 100, expected numbers from 0 to 17"),
+        ({"offsets": torch.tensor([0, 12, 6, 17])}, r"that do not decrease"),
+        ({"target": torch.zeros(16, dtype=torch.int64)}, r"target has shape \(16,\), expected \(17,\)"),
+        ({"loss_type": "dr_grpo"}, r"max_length is None, expected a number"),
+    ],
+)
+def test_what_does_not_fit_packed_hidden_states(change, message):
+    inputs = linear_policy_cases.flat(linear_policy_cases.make_inputs(), [11, 0, 6])
+    with pytest.raises((ValueError, TypeError), match=message):
+        linear_policy_loss(**(inputs | change))
+
+
 def test_a_constant_that_requires_a_gradient_will_do_where_none_is_asked_for():
     inputs = without_extras(make_inputs())
     inputs["old_logp"].requires_grad_()
@@ -112,3 +179,14 @@ def test_module():
     module = PolicyLossModule(**options)
     assert torch.equal(module(**inputs).loss, policy_loss(**inputs, **options).loss)
     assert "loss_type=grpo" in repr(module) and not list(module.parameters())
+
+
+def test_module_of_hidden_states():
+    options = {"loss_type": "grpo", "alpha": 0.4, "kl_beta": 0.1, "temperature": 0.7, "softcap": 5.0}
+    inputs = linear_policy_cases.make_inputs()
+    module = LinearPolicyLoss(**options)
+    assert torch.equal(module(**inputs).loss, linear_policy_loss(**inputs, **options).loss)
+    assert torch.equal(LinearPolicyLoss()(**inputs).loss, linear_policy_loss(**inputs).loss)
+    assert "loss_type=grpo" in repr(module) and "softcap=5.0" in repr(module) and not list(module.parameters())
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        LinearPolicyLoss(temprature=1.0)

@@ -26,8 +26,11 @@ OP = "linear_policy_loss"
 SEQUENCES = 8
 LEAVES = ("hidden", "weight")
 
-#: Relative; the eager loss rounds its logits to the dtype of the inputs.
-_TOLERANCES = {"loss": 0.05, "d_hidden": 0.1, "d_weight": 0.1}
+#: Relative. The eager loss rounds its logits to the dtype of the inputs; ours rounds gradients only.
+_TOLERANCES = {
+    "ours": {"loss": 1e-4, "d_hidden": 0.02, "d_weight": 0.02},
+    "eager": {"loss": 0.05, "d_hidden": 0.1, "d_weight": 0.1},
+}
 #: Tokens that are compared with float64.
 _CHECKED = 64
 _WARM_UP = Workload(OP, Shape("warm-up", 64, 4096), 32, training=True)
@@ -120,7 +123,7 @@ def _comparison(kind: str, work: Workload, device: torch.device, mode: str) -> I
     step = build(work, device)
     errors = {"ours": errors_of(partial(ours, reweight="none"), step), "eager": errors_of(eager, step)}
     for name, found in errors.items():
-        verify(name, found, _TOLERANCES)
+        verify(name, found, _TOLERANCES[name])
     candidates = [Candidate("ours", partial(ours, step), step.gradients)]
     candidates += [Candidate("eager", partial(eager, step), step.gradients), *bare_products(step)]
     backend = backends.select(f"{OP}_fwd", device)

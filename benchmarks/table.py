@@ -14,7 +14,7 @@ from .shapes import LONG_N, MAIN, MAIN_N
 MARKERS = ("<!-- benchmark table -->", "<!-- /benchmark table -->")
 
 FORWARD_MIB, BACKWARD_MIB = 64, 256
-#: Of B · T float32 numbers: the gradient, and what the forward pass leaves for it. Two hundredths more are sums.
+#: Of B · T float32 numbers: the gradient, and what the forward pass leaves for it.
 MOST_TENSORS = 2
 #: Of a chi-square, at least; and how many standard deviations the number of tokens from the tail may be off.
 LEAST_P, MOST_SIGMAS = 1e-4, 4.5
@@ -218,7 +218,7 @@ def _policy(records: Sequence[Record]) -> Iterator[Line]:
 
     def tensors(entry: Record) -> tuple[str, bool]:
         count = entry.statistics["tensors"]
-        return f"{count:.2f}", count <= MOST_TENSORS + 0.02
+        return f"{count:.2f}", count <= MOST_TENSORS
 
     reach = f"≤ {MOST_TENSORS} tensors of B·T"
     peak = _last(_select(records, case="memory", **work))

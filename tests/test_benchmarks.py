@@ -322,7 +322,7 @@ def test_the_lines_of_sampling_and_decoding():
 def test_the_lines_of_the_policy_losses():
     by_reach = {line.reach: line[2:] for line in table.lines(_records())}
     assert by_reach["≥ 4 × faster than eager, as TRL writes it"] == ("5.0 × (1.5 ms)", True)
-    assert by_reach["≤ 2 tensors of B·T"] == ("2.01", True)
+    assert by_reach["≤ 2 tensors of B·T"] == ("2.01", False)
     assert by_reach["≤ 1.15 × three bare bf16 matmuls of N·V·D"] == ("1.20 × (900 ms)", False)
     assert by_reach["≥ 2 × faster than eager"] == ("4.0 × (900 ms)", True)
     assert by_reach["≤ 256 MiB, no N×V buffer"] == ("100 MiB", True)
@@ -348,7 +348,8 @@ def test_the_linear_policy_loss_beside_eager():
 
 
 def test_an_answer_of_a_fresh_process():
-    assert 0 < memory.in_process_of("benchmarks.bench_policy_loss", "ours")["peak"] < 2**30
+    tensor = 4 * 16 * bench_policy_loss.SEQUENCES * bench_policy_loss.TOKENS
+    assert 2 * tensor <= memory.in_process_of("benchmarks.bench_policy_loss", "ours")["peak"] <= 2.1 * tensor
     with pytest.raises(NoAnswerError, match="KeyError: 'theirs'"):
         memory.in_process_of("benchmarks.bench_policy_loss", "theirs")
 

@@ -1,6 +1,5 @@
 #include "extrapolated_sample.h"
 
-#include "fold.h"
 #include "sample_filter.h"
 #include "winner.h"
 
@@ -101,15 +100,7 @@ class RowSampler {
     constexpr int64_t most = sizeof(Real) == 8 ? kBlockTokens : kPiece;
     for (int64_t begin = 0; begin < count; begin += most) {
       const int64_t size = std::min(most, count - begin);
-      if (needs_divergence(options_.criterion)) {
-        fold_row(size, z + begin, base_z + begin, state_);
-      } else if (needs_all_sums(options_.criterion)) {
-        fold_row(size, z + begin, state_.model);
-        fold_row(size, base_z + begin, state_.base);
-      } else {
-        fold_sum(size, z + begin, state_.model);
-        fold_sum(size, base_z + begin, state_.base);
-      }
+      fold_for(options_.criterion, size, z + begin, base_z + begin, state_);
     }
   }
 

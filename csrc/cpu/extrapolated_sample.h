@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "../common/sampling.h"
+#include "fold.h"
 #include "scaled_logits.h"
 
 namespace dlogp {
@@ -19,6 +20,19 @@ struct SampledRow {
   bool selected = false;
   Real delta_logp = NAN, logp = NAN, base_logp = NAN;
 };
+
+// Adds logits of both models to their state, in as many sums as the criterion needs.
+template <typename Real>
+void fold_for(Criterion criterion, int64_t count, const Real* z, const Real* base_z, PairState<Real>& state) {
+  if (needs_divergence(criterion)) return fold_row(count, z, base_z, state);
+  if (needs_all_sums(criterion)) {
+    fold_row(count, z, state.model);
+    fold_row(count, base_z, state.base);
+  } else {
+    fold_sum(count, z, state.model);
+    fold_sum(count, base_z, state.base);
+  }
+}
 
 // Room that the rows of a thread share.
 template <typename Real>

@@ -16,7 +16,7 @@ void transform_row(const LogitTransform& transform, int64_t count, const double*
 // Add `count` transformed logits to a state.
 void fold_row(int64_t count, const float* z, SoftmaxState<float>& state);
 void fold_row(int64_t count, const double* z, SoftmaxState<double>& state);
-// The same, `weighted` left alone: for a state whose entropy nobody asks for.
+// The same for a state whose entropy nobody asks for: `weighted` then means nothing.
 void fold_sum(int64_t count, const float* z, SoftmaxState<float>& state);
 void fold_sum(int64_t count, const double* z, SoftmaxState<double>& state);
 void fold_row(int64_t count, const float* z, const float* base_z, PairState<float>& state);

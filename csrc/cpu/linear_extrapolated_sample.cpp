@@ -33,15 +33,7 @@ class TileRow {
     const Finiteness model = block_maxima(count_, z_, maxima_), base = block_maxima(count_, base_z_, base_maxima_);
     if (model.special || base.special) draws_.bad = true;
     if (draws_.bad) return;
-    if (needs_divergence(options_.criterion)) {
-      fold_row(count_, z_, base_z_, state_);
-    } else if (needs_all_sums(options_.criterion)) {
-      fold_row(count_, z_, state_.model);
-      fold_row(count_, base_z_, state_.base);
-    } else {
-      fold_sum(count_, z_, state_.model);
-      fold_sum(count_, base_z_, state_.base);
-    }
+    fold_for(options_.criterion, count_, z_, base_z_, state_);
     if (options_.draft_from_base) {
       draw_from(base_z_, base_maxima_, Stream::kDraft, draws_.draft);
     } else {

@@ -63,16 +63,19 @@ TermOptions<Real> term_options(const PolicyOptions& options) {
 
 template <PolicySurrogate surrogate, typename Real>
 DLOGP_INLINE PolicyTerm<Real> term_of(const TermOptions<Real>& options, Real ratio, Real advantage, Real logp) {
-  if constexpr (surrogate == PolicySurrogate::kCispo) return cispo_term(ratio, advantage, logp, options.high);
-  if constexpr (surrogate == PolicySurrogate::kClipped)
+  if constexpr (surrogate == PolicySurrogate::kClipped) {
     return clipped_term(ratio, advantage, options.lower, options.upper, options.dual);
-  const Real temperature = advantage > 0 ? options.temperature_pos : options.temperature_neg;
-  const Real x = -temperature * (ratio - 1);
-  return sapo_term(ratio, advantage, temperature, exp_of(x > Real(80) ? Real(80) : x));
+  } else if constexpr (surrogate == PolicySurrogate::kCispo) {
+    return cispo_term(ratio, advantage, logp, options.high);
+  } else {
+    const Real temperature = advantage > 0 ? options.temperature_pos : options.temperature_neg;
+    const Real x = -temperature * (ratio - 1);
+    return sapo_term(ratio, advantage, temperature, exp_of(x > Real(80) ? Real(80) : x));
+  }
 }
 
-// The terms of the ratio and all sums but those of `add_…`, in one loop. Of a sequence's ratio the slopes are summed
-// up, and the coefficients get no part of them yet.
+// The terms of the ratio and all sums but those of entropy and divergence, in one loop. Of a sequence's ratio the
+// slopes are summed up, and the coefficients get no part of them yet.
 template <PolicySurrogate surrogate, bool of_sequences, bool weighted, typename Real>
 DLOGP_INLINE void set_terms(const PolicyOptions& options, int64_t count, PolicyTokens<Real>& t, PolicySums& sums) {
   constexpr bool by_logp = surrogate == PolicySurrogate::kCispo, summed = of_sequences && !by_logp;

@@ -186,7 +186,8 @@ class LinearBackward {
   struct Side {
     int64_t stride = 0;
     Output hidden, weight, bias;
-    std::vector<T> hidden_rows, hidden_columns, packed_weight, packed_weight_rows, grad_logits, packed_grad_logits;
+    std::vector<T> hidden_rows, hidden_columns, grad_logits;
+    PackedStorage<T> packed_weight, packed_weight_rows, packed_grad_logits;
     std::vector<Real> grad_hidden, grad_weight, bias_blocks, bias_sums;
 
     int64_t hidden_wanted() const { return hidden ? stride : 0; }
@@ -290,7 +291,7 @@ class LinearBackward {
     side.grad_logits.resize(rows_size);
     buffers.grad_logits = side.grad_logits.data();
     if (with_hidden_ && side.hidden) {
-      side.packed_weight_rows.resize(tile_size);
+      side.packed_weight_rows.resize(Packed<T>::size(tiling_.columns, side.stride));
       buffers.packed_weight_rows = side.packed_weight_rows.data();
       buffers.grad_hidden = side.grad_hidden.data() + (with_weight_ ? first * side.stride : 0);
     }

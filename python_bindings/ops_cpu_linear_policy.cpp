@@ -135,7 +135,7 @@ class LinearPolicy {
     grad_logits_.resize(inner * tiling_.columns);
     if (gradients_.hidden != nullptr) {
       grad_hidden_.assign(inner * stride, Real(0));
-      packed_weight_rows_.resize(tiling_.columns * stride);
+      packed_weight_rows_.resize(Packed<T>::size(tiling_.columns, stride));
     }
     if (gradients_.bias != nullptr) bias_blocks_.resize(inner / row_block * tiling_.columns);
     if (gradients_.weight != nullptr) {
@@ -143,8 +143,8 @@ class LinearPolicy {
       rows.resize(std::max<int64_t>(padded_rows(count), inner) * stride);
       hidden_[0].data = rows.data();
       std::fill(rows.begin() + count * stride, rows.end(), T(0));
-      packed_hidden_.resize(inner * stride);
-      pack_rows(inner, stride, rows.data(), stride, packed_hidden_.data(), stride);
+      packed_hidden_.resize(Packed<T>::size(inner, stride));
+      pack_rows<T>(0, inner, rows.data(), stride, {packed_hidden_.data(), inner, stride});
     }
   }
 
@@ -167,7 +167,7 @@ class LinearPolicy {
   void pack_weight(const BackwardTile& tile, const BackwardBuffers<T>& buffers) {
     at::parallel_for(0, tiling_.columns / kColumnBlock, 1, [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block)
-        pack_tile_rows(heads_[0], tile, block * kColumnBlock, own_scratch(tile.row_block), buffers);
+        pack_tile_rows(heads_[0], tiling_, tile, block * kColumnBlock, own_scratch(tile.row_block), buffers);
     });
   }
 
@@ -210,7 +210,8 @@ class LinearPolicy {
   std::unique_ptr<Real[]> logits_[Models];
   // Of the block of rows at work:
   PackedRows<T> hidden_[Models];
-  std::vector<T> hidden_storage_[Models], packed_hidden_, packed_weight_rows_, grad_logits_;
+  std::vector<T> hidden_storage_[Models], grad_logits_;
+  PackedStorage<T> packed_hidden_, packed_weight_rows_;
   std::vector<Real> target_storage_[Models], grad_hidden_, bias_blocks_, bias_sums_;
   std::vector<State<Real, Models>> states_;
   std::vector<int64_t> places_;

@@ -1,28 +1,9 @@
 #include "dot_products.h"
 
-#include <cstring>
-
-#include "vector_math.h"
+#include "lanes.h"
 
 namespace dlogp {
 namespace {
-
-// Vectors of so many bytes, of float or double.
-template <typename Real, int Bytes>
-struct Lanes {
-  using Vector __attribute__((vector_size(Bytes))) = Real;
-  static constexpr int64_t count = Bytes / int64_t(sizeof(Real));
-
-  // By reference: a vector as a result would be a matter of the instruction set.
-  static DLOGP_INLINE void load(const Real* from, Vector& lanes) { std::memcpy(&lanes, from, sizeof lanes); }
-  static DLOGP_INLINE Real sum(const Vector& lanes) {
-    Real sums[count];
-    std::memcpy(sums, &lanes, sizeof sums);
-    for (int64_t half = count / 2; half > 0; half /= 2)
-      for (int64_t i = 0; i < half; ++i) sums[i] += sums[i + half];
-    return sums[0];
-  }
-};
 
 // kDotTokens tokens and `Rows` rows: as many running sums as hide the latency of an addition.
 template <int Bytes, int Rows, typename Real>
@@ -67,43 +48,25 @@ DLOGP_INLINE void dot_rows(int64_t tokens, int64_t rows, int64_t inner, const Re
                         c + r * c_stride, c_stride);
 }
 
-template <typename Real>
-using DotProducts = void (*)(int64_t, int64_t, int64_t, const Real*, int64_t, const Real*, int64_t, Real*, int64_t);
-
-// A vector type wider than the processor's would be taken apart, so each instruction set has its own width.
-#define DLOGP_DOT_PRODUCTS(name, attribute, bytes)                                                            \
+#define DLOGP_DEFINE(attribute, name, bytes)                                                                  \
   template <typename Real>                                                                                    \
   attribute void name(int64_t tokens, int64_t rows, int64_t inner, const Real* weight, int64_t weight_stride, \
                       const Real* hidden, int64_t hidden_stride, Real* c, int64_t c_stride) {                 \
     dot_rows<bytes>(tokens, rows, inner, weight, weight_stride, hidden, hidden_stride, c, c_stride);          \
   }
-DLOGP_DOT_PRODUCTS(dot_products_16, , 16)
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-DLOGP_DOT_PRODUCTS(dot_products_32, __attribute__((target("avx2,fma"))), 32)
-DLOGP_DOT_PRODUCTS(dot_products_64, __attribute__((target("arch=x86-64-v4"))), 64)
-#define DLOGP_WIDE_VECTORS
-#endif
-#undef DLOGP_DOT_PRODUCTS
-
-template <typename Real>
-DotProducts<Real> for_this_processor() {
-#ifdef DLOGP_WIDE_VECTORS
-  if (__builtin_cpu_supports("x86-64-v4")) return dot_products_64<Real>;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return dot_products_32<Real>;
-#endif
-  return dot_products_16<Real>;
-}
+DLOGP_FOR_EACH_WIDTH(DLOGP_DEFINE, dot_products_with)
+#undef DLOGP_DEFINE
 
 }  // namespace
 
 void dot_products(int64_t tokens, int64_t rows, int64_t inner, const float* weight, int64_t weight_stride,
                   const float* hidden, int64_t hidden_stride, float* c, int64_t c_stride) {
-  static const DotProducts<float> run = for_this_processor<float>();
+  static const auto run = DLOGP_WIDEST(dot_products_with, float);
   run(tokens, rows, inner, weight, weight_stride, hidden, hidden_stride, c, c_stride);
 }
 void dot_products(int64_t tokens, int64_t rows, int64_t inner, const double* weight, int64_t weight_stride,
                   const double* hidden, int64_t hidden_stride, double* c, int64_t c_stride) {
-  static const DotProducts<double> run = for_this_processor<double>();
+  static const auto run = DLOGP_WIDEST(dot_products_with, double);
   run(tokens, rows, inner, weight, weight_stride, hidden, hidden_stride, c, c_stride);
 }
 

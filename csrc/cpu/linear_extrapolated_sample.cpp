@@ -233,7 +233,7 @@ void pack_hidden(const Matrix& hidden, int64_t first, int64_t count, PackedHidde
     const int64_t columns = padded_columns(packed.block_rows(begin));
     T* block = packed.data.data() + begin * inner;
     rows.assign(block, block + columns * inner);
-    pack_columns(inner, columns, rows.data(), inner, block, columns);
+    pack_columns<T>(0, columns, rows.data(), inner, {block, inner, columns});
   }
 }
 

@@ -99,8 +99,8 @@ void linear_logp_fwd(const Head* heads, const PackedRows<T>* hidden, int64_t cou
     const int64_t width = std::min(tiling.columns, tiling.vocabulary - begin);
     for (int model = 0; model < Models; ++model) {
       const WeightRows<T> rows = weight_rows(heads[model].weight, begin, tiling.columns, scratch);
-      pack_columns(hidden[model].stride, tiling.columns, rows.data, rows.stride, scratch.packed_weight[model].data(),
-                   tiling.columns);
+      pack_columns<T>(0, tiling.columns, rows.data, rows.stride,
+                      {scratch.packed_weight[model].data(), hidden[model].stride, tiling.columns});
     }
     for (int64_t first = 0; first < count; first += kRowBlock) {
       const int64_t rows = std::min(kRowBlock, count - first);

@@ -74,7 +74,8 @@ void gather_rows(const Matrix& hidden, const int64_t* rows, int64_t begin, int64
 // What one thread needs besides the packed rows.
 template <typename T>
 struct TileScratch {
-  std::vector<T> weight_copy, packed_weight[2];
+  std::vector<T> weight_copy;
+  PackedStorage<T> packed_weight[2];
   std::vector<Accumulator<T>> logits[2], bias, grad, grad_weight;
 
   void reserve(const Head* heads, int models, const Tiling& tiling, int64_t rows);

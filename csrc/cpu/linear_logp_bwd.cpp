@@ -20,10 +20,9 @@ void pack_backward_weight(const Head& head, const Tiling& tiling, const Backward
                           TileScratch<T>& scratch, const BackwardBuffers<T>& buffers) {
   const int64_t stride = buffers.hidden.stride;
   const WeightRows<T> rows = weight_rows(head.weight, tile.begin + column, kColumnBlock, scratch);
-  pack_columns(stride, kColumnBlock, rows.data, rows.stride, buffers.packed_weight + column * kGroup<T>,
-               tiling.columns);
+  pack_columns<T>(column, kColumnBlock, rows.data, rows.stride, {buffers.packed_weight, stride, tiling.columns});
   if (buffers.packed_weight_rows != nullptr)
-    pack_rows(kColumnBlock, stride, rows.data, rows.stride, buffers.packed_weight_rows + column * stride, stride);
+    pack_rows<T>(column, kColumnBlock, rows.data, rows.stride, {buffers.packed_weight_rows, tiling.columns, stride});
 }
 
 template <typename T, int Models>
@@ -68,7 +67,7 @@ void linear_logp_bwd_logits(const Head* heads, const Tiling& tiling, const Backw
     }
     std::fill(grad_logits + count * columns, grad_logits + tile.row_block * columns, T(0));
     if (own.packed_grad_logits != nullptr)
-      pack_rows(tile.row_block, columns, grad_logits, columns, own.packed_grad_logits + first * columns, columns);
+      pack_rows<T>(first, tile.row_block, grad_logits, columns, {own.packed_grad_logits, tile.inner, columns});
     if (own.grad_hidden != nullptr) {
       const int64_t stride = own.hidden.stride;
       multiply({tile.row_block, stride, columns, columns, stride, stride}, grad_logits, own.packed_weight_rows,

@@ -180,34 +180,43 @@ void transpose(int64_t rows, int64_t columns, const T* from, int64_t from_stride
 }
 
 template <typename T>
-void pack_rows(int64_t inner, int64_t columns, const T* from, int64_t from_stride, T* to, int64_t to_stride) {
+void pack_rows(int64_t first, int64_t count, const T* from, int64_t from_stride, const Packed<T>& to) {
   if constexpr (kGroup<T> == 2) {
-    for (int64_t i = 0; i < inner; i += 2) {
+    for (int64_t i = 0; i < count; i += 2) {
       const auto* even = reinterpret_cast<const uint16_t*>(from + i * from_stride);
-      interleave(columns, even, even + from_stride, reinterpret_cast<uint32_t*>(to + i * to_stride));
+      interleave(to.columns, even, even + from_stride, reinterpret_cast<uint32_t*>(to.data + (first + i) * to.columns));
     }
   } else {
-    for (int64_t i = 0; i < inner; ++i) std::copy_n(from + i * from_stride, columns, to + i * to_stride);
+    const int64_t whole = to.columns / kPanel<T> * kPanel<T>;
+    for (int64_t i = 0; i < count; ++i) {
+      const T* row = from + i * from_stride;
+      T* packed = to.data + (first + i) * kPanel<T>;
+      for (int64_t column = 0; column < whole; column += kPanel<T>)
+        std::memcpy(packed + column * to.inner, row + column, kPanel<T> * sizeof(T));
+      std::copy_n(row + whole, to.columns - whole, packed + whole * to.inner);
+    }
   }
 }
 
 template <typename T>
-void pack_columns(int64_t inner, int64_t columns, const T* from, int64_t from_stride, T* to, int64_t to_stride) {
+void pack_columns(int64_t first, int64_t count, const T* from, int64_t from_stride, const Packed<T>& to) {
   if constexpr (kGroup<T> == 2) {
-    transpose_words(columns, inner / 2, reinterpret_cast<const uint32_t*>(from), from_stride / 2,
-                    reinterpret_cast<uint32_t*>(to), to_stride);
+    transpose_words(count, to.inner / 2, reinterpret_cast<const uint32_t*>(from), from_stride / 2,
+                    reinterpret_cast<uint32_t*>(to.data + first * 2), to.columns);
   } else {
-    transpose(columns, inner, from, from_stride, to, to_stride);
+    for (int64_t column = 0; column < count; column += kPanel<T>)
+      transpose(std::min(kPanel<T>, count - column), to.inner, from + column * from_stride, from_stride,
+                to.data + (first + column) * to.inner, kPanel<T>);
   }
 }
 
-#define DLOGP_INSTANTIATE(T)                                                      \
-  template void read_row<T>(const Matrix&, int64_t, int64_t, int64_t, T*);        \
-  template const T* row_in_place<T>(const Matrix&, int64_t, int64_t);             \
-  template void write_row<T>(const Output&, int64_t, int64_t, int64_t, const T*); \
-  template void transpose<T>(int64_t, int64_t, const T*, int64_t, T*, int64_t);   \
-  template void pack_rows<T>(int64_t, int64_t, const T*, int64_t, T*, int64_t);   \
-  template void pack_columns<T>(int64_t, int64_t, const T*, int64_t, T*, int64_t);
+#define DLOGP_INSTANTIATE(T)                                                         \
+  template void read_row<T>(const Matrix&, int64_t, int64_t, int64_t, T*);           \
+  template const T* row_in_place<T>(const Matrix&, int64_t, int64_t);                \
+  template void write_row<T>(const Output&, int64_t, int64_t, int64_t, const T*);    \
+  template void transpose<T>(int64_t, int64_t, const T*, int64_t, T*, int64_t);      \
+  template void pack_rows<T>(int64_t, int64_t, const T*, int64_t, const Packed<T>&); \
+  template void pack_columns<T>(int64_t, int64_t, const T*, int64_t, const Packed<T>&);
 DLOGP_INSTANTIATE(c10::BFloat16)
 DLOGP_INSTANTIATE(float)
 DLOGP_INSTANTIATE(double)

@@ -4,7 +4,10 @@
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
+#include <cstddef>
 #include <cstdint>
+#include <new>
+#include <vector>
 
 namespace dlogp {
 
@@ -50,15 +53,48 @@ void transpose(int64_t rows, int64_t columns, const T* from, int64_t from_stride
 template <typename T>
 constexpr int64_t kGroup = sizeof(T) == 2 ? 2 : 1;
 
-// The layout of the right operand of a product, (inner / group, columns, group), out of its row-major form
-// (inner, columns). `inner` is a multiple of the group.
-template <typename T>
-void pack_rows(int64_t inner, int64_t columns, const T* from, int64_t from_stride, T* to, int64_t to_stride);
-
-// The same layout out of the transposed form (columns, inner).
-template <typename T>
-void pack_columns(int64_t inner, int64_t columns, const T* from, int64_t from_stride, T* to, int64_t to_stride);
-
 int64_t round_up(int64_t value, int64_t multiple);
+
+// Columns of a panel, which are a line of the cache.
+template <typename T>
+constexpr int64_t kPanel = 64 / int64_t(sizeof(T));
+
+// The right operand (inner, columns) of a product. bfloat16 lies as (inner / group, columns, group), `inner` being a
+// multiple of the group; float and double as panels (columns / kPanel, inner, kPanel), the last of them to its whole
+// width.
+template <typename T>
+struct Packed {
+  T* data;
+  int64_t inner, columns;
+
+  static int64_t size(int64_t inner, int64_t columns) {
+    return inner * (kGroup<T> == 2 ? columns : round_up(columns, kPanel<T>));
+  }
+};
+
+// Storage that begins a line of the cache, as whole panels should.
+template <typename T>
+struct LineAllocator {
+  using value_type = T;
+
+  LineAllocator() = default;
+  template <typename Other>
+  LineAllocator(const LineAllocator<Other>&) {}
+  T* allocate(size_t count) { return static_cast<T*>(::operator new(count * sizeof(T), kLine)); }
+  void deallocate(T* data, size_t) { ::operator delete(data, kLine); }
+  bool operator==(const LineAllocator&) const { return true; }
+
+  static constexpr std::align_val_t kLine{64};
+};
+template <typename T>
+using PackedStorage = std::vector<T, LineAllocator<T>>;
+
+// Packs its rows [first, first + count) out of row-major ones.
+template <typename T>
+void pack_rows(int64_t first, int64_t count, const T* from, int64_t from_stride, const Packed<T>& to);
+
+// Packs its columns [first, first + count), `first` being a multiple of kPanel, out of row-major (count, inner).
+template <typename T>
+void pack_columns(int64_t first, int64_t count, const T* from, int64_t from_stride, const Packed<T>& to);
 
 }  // namespace dlogp

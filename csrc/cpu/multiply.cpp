@@ -5,38 +5,19 @@
 #include <c10/util/Exception.h>
 
 namespace dlogp {
-namespace {
-
 namespace blas = at::native::cpublas;
-
-void multiply_double(const Product& p, const double* a, const double* b, double* c, bool accumulate) {
-  for (int64_t i = 0; i < p.rows; ++i) {
-    double* row = c + i * p.c_stride;
-    if (!accumulate)
-      for (int64_t j = 0; j < p.columns; ++j) row[j] = 0;
-    for (int64_t k = 0; k < p.inner; ++k) {
-      const double factor = a[i * p.a_stride + k];
-      const double* from = b + k * p.b_stride;
-      for (int64_t j = 0; j < p.columns; ++j) row[j] += factor * from[j];
-    }
-  }
-}
-
-}  // namespace
 
 template <typename T>
 void multiply(const Product& p, const T* a, const T* b, Accumulator<T>* c, bool accumulate) {
-  if constexpr (sizeof(T) == 8) {
-    multiply_double(p, a, b, c, accumulate);
-  } else {
-    constexpr bool grouped = sizeof(T) == 2;
-    blas::brgemm(p.rows, p.columns, p.inner, p.a_stride, p.b_stride, p.c_stride, accumulate, a, b, c, grouped);
-  }
+  if constexpr (sizeof(T) == 2)
+    blas::brgemm(p.rows, p.columns, p.inner, p.a_stride, p.b_columns, p.c_stride, accumulate, a, b, c, true);
+  else
+    panel_product(p, a, b, c, accumulate);
 }
 
 template <typename T>
 void release_products() {
-  if constexpr (sizeof(T) < 8) blas::brgemm_release(sizeof(T) == 2);
+  if constexpr (sizeof(T) == 2) blas::brgemm_release(true);
 }
 
 bool multiplies_bfloat16() {

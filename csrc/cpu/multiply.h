@@ -1,16 +1,13 @@
-// C (rows, columns) = A · B, or += with `accumulate`, on one thread. A is row-major; B is packed (matrix.h: pack_rows).
+// C (rows, columns) = A · B, or += with `accumulate`, on one thread. A is row-major; B is packed (matrix.h: Packed).
 // bfloat16 and float32 accumulate in float32, float64 in float64. The order of the additions depends on `inner` alone,
 // so a row's result does not depend on the rows around it.
 #pragma once
 
 #include <cstdint>
 
-namespace dlogp {
+#include "panel_product.h"
 
-struct Product {
-  int64_t rows, columns, inner;
-  int64_t a_stride, b_stride, c_stride;
-};
+namespace dlogp {
 
 template <typename T>
 struct AccumulatorOf {

@@ -1,0 +1,18 @@
+// C (rows, columns) = A · B, or += with `accumulate`, of float and double on one thread: B lies in panels (matrix.h),
+// and as large a tile of C as the processor's registers hold is summed at a time.
+#pragma once
+
+#include <cstdint>
+
+namespace dlogp {
+
+struct Product {
+  int64_t rows, columns, inner;
+  int64_t a_stride, b_columns, c_stride;  // B may have been packed with more columns
+};
+
+// An element's products are added one by one in the order of `inner`.
+void panel_product(const Product& product, const float* a, const float* panels, float* c, bool accumulate);
+void panel_product(const Product& product, const double* a, const double* panels, double* c, bool accumulate);
+
+}  // namespace dlogp

@@ -19,7 +19,7 @@ from .case import Case, budget, case_of, timed
 from .harness import Candidate, relative_error, verify
 from .memory import MIB, in_process_of, peak_over
 from .records import Record, record
-from .shapes import MAIN, MAIN_N, Shape, Workload, require_fit
+from .shapes import MAIN, MAIN_N, Shape, Workload, require_fit, require_products
 
 OP = "linear_policy_loss"
 #: Responses of the batch; N tokens in all.
@@ -120,6 +120,7 @@ def bare_products(step: Step) -> list[Candidate]:
 
 def _comparison(kind: str, work: Workload, device: torch.device, mode: str) -> Iterator[Record]:
     require_fit(work, "eager", device)
+    require_products(work, device)
     step = build(work, device)
     errors = {"ours": errors_of(partial(ours, reweight="none"), step), "eager": errors_of(eager, step)}
     for name, found in errors.items():

@@ -12,7 +12,19 @@ from .harness import Candidate, NotMeasuredError, verify
 from .memory import MIB, Request, in_fresh_process
 from .problem import Truth, build
 from .records import Record, record
-from .shapes import LINEARITY_N, LONG_N, MAIN, MAIN_N, OTHER, SHAPES, SWEEP_N, Shape, Workload, require_fit
+from .shapes import (
+    LINEARITY_N,
+    LONG_N,
+    MAIN,
+    MAIN_N,
+    OTHER,
+    SHAPES,
+    SWEEP_N,
+    Shape,
+    Workload,
+    require_fit,
+    require_products,
+)
 
 #: Candidates of a comparison, beside the floor.
 ALL = ("ours", "eager", "compiled", "chunked")
@@ -78,6 +90,8 @@ class Planner:
 
     def _comparison(self, case: str, work: Workload, names: Sequence[str]) -> Iterator[Record]:
         require_fit(work, "ours", self.device)
+        if work.training:
+            require_products(work, self.device)
         problem = build(work, self.device)
         truth = Truth(problem)
         candidates, errors = [], {}

@@ -1,5 +1,6 @@
 """The shapes that are measured, what they need in memory, and which of them fit a machine."""
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,8 @@ SWEEP_N = (16, 64, 256, 1024, 4096)
 LINEARITY_N = (2048, 4096, 8192)
 #: A long batch: one pair, 16 responses of 8192 tokens.
 LONG_N = 131072
+#: So many times the time of float32, and a case of products takes an hour.
+_MOST_SLOWER = 20.0
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,29 @@ def available_bytes(device: torch.device) -> int:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     raise RuntimeError("/proc/meminfo has no MemAvailable")
+
+
+def require_products(work: Workload, device: torch.device) -> None:
+    """Raise NotMeasuredError where the processor has no instructions for products of this dtype.
+
+    Those of a gradient then take torch minutes each.
+    """
+    if device.type != "cpu" or work.dtype == "float32":
+        return
+    left, right = torch.zeros(512, 1024), torch.zeros(1024, 896)
+    slower = _product_seconds(left.to(DTYPES[work.dtype]), right.to(DTYPES[work.dtype])) / _product_seconds(left, right)
+    if slower > _MOST_SLOWER:
+        raise NotMeasuredError(f"torch's {work.dtype} products are {slower:.0f} times slower than float32 on this CPU")
+
+
+def _product_seconds(left: torch.Tensor, right: torch.Tensor) -> float:
+    """Of the faster of two calls."""
+    seconds = []
+    for _ in range(2):
+        start = time.perf_counter()
+        left @ right
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 def require_fit(work: Workload, candidate: str, device: torch.device, built: bool = False) -> None:

@@ -72,15 +72,15 @@ def _select(records: Iterable[Record], **wanted: object) -> list[Record]:
     return list(found.values())
 
 
-def _main(records: Sequence[Record], op: str, training: bool = False) -> Record | None:
-    """Our candidate on the table's shape."""
+def _main(records: Sequence[Record], op: str, training: bool = False, dtype: str | None = None) -> Record | None:
+    """Our candidate on the table's shape; by default in the dtype of the op's first case."""
     entries = _select(
         records,
         case="compare",
         op=op,
         shape=MAIN.name,
         n=MAIN_N,
-        dtype="bfloat16" if op.startswith("linear") else "float32",
+        dtype=dtype or ("bfloat16" if op.startswith("linear") else "float32"),
         training=training,
         candidate="ours",
         phase="both" if training else "forward",
@@ -223,10 +223,11 @@ def _policy(records: Sequence[Record]) -> Iterator[Line]:
     reach = f"≤ {MOST_TENSORS} tensors of B·T"
     peak = _last(_select(records, case="memory", **work))
     yield _line(f"`{policy.OP}`, peak memory, gradient included", reach, peak, tensors)
-    entry = _main(records, linear_policy.OP, training=True)
-    what = f"`{linear_policy.OP}` bf16, N {MAIN_N}, D {MAIN.d}, V {MAIN.v}, all gradients"
-    yield _slower(what, entry, "matmul", "three bare bf16 matmuls of N·V·D", 1.15)
-    yield _faster(f"`{linear_policy.OP}`, the same", entry, "eager", "eager", 2)
+    for dtype, short in (("bfloat16", "bf16"), ("float32", "fp32")):
+        entry = _main(records, linear_policy.OP, training=True, dtype=dtype)
+        what = f"`{linear_policy.OP}` {short}, N {MAIN_N}, D {MAIN.d}, V {MAIN.v}, all gradients"
+        yield _slower(what, entry, "matmul", f"three bare {short} matmuls of N·V·D", 1.15)
+        yield _faster(f"`{linear_policy.OP}` {short}, the same", entry, "eager", "eager", 2)
 
     def workspace(entry: Record) -> tuple[str, bool]:
         mib, logits = entry.statistics["MiB"], entry.statistics["MiB of float32 logits"]

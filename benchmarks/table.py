@@ -218,7 +218,7 @@ def _policy(records: Sequence[Record]) -> Iterator[Line]:
 
     def tensors(entry: Record) -> tuple[str, bool]:
         count = entry.statistics["tensors"]
-        return f"{count:.2f}", count <= MOST_TENSORS
+        return f"{count:.2f}", round(count, 2) <= MOST_TENSORS
 
     reach = f"≤ {MOST_TENSORS} tensors of B·T"
     peak = _last(_select(records, case="memory", **work))

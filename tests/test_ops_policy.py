@@ -116,6 +116,28 @@ def test_long_and_many_sequences(accuracy, importance):
         check_against_truth(accuracy, make_inputs(fewer(1_300, 130), 3), importance=importance, reweight="ppl")
 
 
+@pytest.mark.parametrize("importance", reference_policy.IMPORTANCES)
+def test_long_stretches_that_do_not_count(accuracy, importance):
+    """Longer than what a kernel takes at a time, so that it may leave them out."""
+    inputs = make_inputs(4, fewer(1_500, 700))
+    inputs["mask"][0, 100:-100] = False
+    inputs["mask"][1, 300:] = False
+    poisoned = {name: x.masked_fill(~inputs["mask"], torch.nan) if x.dim() == 2 and x.is_floating_point() else x
+                for name, x in inputs.items()}  # fmt: skip
+    check_against_truth(accuracy, inputs, importance=importance, **ALL_EXTRAS)
+    clean, actual = (call(x, importance=importance, **ALL_EXTRAS) for x in (inputs, poisoned))
+    assert torch.equal(actual.loss, clean.loss) and torch.equal(actual.metrics, clean.metrics)
+    for name, grad in actual.gradients.items():
+        assert torch.equal(grad, clean.gradients[name])
+        assert (grad[~inputs["mask"]] == 0).all()
+
+
+@pytest.mark.parametrize("importance", reference_policy.IMPORTANCES)
+def test_a_very_large_batch(accuracy, importance):
+    """Of so many tokens that blocks grow with it."""
+    check_against_truth(accuracy, make_inputs(3, fewer(300_000, 500)), importance=importance, **ALL_EXTRAS)
+
+
 @pytest.mark.parametrize("loss_type", fewer(["dapo", "bnpo", "cispo"], ["dapo"]))
 @pytest.mark.parametrize("tokens", [7, 33.5, "tensor", 0])
 def test_num_tokens_is_the_denominator(accuracy, loss_type, tokens):

@@ -24,31 +24,45 @@ void copy_counted(int64_t count, const double* mask, const double* from, double*
 }
 
 template <typename Real>
-void read_mask(const BoolMatrix& mask, const PolicySpan& span, Real* to) {
-  const bool* from = mask.data + span.sequence * mask.row_stride + span.begin * mask.column_stride;
-  if (mask.column_stride == 1) {
-#pragma omp simd
-    for (int64_t i = 0; i < span.count; ++i) to[i] = from[i] ? Real(1) : Real(0);
-  } else {
-    for (int64_t i = 0; i < span.count; ++i) to[i] = from[i * mask.column_stride] ? Real(1) : Real(0);
+DLOGP_INLINE bool mask_body(int64_t count, const bool* from, Real* to) {
+  Real tokens = 0;
+#pragma omp simd reduction(+ : tokens)
+  for (int64_t i = 0; i < count; ++i) {
+    to[i] = from[i] ? Real(1) : Real(0);
+    tokens += to[i];
   }
+  return tokens > 0;
+}
+
+DLOGP_CLONES bool mask_row(int64_t count, const bool* from, float* to) { return mask_body(count, from, to); }
+bool mask_row(int64_t count, const bool* from, double* to) { return mask_body(count, from, to); }
+
+// Of a part; returns whether any of its tokens counts.
+template <typename Real>
+bool read_mask(const BoolMatrix& mask, const PolicySpan& part, Real* to) {
+  const bool* from = mask.data + part.sequence * mask.row_stride + part.begin * mask.column_stride;
+  if (mask.column_stride == 1) return mask_row(part.count, from, to);
+  bool adjacent[kPolicyTokens];
+  for (int64_t i = 0; i < part.count; ++i) adjacent[i] = from[i * mask.column_stride];
+  return mask_row(part.count, adjacent, to);
+}
+
+// The values of a part: in place where they can be read so, else in `copy`.
+template <typename Real>
+const Real* values_of(const Matrix& from, const PolicySpan& part, Real* copy) {
+  const Real* in_place = row_in_place<Real>(from, part.sequence, part.begin);
+  if (in_place != nullptr) return in_place;
+  const bool one = from.column_stride == 0;
+  read_row(from, part.sequence, part.begin, one ? 1 : part.count, copy);
+  if (one) std::fill_n(copy, part.count, copy[0]);
+  return copy;
 }
 
 // 0 where masked, whatever stands there.
 template <typename Real>
-bool read_tokens(const Matrix& from, const PolicySpan& span, const Real* mask, Real* to) {
+bool read_tokens(const Matrix& from, const PolicySpan& part, const Real* mask, Real* to) {
   if (from.data == nullptr) return false;
-  const Real* values = row_in_place<Real>(from, span.sequence, span.begin);
-  if (values == nullptr) {
-    values = to;
-    if (from.column_stride == 0) {
-      read_row(from, span.sequence, span.begin, 1, to);
-      std::fill_n(to, span.count, to[0]);
-    } else {
-      read_row(from, span.sequence, span.begin, span.count, to);
-    }
-  }
-  copy_counted(span.count, mask, values, to);
+  copy_counted(part.count, mask, values_of(from, part, to), to);
   return true;
 }
 
@@ -65,17 +79,32 @@ void multiply_row(int64_t count, double factor, const double* from, double* to) 
   multiply_body(count, factor, from, to);
 }
 
+template <typename Real>
+DLOGP_INLINE void add_multiple_body(int64_t count, Real factor, const Real* from, Real* to) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) to[i] += factor * from[i];
+}
+
+DLOGP_CLONES void add_multiple(int64_t count, float factor, const float* from, float* to) {
+  add_multiple_body(count, factor, from, to);
+}
+void add_multiple(int64_t count, double factor, const double* from, double* to) {
+  add_multiple_body(count, factor, from, to);
+}
+
 double inverse(double x) { return x > 0 ? 1 / x : 0; }
 
 }  // namespace
 
 PolicySpans policy_spans(int64_t sequences, int64_t columns, const int64_t* offsets) {
   PolicySpans result;
+  const int64_t total = offsets == nullptr ? sequences * columns : columns;
+  const int64_t most = std::max(kSpanTokens, round_up(total / kMostSpans, kPolicyTokens));
   for (int64_t b = 0; b < sequences; ++b) {
     result.first.push_back(int64_t(result.spans.size()));
     const int64_t begin = offsets == nullptr ? 0 : offsets[b], end = offsets == nullptr ? columns : offsets[b + 1];
-    for (int64_t t = begin; t < end; t += kSpanTokens)
-      result.spans.push_back({b, t, std::min(kSpanTokens, end - t), offsets == nullptr ? b * columns + t : t});
+    for (int64_t t = begin; t < end; t += most)
+      result.spans.push_back({b, t, std::min(most, end - t), offsets == nullptr ? b * columns + t : t});
   }
   result.first.push_back(int64_t(result.spans.size()));
   return result;
@@ -97,9 +126,10 @@ DLOGP_INLINE void sum_body(int64_t count, const Real* mask, const Real* logp, co
   double sum = 0, log_ratio = 0;
 #pragma omp simd reduction(+ : tokens, sum, log_ratio)
   for (int64_t i = 0; i < count; ++i) {
+    const Real old = mask[i] != 0 ? old_logp[i] : Real(0), own = mask[i] != 0 ? logp[i] : Real(0);
     tokens += mask[i];
-    sum += double(old_logp[i]);
-    log_ratio += double(logp[i] - old_logp[i]);
+    sum += double(old);
+    log_ratio += double(own - old);
   }
   sequence.count += int64_t(tokens);
   sequence.old_logp += sum;
@@ -121,10 +151,9 @@ template <typename Real>
 void sum_span(const PolicyInputs& inputs, const PolicySpan& span, PolicySequence& sequence) {
   Real mask[kPolicyTokens], logp[kPolicyTokens], old_logp[kPolicyTokens];
   for_parts(span, [&](const PolicySpan& part) {
-    read_mask(inputs.mask, part, mask);
-    read_tokens(inputs.logp, part, mask, logp);
-    read_tokens(inputs.old_logp, part, mask, old_logp);
-    sum_tokens(part.count, mask, logp, old_logp, sequence);
+    if (!read_mask(inputs.mask, part, mask)) return;
+    sum_tokens(part.count, mask, values_of(inputs.logp, part, logp), values_of(inputs.old_logp, part, old_logp),
+               sequence);
   });
 }
 
@@ -158,10 +187,13 @@ template <typename Real>
 void policy_span(const PolicyOptions& options, const PolicyInputs& inputs, const PolicySpan& span,
                  const PolicySequence& sequence, PolicySums& sums, Real* coefficient) {
   PolicyTokens<Real> tokens;
-  if (options.of_sequences) std::fill_n(tokens.raw_ratio, kPolicyTokens, Real(sequence.mean_log_ratio()));
+  if (options.of_sequences) tokens.log_ratio = Real(sequence.mean_log_ratio());
   if (options.reweight == PolicyReweight::kPerplexity) std::fill_n(tokens.score, kPolicyTokens, Real(sequence.score));
   for_parts(span, [&](const PolicySpan& part) {
-    read_mask(inputs.mask, part, tokens.mask);
+    if (!read_mask(inputs.mask, part, tokens.mask)) {
+      if (coefficient != nullptr) std::fill_n(coefficient + part.place, part.count, Real(0));
+      return;
+    }
     read_tokens(inputs.logp, part, tokens.mask, tokens.logp);
     read_tokens(inputs.old_logp, part, tokens.mask, tokens.old_logp);
     read_tokens(inputs.advantage, part, tokens.mask, tokens.advantage);
@@ -176,8 +208,10 @@ void policy_span(const PolicyOptions& options, const PolicyInputs& inputs, const
 
 template <typename Real>
 void add_slope(const BoolMatrix& mask, const PolicySpan& span, double slope, Real* coefficient) {
-  for (int64_t i = 0; i < span.count; ++i)
-    if (mask.at(span.sequence, span.begin + i)) coefficient[span.place + i] += Real(slope);
+  Real counted[kPolicyTokens];
+  for_parts(span, [&](const PolicySpan& part) {
+    if (read_mask(mask, part, counted)) add_multiple(part.count, Real(slope), counted, coefficient + part.place);
+  });
 }
 
 double policy_scale(const PolicyOptions& options, double count, double total, double num_tokens, int64_t sequences,
@@ -200,8 +234,12 @@ void scale_span(const PolicySpan& span, double factor, const Real* coefficient, 
 
 template <typename Real>
 void fill_span(const BoolMatrix& mask, const PolicySpan& span, double value, Real* grad) {
-  for (int64_t i = 0; i < span.count; ++i)
-    grad[span.place + i] = mask.at(span.sequence, span.begin + i) ? Real(value) : Real(0);
+  Real counted[kPolicyTokens];
+  for_parts(span, [&](const PolicySpan& part) {
+    read_mask(mask, part, counted);
+    std::fill_n(grad + part.place, part.count, Real(value));
+    copy_counted(part.count, counted, grad + part.place, grad + part.place);
+  });
 }
 
 #define DLOGP_INSTANTIATE(Real)                                                                                        \

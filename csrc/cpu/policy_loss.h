@@ -1,5 +1,5 @@
-// policy_loss on the CPU. Sequences are cut into spans of at most kSpanTokens tokens, whose sums are merged in their
-// order, so the result is the same for any threads.
+// policy_loss on the CPU. Sequences are cut into spans, whose sums are merged in their order, so the result is the same
+// for any threads.
 #pragma once
 
 #include <cstdint>
@@ -13,8 +13,6 @@ namespace dlogp {
 struct BoolMatrix {
   const bool* data = nullptr;
   int64_t row_stride = 0, column_stride = 0;
-
-  bool at(int64_t row, int64_t column) const { return data[row * row_stride + column * column_stride]; }
 };
 
 // What is known of each token; a row is a sequence. Packed tokens have a row stride of 0, and columns count through all
@@ -24,8 +22,10 @@ struct PolicyInputs {
   BoolMatrix mask;
 };
 
-// So many that what is kept of each span is little beside its tokens.
+// Of a small batch, whose spans should keep all threads busy; of a larger one a span has so many that at most
+// kMostSpans are cut beside the ends of sequences: what is kept of each is then nothing beside the tokens.
 constexpr int64_t kSpanTokens = 8 * kPolicyTokens;
+constexpr int64_t kMostSpans = 256;
 
 // Tokens [begin, begin + count) of a sequence; `place` is that of the first one in the outputs.
 struct PolicySpan {

@@ -81,13 +81,14 @@ DLOGP_INLINE void set_terms(const PolicyOptions& options, int64_t count, PolicyT
   constexpr bool by_logp = surrogate == PolicySurrogate::kCispo, summed = of_sequences && !by_logp;
   const TermOptions<Real> numbers = term_options<Real>(options);
   const Real limit = Real(kLogRatioLimit);
+  const Real common_ratio = of_sequences ? exp_of(clamped(t.log_ratio)) : Real(0);
   Real tokens = 0, low = 0, high = 0, dual = 0;  // exact: they count up to kPolicyTokens
   Real loss = 0, slopes = 0, approx_kl = 0, ratios = 0, largest = 0, weights = 0;
 #pragma omp simd reduction(+ : tokens, low, high, dual, loss, slopes, approx_kl, ratios, weights) \
     reduction(max : largest)
   for (int64_t i = 0; i < count; ++i) {
     const Real mask = t.mask[i], full = t.logp[i] - t.old_logp[i], log_ratio = clamped(full);
-    const Real ratio = exp_of(of_sequences ? clamped(t.raw_ratio[i]) : log_ratio);
+    const Real own_ratio = exp_of(log_ratio), ratio = of_sequences ? common_ratio : own_ratio;
     const PolicyTerm<Real> term = term_of<surrogate>(numbers, ratio, t.advantage[i], t.logp[i]);
     const Real share = weighted ? mask * t.token_weight[i] : mask;
     const Real own_loss = term.loss * share;
@@ -100,7 +101,7 @@ DLOGP_INLINE void set_terms(const PolicyOptions& options, int64_t count, PolicyT
     dual += term.dual ? mask : Real(0);
     loss += own_loss;
     slopes += slope;
-    approx_kl += k3_of(log_ratio, of_sequences ? exp_of(log_ratio) : ratio) * mask;
+    approx_kl += k3_of(log_ratio, own_ratio) * mask;
     ratios += ratio * mask;
     weights += t.weight[i] * mask;
     largest = ratio * mask > largest ? ratio * mask : largest;

@@ -20,13 +20,14 @@ struct PolicySums {
   void add(const PolicySums& other);
 };
 
-// The caller fills what is above the line, with finite numbers where `mask` is 0; `raw_ratio` only where a ratio is
-// that of a sequence, `score` only to reweight by perplexity.
+// The caller fills what is above the line, with finite numbers where `mask` is 0; `log_ratio` only where it is that
+// of their sequence, `score` only to reweight by perplexity.
 template <typename Real>
 struct PolicyTokens {
   Real mask[kPolicyTokens], logp[kPolicyTokens], old_logp[kPolicyTokens], advantage[kPolicyTokens];
-  Real raw_ratio[kPolicyTokens], score[kPolicyTokens];
+  Real score[kPolicyTokens];
   Real ref_logp[kPolicyTokens], entropy[kPolicyTokens], kl[kPolicyTokens], token_weight[kPolicyTokens];
+  Real log_ratio = 0;
   bool has_ref_logp = false, has_entropy = false, has_kl = false, has_token_weight = false;
   // ----
   Real weight[kPolicyTokens], loss[kPolicyTokens], coefficient[kPolicyTokens];

@@ -175,15 +175,21 @@ def interpreting() -> bool:
 
 def launch(op: str, device: torch.device, dtype: torch.dtype, *arguments: object) -> tuple[torch.Tensor, ...]:
     """Run `op` of outputs of this dtype with the backend selected for `device`."""
-    # The op's arguments are as autocast wants them; the matrix products inside must not be cast again.
-    with torch.autocast(device.type, enabled=False):
+    with _without_autocast(device):
         return _launcher(select(op, device, dtype), op)(*arguments, _workspace)
 
 
 def launch_blocked(op: str, device: torch.device, dtype: torch.dtype, *arguments: object) -> tuple[torch.Tensor, ...]:
     """Run blocked.py's form of `op`, which calls other ops: those are served by the backend selected for them."""
-    with torch.autocast(device.type, enabled=False):
+    with _without_autocast(device):
         return _launcher("reference", op)(*arguments, _workspace)
+
+
+def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """The op's arguments are as autocast wants them; the matrix products inside must not be cast again."""
+    if not torch.is_autocast_enabled(device.type):
+        return contextlib.nullcontext()  # entering autocast takes longer than a small batch
+    return torch.autocast(device.type, enabled=False)
 
 
 @functools.cache

@@ -33,6 +33,8 @@ _TOLERANCES = {
 }
 #: Tokens that are compared with float64.
 _CHECKED = 64
+#: So many tokens that their logits do not fit into the workspace in any dtype.
+_LARGE = Workload(OP, MAIN, 2 * MAIN_N, training=True)
 _WARM_UP = Workload(OP, Shape("warm-up", 64, 4096), 32, training=True)
 
 
@@ -61,7 +63,7 @@ def plan(device: torch.device, mode: str) -> Iterator[Case]:
         work = Workload(OP, MAIN, MAIN_N, dtype, training=True)
         yield case_of("compare", _comparison, work, device, mode)
     if device.type == "cpu":
-        yield case_of("workspace", _workspace, Workload(OP, MAIN, MAIN_N, training=True))
+        yield case_of("workspace", _workspace, _LARGE)
 
 
 def build(work: Workload, device: torch.device) -> Step:
@@ -147,8 +149,8 @@ def _workspace(kind: str, work: Workload) -> Iterator[Record]:
     found = in_process_of(__name__, "ours")
     waiting = 4 * work.shape.d * (work.shape.v + work.n)
     over = (found["peak"] - waiting) / MIB
-    logits = 4 * work.n * work.shape.v / MIB
-    yield record(kind, work, "ours", "both", statistics={"MiB": over, "MiB of float32 logits": logits})
+    logits = work.element_size * work.n * work.shape.v / MIB
+    yield record(kind, work, "ours", "both", statistics={"MiB": over, "MiB of logits": logits})
 
 
 def answer(name: str) -> dict[str, int]:
@@ -157,5 +159,5 @@ def answer(name: str) -> dict[str, int]:
     function = {"ours": ours, "eager": eager}[name]
     small = build(_WARM_UP, cpu)
     small.gradients(function(small))
-    step = build(Workload(OP, MAIN, MAIN_N, training=True), cpu)
+    step = build(_LARGE, cpu)
     return {"peak": peak_over(lambda: step.gradients(function(step)), cpu).peak}

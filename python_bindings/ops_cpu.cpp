@@ -283,12 +283,12 @@ class LinearBackward {
 
   BackwardBuffers<T> buffers_of(Side& side, const BackwardTile& tile, int64_t tile_index, int64_t slab_index,
                                 int64_t first) {
-    const int64_t tile_size = side.stride * tiling_.columns, rows_size = tile.inner * tiling_.columns;
+    const int64_t tile_size = side.stride * tiling_.columns;
     BackwardBuffers<T> buffers;
     buffers.hidden = {side.stride, side.hidden_rows.data()};
-    side.packed_weight.resize(tile_size);
+    side.packed_weight.resize(Packed<T>::size(side.stride, tiling_.columns));
     buffers.packed_weight = side.packed_weight.data();
-    side.grad_logits.resize(rows_size);
+    side.grad_logits.resize(tile.inner * tiling_.columns);
     buffers.grad_logits = side.grad_logits.data();
     if (with_hidden_ && side.hidden) {
       side.packed_weight_rows.resize(Packed<T>::size(tiling_.columns, side.stride));
@@ -296,7 +296,7 @@ class LinearBackward {
       buffers.grad_hidden = side.grad_hidden.data() + (with_weight_ ? first * side.stride : 0);
     }
     if (with_weight_ && side.weight) {
-      side.packed_grad_logits.resize(rows_size);
+      side.packed_grad_logits.resize(Packed<T>::size(tile.inner, tiling_.columns));
       buffers.hidden_columns = side.hidden_columns.data();
       buffers.packed_grad_logits = side.packed_grad_logits.data();
       buffers.grad_weight = side.grad_weight.data() + slab_index * tile_size;

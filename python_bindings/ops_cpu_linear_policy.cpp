@@ -167,7 +167,7 @@ class LinearPolicy {
   void pack_weight(const BackwardTile& tile, const BackwardBuffers<T>& buffers) {
     at::parallel_for(0, tiling_.columns / kColumnBlock, 1, [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block)
-        pack_tile_rows(heads_[0], tiling_, tile, block * kColumnBlock, own_scratch(tile.row_block), buffers);
+        pack_backward_weight(heads_[0], tiling_, tile, block * kColumnBlock, own_scratch(tile.row_block), buffers);
     });
   }
 

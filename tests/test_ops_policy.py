@@ -116,26 +116,46 @@ def test_long_and_many_sequences(accuracy, importance):
         check_against_truth(accuracy, make_inputs(fewer(1_300, 130), 3), importance=importance, reweight="ppl")
 
 
+@pytest.mark.parametrize("layout", ["padded", "packed", "strided"])
 @pytest.mark.parametrize("importance", reference_policy.IMPORTANCES)
-def test_long_stretches_that_do_not_count(accuracy, importance):
+def test_long_stretches_that_do_not_count(accuracy, importance, layout):
     """Longer than what a kernel takes at a time, so that it may leave them out."""
     inputs = make_inputs(4, fewer(1_500, 700))
     inputs["mask"][0, 100:-100] = False
     inputs["mask"][1, 300:] = False
-    poisoned = {name: x.masked_fill(~inputs["mask"], torch.nan) if x.dim() == 2 and x.is_floating_point() else x
-                for name, x in inputs.items()}  # fmt: skip
+    if layout == "packed":
+        inputs = pack(inputs, fewer([1_500, 1_300, 700, 0], [700, 650, 300, 0]))
+    elif layout == "strided":
+        inputs = {name: x.t().contiguous().t() if x.dim() == 2 else x for name, x in inputs.items()}
+    counted = inputs["mask"]
+    poisoned = {
+        name: x.masked_fill(~counted, torch.nan) if x.shape == counted.shape and x.is_floating_point() else x
+        for name, x in inputs.items()
+    }
     check_against_truth(accuracy, inputs, importance=importance, **ALL_EXTRAS)
     clean, actual = (call(x, importance=importance, **ALL_EXTRAS) for x in (inputs, poisoned))
     assert torch.equal(actual.loss, clean.loss) and torch.equal(actual.metrics, clean.metrics)
     for name, grad in actual.gradients.items():
         assert torch.equal(grad, clean.gradients[name])
-        assert (grad[~inputs["mask"]] == 0).all()
+        assert (grad[~counted] == 0).all()
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("importance", reference_policy.IMPORTANCES)
-def test_a_very_large_batch(accuracy, importance):
-    """Of so many tokens that blocks grow with it."""
-    check_against_truth(accuracy, make_inputs(3, fewer(300_000, 500)), importance=importance, **ALL_EXTRAS)
+def test_a_broken_advantage_stays_where_it_is(importance, bad):
+    """Not a number in one response: not in what does not count there, and in no other response's gradient."""
+    inputs = without_extras(make_inputs())
+    inputs["advantage"][1] = bad
+    gradient = call(inputs, importance=importance).gradients["logp"]
+    assert (gradient[~inputs["mask"]] == 0).all()
+    assert gradient[[0, 2, 3, 4]].isfinite().all() and not gradient[1][inputs["mask"][1]].isfinite().all()
+
+
+@pytest.mark.served_by("cpu", "reference")
+@pytest.mark.parametrize("importance", reference_policy.IMPORTANCES)
+def test_very_long_responses(accuracy, importance):
+    """So long that blocks grow with them."""
+    check_against_truth(accuracy, make_inputs(3, 300_000), importance=importance, **ALL_EXTRAS)
 
 
 @pytest.mark.parametrize("loss_type", fewer(["dapo", "bnpo", "cispo"], ["dapo"]))

@@ -7,10 +7,6 @@
 
 #include "vector_math.h"
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define DLOGP_WIDE_VECTORS
-#endif
-
 namespace dlogp {
 
 // A vector of so many bytes, of float or double.
@@ -32,7 +28,7 @@ struct Lanes {
 };
 
 inline int vector_bytes() {
-#ifdef DLOGP_WIDE_VECTORS
+#ifdef DLOGP_HAS_CLONES
   if (__builtin_cpu_supports("x86-64-v4")) return 64;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 32;
 #endif
@@ -42,7 +38,7 @@ inline int vector_bytes() {
 }  // namespace dlogp
 
 // Defines name_16, name_32 and name_64 out of `definition(attribute, name, bytes)`, as far as there are such vectors.
-#ifdef DLOGP_WIDE_VECTORS
+#ifdef DLOGP_HAS_CLONES
 #define DLOGP_FOR_EACH_WIDTH(definition, name)                                               \
   definition(, name##_16, 16) definition(__attribute__((target("avx2,fma"))), name##_32, 32) \
       definition(__attribute__((target("arch=x86-64-v4"))), name##_64, 64)

@@ -260,7 +260,7 @@ void linear_extrapolated_sample(const Head* heads, const PackedHidden<T>* hidden
       }
     }
   }
-  if constexpr (kGroup<T> > 1) release_products<T>();
+  release_products<T>();
 }
 
 template <typename Real>

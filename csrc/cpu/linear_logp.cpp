@@ -47,9 +47,9 @@ void gather_rows(const Matrix& hidden, const int64_t* rows, int64_t begin, int64
 template <typename T>
 void TileScratch<T>::reserve(const Head* heads, int models, const Tiling& tiling, int64_t rows) {
   for (int model = 0; model < models; ++model) {
-    const int64_t size = tiling.columns * packed_width<T>(heads[model].width());
-    weight_copy.resize(std::max<size_t>(weight_copy.size(), size));
-    packed_weight[model].resize(size);
+    const int64_t width = packed_width<T>(heads[model].width());
+    weight_copy.resize(std::max<size_t>(weight_copy.size(), tiling.columns * width));
+    packed_weight[model].resize(Packed<T>::size(width, tiling.columns));
     logits[model].resize(rows * tiling.columns);
   }
   bias.resize(tiling.columns);
@@ -76,8 +76,8 @@ WeightRows<T> weight_rows(const Matrix& weight, int64_t begin, int64_t padded, T
 template <typename T>
 void tile_logits(const Head& head, const PackedRows<T>& hidden, int64_t first_row, int64_t rows, const T* packed_weight,
                  int64_t begin, int64_t count, const Tiling& tiling, TileScratch<T>& scratch, Accumulator<T>* logits) {
-  const Product product{padded_rows(rows), tiling.columns, hidden.stride,
-                        hidden.stride,     tiling.columns, tiling.columns};
+  const int64_t multiplied = kGroup<T> == 1 ? rows : padded_rows(rows);
+  const Product product{multiplied, tiling.columns, hidden.stride, hidden.stride, tiling.columns, tiling.columns};
   multiply(product, hidden.data + first_row * hidden.stride, packed_weight, logits, false);
   const Accumulator<T>* bias = nullptr;
   if (head.bias.data != nullptr) {

@@ -53,7 +53,7 @@ Tiling tile_vocabulary(int64_t vocabulary, int64_t width, int64_t element_size);
 constexpr int64_t kRowBlock = 64;
 static_assert((kRowBlock & (kRowBlock - 1)) == 0, "padded_rows doubles up to it");
 
-// Rows that a block of rows is padded to, so that few distinct product kernels are needed.
+// Rows that a block of rows is padded to, so that few distinct product kernels of bfloat16 are needed.
 int64_t padded_rows(int64_t rows);
 
 // Row-major rows of `hidden`, gathered, converted and padded with zeros: (padded_rows(count), stride).

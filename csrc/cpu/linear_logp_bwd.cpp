@@ -20,7 +20,8 @@ void pack_backward_weight(const Head& head, const Tiling& tiling, const Backward
                           TileScratch<T>& scratch, const BackwardBuffers<T>& buffers) {
   const int64_t stride = buffers.hidden.stride;
   const WeightRows<T> rows = weight_rows(head.weight, tile.begin + column, kColumnBlock, scratch);
-  pack_columns<T>(column, kColumnBlock, rows.data, rows.stride, {buffers.packed_weight, stride, tiling.columns});
+  if (buffers.packed_weight != nullptr)
+    pack_columns<T>(column, kColumnBlock, rows.data, rows.stride, {buffers.packed_weight, stride, tiling.columns});
   if (buffers.packed_weight_rows != nullptr)
     pack_rows<T>(column, kColumnBlock, rows.data, rows.stride, {buffers.packed_weight_rows, tiling.columns, stride});
 }

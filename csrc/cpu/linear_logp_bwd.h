@@ -19,7 +19,7 @@ struct BackwardBuffers {
 
   PackedRows<T> hidden;              // (inner, stride), zero in padding rows
   T* hidden_columns = nullptr;       // its transpose (stride, inner); null if grad_weight is not wanted
-  T* packed_weight = nullptr;        // for hidden · weightᵀ: (stride, columns), packed
+  T* packed_weight = nullptr;        // for hidden · weightᵀ: (stride, columns), packed; null where logits are given
   T* packed_weight_rows = nullptr;   // for dz · weight: (columns, stride), packed; null if grad_hidden is not wanted
   T* grad_logits = nullptr;          // (inner, columns)
   T* packed_grad_logits = nullptr;   // the same, packed
@@ -41,7 +41,7 @@ struct BackwardTile {
 // Columns of a tile that one thread takes at a time when it packs the weight or writes its gradient.
 constexpr int64_t kColumnBlock = 64;
 
-// Packs columns [column, column + kColumnBlock) of a tile.
+// Packs columns [column, column + kColumnBlock) of a tile for the products that are wanted.
 template <typename T>
 void pack_backward_weight(const Head& head, const Tiling& tiling, const BackwardTile& tile, int64_t column,
                           TileScratch<T>& scratch, const BackwardBuffers<T>& buffers);

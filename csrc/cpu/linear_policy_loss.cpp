@@ -70,14 +70,6 @@ double policy_block(const PolicyOptions& options, const PolicyRows<Real>& known,
 }
 
 template <typename T>
-void pack_tile_rows(const Head& head, const Tiling& tiling, const BackwardTile& tile, int64_t column,
-                    TileScratch<T>& scratch, const BackwardBuffers<T>& buffers) {
-  const int64_t stride = buffers.hidden.stride;
-  const WeightRows<T> rows = weight_rows(head.weight, tile.begin + column, kColumnBlock, scratch);
-  pack_rows<T>(column, kColumnBlock, rows.data, rows.stride, {buffers.packed_weight_rows, tiling.columns, stride});
-}
-
-template <typename T>
 void add_weight_gradient(const Tiling& tiling, const BackwardTile& tile, int64_t begin, int64_t end, int64_t width,
                          bool accumulate, const BackwardBuffers<T>& buffers, const T* packed_hidden,
                          std::vector<T>& transposed, Accumulator<T>* out) {
@@ -96,10 +88,8 @@ DLOGP_INSTANTIATE(float)
 DLOGP_INSTANTIATE(double)
 #undef DLOGP_INSTANTIATE
 
-#define DLOGP_INSTANTIATE(T)                                                                                 \
-  template void pack_tile_rows<T>(const Head&, const Tiling&, const BackwardTile&, int64_t, TileScratch<T>&, \
-                                  const BackwardBuffers<T>&);                                                \
-  template void add_weight_gradient<T>(const Tiling&, const BackwardTile&, int64_t, int64_t, int64_t, bool,  \
+#define DLOGP_INSTANTIATE(T)                                                                                \
+  template void add_weight_gradient<T>(const Tiling&, const BackwardTile&, int64_t, int64_t, int64_t, bool, \
                                        const BackwardBuffers<T>&, const T*, std::vector<T>&, Accumulator<T>*);
 DLOGP_INSTANTIATE(c10::BFloat16)
 DLOGP_INSTANTIATE(float)

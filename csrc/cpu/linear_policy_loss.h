@@ -36,11 +36,6 @@ template <typename Real>
 double policy_block(const PolicyOptions& options, const PolicyRows<Real>& known, const int64_t* rows, int64_t count,
                     PolicyBlock<Real>& block, PolicySums& sums);
 
-// Packs rows [column, column + kColumnBlock) of a tile of the weight for dz · weight.
-template <typename T>
-void pack_tile_rows(const Head& head, const Tiling& tiling, const BackwardTile& tile, int64_t column,
-                    TileScratch<T>& scratch, const BackwardBuffers<T>& buffers);
-
 // Rows [begin, end) of a tile of grad_weight (V, D), `out` being its first one; starts from zero unless `accumulate`.
 // `packed_hidden` is that of the block (inner, stride), packed.
 template <typename T>

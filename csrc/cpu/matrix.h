@@ -89,7 +89,7 @@ struct LineAllocator {
 template <typename T>
 using PackedStorage = std::vector<T, LineAllocator<T>>;
 
-// Packs its rows [first, first + count) out of row-major ones.
+// Packs its rows [first, first + count) out of row-major ones; whole groups of them.
 template <typename T>
 void pack_rows(int64_t first, int64_t count, const T* from, int64_t from_stride, const Packed<T>& to);
 

@@ -11,12 +11,17 @@ namespace {
 // Of the inner dimension, so that panels stay in the first two levels of the cache while rows pass by.
 constexpr int64_t kInnerBlock = 512;
 
-// A tile of C has as many sums as fit into the registers, 32 of 64 bytes or 16 of less, beside a row of its panels and
-// an element of A, and enough to hide the latency of an addition.
+// A tile of C has enough sums to hide the latency of an addition, and no more than the registers hold beside a row of
+// its panels and an element of A: there are 32 of 64 bytes, 16 of less on x86-64, 32 of 16 bytes on others.
+#if defined(__x86_64__)
+constexpr int kShortRows = 2;
+#else
+constexpr int kShortRows = 6;
+#endif
 template <int Bytes>
 constexpr int kTileRows = Bytes == 64   ? 8
                           : Bytes == 32 ? 6
-                                        : 3;
+                                        : kShortRows;
 template <int Bytes>
 constexpr int kTilePanels = Bytes == 64 ? 2 : 1;
 

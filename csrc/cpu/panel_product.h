@@ -8,10 +8,12 @@ namespace dlogp {
 
 struct Product {
   int64_t rows, columns, inner;
-  int64_t a_stride, b_columns, c_stride;  // B may have been packed with more columns
+  int64_t a_stride;
+  int64_t b_columns;  // that B was packed with, `columns` at least: bfloat16 only
+  int64_t c_stride;
 };
 
-// An element's products are added one by one in the order of `inner`.
+// `inner` is that of the packed B. An element's products are added one by one in its order.
 void panel_product(const Product& product, const float* a, const float* panels, float* c, bool accumulate);
 void panel_product(const Product& product, const double* a, const double* panels, double* c, bool accumulate);
 

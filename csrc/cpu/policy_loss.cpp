@@ -79,17 +79,18 @@ void multiply_row(int64_t count, double factor, const double* from, double* to) 
   multiply_body(count, factor, from, to);
 }
 
+// Adds `value` where tokens count. A product with the mask would make 0 · ∞ of the others.
 template <typename Real>
-DLOGP_INLINE void add_multiple_body(int64_t count, Real factor, const Real* from, Real* to) {
+DLOGP_INLINE void add_counted_body(int64_t count, const Real* mask, Real value, Real* to) {
 #pragma omp simd
-  for (int64_t i = 0; i < count; ++i) to[i] += factor * from[i];
+  for (int64_t i = 0; i < count; ++i) to[i] += mask[i] != 0 ? value : Real(0);
 }
 
-DLOGP_CLONES void add_multiple(int64_t count, float factor, const float* from, float* to) {
-  add_multiple_body(count, factor, from, to);
+DLOGP_CLONES void add_counted(int64_t count, const float* mask, float value, float* to) {
+  add_counted_body(count, mask, value, to);
 }
-void add_multiple(int64_t count, double factor, const double* from, double* to) {
-  add_multiple_body(count, factor, from, to);
+void add_counted(int64_t count, const double* mask, double value, double* to) {
+  add_counted_body(count, mask, value, to);
 }
 
 double inverse(double x) { return x > 0 ? 1 / x : 0; }
@@ -98,11 +99,10 @@ double inverse(double x) { return x > 0 ? 1 / x : 0; }
 
 PolicySpans policy_spans(int64_t sequences, int64_t columns, const int64_t* offsets) {
   PolicySpans result;
-  const int64_t total = offsets == nullptr ? sequences * columns : columns;
-  const int64_t most = std::max(kSpanTokens, round_up(total / kMostSpans, kPolicyTokens));
   for (int64_t b = 0; b < sequences; ++b) {
     result.first.push_back(int64_t(result.spans.size()));
     const int64_t begin = offsets == nullptr ? 0 : offsets[b], end = offsets == nullptr ? columns : offsets[b + 1];
+    const int64_t most = std::max(kSpanTokens, round_up((end - begin) / kLongSpans, kPolicyTokens));
     for (int64_t t = begin; t < end; t += most)
       result.spans.push_back({b, t, std::min(most, end - t), offsets == nullptr ? b * columns + t : t});
   }
@@ -210,7 +210,7 @@ template <typename Real>
 void add_slope(const BoolMatrix& mask, const PolicySpan& span, double slope, Real* coefficient) {
   Real counted[kPolicyTokens];
   for_parts(span, [&](const PolicySpan& part) {
-    if (read_mask(mask, part, counted)) add_multiple(part.count, Real(slope), counted, coefficient + part.place);
+    if (read_mask(mask, part, counted)) add_counted(part.count, counted, Real(slope), coefficient + part.place);
   });
 }
 
@@ -236,9 +236,8 @@ template <typename Real>
 void fill_span(const BoolMatrix& mask, const PolicySpan& span, double value, Real* grad) {
   Real counted[kPolicyTokens];
   for_parts(span, [&](const PolicySpan& part) {
-    read_mask(mask, part, counted);
-    std::fill_n(grad + part.place, part.count, Real(value));
-    copy_counted(part.count, counted, grad + part.place, grad + part.place);
+    std::fill_n(grad + part.place, part.count, Real(0));
+    if (read_mask(mask, part, counted)) add_counted(part.count, counted, Real(value), grad + part.place);
   });
 }
 

@@ -22,10 +22,10 @@ struct PolicyInputs {
   BoolMatrix mask;
 };
 
-// Of a small batch, whose spans should keep all threads busy; of a larger one a span has so many that at most
-// kMostSpans are cut beside the ends of sequences: what is kept of each is then nothing beside the tokens.
+// A sequence is cut into spans of so many tokens, a long one into so many spans: what is kept of each is then nothing
+// beside its tokens. That depends on the sequence alone, as do its sums.
 constexpr int64_t kSpanTokens = 8 * kPolicyTokens;
-constexpr int64_t kMostSpans = 256;
+constexpr int64_t kLongSpans = 4;
 
 // Tokens [begin, begin + count) of a sequence; `place` is that of the first one in the outputs.
 struct PolicySpan {

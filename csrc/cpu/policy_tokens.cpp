@@ -199,9 +199,9 @@ void PolicySums::add(const PolicySums& other) {
   entropy += other.entropy;
 }
 
-double slope_of_sequence(const PolicyOptions& options, double raw_ratio, const PolicySums& sums) {
+double slope_of_sequence(const PolicyOptions& options, double log_ratio, const PolicySums& sums) {
   if (!options.of_sequences || options.surrogate == PolicySurrogate::kCispo || sums.count == 0) return 0;
-  return std::fabs(raw_ratio) > kLogRatioLimit ? 0 : sums.slope / sums.count;
+  return std::fabs(log_ratio) > kLogRatioLimit ? 0 : sums.slope / sums.count;
 }
 
 DLOGP_CLONES void policy_tokens(const PolicyOptions& options, int64_t count, PolicyTokens<float>& tokens,

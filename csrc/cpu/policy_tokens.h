@@ -40,6 +40,6 @@ void policy_tokens(const PolicyOptions& options, int64_t count, PolicyTokens<flo
 void policy_tokens(const PolicyOptions& options, int64_t count, PolicyTokens<double>& tokens, PolicySums& sums);
 
 // What a token's coefficient gets of a sequence's ratio: ∂/∂ log r of the sequence, out of sums over it.
-double slope_of_sequence(const PolicyOptions& options, double raw_ratio, const PolicySums& sums);
+double slope_of_sequence(const PolicyOptions& options, double log_ratio, const PolicySums& sums);
 
 }  // namespace dlogp

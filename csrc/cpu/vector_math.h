@@ -8,6 +8,7 @@
 #include <cstring>
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define DLOGP_HAS_CLONES
 #define DLOGP_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 #else
 #define DLOGP_CLONES

@@ -32,7 +32,7 @@ LOSSES = (
     Loss("SAPO", loss_type="sapo"),
 )
 
-_TOLERANCES = {"loss": 1e-5, "d_logp": 1e-5}
+TOLERANCES = {"loss": 1e-5, "d_logp": 1e-5}
 #: Memory is measured of so many times the tokens: the process' own does not matter then.
 _LARGER = 16
 
@@ -65,7 +65,7 @@ def _comparison(kind: str, work: Workload, loss: Loss, device: torch.device, mod
     batch = build(SEQUENCES, TOKENS, device)
     errors = {"ours": errors_of(partial(ours, reweight="none"), batch, loss), "TRL": errors_of(trl_loss, batch, loss)}
     for name, found in errors.items():
-        verify(name, found, _TOLERANCES)
+        verify(name, found, TOLERANCES)
     candidates = [
         Candidate(name, partial(function, batch, loss), partial(_gradient, batch))
         for name, function in _CANDIDATES.items()

@@ -1,9 +1,10 @@
 """Other libraries' kernels for the same work, each behind one function that takes our arguments.
 
 Of one model: `function(hidden, weight, target, softcap)` or `function(logits, target, softcap)`; of a sampler
-`function(logits, top_p)`. Nothing of a library is imported before `load()`. Written from the source of liger-kernel
-0.8.5, trl 1.16.0, cut-cross-entropy 25.1.1, quack-kernels 0.6.5, verl 0.9.1 and of flashinfer-python (ba1f206). What
-differs from our ops in kind, not in speed, is in the peer's `note`.
+`function(logits, top_p)`; of a policy loss `function(hidden, weight, target, old_logp, advantage, mask)`, which returns
+the loss. Nothing of a library is imported before `load()`. Written from the source of liger-kernel 0.8.5, trl 1.16.0,
+cut-cross-entropy 25.1.1, quack-kernels 0.6.5, verl 0.9.1 and of flashinfer-python (ba1f206). What differs from our ops
+in kind, not in speed, is in the peer's `note`.
 """
 
 import importlib.util
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import policy
 from .problem import Function
 from .shapes import Workload
 
@@ -141,6 +143,42 @@ def _liger_chunked() -> Function:
         assert softcap is None
         logp, _ = _selective_logprob_forward(hidden, weight, target)
         return Single(logp)
+
+    return function
+
+
+def with_trl_loss(of_tokens: Function) -> Callable[..., Tensor]:
+    """TRL's eager loss of the log p that a library gives: of one that has no loss of its own."""
+
+    def function(
+        hidden: Tensor, weight: Tensor, target: Tensor, old_logp: Tensor, advantage: Tensor, mask: Tensor
+    ) -> Tensor:
+        stats = of_tokens(hidden=hidden.flatten(0, 1), weight=weight, target=target.flatten())
+        assert isinstance(stats, Single)
+        logp = stats.logp.reshape(target.shape)
+        return policy.trl_loss(policy.Batch(logp, old_logp, advantage, mask, logp), policy.DAPO)
+
+    return function
+
+
+def _liger_sm90_loss() -> Callable[..., Tensor]:
+    return with_trl_loss(_liger_sm90(entropy=False))
+
+
+def _liger_grpo() -> Callable[..., Tensor]:
+    """liger_kernel/chunked_loss/grpo_loss.py, with its defaults: one response at a time, the loss compiled."""
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+    of_batch = LigerFusedLinearGRPOLoss(
+        beta=0.0, use_ref_model=False, epsilon_low=0.2, epsilon_high=0.28, loss_type="dapo"
+    )
+
+    def function(
+        hidden: Tensor, weight: Tensor, target: Tensor, old_logp: Tensor, advantage: Tensor, mask: Tensor
+    ) -> Tensor:
+        # Input, weight, selected_token_ids, attention_mask, advantages; returns the loss and metrics.
+        loss, _ = of_batch(hidden, weight, target, mask, advantage, old_per_token_logps=old_logp)
+        return loss
 
     return function
 
@@ -398,6 +436,25 @@ PEERS = (
         softcap=True,
         trains=False,
         note="no entropy; the loss has the logits' dtype; in training it overwrites the logits, so it is not timed",
+    ),
+    Peer(
+        "liger sm90, loss",
+        "linear_policy_loss",
+        "liger-kernel",
+        ("liger_kernel", "cutlass"),
+        _liger_sm90_loss,
+        (),
+        hopper=True,
+        note="logits pass through float16; the loss of its log p is TRL's, eager",
+    ),
+    Peer(
+        "liger grpo",
+        "linear_policy_loss",
+        "liger-kernel",
+        ("liger_kernel",),
+        _liger_grpo,
+        (),
+        note="logits are rounded to the inputs' dtype; no reweighting; gradients are formed in forward, in float32",
     ),
     Peer(
         "flashinfer",

@@ -3,6 +3,7 @@
 `trl_loss` is GRPOTrainer._compute_loss, eager, line by line. It has no reweighting, which ours includes.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -32,6 +33,9 @@ class Loss(NamedTuple):
 
 
 DAPO = Loss("DAPO")
+#: Ratios at which the gradient of a clipped loss jumps.
+_EDGES = (1 - 0.2, 1 + 0.28)
+_ROUNDING = 1e-4
 
 
 def build(sequences: int, tokens: int, device: torch.device) -> Batch:
@@ -42,10 +46,19 @@ def build(sequences: int, tokens: int, device: torch.device) -> Batch:
         return torch.randn(size, generator=generator, device=device)
 
     old_logp = normal(sequences, tokens).abs_().neg_()
-    logp = (old_logp + 0.2 * normal(sequences, tokens)).requires_grad_()
+    logp = (old_logp + off_the_edges(0.2 * normal(sequences, tokens), _ROUNDING)).requires_grad_()
     lengths = torch.randint(tokens // 4, tokens + 1, (sequences, 1), generator=generator, device=device)
     mask = torch.arange(tokens, device=device) < lengths
     return Batch(logp, old_logp, normal(sequences), mask, logp.detach() + 0.2 * normal(sequences, tokens))
+
+
+def off_the_edges(log_ratio: Tensor, margin: float) -> Tensor:
+    """0 instead of log-ratios within `margin` of where clipping begins.
+
+    There rounding decides between a token's gradient and none: what is right would now and then be refused for it.
+    """
+    near = torch.stack([(log_ratio - math.log(edge)).abs() < margin for edge in _EDGES]).any(0)
+    return log_ratio.masked_fill(near, 0.0)
 
 
 def trl_loss(batch: Batch, loss: Loss, with_metrics: bool = False) -> Tensor:

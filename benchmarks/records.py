@@ -28,12 +28,14 @@ class Record:
     """One candidate in one case; times in milliseconds, memory in MiB over inputs and outputs.
 
     `case` is "compare", "sweep", "sweep memory", "half ignored", "linearity", "memory", "long", "frequencies", "tail"
-    or "workspace"; on a GPU also "peers", "small", "sample", "ceilings" or "tune". `variant` names options of the op.
+    or "workspace"; on a GPU also "peers", "small", "sample", "policy loss", "policy step", "ceilings" or
+    "tune". `variant` names options of the op.
     `ratios` holds, for other candidates of the case, the [median, p20, p80] of this one's time over that one's within a
     round.
     `errors` are against float64: largest absolute for an output, relative norm for a gradient. `tflops` and `gb_per_s`
     count the operations and bytes that the workload needs; `host_us` is the host's time of one call; `statistics` are
-    numbers about what was drawn. `skipped` says why there is no figure; `wrong` that it is because of the result.
+    numbers about what was drawn, and others that have no field. `skipped` says why there is no figure; `wrong` that it
+    is because of the result.
     """
 
     case: str

@@ -3,10 +3,12 @@
 import argparse
 import json
 import os
+import pickle
 import sys
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,14 +16,14 @@ import torch
 _ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(_ROOT))
 
-from benchmarks import sampling  # noqa: E402
+from benchmarks import bench_linear_policy_loss, sampling  # noqa: E402
 from benchmarks.__main__ import main  # noqa: E402
-from benchmarks.gpu import checks, command, table  # noqa: E402
+from benchmarks.gpu import checks, command, policy, table  # noqa: E402
 from benchmarks.gpu.cases import REAL, TINY, Case, Sizes, plan, tuning_plan  # noqa: E402
 from benchmarks.gpu.measure import run_case  # noqa: E402
 from benchmarks.gpu.session import OUT_OF_TIME, Session  # noqa: E402
 from benchmarks.gpu.worker import Worker  # noqa: E402
-from benchmarks.peers import MISSING, PEERS, Peer, Single, Summed, peers_for  # noqa: E402
+from benchmarks.peers import MISSING, PEERS, Peer, Single, Summed, peers_for, with_trl_loss  # noqa: E402
 from benchmarks.records import Record, Run, environment, read, record  # noqa: E402
 from benchmarks.registry import BENCHES  # noqa: E402
 from benchmarks.shapes import Shape, Workload  # noqa: E402
@@ -289,6 +291,14 @@ def _sampler():
     return function
 
 
+def _loss():
+    return with_trl_loss(_right())
+
+
+def _loss_twice():
+    return lambda **inputs: 2 * _loss()(**inputs)
+
+
 def _excluded():
     return lambda logits, top_p=1.0: logits.argmin(-1)
 
@@ -319,6 +329,81 @@ def test_samplers(variant, monkeypatch):
     assert by_name["ours"].host_us > 0 and by_name["ours"].peak_mib is not None
 
 
+def test_the_policy_losses(tmp_path, monkeypatch):
+    """Both kinds, from the command to the records; a library's loss from hidden states, and one that is wrong."""
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    peers = [_peer(load, op="linear_policy_loss", gives=()) for load in (_loss, _loss_twice, _raises)]
+    run = command.measure(_options(tmp_path, "--skip-tests", "--only=policy "), peers)
+    assert {entry.case for entry in run.records} == {"policy loss", "policy step"}
+    given = _by_name([e for e in run.records if e.case == "policy loss"], "both")
+    for name in ("ours", "ours, reference", "eager", "compiled"):
+        assert given[name].median_ms > 0 and given[name].gb_per_s > 0 and given[name].ratios["copy"][0] > 0
+        assert given[name].errors.keys() == {"loss", "d_logp"} and max(given[name].errors.values()) < 1e-5
+        assert given[name].peak_mib is not None and given[name].statistics == {}
+    assert given["copy"].gb_per_s > 0 and "kernels for GPUs only" in given["ours, triton"].skipped
+    step = _by_name([e for e in run.records if e.case == "policy step"], "both")
+    for name in ("ours", "ours, reference", "eager", "loss"):
+        assert step[name].median_ms > 0 and step[name].tflops > 0 and step[name].ratios["matmul"][0] > 0
+        assert step[name].errors.keys() == {"loss", "d_hidden", "d_weight"} and max(step[name].errors.values()) < 1e-5
+        assert step[name].peak_mib is not None
+    assert step["loss"].ratios["ours"][0] > 0 and step["matmul, real"].median_ms > 0
+    assert step["loss_twice"].wrong and "loss is off by" in step["loss_twice"].skipped
+    assert step["raises"].skipped.startswith("TypeError")
+    assert step["ours, reference"].backend == given["ours, reference"].backend == "reference"
+    measured = {line.what: line.measured for line in table.acceptance(run)}
+    assert measured["the same, beside Liger's scaled cross-entropy and its GRPO loss"] == "not measured"
+    assert "GB/s" in _following(run, "`policy_loss` of 32 tokens, DAPO, forward + backward").measured
+
+
+def _following(run: Run, what: str) -> table.Line:
+    lines = table.acceptance(run)
+    return lines[[line.what for line in lines].index(what) + 1]
+
+
+def test_bytes_of_a_policy_loss():
+    """13 a token forward, 8 backward: the copy moves as many, half of them read and half written."""
+    (case,) = (case for case in plan(TINY) if case.kind == "policy loss")
+    problem = policy._Given(case, CPU)
+    assert problem.batch.mask.all() and [problem._bytes(phase) for phase in ("forward", "backward")] == [
+        32 * 13,
+        32 * 8,
+    ]
+    (copy,) = problem.floor()
+    assert [_copied_bytes(copy.forward), _copied_bytes(lambda: copy.backward(None))] == [16 * 13, 16 * 8]
+
+
+def _copied_bytes(call) -> int:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        call()
+    (copy,) = (event for event in profile.events() if event.name == "aten::copy_")
+    return copy.input_shapes[0][0]
+
+
+def test_launches():
+    cuda, cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
+    seen = [(cuda, False), (cuda, False), (cuda, True), (cpu, False)]
+    events = [SimpleNamespace(device_type=where, is_user_annotation=annotation) for where, annotation in seen]
+    assert policy._on_the_gpu(events) == 2 and policy._launches(lambda: None, CPU) is None
+
+
+def test_memory_over_the_gradients(monkeypatch):
+    """Of ours: what waits in float32 does not count; what forward needs is not hidden behind what backward leaves."""
+    (case,) = (case for case in plan(TINY) if case.kind == "policy step")
+    problem = policy._FromHidden(case, CPU)
+    waiting = 4 * (24 * 16 + 300 * 16)
+    for forward, whole, expected in ((waiting + 70, waiting + 5, 70), (waiting + 1, waiting + 5, 5), (0, 0, 0)):
+        monkeypatch.setattr(policy, "peak_over", lambda call, device, peak=forward: SimpleNamespace(peak=peak))
+        assert problem._peak_of_ours(bench_linear_policy_loss.ours, whole) == expected
+
+
+def test_ligers_loss():
+    """Of Liger's losses from hidden states, the one that runs on a CPU."""
+    pytest.importorskip("liger_kernel")
+    (case,) = (case for case in plan(TINY) if case.kind == "policy step")
+    records = list(run_case(case, _session(*(peer for peer in PEERS if peer.name == "liger grpo"))))
+    assert max(_by_name(records, "both")["liger grpo"].errors.values()) < 1e-5
+
+
 def test_bytes_of_a_copy():
     """As many as the op has to move: that is the floor it is compared with."""
     from benchmarks.gpu.measure import _floor
@@ -338,7 +423,6 @@ def _copied(call) -> int:
 
 def test_tile_configurations(monkeypatch):
     from contextlib import contextmanager
-    from types import SimpleNamespace
     from typing import NamedTuple
 
     class Config(NamedTuple):
@@ -380,6 +464,9 @@ def test_the_plan():
     assert {e.work.n for e in cases if e.kind == "small"} == {1, 8, 64}
     sampled = {(e.work.n, e.work.variant) for e in cases if e.kind == "sample"}
     assert sampled == {(n, v) for n in (1, 8, 64, 128, 512) for v in ("top-p 0.7", "no truncation")}
+    kinds = list(dict.fromkeys(case.kind for case in cases))
+    assert kinds[kinds.index("sample") :][:4] == ["sample", "policy loss", "policy step", "peers"]
+    assert REAL.policy_loss.n == 2**20 and REAL.policy_step.n == 8192 and REAL.policy_step.shape is REAL.head
     assert {e.work.dtype for e in cases} == {"bfloat16", "float16", "float32"}
     assert [case.kind for case in cases[:5]] == ["ceilings", *4 * ["compare"]]
     assert all(e.work.shape is REAL.head and e.work.n == 8192 for e in cases[1:7])
@@ -395,6 +482,9 @@ def test_peers_of_a_workload():
     assert "quack" in names(forward) and "quack, sum" not in names(forward)
     assert "quack, sum" in names(training) and "quack" not in names(training)
     assert names(REAL.main("linear_delta_logp"))[0] == "trl, with kl"
+    assert names(REAL.policy_step) == ["liger sm90, loss", "liger grpo"]
+    # They are sent to the process that measures.
+    assert [peer.name for peer in pickle.loads(pickle.dumps(PEERS))] == [peer.name for peer in PEERS]
     assert not any("sum" in name for name in names(REAL.main("linear_delta_logp", training=True)))
     assert "liger ce" in names(REAL.main("logp")) and "liger ce" not in names(REAL.main("logp", training=True))
     capped = Workload("linear_logp", Shape("capped", 16, 300, softcap=5.0), 24)
@@ -465,8 +555,37 @@ def test_acceptance():
     assert lines["the same, B 1"][1:] == ("≤ 25 µs", "14200 µs", False)
     beside = lines["one model's logits, top-p 0.7, beside FlashInfer, B 1…512"]
     assert beside.measured == "1.05 × faster, B 1" and beside.met is True
+    head = "`linear_policy_loss` forward + backward, bfloat16, N 8192, D 4096, V 151936"
+    assert lines[head][1:] == ("≥ 0.88 of the GEMM's rate for 6·N·V·D", "0.95 (14.20 ms, 700 TFLOP/s)", True)
     empty = table.acceptance(_run([]))
     assert {line.measured for line in empty} == {"not measured"} and {line.met for line in empty} == {None}
+
+
+@pytest.mark.parametrize(
+    ("matmul", "faster", "peak", "launches", "copy", "met"),
+    [(1.1, 1.3, 900.0, 2, 1.2, True), (1.2, 1.2, 1100.0, 3, 1.3, False)],
+)
+def test_acceptance_of_the_policy_losses(matmul, faster, peak, launches, copy, met):
+    step, loss = REAL.policy_step, REAL.policy_loss
+    records = [
+        _entry("policy step", step, "ours", peak_mib=peak, ratios={"matmul": [matmul] * 3}),
+        _entry("policy step", step, "ours, triton", ratios={"ours": [1.0] * 3}),
+        _entry("policy step", step, "liger grpo", ratios={"ours": [9.0] * 3}),
+        _entry("policy step", step, "liger sm90, loss", ratios={"ours": [faster] * 3}),
+        _entry("policy loss", loss, "ours", ratios={"copy": [copy] * 3}, statistics={"launches": launches}),
+    ]
+    run = _run(records)
+    lines = [line for line in table.acceptance(run) if line.met is not None]
+    assert [line.reach for line in lines] == [
+        "≥ 0.88 of the GEMM's rate for 6·N·V·D",
+        "≥ 1.25 × faster",
+        "≤ 1024 MiB",
+        "≤ 2 launches",
+        "≥ 0.8 of a copy's bandwidth",
+    ]
+    assert [line.met for line in lines] == [met] * 5
+    assert lines[1].measured == f"{faster:.2f} × faster than liger sm90, loss (14.20 ms)"
+    assert lines[3].what.startswith("`policy_loss` of 1048576 tokens") and lines[3].measured == str(launches)
 
 
 def test_the_table_of_a_readme(tmp_path, monkeypatch):

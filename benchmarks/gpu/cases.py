@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from .. import bench_linear_policy_loss, bench_policy_loss
+from ..policy import DAPO
 from ..shapes import SHAPES, Shape, Workload
 
 _OPS = ("linear_logp", "linear_delta_logp")
@@ -17,8 +19,9 @@ class Case:
     further candidate begins.
 
     Kinds: "compare" (our backends, eager PyTorch, the floor), "peers" (other libraries and torch.compile), "small"
-    (also the host's time), "sample" (a step of decoding; other samplers), "half ignored", "ceilings" (of the machine),
-    "tune" (tile configurations).
+    (also the host's time), "sample" (a step of decoding; other samplers), "policy loss" (of log-probabilities that are
+    given, beside a copy), "policy step" (the same loss from hidden states, beside bare products and other libraries),
+    "half ignored", "ceilings" (of the machine), "tune" (tile configurations).
     """
 
     kind: str
@@ -26,6 +29,8 @@ class Case:
     seconds: float = 2.0
     patience: float = 45.0
     rounds: int = 5
+    #: Of a policy loss: how many responses the tokens are of.
+    sequences: int = 1
 
     @property
     def label(self) -> str:
@@ -45,6 +50,8 @@ class Sizes:
     float32_n: int
     #: Rows that are sampled at once.
     batches: tuple[int, ...]
+    #: Responses and their tokens, of a policy loss whose log-probabilities are given.
+    responses: tuple[int, int]
     #: Elements of a side of the matrices that the machine's ceilings are measured with.
     ceiling: int
     dtype: str = "bfloat16"
@@ -53,6 +60,16 @@ class Sizes:
 
     def sample(self, rows: int, variant: str) -> Workload:
         return Workload("extrapolated_sample", self.head, rows, self.dtype, variant=variant)
+
+    @property
+    def policy_loss(self) -> Workload:
+        sequences, tokens = self.responses
+        shape = Shape(f"B={sequences} T={tokens}", 0, 0)
+        return Workload(bench_policy_loss.OP, shape, sequences * tokens, "float32", training=True, variant=DAPO.label)
+
+    @property
+    def policy_step(self) -> Workload:
+        return self.main(bench_linear_policy_loss.OP, training=True)
 
     def main(self, op: str, training: bool = False) -> Workload:
         """An op on the shape of the table."""
@@ -67,6 +84,7 @@ REAL = Sizes(
     long=65536,
     float32_n=2048,
     batches=(1, 8, 64, 128, 512),
+    responses=(256, 4096),
     ceiling=8192,
 )
 TINY = Sizes(
@@ -77,6 +95,7 @@ TINY = Sizes(
     long=48,
     float32_n=8,
     batches=(1, 3),
+    responses=(2, 16),
     ceiling=64,
     dtype="float32",
     hurried=True,
@@ -115,6 +134,9 @@ def _plan(sizes: Sizes) -> Iterator[Case]:
     for variant in FILTERS:
         for rows in sizes.batches:
             yield Case("sample", sizes.sample(rows, variant))
+    yield Case("policy loss", sizes.policy_loss, sequences=sizes.responses[0])
+    # One of the libraries has something compiled.
+    yield Case("policy step", sizes.policy_step, 4.0, patience=75.0, sequences=bench_linear_policy_loss.SEQUENCES)
     # Compilers of other libraries take most of the time; a pair needs nothing compiled that one model has not.
     for op in _OPS:
         yield Case("peers", sizes.main(op), 4.0, patience=75.0)

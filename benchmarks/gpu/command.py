@@ -111,7 +111,8 @@ def _summary(entry: Record) -> str:
         parts.append(f"host {entry.host_us:.0f} µs")
     if entry.peak_mib is not None:
         parts.append(f"{entry.peak_mib:.0f} MiB")
-    parts += [f"{name} error {entry.errors[name]:.1e}" for name in ("logp", "entropy") if name in entry.errors]
+    parts += [f"{value:.0f} {name}" for name, value in entry.statistics.items()]
+    parts += [f"{name} error {entry.errors[name]:.1e}" for name in ("logp", "entropy", "loss") if name in entry.errors]
     return ", ".join(parts)
 
 

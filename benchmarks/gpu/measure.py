@@ -1,7 +1,7 @@
 """One case, in this process: every candidate is verified against float64, then timed in rounds with the others."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,16 +13,29 @@ from dlogp_kernels import backends
 
 from ..baselines import bare_matmuls, bare_reads
 from ..bench import Bench, tolerances
-from ..harness import PHASES, Candidate, NotMeasuredError, WrongResultError, verify
+from ..harness import PHASES, Candidate, NotMeasuredError, verify
 from ..memory import MIB, peak_over
 from ..peers import Peer, peers_for
 from ..problem import IGNORE_INDEX, Function, Problem, Truth, build, checked_rows
 from ..records import Record, record, time_fields
 from ..registry import BENCHES
 from ..shapes import DTYPES, Workload, require_fit
-from . import sampling
+from . import policy, sampling
 from .cases import Case
-from .session import Session, attempt, copies, host_us, in_context, reason, require_wanted, rounds, skipped
+from .session import (
+    Option,
+    Session,
+    attempt,
+    copies,
+    forced,
+    host_us,
+    in_context,
+    prepared,
+    reason,
+    require_wanted,
+    rounds,
+    skipped,
+)
 
 #: Whom the others are compared with, within a round.
 REFERENCES = ("ours", "ours, triton", "ours, gemm", "eager", "matmul", "copy", "read")
@@ -31,21 +44,16 @@ _FORCED = ("triton", "gemm", "reference")
 
 
 @dataclass(frozen=True)
-class Option:
-    """A candidate before it is loaded. `gives`: outputs that gradients can flow into, all that there are if None."""
+class _Option(Option):
+    """`gives`: outputs that gradients can flow into, all that there are if None."""
 
-    name: str
-    load: Callable[[], Function]
-    unavailable: Callable[[Workload, torch.device], str | None] = lambda *_: None
-    context: Callable[[], AbstractContextManager[object]] = nullcontext
     gives: tuple[str, ...] | None = None
     summed: bool = False
     peer: bool = False
-    note: str | None = None
 
 
-class Prepared(NamedTuple):
-    option: Option
+class _Prepared(NamedTuple):
+    option: _Option
     candidate: Candidate
     errors: dict[str, float]
     peak: int
@@ -67,22 +75,14 @@ def _comparison(case: Case, session: Session) -> Iterator[Record]:
     work = case.work
     require_fit(work, "ours", session.device)
     problem = build(work, session.device)
-    truths = _Truths(problem)
-    prepared = []
-    for option in _options(case, session):
-        session.watch(option.name)
-        outcome = attempt(partial(_prepared, case, option, truths, session), session.device)
-        if isinstance(outcome, Exception):
-            yield skipped(case, option.name, reason(outcome), option.note, isinstance(outcome, WrongResultError))
-        else:
-            prepared.append(outcome)
-    del truths
-    if prepared:
-        session.watch("floor")
-        yield from _timed(case, problem, prepared, session)
+    prepare = partial(_prepared, case, _Truths(problem), session)
+    found = yield from prepared(case, _options(case, session), prepare, session)
+    del prepare  # which holds the truths
+    if found:
+        yield from _timed(case, problem, found, session)
 
 
-def _options(case: Case, session: Session) -> list[Option]:
+def _options(case: Case, session: Session) -> list[_Option]:
     bench, work = BENCHES[case.work.op], case.work
     ours, eager, compiled = (_plain(bench, name) for name in ("ours", "eager", "compiled"))
     if case.kind == "tune":
@@ -90,23 +90,16 @@ def _options(case: Case, session: Session) -> list[Option]:
     if case.kind == "peers":
         return [ours, compiled, *(_of_peer(peer) for peer in peers_for(work, session.peers))]
     # Given logits are not multiplied: there "gemm" has nothing to do.
-    forced = [_forced(bench, name) for name in _FORCED if work.linear or name != "gemm"]
-    return [ours, *forced, eager]
+    names = [name for name in _FORCED if work.linear or name != "gemm"]
+    return [ours, *(forced(ours, name, f"{bench.op}_fwd") for name in names), eager]
 
 
-def _plain(bench: Bench, name: str) -> Option:
-    return Option(name, lambda: bench.function(name))
+def _plain(bench: Bench, name: str) -> _Option:
+    return _Option(name, lambda: bench.function(name))
 
 
-def _forced(bench: Bench, backend: str) -> Option:
-    def unavailable(work: Workload, device: torch.device) -> str | None:
-        return backends.unavailable(backend, f"{bench.op}_fwd", device)
-
-    return Option(f"ours, {backend}", lambda: bench.ours, unavailable, partial(backends.use_backend, backend))
-
-
-def _of_peer(peer: Peer) -> Option:
-    return Option(
+def _of_peer(peer: Peer) -> _Option:
+    return _Option(
         peer.name,
         peer.load,
         peer.unavailable,
@@ -117,7 +110,7 @@ def _of_peer(peer: Peer) -> Option:
     )
 
 
-def _tile_configurations(bench: Bench, work: Workload, device: torch.device) -> list[Option]:
+def _tile_configurations(bench: Bench, work: Workload, device: torch.device) -> list[_Option]:
     """Every tile configuration of the fused forward kernel, under the backend "triton"."""
     # Triton is not needed for anything else here.
     try:
@@ -134,7 +127,9 @@ def _tile_configurations(bench: Bench, work: Workload, device: torch.device) -> 
         return backends.unavailable("triton", f"{bench.op}_fwd", device)
 
     found: Sequence[Any] = configs.candidates(2 if work.pair else 1, device)
-    return [Option(_config_name(config), lambda: bench.ours, unavailable, partial(context, config)) for config in found]
+    return [
+        _Option(_config_name(config), lambda: bench.ours, unavailable, partial(context, config)) for config in found
+    ]
 
 
 def _config_name(config: Any) -> str:
@@ -172,7 +167,7 @@ def _summed(problem: Problem) -> Problem:
     return replace(problem, upstream={"nll": torch.ones((), device=problem.device)})
 
 
-def _prepared(case: Case, option: Option, truths: _Truths, session: Session) -> Prepared:
+def _prepared(case: Case, truths: _Truths, session: Session, option: _Option) -> _Prepared:
     """`option` loaded, verified, and its memory measured."""
     work, device = case.work, session.device
     require_wanted(option.name, session, option.unavailable(work, device))
@@ -190,22 +185,21 @@ def _prepared(case: Case, option: Option, truths: _Truths, session: Session) -> 
         answer = peak_over(lambda: problem.step(function), device)
     candidate = in_context(option.context, problem.candidate(option.name, function))
     host = host_us(candidate, device) if case.kind == "small" else None
-    return Prepared(option, candidate, errors, answer.peak, answer.outputs, host)
+    return _Prepared(option, candidate, errors, answer.peak, answer.outputs, host)
 
 
-def _tolerances(option: Option, errors: Mapping[str, float]) -> dict[str, float]:
+def _tolerances(option: _Option, errors: Mapping[str, float]) -> dict[str, float]:
     allowed = tolerances(option.name, errors)
     # Some libraries leave small gradients out on purpose: recorded, not refused.
     return {name: float("inf") if option.peer and name.startswith("d_") else most for name, most in allowed.items()}
 
 
-def _timed(case: Case, problem: Problem, prepared: Sequence[Prepared], session: Session) -> Iterator[Record]:
+def _timed(case: Case, problem: Problem, by_name: Mapping[str, _Prepared], session: Session) -> Iterator[Record]:
     work = case.work
-    timings, failed = rounds(case, [p.candidate for p in prepared] + _floor(case, problem), session)
+    timings, failed = rounds(case, [own.candidate for own in by_name.values()] + _floor(case, problem), session)
     for name, error in failed.items():
         yield skipped(case, name, reason(error))
     names = list(timings.rounds[0])
-    by_name = {p.option.name: p for p in prepared}
     for phase in PHASES if work.training else PHASES[:1]:
         for name in names:
             fields = time_fields(timings, name, [other for other in REFERENCES if other in names], phase)
@@ -215,7 +209,7 @@ def _timed(case: Case, problem: Problem, prepared: Sequence[Prepared], session: 
             yield record(case.kind, work, name, phase, **fields)
 
 
-def _own_fields(own: Prepared, work: Workload, session: Session) -> dict[str, Any]:
+def _own_fields(own: _Prepared, work: Workload, session: Session) -> dict[str, Any]:
     return {
         "errors": own.errors,
         "note": own.option.note,
@@ -226,8 +220,8 @@ def _own_fields(own: Prepared, work: Workload, session: Session) -> dict[str, An
     }
 
 
-def _backend(option: Option, work: Workload, session: Session) -> str | None:
-    if not option.name.startswith("ours"):
+def _backend(option: _Option, work: Workload, session: Session) -> str | None:
+    if not option.is_ours:
         return None
     with option.context():
         return BENCHES[work.op].backend(session.device)
@@ -304,5 +298,7 @@ def _ceilings(case: Case, session: Session) -> Iterator[Record]:
 _KINDS: Mapping[str, Callable[[Case, Session], Iterator[Record]]] = {
     "half ignored": _half_ignored,
     "sample": sampling.records,
+    "policy loss": policy.loss_records,
+    "policy step": policy.step_records,
     "ceilings": _ceilings,
 }

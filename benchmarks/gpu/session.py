@@ -1,17 +1,19 @@
-"""What cases of every kind share: the session, calls that may raise anything, rounds, and the floor of bytes."""
+"""What cases of every kind share: the session, candidates, calls that may raise anything, rounds, floors of bytes."""
 
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..harness import Budget, Candidate, Clock, NotMeasuredError, Sample, Timings, measure
+from dlogp_kernels import backends
+
+from ..harness import Budget, Candidate, Clock, NotMeasuredError, Sample, Timings, WrongResultError, measure
 from ..peers import Peer
 from ..records import Record, record
 from ..shapes import Workload
@@ -24,6 +26,7 @@ _HOST_CALLS, _HOST_REPEATS = 20, 7
 _FRAMES = 5
 
 _Result = TypeVar("_Result")
+_Option = TypeVar("_Option", bound="Option")
 
 
 class DeviceLostError(RuntimeError):
@@ -46,6 +49,49 @@ class Session:
     @property
     def out_of_time(self) -> bool:
         return time.monotonic() > self.deadline
+
+
+@dataclass(frozen=True)
+class Option:
+    """A candidate before it is loaded."""
+
+    name: str
+    load: Callable[[], Callable[..., Any]]
+    unavailable: Callable[[Workload, torch.device], str | None] = lambda *_: None
+    context: Callable[[], AbstractContextManager[object]] = nullcontext
+    note: str | None = None
+
+    @property
+    def is_ours(self) -> bool:
+        return self.name.startswith("ours")
+
+
+def forced(option: _Option, backend: str, op: str) -> _Option:
+    """`option` served by `backend`, whatever the library would choose; `op` says whether that is there."""
+
+    def unavailable(work: Workload, device: torch.device) -> str | None:
+        return backends.unavailable(backend, op, device)
+
+    context = partial(backends.use_backend, backend)
+    return replace(option, name=f"{option.name}, {backend}", unavailable=unavailable, context=context)
+
+
+def prepared(
+    case: Case, options: Iterable[_Option], prepare: Callable[[_Option], _Result], session: Session
+) -> Generator[Record, None, dict[str, _Result]]:
+    """What `prepare` makes of each option, by name; yields a record of each that raised."""
+    found: dict[str, _Result] = {}
+    for option in options:
+        session.watch(option.name)
+        outcome = attempt(partial(prepare, option), session.device)
+        if isinstance(outcome, Exception):
+            wrong = isinstance(outcome, WrongResultError)
+            yield skipped(case, option.name, reason(outcome), option.note, wrong)
+        else:
+            found[option.name] = outcome
+    if found:
+        session.watch("floor")
+    return found
 
 
 def require_wanted(name: str, session: Session, unavailable: str | None) -> None:
@@ -170,6 +216,17 @@ def copies(work: Workload, of: Sequence[Tensor]) -> list[Candidate]:
     models = 2 if work.pair else 1
     backward = (lambda _: move(models + 1)) if work.training else None
     return [Candidate("copy", lambda: move(models), backward)]
+
+
+def copy_of(forward: int, backward: int, device: torch.device) -> Candidate:
+    """A copy that moves so many bytes in each phase, read and written together."""
+    source = torch.zeros(max(forward, backward) // 2, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+
+    def move(size: int) -> None:
+        target[: size // 2].copy_(source[: size // 2])
+
+    return Candidate("copy", lambda: move(forward), lambda _: move(backward))
 
 
 def skipped(case: Case, name: str, reason: str, note: str | None = None, wrong: bool = False) -> Record:

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from .. import bench_extrapolated_sample as sample
+from .. import bench_linear_policy_loss as linear_policy
+from .. import bench_policy_loss as policy
 from .. import peers
 from ..records import Record, Run
 from ..shapes import Shape, Workload
@@ -16,9 +18,14 @@ MOST_LINES = 75
 GEMM_FORWARD, GEMM_STEP, COPY, READ = 0.92, 0.85, 0.90, 0.8
 #: Of sampling: the copy's bandwidth from so many rows on, and microseconds of one row.
 SAMPLE_COPY, SAMPLE_ROWS, SAMPLE_US = 0.75, 64, 25
+#: Of the policy losses: the rate of a step's products, times another library's, MiB over gradients; launches of forward
+#: and backward, the copy's bandwidth.
+POLICY_STEP, POLICY_FASTER, POLICY_MIB, POLICY_LAUNCHES, POLICY_COPY = 0.88, 1.25, 1024, 2, 0.8
 ERROR, FORWARD_MIB, BACKWARD_MIB, HOST_US, IGNORED = 5e-6, 64, 512, 25, 0.55
 #: What the baselines and the floor are called; every other candidate is ours or another library's.
 _NOT_PEERS = ("ours", "eager", "compiled", "matmul", "matmul, real", "copy", "read")
+#: Whose statistics and memory are not those of the other cases.
+_OF_THEIR_OWN = ("ceilings", "policy loss", "policy step")
 _NOT_MEASURED = "not measured"
 
 
@@ -68,7 +75,8 @@ class _Found:
                 yield entry
 
     def ours(self, dtype: str) -> list[Record]:
-        return [e for e in self.measured if e.candidate == "ours" and e.dtype == dtype and e.case != "ceilings"]
+        entries = (e for e in self.measured if e.candidate == "ours" and e.dtype == dtype)
+        return [e for e in entries if e.case not in _OF_THEIR_OWN]
 
     def main(self, op: str, training: bool = False) -> Workload:
         return self.sizes.main(op, training)
@@ -93,6 +101,8 @@ def _acceptance(found: _Found) -> Iterator[Line]:
     yield from _small(found)
     yield _ignored(found)
     yield from _sampling(found)
+    yield from _policy_step(found)
+    yield from _policy_loss(found)
 
 
 def _where(sizes: Sizes) -> str:
@@ -103,7 +113,7 @@ def _line(what: str, reach: str, entry: Record | None, measure: Callable[[Record
     return Line(what, reach, _NOT_MEASURED, None) if entry is None else Line(what, reach, *measure(entry))
 
 
-def _of_gemm(found: _Found, what: str, work: Workload, least: float | None, of: str) -> Line:
+def _of_gemm(found: _Found, what: str, work: Workload, least: float | None, of: str, kind: str = "compare") -> Line:
     def measure(entry: Record) -> tuple[str, bool | None]:
         if "matmul" not in entry.ratios:
             return _NOT_MEASURED, None
@@ -114,22 +124,23 @@ def _of_gemm(found: _Found, what: str, work: Workload, least: float | None, of: 
         )
 
     reach = f"of {of}" if least is None else f"≥ {least} of {of}"
-    return _line(what, reach, found.one("compare", work, "ours"), measure)
+    return _line(what, reach, found.one(kind, work, "ours"), measure)
 
 
-def _beside_peers(found: _Found, what: str, work: Workload, names: Sequence[str] | None) -> Line:
-    peers = [
-        e
-        for e in found.of("peers", work)
-        if e.phase == "forward" and "ours" in e.ratios and (e.candidate in names if names else _is_peer(e))
-    ]
+def _beside_peers(
+    found: _Found, what: str, work: Workload, names: Sequence[str] | None, kind: str = "peers", least: float = 1.0
+) -> Line:
+    """Faster than each; at least so many times as fast, if `least` is more than 1."""
+    entries = (e for e in _whole(found.of(kind, work)) if "ours" in e.ratios)
+    peers = [e for e in entries if (_is_peer(e) if names is None else e.candidate in names)]
     fastest = min(peers, key=lambda e: e.ratio_to("ours"), default=None)
 
     def measure(entry: Record) -> tuple[str, bool]:
         ratio = entry.ratio_to("ours")
-        return f"{ratio:.2f} × faster than {entry.candidate} ({entry.median_ms:.2f} ms)", ratio > 1
+        met = ratio > 1 if least == 1.0 else ratio >= least
+        return f"{ratio:.2f} × faster than {entry.candidate} ({entry.median_ms:.2f} ms)", met
 
-    return _line(what, "faster", fastest, measure)
+    return _line(what, "faster" if least == 1.0 else f"≥ {least} × faster", fastest, measure)
 
 
 def _is_peer(entry: Record) -> bool:
@@ -236,6 +247,45 @@ def _sampling(found: _Found) -> Iterator[Line]:
         min(compared, key=lambda e: e.ratio_to("ours, one model"), default=None),
         lambda e: (f"{e.ratio_to('ours, one model'):.2f} × faster, B {e.n}", _faster_everywhere(compared, batches)),
     )
+
+
+def _policy_step(found: _Found) -> Iterator[Line]:
+    """Loss and gradients from hidden states, beside three bare products and other libraries; its memory."""
+    work, kind = found.sizes.policy_step, "policy step"
+    what = f"`{linear_policy.OP}` forward + backward, {_where(found.sizes)}"
+    yield _of_gemm(found, what, work, POLICY_STEP, "the GEMM's rate for 6·N·V·D", kind)
+    names = [peer.name for peer in peers.PEERS if peer.op == linear_policy.OP]
+    what = "the same, beside Liger's scaled cross-entropy and its GRPO loss"
+    yield _beside_peers(found, what, work, names, kind, POLICY_FASTER)
+    entry = found.one(kind, work, "ours")
+    yield _line(
+        "the same, peak memory over inputs and gradients",
+        f"≤ {POLICY_MIB} MiB",
+        entry if entry is not None and entry.peak_mib is not None else None,
+        lambda e: (f"{e.peak_mib:.0f} MiB", (e.peak_mib or 0.0) <= POLICY_MIB),
+    )
+
+
+def _policy_loss(found: _Found) -> Iterator[Line]:
+    """Of given log-probabilities: launches on the GPU, and the bandwidth."""
+    work = found.sizes.policy_loss
+    entry = found.one("policy loss", work, "ours")
+    yield _line(
+        f"`{policy.OP}` of {work.n} tokens, {work.variant}, forward + backward",
+        f"≤ {POLICY_LAUNCHES} launches",
+        entry if entry is not None and "launches" in entry.statistics else None,
+        lambda e: (f"{e.statistics['launches']:.0f}", e.statistics["launches"] <= POLICY_LAUNCHES),
+    )
+    yield _line(
+        "the same",
+        f"≥ {POLICY_COPY} of a copy's bandwidth",
+        entry if entry is not None and "copy" in entry.ratios else None,
+        lambda e: (f"{1 / e.ratio_to('copy'):.2f} ({_us(e)} µs, {e.gb_per_s:.0f} GB/s)", _streams(e)),
+    )
+
+
+def _streams(entry: Record) -> bool:
+    return 1 / entry.ratio_to("copy") >= POLICY_COPY
 
 
 def _range(rows: Sequence[int]) -> str:

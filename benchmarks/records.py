@@ -28,8 +28,8 @@ class Record:
     """One candidate in one case; times in milliseconds, memory in MiB over inputs and outputs.
 
     `case` is "compare", "sweep", "sweep memory", "half ignored", "linearity", "memory", "long", "frequencies", "tail"
-    or "workspace"; on a GPU also "peers", "small", "sample", "policy loss", "policy step", "ceilings" or
-    "tune". `variant` names options of the op.
+    or "workspace"; on a GPU also "peers", "small", "sample", "policy loss", "policy step", "ceilings" or "tune".
+    `variant` names options of the op.
     `ratios` holds, for other candidates of the case, the [median, p20, p80] of this one's time over that one's within a
     round.
     `errors` are against float64: largest absolute for an output, relative norm for a gradient. `tflops` and `gb_per_s`

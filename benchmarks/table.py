@@ -234,7 +234,7 @@ def _policy(records: Sequence[Record]) -> Iterator[Line]:
         return f"{mib:.0f} MiB of {logits:.0f} MiB", mib <= BACKWARD_MIB and mib < logits
 
     yield _line(
-        f"`{linear_policy.OP}` bf16, N {2 * MAIN_N}, peak memory over inputs, gradients and the float32 ones that wait",
+        f"`{linear_policy.OP}` bf16, N {2 * MAIN_N}: peak memory over inputs and gradients, float32 until backward",
         f"≤ {BACKWARD_MIB} MiB, less than bf16 logits",
         _last(_select(records, case="workspace", op=linear_policy.OP)),
         workspace,

@@ -23,28 +23,35 @@ void copy_counted(int64_t count, const double* mask, const double* from, double*
   copy_counted_body(count, mask, from, to);
 }
 
-template <typename Real>
-DLOGP_INLINE bool mask_body(int64_t count, const bool* from, Real* to) {
-  Real tokens = 0;
-#pragma omp simd reduction(+ : tokens)
-  for (int64_t i = 0; i < count; ++i) {
-    to[i] = from[i] ? Real(1) : Real(0);
-    tokens += to[i];
-  }
-  return tokens > 0;
+DLOGP_CLONES bool any_counts(int64_t count, const uint8_t* mask) {
+  uint8_t any = 0;
+#pragma omp simd reduction(| : any)
+  for (int64_t i = 0; i < count; ++i) any |= mask[i];
+  return any != 0;
 }
 
-DLOGP_CLONES bool mask_row(int64_t count, const bool* from, float* to) { return mask_body(count, from, to); }
-bool mask_row(int64_t count, const bool* from, double* to) { return mask_body(count, from, to); }
+template <typename Real>
+DLOGP_INLINE void mask_body(int64_t count, const uint8_t* from, Real* to) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) to[i] = Real(int32_t(from[i] != 0));
+}
 
-// Of a part; returns whether any of its tokens counts.
+DLOGP_CLONES void mask_row(int64_t count, const uint8_t* from, float* to) { mask_body(count, from, to); }
+void mask_row(int64_t count, const uint8_t* from, double* to) { mask_body(count, from, to); }
+
+// Of a part, unless none of its tokens counts: then it returns false.
 template <typename Real>
 bool read_mask(const BoolMatrix& mask, const PolicySpan& part, Real* to) {
   const bool* from = mask.data + part.sequence * mask.row_stride + part.begin * mask.column_stride;
-  if (mask.column_stride == 1) return mask_row(part.count, from, to);
-  bool adjacent[kPolicyTokens];
-  for (int64_t i = 0; i < part.count; ++i) adjacent[i] = from[i * mask.column_stride];
-  return mask_row(part.count, adjacent, to);
+  uint8_t copy[kPolicyTokens];
+  const uint8_t* adjacent = reinterpret_cast<const uint8_t*>(from);
+  if (mask.column_stride != 1) {
+    for (int64_t i = 0; i < part.count; ++i) copy[i] = from[i * mask.column_stride];
+    adjacent = copy;
+  }
+  if (!any_counts(part.count, adjacent)) return false;
+  mask_row(part.count, adjacent, to);
+  return true;
 }
 
 // The values of a part: in place where they can be read so, else in `copy`.

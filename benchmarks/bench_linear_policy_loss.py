@@ -35,8 +35,6 @@ TOLERANCES = {
 _MARGIN = 0.05
 #: Tokens that are compared with float64.
 _CHECKED = 64
-#: So many tokens that their logits do not fit into the workspace in any dtype.
-_LARGE = Workload(OP, MAIN, 2 * MAIN_N, training=True)
 _WARM_UP = Workload(OP, Shape("warm-up", 64, 4096), 32, training=True)
 
 
@@ -65,7 +63,8 @@ def plan(device: torch.device, mode: str) -> Iterator[Case]:
         work = Workload(OP, MAIN, MAIN_N, dtype, training=True)
         yield case_of("compare", _comparison, work, device, mode)
     if device.type == "cpu":
-        yield case_of("workspace", _workspace, _LARGE)
+        for n in (MAIN_N, 2 * MAIN_N):
+            yield case_of("workspace", _workspace, Workload(OP, MAIN, n, training=True))
 
 
 def build(work: Workload, device: torch.device) -> Step:
@@ -152,19 +151,18 @@ def _workspace(kind: str, work: Workload) -> Iterator[Record]:
     From forward on these are the float32 ones, which backward brings into the inputs' dtype: over both, as a step ends,
     forward's workspace would hide behind the latter.
     """
-    found = in_process_of(__name__, "ours")
+    found = in_process_of(__name__, str(work.n))
     waiting = 4 * work.shape.d * (work.shape.v + work.n)
     over = (max(found["forward"], found["whole"]) - waiting) / MIB
-    logits = work.element_size * work.n * work.shape.v / MIB
-    yield record(kind, work, "ours", "both", statistics={"MiB": over, "MiB of logits": logits})
+    logits = 4 * work.n * work.shape.v / MIB
+    yield record(kind, work, "ours", "both", statistics={"MiB": over, "MiB of float32 logits": logits})
 
 
-def answer(name: str) -> dict[str, int]:
+def answer(tokens: str) -> dict[str, int]:
     """Peak bytes over inputs and gradients, of forward alone and of a step, in this process, which should be fresh."""
     cpu = torch.device("cpu")
-    function = {"ours": ours, "eager": eager}[name]
     small = build(_WARM_UP, cpu)
-    small.gradients(function(small))
-    step = build(_LARGE, cpu)
-    forward = peak_over(lambda: [function(step)], cpu).peak
-    return {"forward": forward, "whole": peak_over(lambda: step.gradients(function(step)), cpu).peak}
+    small.gradients(ours(small))
+    step = build(Workload(OP, MAIN, int(tokens), training=True), cpu)
+    forward = peak_over(lambda: [ours(step)], cpu).peak
+    return {"forward": forward, "whole": peak_over(lambda: step.gradients(ours(step)), cpu).peak}

@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Modules are compiled by compileall, which takes all processors; pip takes one.
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 SOURCES := $(wildcard csrc/*/* python_bindings/*)
 
 .PHONY: demo test lint setup benchmarks clean
@@ -11,9 +13,11 @@ demo: setup
 	$(BIN)/dlogp demo
 
 # The tests of the ops run once more under Triton's interpreter: its kernels on the CPU. A process is one or the other.
+# Two processes share the tests of each; threads that wait for work leave their processor to the other process.
+test: export OMP_WAIT_POLICY := passive
 test: setup
-	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 lint: setup
 	$(BIN)/ruff check .
@@ -31,11 +35,12 @@ setup: $(STAMP)
 # against this torch.
 $(BIN)/torch-installed: Makefile
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 triton==3.7.1 numpy ninja "setuptools>=77" wheel
+	$(INSTALL) torch==2.13.0 triton==3.7.1 numpy ninja "setuptools>=77" wheel
 	touch $@
 
 $(STAMP): $(BIN)/torch-installed pyproject.toml setup.py $(SOURCES)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable ".[dev]"
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(INSTALL) --no-build-isolation --editable ".[dev]"
+	$(BIN)/python -m compileall -qq --workers 0 $(VENV)/lib || true
 	touch $@
 
 clean:

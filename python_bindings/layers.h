@@ -1,8 +1,8 @@
 // The last layers of the linear ops as their kernels take them: checks, the type of the products, packed hidden states.
 #pragma once
 
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
 
 #include <algorithm>
 #include <optional>

@@ -1,6 +1,8 @@
 // The CPU kernels as implementations of the private schemas `_cpu_*`: allocation, dtype dispatch, threads.
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <Python.h>
 #include <torch/library.h>
 

@@ -1,7 +1,7 @@
 // What the ops of the policy loss have in common: their options, and tokens as the kernels take them.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 #include <string>
 #include <string_view>

@@ -1,7 +1,8 @@
 // What the sampling ops take and return besides logits or hidden states.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 
 #include <optional>
 #include <string_view>

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,19 +25,26 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(scope="module")
+def measuring_process() -> Iterator[subprocess.Popen[str]]:
+    # Freed blocks go back at once: what malloc keeps for later varies from run to run, and is not the op's.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, str(HELPER)], text=True, env=environment, **pipes) as process:
+        yield process
+
+
 @pytest.fixture
-def peak(backend, record_property):
+def peak(backend, measuring_process, record_property):
     def measure(op: str, **changes) -> float:
         """MiB over inputs and results."""
         case = MEASURED | {"backend": backend, "op": op} | changes
         if backend == "reference":
             case |= {"n": min(case["n"], 1024), "d": 64}  # several of its blocks of rows; slower
-        command = [sys.executable, str(HELPER), json.dumps(case)]
-        # Freed blocks go back at once: what malloc keeps for later varies from run to run, and is not the op's.
-        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-        run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-        assert run.returncode == 0, run.stderr
-        measured = json.loads(run.stdout)
+        print(json.dumps(case), file=measuring_process.stdin, flush=True)
+        answer = measuring_process.stdout.readline()
+        assert answer.startswith("{"), f"{answer}: the process wrote why to stderr"
+        measured = json.loads(answer)
         record_property(f"{op} {case['pass']} MiB", measured["workspace"])
         print(case, measured)
         return measured["workspace"]

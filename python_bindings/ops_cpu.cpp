@@ -156,7 +156,7 @@ class LinearBackward {
                  LayerGradients* const* gradients)
       : heads_(heads), kept_(kept), upstream_(upstream), workspace_(workspace) {
     const int64_t width = std::max(heads[0].width(), heads[Models - 1].width());
-    tiling_ = tile_vocabulary(heads[0].vocabulary(), width, sizeof(T));
+    tiling_ = tile_vocabulary(heads[0].vocabulary(), width, sizeof(T), kBackwardTile<T>);
     for (int model = 0; model < Models; ++model) {
       Side& side = sides_[model];
       side.stride = packed_width<T>(heads[model].width());

@@ -45,7 +45,7 @@ class LinearPolicy {
         width_(heads[0].width()) {
     int64_t widest = 0;
     for (int model = 0; model < Models; ++model) widest = std::max(widest, heads[model].width());
-    tiling_ = tile_vocabulary(heads[0].vocabulary(), widest, sizeof(T));
+    tiling_ = tile_vocabulary(heads[0].vocabulary(), widest, sizeof(T), kBackwardTile<T>);
     max_rows_ = gradients.any() ? rows_in(workspace) : kMaxRows;
     scratch_.resize(thread_slots());
     transposed_.resize(thread_slots());

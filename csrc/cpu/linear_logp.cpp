@@ -7,8 +7,6 @@
 namespace dlogp {
 namespace {
 
-// A packed tile of the weight should stay in a core's second-level cache.
-constexpr int64_t kTileBytes = 512 * 1024;
 constexpr int64_t kMaxParts = 64;
 
 void fold_tile_row(int64_t count, const float* const* z, SoftmaxState<float>& state) { fold_row(count, z[0], state); }
@@ -22,9 +20,9 @@ void fold_tile_row(int64_t count, const double* const* z, PairState<double>& sta
 
 }  // namespace
 
-Tiling tile_vocabulary(int64_t vocabulary, int64_t width, int64_t element_size) {
-  int64_t columns = 256;
-  while (columns > 64 && columns * width * element_size > kTileBytes) columns /= 2;
+Tiling tile_vocabulary(int64_t vocabulary, int64_t width, int64_t element_size, TileSize most) {
+  int64_t columns = most.columns;
+  while (columns > 64 && columns * width * element_size > most.bytes) columns /= 2;
   const int64_t tiles = (vocabulary + columns - 1) / columns;
   return {vocabulary, columns, std::min(tiles, kMaxParts)};
 }

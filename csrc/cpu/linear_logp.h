@@ -48,7 +48,18 @@ struct Tiling {
   }
 };
 
-Tiling tile_vocabulary(int64_t vocabulary, int64_t width, int64_t element_size);
+// What a tile has at most: columns, and bytes of packed weight.
+struct TileSize {
+  int64_t columns, bytes;
+};
+// Threads fold tiles on their own, so that a packed tile should stay in a core's second-level cache.
+constexpr TileSize kForwardTile{256, 512 * 1024};
+// Where gradients are formed, threads wait for one another three times a tile, so there should be few. Our own products
+// read a tile panel by panel; those of bfloat16 take a whole one, and were measured with smaller ones only.
+template <typename T>
+constexpr TileSize kBackwardTile = sizeof(T) == 2 ? kForwardTile : TileSize{512, 2048 * 1024};
+
+Tiling tile_vocabulary(int64_t vocabulary, int64_t width, int64_t element_size, TileSize most = kForwardTile);
 
 constexpr int64_t kRowBlock = 64;
 static_assert((kRowBlock & (kRowBlock - 1)) == 0, "padded_rows doubles up to it");

@@ -9,7 +9,7 @@
 
 namespace dlogp {
 
-// A vector of so many bytes, of float or double.
+// A vector of so many bytes, of numbers.
 template <typename Real, int Bytes>
 struct Lanes {
   using Vector __attribute__((vector_size(Bytes))) = Real;

@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "fold.h"
+#include "transpose.h"
 #include "vector_math.h"
 
 namespace dlogp {
@@ -63,75 +64,6 @@ template <typename T>
 constexpr Dtype kDtype = std::is_same_v<T, c10::BFloat16> ? Dtype::kBFloat16
                          : std::is_same_v<T, float>       ? Dtype::kFloat
                                                           : Dtype::kDouble;
-
-constexpr int64_t kBlock = 16;
-
-#if defined(__has_builtin)
-#if __has_builtin(__builtin_shufflevector)
-#define DLOGP_SHUFFLES
-#endif
-#endif
-
-#ifdef DLOGP_SHUFFLES
-using Vector = uint32_t __attribute__((vector_size(64)));
-
-// A 16 × 16 transpose of 32-bit elements in four rounds, each interleaving row i with row i + 8.
-DLOGP_INLINE void transpose_block(const uint32_t* from, int64_t from_stride, uint32_t* to, int64_t to_stride) {
-  Vector rows[kBlock], next[kBlock];
-  for (int i = 0; i < kBlock; ++i) std::memcpy(&rows[i], from + i * from_stride, sizeof(Vector));
-  for (int round = 0; round < 4; ++round) {
-    for (int i = 0; i < kBlock / 2; ++i) {
-      next[2 * i] =
-          __builtin_shufflevector(rows[i], rows[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-      next[2 * i + 1] =
-          __builtin_shufflevector(rows[i], rows[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-    }
-    for (int i = 0; i < kBlock; ++i) rows[i] = next[i];
-  }
-  for (int i = 0; i < kBlock; ++i) std::memcpy(to + i * to_stride, &rows[i], sizeof(Vector));
-}
-#else
-DLOGP_INLINE void transpose_block(const uint32_t* from, int64_t from_stride, uint32_t* to, int64_t to_stride) {
-  for (int c = 0; c < kBlock; ++c)
-    for (int r = 0; r < kBlock; ++r) to[c * to_stride + r] = from[r * from_stride + c];
-}
-#endif
-
-DLOGP_CLONES void transpose_words(int64_t rows, int64_t columns, const uint32_t* from, int64_t from_stride,
-                                  uint32_t* to, int64_t to_stride) {
-  const int64_t whole_rows = rows / kBlock * kBlock, whole_columns = columns / kBlock * kBlock;
-  for (int64_t r = 0; r < whole_rows; r += kBlock)
-    for (int64_t c = 0; c < whole_columns; c += kBlock) {
-      // Sixteen rows at a time come from memory, too many for the processor to foresee.
-      for (int64_t i = 0; i < kBlock; ++i) __builtin_prefetch(from + (r + kBlock + i) * from_stride + c);
-      transpose_block(from + r * from_stride + c, from_stride, to + c * to_stride + r, to_stride);
-    }
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = r < whole_rows ? whole_columns : 0; c < columns; ++c)
-      to[c * to_stride + r] = from[r * from_stride + c];
-}
-
-// 16-bit elements: two rows make a row of 32-bit elements, which are transposed as such.
-DLOGP_CLONES void transpose_halves(int64_t rows, int64_t columns, const uint16_t* from, int64_t from_stride,
-                                   uint16_t* to, int64_t to_stride) {
-  const int64_t whole_rows = rows / (2 * kBlock) * (2 * kBlock), whole_columns = columns / kBlock * kBlock;
-  for (int64_t r = 0; r < whole_rows; r += 2 * kBlock)
-    for (int64_t c = 0; c < whole_columns; c += kBlock) {
-      uint32_t pairs[kBlock * kBlock], transposed[kBlock * kBlock];
-      for (int64_t i = 0; i < kBlock; ++i) {
-        const uint16_t* even = from + (r + 2 * i) * from_stride + c;
-        const uint16_t* odd = even + from_stride;
-#pragma omp simd
-        for (int64_t j = 0; j < kBlock; ++j) pairs[i * kBlock + j] = uint32_t(even[j]) | uint32_t(odd[j]) << 16;
-      }
-      transpose_block(pairs, kBlock, transposed, kBlock);
-      for (int64_t j = 0; j < kBlock; ++j)
-        std::memcpy(to + (c + j) * to_stride + r, transposed + j * kBlock, kBlock * sizeof(uint32_t));
-    }
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = r < whole_rows ? whole_columns : 0; c < columns; ++c)
-      to[c * to_stride + r] = from[r * from_stride + c];
-}
 
 // to[i] = (even[i], odd[i])
 DLOGP_CLONES void interleave(int64_t count, const uint16_t* even, const uint16_t* odd, uint32_t* to) {

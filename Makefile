@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Modules are compiled by compileall, which takes all processors; pip takes one.
+# pip compiles modules on one processor, compileall on all; it fails where a package has modules for a newer Python.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 SOURCES := $(wildcard csrc/*/* python_bindings/*)
 

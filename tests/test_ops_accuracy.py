@@ -48,7 +48,7 @@ def test_vocabulary_of_several_tiles_and_a_remainder(accuracy, op, dtype):
     check_against_truth(accuracy, op, make_inputs(op, fewer(19, 3), v=fewer(20_011, 9_011), d=72, dtype=dtype))
 
 
-SIZES = [1, 2, 15, 16, 17, 63, 64, 65, 255, 257, 1025, 4095, 4096, 4097, 8193]
+SIZES = [1, 2, 15, 16, 17, 63, 64, 65, 255, 257, 511, 512, 513, 1025, 4095, 4096, 4097, 8193]
 
 
 @pytest.mark.parametrize("v", fewer(SIZES, [1, 64, 257, 1025]))

@@ -17,6 +17,7 @@ MEASURED = {"n": 2048, "d": 256, "v": 50_000, "dtype": "bfloat16", "pass": "forw
 ALL_OF_A_PAIR = ["hidden", "weight", "bias", "base_hidden", "base_weight", "base_bias"]
 
 pytestmark = [
+    pytest.mark.timeout(300),
     pytest.mark.cpu_only,
     pytest.mark.served_by("cpu", "reference"),
     pytest.mark.skipif(
@@ -32,6 +33,7 @@ def measuring_process() -> Iterator[subprocess.Popen[str]]:
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen([sys.executable, str(HELPER)], text=True, env=environment, **pipes) as process:
         yield process
+        process.kill()  # which a measurement that hangs would keep waiting
 
 
 @pytest.fixture

@@ -143,7 +143,10 @@ class _Walk:
 
         def tokens_at(rows: int, once: bool) -> int:
             fixed, per_token = size(rows, 0, once), size(rows, 1, once) - size(rows, 0, once)
-            return (self.memory - fixed) // max(1, per_token) // 128 * 128
+            tokens = (self.memory - fixed) // max(1, per_token)
+            # Whole tiles: a narrow rest of one is a product at half the speed.
+            whole = self.layers[0].tile_tokens if tokens >= self.layers[0].tile_tokens else 128
+            return tokens // whole * whole
 
         enough = min(_FEWEST_TOKENS, self.vocabulary)
         if (tokens := tokens_at(self.num_rows, True)) >= enough:

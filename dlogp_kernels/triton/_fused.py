@@ -212,9 +212,9 @@ def plan_of(
     row_bytes = 4 * (num_splits * state_size + row_numbers)
     row_bytes += sum(model.dtype.itemsize * _padded(model.hidden.shape[-1]) for model in models)
     fitting = workspace // _SHARE // row_bytes // tile.block_n
-    needed = ceil_div(rows, tile.block_n)
+    needed = max(1, ceil_div(rows, tile.block_n))
     # Passes of nearly equal size, so that none of them leaves most of the GPU idle.
-    row_tiles = max(1, ceil_div(needed, ceil_div(needed, max(1, fitting))))
+    row_tiles = ceil_div(needed, ceil_div(needed, max(1, fitting)))
     return Plan(
         tile,
         blocks_per_split,

@@ -45,7 +45,7 @@ from .logp import (
     new_stats,
     segment_of,
     tile_gradient,
-    transform_numbers,
+    transform_of,
 )
 
 _BLOCK = 128
@@ -184,13 +184,13 @@ class _Block:
         device, (self.vocabulary, width) = model.hidden.device, model.weight.shape
         self.hidden = torch.empty((num_rows, width), dtype=model.dtype, device=device)
         self.raw = torch.empty((num_rows, self.vocabulary), dtype=torch.float32, device=device)
-        self.numbers = transform_numbers(model.temperature, model.softcap, model.logit_scale)
+        self.transform = transform_of(model.bias, model.temperature, model.softcap, model.logit_scale)
 
     def logits(self, rows: _rows.Rows, first: int, num_rows: int) -> Logits:
         _rows.gather_rows(self.model.hidden, rows, first, self.hidden, zero_rest=True)
         raw = self.raw[:num_rows]
         product(self.hidden[:num_rows], self.model.weight.t(), out=raw)
-        return Logits(matrix(raw), self.model.bias, *self.numbers)
+        return Logits(matrix(raw), self.transform)
 
 
 class _Accumulators:

@@ -1,129 +1,98 @@
-"""The tests of the ops, run on the GPU before anything is timed.
+"""The tests of the ops on this device, in parallel, the most important first.
 
-Each test file has a process of its own, a few at a time: after an illegal memory access every later test of the same
-process fails, and a hanging kernel holds only its own file.
+This module is also a plugin of that pytest: it writes every outcome at once, so that tests that are cut off count too.
 """
 
-import re
-import signal
-import subprocess
+import importlib.util
+import json
+import os
 import sys
 import tempfile
-import time
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections import Counter
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
-_ROOT = Path(__file__).resolve().parent.parent.parent
-PATTERNS = ("test_gpu_*.py", "test_ops_*.py", "test_functional_*.py")
-_AT_ONCE = 4
-#: For pytest to write its report after an interrupt; a process that waits for the GPU does not hear it.
-_GRACE_SECONDS = 15
+from .children import ROOT, run_command
+
+#: When time runs out, the last ones are missing.
+_FILES = (
+    "test_ops_sample.py", "test_cuda_kernels.py", "test_ops_linear_sample.py", "test_ops_policy.py",
+    "test_ops_linear_policy.py", "test_gpu_only.py", "test_ops_accuracy.py", "test_ops_gradients.py",
+    "test_ops_ignored.py", "test_ops_layout.py", "test_ops_invariance.py", "test_ops_memory.py",
+    "test_ops_registration.py",
+)  # fmt: skip
+_TINY_FILES = ("test_lemma.py",)
+_WORKERS = 12
+_TEST_SECONDS = 60
 _MOST_FAILURES = 40
-_OUTCOMES = ("passed", "failed", "errors", "skipped")
+_LOG = "DLOGP_TEST_OUTCOMES"
+
+Tests = dict[str, Any]
 
 
-def run_tests(device: str, seconds: float, log: Path, files: Sequence[Path] | None = None) -> dict[str, Any]:
-    """Counts and failures of the test files (of all for a GPU if None) within `seconds`; their output in `log`."""
-    files = _files() if files is None else files
-    start = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(_AT_ONCE) as pool:
-        jobs = [
-            pool.submit(_run_file, path, device, start + seconds, Path(folder) / f"{number}")
-            for number, path in enumerate(files)
-        ]
-        results = [job.result() for job in jobs]
-        log.write_text("\n".join(result.pop("output") for result in results))
-    summary: dict[str, Any] = {name: sum(result[name] for result in results) for name in _OUTCOMES}
-    failures = [failure for result in results for failure in result["failures"]]
+def run(device: str, tiny: bool, seconds: float, stop: threading.Event) -> Tests:
+    """Counts and failures of the tests that ended within `seconds`."""
+    names = _TINY_FILES if tiny else _FILES
+    files = [f"tests/{name}" for name in names if (ROOT / "tests" / name).exists()]
+    command = [sys.executable, "-m", "pytest", "--device", device, "-q", "--tb=short", "-p", "no:cacheprovider"]
+    command += ["-p", "benchmarks.gpu.checks"]
+    if not tiny and importlib.util.find_spec("xdist") is not None:
+        command += ["-n", str(_WORKERS), "--dist", "worksteal"]
+    if importlib.util.find_spec("pytest_timeout") is not None:
+        # A thread, not a signal: a process that waits for the GPU does not hear one.
+        command += ["--timeout", str(_TEST_SECONDS), "--timeout-method", "thread"]
+    with tempfile.TemporaryDirectory() as folder:
+        outcomes = Path(folder) / "outcomes"
+        outcomes.touch()
+        environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+        environment |= {_LOG: str(outcomes), "OMP_NUM_THREADS": "1"}
+        code, output = run_command([*command, *files], seconds, stop, environment)
+        return _summary(outcomes.read_text().splitlines(), code, output)
+
+
+def _summary(lines: list[str], code: int | None, output: str) -> Tests:
+    found = [json.loads(line) for line in lines]
+    failures = [outcome for outcome in found if outcome["outcome"] == "failed"]
+    # 0: all passed, 1: some failed.
+    whole = code in (0, 1)
     return {
-        **summary,
-        "seconds": round(time.monotonic() - start, 1),
-        "incomplete": {result["file"]: result["incomplete"] for result in results if result["incomplete"]},
-        "failures": failures[:_MOST_FAILURES],
+        "counts": dict(Counter(outcome["outcome"] for outcome in found)),
+        "whole": whole,
+        "exit status": code,
+        "failures": [{"test": x["test"], "message": x["message"]} for x in failures[:_MOST_FAILURES]],
+        "slowest": [[x["test"], x["seconds"]] for x in sorted(found, key=lambda x: -x["seconds"])[:10]],
+        "log": output[-3000:] if failures or not whole else "",
     }
 
 
-def _files() -> list[Path]:
-    return [path for pattern in PATTERNS for path in sorted((_ROOT / "tests").glob(pattern))]
-
-
-def _run_file(path: Path, device: str, deadline: float, scratch: Path) -> dict[str, Any]:
-    xml, log = scratch.with_suffix(".xml"), scratch.with_suffix(".log")
-    empty = {**dict.fromkeys(_OUTCOMES, 0), "file": path.name, "failures": [], "output": ""}
-    if time.monotonic() > deadline:
-        return {**empty, "incomplete": "out of time"}
-    # `-v` so that the log names the test that was running when the process was ended.
-    command = [sys.executable, "-m", "pytest", "--device", device, str(path), f"--junitxml={xml}"]
-    command += ["-v", "--tb=short", "-p", "no:cacheprovider", "-o", "junit_logging=no"]
-    with log.open("w") as stream:
-        child = subprocess.Popen(command, cwd=_ROOT, stdout=stream, stderr=subprocess.STDOUT)
-        incomplete = _wait(child, deadline)
-    output = log.read_text(errors="replace")
-    if xml.exists():
-        counted = _from_report(ElementTree.parse(xml).getroot())
-        if incomplete:
-            # Of a test that was interrupted the report does not say so.
-            counted |= _from_log(output)
-    else:
-        counted = _from_log(output)
-        incomplete = incomplete or f"no report, exit status {child.returncode}: {_last_line(output)}"
-    return {**empty, **counted, "output": output, "incomplete": incomplete}
-
-
-def _wait(child: subprocess.Popen[bytes], deadline: float) -> str | None:
-    """Wait for `child`; why it did not come to its end, None if it did."""
-    try:
-        child.wait(max(0.1, deadline - time.monotonic()))
-        return None
-    except subprocess.TimeoutExpired:
-        child.send_signal(signal.SIGINT)
-    try:
-        child.wait(_GRACE_SECONDS)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        child.wait()
-    return "stopped: out of time"
-
-
-def _from_report(root: ElementTree.Element) -> dict[str, Any]:
-    cases = list(root.iter("testcase"))
-    bad = [(case, child) for case in cases for child in case if child.tag in ("failure", "error")]
-    skipped = sum(child.tag == "skipped" for case in cases for child in case)
-    failed = sum(child.tag == "failure" for _, child in bad)
-    return {
-        "passed": len(cases) - len({id(case) for case, _ in bad}) - skipped,
-        "failed": failed,
-        "errors": len(bad) - failed,
-        "skipped": skipped,
-        "failures": [_failure(case, child) for case, child in bad],
-    }
-
-
-def _failure(case: ElementTree.Element, child: ElementTree.Element) -> dict[str, str]:
-    message = " ".join((child.get("message") or child.text or "").split())
-    return {"test": f"{case.get('classname')}.{case.get('name')}", "message": message[:300]}
-
-
-def _from_log(output: str) -> dict[str, Any]:
-    """Of a process that was killed: pytest writes its report at the end."""
-    words = {"passed": "PASSED", "failed": "FAILED", "errors": "ERROR", "skipped": "SKIPPED"}
-    return {name: len(re.findall(rf"::\S.* {word}\b", output)) for name, word in words.items()}
-
-
-def _last_line(output: str) -> str:
-    lines = output.strip().splitlines()
-    return lines[-1][:200] if lines else "no output"
-
-
-def summary(tests: dict[str, Any] | None) -> Iterable[str]:
-    """A line of counts, and one for each file that did not come to its end."""
-    if tests is None:
-        yield "Tests: not run."
+def pytest_runtest_logreport(report: Any) -> None:
+    """One line an outcome, by the process that prints."""
+    path = os.environ.get(_LOG)
+    if path is None or "PYTEST_XDIST_WORKER" in os.environ or (report.when != "call" and report.passed):
         return
-    counts = ", ".join(f"{tests[name]} {name}" for name in _OUTCOMES)
-    yield f"Tests on this device: {counts} in {tests['seconds']:.0f} s."
-    for file, reason in tests["incomplete"].items():
-        yield f"- {file}: {reason}"
+    message = ""
+    if report.failed:
+        crash = getattr(report.longrepr, "reprcrash", None)
+        message = " ".join(str(report.longrepr if crash is None else crash.message).split())[:300]
+    outcome = {"test": report.nodeid, "outcome": report.outcome, "message": message, "seconds": report.duration}
+    with open(path, "a") as stream:
+        stream.write(json.dumps(outcome) + "\n")
+
+
+def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
+    """Every worker begins with an equal piece of the list: dealt out, so that all begin with the most important."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items[:] = [item for worker in range(_WORKERS) for item in items[worker::_WORKERS]]
+
+
+def pytest_runtest_setup(item: Any) -> None:
+    """A worker that has lost its GPU ends, and another takes its place; otherwise every later test fails."""
+    if "PYTEST_XDIST_WORKER" not in os.environ or item.config.getoption("--device") == "cpu":
+        return
+    import torch
+
+    from .child import usable
+
+    if not usable(torch.device(item.config.getoption("--device"))):
+        os._exit(3)

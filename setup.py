@@ -34,8 +34,10 @@ COMPILE_FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapp
 NVCC_FLAGS = [
     "-O3", "-std=c++20", "--expt-relaxed-constexpr", "--threads=2", "-DUSE_CUDA",
     "-DTORCH_TARGET_VERSION=0x020b000000000000", "-Xcompiler=-fPIC,-fvisibility=hidden", "-shared", "--cudart=static",
-    "-ltorch_cpu", "-lc10",
+    "-ltorch_cpu", "-lc10", "-ltorch_cuda",
 ]  # fmt: skip
+#: What the CUDA library takes from libtorch_cuda.
+OF_TORCH_CUDA = "aoti_torch_get_current_cuda_stream"
 #: GPU architecture → the first nvcc that knows it.
 ARCHITECTURES = {"80": (12, 0), "90a": (12, 0), "100a": (12, 8)}
 
@@ -88,10 +90,23 @@ def compile_cuda(output: Path) -> None:
     from torch.utils.cpp_extension import include_paths, library_paths
 
     targets = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in architectures()]
-    paths = [f"-I{path}" for path in include_paths()] + [f"-L{path}" for path in library_paths()]
+    libraries = [link_stand_in(output.parent / "stand_in"), *library_paths()]
+    paths = [f"-I{path}" for path in include_paths()] + [f"-L{path}" for path in libraries]
     command = ["nvcc", *NVCC_FLAGS, *targets, *paths, *CUDA_SOURCES, "-o", str(output)]
     print(" ".join(command), flush=True)
     subprocess.run(command, check=True, cwd=ROOT)
+
+
+def link_stand_in(folder: Path) -> Path:
+    """A libtorch_cuda.so to link with, since the one at hand may be a CPU build of torch.
+
+    What is linked names the library that it needs, and so finds the one that Python has loaded for itself alone.
+    """
+    folder.mkdir(exist_ok=True)
+    source = f'extern "C" int {OF_TORCH_CUDA}(int, void**) {{ return 1; }}'
+    command = ["g++", "-shared", "-fPIC", "-x", "c++", "-", "-Wl,-soname,libtorch_cuda.so"]
+    subprocess.run([*command, "-o", str(folder / "libtorch_cuda.so")], input=source, text=True, check=True)
+    return folder
 
 
 def extensions() -> dict[str, Any]:

@@ -209,7 +209,7 @@ def accuracy(backend: str, record_property) -> Accuracy:
         record_property(_MEASURED, [op, backend, dtype, quantity, error, limit])
         print(f"{op} {backend} {dtype} {quantity}: {error:.3g} roundings (limit {limit:g})")
 
-    return Accuracy(report)
+    return Accuracy(report, cases.DEVICE.type)
 
 
 class _MeasuredErrors:

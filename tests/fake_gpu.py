@@ -1,21 +1,27 @@
-"""A GPU that is not there: kernels are specialised and compiled for it as in a real launch, and are not run.
+"""A GPU that is not there: kernels are specialised, compiled and launched for it by Triton itself, and do not run.
 
-`pretend(gpu)` makes Triton believe in it, so that `kernel[grid](...)` with tensors on the CPU compiles through Triton's
-own path, to machine code; what would have been computed stays as it was allocated. `launch_code_sees(gpu)` makes the
-library's launch code choose as it would there.
+`pretend(gpu)` makes Triton believe in it, so that `kernel[grid](...)` with tensors on the CPU goes Triton's own way, to
+machine code and, on NVIDIA's GPUs, through its launcher to the driver, where offline_gpu/libcuda.c keeps what arrives;
+what would have been computed stays as it was allocated. `launch_code_sees(gpu)` makes the library's launch code choose
+as it would there.
 """
 
+import atexit
 import contextlib
+import ctypes
 import functools
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import triton
+import triton.backends.nvidia.driver as nvidia
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -56,7 +62,94 @@ class Kernel(NamedTuple):
     shared_memory: int
 
 
-class _Utils:
+class Arrived(NamedTuple):
+    """What a launch brought to the driver: the bytes of each parameter that the machine code has, in its order."""
+
+    grid: tuple[int, ...]
+    block: tuple[int, ...]
+    shared_memory: int
+    function: int
+    parameters: list[bytes]
+
+
+class Launch(NamedTuple):
+    """One `kernel[grid](...)`: what Triton compiled, the arguments by name, and what arrived, None on AMD's GPUs."""
+
+    compiled: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    arrived: Arrived | None
+
+
+class _Record(ctypes.Structure):
+    """As in offline_gpu/libcuda.c."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint32 * 3),
+        ("block", ctypes.c_uint32 * 3),
+        ("shared_memory", ctypes.c_uint32),
+        ("launches", ctypes.c_uint32),
+        ("stream", ctypes.c_uint64),
+        ("function", ctypes.c_uint64),
+        ("parameters", ctypes.c_uint8 * 32764),
+    )
+
+
+class TensorMap(ctypes.Structure):
+    """What a tensor map was made from, the innermost dimension first; strides in bytes, without the innermost."""
+
+    _fields_ = (
+        ("address", ctypes.c_uint64),
+        ("dimensions", ctypes.c_uint64 * 5),
+        ("strides", ctypes.c_uint64 * 4),
+        ("box", ctypes.c_uint32 * 5),
+        ("element_strides", ctypes.c_uint32 * 5),
+        *((name, ctypes.c_uint8) for name in ("type", "rank", "interleave", "swizzle", "l2_promotion", "fill")),
+    )
+
+
+@functools.cache
+def directory() -> Path:
+    """For what this process builds, so that nothing is left of other versions and runs."""
+    path = tempfile.mkdtemp(prefix="offline_gpu_")
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
+    return Path(path)
+
+
+@functools.cache
+def libcuda() -> ctypes.CDLL:
+    """offline_gpu/libcuda.c, which then is libcuda.so.1 to this process, for Triton's modules too."""
+    path, source = directory() / "libcuda.so.1", Path(__file__).parent / "offline_gpu" / "libcuda.c"
+    command = ["gcc", "-shared", "-fPIC", "-O1", f"-Wl,-soname,{path.name}", f"-o{path}", str(source)]
+    subprocess.run([*command, *(f"-I{x}" for x in nvidia.include_dirs)], check=True)
+    library = ctypes.CDLL(str(path))
+    if not hasattr(ctypes.CDLL(path.name), "offline_launch"):
+        pytest.skip("this process has loaded the driver of a GPU: launches would reach it")
+    library.offline_launch.restype = ctypes.POINTER(_Record)
+    # Triton links what it builds for a launch with the library in this directory.
+    triton.knobs.nvidia.libcuda_path = str(path.parent)
+    return library
+
+
+class _Cuda(nvidia.CudaDriver):
+    """Triton's driver, which asks torch about the GPU."""
+
+    def __init__(self, gpu: Gpu) -> None:
+        self.gpu = gpu
+        libcuda().offline_device(gpu.device, gpu.shared_memory, gpu.programs)
+        self.utils, self.launcher_cls = nvidia.CudaUtils(), nvidia.CudaLauncher
+
+    def get_current_device(self) -> int:
+        return self.gpu.device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self.gpu.target
+
+
+class _HipUtils:
     def __init__(self, gpu: Gpu) -> None:
         self.gpu = gpu
 
@@ -68,11 +161,11 @@ class _Utils:
         return module, function, registers, spills, largest_block
 
 
-class _Driver:
-    """As much of a Triton driver as compiling and launching uses."""
+class _Hip:
+    """As much of a Triton driver as compiling and launching uses; what builds its launcher needs ROCm."""
 
     def __init__(self, gpu: Gpu) -> None:
-        self.gpu, self.utils = gpu, _Utils(gpu)
+        self.gpu, self.utils = gpu, _HipUtils(gpu)
 
     def get_current_device(self) -> int:
         return self.gpu.device
@@ -88,29 +181,50 @@ class _Driver:
 
 
 @contextlib.contextmanager
-def pretend(gpu: Gpu) -> Iterator[list[Any]]:
-    """Within this context launches go to this GPU; yields Triton's compiled kernels, one for each launch."""
-    launched: list[Any] = []
-    run = JITFunction.run
+def pretend(gpu: Gpu) -> Iterator[list[Launch]]:
+    """Within this context launches go to this GPU, which never runs them; yields them, in order."""
+    launched: list[Launch] = []
+    run, cuda = JITFunction.run, gpu.target.backend == "cuda"
 
     @functools.wraps(run)
-    def run_and_record(self: JITFunction, *args: Any, **kwargs: Any) -> Any:
-        launched.append(run(self, *args, **kwargs))
-        return launched[-1]
+    def run_and_record(self: JITFunction, *args: Any, grid: tuple[int, ...], warmup: bool, **kwargs: Any) -> Any:
+        compiled = run(self, *args, grid=grid, warmup=True, **kwargs)
+        sizes = parameter_sizes(compiled.asm["ptx"]) if cuda else []
+        if cuda:
+            libcuda().offline_expect(len(sizes), (ctypes.c_int * len(sizes))(*sizes))
+        run(self, *args, grid=grid, warmup=False, **kwargs)
+        arguments = self.signature.bind(*args, **{x: kwargs[x] for x in kwargs if x in self.signature.parameters})
+        launched.append(Launch(compiled, grid, arguments.arguments, _arrived(sizes) if cuda else None))
+        return compiled
 
-    previous = driver._active
-    driver.set_active(_Driver(gpu))
-    JITFunction.run = run_and_record
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(driver, "_active", None)
+        patch.setattr(triton.knobs.cache, "dir", str(directory() / "cache"))
+        driver.set_active(_Cuda(gpu) if cuda else _Hip(gpu))
+        patch.setattr(JITFunction, "run", run_and_record)
         yield launched
-    finally:
-        JITFunction.run = run
-        driver._active = previous
 
 
-def kernels(launched: list[Any]) -> list[Kernel]:
+def parameter_sizes(ptx: str) -> list[int]:
+    """Bytes of each parameter of the kernel; an array, as a tensor map is, has a number of elements."""
+    (parameters,) = re.findall(r"\.entry\s+\w+\((.*?)\)", ptx, re.DOTALL)
+    declared = re.findall(r"\.param\b[^,]*?\.[a-z](\d+)\s[^,]*?\w+(?:\[(\d+)\])?\s*(?:,|$)", parameters)
+    assert len(declared) == parameters.count(".param")
+    return [int(bits) // 8 * int(elements or 1) for bits, elements in declared]
+
+
+def _arrived(sizes: list[int]) -> Arrived:
+    record, place, parameters = libcuda().offline_launch().contents, 0, []
+    raw = bytes(record.parameters[: sum(sizes)])
+    for size in sizes:
+        parameters.append(raw[place : place + size])
+        place += size
+    return Arrived(tuple(record.grid), tuple(record.block), record.shared_memory, record.function, parameters)
+
+
+def kernels(launched: list[Launch]) -> list[Kernel]:
     """Each kernel that was launched, once."""
-    return [_kernel(compiled) for compiled in {id(x): x for x in launched}.values()]
+    return [_kernel(compiled) for compiled in {id(x.compiled): x.compiled for x in launched}.values()]
 
 
 def _kernel(compiled: Any) -> Kernel:
@@ -155,4 +269,6 @@ def launch_code_sees(gpu: Gpu) -> Iterator[None]:
             if name.startswith(dlogp_kernels.triton.__name__) and hasattr(module, "properties"):
                 patch.setattr(module, "properties", lambda device: seen)
         patch.setattr(backends, "_device_problem", lambda device: None)
+        # Nothing that torch compiles is used: any Triton will do.
+        patch.setattr(backends, "_triton_problem", lambda: None)
         yield

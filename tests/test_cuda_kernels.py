@@ -4,6 +4,7 @@ import itertools
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -217,6 +218,20 @@ def test_the_extension_is_there_where_it_can_be_built():
     assert EXTENSION
     if torch.version.cuda is None:
         assert "built without CUDA" in str(backends.unavailable("cuda", "extrapolated_sample", "cuda"))
+
+
+@built
+def test_the_extension_finds_every_symbol_where_python_has_loaded_torch(tmp_path):
+    """Python loads torch's libraries for itself alone; a CPU build of torch gets a stand-in for libtorch_cuda."""
+    loading = "import sys, torch, ctypes; [ctypes.CDLL(path, mode=ctypes.RTLD_LOCAL) for path in sys.argv[1:]]"
+    stand_in = tmp_path / "libtorch_cuda.so"
+    if torch.version.cuda is None:
+        source = 'extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 0; }'
+        command = ["g++", "-shared", "-fPIC", "-x", "c++", "-", "-Wl,-soname,libtorch_cuda.so", "-o", str(stand_in)]
+        subprocess.run(command, input=source, text=True, check=True)
+    libraries = [path for path in (stand_in, EXTENSION[0]) if path.exists()]
+    run = subprocess.run([sys.executable, "-c", loading, *libraries], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 @built

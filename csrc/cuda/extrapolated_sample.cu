@@ -19,9 +19,9 @@ struct Plan {
   int shared_bytes = 0;  // of a block
 };
 
-// What a plan depends on, besides the number of rows.
+// What a plan depends on, besides the number of rows. Shared memory is in bytes; `reserved` is the system's, of a block.
 struct Device {
-  int index, major, multiprocessors, shared_per_block, shared_per_multiprocessor;
+  int index, major, multiprocessors, shared_per_block, shared_per_multiprocessor, reserved;
 };
 
 cudaError_t describe_current(Device& device) {
@@ -33,6 +33,7 @@ cudaError_t describe_current(Device& device) {
   read(device.multiprocessors, cudaDevAttrMultiProcessorCount);
   read(device.shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin);
   read(device.shared_per_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  read(device.reserved, cudaDevAttrReservedSharedMemoryPerBlock);
   return error;
 }
 
@@ -63,60 +64,69 @@ void fill_configuration(const Plan& plan, int64_t rows, cudaStream_t stream, cud
   configuration.numAttrs = 1;
 }
 
-// Whether the device can hold such a cluster at all: one of 16 blocks needs 16 multiprocessors side by side.
-bool fits(const Plan& plan) {
-  cudaLaunchConfig_t configuration;
-  cudaLaunchAttribute attribute;
-  fill_configuration(plan, 1, nullptr, configuration, attribute);
-  int clusters = 0;
-  if (cudaOccupancyMaxActiveClusters(&clusters, reinterpret_cast<const void*>(plan.kernel), &configuration) !=
-      cudaSuccess) {
-    cudaGetLastError();  // forget it
-    return false;
-  }
-  return clusters > 0;
-}
-
-// What a kernel may ask for; the same for every plan, since each sets it for all of the kernel's launches.
-cudaError_t allow(const Device& device, Kernel kernel) {
+// What a kernel may ask for; the same for every plan, since each sets it for all of the kernel's launches. `dynamic_bytes`
+// is what a block can have besides the shared memory that the compiler gave it.
+cudaError_t allow(const Device& device, Kernel kernel, int& dynamic_bytes) {
   const void* const function = reinterpret_cast<const void*>(kernel);
-  cudaError_t error = cudaSuccess;
+  cudaFuncAttributes attributes;
+  cudaError_t error = cudaFuncGetAttributes(&attributes, function);
+  if (error != cudaSuccess) return error;
+  dynamic_bytes = device.shared_per_block - int(attributes.sharedSizeBytes);
   const auto set = [&](cudaFuncAttribute attribute, int value) {
     if (error == cudaSuccess) error = cudaFuncSetAttribute(function, attribute, value);
   };
-  set(cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
+  set(cudaFuncAttributeMaxDynamicSharedMemorySize, dynamic_bytes);
   set(cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
   if (device.major >= 9) set(cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   return error;
 }
 
+// Whether the device can hold such a cluster at all: one of 16 blocks needs 16 multiprocessors side by side, and a
+// device that has no room for it may report that as an error.
+cudaError_t check_fits(const Plan& plan) {
+  cudaLaunchConfig_t configuration;
+  cudaLaunchAttribute attribute;
+  fill_configuration(plan, 1, nullptr, configuration, attribute);
+  int clusters = 0;
+  const cudaError_t error =
+      cudaOccupancyMaxActiveClusters(&clusters, reinterpret_cast<const void*>(plan.kernel), &configuration);
+  if (error != cudaSuccess) {
+    cudaGetLastError();  // forget it: another plan may do
+    return error;
+  }
+  return clusters > 0 ? cudaSuccess : cudaErrorInvalidConfiguration;
+}
+
 // The smallest cluster of whose blocks two share a multiprocessor, one computing while the other reads; 16 blocks where
 // few rows would leave multiprocessors idle. The result does not depend on it.
 cudaError_t make_plan(const Device& device, LogitType type, int64_t vocabulary, bool few_rows, Plan& plan) {
-  constexpr int reserved = 1024;  // of each block, by the system
-  const int of_two = device.shared_per_multiprocessor / 2 - reserved;
   plan.slice_tokens = slice_tokens(vocabulary);
-  if (device.major >= 9) {
+  const bool clusters = device.major >= 9;
+  int dynamic_bytes = 0;
+  if (clusters) {
     plan.kernel = kernel_for<true>(type);
-    if (const cudaError_t error = allow(device, plan.kernel); error != cudaSuccess) return error;
+    if (const cudaError_t error = allow(device, plan.kernel, dynamic_bytes); error != cudaSuccess) return error;
+    const int static_bytes = device.shared_per_block - dynamic_bytes;
+    const int of_two = device.shared_per_multiprocessor / 2 - device.reserved - static_bytes;
     constexpr int small_first[] = {1, 2, 4, 8, 16}, large_first[] = {16, 8, 4, 2, 1};
-    for (const int room : {of_two, device.shared_per_block}) {
+    for (const int room : {of_two, dynamic_bytes}) {
       for (const int blocks : few_rows ? large_first : small_first) {
         plan.blocks = blocks;
         const int64_t tokens = int64_t(kSlices / plan.blocks) * plan.slice_tokens;
         const int64_t bytes = int64_t(sizeof(SampleRoom)) + 2 * tokens * size_of(type);
         if (bytes > room) continue;
         plan.shared_bytes = int(bytes);
-        if (fits(plan)) return cudaSuccess;
+        if (check_fits(plan) == cudaSuccess) return cudaSuccess;
       }
     }
   }
   // Read from memory, or the L2 cache, at each walk.
-  const bool clusters = device.major >= 9;
   plan.kernel = kernel_for<false>(clusters ? LogitType::kFloat : type);
   plan.blocks = clusters ? 8 : 1;
   plan.shared_bytes = int(sizeof(SampleRoom));
-  return allow(device, plan.kernel);
+  if (const cudaError_t error = allow(device, plan.kernel, dynamic_bytes); error != cudaSuccess) return error;
+  if (plan.shared_bytes > dynamic_bytes) return cudaErrorInvalidConfiguration;
+  return clusters ? check_fits(plan) : cudaSuccess;
 }
 
 // Plans are made once: it takes the driver several microseconds.

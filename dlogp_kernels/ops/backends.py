@@ -4,6 +4,7 @@ A backend supplies launchers: functions with the arguments of the op's schema pl
 """
 
 import contextlib
+import ctypes
 import functools
 import importlib
 import importlib.metadata
@@ -87,6 +88,9 @@ def _load_cuda_library() -> str | None:
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
     try:
+        # `import torch` loads its libraries for itself alone. This one needs symbols of libtorch_cuda, which is no
+        # dependency of its own, so that it can be built where there is only a CPU build of torch.
+        ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cuda.so"), mode=ctypes.RTLD_GLOBAL)
         torch.ops.load_library(found[0])
     except OSError as error:
         return f"the CUDA extension does not load with torch {torch.__version__}: {error}"
@@ -128,6 +132,8 @@ def _first(op: str, device: torch.device, dtype: torch.dtype, candidates: tuple[
 
 
 def _preference(op: str, device: torch.device) -> tuple[str, ...]:
+    if op in _ONLY["cuda"]:
+        return ("cuda", *(backend for backend in BACKENDS if backend != "cuda"))
     if device.type == "cuda" and _GEMM_IS_FASTER:
         major, minor = torch.cuda.get_device_capability(device)
         if (op, 10 * major + minor) in _GEMM_IS_FASTER:

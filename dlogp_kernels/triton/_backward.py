@@ -22,7 +22,7 @@ from ._rows import Matrix, Rows, matrix
 from ._sizes import round_up
 from .configs import gemm_tile
 from .delta_logp import PairGradients, PairSaved, pair_tile_gradient
-from .logp import Gradients, Logits, Saved, contiguous, tile_gradient, transform_numbers
+from .logp import Gradients, Logits, Saved, contiguous, tile_gradient, transform_of
 
 #: Backward takes this many times the workspace at most: 512 MiB by default.
 _SHARE = 2
@@ -55,7 +55,7 @@ class _Layer:
         self.grad_hidden = hidden.new_empty(hidden.shape if self.wants_hidden else 0)
         self.grad_weight = weight.new_empty(weight.shape if self.wants_weight else 0)
         self.grad_bias = (hidden if bias is None else bias).new_empty(weight.shape[0] if self.wants_bias else 0)
-        self.numbers = transform_numbers(model.temperature, model.softcap, model.logit_scale)
+        self.transform = transform_of(model.bias, model.temperature, model.softcap, model.logit_scale)
         self.tile_rows, self.tile_tokens = gemm_tile(hidden.device)
 
     @property
@@ -88,7 +88,7 @@ class _Layer:
         raw = self._tile[: num_rows * num_tokens].view(num_rows, num_tokens)
         weight = self.model.weight[column : column + num_tokens]
         product(self._hidden[row : row + num_rows], weight.t(), out=raw)
-        return Logits(matrix(raw), self.model.bias, *self.numbers)
+        return Logits(matrix(raw), self.transform)
 
     def grad_logits(self, num_rows: int, num_tokens: int) -> Tensor:
         assert self._grad_logits is not None
@@ -143,7 +143,10 @@ class _Walk:
 
         def tokens_at(rows: int, once: bool) -> int:
             fixed, per_token = size(rows, 0, once), size(rows, 1, once) - size(rows, 0, once)
-            return (self.memory - fixed) // max(1, per_token) // 128 * 128
+            tokens = (self.memory - fixed) // max(1, per_token)
+            # Whole tiles: a narrow rest of one is a product at half the speed.
+            whole = self.layers[0].tile_tokens if tokens >= self.layers[0].tile_tokens else 128
+            return tokens // whole * whole
 
         enough = min(_FEWEST_TOKENS, self.vocabulary)
         if (tokens := tokens_at(self.num_rows, True)) >= enough:

@@ -20,22 +20,15 @@ from ._math import IMPOSSIBLE
 from ._rows import Rows
 from ._sizes import ceil_div
 from .configs import Config, config
-from .logp import EVERY_ROW, transform_numbers
+from .logp import EVERY_ROW, transform_of
 
-#: Row tiles that walk through the vocabulary side by side and share its tiles in the L2 cache.
-GROUP = 16
 #: Forward takes this part of the workspace at most: 64 MiB by default.
 _SHARE = 4
 
 
 class Head(NamedTuple):
-    """One model's last layer: hidden (rows, D) and weight (V, D) as pointers with strides, or as tensor descriptors.
+    """What a kernel needs to know of a last layer besides hidden and weight; bias, inner and slope as in Transform."""
 
-    bias (V,) or None; inner and slope as in _math.py.
-    """
-
-    hidden: Any
-    weight: Any
     bias: Any
     D: int
     stride_hidden: int
@@ -43,6 +36,18 @@ class Head(NamedTuple):
     stride_weight: int
     inner: float | None
     slope: float
+
+
+class Layer(NamedTuple):
+    """One model's last layer as three arguments of a kernel.
+
+    hidden (rows, D) and weight (V, D) are both pointers, or both tensor descriptors: those have to be arguments of
+    their own, since Triton (3.6, 3.7) can not launch a kernel with a descriptor inside a tuple.
+    """
+
+    hidden: Any
+    weight: Any
+    head: Head
 
 
 class Model(NamedTuple):
@@ -75,20 +80,20 @@ def one_model(
 
 @triton.jit
 def logits_tile(
-    head, row, column, num_rows, V, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+    hidden_source, weight_source, head, row, column, num_rows, V, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """hidden · weightᵀ of rows from `row` and tokens from `column` on, float32; 0 outside."""
     tile = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
     if DESCRIPTORS:
         for d in range(0, head.D, BLOCK_D):
-            hidden = head.hidden.load([row, d])
-            weight = head.weight.load([column, d])
+            hidden = hidden_source.load([row, d])
+            weight = weight_source.load([column, d])
             tile = tl.dot(hidden, weight.to(hidden.dtype).T, tile, input_precision=PRECISION)
     else:
         rows, tokens, dims = row + tl.arange(0, BLOCK_N), column + tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_D)
-        hidden_ptrs = head.hidden + rows.to(tl.int64)[:, None] * head.stride_hidden + dims[None, :]
-        weight_ptrs = head.weight + tokens.to(tl.int64)[None, :] * head.stride_token
+        hidden_ptrs = hidden_source + rows.to(tl.int64)[:, None] * head.stride_hidden + dims[None, :]
+        weight_ptrs = weight_source + tokens.to(tl.int64)[None, :] * head.stride_token
         weight_ptrs += dims.to(tl.int64)[:, None] * head.stride_weight
         for d in range(0, head.D, BLOCK_D):
             inside = dims < head.D - d
@@ -102,16 +107,16 @@ def logits_tile(
 
 @triton.jit
 def logits_tiles_of_one_weight(
-    head, base_head, row, column, num_rows, V, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
+    hidden_source, base_hidden_source, weight_source, D, row, column, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Both models' `logits_tile` by descriptors where they have the same weight: a tile of it is loaded once."""
     tile = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
     base_tile = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
-    for d in range(0, head.D, BLOCK_D):
-        weight = head.weight.load([column, d])
-        hidden = head.hidden.load([row, d])
-        base_hidden = base_head.hidden.load([row, d])
+    for d in range(0, D, BLOCK_D):
+        weight = weight_source.load([column, d])
+        hidden = hidden_source.load([row, d])
+        base_hidden = base_hidden_source.load([row, d])
         tile = tl.dot(hidden, weight.T, tile, input_precision=PRECISION)
         base_tile = tl.dot(base_hidden, weight.T, base_tile, input_precision=PRECISION)
     return tile, base_tile
@@ -175,7 +180,7 @@ class Plan(NamedTuple):
             "BLOCK_N": tile.block_n,
             "BLOCK_V": tile.block_v,
             "BLOCK_D": tile.block_d,
-            "GROUP": GROUP,
+            "GROUP": tile.group,
             "DESCRIPTORS": self.descriptors,
             "PRECISION": self.precision,
             "MASKED": masked,
@@ -207,8 +212,9 @@ def plan_of(
     row_bytes = 4 * (num_splits * state_size + row_numbers)
     row_bytes += sum(model.dtype.itemsize * _padded(model.hidden.shape[-1]) for model in models)
     fitting = workspace // _SHARE // row_bytes // tile.block_n
-    needed = ceil_div(rows, tile.block_n)
-    row_tiles = max(1, min(fitting, needed))
+    needed = max(1, ceil_div(rows, tile.block_n))
+    # Passes of nearly equal size, so that none of them leaves most of the GPU idle.
+    row_tiles = ceil_div(needed, ceil_div(needed, max(1, fitting)))
     return Plan(
         tile,
         blocks_per_split,
@@ -225,7 +231,7 @@ def rows_of(target: Tensor, plan: Plan, ignore_index: int) -> Rows:
     return EVERY_ROW if target.shape[0] <= plan.tile.block_n else _rows.kept_rows(target, ignore_index)
 
 
-def head(model: Model, plan: Plan, rows: Rows, gathered: Tensor | None, first: int) -> Head:
+def layer_of(model: Model, plan: Plan, rows: Rows, gathered: Tensor | None, first: int) -> Layer:
     """The last layer, with the rows of this pass gathered into `gathered`, or all as they are where it is None."""
     d, weight = model.hidden.shape[-1], model.weight
     if gathered is None:
@@ -233,12 +239,12 @@ def head(model: Model, plan: Plan, rows: Rows, gathered: Tensor | None, first: i
     else:
         hidden = gathered[:, :d]
         _rows.gather_rows(model.hidden, rows, first, gathered, zero_rest=False)
-    inner, slope = transform_numbers(model.temperature, model.softcap, model.logit_scale)
-    operands: tuple[Any, Any] = (hidden, weight)
-    if plan.descriptors:
-        tile = plan.tile
-        operands = _descriptor(hidden, tile.block_n, tile.block_d), _descriptor(weight, tile.block_v, tile.block_d)
-    return Head(*operands, model.bias, d, hidden.stride(0), weight.stride(0), weight.stride(1), inner, slope)
+    bias, inner, slope = transform_of(model.bias, model.temperature, model.softcap, model.logit_scale)
+    head = Head(bias, d, hidden.stride(0), weight.stride(0), weight.stride(1), inner, slope)
+    if not plan.descriptors:
+        return Layer(hidden, weight, head)
+    tile = plan.tile
+    return Layer(_descriptor(hidden, tile.block_n, tile.block_d), _descriptor(weight, tile.block_v, tile.block_d), head)
 
 
 def _as_they_are(model: Model, plan: Plan) -> Tensor:

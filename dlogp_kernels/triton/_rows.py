@@ -27,13 +27,12 @@ class Rows(NamedTuple):
 
 
 class Matrix(NamedTuple):
-    """Rows of a tensor (…, columns) as kernels find them, from the row `start` on.
+    """Rows of a tensor (…, columns) as kernels find them.
 
     Row n of the tensor lies at ⌊n / inner⌋ · stride_outer + n mod inner · stride_row.
     """
 
     data: Any
-    start: int
     inner: int
     stride_outer: int
     stride_row: int
@@ -43,13 +42,14 @@ class Matrix(NamedTuple):
 @triton.jit
 def row_offset(matrix, n):
     """Where the n-th row of a Matrix begins, int64."""
-    n = n.to(tl.int64) + matrix.start
+    n = n.to(tl.int64)
     return n // matrix.inner * matrix.stride_outer + n % matrix.inner * matrix.stride_row
 
 
-def matrix(x: Tensor, start: int = 0) -> Matrix:
+def matrix(x: Tensor) -> Matrix:
     """A view where two strides reach every row, as in `logits[:, :-1]`; else of a copy."""
-    sizes, strides = [1], [0]
+    # One row gets the stride of whole ones: a kernel is compiled anew for a number that is a multiple of 16, as 0 is.
+    sizes, strides = [1], [x.shape[-1]]
     for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
         if size == 1:
             continue
@@ -59,10 +59,10 @@ def matrix(x: Tensor, start: int = 0) -> Matrix:
             sizes.append(size)
             strides.append(stride)
     if len(sizes) > 2:
-        return matrix(x.contiguous(), start)
+        return matrix(x.contiguous())
     if len(sizes) == 1:
-        return Matrix(x, start, _ANY_ROW, 0, strides[0], x.stride(-1))
-    return Matrix(x, start, sizes[1], strides[0], strides[1], x.stride(-1))
+        return Matrix(x, _ANY_ROW, 0, strides[0], x.stride(-1))
+    return Matrix(x, sizes[1], strides[0], strides[1], x.stride(-1))
 
 
 @triton.jit

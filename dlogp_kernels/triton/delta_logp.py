@@ -34,7 +34,7 @@ from .logp import (
     settle,
     store_raw_gradient,
     target_gradient,
-    transform_numbers,
+    transform_of,
 )
 
 _FINISH_ROWS = 8
@@ -60,10 +60,10 @@ class PairSaved(NamedTuple):
     reverse_kl: Any
 
 
-@triton.jit(do_not_specialize=["first", "R", "column", "split", "num_splits", "ignore_index"])
+@triton.jit(do_not_specialize=["first", "raw_first", "R", "column", "split", "num_splits", "ignore_index"])
 def _delta_logp_fwd_kernel(
-    logits, base_logits, target_ptr, index_ptr, count_ptr, state_ptr, picked_ptr, first, R, width, column, K,
-    ignore_index, split, num_splits, SEGMENT: tl.constexpr,
+    raw, transform, base_raw, base_transform, target_ptr, index_ptr, count_ptr, state_ptr, picked_ptr, first, raw_first,
+    R, width, column, K, ignore_index, split, num_splits, SEGMENT: tl.constexpr,
 ):  # fmt: skip
     """Pair states (_math.py) of segments of both models' tiles, and both x at the targets.
 
@@ -76,18 +76,19 @@ def _delta_logp_fwd_kernel(
         if is_kept(target_ptr, n, K, ignore_index):
             local = s * SEGMENT + tl.arange(0, SEGMENT)
             inside = local < width
-            x = tl.where(inside, possible(load_x(logits, i, local, column, inside)), IMPOSSIBLE)
-            base_x = tl.where(inside, possible(load_x(base_logits, i, local, column, inside)), IMPOSSIBLE)
+            x = possible(load_x(raw, transform, raw_first + i, local, column, inside))
+            base_x = possible(load_x(base_raw, base_transform, raw_first + i, local, column, inside))
+            x, base_x = tl.where(inside, x, IMPOSSIBLE), tl.where(inside, base_x, IMPOSSIBLE)
             state = _math.fold_pair(
-                _math.empty_pair_state(1), x[None, :], base_x[None, :], logits.slope, base_logits.slope
+                _math.empty_pair_state(1), x[None, :], base_x[None, :], transform.slope, base_transform.slope
             )
             state = _math.with_alone(state, x, base_x)
             one = tl.arange(0, 1)
             place = state_ptr + (split + s) * R + i + one
             _math.store_pair_state(place, num_splits * R, state, one == 0)
-            pick(logits, picked_ptr, target_ptr, n, i, s * SEGMENT, width, column, K, R, SEGMENT)
-            base_picked_ptr = picked_ptr + K * R
-            pick(base_logits, base_picked_ptr, target_ptr, n, i, s * SEGMENT, width, column, K, R, SEGMENT)
+            raw_row, begin, base_picked = raw_first + i, s * SEGMENT, picked_ptr + K * R
+            pick(raw, transform, picked_ptr, target_ptr, n, i, raw_row, begin, width, column, K, R, SEGMENT)
+            pick(base_raw, base_transform, base_picked, target_ptr, n, i, raw_row, begin, width, column, K, R, SEGMENT)
 
 
 @triton.jit(do_not_specialize=["first", "N", "R", "V", "num_splits", "ignore_index"])
@@ -133,7 +134,8 @@ def _finish_delta_logp_kernel(
 
 @triton.jit(do_not_specialize=["first", "column", "ignore_index"])
 def _delta_logp_bwd_kernel(
-    logits, base_logits, out, base_out, target_ptr, saved, grads, scale_ptr, first, width, column, K, ignore_index,
+    raw, transform, base_raw, base_transform, out, base_out, target_ptr, saved, base_saved, kl_ptr, reverse_kl_ptr,
+    grads, base_grads, grad_kl_ptr, grad_reverse_kl_ptr, scale_ptr, first, width, column, K, ignore_index,
     IN_PLACE: tl.constexpr, BASE_IN_PLACE: tl.constexpr, SEGMENT: tl.constexpr,
 ):  # fmt: skip
     """Gradients by both models' raw logits of a tile's rows, 0 for an ignored row.
@@ -146,34 +148,35 @@ def _delta_logp_bwd_kernel(
     inside = local < width
     begin = column + s * SEGMENT
     if is_kept(target_ptr, n, K, ignore_index):
-        x, base_x = load_x(logits, i, local, column, inside), load_x(base_logits, i, local, column, inside)
-        logp_all = logits.slope * x - tl.load(saved.model.lse + n)
-        base_logp_all = base_logits.slope * base_x - tl.load(saved.base.lse + n)
-        grad_kl, grad_reverse_kl = load_or_zero(grads.kl, n), load_or_zero(grads.reverse_kl, n)
+        x = load_x(raw, transform, i, local, column, inside)
+        base_x = load_x(base_raw, base_transform, i, local, column, inside)
+        logp_all = transform.slope * x - tl.load(saved.lse + n)
+        base_logp_all = base_transform.slope * base_x - tl.load(base_saved.lse + n)
+        grad_kl, grad_reverse_kl = load_or_zero(grad_kl_ptr, n), load_or_zero(grad_reverse_kl_ptr, n)
         if out is not None:
             total, at_target = target_gradient(
-                grads.model.logp, target_ptr, n, column + local, begin, K, ignore_index, SEGMENT
+                grads.logp, target_ptr, n, column + local, begin, K, ignore_index, SEGMENT
             )
-            grad_z = model_gradient(logp_all, at_target, total, grads.model, saved.model, n)
-            grad_z += _math.divergence_gradient(
-                logp_all, base_logp_all, tl.load(saved.kl + n), grad_kl, grad_reverse_kl
-            )
-            store_raw_gradient(out, i, local, inside, grad_z, x, logits, scale_ptr, IN_PLACE)
+            grad_z = model_gradient(logp_all, at_target, total, grads, saved, n)
+            grad_z += _math.divergence_gradient(logp_all, base_logp_all, tl.load(kl_ptr + n), grad_kl, grad_reverse_kl)
+            store_raw_gradient(out, i, local, inside, grad_z, x, raw, transform, scale_ptr, IN_PLACE)
         if base_out is not None:
             total, at_target = target_gradient(
-                grads.base.logp, target_ptr, n, column + local, begin, K, ignore_index, SEGMENT
+                base_grads.logp, target_ptr, n, column + local, begin, K, ignore_index, SEGMENT
             )
-            grad_z = model_gradient(base_logp_all, at_target, total, grads.base, saved.base, n)
+            grad_z = model_gradient(base_logp_all, at_target, total, base_grads, base_saved, n)
             grad_z += _math.divergence_gradient(
-                base_logp_all, logp_all, tl.load(saved.reverse_kl + n), grad_reverse_kl, grad_kl
+                base_logp_all, logp_all, tl.load(reverse_kl_ptr + n), grad_reverse_kl, grad_kl
             )
-            store_raw_gradient(base_out, i, local, inside, grad_z, base_x, base_logits, scale_ptr, BASE_IN_PLACE)
+            store_raw_gradient(
+                base_out, i, local, inside, grad_z, base_x, base_raw, base_transform, scale_ptr, BASE_IN_PLACE
+            )
     else:
         zero = tl.zeros([SEGMENT], tl.float32)
         if out is not None:
-            store_raw_gradient(out, i, local, inside, zero, zero, logits, None, IN_PLACE)
+            store_raw_gradient(out, i, local, inside, zero, zero, raw, transform, None, IN_PLACE)
         if base_out is not None:
-            store_raw_gradient(base_out, i, local, inside, zero, zero, base_logits, None, BASE_IN_PLACE)
+            store_raw_gradient(base_out, i, local, inside, zero, zero, base_raw, base_transform, None, BASE_IN_PLACE)
 
 
 def fold_pair_tile(
@@ -188,12 +191,13 @@ def fold_pair_tile(
     first: int = 0,
     column: int = 0,
     split: int = 0,
+    raw_first: int = 0,
 ) -> None:
-    """States of both tiles of `shape` into state (10, splits, R) from `split` on."""
+    """States of both tiles of `shape` into state (10, splits, R) from `split` on; raw_first as for one model."""
     segment = segment_of(shape[1], WIDEST_SEGMENT)
     _delta_logp_fwd_kernel[(shape[0], ceil_div(shape[1], segment))](
-        logits, base_logits, target, *rows, state, picked, first, state.shape[2], shape[1], column, target.shape[1],
-        ignore_index, split, state.shape[1], SEGMENT=segment, num_warps=num_warps(segment),
+        *logits, *base_logits, target, *rows, state, picked, first, raw_first, state.shape[2], shape[1], column,
+        target.shape[1], ignore_index, split, state.shape[1], SEGMENT=segment, num_warps=num_warps(segment),
     )  # fmt: skip
 
 
@@ -231,15 +235,15 @@ def delta_logp_fwd(
 ) -> DeltaLogpStats:
     target = target.contiguous()
     out = new_stats(target, EVERY_ROW, DeltaLogpStats, 3)
-    v, numbers = logits.shape[-1], transform_numbers(temperature, softcap, logit_scale)
-    base_numbers = transform_numbers(temperature, base_softcap, base_logit_scale)
+    v, tile = logits.shape[-1], Logits(matrix(logits), transform_of(None, temperature, softcap, logit_scale))
+    base_tile = Logits(matrix(base_logits), transform_of(None, temperature, base_softcap, base_logit_scale))
     with on_device_of(logits):
         state, picked = new_states(target, v, _math.PAIR_STATE_SIZE.value, 2, workspace, WIDEST_SEGMENT)
         for first in range(0, target.shape[0], state.shape[2]):
-            tile = Logits(matrix(logits, first), None, *numbers)
-            base_tile = Logits(matrix(base_logits, first), None, *base_numbers)
             shape = (min(state.shape[2], target.shape[0] - first), v)
-            fold_pair_tile(tile, base_tile, shape, target, EVERY_ROW, ignore_index, state, picked, first)
+            fold_pair_tile(
+                tile, base_tile, shape, target, EVERY_ROW, ignore_index, state, picked, first, raw_first=first
+            )
             finish_delta_logp(
                 state, picked, target, EVERY_ROW, out, v, tile.slope, base_tile.slope, ignore_index, first
             )  # fmt: skip
@@ -264,7 +268,7 @@ def pair_tile_gradient(
     """Gradients by the raw logits of both tiles of `shape`, into out and base_out; `in_place` as for one model."""
     segment = segment_of(shape[1], WIDEST_SEGMENT)
     _delta_logp_bwd_kernel[(shape[0], ceil_div(shape[1], segment))](
-        logits, base_logits, out, base_out, target, saved, grads, scale, first, shape[1], column, target.shape[1],
+        *logits, *base_logits, out, base_out, target, *saved, *grads, scale, first, shape[1], column, target.shape[1],
         ignore_index, IN_PLACE=in_place[0], BASE_IN_PLACE=in_place[1], SEGMENT=segment, num_warps=num_warps(segment),
     )  # fmt: skip
 
@@ -302,8 +306,8 @@ def delta_logp_bwd(
     )
     if target.shape[0] == 0 or not any(output_mask):
         return gradients
-    tile = Logits(matrix(logits), None, *transform_numbers(temperature, softcap, logit_scale))
-    base_tile = Logits(matrix(base_logits), None, *transform_numbers(temperature, base_softcap, base_logit_scale))
+    tile = Logits(matrix(logits), transform_of(None, temperature, softcap, logit_scale))
+    base_tile = Logits(matrix(base_logits), transform_of(None, temperature, base_softcap, base_logit_scale))
     grads = PairGradients(
         Gradients(*map(contiguous, (grad_logp, grad_entropy, grad_lse))),
         Gradients(*map(contiguous, (grad_base_logp, grad_base_entropy, grad_base_lse))),

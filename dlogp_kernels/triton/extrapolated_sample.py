@@ -19,6 +19,7 @@ from ._sample import (
     MOST_NOISE,
     NO_TOKEN,
     REPLACEMENT,
+    Noise,
     gumbel,
     is_selected,
     new_sample,
@@ -186,15 +187,17 @@ def logp_of_token(matrix, state, row, token, V):
     return load_logits(matrix, row, token + tl.arange(0, 1), V) - state.m - _math.log(state.sum)
 
 
-@triton.jit(do_not_specialize=["top_k", "limit"])
+@triton.jit(do_not_specialize=["seed", "step", "top_k", "limit"])
 def _extrapolated_sample_kernel(
-    pair, noise, out, V, threshold, limit, top_k, top_p, min_p, CRITERION: tl.constexpr, BASE_DRAFTS: tl.constexpr,
+    logits, base_logits, gamma, temperature, seed: tl.int64, step: tl.int32, seed_ptr, step_ptr, row_id_ptr, out, V,
+    threshold, limit: tl.int64, top_k: tl.int64, top_p, min_p, CRITERION: tl.constexpr, BASE_DRAFTS: tl.constexpr,
     GREEDY: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program samples one row: logits, base_logits (N, V) of any floating dtype → Sample `out`, (N,) each.
 
     float32, masses summed in float64; deterministic. A row's draw depends on (seed, row_id, step, logits) alone.
     """
+    pair, noise = Pair(logits, base_logits, gamma, temperature), Noise(seed, step, seed_ptr, step_ptr, row_id_ptr)
     row = tl.program_id(0)
     one = tl.arange(0, 1)
     row_id, step = row_noise(noise, row, tl.zeros([], tl.int32))
@@ -255,12 +258,11 @@ def extrapolated_sample(
     if n == 0:
         return out
     greedy = temperature == 0.0
-    pair = Pair(matrix(logits), matrix(base_logits), gamma, 1.0 if greedy else temperature)
     noise = noise_of(row_id, seed, step, seed_tensor, step_tensor)
     with on_device_of(logits):
         _extrapolated_sample_kernel[(n,)](
-            pair, noise, out, v, threshold or 0.0,
-            random_limit(threshold), top_k, top_p, min_p,
+            matrix(logits), matrix(base_logits), gamma, 1.0 if greedy else temperature, *noise, out, v,
+            threshold or 0.0, random_limit(threshold), top_k, top_p, min_p,
             CRITERION=criterion, BASE_DRAFTS=draft == "base", GREEDY=greedy, TOP_K=0 < top_k < v and not greedy,
             TOP_P=top_p < 1.0 and not greedy, BLOCK=min(_BLOCK, max(128, next_power_of_2(v))), num_warps=8,
         )  # fmt: skip

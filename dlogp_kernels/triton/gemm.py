@@ -17,7 +17,7 @@ from ._rows import Rows, matrix
 from ._sizes import ceil_div
 from .configs import gemm_tile
 from .delta_logp import finish_delta_logp, fold_pair_tile
-from .logp import Logits, finish_logp, fold_tile, new_stats, transform_numbers
+from .logp import Logits, finish_logp, fold_tile, new_stats, transform_of
 
 
 def linear_logp_fwd(
@@ -96,7 +96,7 @@ class _Tiles:
         self.num_rows, self.num_tokens = gemm_tile(device)
         self.hidden = torch.empty((self.num_rows, model.hidden.shape[-1]), dtype=model.dtype, device=device)
         self.buffer = torch.empty(self.num_rows * self.num_tokens, dtype=torch.float32, device=device)
-        self.numbers = transform_numbers(model.temperature, model.softcap, model.logit_scale)
+        self.transform = transform_of(model.bias, model.temperature, model.softcap, model.logit_scale)
 
     def gather(self, first: int) -> None:
         _rows.gather_rows(self.model.hidden, self.rows, first, self.hidden, zero_rest=True)
@@ -107,7 +107,7 @@ class _Tiles:
         shape = (self.num_rows, weight.shape[0])
         raw = self.buffer[: shape[0] * shape[1]].view(shape)
         product(self.hidden, weight.t(), out=raw)
-        return Logits(matrix(raw), self.model.bias, *self.numbers), shape
+        return Logits(matrix(raw), self.transform), shape
 
 
 def _states(target: Tensor, vocabulary: int, state_size: int, models: int) -> tuple[Tensor, Tensor]:

@@ -11,8 +11,8 @@ from ._device import on_device_of
 from ._fused import (
     bias_of,
     gather_buffer,
-    head,
     is_masked,
+    layer_of,
     logits_tile,
     logits_tiles_of_one_weight,
     one_model,
@@ -29,10 +29,10 @@ from .logp import new_stats
 
 @triton.jit(do_not_specialize=["first", "N", "R"])
 def _linear_delta_logp_fwd_kernel(
-    head, base_head, target_ptr, index_ptr, count_ptr, state_ptr, picked_ptr, first, N, R, V, K, blocks_per_split,
-    num_splits, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr, ONE_TARGET: tl.constexpr,
-    ONE_WEIGHT: tl.constexpr,
+    hidden, weight, head, base_hidden, base_weight, base_head, target_ptr, index_ptr, count_ptr, state_ptr, picked_ptr,
+    first, N, R, V, K, blocks_per_split, num_splits, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr, GROUP: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, ONE_TARGET: tl.constexpr, ONE_WEIGHT: tl.constexpr,
 ):  # fmt: skip
     """Pair states (_math.py) of rows × splits of the vocabulary from both models' x, and both x at the targets.
 
@@ -53,11 +53,16 @@ def _linear_delta_logp_fwd_kernel(
         tokens = column + tl.arange(0, BLOCK_V)
         if ONE_WEIGHT:
             x, base_x = logits_tiles_of_one_weight(
-                head, base_head, row, column, num_rows, V, BLOCK_N, BLOCK_V, BLOCK_D, PRECISION
+                hidden, base_hidden, weight, head.D, row, column, BLOCK_N, BLOCK_V, BLOCK_D, PRECISION
             )
         else:
-            x = logits_tile(head, row, column, num_rows, V, BLOCK_N, BLOCK_V, BLOCK_D, DESCRIPTORS, PRECISION)
-            base_x = logits_tile(base_head, row, column, num_rows, V, BLOCK_N, BLOCK_V, BLOCK_D, DESCRIPTORS, PRECISION)
+            x = logits_tile(
+                hidden, weight, head, row, column, num_rows, V, BLOCK_N, BLOCK_V, BLOCK_D, DESCRIPTORS, PRECISION
+            )
+            base_x = logits_tile(
+                base_hidden, base_weight, base_head, row, column, num_rows, V, BLOCK_N, BLOCK_V, BLOCK_D, DESCRIPTORS,
+                PRECISION,
+            )  # fmt: skip
         state = _math.pair_state_unless(block == 0, state)
         if MASKED:
             bias, base_bias = bias_of(head, tokens, V), bias_of(base_head, tokens, V)
@@ -114,12 +119,14 @@ def linear_delta_logp_fwd(
         constants = cut.constants(is_masked(model, cut) or is_masked(base, cut)) | {"ONE_TARGET": target.shape[1] == 1}
         constants["ONE_WEIGHT"] = share_weight(model, base, cut)
         for first in range(0, target.shape[0], cut.num_rows):
-            layer, base_layer = head(model, cut, rows, gathered, first), head(base, cut, rows, base_gathered, first)
+            layer = layer_of(model, cut, rows, gathered, first)
+            base_layer = layer_of(base, cut, rows, base_gathered, first)
             _linear_delta_logp_fwd_kernel[(cut.programs,)](
-                layer, base_layer, target, *rows, state, picked, first, target.shape[0], cut.num_rows, weight.shape[0],
-                target.shape[1], cut.blocks_per_split, cut.num_splits, **constants,
+                *layer, *base_layer, target, *rows, state, picked, first, target.shape[0], cut.num_rows,
+                weight.shape[0], target.shape[1], cut.blocks_per_split, cut.num_splits, **constants,
             )  # fmt: skip
             finish_delta_logp(
-                state, picked, target, rows, out, weight.shape[0], layer.slope, base_layer.slope, ignore_index, first
+                state, picked, target, rows, out, weight.shape[0], layer.head.slope, base_layer.head.slope,
+                ignore_index, first,
             )  # fmt: skip
     return out

@@ -18,8 +18,8 @@ from ._fused import (
     Model,
     Plan,
     bias_of,
-    head,
     is_masked,
+    layer_of,
     logits_tile,
     logits_tiles_of_one_weight,
     one_model,
@@ -33,6 +33,7 @@ from ._sample import (
     MOST_NOISE,
     NO_TOKEN,
     REPLACEMENT,
+    Noise,
     gumbel,
     is_selected,
     new_sample,
@@ -246,20 +247,22 @@ def load_winner(memory, mask, PLACE: tl.constexpr):
     return best, token, z, base_z
 
 
-@triton.jit(do_not_specialize=["first", "num_rows", "R"])
+@triton.jit(do_not_specialize=["seed", "step", "first", "num_rows", "R"])
 def _linear_extrapolated_sample_kernel(
-    head, base_head, noise, state_ptr, token_ptr, first, num_rows, R, V, gamma, temperature, blocks_per_split,
-    num_splits, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
+    hidden, weight, head, base_hidden, base_weight, base_head, seed: tl.int64, step: tl.int32, seed_ptr, step_ptr,
+    row_id_ptr, state_ptr, token_ptr, first, num_rows, R, V, gamma, temperature, blocks_per_split, num_splits,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
     DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr, ONE_WEIGHT: tl.constexpr,
     DIVERGENCE: tl.constexpr, BASE_DRAFTS: tl.constexpr, GREEDY: tl.constexpr, REPLACES: tl.constexpr,
     EXTRAPOLATES: tl.constexpr,
 ):  # fmt: skip
     """What is `Seen` of rows × splits of the vocabulary, and the winners, from both models' hidden · weightᵀ.
 
-    Heads as in _fused.py, of num_rows rows, which are rows first … of the call; state (_SEEN_SIZE, num_splits, R)
+    Both models as in `Layer`, of num_rows rows, which are rows first … of the call; state (_SEEN_SIZE, num_splits, R)
     float32, token (_TOKENS, num_splits, R) int32, as in `Memory`. A program takes one tile of rows through one split,
     then its next unit. Accumulates in float32; deterministic, and a row's bits do not depend on others.
     """
+    noise = Noise(seed, step, seed_ptr, step_ptr, row_id_ptr)
     row_tiles = tl.cdiv(num_rows, BLOCK_N)
     program, programs = tl.program_id(0), tl.num_programs(0)
     num_units = tl.cdiv(tl.maximum(row_tiles * num_splits - program, 0), programs)
@@ -272,11 +275,16 @@ def _linear_extrapolated_sample_kernel(
         tokens = column + tl.arange(0, BLOCK_V)
         if ONE_WEIGHT:
             x, base_x = logits_tiles_of_one_weight(
-                head, base_head, row, column, num_rows, V, BLOCK_N, BLOCK_V, BLOCK_D, PRECISION
+                hidden, base_hidden, weight, head.D, row, column, BLOCK_N, BLOCK_V, BLOCK_D, PRECISION
             )
         else:
-            x = logits_tile(head, row, column, num_rows, V, BLOCK_N, BLOCK_V, BLOCK_D, DESCRIPTORS, PRECISION)
-            base_x = logits_tile(base_head, row, column, num_rows, V, BLOCK_N, BLOCK_V, BLOCK_D, DESCRIPTORS, PRECISION)
+            x = logits_tile(
+                hidden, weight, head, row, column, num_rows, V, BLOCK_N, BLOCK_V, BLOCK_D, DESCRIPTORS, PRECISION
+            )
+            base_x = logits_tile(
+                base_hidden, base_weight, base_head, row, column, num_rows, V, BLOCK_N, BLOCK_V, BLOCK_D, DESCRIPTORS,
+                PRECISION,
+            )  # fmt: skip
         z, base_z = z_of(head, x, tokens, V, MASKED), z_of(base_head, base_x, tokens, V, MASKED)
         i = row + tl.arange(0, BLOCK_N)
         mask = i < num_rows
@@ -290,17 +298,18 @@ def _linear_extrapolated_sample_kernel(
         store_seen(memory, seen, mask & (block == blocks_per_split - 1), DIVERGENCE)
 
 
-@triton.jit(do_not_specialize=["first", "num_rows", "R", "limit"])
+@triton.jit(do_not_specialize=["seed", "step", "first", "num_rows", "R", "limit"])
 def _finish_linear_sample_kernel(
-    state_ptr, token_ptr, noise, out, first, num_rows, R, gamma, temperature, threshold, limit, num_splits,
-    CRITERION: tl.constexpr, REPLACES: tl.constexpr, EXTRAPOLATES: tl.constexpr, SPLITS: tl.constexpr,
-    ROWS: tl.constexpr,
+    state_ptr, token_ptr, seed: tl.int64, step: tl.int32, seed_ptr, step_ptr, row_id_ptr, out, first, num_rows, R,
+    gamma, temperature, threshold, limit: tl.int64, num_splits, CRITERION: tl.constexpr, REPLACES: tl.constexpr,
+    EXTRAPOLATES: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Sample `out` of rows first + i, i < num_rows, from what the splits saw of them.
 
     Shapes as in `_linear_extrapolated_sample_kernel`; a program finishes ROWS rows, merging in one fixed order.
     float32; deterministic.
     """
+    noise = Noise(seed, step, seed_ptr, step_ptr, row_id_ptr)
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = i < num_rows
     n = first + tl.where(inside, i, 0)
@@ -390,14 +399,14 @@ def linear_extrapolated_sample(
             count = rows.stop - first
             part, base_part = (x._replace(hidden=x.hidden[rows]) for x in (model, base))
             _linear_extrapolated_sample_kernel[(plan.programs,)](
-                head(part, plan, EVERY_ROW, None, 0), head(base_part, plan, EVERY_ROW, None, 0), noise, state, token,
-                first, count, plan.num_rows, v, gamma, divisor, plan.blocks_per_split, plan.num_splits,
+                *layer_of(part, plan, EVERY_ROW, None, 0), *layer_of(base_part, plan, EVERY_ROW, None, 0), *noise,
+                state, token, first, count, plan.num_rows, v, gamma, divisor, plan.blocks_per_split, plan.num_splits,
                 **constants, ONE_WEIGHT=share_weight(model, base, plan),
                 DIVERGENCE=criterion in ("kl", "reverse_kl", "avg_kl"), BASE_DRAFTS=draft == "base", GREEDY=greedy,
                 REPLACES=replaces, EXTRAPOLATES=extrapolates,
             )  # fmt: skip
             _finish_linear_sample_kernel[(ceil_div(count, _FINISH_ROWS),)](
-                state, token, noise, out, first, count, plan.num_rows, gamma, divisor, threshold or 0.0,
+                state, token, *noise, out, first, count, plan.num_rows, gamma, divisor, threshold or 0.0,
                 random_limit(threshold), plan.num_splits, CRITERION=criterion, REPLACES=replaces,
                 EXTRAPOLATES=extrapolates, SPLITS=next_power_of_2(plan.num_splits), ROWS=_FINISH_ROWS,
             )  # fmt: skip

@@ -11,8 +11,8 @@ from ._device import on_device_of
 from ._fused import (
     bias_of,
     gather_buffer,
-    head,
     is_masked,
+    layer_of,
     logits_tile,
     one_model,
     pick_targets,
@@ -26,15 +26,16 @@ from .logp import finish_logp, new_stats
 
 @triton.jit(do_not_specialize=["first", "N", "R"])
 def _linear_logp_fwd_kernel(
-    head, target_ptr, index_ptr, count_ptr, state_ptr, picked_ptr, first, N, R, V, K, blocks_per_split, num_splits,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
+    hidden, weight, head, target_ptr, index_ptr, count_ptr, state_ptr, picked_ptr, first, N, R, V, K, blocks_per_split,
+    num_splits, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
     DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr, ONE_TARGET: tl.constexpr,
 ):  # fmt: skip
     """Softmax states (_math.py) of rows × splits of the vocabulary, and x = transform(hidden · weightᵀ) at the targets.
 
-    head: as Head, hidden (R, D) holding rows index[first + i]; target (N, K), index (N,) int64, count (1,) int32 as in
-    Rows; state (3, num_splits, R) and picked (K, R) float32. A program takes units (row tile, split) in turn, each of
-    `blocks_per_split` tiles of logits. Accumulates in float32; deterministic, and a row's bits do not depend on others.
+    hidden, weight, head: as Layer, hidden (R, D) holding rows index[first + i]; target (N, K), index (N,) int64, count
+    (1,) int32 as in Rows; state (3, num_splits, R) and picked (K, R) float32. A program takes units (row tile, split)
+    in turn, each of `blocks_per_split` tiles of logits. Accumulates in float32; deterministic, and a row's bits do not
+    depend on others.
     """
     count = tl.load(count_ptr) if count_ptr is not None else N
     num_rows = tl.minimum(count - first, R)
@@ -48,9 +49,10 @@ def _linear_logp_fwd_kernel(
         row_tile, split = unit_of(program + step // blocks_per_split * programs, row_tiles, num_splits, GROUP)
         column = (split * blocks_per_split + block) * BLOCK_V
         row = row_tile * BLOCK_N
-        raw = logits_tile(head, row, column, num_rows, V, BLOCK_N, BLOCK_V, BLOCK_D, DESCRIPTORS, PRECISION)
+        x = logits_tile(
+            hidden, weight, head, row, column, num_rows, V, BLOCK_N, BLOCK_V, BLOCK_D, DESCRIPTORS, PRECISION
+        )
         tokens = column + tl.arange(0, BLOCK_V)
-        x = raw
         if MASKED:
             x += bias_of(head, tokens, V)[None, :]
         if head.inner is not None:
@@ -89,10 +91,10 @@ def linear_logp_fwd(
         gathered = gather_buffer(model, cut, rows)
         constants = cut.constants(is_masked(model, cut)) | {"ONE_TARGET": target.shape[1] == 1}
         for first in range(0, target.shape[0], cut.num_rows):
-            layer = head(model, cut, rows, gathered, first)
+            layer = layer_of(model, cut, rows, gathered, first)
             _linear_logp_fwd_kernel[(cut.programs,)](
-                layer, target, *rows, state, picked, first, target.shape[0], cut.num_rows, weight.shape[0],
+                *layer, target, *rows, state, picked, first, target.shape[0], cut.num_rows, weight.shape[0],
                 target.shape[1], cut.blocks_per_split, cut.num_splits, **constants,
             )  # fmt: skip
-            finish_logp(state, picked, target, rows, out, weight.shape[0], layer.slope, ignore_index, first)
+            finish_logp(state, picked, target, rows, out, weight.shape[0], layer.head.slope, ignore_index, first)
     return out

@@ -1,8 +1,9 @@
 """`linear_policy_loss` on GPUs, of ratios of tokens: gradients are formed while a block's logits are in memory.
 
-For a block of rows, the vendor's GEMM writes all logits in float32; Triton kernels fold them into statistics, make of
+For a slice of rows, the vendor's GEMM writes all logits in float32; Triton kernels fold them into statistics, make of
 these each row's loss and upstream gradients, and of those and the logits the gradient by the logits, in the dtype that
-multiplies; two more GEMMs add that to the gradients by hidden and weight, in float32. Where no gradient is wanted the
+multiplies. Of a block of several slices, two more GEMMs add that to the gradients by hidden and weight, in float32: the
+more rows at a time, the fewer times the gradient by the weight goes through memory. Where no gradient is wanted the
 statistics come from the fused forward kernels instead.
 
 Nothing is known of the rows that are ignored without waiting for the device, so they are multiplied, as zeros.
@@ -45,13 +46,15 @@ from .logp import (
     new_stats,
     segment_of,
     tile_gradient,
-    transform_numbers,
+    transform_of,
 )
 
 _BLOCK = 128
-#: The block of logits and its gradient take this many times the workspace at most: 512 MiB by default.
-_SHARE = 2
-_MOST_ROWS = 8192
+#: A slice of logits and a block of gradients take this many times the workspace at most: 768 MiB by default.
+_SHARE = 3
+#: Rows of a slice, and of a block.
+_SLICE_ROWS = 256
+_BLOCK_ROWS = 2048
 _METRICS = len(PolicyMetrics._fields)
 #: Besides the numerators of the metrics: the loss, times its scale, and the number of tokens.
 _SUMS = _METRICS + 2
@@ -176,25 +179,35 @@ class _Policy:
         return sums[_METRICS].float(), means.float()
 
 
-class _Block:
-    """One model's logits of a block of rows, in a buffer that every block uses again."""
+class Cut(NamedTuple):
+    """Rows at a time: of a slice of logits, and of a block of several slices."""
 
-    def __init__(self, model: Model, num_rows: int) -> None:
+    slice: int
+    block: int
+
+
+class _Block:
+    """One model's hidden states of a block of rows and logits of a slice of it, in buffers that are used again."""
+
+    def __init__(self, model: Model, cut: Cut) -> None:
         self.model = model
         device, (self.vocabulary, width) = model.hidden.device, model.weight.shape
-        self.hidden = torch.empty((num_rows, width), dtype=model.dtype, device=device)
-        self.raw = torch.empty((num_rows, self.vocabulary), dtype=torch.float32, device=device)
-        self.numbers = transform_numbers(model.temperature, model.softcap, model.logit_scale)
+        self.hidden = torch.empty((cut.block, width), dtype=model.dtype, device=device)
+        self.raw = torch.empty((cut.slice, self.vocabulary), dtype=torch.float32, device=device)
+        self.transform = transform_of(model.bias, model.temperature, model.softcap, model.logit_scale)
 
-    def logits(self, rows: _rows.Rows, first: int, num_rows: int) -> Logits:
+    def gather(self, rows: _rows.Rows, first: int) -> None:
         _rows.gather_rows(self.model.hidden, rows, first, self.hidden, zero_rest=True)
+
+    def logits(self, begin: int, num_rows: int) -> Logits:
+        """Of the slice that begins at this row of the block."""
         raw = self.raw[:num_rows]
-        product(self.hidden[:num_rows], self.model.weight.t(), out=raw)
-        return Logits(matrix(raw), self.model.bias, *self.numbers)
+        product(self.hidden[begin : begin + num_rows], self.model.weight.t(), out=raw)
+        return Logits(matrix(raw), self.transform)
 
 
 class _Accumulators:
-    """The gradients wanted of one model, float32, and the block's gradient by its logits."""
+    """The gradients wanted of one model, float32, and a block's gradient by its logits."""
 
     def __init__(self, model: Model, wanted: list[bool], num_rows: int, scale: Tensor) -> None:
         self.model = model
@@ -213,16 +226,19 @@ class _Accumulators:
         self.grad_logits = torch.empty((num_rows, model.weight.shape[0]), dtype=model.dtype, device=model.hidden.device)
         self.scale = _float16_scale(scale) if model.dtype == torch.float16 else None
 
+    def add_bias(self, block: _Block, num_rows: int) -> None:
+        """Of a slice, whose logits have become the gradient by them, in float32."""
+        if self.wants_bias:
+            self.bias += block.raw[:num_rows].sum(0)
+
     def add(self, block: _Block, first: int, num_rows: int) -> None:
-        """Of the rows from `first` on, whose gradient by the logits is there, in float32 in the block itself."""
+        """Of the block of rows from `first` on, whose gradient by the logits is there."""
         grad_logits = self.grad_logits[:num_rows]
         if self.wants_hidden:
             out = self.hidden.view(-1, self.hidden.shape[-1])[first : first + num_rows]
             product(grad_logits, self.model.weight, out=out)
         if self.wants_weight:
             add_product(self.weight, grad_logits.t(), block.hidden[:num_rows])
-        if self.wants_bias:
-            self.bias += block.raw[:num_rows].sum(0)
 
     def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
         if self.scale is not None:
@@ -301,34 +317,50 @@ def _in_blocks(
     models: list[Model], policy: _Policy, output_mask: list[bool], ignore_index: int, workspace: int
 ) -> tuple[Tensor, ...]:
     target, vocabulary = policy.target, models[0].weight.shape[0]
-    num_rows = _block_rows(models, target.shape[0], workspace)
+    cut = _cut(models, target.shape[0], workspace)
     rows = _rows.rows_in_place(target, ignore_index)
-    blocks = [_Block(model, num_rows) for model in models]
+    blocks = [_Block(model, cut) for model in models]
     largest = (policy.known.scale * policy.known.advantage.abs()).amax()
-    accumulators = _Accumulators(models[0], output_mask, num_rows, largest)
+    accumulators = _Accumulators(models[0], output_mask, cut.block, largest)
     pair = len(models) == 2
     stats = new_stats(target, EVERY_ROW, DeltaLogpStats if pair else LogpStats, 3 if pair else 1)
     segment = segment_of(vocabulary, WIDEST_SEGMENT) if pair else segment_of(vocabulary)
     size = _math.PAIR_STATE_SIZE if pair else _math.STATE_SIZE
-    state = policy.new(size.value, ceil_div(vocabulary, segment), num_rows)
-    picked = policy.new(len(models), num_rows)
-    for first in range(0, target.shape[0], num_rows):
-        count = min(num_rows, target.shape[0] - first)
-        shape = (count, vocabulary)
-        tiles = [block.logits(rows, first, count) for block in blocks]
-        _fold(tiles, shape, target, ignore_index, state, picked, stats, first)
-        policy.rows(stats, first, first + count, ignore_index)
-        _logits_gradient(tiles, shape, policy, stats, accumulators, ignore_index, first)
-        accumulators.add(blocks[0], first, count)
+    state = policy.new(size.value, ceil_div(vocabulary, segment), cut.slice)
+    picked = policy.new(len(models), cut.slice)
+    for first in range(0, target.shape[0], cut.block):
+        num_rows = min(cut.block, target.shape[0] - first)
+        for block in blocks:
+            block.gather(rows, first)
+        for begin in range(0, num_rows, cut.slice):
+            row, count = first + begin, min(cut.slice, num_rows - begin)
+            shape = (count, vocabulary)
+            tiles = [block.logits(begin, count) for block in blocks]
+            _fold(tiles, shape, target, ignore_index, state, picked, stats, row)
+            policy.rows(stats, row, row + count, ignore_index)
+            grad_logits = accumulators.grad_logits[begin : begin + count]
+            _logits_gradient(tiles, shape, policy, stats, accumulators, grad_logits, ignore_index, row)
+            accumulators.add_bias(blocks[0], count)
+        accumulators.add(blocks[0], first, num_rows)
     return accumulators.gradients()
 
 
-def _block_rows(models: list[Model], num_rows: int, workspace: int) -> int:
-    """Rows at a time: those whose logits, and their gradient, fit; blocks of nearly equal size."""
-    row_bytes = models[0].weight.shape[0] * (4 * len(models) + models[0].dtype.itemsize)
-    row_bytes += sum(model.hidden.shape[-1] * model.dtype.itemsize for model in models)
-    most = min(_MOST_ROWS, max(16, _SHARE * workspace * 15 // 16 // row_bytes // 16 * 16))
-    return round_up(ceil_div(num_rows, ceil_div(num_rows, most)), 16)
+def _cut(models: list[Model], num_rows: int, workspace: int) -> Cut:
+    """What fits: up to _BLOCK_ROWS rows, in blocks and slices of nearly equal size; a slice takes a third at most."""
+    memory = _SHARE * workspace * 31 // 32
+    vocabulary, itemsize = models[0].weight.shape[0], models[0].dtype.itemsize
+    slice_bytes = 4 * vocabulary * len(models)
+    block_bytes = vocabulary * itemsize + sum(model.hidden.shape[-1] * model.dtype.itemsize for model in models)
+    fitting = max(16, memory // 3 // slice_bytes // 16 * 16)
+    most_of_slice = min(_SLICE_ROWS, fitting, round_up(num_rows, 16))
+    most = (memory - most_of_slice * slice_bytes) // block_bytes // most_of_slice * most_of_slice
+    block = _equal(num_rows, min(_BLOCK_ROWS, max(most, most_of_slice)))
+    return Cut(_equal(block, most_of_slice), block)
+
+
+def _equal(number: int, most: int) -> int:
+    """The size of nearly equal parts of `number`, a multiple of 16."""
+    return round_up(ceil_div(number, ceil_div(number, most)), 16)
 
 
 def _fold(
@@ -358,12 +390,13 @@ def _logits_gradient(
     policy: _Policy,
     stats: Any,
     accumulators: _Accumulators,
+    grad_logits: Tensor,
     ignore_index: int,
     first: int,
 ) -> None:
-    """Into the accumulators' buffer; for a bias also over the logits themselves, in float32."""
+    """Into grad_logits; for a bias also over the logits themselves, in float32."""
     grads, saved = Gradients(*policy.out[:2], None), Saved(stats.entropy, stats.lse)
-    out, scale, in_place = matrix(accumulators.grad_logits), accumulators.scale, accumulators.wants_bias
+    out, scale, in_place = matrix(grad_logits), accumulators.scale, accumulators.wants_bias
     target = policy.target
     if len(tiles) == 1:
         tile_gradient(tiles[0], out, shape, target, saved, grads, ignore_index, scale, first, in_place=in_place)

@@ -22,13 +22,23 @@ _STATE_SHARE = 8
 EVERY_ROW = Rows(None, None)
 
 
-class Logits(NamedTuple):
-    """One model's logits, before the transform (rows in a Matrix, bias (V,) or None), and the transform's numbers."""
+class Transform(NamedTuple):
+    """What makes x of raw logits, see _math.py: bias (V,) or None, and two numbers."""
 
-    raw: Matrix
     bias: Any
     inner: float | None
     slope: float
+
+
+class Logits(NamedTuple):
+    """One model's logits before the transform, and that: two arguments of a kernel."""
+
+    raw: Matrix
+    transform: Transform
+
+    @property
+    def slope(self) -> float:
+        return self.transform.slope
 
 
 class Gradients(NamedTuple):
@@ -47,14 +57,14 @@ class Saved(NamedTuple):
 
 
 @triton.jit
-def load_x(logits, i, local, column, mask):
-    """x of _math.py at tile row i and the tile's columns `local`, which are tokens column + local; −inf stays."""
-    pointers = logits.raw.data + row_offset(logits.raw, i) + local.to(tl.int64) * logits.raw.stride_column
-    raw = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
-    bias = logits.bias
+def load_x(raw, transform, i, local, column, mask):
+    """x of _math.py at row i of `raw` and its columns `local`, which are tokens column + local; −inf stays."""
+    pointers = raw.data + row_offset(raw, i) + local.to(tl.int64) * raw.stride_column
+    x = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    bias = transform.bias
     if bias is not None:
-        bias = tl.load(logits.bias + column + local, mask=mask, other=0.0).to(tl.float32)
-    return _math.transform(raw, bias, logits.inner)
+        bias = tl.load(transform.bias + column + local, mask=mask, other=0.0).to(tl.float32)
+    return _math.transform(x, bias, transform.inner)
 
 
 @triton.jit
@@ -82,25 +92,27 @@ def is_kept(target_ptr, n, K, ignore_index):
 
 
 @triton.jit
-def pick(logits, picked_ptr, target_ptr, n, i, begin, width, column, K, R, SEGMENT: tl.constexpr):
-    """x at the targets of row n that lie in the segment from column `begin` of the tile, to picked (K, R)."""
+def pick(
+    raw, transform, picked_ptr, target_ptr, n, i, raw_row, begin, width, column, K, R, SEGMENT: tl.constexpr
+):  # fmt: skip
+    """x of `raw_row` at the targets of row n that lie in the segment from column `begin` on, to picked (K, R)."""
     for k in range(K):
         local = tl.load(target_ptr + n * K + k) - column
         if (local >= begin) & (local < begin + SEGMENT) & (local < width):
-            tl.store(picked_ptr + k * R + i, possible(load_x(logits, i, local, column, local >= 0)))
+            tl.store(picked_ptr + k * R + i, possible(load_x(raw, transform, raw_row, local, column, local >= 0)))
 
 
-@triton.jit(do_not_specialize=["first", "R", "column", "split", "num_splits", "ignore_index"])
+@triton.jit(do_not_specialize=["first", "raw_first", "R", "column", "split", "num_splits", "ignore_index"])
 def _logp_fwd_kernel(
-    logits, target_ptr, index_ptr, count_ptr, state_ptr, picked_ptr, first, R, width, column, K, ignore_index, split,
-    num_splits, SEGMENT: tl.constexpr,
+    raw, transform, target_ptr, index_ptr, count_ptr, state_ptr, picked_ptr, first, raw_first, R, width, column, K,
+    ignore_index, split, num_splits, SEGMENT: tl.constexpr,
 ):  # fmt: skip
     """Softmax states (_math.py) of segments of a tile's rows, and x at their targets.
 
-    logits: tile (R, width) of any floating dtype, whose columns are the tokens from `column` on; target (N, K) int64;
-    index (N,) int64 and count (1,) as in Rows; state (3, num_splits, R) and picked (K, R) float32.
-    Program (i, s) reduces columns s·SEGMENT … of row i, the row index[first + i], to the state of split + s; an ignored
-    row is not read. float32, deterministic.
+    raw: rows raw_first … raw_first + R are the tile (R, width), of any floating dtype, whose columns are the tokens
+    from `column` on; target (N, K) int64; index (N,) int64 and count (1,) as in Rows; state (3, num_splits, R) and
+    picked (K, R) float32. Program (i, s) reduces columns s·SEGMENT … of row i, the row index[first + i], to the state
+    of split + s; an ignored row is not read. float32, deterministic.
     """
     i, s = tl.program_id(0), tl.program_id(1)
     kept = first + i < tl.load(count_ptr) if count_ptr is not None else True
@@ -109,13 +121,13 @@ def _logp_fwd_kernel(
         if is_kept(target_ptr, n, K, ignore_index):
             local = s * SEGMENT + tl.arange(0, SEGMENT)
             inside = local < width
-            x = load_x(logits, i, local, column, inside)
+            x = load_x(raw, transform, raw_first + i, local, column, inside)
             x = tl.where(inside, possible(x), IMPOSSIBLE)
-            state = _math.fold(_math.empty_state(1), x[None, :], logits.slope)
+            state = _math.fold(_math.empty_state(1), x[None, :], transform.slope)
             one = tl.arange(0, 1)
             place = state_ptr + (split + s) * R + i + one
             _math.store_state(place, num_splits * R, state, one == 0)
-            pick(logits, picked_ptr, target_ptr, n, i, s * SEGMENT, width, column, K, R, SEGMENT)
+            pick(raw, transform, picked_ptr, target_ptr, n, i, raw_first + i, s * SEGMENT, width, column, K, R, SEGMENT)
 
 
 @triton.jit
@@ -198,12 +210,12 @@ def model_gradient(logp_all, at_target, total, grads, saved, n):
 
 
 @triton.jit
-def store_raw_gradient(out, i, local, mask, grad_z, x, logits, scale_ptr, IN_PLACE: tl.constexpr):
+def store_raw_gradient(out, i, local, mask, grad_z, x, raw, transform, scale_ptr, IN_PLACE: tl.constexpr):
     """Into the Matrix `out`, in its dtype; with IN_PLACE also over the raw logits, in full."""
-    grad = _math.raw_gradient(grad_z, x, logits.inner, logits.slope)
+    grad = _math.raw_gradient(grad_z, x, transform.inner, transform.slope)
     if IN_PLACE:
-        pointers = logits.raw.data + row_offset(logits.raw, i) + local.to(tl.int64) * logits.raw.stride_column
-        tl.store(pointers, grad.to(logits.raw.data.dtype.element_ty), mask=mask)
+        pointers = raw.data + row_offset(raw, i) + local.to(tl.int64) * raw.stride_column
+        tl.store(pointers, grad.to(raw.data.dtype.element_ty), mask=mask)
     if scale_ptr is not None:
         grad *= tl.load(scale_ptr)
     pointers = out.data + row_offset(out, i) + local.to(tl.int64) * out.stride_column
@@ -212,12 +224,12 @@ def store_raw_gradient(out, i, local, mask, grad_z, x, logits, scale_ptr, IN_PLA
 
 @triton.jit(do_not_specialize=["first", "column", "ignore_index"])
 def _logp_bwd_kernel(
-    logits, out, target_ptr, saved, grads, scale_ptr, first, width, column, K, ignore_index, IN_PLACE: tl.constexpr,
-    SEGMENT: tl.constexpr,
+    raw, transform, out, target_ptr, saved, grads, scale_ptr, first, width, column, K, ignore_index,
+    IN_PLACE: tl.constexpr, SEGMENT: tl.constexpr,
 ):  # fmt: skip
     """Gradient by the raw logits of a tile's rows, 0 for an ignored row.
 
-    logits: tile (R, width) as in `_logp_fwd_kernel`, whose row i is the row first + i; out: a Matrix of the same shape,
+    raw: tile (R, width) as in `_logp_fwd_kernel`, whose row i is the row first + i; out: a Matrix of the same shape,
     in its own dtype, times scale (1,) float32 if there is one; with IN_PLACE the tile itself also becomes the gradient,
     unscaled; saved, grads: as in Saved and Gradients.
     Program (i, s) does columns s·SEGMENT … of row i. float32, deterministic.
@@ -227,22 +239,21 @@ def _logp_bwd_kernel(
     local = s * SEGMENT + tl.arange(0, SEGMENT)
     inside = local < width
     if is_kept(target_ptr, n, K, ignore_index):
-        x = load_x(logits, i, local, column, inside)
+        x = load_x(raw, transform, i, local, column, inside)
         begin = column + s * SEGMENT
         total, at_target = target_gradient(grads.logp, target_ptr, n, column + local, begin, K, ignore_index, SEGMENT)
-        logp_all = logits.slope * x - tl.load(saved.lse + n)
+        logp_all = transform.slope * x - tl.load(saved.lse + n)
         grad_z = model_gradient(logp_all, at_target, total, grads, saved, n)
-        store_raw_gradient(out, i, local, inside, grad_z, x, logits, scale_ptr, IN_PLACE)
+        store_raw_gradient(out, i, local, inside, grad_z, x, raw, transform, scale_ptr, IN_PLACE)
     else:
         zero = tl.zeros([SEGMENT], tl.float32)
-        store_raw_gradient(out, i, local, inside, zero, zero, logits, None, IN_PLACE)
+        store_raw_gradient(out, i, local, inside, zero, zero, raw, transform, None, IN_PLACE)
 
 
-def transform_numbers(temperature: float, softcap: float | None, logit_scale: float) -> tuple[float | None, float]:
-    """(inner, slope) of _math.py."""
+def transform_of(bias: Tensor | None, temperature: float, softcap: float | None, logit_scale: float) -> Transform:
     if softcap is None:
-        return None, logit_scale / temperature
-    return logit_scale / softcap, softcap / temperature
+        return Transform(bias, None, logit_scale / temperature)
+    return Transform(bias, logit_scale / softcap, softcap / temperature)
 
 
 def segment_of(width: int, widest: int = _SEGMENT) -> int:
@@ -287,12 +298,13 @@ def fold_tile(
     first: int = 0,
     column: int = 0,
     split: int = 0,
+    raw_first: int = 0,
 ) -> None:
-    """States of a tile of `shape` into state (3, splits, R) from `split` on."""
+    """States of a tile of `shape`, which begins at the row raw_first of the logits, to state (3, splits, R)."""
     segment = segment_of(shape[1])
     _logp_fwd_kernel[(shape[0], ceil_div(shape[1], segment))](
-        logits, target, *rows, state, picked, first, state.shape[2], shape[1], column, target.shape[1], ignore_index,
-        split, state.shape[1], SEGMENT=segment, num_warps=num_warps(segment),
+        *logits, target, *rows, state, picked, first, raw_first, state.shape[2], shape[1], column, target.shape[1],
+        ignore_index, split, state.shape[1], SEGMENT=segment, num_warps=num_warps(segment),
     )  # fmt: skip
 
 
@@ -326,13 +338,12 @@ def logp_fwd(
 ) -> LogpStats:
     target = target.contiguous()
     out = new_stats(target, EVERY_ROW, LogpStats, 1)
-    v, numbers = logits.shape[-1], transform_numbers(temperature, softcap, logit_scale)
+    v, tile = logits.shape[-1], Logits(matrix(logits), transform_of(None, temperature, softcap, logit_scale))
     with on_device_of(logits):
         state, picked = new_states(target, v, _math.STATE_SIZE.value, 1, workspace)
         for first in range(0, target.shape[0], state.shape[2]):
-            tile = Logits(matrix(logits, first), None, *numbers)
             shape = (min(state.shape[2], target.shape[0] - first), v)
-            fold_tile(tile, shape, target, EVERY_ROW, ignore_index, state, picked, first)
+            fold_tile(tile, shape, target, EVERY_ROW, ignore_index, state, picked, first, raw_first=first)
             finish_logp(state, picked, target, EVERY_ROW, out, v, tile.slope, ignore_index, first)
     return out
 
@@ -353,7 +364,7 @@ def tile_gradient(
     """Gradient by the raw logits of a tile of `shape`, into `out`; `in_place`: also over the tile, in float32."""
     segment = segment_of(shape[1])
     _logp_bwd_kernel[(shape[0], ceil_div(shape[1], segment))](
-        logits, out, target, saved, grads, scale, first, shape[1], column, target.shape[1], ignore_index,
+        *logits, out, target, saved, grads, scale, first, shape[1], column, target.shape[1], ignore_index,
         IN_PLACE=in_place, SEGMENT=segment, num_warps=num_warps(segment),
     )  # fmt: skip
 
@@ -380,7 +391,7 @@ def logp_bwd(
     grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     if grad_logits.numel() == 0:
         return grad_logits
-    tile = Logits(matrix(logits), None, *transform_numbers(temperature, softcap, logit_scale))
+    tile = Logits(matrix(logits), transform_of(None, temperature, softcap, logit_scale))
     grads = Gradients(*map(contiguous, (grad_logp, grad_entropy, grad_lse)))
     shape = (target.shape[0], logits.shape[-1])
     with on_device_of(logits):

@@ -1,4 +1,4 @@
-"""`policy_loss` on GPUs: one walk over the tokens, that also leaves the gradient; a second kernel adds up its parts.
+"""`policy_loss` on GPUs: one walk over the tokens, that also leaves the gradient; its last program adds up the parts.
 
 A program takes one sequence, or where a sequence's tokens do not depend on one another every SPLITS-th block of it. The
 number of programs a sequence is a function of the shapes, and so is the order of the sums. The definition is
@@ -17,87 +17,112 @@ from ..results import PolicyMetrics
 from . import _policy
 from ._device import on_device_of
 from ._policy import kind_of, numbers_of
-from ._sizes import ceil_div, next_power_of_2
+from ._sizes import ceil_div
 
 _BLOCK = 1024
-_MOST_SPLITS = 8
+#: Programs that the sequences are split into together, unless that leaves one fewer than _LEAST_SPLITS.
+_PROGRAMS = 1024
+_LEAST_SPLITS = 4
 #: Sequences that a program looks at together.
 _TOGETHER = 128
 _METRICS = len(PolicyMetrics._fields)
 _LARGEST = tl.constexpr(PolicyMetrics._fields.index("max_ratio"))
-#: Besides the numerators of the metrics: the loss, the number of tokens, ∂/∂ log r of a sequence.
-_SUMS = _METRICS + 3
-_LOSS, _COUNT, _SLOPE = (tl.constexpr(_METRICS + i) for i in range(3))
+#: A part: the numerators of the metrics, the loss, the number of tokens, and zeros.
+_PART = tl.constexpr(16)
+_LOSS, _COUNT = (tl.constexpr(_METRICS + i) for i in range(2))
+#: Parts that are added at a time, and how many such rounds are loaded together.
+_PARTS = tl.constexpr(128)
+_ROUNDS = tl.constexpr(4)
+#: What a number of columns that is a multiple of it makes aligned.
+_ALIGNMENT = 16
 
 
 class Tokens(NamedTuple):
-    """One number a token, that of sequence b and token t at b · stride_row + t · stride_column; None for none.
+    """One number a token, that of sequence b and token t at b · stride_row + t · stride_column; no data for none.
 
-    Packed tokens have a stride_row of 0, and t counts through all sequences.
+    Packed tokens have a stride_row of 0, and t counts through all sequences. Without a stride_column the number is one
+    of the sequence.
     """
 
     data: Any
     stride_row: int
-    stride_column: int
-
-
-class Inputs(NamedTuple):
-    """What is known of the tokens; offsets (B + 1,) int64 where they are packed, else None."""
-
-    logp: Tokens
-    old_logp: Tokens
-    advantage: Tokens
-    mask: Tokens
-    ref_logp: Tokens
-    entropy: Tokens
-    kl: Tokens
-    token_weight: Tokens
-    offsets: Any
+    stride_column: int | None
 
 
 @triton.jit
-def range_of(offsets, b, T):
-    """Where the tokens of sequence b begin and end; T is the number of columns, which is not left."""
+def range_of(offsets_ptr, b, T, ALIGNED: tl.constexpr):
+    """Where the tokens of sequence b begin and end; T is the number of columns, a multiple of 16 if ALIGNED."""
     begin, end = b * 0, b * 0 + T
-    if offsets is not None:
-        begin = tl.maximum(tl.load(offsets + b), 0)
-        end = tl.minimum(tl.load(offsets + b + 1), T)
+    if ALIGNED:
+        end = tl.multiple_of(end, 16)
+    if offsets_ptr is not None:
+        begin = tl.maximum(tl.load(offsets_ptr + b), 0)
+        end = tl.minimum(tl.load(offsets_ptr + b + 1), T)
     return begin, end
 
 
 @triton.jit
-def load_tokens(tokens, b, t, mask):
-    """float32; 0 where masked out, and where there is no such argument."""
-    pointers = tokens.data + b * tokens.stride_row + t * tokens.stride_column
-    return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+def written_range_of(offsets_ptr, b, B, T, begin, end):
+    """`range_of`, where the first and the last sequence also have the tokens that no sequence reaches."""
+    if offsets_ptr is not None:
+        begin = tl.where(b == 0, 0, begin)
+        end = tl.where(b == B - 1, T, end)
+    return begin, end
 
 
 @triton.jit
-def load_mask(tokens, b, t, end):
-    inside = t < end
+def row_of(offsets_ptr, b, T, ALIGNED: tl.constexpr):
+    """Where row b of a contiguous tensor begins; packed tokens are one row."""
+    row = b * 0
+    if offsets_ptr is None:
+        row = b * T
+        if ALIGNED:
+            row = tl.multiple_of(row, 16)
+    return row
+
+
+@triton.jit
+def load_tokens(tokens, b, t, inside):
+    """float32 of tokens whether they count or not, so that neighbours are loaded together; 0 outside."""
+    row = tokens.data + b * tokens.stride_row
+    if tokens.stride_column is None:
+        values = tl.load(row)
+    else:
+        values = tl.load(row + t * tokens.stride_column, mask=inside, other=0.0)
+    return values.to(tl.float32)
+
+
+@triton.jit
+def load_mask(tokens, b, t, inside):
     return inside & (tl.load(tokens.data + b * tokens.stride_row + t * tokens.stride_column, mask=inside, other=0) != 0)
 
 
-@triton.jit
-def _sequences_kernel(inputs, out_ptr, B, T, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["B", "T"])
+def _sequences_kernel(
+    logp, old_logp, mask_tokens, offsets_ptr, out_ptr, finished_ptr, B, T, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
+):
     """out (3, B) float32: number of tokens, Σ old_logp and Σ (logp − old_logp) of the tokens that count.
 
-    A program takes a sequence. Sums in float32. Deterministic.
+    finished (1 + B,) int32 becomes 0. A program takes a sequence. Sums in float32. Deterministic.
     """
     b = tl.program_id(0).to(tl.int64)
-    begin, end = range_of(inputs.offsets, b, T)
+    begin, end = range_of(offsets_ptr, b, T, ALIGNED)
     zero = tl.zeros([BLOCK], tl.float32)
     count, old_sum, ratio_sum = zero, zero, zero
     for start in range(begin, end, BLOCK):
         t = start + tl.arange(0, BLOCK)
-        mask = load_mask(inputs.mask, b, t, end)
-        old_logp = load_tokens(inputs.old_logp, b, t, mask)
+        inside = t < end
+        mask = load_mask(mask_tokens, b, t, inside)
+        old = load_tokens(old_logp, b, t, inside)
         count += mask.to(tl.float32)
-        old_sum += old_logp
-        ratio_sum += load_tokens(inputs.logp, b, t, mask) - old_logp
+        old_sum += tl.where(mask, old, 0.0)
+        ratio_sum += tl.where(mask, load_tokens(logp, b, t, inside) - old, 0.0)
     tl.store(out_ptr + b, tl.sum(count, 0))
     tl.store(out_ptr + B + b, tl.sum(old_sum, 0))
     tl.store(out_ptr + 2 * B + b, tl.sum(ratio_sum, 0))
+    tl.store(finished_ptr + 1 + b, 0)
+    if b == 0:
+        tl.store(finished_ptr, 0)
 
 
 @triton.jit
@@ -133,19 +158,92 @@ def score_of(sequences_ptr, group_ptr, b, B, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _policy_loss_fwd_kernel(
-    inputs, numbers, sequences_ptr, group_ptr, coefficient_ptr, sums_ptr, B, T, stride_coefficient,
-    SURROGATE: tl.constexpr, REWEIGHT: tl.constexpr, SIGN: tl.constexpr, OF_SEQUENCES: tl.constexpr,
-    SPLITS: tl.constexpr, BLOCK: tl.constexpr, TOGETHER: tl.constexpr,
-):  # fmt: skip
-    """Loss, metrics and ∂loss/∂logp of tokens, all unscaled: sums (_SUMS, B · SPLITS) float32 and, unless it is None,
-    coefficient at b · stride_coefficient + t, 0 where masked.
+def inverse(x):
+    return tl.where(x > 0.0, 1.0 / tl.where(x > 0.0, x, 1.0), 0.0)
 
-    inputs: of any floating dtype, computed with in float32. sequences (3, B): of _sequences_kernel, or None.
-    A program takes every SPLITS-th block of one sequence. Sums in float32. Deterministic.
+
+@triton.jit
+def scaled(loss, scale):
+    """0 where the scale is, whatever the loss."""
+    return tl.where(scale > 0.0, scale * loss, 0.0)
+
+
+@triton.jit
+def finish(
+    parts_ptr, counts_ptr, num_tokens_ptr, loss_ptr, metrics_ptr, scale_ptr, B, splits, max_length,
+    METRICS: tl.constexpr, DENOMINATOR: tl.constexpr,
+):  # fmt: skip
+    """loss = Σ_b scale[b] · loss of b, scale[b] = 1 / the denominator, metrics = sums / tokens; in float64.
+
+    parts (B · splits, _PART) float32; counts (B,) int32, tokens of each sequence where that is the denominator. Other
+    programs have written both: what is read of them comes from the L2 cache.
     """
-    b, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    begin, end = range_of(inputs.offsets, b, T)
+    num_parts = B.to(tl.int64) * splits
+    column = tl.arange(0, _PART)
+    parts = (tl.arange(0, _ROUNDS)[:, None] * _PARTS + tl.arange(0, _PARTS)[None, :]).to(tl.int64)
+    sums, largest = tl.zeros([_PARTS, _PART], tl.float64), tl.zeros([_PARTS, _PART], tl.float32)
+    for start in range(0, num_parts, _ROUNDS * _PARTS):
+        p = (start + parts)[:, :, None]
+        rounds = tl.load(parts_ptr + p * _PART + column, mask=p < num_parts, other=0.0, cache_modifier=".cg")
+        sums += tl.sum(rounds.to(tl.float64), 0)
+        largest = tl.maximum(largest, tl.max(rounds, 0))
+    sums, largest = tl.sum(sums, 0), tl.max(largest, 0)
+    total = tl.sum(tl.where(column == _COUNT, sums, 0.0), 0)
+    metrics = tl.where(column == _LARGEST, largest, sums / tl.where(total > 0.0, total, 1.0))
+    tl.store(metrics_ptr + column, metrics.to(tl.float32), mask=column < METRICS)
+    lane = tl.arange(0, _ROUNDS * _PARTS).to(tl.int64)
+    if DENOMINATOR == "sequences":
+        losses = tl.zeros([_ROUNDS * _PARTS], tl.float64)
+        for start in range(0, num_parts, _ROUNDS * _PARTS):
+            p = start + lane
+            inside = p < num_parts
+            count = tl.load(counts_ptr + p // splits, mask=inside, other=0, cache_modifier=".cg")
+            scale = inverse(count.to(tl.float64) * B)
+            loss = tl.load(parts_ptr + p * _PART + _LOSS, mask=inside, other=0.0, cache_modifier=".cg")
+            losses += scaled(loss.to(tl.float64), scale)
+            tl.store(scale_ptr + p // splits, scale.to(tl.float32), mask=inside & (p % splits == 0))
+        loss = tl.sum(losses, 0)
+    else:
+        denominator = total
+        if DENOMINATOR == "max_length":
+            denominator = B.to(tl.float64) * max_length
+        elif num_tokens_ptr is not None:
+            denominator = tl.load(num_tokens_ptr).to(tl.float64)
+        scale = inverse(denominator)
+        loss = scaled(tl.sum(tl.where(column == _LOSS, sums, 0.0), 0), scale)
+        for start in range(0, B, _ROUNDS * _PARTS):
+            b = start + lane
+            tl.store(scale_ptr + b, tl.zeros_like(b).to(tl.float32) + scale.to(tl.float32), mask=b < B)
+    tl.store(loss_ptr, loss.to(tl.float32))
+
+
+@triton.jit
+def four(a, b, c, d):
+    """Side by side, in two new last dimensions."""
+    return tl.join(tl.join(a, c), tl.join(b, d))
+
+
+@triton.jit(do_not_specialize=["B", "T", "max_length"])
+def _policy_loss_fwd_kernel(
+    logp_tokens, old_logp_tokens, advantages, mask_tokens, ref_logps, entropies, kls, token_weights, offsets_ptr,
+    numbers, sequences_ptr, group_ptr, num_tokens_ptr, coefficient_ptr, parts_ptr, finished_ptr, loss_ptr, metrics_ptr,
+    scale_ptr, B, T, max_length,
+    SURROGATE: tl.constexpr, REWEIGHT: tl.constexpr, SIGN: tl.constexpr, OF_SEQUENCES: tl.constexpr,
+    METRICS: tl.constexpr, DENOMINATOR: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+    TOGETHER: tl.constexpr,
+):  # fmt: skip
+    """loss (), metrics (METRICS,) and scale (B,) of `finish`; ∂loss/∂logp of tokens, unscaled: unless it is None,
+    coefficient, contiguous, 0 where masked. All float32.
+
+    Tokens: of any floating dtype, computed with in float32. sequences (3, B): of _sequences_kernel, or None.
+    parts (B · splits, _PART) float32 and finished (1 + B,) int32, which is 0, are workspace.
+    Program (b, split) takes every splits-th block of sequence b, and the last one to end adds up the parts, in the same
+    order whichever it is. A program sums in float32, the last one in float64. Deterministic.
+    """
+    b, split, splits = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    begin, end = range_of(offsets_ptr, b, T, ALIGNED)
+    first, last = written_range_of(offsets_ptr, b, B, T, begin, end)
+    row = row_of(offsets_ptr, b, T, ALIGNED)
     score, mean_ratio, length = 0.0, 0.0, 1.0
     if REWEIGHT == "ppl":
         score = score_of(sequences_ptr, group_ptr, b, B, TOGETHER)
@@ -156,11 +254,12 @@ def _policy_loss_fwd_kernel(
     zero = tl.zeros([BLOCK], tl.float32)
     loss_sum, count, slope_sum, low_sum, high_sum, dual_sum = zero, zero, zero, zero, zero, zero
     kl_sum, ratio_sum, largest, weight_sum, ref_kl_sum, entropy_sum = zero, zero, zero, zero, zero, zero
-    for start in range(begin + split * BLOCK, end, SPLITS * BLOCK):
+    for start in range(first + split * BLOCK, last, splits * BLOCK):
         t = start + tl.arange(0, BLOCK)
-        mask = load_mask(inputs.mask, b, t, end)
-        logp, old_logp = load_tokens(inputs.logp, b, t, mask), load_tokens(inputs.old_logp, b, t, mask)
-        advantage = load_tokens(inputs.advantage, b, t, mask)
+        inside = (t >= begin) & (t < end)
+        mask = load_mask(mask_tokens, b, t, inside)
+        logp, old_logp = load_tokens(logp_tokens, b, t, inside), load_tokens(old_logp_tokens, b, t, inside)
+        advantage = load_tokens(advantages, b, t, inside)
         weight = _policy.weight_of(old_logp, advantage, score, numbers.alpha, REWEIGHT, SIGN)
         advantage *= weight
         log_ratio = logp - old_logp
@@ -168,8 +267,8 @@ def _policy_loss_fwd_kernel(
         loss, slope, low, high, dual = _policy.term_of(ratio, advantage, logp, numbers, SURROGATE)
         if SURROGATE != "cispo" and not OF_SEQUENCES:
             slope = _policy.within_limit(slope, log_ratio)
-        if inputs.token_weight.data is not None:
-            token_weight = load_tokens(inputs.token_weight, b, t, mask)
+        if token_weights.data is not None:
+            token_weight = load_tokens(token_weights, b, t, inside)
             loss *= token_weight
             slope *= token_weight
         coefficient = zero
@@ -177,23 +276,22 @@ def _policy_loss_fwd_kernel(
             slope_sum += tl.where(mask, slope, 0.0)
         else:
             coefficient = slope
-        if inputs.ref_logp.data is not None:
-            k3, k3_slope = _policy.k3_of_reference(load_tokens(inputs.ref_logp, b, t, mask), logp)
+        if ref_logps.data is not None:
+            k3, k3_slope = _policy.k3_of_reference(load_tokens(ref_logps, b, t, inside), logp)
             ref_kl_sum += tl.where(mask, k3, 0.0)
             # An infinite divergence may be looked at without it.
             loss += tl.where(numbers.kl_beta == 0.0, 0.0, numbers.kl_beta * k3)
             coefficient += numbers.kl_beta * k3_slope
-        if inputs.kl.data is not None:
-            kl = load_tokens(inputs.kl, b, t, mask)
-            ref_kl_sum += kl
+        if kls.data is not None:
+            kl = load_tokens(kls, b, t, inside)
+            ref_kl_sum += tl.where(mask, kl, 0.0)
             loss += tl.where(numbers.kl_beta == 0.0, 0.0, numbers.kl_beta * kl)
-        if inputs.entropy.data is not None:
-            entropy = load_tokens(inputs.entropy, b, t, mask)
-            entropy_sum += entropy
+        if entropies.data is not None:
+            entropy = load_tokens(entropies, b, t, inside)
+            entropy_sum += tl.where(mask, entropy, 0.0)
             loss -= tl.where(numbers.entropy_coef == 0.0, 0.0, numbers.entropy_coef * entropy)
         if coefficient_ptr is not None:
-            pointers = coefficient_ptr + b * stride_coefficient + t
-            tl.store(pointers, tl.where(mask, coefficient, 0.0), mask=t < end)
+            tl.store(coefficient_ptr + row + t, tl.where(mask, coefficient, 0.0), mask=t < last)
         loss_sum += tl.where(mask, loss, 0.0)
         count += mask.to(tl.float32)
         low_sum += (low & mask).to(tl.float32)
@@ -203,126 +301,82 @@ def _policy_loss_fwd_kernel(
         ratio_sum += tl.where(mask, ratio, 0.0)
         largest = tl.maximum(largest, tl.where(mask, ratio, 0.0))
         weight_sum += tl.where(mask, weight, 0.0)
-    part = b * SPLITS + split
-    sums_ptr += part
-    stride = B * SPLITS
-    # In the order of PolicyMetrics; then loss, count, slope.
-    tl.store(sums_ptr, tl.sum(low_sum, 0))
-    tl.store(sums_ptr + stride, tl.sum(high_sum, 0))
-    tl.store(sums_ptr + 2 * stride, tl.sum(dual_sum, 0))
-    tl.store(sums_ptr + 3 * stride, tl.sum(kl_sum, 0))
-    tl.store(sums_ptr + 4 * stride, tl.sum(ratio_sum, 0))
-    tl.store(sums_ptr + 5 * stride, tl.max(largest, 0))
-    tl.store(sums_ptr + 6 * stride, tl.sum(weight_sum, 0))
-    tl.store(sums_ptr + 7 * stride, tl.sum(ref_kl_sum, 0))
-    tl.store(sums_ptr + 8 * stride, tl.sum(entropy_sum, 0))
-    tl.store(sums_ptr + _LOSS * stride, tl.sum(loss_sum, 0))
-    tl.store(sums_ptr + _COUNT * stride, tl.sum(count, 0))
+    # In the order of PolicyMetrics, then loss, count; every fourth one together. One reduction instead of many.
+    sums = four(
+        four(low_sum, ratio_sum, entropy_sum, zero), four(high_sum, zero, loss_sum, zero),
+        four(dual_sum, weight_sum, count, zero), four(kl_sum, ref_kl_sum, zero, zero),
+    )  # fmt: skip
+    part = tl.sum(tl.sum(tl.reshape(sums, [BLOCK // 32, 32, _PART]), 1), 0)
+    column = tl.arange(0, _PART)
+    part = tl.where(column == _LARGEST, tl.max(largest, 0), part)
+    tl.store(parts_ptr + (b * splits + split) * _PART + column, part)
     if SUMS_SLOPES and coefficient_ptr is not None:
         slope = _policy.within_limit(tl.sum(slope_sum, 0), mean_ratio) / length
-        for start in range(begin, end, BLOCK):
+        for start in range(first, last, BLOCK):
             t = start + tl.arange(0, BLOCK)
-            mask = load_mask(inputs.mask, b, t, end)
+            inside = (t >= begin) & (t < end)
+            mask = load_mask(mask_tokens, b, t, inside)
             coefficient = slope + zero
-            if inputs.ref_logp.data is not None:
-                ref_logp, logp = load_tokens(inputs.ref_logp, b, t, mask), load_tokens(inputs.logp, b, t, mask)
+            if ref_logps.data is not None:
+                ref_logp, logp = load_tokens(ref_logps, b, t, inside), load_tokens(logp_tokens, b, t, inside)
                 _, k3_slope = _policy.k3_of_reference(ref_logp, logp)
                 coefficient += numbers.kl_beta * k3_slope
-            pointers = coefficient_ptr + b * stride_coefficient + t
-            tl.store(pointers, tl.where(mask, coefficient, 0.0), mask=t < end)
+            tl.store(coefficient_ptr + row + t, tl.where(mask, coefficient, 0.0), mask=t < last)
+    if DENOMINATOR == "sequences":
+        # A sum of integers: in any order the same.
+        tl.atomic_add(finished_ptr + 1 + b, tl.sum(count, 0).to(tl.int32), sem="relaxed")
+    # All threads have written before one of them tells, and none reads before one was told.
+    tl.debug_barrier()
+    ended_before = tl.atomic_add(finished_ptr, 1, sem="acq_rel")
+    tl.debug_barrier()
+    if ended_before == tl.num_programs(0) * splits - 1:
+        finish(
+            parts_ptr, finished_ptr + 1, num_tokens_ptr, loss_ptr, metrics_ptr, scale_ptr, B, splits, max_length,
+            METRICS, DENOMINATOR,
+        )  # fmt: skip
 
 
-@triton.jit
-def parts_of(sums_ptr, quantity, b, B, SPLITS: tl.constexpr):
-    """One sum of the parts of each sequence of the block b, (b, SPLITS) float64."""
-    parts = b[:, None] * SPLITS + tl.arange(0, SPLITS)[None, :]
-    values = tl.load(sums_ptr + quantity * (B * SPLITS) + parts, mask=(b < B)[:, None], other=0.0)
-    return values.to(tl.float64)
-
-
-@triton.jit
-def sum_of_parts(sums_ptr, quantity, b, B, SPLITS: tl.constexpr):
-    return tl.sum(parts_of(sums_ptr, quantity, b, B, SPLITS), 1)
-
-
-@triton.jit
-def _policy_loss_finish_kernel(
-    sums_ptr, num_tokens_ptr, loss_ptr, metrics_ptr, scale_ptr, B, max_length,
-    METRICS: tl.constexpr, DENOMINATOR: tl.constexpr, SPLITS: tl.constexpr, TOGETHER: tl.constexpr,
-):  # fmt: skip
-    """loss () = Σ_b scale[b] · loss of b, scale (B,) = 1 / the denominator, metrics (METRICS,) = sums / tokens.
-
-    All float32; sums (_SUMS, B · SPLITS). One program, that adds in float64. Deterministic.
-    """
-    together = tl.arange(0, TOGETHER).to(tl.int64)
-    zero = tl.zeros([TOGETHER], tl.float64)
-    counts = zero
-    for start in range(0, B, TOGETHER):
-        counts += sum_of_parts(sums_ptr, _COUNT, start + together, B, SPLITS)
-    total = tl.sum(counts, 0)
-    denominator = total
-    if num_tokens_ptr is not None:
-        denominator = tl.load(num_tokens_ptr).to(tl.float64)
-    losses = zero
-    for start in range(0, B, TOGETHER):
-        b = start + together
-        if DENOMINATOR == "sequences":
-            divisor = sum_of_parts(sums_ptr, _COUNT, b, B, SPLITS) * B
-        elif DENOMINATOR == "max_length":
-            divisor = zero + B * max_length
-        else:
-            divisor = zero + denominator
-        scale = tl.where(divisor > 0.0, 1.0 / tl.where(divisor > 0.0, divisor, 1.0), 0.0)
-        tl.store(scale_ptr + b, scale.to(tl.float32), mask=b < B)
-        losses += tl.where(scale > 0.0, scale * sum_of_parts(sums_ptr, _LOSS, b, B, SPLITS), 0.0)
-    tl.store(loss_ptr, tl.sum(losses, 0).to(tl.float32))
-    for quantity in range(METRICS):
-        values, largest = zero, zero
-        for start in range(0, B, TOGETHER):
-            parts = parts_of(sums_ptr, quantity, start + together, B, SPLITS)
-            values += tl.sum(parts, 1)
-            largest = tl.maximum(largest, tl.max(parts, 1))
-        mean = tl.sum(values, 0) / tl.where(total > 0.0, total, 1.0)
-        metric = tl.where(quantity == _LARGEST, tl.max(largest, 0), mean)
-        tl.store(metrics_ptr + quantity, metric.to(tl.float32))
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["B", "T"])
 def _policy_loss_bwd_kernel(
-    grad_loss_ptr, coefficient_ptr, scale_ptr, mask, offsets_ptr, grad_logp_ptr, grad_entropy_ptr, grad_kl_ptr,
-    T, stride_row, entropy_coef, kl_beta, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    grad_loss_ptr, coefficient_ptr, scale_ptr, mask_tokens, offsets_ptr, grad_logp_ptr, grad_entropy_ptr, grad_kl_ptr,
+    B, T, entropy_coef, kl_beta, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """grad_logp = coefficient · factor; of tokens that count grad_entropy = −entropy_coef · factor, grad_kl likewise.
 
-    factor = scale[b] · grad_loss. All float32, coefficient and gradients with rows stride_row apart; a pointer
-    that is None is not wanted.
-    A program takes every SPLITS-th block of one sequence.
+    factor = scale[b] · grad_loss. All float32, coefficient and gradients contiguous, 0 where masked; a pointer that is
+    None is not wanted. Program (b, split) takes every splits-th block of sequence b.
     """
     b, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    begin, end = range_of(offsets_ptr, b, T)
+    begin, end = range_of(offsets_ptr, b, T, ALIGNED)
+    first, last = written_range_of(offsets_ptr, b, B, T, begin, end)
+    row = row_of(offsets_ptr, b, T, ALIGNED)
     factor = tl.load(scale_ptr + b) * tl.load(grad_loss_ptr).to(tl.float32)
-    for start in range(begin + split * BLOCK, end, SPLITS * BLOCK):
+    for start in range(first + split * BLOCK, last, tl.num_programs(1) * BLOCK):
         t = start + tl.arange(0, BLOCK)
-        place = b * stride_row + t
+        inside, written, place = (t >= begin) & (t < end), t < last, row + t
         if grad_logp_ptr is not None:
-            tl.store(grad_logp_ptr + place, tl.load(coefficient_ptr + place, mask=t < end) * factor, mask=t < end)
+            coefficient = tl.load(coefficient_ptr + place, mask=inside, other=0.0)
+            tl.store(grad_logp_ptr + place, tl.where(inside, coefficient * factor, 0.0), mask=written)
         if grad_entropy_ptr is not None:
-            counted = load_mask(mask, b, t, end)
-            tl.store(grad_entropy_ptr + place, tl.where(counted, -entropy_coef * factor, 0.0), mask=t < end)
+            counted = load_mask(mask_tokens, b, t, inside)
+            tl.store(grad_entropy_ptr + place, tl.where(counted, -entropy_coef * factor, 0.0), mask=written)
         if grad_kl_ptr is not None:
-            counted = load_mask(mask, b, t, end)
-            tl.store(grad_kl_ptr + place, tl.where(counted, kl_beta * factor, 0.0), mask=t < end)
+            counted = load_mask(mask_tokens, b, t, inside)
+            tl.store(grad_kl_ptr + place, tl.where(counted, kl_beta * factor, 0.0), mask=written)
+
+
+_NONE = Tokens(None, 0, None)
 
 
 def _tokens(x: Tensor | None, packed: bool) -> Tokens:
     if x is None:
-        return Tokens(None, 0, 0)
-    return Tokens(x, 0 if packed else x.stride(0), x.stride(-1))
+        return _NONE
+    return Tokens(x, 0, x.stride(0)) if packed else Tokens(x, *x.stride())
 
 
 def _advantages(x: Tensor, sequences: int, packed: bool) -> Tokens:
     """Of sequences (B,), or of tokens."""
-    return Tokens(x, x.stride(0), 0) if x.shape == (sequences,) else _tokens(x, packed)
+    return Tokens(x, x.stride(0), None) if x.shape == (sequences,) else _tokens(x, packed)
 
 
 def policy_loss_fwd(
@@ -344,54 +398,47 @@ def policy_loss_fwd(
     workspace: int,
 ) -> tuple[Tensor, ...]:
     options = options_of(choices, numbers, max_length)
-    packed = offsets is not None
+    kind, device, columns, packed = kind_of(options), logp.device, logp.shape[-1], offsets is not None
     sequences = logp.shape[0] if offsets is None else offsets.shape[0] - 1
-    inputs = Inputs(
-        _tokens(logp, packed),
-        _tokens(old_logp, packed),
-        _advantages(advantage, sequences, packed),
-        _tokens(mask, packed),
-        _tokens(ref_logp, packed),
-        _tokens(entropy, packed),
-        _tokens(kl, packed),
-        _tokens(token_weight, packed),
-        None if offsets is None else offsets.contiguous(),
-    )
 
     def new(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=logp.device)
+        return torch.empty(shape, dtype=torch.float32, device=device)
 
-    # Zero where no sequence reaches.
-    coefficient = (torch.zeros if packed else torch.empty)(
-        logp.shape if with_gradient else 0, dtype=torch.float32, device=logp.device
-    )
+    coefficient = new(*logp.shape) if with_gradient else new(0)
     loss, metrics, scale = new(), new(_METRICS), new(sequences)
     if sequences == 0:
-        return loss.zero_(), metrics.zero_(), coefficient, scale
-    kind, columns = kind_of(options), logp.shape[-1]
-    splits = 1 if kind.of_sequences else _splits(columns)
-    sums, in_common = new(_SUMS, sequences * splits), None
+        return loss.zero_(), metrics.zero_(), coefficient.zero_(), scale
+    offsets = None if offsets is None else offsets.contiguous()
+    given, old, counted = _tokens(logp, packed), _tokens(old_logp, packed), _tokens(mask, packed)
+    aligned = not packed and columns % _ALIGNMENT == 0
+    splits = 1 if kind.of_sequences else _splits(sequences, columns)
+    by_sequence = kind.of_sequences or kind.reweight == "ppl"
+    # What _sequences_kernel writes needs no zeros.
+    allocate, of_sequences = (torch.empty if by_sequence else torch.zeros), None
+    finished = allocate(1 + sequences, dtype=torch.int32, device=device)
     with on_device_of(logp):
-        if kind.of_sequences or kind.reweight == "ppl":
-            in_common = new(3, sequences)
-            _sequences_kernel[(sequences,)](inputs, in_common, sequences, columns, BLOCK=_BLOCK, num_warps=8)
+        if by_sequence:
+            of_sequences = new(3, sequences)
+            _sequences_kernel[(sequences,)](
+                given, old, counted, offsets, of_sequences, finished, sequences, columns,
+                ALIGNED=aligned, BLOCK=_BLOCK, num_warps=8,
+            )  # fmt: skip
         _policy_loss_fwd_kernel[(sequences, splits)](
-            inputs, numbers_of(options), in_common, None if group is None else group.contiguous(),
-            coefficient if with_gradient else None, sums, sequences, columns, 0 if packed else columns,
+            given, old, _advantages(advantage, sequences, packed), counted, _tokens(ref_logp, packed),
+            _tokens(entropy, packed), _tokens(kl, packed), _tokens(token_weight, packed), offsets,
+            numbers_of(options), of_sequences, None if group is None else group.contiguous(), num_tokens,
+            coefficient if with_gradient else None, new(sequences * splits, _PART.value), finished, loss, metrics,
+            scale, sequences, columns, columns if max_length is None else max_length,
             SURROGATE=kind.surrogate, REWEIGHT=kind.reweight, SIGN=kind.sign, OF_SEQUENCES=kind.of_sequences,
-            SPLITS=splits, BLOCK=_BLOCK, TOGETHER=_TOGETHER, num_warps=8,
-        )  # fmt: skip
-        _policy_loss_finish_kernel[(1,)](
-            sums, num_tokens, loss, metrics, scale, sequences,
-            columns if max_length is None else max_length,
-            METRICS=_METRICS, DENOMINATOR=_denominator(options), SPLITS=splits, TOGETHER=_TOGETHER, num_warps=4,
+            METRICS=_METRICS, DENOMINATOR=_denominator(options), ALIGNED=aligned, BLOCK=_BLOCK, TOGETHER=_TOGETHER,
+            num_warps=8,
         )  # fmt: skip
     return loss, metrics, coefficient, scale
 
 
-def _splits(columns: int) -> int:
-    """Programs a sequence, a power of two; `columns` is the most tokens that it can have."""
-    return min(_MOST_SPLITS, next_power_of_2(ceil_div(max(1, columns), _BLOCK)))
+def _splits(sequences: int, columns: int) -> int:
+    """Programs a sequence; `columns` is the most tokens that it can have."""
+    return max(1, min(ceil_div(columns, _BLOCK), max(_LEAST_SPLITS, _PROGRAMS // sequences)))
 
 
 def _denominator(options: PolicyOptions) -> str:
@@ -412,18 +459,16 @@ def policy_loss_bwd(
     workspace: int,
 ) -> tuple[Tensor, ...]:
     packed, sequences, columns = offsets is not None, scale.shape[0], mask.shape[-1]
-    gradients = [
-        (torch.zeros if packed else torch.empty)(mask.shape if wanted else 0, dtype=torch.float32, device=scale.device)
-        for wanted in output_mask
-    ]
+    gradients = tuple(
+        torch.empty(mask.shape if wanted else 0, dtype=torch.float32, device=scale.device) for wanted in output_mask
+    )
     if sequences == 0 or not any(output_mask):
-        return tuple(gradients)
-    pointers = [gradient if wanted else None for gradient, wanted in zip(gradients, output_mask, strict=True)]
-    splits = _splits(columns)
+        return tuple(gradient.zero_() for gradient in gradients)
+    pointers = (gradient if wanted else None for gradient, wanted in zip(gradients, output_mask, strict=True))
     with on_device_of(scale):
-        _policy_loss_bwd_kernel[(sequences, splits)](
+        _policy_loss_bwd_kernel[(sequences, _splits(sequences, columns))](
             grad_loss, coefficient, scale, _tokens(mask, packed), None if offsets is None else offsets.contiguous(),
-            *pointers, columns, 0 if packed else columns, entropy_coef, kl_beta, SPLITS=splits, BLOCK=_BLOCK,
-            num_warps=4,
+            *pointers, sequences, columns, entropy_coef, kl_beta,
+            ALIGNED=not packed and columns % _ALIGNMENT == 0, BLOCK=_BLOCK, num_warps=4,
         )  # fmt: skip
-    return tuple(gradients)
+    return gradients

@@ -97,7 +97,7 @@ def _run_job(job: Job, request: dict[str, Any], limits: Limits, record: Record, 
                 if "at" in event:
                     case, step = event["at"]
                 elif "entry" in event:
-                    if not (job.quiet and event["entry"]["status"] == "passed"):
+                    if not job.quiet or event["entry"]["status"] == "failed":
                         record(job.name, event["entry"])
                 elif "lost" in event:
                     break

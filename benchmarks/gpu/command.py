@@ -100,7 +100,7 @@ class _Run:
         self._part("machine", [_job("machine")], 40.0)
         smoke = [_job("smoke", name) for name in _SMOKE]
         if self.options.visit == 1:
-            self._part("smoke", [*smoke, *map(_prewarm, range(_PREWARM))], _SMOKE_SECONDS[1])
+            self._part("smoke", [*smoke, *_prewarm(self.options.tiny)], _SMOKE_SECONDS[1])
             self._part("accuracy", [_job("accuracy")], 30.0)
             reserve = _RESERVE + (_PROFILE_SECONDS if self.visit.document["environment"]["ncu"] else 0.0)
             self._part("timing", [_job("timing")], self.visit.left(), reserve)
@@ -139,10 +139,11 @@ def _job(module: str, name: str = "cases") -> Job:
     return Job(module if name == "cases" else name, f"benchmarks.gpu.{module}:{name}")
 
 
-def _prewarm(number: int) -> Job:
-    """A share of the timed kernels, compiled while there are processors to spare."""
-    options = {"prewarm": True, "share": [number, _PREWARM]}
-    return Job(f"prewarm {number + 1}", "benchmarks.gpu.timing:cases", options, quiet=True)
+def _prewarm(tiny: bool) -> Iterator[Job]:
+    """Shares of the timed kernels, compiled while there are processors to spare; the interpreter has nothing to gain."""
+    for number in range(1 if tiny else _PREWARM):
+        options = {"prewarm": True, "share": [number, 8 if tiny else _PREWARM]}
+        yield Job(f"prewarm {number + 1}", "benchmarks.gpu.timing:cases", options, quiet=True)
 
 
 def _progress(part: str, job: str, entry: dict[str, Any]) -> None:

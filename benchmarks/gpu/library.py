@@ -2,26 +2,27 @@
 
 import contextlib
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from typing import Any
 
 from dlogp_kernels import backends
 
+configs: Any
 try:
     from dlogp_kernels.triton import configs
 except ImportError:  # without Triton nothing of it is measured
-    configs = None  # type: ignore[assignment]
+    configs = None
 
 
-def tile(*sizes: int, group: int | None = None) -> Any:
-    """A configuration of the fused forward kernels; `group` where configurations have it."""
-    assert configs is not None
-    config = configs.Config(*sizes)
-    return config if group is None or not has_group() else config._replace(**{"group": group})
+def tile(*sizes: int) -> Any:
+    return configs.Config(*sizes)
 
 
 def has_group() -> bool:
-    return configs is not None and "group" in configs.Config._fields
+    return "group" in configs.Config._fields
+
+
+def with_group(config: Any, group: int) -> Any:
+    return config._replace(group=group)
 
 
 def named(config: Any) -> str:
@@ -32,24 +33,16 @@ def named(config: Any) -> str:
 @contextlib.contextmanager
 def fused(config: Any | None = None) -> Iterator[None]:
     """Ops by the Triton kernels, with this tile."""
-    with backends.use_backend("triton"):
-        if config is None:
-            yield
-        else:
-            with configs.use_config(config):
-                yield
+    with backends.use_backend("triton"), contextlib.nullcontext() if config is None else configs.use_config(config):
+        yield
 
 
 @contextlib.contextmanager
 def gemm(rows: int, tokens: int) -> Iterator[None]:
     """Ops by the vendor's GEMM, with tiles of this size."""
-    with backends.use_backend("gemm"), _gemm_tile((rows, tokens)):
-        yield
-
-
-def _gemm_tile(size: tuple[int, int]) -> AbstractContextManager[None]:
     use = getattr(configs, "use_gemm_tile", None)
-    return _patched(size) if use is None else use(*size)
+    with backends.use_backend("gemm"), _patched((rows, tokens)) if use is None else use((rows, tokens)):
+        yield
 
 
 @contextlib.contextmanager

@@ -7,7 +7,8 @@ with NaN before, so that a number that is never written is seen.
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from .child import Case, Entry, Session
 from .draws import check_draws
 
 Inputs = dict[str, Tensor]
+Options = dict[str, Any]
 IGNORE_INDEX = -100
 #: Largest error of a statistic, per max(1, |value|), and relative error of a gradient. Tensor cores truncate their
 #: sums, and gradients by logits are rounded to the inputs' dtype: a wrong kernel is further off.
@@ -31,7 +33,7 @@ _GRADIENT = {"bfloat16": 0.02, "float16": 0.01, "float32": 1e-4}
 
 
 class Kind(NamedTuple):
-    """Inputs of one kind: rows, hidden size, vocabulary, candidates a row, and which options are on."""
+    """Inputs of one kind: rows, hidden size, vocabulary, candidates a row, and whether the options are on."""
 
     n: int
     d: int
@@ -51,11 +53,51 @@ _KINDS = {
     "options, odd D": Kind(77, 45, 301, k=2, options=True, ignored=5, dtypes=("bfloat16", "float32")),
     "half ignored": Kind(600, 256, 4096, ignored=2, dtypes=("bfloat16",)),
 }
-#: The interpreter computes bfloat16 wrongly, and slowly.
+#: Triton's interpreter computes bfloat16 wrongly.
 _TINY_KINDS = {
     "aligned": Kind(24, 16, 300, dtypes=("float32", "float16")),
     "options": Kind(7, 13, 97, k=2, options=True, ignored=3, dtypes=("float32",)),
 }
+_POLICIES: dict[str, Options] = {
+    "dapo": {},
+    "dapo, dual clip, k3": {"dual_clip": 3.0, "kl_beta": 0.3},
+    "grpo, ppl": {"loss_type": "grpo", "reweight": "ppl"},
+    "grpo, sequence": {"loss_type": "grpo", "importance": "sequence"},
+    "cispo": {"loss_type": "cispo", "clip_high": 5.0},
+    "sapo, dominate": {"loss_type": "sapo", "reweight": "dominate"},
+    "dr_grpo": {"loss_type": "dr_grpo", "max_length": 400, "reweight_sign": "negative"},
+}
+_LINEAR_POLICIES: dict[str, Options] = {
+    "dapo": {},
+    "entropy": {"loss_type": "grpo", "entropy_coef": 0.1},
+    "sequence": {"loss_type": "grpo", "importance": "sequence"},
+}
+_SAMPLERS: dict[str, Options] = {
+    "no filter": {"gamma": 0.5},
+    "top-p": {"top_p": 0.7},
+    "top-k, min-p, by Δlog p": {"top_k": 20, "min_p": 0.02, "criterion": "delta_logp", "threshold": -0.3, "gamma": 0.3},
+    "by entropy, draft of rl, T 0.7": {"criterion": "entropy", "threshold": 5.0, "draft": "rl", "temperature": 0.7},
+    "greedy": {"temperature": 0.0},
+}
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """An op, served by one backend."""
+
+    session: Session
+    backend: str
+    op: str
+
+    def require(self) -> None:
+        schema = self.op if "sample" in self.op else f"{self.op}_fwd"
+        problem = backends.unavailable(self.backend, schema, self.session.device)
+        if problem is not None:
+            raise NotMeasuredError(f"backend {self.backend}: {problem}")
+
+    def call(self, inputs: Mapping[str, Tensor], options: Options) -> Inputs:
+        """Its outputs by name."""
+        return dict(_named(getattr(dlogp_kernels, self.op)(**inputs, **options)))
 
 
 def linear(session: Session) -> list[Case]:
@@ -80,32 +122,35 @@ def logits(session: Session) -> list[Case]:
 
 def _statistics(session: Session, backend: str, *ops: str, training: bool = False) -> list[Case]:
     kinds = _TINY_KINDS if session.tiny else _KINDS
+    subjects = [_Subject(session, backend, op) for op in ops]
     found = [
-        Case(f"{op} {dtype} {name}", partial(_statistic, session, backend, op, kind, dtype, training))
+        Case(f"{subject.op} {dtype} {name}", partial(_statistic, subject, kind, dtype, training))
         for dtype in _STATISTIC
         for name, kind in kinds.items()
         if dtype in kind.dtypes
-        for op in ops
+        for subject in subjects
     ]
-    streams: list[Case] = []
-    first = next(iter(kinds.values()))
-    for op in ops if not training or "logp" in ops else ():
-        inputs = partial(_head_inputs, op, first, first.dtypes[0], session.device)
-        streams += _on_streams(session, backend, op, f"{op}_fwd", inputs, partial(_call, op))
+    first = kinds["aligned"]
+    streams = [
+        case
+        for subject in subjects
+        for case in _elsewhere(subject, partial(_head_inputs, subject.op, first, first.dtypes[0], session.device), {})
+    ]
     return [*found[: len(ops)], *streams, *found[len(ops) :]]
 
 
-def _statistic(session: Session, backend: str, op: str, kind: Kind, dtype: str, training: bool) -> Iterable[Entry]:
-    _require(session, backend, f"{op}_fwd")
-    inputs = _head_inputs(op, kind, dtype, session.device)
-    options = _options(op, kind)
-    function = getattr(dlogp_kernels, op)
-    truth = getattr(reference, op)
-    return [_compared(backend, function, truth, inputs, dtype, training, options)]
+def _statistic(subject: _Subject, kind: Kind, dtype: str, training: bool) -> Iterator[Entry]:
+    subject.require()
+    inputs = _head_inputs(subject.op, kind, dtype, subject.session.device)
+    options = {"temperature": 0.7, "softcap": 6.0, "logit_scale": 1.3} if kind.options else {}
+    if kind.options and "delta" in subject.op:
+        options |= {"base_softcap": 9.0, "base_logit_scale": 0.8}
+    leaves = [name for name, x in inputs.items() if x.is_floating_point()] if training else []
+    yield _compared(subject, getattr(reference, subject.op), inputs, dtype, leaves, options, options)
 
 
 def _head_inputs(op: str, kind: Kind, dtype: str, device: torch.device) -> Inputs:
-    """Logits of standard deviation 3, a base that is near, targets of which some are ignored."""
+    """Logits of standard deviation 3 of one model or two; targets, of which some are ignored, unless it samples."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*size: int, std: float = 1.0) -> Tensor:
@@ -128,65 +173,39 @@ def _head_inputs(op: str, kind: Kind, dtype: str, device: torch.device) -> Input
     return inputs | {"target": target}
 
 
-def _options(op: str, kind: Kind) -> dict[str, float]:
-    if not kind.options:
-        return {}
-    chosen = {"temperature": 0.7, "softcap": 6.0, "logit_scale": 1.3}
-    return chosen | ({"base_softcap": 9.0, "base_logit_scale": 0.8} if "delta" in op else {})
-
-
-def _call(op: str, inputs: Mapping[str, Tensor], **options: Any) -> tuple[Tensor, ...]:
-    return getattr(dlogp_kernels, op)(**inputs, **options)
-
-
 def _compared(
-    backend: str,
-    function: Callable[..., Any],
-    definition: Callable[..., Any],
-    inputs: Inputs,
-    dtype: str,
-    training: bool,
-    options: dict[str, Any],
-    definition_options: dict[str, Any] | None = None,
-    leaves: Iterable[str] | None = None,
-) -> Entry:
-    """Outputs and gradients of `function` beside float64; raises WrongResultError where they are too far apart."""
-    names = [name for name, x in inputs.items() if x.is_floating_point()] if leaves is None else [*leaves]
+    subject: _Subject, definition: Callable[..., Any], inputs: Inputs, dtype: str, leaves: list[str],
+    options: Options, definition_options: Options,
+) -> Entry:  # fmt: skip
+    """Outputs and gradients beside float64; raises WrongResultError where they are too far apart."""
     exact = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
-    expected, truths = _outcome(
-        definition, exact, names if training else [], options if definition_options is None else definition_options
-    )
-    with backends.use_backend(backend), _nan_in_allocations():
-        found, gradients = _outcome(function, inputs, names if training else [], options)
-    errors = {name: _error(found[name], truth) for name, truth in expected.items()}
-    errors |= {f"d {name}": relative_error(gradients[name], truth) for name, truth in truths.items()}
+    expected = _outcome(lambda given: dict(_named(definition(**given, **definition_options))), exact, leaves)
+    with backends.use_backend(subject.backend), _nan_in_allocations():
+        found = _outcome(lambda given: subject.call(given, options), inputs, leaves)
+    errors = {
+        name: relative_error(found[name], truth) if name.startswith("d ") else _error(found[name], truth)
+        for name, truth in expected.items()
+    }
     for name, error in errors.items():
         limit = _GRADIENT[dtype] if name.startswith("d ") else _STATISTIC[dtype]
         if not error <= limit:
-            raise WrongResultError(f"{name} is off by {error:.2e}, expected at most {limit:.0e}; all: {_brief(errors)}")
-    return {"error_of": errors, "largest": max(errors.values(), default=0.0)}
+            every = ", ".join(f"{other} {value:.1e}" for other, value in errors.items())
+            raise WrongResultError(f"{name} is off by {error:.2e}, expected at most {limit:.0e}; all: {every}")
+    return {"error_of": errors, "largest": max(errors.values())}
 
 
-def _brief(errors: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
-
-
-def _outcome(
-    function: Callable[..., Any], inputs: Inputs, leaves: list[str], options: dict[str, Any]
-) -> tuple[Inputs, Inputs]:
-    """Outputs, and gradients of a fixed random sum of those that have one, by name."""
+def _outcome(function: Callable[[Inputs], Inputs], inputs: Inputs, leaves: list[str]) -> Inputs:
+    """Outputs by name, and as "d name" the gradients of a fixed random sum of those that have one."""
     given = {name: x.detach().requires_grad_() if name in leaves else x for name, x in inputs.items()}
-    outputs = dict(_named(function(**given, **options)))
+    outputs = function(given)
+    found = {name: x.detach() for name, x in outputs.items()}
     if not leaves:
-        return {name: x.detach() for name, x in outputs.items()}, {}
-    total = torch.zeros((), dtype=torch.float64, device=next(iter(outputs.values())).device)
+        return found
     generator = torch.Generator().manual_seed(1)
-    for x in outputs.values():
-        upstream = torch.randn(x.shape, generator=generator, dtype=torch.float32).to(x.device)
-        if x.requires_grad:
-            total = total + (x * upstream.to(x.dtype)).sum().double()
+    upstream = {name: torch.randn(x.shape, generator=generator).to(x) for name, x in outputs.items()}
+    total = torch.stack([(x * upstream[name]).sum() for name, x in outputs.items() if x.requires_grad]).sum()
     gradients = torch.autograd.grad(total, [given[name] for name in leaves])
-    return {name: x.detach() for name, x in outputs.items()}, dict(zip(leaves, gradients, strict=True))
+    return found | {f"d {name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
 
 
 def _named(outputs: Any) -> Iterator[tuple[str, Tensor]]:
@@ -198,26 +217,17 @@ def _named(outputs: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _error(value: Tensor, truth: Tensor) -> float:
-    """Largest |value − truth| / max(1, |truth|); NaN and infinities have to be where the truth has them."""
-    value = value.double()
-    finite = truth.isfinite()
+    """Largest |value − truth| / max(1, |truth|), infinite where a NaN or an infinity is not where the truth has it."""
+    value, finite = value.double(), truth.isfinite()
     if value.shape != truth.shape or not torch.equal(*(x[~finite].nan_to_num(nan=0.5) for x in (value, truth))):
         return math.inf
-    if not finite.any():
-        return 0.0
-    error = ((value - truth).abs() / truth.abs().clamp_min(1.0))[finite].max().item()
-    return math.inf if math.isnan(error) else error
-
-
-def _require(session: Session, backend: str, op: str) -> None:
-    problem = backends.unavailable(backend, op, session.device)
-    if problem is not None:
-        raise NotMeasuredError(f"backend {backend}: {problem}")
+    error = ((value - truth).abs() / truth.abs().clamp_min(1.0))[finite].nan_to_num(nan=math.inf)
+    return error.max().item() if error.numel() else 0.0
 
 
 @contextlib.contextmanager
 def _nan_in_allocations() -> Iterator[None]:
-    """Within this context what the launchers allocate is NaN, −1 in integers, before it is written."""
+    """Within this context what launchers allocate is NaN, −1 in integers, before it is written."""
     owners = ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (Tensor, "new_empty"))
     previous = [getattr(owner, name) for owner, name in owners]
     for (owner, name), allocate in zip(owners, previous, strict=True):
@@ -238,133 +248,84 @@ def _filled(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return allocate_and_fill
 
 
-def _on_streams(
-    session: Session,
-    backend: str,
-    op: str,
-    schema: str,
-    inputs: Callable[[], Inputs],
-    call: Callable[[Inputs], tuple[Tensor, ...]],
-) -> list[Case]:
-    """On a GPU, the op on a stream that is not the default one, and captured as a CUDA graph."""
-    if not session.on_gpu:
+def _elsewhere(subject: _Subject, inputs: Callable[[], Inputs], options: Options) -> list[Case]:
+    """On a GPU: the op on a stream that is not the default one, and captured as a CUDA graph."""
+    if not subject.session.on_gpu:
         return []
-    return [
-        Case(f"{op} {name}", partial(check, session, backend, schema, inputs, call))
-        for name, check in (("other stream", _other_stream), ("CUDA graph", _graph))
-    ]
+    names = {"other stream": _other_stream, "CUDA graph": _graph}
+    return [Case(f"{subject.op} {name}", partial(run, subject, inputs, options)) for name, run in names.items()]
 
 
-def _other_stream(
-    session: Session,
-    backend: str,
-    schema: str,
-    inputs: Callable[[], Inputs],
-    call: Callable[[Inputs], tuple[Tensor, ...]],
-) -> Iterable[Entry]:
+def _other_stream(subject: _Subject, inputs: Callable[[], Inputs], options: Options) -> Iterator[Entry]:
     """Inputs that a stream still computes are waited for on that stream."""
-    _require(session, backend, schema)
-    with backends.use_backend(backend):
+    subject.require()
+    with backends.use_backend(subject.backend):
         ready = inputs()
-        expected = call(ready)
+        expected = subject.call(ready, options)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             torch.cuda._sleep(50_000_000)
-            late = {name: x.clone() for name, x in ready.items()}
-            found = call(late)
+            found = subject.call({name: x.clone() for name, x in ready.items()}, options)
         stream.synchronize()
-    _require_same(found, expected)
-    return [{}]
+    yield _same(found, expected)
 
 
-def _graph(
-    session: Session,
-    backend: str,
-    schema: str,
-    inputs: Callable[[], Inputs],
-    call: Callable[[Inputs], tuple[Tensor, ...]],
-) -> Iterable[Entry]:
+def _graph(subject: _Subject, inputs: Callable[[], Inputs], options: Options) -> Iterator[Entry]:
     """A replay with other inputs gives what a call gives."""
-    _require(session, backend, schema)
-    with backends.use_backend(backend):
+    subject.require()
+    with backends.use_backend(subject.backend):
         given = inputs()
         others = {name: x.flip(0).clone() for name, x in given.items()}
-        expected = call(others)
+        expected = subject.call(others, options)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            call(given)
+            subject.call(given, options)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            found = call(given)
+            found = subject.call(given, options)
         for name, x in given.items():
             x.copy_(others[name])
         graph.replay()
         torch.cuda.synchronize()
-    _require_same(found, expected)
-    return [{}]
+    yield _same(found, expected)
 
 
-def _require_same(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
-    for name, value, other in zip(expected._fields, found, expected, strict=True):  # type: ignore[attr-defined]
-        if not torch.equal(value.nan_to_num(nan=0.5), other.nan_to_num(nan=0.5)):
-            error = (value.double() - other.double()).abs().max().item()
+def _same(found: Inputs, expected: Inputs) -> Entry:
+    for name, other in expected.items():
+        if not torch.equal(found[name].nan_to_num(nan=0.5), other.nan_to_num(nan=0.5)):
+            error = (found[name].double() - other.double()).abs().max().item()
             raise WrongResultError(f"{name} is not that of a plain call, by {error:.2e}")
-
-
-_POLICIES: dict[str, dict[str, Any]] = {
-    "dapo": {},
-    "dapo, dual clip, k3": {"dual_clip": 3.0, "kl_beta": 0.3},
-    "grpo, ppl": {"loss_type": "grpo", "reweight": "ppl"},
-    "grpo, sequence": {"loss_type": "grpo", "importance": "sequence"},
-    "cispo": {"loss_type": "cispo", "clip_high": 5.0},
-    "sapo, dominate": {"loss_type": "sapo", "reweight": "dominate"},
-    "dr_grpo": {"loss_type": "dr_grpo", "max_length": 400, "reweight_sign": "negative"},
-}
+    return {}
 
 
 def policy_loss(session: Session) -> list[Case]:
     b, t = (3, 16) if session.tiny else (9, 700)
-    layouts = ("padded", "packed") if not session.tiny else ("padded",)
+    subject = _Subject(session, "triton", "policy_loss")
     found = [
-        Case(f"policy_loss {dtype} {layout} {name}", partial(_policy, session, b, t, dtype, layout, options))
+        Case(f"policy_loss {dtype} {layout} {name}", partial(_policy, subject, b, t, dtype, layout, options))
         for dtype in ("float32", "bfloat16")[: 1 + session.on_gpu]
         for name, options in _POLICIES.items()
-        for layout in layouts
+        for layout in ("padded", "packed")[: 2 - session.tiny]
     ]
-    inputs = partial(_policy_inputs, b, t, "float32", session.device, {})
-    return [found[0], *_on_streams(session, "triton", "policy_loss", "policy_loss_fwd", inputs, _scalars), *found[1:]]
+    return [found[0], *_elsewhere(subject, partial(_tokens, b, t, "float32", session.device, {}), {}), *found[1:]]
 
 
-class _Loss(NamedTuple):
-    loss: Tensor
-    clip_low: Tensor
-    mean_ratio: Tensor
-
-
-def _scalars(inputs: Mapping[str, Any]) -> _Loss:
-    outcome = dlogp_kernels.policy_loss(**inputs)
-    return _Loss(outcome.loss, outcome.metrics.clip_low, outcome.metrics.mean_ratio)
-
-
-def _policy(session: Session, b: int, t: int, dtype: str, layout: str, options: dict[str, Any]) -> Iterable[Entry]:
-    _require(session, "triton", "policy_loss_fwd")
-    inputs = _policy_inputs(b, t, dtype, session.device, options)
+def _policy(subject: _Subject, b: int, t: int, dtype: str, layout: str, options: Options) -> Iterator[Entry]:
+    subject.require()
+    inputs = _tokens(b, t, dtype, subject.session.device, options)
     if layout == "packed":
         inputs = _packed(inputs)
     definition_options = {"options": reference_policy.PolicyOptions(**options)}
-    return [
-        _compared(
-            "triton", dlogp_kernels.policy_loss, reference_policy.policy_loss, inputs, dtype, True, options,
-            definition_options, leaves=("logp",),
-        )
-    ]  # fmt: skip
+    yield _compared(
+        subject, reference_policy.policy_loss, inputs, dtype, ["logp"], options, definition_options
+    )  # fmt: skip
 
 
-def _policy_inputs(b: int, t: int, dtype: str, device: torch.device, options: dict[str, Any]) -> Inputs:
-    """Ratios near 1, some of them clipped; a response without tokens."""
+def _tokens(b: int, t: int, dtype: str, device: torch.device, options: Options) -> Inputs:
+    """Ratios near 1, some of them clipped; the last response has no tokens."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*size: int) -> Tensor:
@@ -378,9 +339,7 @@ def _policy_inputs(b: int, t: int, dtype: str, device: torch.device, options: di
     if options.get("kl_beta"):
         inputs["ref_logp"] = logp + 0.2 * normal(b, t)
     inputs = {name: x.to(DTYPES[dtype]) for name, x in inputs.items()} | {"mask": mask}
-    if options.get("reweight") == "ppl":
-        inputs["group"] = torch.arange(b, device=device) // 3
-    return inputs
+    return inputs | ({"group": torch.arange(b, device=device) // 3} if options.get("reweight") == "ppl" else {})
 
 
 def _packed(inputs: Inputs) -> Inputs:
@@ -394,19 +353,13 @@ def _packed(inputs: Inputs) -> Inputs:
     return packed | {"offsets": torch.tensor([0, *lengths], device=inputs["mask"].device).cumsum(0)}
 
 
-_LINEAR_POLICIES: dict[str, dict[str, Any]] = {
-    "dapo": {},
-    "entropy": {"loss_type": "grpo", "entropy_coef": 0.1},
-    "sequence": {"loss_type": "grpo", "importance": "sequence"},
-}
-
-
 def linear_policy_loss(session: Session) -> list[Case]:
     sizes = {"aligned": (8, 80, 128, 4096), "odd D and V": (3, 31, 45, 1187), "large": (4, 300, 1024, 20_011)}
     if session.tiny:
         sizes = {"aligned": (2, 8, 16, 97)}
+    subject = _Subject(session, "triton", "linear_policy_loss")
     return [
-        Case(f"linear_policy_loss {dtype} {name} {kind}", partial(_linear_policy, session, size, dtype, options))
+        Case(f"linear_policy_loss {dtype} {name} {kind}", partial(_linear_policy, subject, size, dtype, options))
         for dtype in (_STATISTIC if session.on_gpu else ("float32",))
         for name, size in sizes.items()
         for kind, options in _LINEAR_POLICIES.items()
@@ -414,80 +367,59 @@ def linear_policy_loss(session: Session) -> list[Case]:
     ]
 
 
-def _linear_policy(session: Session, size: tuple[int, ...], dtype: str, options: dict[str, Any]) -> Iterable[Entry]:
-    _require(session, "triton", "linear_policy_loss_fwd")
+def _linear_policy(subject: _Subject, size: tuple[int, ...], dtype: str, options: Options) -> Iterator[Entry]:
+    subject.require()
     b, t, d, v = size
-    head = _head_inputs("linear_logp", Kind(b * t, d, v), dtype, session.device)
-    exact: dict[str, Any] = {name: x.double() if x.is_floating_point() else x for name, x in head.items()}
-    tokens = _policy_inputs(b, t, "float32", session.device, options)
-    log_ratio = tokens["logp"] - tokens["old_logp"]
+    head = _head_inputs("linear_logp", Kind(b * t, d, v), dtype, subject.session.device)
+    exact: Options = {name: x.double() if x.is_floating_point() else x for name, x in head.items()}
+    tokens = _tokens(b, t, "float32", subject.session.device, options)
+    old_logp = reference.linear_logp(**exact).logp.view(b, t) - (tokens["logp"] - tokens["old_logp"])
     inputs = {
         "hidden": head["hidden"].view(b, t, d),
         "weight": head["weight"],
         "target": head["target"].view(b, t),
-        "old_logp": (reference.linear_logp(**exact).logp.view(b, t) - log_ratio).float(),
+        "old_logp": old_logp.float(),
         "advantage": tokens["advantage"],
         "mask": tokens["mask"],
     }
     definition_options = {"options": reference_policy.PolicyOptions(**options), "heads": {}}
-    return [
-        _compared(
-            "triton", dlogp_kernels.linear_policy_loss, reference_policy.linear_policy_loss, inputs, dtype, True,
-            options, definition_options, leaves=("hidden", "weight"),
-        )
-    ]  # fmt: skip
-
-
-_SAMPLERS: dict[str, dict[str, Any]] = {
-    "no filter": {"gamma": 0.5},
-    "top-p": {"top_p": 0.7},
-    "top-k, min-p, by Δlog p": {"top_k": 20, "min_p": 0.02, "criterion": "delta_logp", "threshold": -0.3, "gamma": 0.3},
-    "by entropy, draft of rl, T 0.7": {"criterion": "entropy", "threshold": 5.0, "draft": "rl", "temperature": 0.7},
-    "greedy": {"temperature": 0.0},
-}
+    yield _compared(
+        subject, reference_policy.linear_policy_loss, inputs, dtype, ["hidden", "weight"], options, definition_options
+    )  # fmt: skip
 
 
 def sampling_triton(session: Session) -> list[Case]:
-    return _samplers(session, "triton", "extrapolated_sample")
+    return _samplers(_Subject(session, "triton", "extrapolated_sample"))
 
 
 def sampling_cuda(session: Session) -> list[Case]:
-    return _samplers(session, "cuda", "extrapolated_sample")
+    return _samplers(_Subject(session, "cuda", "extrapolated_sample"))
 
 
 def linear_sampling(session: Session) -> list[Case]:
-    return _samplers(session, "triton", "linear_extrapolated_sample")
+    return _samplers(_Subject(session, "triton", "linear_extrapolated_sample"))
 
 
-def _samplers(session: Session, backend: str, op: str) -> list[Case]:
-    sizes = {"": Kind(5, 128, 4096), "odd, ": Kind(9, 45, 1187), "large, ": Kind(3, 512, 151_936)}
+def _samplers(subject: _Subject) -> list[Case]:
+    session = subject.session
+    sizes = {"aligned": Kind(5, 128, 4096), "odd": Kind(9, 45, 1187), "large": Kind(3, 512, 151_936)}
     if session.tiny:
-        sizes = {"": Kind(3, 16, 97)}
+        sizes = {"aligned": Kind(3, 16, 97)}
     dtypes = [*_STATISTIC] if session.on_gpu else ["float32"]
     found = [
-        Case(f"{op} {dtype} {size}{name}", partial(_sample, session, backend, op, kind, dtype, options))
+        Case(f"{subject.op} {dtype} {size} {name}", partial(_sample, subject, kind, dtype, options))
         for dtype in dtypes
         for size, kind in sizes.items()
         for name, options in _SAMPLERS.items()
         if not session.tiny or name in ("no filter", "top-p")
     ]
-    first = next(iter(sizes.values()))
-    inputs = partial(_head_inputs, op, first, dtypes[0], session.device)
-    call = partial(_call, op, seed=7, top_p=0.9, gamma=0.5)
-    return [found[0], *_on_streams(session, backend, op, op, inputs, call), *found[1:]]
+    inputs = partial(_head_inputs, subject.op, sizes["aligned"], dtypes[0], session.device)
+    return [found[0], *_elsewhere(subject, inputs, {"seed": 7, "top_p": 0.9, "gamma": 0.5}), *found[1:]]
 
 
-def _sample(
-    session: Session, backend: str, op: str, kind: Kind, dtype: str, options: dict[str, Any]
-) -> Iterable[Entry]:
-    _require(session, backend, op)
-    inputs = _head_inputs(op, kind, dtype, session.device)
-    with backends.use_backend(backend), _nan_in_allocations():
-        drawn = _call(op, inputs, seed=7, step=3, **options)
-    exact = {name: x.double() for name, x in inputs.items()}
-    if op.startswith("linear"):
-        z, base_z = (exact[f"{prefix}hidden"] @ exact[f"{prefix}weight"].t() for prefix in ("", "base_"))
-    else:
-        z, base_z = exact["logits"], exact["base_logits"]
-    ties, error = check_draws(drawn, z, base_z, seed=7, step=3, slack=_STATISTIC[dtype], options=options)
-    return [{"largest": error, "ties": ties}]
+def _sample(subject: _Subject, kind: Kind, dtype: str, options: Options) -> Iterator[Entry]:
+    subject.require()
+    inputs = _head_inputs(subject.op, kind, dtype, subject.session.device)
+    with backends.use_backend(subject.backend), _nan_in_allocations():
+        drawn = getattr(dlogp_kernels, subject.op)(**inputs, seed=7, **options)
+    yield check_draws(drawn, inputs, 7, options, _STATISTIC[dtype])

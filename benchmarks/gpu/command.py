@@ -140,7 +140,7 @@ def _job(module: str, name: str = "cases") -> Job:
 
 
 def _prewarm(tiny: bool) -> Iterator[Job]:
-    """Shares of the timed kernels, compiled while there are processors to spare; the interpreter has nothing to gain."""
+    """Shares of the timed kernels, compiled while processors are to spare; the interpreter has nothing to gain."""
     for number in range(1 if tiny else _PREWARM):
         options = {"prewarm": True, "share": [number, 8 if tiny else _PREWARM]}
         yield Job(f"prewarm {number + 1}", "benchmarks.gpu.timing:cases", options, quiet=True)

@@ -51,7 +51,7 @@ def main(arguments: Sequence[str]) -> None:
 def command(options: argparse.Namespace) -> None:
     limit = LIMITS[options.visit] if options.seconds is None else options.seconds
     visit = Visit(options.visit, options.out, limit, machine.environment(options.device, options.commit))
-    with tempfile.TemporaryDirectory() as cache, _ended_by_signals():
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache, _ended_by_signals():
         run = _Run(visit, options, Path(cache))
         try:
             run.all()
@@ -89,6 +89,7 @@ class _Run:
     def __init__(self, visit: Visit, options: argparse.Namespace, cache: Path) -> None:
         self.visit, self.options, self.stop = visit, options, threading.Event()
         self._request: dict[str, Any] = {"device": options.device, "tiny": options.tiny}
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
         # Where Triton keeps what it compiled: one for all processes of the visit.
         os.environ["TRITON_CACHE_DIR"] = str(cache)
         if options.device == "cpu":

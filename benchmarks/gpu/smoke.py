@@ -87,12 +87,12 @@ def _statistics(session: Session, backend: str, *ops: str, training: bool = Fals
         if dtype in kind.dtypes
         for op in ops
     ]
+    streams: list[Case] = []
     first = next(iter(kinds.values()))
-    for op in ops:
+    for op in ops if not training or "logp" in ops else ():
         inputs = partial(_head_inputs, op, first, first.dtypes[0], session.device)
-        call = partial(_call, op)
-        found += _on_streams(session, backend, op, f"{op}_fwd", inputs, call)
-    return found
+        streams += _on_streams(session, backend, op, f"{op}_fwd", inputs, partial(_call, op))
+    return [*found[: len(ops)], *streams, *found[len(ops) :]]
 
 
 def _statistic(session: Session, backend: str, op: str, kind: Kind, dtype: str, training: bool) -> Iterable[Entry]:
@@ -335,7 +335,7 @@ def policy_loss(session: Session) -> list[Case]:
         for layout in layouts
     ]
     inputs = partial(_policy_inputs, b, t, "float32", session.device, {})
-    return found + _on_streams(session, "triton", "policy_loss", "policy_loss_fwd", inputs, _scalars)
+    return [found[0], *_on_streams(session, "triton", "policy_loss", "policy_loss_fwd", inputs, _scalars), *found[1:]]
 
 
 class _Loss(NamedTuple):
@@ -474,7 +474,7 @@ def _samplers(session: Session, backend: str, op: str) -> list[Case]:
     first = next(iter(sizes.values()))
     inputs = partial(_head_inputs, op, first, dtypes[0], session.device)
     call = partial(_call, op, seed=7, top_p=0.9, gamma=0.5)
-    return found + _on_streams(session, backend, op, op, inputs, call)
+    return [found[0], *_on_streams(session, backend, op, op, inputs, call), *found[1:]]
 
 
 def _sample(

@@ -8,7 +8,7 @@ from . import profile
 
 MOST_LINES = 60
 _MOST_PROBLEMS = 14
-_WIDTH = 200
+_WIDTH = 500
 
 Entry = dict[str, Any]
 
@@ -81,35 +81,27 @@ def _accuracy(entries: Iterable[Entry]) -> Iterator[str]:
 
 
 def _timing(entries: Iterable[Entry]) -> Iterator[str]:
-    """A line a case: its candidates, milliseconds, speed, and the part of the reference's speed."""
-    by_case: dict[tuple[str, str], list[Entry]] = {}
+    """A line a case: its candidates, forward and backward, and the part of the reference's speed."""
+    by_case: dict[str, dict[str, dict[str, Entry]]] = {}
     for entry in entries:
         if "ms" in entry or "host_us" in entry:
-            by_case.setdefault((entry["case"], entry.get("phase", "")), []).append(entry)
-    for (case, phase), found in by_case.items():
-        if phase == "both":
-            phase = "forward + backward"
-        cells = "; ".join(map(_cell, _fastest_first(found)))
-        yield f"{case}{f', {phase}' if phase and phase != 'forward' else ''}: {cells}"
+            phases = by_case.setdefault(entry["case"], {}).setdefault(entry["candidate"], {})
+            phases[entry.get("phase", "forward")] = entry
+    for case, candidates in by_case.items():
+        yield f"{case}: " + "; ".join(f"{name} {' '.join(_cells(phases))}" for name, phases in candidates.items())
 
 
-def _fastest_first(found: list[Entry]) -> list[Entry]:
-    """The reference as it is, then the others."""
-    return sorted(found, key=lambda entry: ("of" in entry, entry.get("ms", 0.0)))
-
-
-def _cell(entry: Entry) -> str:
-    if "host_us" in entry:
-        return f"{entry['candidate']} {entry['host_us']:.0f} µs"
-    ms = entry["ms"]
-    parts = [entry["candidate"], f"{ms:.2f} ms" if ms >= 1 else f"{1e3 * ms:.0f} µs"]
-    if "of" in entry:
-        parts.append(f"{entry['of'][1]:.2f}×")
-    elif "tflops" in entry:
-        parts.append(f"{entry['tflops']:.0f} TFLOP/s")
-    elif "gb_per_s" in entry:
-        parts.append(f"{entry['gb_per_s']:.0f} GB/s")
-    return " ".join(parts)
+def _cells(phases: dict[str, Entry]) -> Iterator[str]:
+    for name, entry in phases.items():
+        if "host_us" in entry:
+            yield f"{entry['host_us']:.0f} µs"
+        elif name != "both":
+            ms = entry["ms"]
+            time = f"{ms:.2f} ms" if ms >= 1 else f"{1e3 * ms:.0f} µs"
+            speed = f"{entry['tflops']:.0f} TFLOP/s" if "tflops" in entry else f"{entry.get('gb_per_s', 0.0):.0f} GB/s"
+            yield f"{time} ({entry['of'][1]:.2f}×)" if "of" in entry else f"{time} ({speed})"
+    if "both" in phases and "of" in phases["both"]:
+        yield f"= {phases['both']['ms']:.2f} ms ({phases['both']['of'][1]:.2f}×)"
 
 
 def _best(entries: Iterable[Entry]) -> Iterator[str]:

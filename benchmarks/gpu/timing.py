@@ -111,7 +111,8 @@ def cases(session: Session) -> list[Case]:
     def add(name: str, run: Callable[..., Iterable[Entry]], *arguments: Any) -> None:
         found.append(Case(name, partial(run, session, sizes, *arguments)))
 
-    add("ceilings", _ceilings)
+    if not session.prewarm:
+        add("ceilings", _ceilings)
     add(f"linear_logp {head.name}", _forward, "linear_logp", head)
     add(f"linear_delta_logp {head.name}", _forward, "linear_delta_logp", head)
     add(f"linear_logp {head.name} training", _training, "linear_logp", head)

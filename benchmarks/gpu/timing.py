@@ -48,6 +48,8 @@ class Sizes(NamedTuple):
     single: tuple[tuple[int, ...], ...]
     pair: tuple[tuple[int, ...], ...]
     gemm: tuple[tuple[int, int], ...]
+    #: Of linear_policy_loss: rows of a slice of logits, and of a block of gradients.
+    policy_rows: tuple[tuple[int, int], ...]
     dtype: str = "bfloat16"
     budget: Budget = Budget(seconds=2.0, least=5, most=9)
 
@@ -63,6 +65,7 @@ REAL = Sizes(
     single=((128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (256, 128, 64, 8, 3), (128, 128, 64, 8, 4)),
     pair=((128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 64, 8, 6), (128, 128, 128, 8, 3), (128, 64, 64, 8, 4)),
     gemm=((1024, 4096), (2048, 4096), (4096, 4096), (8192, 1024)),
+    policy_rows=((512, 1536), (512, 2048), (1024, 4096)),
 )
 PREWARM = REAL._replace(n=512, logits_n=64, copy=2**20)
 TINY = Sizes(
@@ -75,7 +78,8 @@ TINY = Sizes(
     copy=2**16,
     single=((32, 64, 32, 1, 1), (16, 128, 16, 1, 1)),
     pair=((32, 64, 32, 1, 1),),
-    gemm=((32, 128),),
+    gemm=((32, 128), (16, 128)),
+    policy_rows=((16, 16),),
     dtype="float32",
     budget=Budget(seconds=0.0, least=1, most=1),
 )
@@ -344,10 +348,10 @@ def _training(session: Session, sizes: Sizes, op: str, head: Shape) -> Iterator[
     work = Workload(op, head, sizes.n, sizes.dtype, training=True)
     problem, bare = _prepared(session, work)
     check = _truth_check(session, problem)
-    found = [
-        _ours(op, problem, check, "triton", library.fused),
-        _ours(op, problem, check, "gemm forward", partial(library.gemm, *sizes.gemm[0])),
-    ]
+    found = [_ours(op, problem, check, "triton", library.fused)]
+    for tile in sizes.gemm[1:]:
+        name = f"backward tile {tile[0]}x{tile[1]}"
+        found.append(_ours(op, problem, check, name, partial(library.backward_tile, *tile), f"gemm tile {tile}"))
     one = 2.0 * work.n * head.v * head.d
     forward = one * (1 + work.pair)
     cost = Cost(flops=(forward, forward + 2 * one))
@@ -360,13 +364,17 @@ def _policy_step(session: Session, sizes: Sizes) -> Iterator[Entry]:
     session.watch("inputs")
     step = policy_step.build(work, session.device)
 
-    def check() -> Mapping[str, float]:
-        errors = policy_step.errors_of(partial(policy_step.ours, reweight="none"), step)
-        verify(work.op, errors, policy_step.TOLERANCES["ours"])
-        return errors
+    def timed(name: str, context: Callable[[], AbstractContextManager[None]]) -> Timed:
+        def check() -> Mapping[str, float]:
+            with context():
+                errors = policy_step.errors_of(partial(policy_step.ours, reweight="none"), step)
+            verify(work.op, errors, {x: _LIMITS["gradient" if x.startswith("d_") else "statistic"] for x in errors})
+            return errors
 
-    ours = Candidate("ours", partial(policy_step.ours, step), step.gradients)
-    found = [*map(Timed, policy_step.bare_products(step)), Timed(ours, check)]
+        return Timed(Candidate(name, _within(context, partial(policy_step.ours, step)), step.gradients), check)
+
+    found = [*map(Timed, policy_step.bare_products(step)), timed("ours", library.fused)]
+    found += [timed(f"rows {rows}", partial(library.policy_rows, *rows)) for rows in sizes.policy_rows]
     one = 2.0 * work.n * head.v * head.d
     yield from _measured(session, sizes, found, Cost(flops=(one, 2 * one)), found[0].name)
 

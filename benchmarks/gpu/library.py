@@ -38,21 +38,57 @@ def fused(config: Any | None = None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def gemm(rows: int, tokens: int) -> Iterator[None]:
-    """Ops by the vendor's GEMM, with tiles of this size."""
-    use = getattr(configs, "use_gemm_tile", None)
-    with backends.use_backend("gemm"), _patched((rows, tokens)) if use is None else use((rows, tokens)):
+def gemm(rows: int, tokens: int, backend: str = "gemm") -> Iterator[None]:
+    """Ops by the vendor's GEMM, with tiles of this size; by "triton", its backward has them."""
+    tile = (rows, tokens)
+    with backends.use_backend(backend), _patched(configs, _GEMM_TILE=tile, _INTERPRETED_GEMM_TILE=tile):
         yield
 
 
 @contextlib.contextmanager
-def _patched(size: tuple[int, int]) -> Iterator[None]:
-    names = ("_GEMM_TILE", "_INTERPRETED_GEMM_TILE")
-    previous = [getattr(configs, name) for name in names]
-    for name in names:
-        setattr(configs, name, size)
+def policy_rows(of_slice: int, of_block: int) -> Iterator[None]:
+    """`linear_policy_loss` by the Triton kernels, with so many rows of logits and of gradients at a time."""
+    from dlogp_kernels.triton import linear_policy_loss as launcher
+
+    # The default workspace would cut larger ones down.
+    with (
+        backends.use_backend("triton"),
+        backends.workspace_limit(2**30),
+        _patched(launcher, _SLICE_ROWS=of_slice, _BLOCK_ROWS=of_block),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _patched(module: Any, **values: Any) -> Iterator[None]:
+    previous = {name: getattr(module, name) for name in values}
+    vars(module).update(values)
     try:
         yield
     finally:
+        vars(module).update(previous)
+
+
+@contextlib.contextmanager
+def policy_rows(of_slice: int, of_block: int) -> Iterator[None]:
+    """`linear_policy_loss` by the Triton kernels, with so many rows of logits and of gradients at a time."""
+    from dlogp_kernels.triton import linear_policy_loss as launcher
+
+    names, rows = ("_SLICE_ROWS", "_BLOCK_ROWS"), (of_slice, of_block)
+    previous = [getattr(launcher, name) for name in names]
+    for name, value in zip(names, rows, strict=True):
+        setattr(launcher, name, value)
+    try:
+        # The default workspace would cut larger ones down.
+        with backends.use_backend("triton"), backends.workspace_limit(2**30):
+            yield
+    finally:
         for name, value in zip(names, previous, strict=True):
-            setattr(configs, name, value)
+            setattr(launcher, name, value)
+
+
+@contextlib.contextmanager
+def backward_tile(rows: int, tokens: int) -> Iterator[None]:
+    """The fused forward, and backward with tiles of this size."""
+    with backends.use_backend("triton"), _gemm_tile((rows, tokens)):
+        yield

@@ -50,6 +50,8 @@ class Sizes(NamedTuple):
     pair: tuple[tuple[int, ...], ...]
     #: Rows, tokens.
     gemm: tuple[tuple[int, int], ...]
+    #: Of linear_policy_loss: rows of a slice of logits, and of a block of gradients.
+    policy_rows: tuple[tuple[int, int], ...]
     dtype: str = "bfloat16"
     budget: Budget = Budget(seconds=2.0, least=5, most=9)
 
@@ -65,6 +67,7 @@ REAL = Sizes(
     single=((128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (256, 128, 64, 8, 3), (128, 128, 64, 8, 4)),
     pair=((128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 64, 8, 6), (128, 128, 128, 8, 3), (128, 64, 64, 8, 4)),
     gemm=((1024, 4096), (2048, 4096), (4096, 4096), (8192, 1024)),
+    policy_rows=((512, 1536), (512, 2048), (1024, 4096)),
 )
 PREWARM = REAL._replace(n=512, logits_n=64, copy=2**20)
 TINY = Sizes(
@@ -77,7 +80,8 @@ TINY = Sizes(
     copy=2**16,
     single=((32, 64, 32, 1, 1), (16, 128, 16, 1, 1)),
     pair=((32, 64, 32, 1, 1),),
-    gemm=((32, 128),),
+    gemm=((32, 128), (16, 128)),
+    policy_rows=((16, 16),),
     dtype="float32",
     budget=Budget(seconds=0.0, least=1, most=1),
 )
@@ -312,18 +316,23 @@ def products(work: Workload) -> Cost:
 
 
 def _linear(session: Session, sizes: Sizes, op: str, head: Shape, training: bool) -> Iterator[Entry]:
-    """Every configuration of the fused kernel, and every tile of the GEMM; in training the default of each.
+    """Every configuration of the fused kernel, and every tile of the GEMM; in training every tile of backward.
 
-    Of a pair the base is frozen.
+    Of a pair that is trained the base is frozen.
     """
     work = Workload(op, head, sizes.n, sizes.dtype, training)
     session.watch("inputs")
     problem = build(work, session.device)
     bare = list(map(Timed, bare_matmuls(problem)))
     check = truth_check(session, problem)
+
+    def tiled(name: str, backend: str, tile: tuple[int, int]) -> Timed:
+        context = partial(library.gemm, *tile, backend=backend)
+        return ours(problem, check, f"{name} {tile[0]}x{tile[1]}", context, f"gemm tile {tile}")
+
     if training:
-        tile = partial(library.gemm, *sizes.gemm[0])
-        found = [ours(problem, check, "triton", library.fused), ours(problem, check, "gemm forward", tile)]
+        found = [ours(problem, check, "triton", library.fused)]
+        found += [tiled("backward tile", "triton", tile) for tile in sizes.gemm[1:]]
         yield from measured(session, [*bare, *found], products(work), bare[0].name)
         return
 
@@ -332,10 +341,7 @@ def _linear(session: Session, sizes: Sizes, op: str, head: Shape, training: bool
         return ours(problem, check, text.removeprefix("Config"), partial(library.fused, config), text)
 
     configs = [library.tile(*shape) for shape in (sizes.pair if work.pair else sizes.single)]
-    tiles = [
-        ours(problem, check, f"gemm {rows}x{tokens}", partial(library.gemm, rows, tokens), f"gemm ({rows}, {tokens})")
-        for rows, tokens in sizes.gemm
-    ]
+    tiles = [tiled("gemm", "gemm", tile) for tile in sizes.gemm]
     entries = list(measured(session, [*bare, *map(configured, configs), *tiles], products(work), bare[0].name))
     yield from entries
     if head is sizes.heads[0]:
@@ -349,20 +355,24 @@ def _policy_step(session: Session, sizes: Sizes) -> Iterator[Entry]:
     work = Workload(policy_step.OP, sizes.heads[0], sizes.n, sizes.dtype, training=True)
     session.watch("inputs")
     step = policy_step.build(work, session.device)
-    found = [*map(Timed, policy_step.bare_products(step)), policy_candidate(step, "ours", policy_step.ours)]
+    found = [
+        *map(Timed, policy_step.bare_products(step)),
+        policy_candidate(step, "ours", within(library.fused, policy_step.ours)),
+    ]
+    for rows in sizes.policy_rows:
+        form = within(partial(library.policy_rows, *rows), policy_step.ours)
+        found.append(policy_candidate(step, f"rows {rows}", form))
     one = 2.0 * work.n * work.shape.v * work.shape.d
     yield from measured(session, found, tflop(one, 2 * one), found[0].name)
 
 
-def policy_candidate(
-    step: policy_step.Step, name: str, function: Callable[[policy_step.Step], Tensor], like: str = "ours"
-) -> Timed:
+def policy_candidate(step: policy_step.Step, name: str, function: Callable[..., Tensor], ours: bool = True) -> Timed:
     """A form of `linear_policy_loss`; reweighting, which others have not, is off where it is checked."""
 
     def check() -> Mapping[str, float]:
-        plain = partial(policy_step.ours, reweight="none") if function is policy_step.ours else function
-        errors = policy_step.errors_of(plain, step)
-        verify(name, errors, policy_step.TOLERANCES[like])
+        errors = policy_step.errors_of(partial(function, reweight="none") if ours else function, step)
+        found = {name: LIMITS["gradient" if name.startswith("d_") else "statistic"] for name in errors}
+        verify(name, errors, found if ours else policy_step.TOLERANCES["eager"])
         return errors
 
     return Timed(Candidate(name, partial(function, step), step.gradients), check)

@@ -4,7 +4,6 @@ A backend supplies launchers: functions with the arguments of the op's schema pl
 """
 
 import contextlib
-import ctypes
 import functools
 import importlib
 import importlib.metadata
@@ -88,9 +87,6 @@ def _load_cuda_library() -> str | None:
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
     try:
-        # `import torch` loads its libraries for itself alone. This one needs symbols of libtorch_cuda, which is no
-        # dependency of its own, so that it can be built where there is only a CPU build of torch.
-        ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cuda.so"), mode=ctypes.RTLD_GLOBAL)
         torch.ops.load_library(found[0])
     except OSError as error:
         return f"the CUDA extension does not load with torch {torch.__version__}: {error}"

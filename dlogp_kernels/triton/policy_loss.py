@@ -23,9 +23,10 @@ _BLOCK = 1024
 _WARPS = 8
 #: Tokens of a block that one thread has.
 _EACH = tl.constexpr(4)
-#: Programs that the sequences are split into together, unless that leaves one fewer than _LEAST_SPLITS.
-_PROGRAMS = 1024
-_LEAST_SPLITS = 4
+#: Programs that padded sequences are split into together, unless that leaves one fewer than _LEAST_SPLITS: forward as
+#: many as run at the same time on an H100.
+_FWD_PROGRAMS, _BWD_PROGRAMS = 512, 2048
+_LEAST_SPLITS = 2
 #: Sequences that a program looks at together.
 _TOGETHER = 128
 _METRICS = len(PolicyMetrics._fields)
@@ -33,15 +34,15 @@ _LARGEST = tl.constexpr(PolicyMetrics._fields.index("max_ratio"))
 #: A part: the numerators of the metrics, the loss, the number of tokens, and zeros.
 _PART = tl.constexpr(16)
 _LOSS, _COUNT = (tl.constexpr(_METRICS + i) for i in range(2))
-#: Parts that are added at a time, and how many such rounds are loaded together.
-_PARTS = tl.constexpr(128)
-_ROUNDS = tl.constexpr(4)
+#: Parts that the last program loads at a time, and how many of them it adds to one sum.
+_PARTS = tl.constexpr(512)
+_ROUNDS = tl.constexpr(8)
 #: Kernels count columns in such units where they can: then they know them to be aligned, for any number of them.
 _UNIT = 16
 
 
 class Tokens(NamedTuple):
-    """One number a token, that of sequence b and token t at b · stride_row + t · stride_column; no data for none.
+    """One number a token, that of sequence b and token t at b · stride_row + t · stride_column.
 
     Packed tokens have a stride_row of 0, and t counts through all sequences. Without a stride_column the number is one
     of the sequence.
@@ -187,22 +188,22 @@ def finish(
     programs have written both: what is read of them comes from the L2 cache.
     """
     num_parts = B.to(tl.int64) * splits
-    column = tl.arange(0, _PART)
-    parts = (tl.arange(0, _ROUNDS)[:, None] * _PARTS + tl.arange(0, _PARTS)[None, :]).to(tl.int64)
-    sums, largest = tl.zeros([_PARTS, _PART], tl.float64), tl.zeros([_PARTS, _PART], tl.float32)
-    for start in range(0, num_parts, _ROUNDS * _PARTS):
-        p = (start + parts)[:, :, None]
-        rounds = tl.load(parts_ptr + p * _PART + column, mask=p < num_parts, other=0.0, cache_modifier=".cg")
+    column, lane = tl.arange(0, _PART), tl.arange(0, _PARTS).to(tl.int64)
+    sums = tl.zeros([_PARTS // _ROUNDS, _PART], tl.float64)
+    largest = tl.zeros([_PARTS // _ROUNDS, _PART], tl.float32)
+    for start in range(0, num_parts, _PARTS):
+        p = (start + lane)[:, None]
+        parts = tl.load(parts_ptr + p * _PART + column, mask=p < num_parts, other=0.0, cache_modifier=".cg")
+        rounds = tl.reshape(parts, [_ROUNDS, _PARTS // _ROUNDS, _PART])
         sums += tl.sum(rounds.to(tl.float64), 0)
         largest = tl.maximum(largest, tl.max(rounds, 0))
     sums, largest = tl.sum(sums, 0), tl.max(largest, 0)
     total = tl.sum(tl.where(column == _COUNT, sums, 0.0), 0)
     metrics = tl.where(column == _LARGEST, largest, sums / tl.where(total > 0.0, total, 1.0))
     tl.store(metrics_ptr + column, metrics.to(tl.float32), mask=column < METRICS)
-    lane = tl.arange(0, _ROUNDS * _PARTS).to(tl.int64)
     if DENOMINATOR == "sequences":
-        losses = tl.zeros([_ROUNDS * _PARTS], tl.float64)
-        for start in range(0, num_parts, _ROUNDS * _PARTS):
+        losses = tl.zeros([_PARTS], tl.float64)
+        for start in range(0, num_parts, _PARTS):
             p = start + lane
             inside = p < num_parts
             count = tl.load(counts_ptr + p // splits, mask=inside, other=0, cache_modifier=".cg")
@@ -219,7 +220,7 @@ def finish(
             denominator = tl.load(num_tokens_ptr).to(tl.float64)
         scale = inverse(denominator)
         loss = scaled(tl.sum(tl.where(column == _LOSS, sums, 0.0), 0), scale)
-        for start in range(0, B, _ROUNDS * _PARTS):
+        for start in range(0, B, _PARTS):
             b = start + lane
             tl.store(scale_ptr + b, tl.zeros_like(b).to(tl.float32) + scale.to(tl.float32), mask=b < B)
     tl.store(loss_ptr, loss.to(tl.float32))
@@ -291,7 +292,7 @@ def _policy_loss_fwd_kernel(
         loss, slope, low, high, dual = _policy.term_of(ratio, advantage, logp, numbers, SURROGATE)
         if SURROGATE != "cispo" and not OF_SEQUENCES:
             slope = _policy.within_limit(slope, log_ratio)
-        if token_weights.data is not None:
+        if token_weights is not None:
             token_weight = load_tokens(token_weights, b, t, inside)
             loss *= token_weight
             slope *= token_weight
@@ -300,17 +301,17 @@ def _policy_loss_fwd_kernel(
             slope_sum += summed(slope, mask, UNIT)
         else:
             coefficient = slope
-        if ref_logps.data is not None:
+        if ref_logps is not None:
             k3, k3_slope = _policy.k3_of_reference(load_tokens(ref_logps, b, t, inside), logp)
             ref_kl_sum += summed(k3, mask, UNIT)
             # An infinite divergence may be looked at without it.
             loss += tl.where(numbers.kl_beta == 0.0, 0.0, numbers.kl_beta * k3)
             coefficient += numbers.kl_beta * k3_slope
-        if kls.data is not None:
+        if kls is not None:
             kl = load_tokens(kls, b, t, inside)
             ref_kl_sum += summed(kl, mask, UNIT)
             loss += tl.where(numbers.kl_beta == 0.0, 0.0, numbers.kl_beta * kl)
-        if entropies.data is not None:
+        if entropies is not None:
             entropy = load_tokens(entropies, b, t, inside)
             entropy_sum += summed(entropy, mask, UNIT)
             loss -= tl.where(numbers.entropy_coef == 0.0, 0.0, numbers.entropy_coef * entropy)
@@ -342,7 +343,7 @@ def _policy_loss_fwd_kernel(
             inside = is_inside(offsets_ptr, t, begin, end)
             mask = load_mask(mask_tokens, b, t, inside)
             coefficient = tl.zeros([BLOCK], tl.float32) + slope
-            if ref_logps.data is not None:
+            if ref_logps is not None:
                 ref_logp, logp = load_tokens(ref_logps, b, t, inside), load_tokens(logp_tokens, b, t, inside)
                 _, k3_slope = _policy.k3_of_reference(ref_logp, logp)
                 coefficient += numbers.kl_beta * k3_slope
@@ -390,13 +391,12 @@ def _policy_loss_bwd_kernel(
             tl.store(grad_kl_ptr + place, tl.where(counted, kl_beta * factor, 0.0), mask=written)
 
 
-_NONE = Tokens(None, 0, None)
-
-
-def _tokens(x: Tensor | None, packed: bool) -> Tokens:
-    if x is None:
-        return _NONE
+def _tokens(x: Tensor, packed: bool) -> Tokens:
     return Tokens(x, 0, x.stride(0)) if packed else Tokens(x, *x.stride())
+
+
+def _tokens_if_any(x: Tensor | None, packed: bool) -> Tokens | None:
+    return None if x is None else _tokens(x, packed)
 
 
 def _advantages(x: Tensor, sequences: int, packed: bool) -> Tokens:
@@ -436,7 +436,7 @@ def policy_loss_fwd(
     offsets = None if offsets is None else offsets.contiguous()
     given, old, counted = _tokens(logp, packed), _tokens(old_logp, packed), _tokens(mask, packed)
     unit = _unit_of(columns, packed)
-    splits = 1 if kind.of_sequences else _splits(sequences, columns)
+    splits = 1 if kind.of_sequences else _splits(sequences, columns, packed, _FWD_PROGRAMS)
     by_sequence = kind.of_sequences or kind.reweight == "ppl"
     # What _sequences_kernel writes needs no zeros.
     allocate, of_sequences = (torch.empty if by_sequence else torch.zeros), None
@@ -446,24 +446,28 @@ def policy_loss_fwd(
             of_sequences = new(3, sequences)
             _sequences_kernel[(sequences,)](
                 given, old, counted, offsets, of_sequences, finished, sequences,
-                columns // unit, UNIT=unit, BLOCK=_BLOCK, num_warps=8,
+                columns // unit, UNIT=unit, BLOCK=_BLOCK, num_warps=_WARPS,
             )  # fmt: skip
         _policy_loss_fwd_kernel[(sequences, splits)](
-            given, old, _advantages(advantage, sequences, packed), counted, _tokens(ref_logp, packed),
-            _tokens(entropy, packed), _tokens(kl, packed), _tokens(token_weight, packed), offsets,
+            given, old, _advantages(advantage, sequences, packed), counted, _tokens_if_any(ref_logp, packed),
+            _tokens_if_any(entropy, packed), _tokens_if_any(kl, packed), _tokens_if_any(token_weight, packed), offsets,
             numbers_of(options), of_sequences, None if group is None else group.contiguous(), num_tokens,
             coefficient if with_gradient else None, new(sequences * splits, _PART.value), finished, loss, metrics,
             scale, sequences, columns // unit, columns if max_length is None else max_length,
             SURROGATE=kind.surrogate, REWEIGHT=kind.reweight, SIGN=kind.sign, OF_SEQUENCES=kind.of_sequences,
             METRICS=_METRICS, DENOMINATOR=_denominator(options), UNIT=unit, BLOCK=_BLOCK, TOGETHER=_TOGETHER,
-            num_warps=8,
+            num_warps=_WARPS,
         )  # fmt: skip
     return loss, metrics, coefficient, scale
 
 
-def _splits(sequences: int, columns: int) -> int:
-    """Programs a sequence; `columns` is the most tokens that it can have."""
-    return max(1, min(ceil_div(columns, _BLOCK), max(_LEAST_SPLITS, _PROGRAMS // sequences)))
+def _splits(sequences: int, columns: int, packed: bool, programs: int) -> int:
+    """Programs a sequence; `columns` is the most tokens that it can have. Packed ones differ in length: twice as many.
+
+    A function of the shapes alone, as the order of the sums is.
+    """
+    most = max(_LEAST_SPLITS, (2 if packed else 1) * programs // sequences)
+    return max(1, min(ceil_div(columns, _BLOCK), most))
 
 
 def _unit_of(columns: int, packed: bool) -> int:
@@ -495,10 +499,10 @@ def policy_loss_bwd(
     if sequences == 0 or not any(output_mask):
         return tuple(gradient.zero_() for gradient in gradients)
     pointers = (gradient if wanted else None for gradient, wanted in zip(gradients, output_mask, strict=True))
-    unit = _unit_of(columns, packed)
+    unit, splits = _unit_of(columns, packed), _splits(sequences, columns, packed, _BWD_PROGRAMS)
     with on_device_of(scale):
-        _policy_loss_bwd_kernel[(sequences, _splits(sequences, columns))](
+        _policy_loss_bwd_kernel[(sequences, splits)](
             grad_loss, coefficient, scale, _tokens(mask, packed), None if offsets is None else offsets.contiguous(),
-            *pointers, sequences, columns // unit, entropy_coef, kl_beta, UNIT=unit, BLOCK=_BLOCK, num_warps=4,
+            *pointers, sequences, columns // unit, entropy_coef, kl_beta, UNIT=unit, BLOCK=_BLOCK, num_warps=_WARPS,
         )  # fmt: skip
     return gradients

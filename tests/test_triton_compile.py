@@ -131,9 +131,7 @@ def test_the_policy_loss_fits(gpu, name):
     with pretend(GPUS[gpu]) as launched, launch_code_sees(GPUS[gpu]), backends.use_backend("triton"):
         policy_cases.call(inputs, **options, **policy_cases.ALL_EXTRAS)
     compiled = kernels(launched)
-    assert {"_policy_loss_fwd_kernel", "_policy_loss_bwd_kernel"} <= {
-        x.name for x in compiled
-    }
+    assert {"_policy_loss_fwd_kernel", "_policy_loss_bwd_kernel"} <= {x.name for x in compiled}
     for kernel in compiled:
         print(f"{kernel.name} {kernel.constants}: {kernel[3:]}")
         assert kernel.spilled == 0 and kernel.registers <= REGISTERS[GPUS[gpu].target.backend]

@@ -27,7 +27,6 @@ from ._products import add_product, product
 from ._rows import matrix
 from ._sizes import ceil_div, round_up
 from .delta_logp import (
-    WIDEST_SEGMENT,
     PairGradients,
     PairSaved,
     finish_delta_logp,
@@ -44,7 +43,7 @@ from .logp import (
     finish_logp,
     fold_tile,
     new_stats,
-    segment_of,
+    split_of,
     tile_gradient,
     transform_of,
 )
@@ -324,9 +323,8 @@ def _in_blocks(
     accumulators = _Accumulators(models[0], output_mask, cut.block, largest)
     pair = len(models) == 2
     stats = new_stats(target, EVERY_ROW, DeltaLogpStats if pair else LogpStats, 3 if pair else 1)
-    segment = segment_of(vocabulary, WIDEST_SEGMENT) if pair else segment_of(vocabulary)
     size = _math.PAIR_STATE_SIZE if pair else _math.STATE_SIZE
-    state = policy.new(size.value, ceil_div(vocabulary, segment), cut.slice)
+    state = policy.new(size.value, ceil_div(vocabulary, split_of(vocabulary)), cut.slice)
     picked = policy.new(len(models), cut.slice)
     for first in range(0, target.shape[0], cut.block):
         num_rows = min(cut.block, target.shape[0] - first)

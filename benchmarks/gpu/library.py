@@ -41,8 +41,12 @@ def fused(config: Any | None = None) -> Iterator[None]:
 def gemm(rows: int, tokens: int, backend: str = "gemm") -> Iterator[None]:
     """Ops by the vendor's GEMM, with tiles of this size; by "triton", its backward has them."""
     tile = (rows, tokens)
-    with backends.use_backend(backend), _patched(configs, _GEMM_TILE=tile, _INTERPRETED_GEMM_TILE=tile):
+    with backends.use_backend(backend), _tiles(tile):
         yield
+
+
+def _tiles(tile: tuple[int, int]) -> contextlib.AbstractContextManager[None]:
+    return _patched(configs, _GEMM_TILE=tile, _BACKWARD_TILE=tile, _INTERPRETED_GEMM_TILE=tile)
 
 
 @contextlib.contextmanager

@@ -143,12 +143,12 @@ def cases(session: Session) -> list[Case]:
             for name, options in filters.items()
         ]
 
-    found = [] if session.prewarm else [case("ceilings", _ceilings)]
+    # The host's time first: a process that has profiled its kernels launches more slowly.
+    found = [case("host time", _host)] + ([] if session.prewarm else [case("ceilings", _ceilings)])
     found += [linear("linear_logp", head), linear("linear_delta_logp", head), linear("linear_logp", head, True)]
     found += [case("linear_policy_loss", _policy_step), *sampling("extrapolated_sample", sizes.batches, FILTERS)]
     found += [case("policy_loss", _policy_loss), linear("linear_delta_logp", head, True)]
     found += [case(op, _logits, op) for op in ("logp", "delta_logp")]
-    found += [case("host time", _host)]
     found += [linear(op, other) for other in sizes.heads[1:] for op in ("linear_logp", "linear_delta_logp")]
     return found + sampling("linear_extrapolated_sample", sizes.linear_batches, {"no filter": {}})
 
@@ -210,7 +210,17 @@ def _checked(session: Session, timed: Timed) -> Entry:
     _step(candidate)  # what a first call allocates for good does not count
     if session.on_gpu and not session.prewarm:
         entry["peak_mib"] = peak_over(lambda: _step(candidate), session.device).peak / MIB
+        entry["kernels_us"] = _kernels(candidate)
     return entry
+
+
+def _kernels(candidate: Candidate) -> dict[str, float]:
+    """Microseconds of the GPU in each kernel of a call, the longest first: what is left where the host takes longer."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        _step(candidate)
+        torch.cuda.synchronize()
+    events = sorted(profile.key_averages(), key=lambda event: -event.self_device_time_total)
+    return {event.key[:80]: event.self_device_time_total for event in events[:10] if event.self_device_time_total > 0}
 
 
 def _step(candidate: Candidate) -> list[Tensor]:

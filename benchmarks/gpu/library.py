@@ -67,28 +67,3 @@ def _patched(module: Any, **values: Any) -> Iterator[None]:
         yield
     finally:
         vars(module).update(previous)
-
-
-@contextlib.contextmanager
-def policy_rows(of_slice: int, of_block: int) -> Iterator[None]:
-    """`linear_policy_loss` by the Triton kernels, with so many rows of logits and of gradients at a time."""
-    from dlogp_kernels.triton import linear_policy_loss as launcher
-
-    names, rows = ("_SLICE_ROWS", "_BLOCK_ROWS"), (of_slice, of_block)
-    previous = [getattr(launcher, name) for name in names]
-    for name, value in zip(names, rows, strict=True):
-        setattr(launcher, name, value)
-    try:
-        # The default workspace would cut larger ones down.
-        with backends.use_backend("triton"), backends.workspace_limit(2**30):
-            yield
-    finally:
-        for name, value in zip(names, previous, strict=True):
-            setattr(launcher, name, value)
-
-
-@contextlib.contextmanager
-def backward_tile(rows: int, tokens: int) -> Iterator[None]:
-    """The fused forward, and backward with tiles of this size."""
-    with backends.use_backend("triton"), _gemm_tile((rows, tokens)):
-        yield

@@ -71,7 +71,7 @@ REAL = Sizes(
 )
 PREWARM = REAL._replace(n=512, logits_n=64, copy=2**20)
 TINY = Sizes(
-    n=12,
+    n=16,
     heads=(Shape("D 16", 16, 130), Shape("D 8", 8, 60)),
     logits_n=4,
     batches=(2,),
@@ -185,7 +185,8 @@ def measured(session: Session, found: Sequence[Timed], cost: Cost, against: str 
     candidates = [timed.candidate for timed in right.values()]
     timings = harness.measure(candidates, sizes_of(session).budget, _WatchedClock(session))
     for name, timed in right.items():
-        for phase in PHASES if timed.candidate.backward is not None else PHASES[:1]:
+        phases = PHASES if timed.candidate.backward is not None else PHASES[:1]
+        for phase in phases:
             seconds = timings.quantiles(name, phase)
             entry: Entry = {
                 "candidate": name,
@@ -198,7 +199,7 @@ def measured(session: Session, found: Sequence[Timed], cost: Cost, against: str 
             if against in right and against != name:
                 # How much of the reference's speed it has.
                 entry["of"] = [against, 1 / timings.ratio(name, against, phase).median]
-            if timed.config is not None:
+            if timed.config is not None and phase == phases[-1]:
                 entry["config"] = timed.config
             yield entry | notes[name]
 

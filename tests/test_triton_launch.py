@@ -49,7 +49,7 @@ def _statistics(
 def _variants_of_statistics() -> Iterator[tuple[str, Variant]]:
     #: More than a tile of rows, which are gathered; then odd, and divisible by 16.
     many, few = ({"n": 300}, [{"n": 131}, {"n": 272}]), ({"n": 5}, [{"n": 1}, {"n": 16}, {"n": 7}])
-    passes = {"n": 1000}, [{"n": 901}, {"n": 1024}]
+    passes = {"n": 1000}, [{"n": 1001}, {"n": 1008}]
     every = {"k": 3, "options": ALL_OPTIONS}
     for op in ("linear_logp", "linear_delta_logp"):
         triton = (("triton", f"{op}_fwd"), ("triton", f"{op}_bwd"))
@@ -157,33 +157,39 @@ def _linear_policy(b: int, t: int, case: dict[str, Any], packed: bool = False, *
 
 
 def _variants_of_policies() -> Iterator[tuple[str, Variant]]:
-    numbers = {"b": 3, "t": 37}, [{"b": 5, "t": 41}, {"b": 1, "t": 48}, {"b": 16, "t": 64}]
+    numbers = {"b": 3, "t": 37}, [{"b": 5, "t": 41}, {"b": 1, "t": 33}, {"b": 16, "t": 63}]
+    aligned = {"b": 3, "t": 48}, [{"b": 5, "t": 64}, {"b": 1, "t": 80}, {"b": 16, "t": 16}]
+    one_tile = {"b": 3, "t": 37}, [{"b": 2, "t": 41}, {"b": 1, "t": 48}]
     extras = policy_cases.ALL_EXTRAS
     own = (("triton", "policy_loss_fwd"), ("triton", "policy_loss_bwd"))
-    for name, options in {
-        "defaults": {},
-        "packed": {"packed": True, **extras},
-        "ppl": {"reweight": "ppl", "dual_clip": 3.0, "kl": True, **extras},
-        "ppl, packed": {"reweight": "ppl", "packed": True, "num_tokens": 9},
-        "sequence": {"importance": "sequence", "loss_type": "grpo", "dtype": BF16, **extras},
-        "sequence, packed": {"importance": "sequence", "packed": True, "dtype": FP16, **extras},
-        "sapo": {"loss_type": "sapo", "reweight": "dominate", "alpha": 0.5, "dtype": BF16},
-        "cispo": {"loss_type": "cispo", "reweight": "none", **extras},
-        "dr_grpo": {"loss_type": "dr_grpo", "max_length": 100, **extras},
-    }.items():
-        yield f"policy_loss, {name}", Variant(partial(_policy, **options), own, *numbers)
+    for name, of, options in (
+        ("defaults", numbers, {}),
+        ("aligned", aligned, extras),
+        ("packed", numbers, {"packed": True, **extras}),
+        ("ppl", numbers, {"reweight": "ppl", "dual_clip": 3.0, "kl": True, **extras}),
+        ("ppl, packed", numbers, {"reweight": "ppl", "packed": True, "num_tokens": 9}),
+        ("sequence", aligned, {"importance": "sequence", "loss_type": "grpo", "dtype": BF16, **extras}),
+        ("sequence, packed", numbers, {"importance": "sequence", "packed": True, "dtype": FP16, **extras}),
+        ("sapo", numbers, {"loss_type": "sapo", "reweight": "dominate", "alpha": 0.5, "dtype": BF16}),
+        ("cispo", numbers, {"loss_type": "cispo", "reweight": "none", **extras}),
+        ("dr_grpo", aligned, {"loss_type": "dr_grpo", "max_length": 100, **extras}),
+    ):
+        yield f"policy_loss, {name}", Variant(partial(_policy, **options), own, *of)
     forward = ("triton", "linear_policy_loss_fwd")
     both = (forward, ("triton", "linear_policy_loss_bwd"))
-    for name, launchers, options in (
-        ("defaults", both, {"case": {"bias": False}}),
-        ("packed, ppl", both, {"case": {}, "packed": True, "reweight": "ppl", **extras}),
-        ("float16", both, {"case": {"dtype": FP16}, "loss_type": "cispo", "kl_beta": 0.3}),
-        ("pair", both, {"case": {"base": True}, "dual_clip": 3.0, **extras}),
-        ("weight alone", both, {"case": {}, "loss_type": "sapo", "wanted": ("weight",)}),
-        ("no gradient", (forward,), {"case": {}, "wanted": ()}),
-        ("no gradient, pair", (forward,), {"case": {"base": True}, "wanted": (), "kl_beta": 0.3}),
-    ):
-        yield f"linear_policy_loss, {name}", Variant(partial(_linear_policy, **options), launchers, *numbers)
+    for name, options in {
+        "defaults": {"case": {"bias": False}},
+        "packed, ppl": {"case": {}, "packed": True, "reweight": "ppl", **extras},
+        "float16": {"case": {"dtype": FP16}, "loss_type": "cispo", "kl_beta": 0.3},
+        "pair": {"case": {"base": True}, "dual_clip": 3.0, **extras},
+        "weight alone": {"case": {}, "loss_type": "sapo", "wanted": ("weight",)},
+    }.items():
+        yield f"linear_policy_loss, {name}", Variant(partial(_linear_policy, **options), both, *numbers)
+    for name, options in {
+        "no gradient": {"case": {}, "wanted": ()},
+        "no gradient, pair": {"case": {"base": True}, "wanted": (), "kl_beta": 0.3},
+    }.items():
+        yield f"linear_policy_loss, {name}", Variant(partial(_linear_policy, **options), (forward,), *one_tile)
 
 
 ONE_WEIGHT = Variant(_one_weight, (("triton", "linear_delta_logp_fwd"),), {"n": 300}, [{"n": 131}])

@@ -6,9 +6,10 @@ it is, and a handle rounds to nearest, ties to even, when it is made. Only memor
 are still unsupported.
 
 `tl.dot` sums in float64 and rounds once: numpy's float32 product gives a row other bits at another place of its tile,
-and what is tested is that the kernels do not. A comparison's result has type bool here; there it keeps its operands'
-type, and becomes numbers when a scalar one is broadcast. And `triton.language` is turned to the interpreter once, not
-in each call of a device function: that alone takes a millisecond.
+and what is tested is that the kernels do not. `tl.sum` adds in pairs along any axis, much as a GPU does, where numpy
+does so along the last one only. A comparison's result has type bool here; there it keeps its operands' type, and
+becomes numbers when a scalar one is broadcast. And `triton.language` is turned to the interpreter once, not in each
+call of a device function: that alone takes a millisecond.
 """
 
 import dataclasses
@@ -82,6 +83,7 @@ def correct() -> None:
     interpreter._validate_np_data_size = _fits
     interpreter._convert_float = _convert_float
     interpreter._patch_lang = _patch_lang
+    interpreter.ReduceOps.sum = _sum
     builder = interpreter.interpreter_builder
     builder.__class__ = _Builder
     # An overflow is asserted against in debug mode only. In any mode a sum of integers takes seven more operations.
@@ -92,6 +94,14 @@ def correct() -> None:
 def _patch_lang(fn: object) -> object:
     _turn_language_to_interpreter()
     return interpreter._LangPatchScope()
+
+
+def _sum(self: interpreter.ReduceOps, x: tl.tensor) -> tl.tensor:
+    data = x.handle.data
+    if self.axis is None:
+        return self.to_tensor(np.sum(data, keepdims=self.keep_dims), x.dtype)
+    total = np.sum(np.ascontiguousarray(np.moveaxis(data, self.axis, -1)), axis=-1)
+    return self.to_tensor(np.expand_dims(total, self.axis) if self.keep_dims else total, x.dtype)
 
 
 @functools.cache

@@ -24,6 +24,8 @@ from .logp import EVERY_ROW, transform_of
 
 #: Forward takes this part of the workspace at most: 64 MiB by default.
 _SHARE = 4
+#: Of shared memory, where there are descriptors; a program may have 227 KiB there.
+_TILE_BYTES = 224 * 2**10
 
 
 class Head(NamedTuple):
@@ -272,6 +274,12 @@ def share_weight(model: Model, base: Model, plan: Plan) -> bool:
     """Whether both heads are one tensor, as where training froze it, and its tiles can be loaded once for both."""
     same = model.weight.data_ptr() == base.weight.data_ptr() and model.weight.stride() == base.weight.stride()
     return plan.descriptors and same and model.weight.shape == base.weight.shape and model.dtype == base.dtype
+
+
+def stages_of_one_weight(plan: Plan, itemsize: int) -> int:
+    """Tiles ahead where both models' hidden states lie beside those of the weight: as many as there is room for."""
+    tile = plan.tile
+    return min(tile.num_stages, _TILE_BYTES // ((2 * tile.block_n + tile.block_v) * tile.block_d * itemsize))
 
 
 def is_masked(model: Model, plan: Plan) -> bool:

@@ -65,7 +65,7 @@ def matrix(x: Tensor) -> Matrix:
     return Matrix(x, sizes[1], strides[0], strides[1], x.stride(-1))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "ignore_index"])
 def _compact_rows_kernel(target_ptr, index_ptr, count_ptr, N, K, ignore_index, BLOCK: tl.constexpr):
     """index (N,) int64 = rows n with some target[n, k] ≠ ignore_index, in order; count (1,) int32 = how many.
 

@@ -20,6 +20,7 @@ from ._fused import (
     plan,
     rows_of,
     share_weight,
+    stages_of_one_weight,
     unit_of,
 )
 from ._math import IMPOSSIBLE
@@ -118,6 +119,8 @@ def linear_delta_logp_fwd(
         gathered, base_gathered = gather_buffer(model, cut, rows), gather_buffer(base, cut, rows)
         constants = cut.constants(is_masked(model, cut) or is_masked(base, cut)) | {"ONE_TARGET": target.shape[1] == 1}
         constants["ONE_WEIGHT"] = share_weight(model, base, cut)
+        if constants["ONE_WEIGHT"]:
+            constants["num_stages"] = stages_of_one_weight(cut, model.dtype.itemsize)
         for first in range(0, target.shape[0], cut.num_rows):
             layer = layer_of(model, cut, rows, gathered, first)
             base_layer = layer_of(base, cut, rows, base_gathered, first)

@@ -20,9 +20,13 @@ from ._policy import kind_of, numbers_of
 from ._sizes import ceil_div
 
 _BLOCK = 1024
-#: Programs that the sequences are split into together, unless that leaves one fewer than _LEAST_SPLITS.
-_PROGRAMS = 1024
-_LEAST_SPLITS = 4
+_WARPS = 8
+#: Tokens of a block that one thread has.
+_EACH = tl.constexpr(4)
+#: Programs that padded sequences are split into together, unless that leaves one fewer than _LEAST_SPLITS: forward as
+#: many as run at the same time on an H100.
+_FWD_PROGRAMS, _BWD_PROGRAMS = 512, 2048
+_LEAST_SPLITS = 2
 #: Sequences that a program looks at together.
 _TOGETHER = 128
 _METRICS = len(PolicyMetrics._fields)
@@ -30,15 +34,15 @@ _LARGEST = tl.constexpr(PolicyMetrics._fields.index("max_ratio"))
 #: A part: the numerators of the metrics, the loss, the number of tokens, and zeros.
 _PART = tl.constexpr(16)
 _LOSS, _COUNT = (tl.constexpr(_METRICS + i) for i in range(2))
-#: Parts that are added at a time, and how many such rounds are loaded together.
-_PARTS = tl.constexpr(128)
-_ROUNDS = tl.constexpr(4)
-#: What a number of columns that is a multiple of it makes aligned.
-_ALIGNMENT = 16
+#: Parts that the last program loads at a time, and how many of them it adds to one sum.
+_PARTS = tl.constexpr(512)
+_ROUNDS = tl.constexpr(8)
+#: Kernels count columns in such units where they can: then they know them to be aligned, for any number of them.
+_UNIT = 16
 
 
 class Tokens(NamedTuple):
-    """One number a token, that of sequence b and token t at b · stride_row + t · stride_column; no data for none.
+    """One number a token, that of sequence b and token t at b · stride_row + t · stride_column.
 
     Packed tokens have a stride_row of 0, and t counts through all sequences. Without a stride_column the number is one
     of the sequence.
@@ -50,11 +54,9 @@ class Tokens(NamedTuple):
 
 
 @triton.jit
-def range_of(offsets_ptr, b, T, ALIGNED: tl.constexpr):
-    """Where the tokens of sequence b begin and end; T is the number of columns, a multiple of 16 if ALIGNED."""
+def range_of(offsets_ptr, b, T):
+    """Where the tokens of sequence b begin and end; T is the number of columns."""
     begin, end = b * 0, b * 0 + T
-    if ALIGNED:
-        end = tl.multiple_of(end, 16)
     if offsets_ptr is not None:
         begin = tl.maximum(tl.load(offsets_ptr + b), 0)
         end = tl.minimum(tl.load(offsets_ptr + b + 1), T)
@@ -71,13 +73,20 @@ def written_range_of(offsets_ptr, b, B, T, begin, end):
 
 
 @triton.jit
-def row_of(offsets_ptr, b, T, ALIGNED: tl.constexpr):
+def is_inside(offsets_ptr, t, begin, end):
+    """Of `range_of`, for t in `written_range_of`."""
+    inside = t < end
+    if offsets_ptr is not None:
+        inside &= t >= begin
+    return inside
+
+
+@triton.jit
+def row_of(offsets_ptr, b, T):
     """Where row b of a contiguous tensor begins; packed tokens are one row."""
     row = b * 0
     if offsets_ptr is None:
         row = b * T
-        if ALIGNED:
-            row = tl.multiple_of(row, 16)
     return row
 
 
@@ -99,14 +108,14 @@ def load_mask(tokens, b, t, inside):
 
 @triton.jit(do_not_specialize=["B", "T"])
 def _sequences_kernel(
-    logp, old_logp, mask_tokens, offsets_ptr, out_ptr, finished_ptr, B, T, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
+    logp, old_logp, mask_tokens, offsets_ptr, out_ptr, finished_ptr, B, T, UNIT: tl.constexpr, BLOCK: tl.constexpr
 ):
     """out (3, B) float32: number of tokens, Σ old_logp and Σ (logp − old_logp) of the tokens that count.
 
     finished (1 + B,) int32 becomes 0. A program takes a sequence. Sums in float32. Deterministic.
     """
-    b = tl.program_id(0).to(tl.int64)
-    begin, end = range_of(offsets_ptr, b, T, ALIGNED)
+    b, T = tl.program_id(0).to(tl.int64), T * UNIT
+    begin, end = range_of(offsets_ptr, b, T)
     zero = tl.zeros([BLOCK], tl.float32)
     count, old_sum, ratio_sum = zero, zero, zero
     for start in range(begin, end, BLOCK):
@@ -179,22 +188,22 @@ def finish(
     programs have written both: what is read of them comes from the L2 cache.
     """
     num_parts = B.to(tl.int64) * splits
-    column = tl.arange(0, _PART)
-    parts = (tl.arange(0, _ROUNDS)[:, None] * _PARTS + tl.arange(0, _PARTS)[None, :]).to(tl.int64)
-    sums, largest = tl.zeros([_PARTS, _PART], tl.float64), tl.zeros([_PARTS, _PART], tl.float32)
-    for start in range(0, num_parts, _ROUNDS * _PARTS):
-        p = (start + parts)[:, :, None]
-        rounds = tl.load(parts_ptr + p * _PART + column, mask=p < num_parts, other=0.0, cache_modifier=".cg")
+    column, lane = tl.arange(0, _PART), tl.arange(0, _PARTS).to(tl.int64)
+    sums = tl.zeros([_PARTS // _ROUNDS, _PART], tl.float64)
+    largest = tl.zeros([_PARTS // _ROUNDS, _PART], tl.float32)
+    for start in range(0, num_parts, _PARTS):
+        p = (start + lane)[:, None]
+        parts = tl.load(parts_ptr + p * _PART + column, mask=p < num_parts, other=0.0, cache_modifier=".cg")
+        rounds = tl.reshape(parts, [_ROUNDS, _PARTS // _ROUNDS, _PART])
         sums += tl.sum(rounds.to(tl.float64), 0)
         largest = tl.maximum(largest, tl.max(rounds, 0))
     sums, largest = tl.sum(sums, 0), tl.max(largest, 0)
     total = tl.sum(tl.where(column == _COUNT, sums, 0.0), 0)
     metrics = tl.where(column == _LARGEST, largest, sums / tl.where(total > 0.0, total, 1.0))
     tl.store(metrics_ptr + column, metrics.to(tl.float32), mask=column < METRICS)
-    lane = tl.arange(0, _ROUNDS * _PARTS).to(tl.int64)
     if DENOMINATOR == "sequences":
-        losses = tl.zeros([_ROUNDS * _PARTS], tl.float64)
-        for start in range(0, num_parts, _ROUNDS * _PARTS):
+        losses = tl.zeros([_PARTS], tl.float64)
+        for start in range(0, num_parts, _PARTS):
             p = start + lane
             inside = p < num_parts
             count = tl.load(counts_ptr + p // splits, mask=inside, other=0, cache_modifier=".cg")
@@ -211,10 +220,26 @@ def finish(
             denominator = tl.load(num_tokens_ptr).to(tl.float64)
         scale = inverse(denominator)
         loss = scaled(tl.sum(tl.where(column == _LOSS, sums, 0.0), 0), scale)
-        for start in range(0, B, _ROUNDS * _PARTS):
+        for start in range(0, B, _PARTS):
             b = start + lane
             tl.store(scale_ptr + b, tl.zeros_like(b).to(tl.float32) + scale.to(tl.float32), mask=b < B)
     tl.store(loss_ptr, loss.to(tl.float32))
+
+
+@triton.jit
+def by_threads(x, UNIT: tl.constexpr):
+    """x, a value a token, as a row a thread: neighbours where loads are of several tokens, else far apart."""
+    if UNIT == 1:
+        rows = tl.trans(tl.reshape(x, [_EACH, x.shape[0] // _EACH]))
+    else:
+        rows = tl.reshape(x, [x.shape[0] // _EACH, _EACH])
+    return rows
+
+
+@triton.jit
+def summed(x, mask, UNIT: tl.constexpr):
+    """Of each thread's tokens that count: to sum these takes few registers and no exchange."""
+    return tl.sum(by_threads(tl.where(mask, x, 0.0), UNIT), 1)
 
 
 @triton.jit
@@ -229,7 +254,7 @@ def _policy_loss_fwd_kernel(
     numbers, sequences_ptr, group_ptr, num_tokens_ptr, coefficient_ptr, parts_ptr, finished_ptr, loss_ptr, metrics_ptr,
     scale_ptr, B, T, max_length,
     SURROGATE: tl.constexpr, REWEIGHT: tl.constexpr, SIGN: tl.constexpr, OF_SEQUENCES: tl.constexpr,
-    METRICS: tl.constexpr, DENOMINATOR: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+    METRICS: tl.constexpr, DENOMINATOR: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
     TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """loss (), metrics (METRICS,) and scale (B,) of `finish`; ∂loss/∂logp of tokens, unscaled: unless it is None,
@@ -240,10 +265,10 @@ def _policy_loss_fwd_kernel(
     Program (b, split) takes every splits-th block of sequence b, and the last one to end adds up the parts, in the same
     order whichever it is. A program sums in float32, the last one in float64. Deterministic.
     """
-    b, split, splits = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
-    begin, end = range_of(offsets_ptr, b, T, ALIGNED)
+    b, split, splits, T = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1), T * UNIT
+    begin, end = range_of(offsets_ptr, b, T)
     first, last = written_range_of(offsets_ptr, b, B, T, begin, end)
-    row = row_of(offsets_ptr, b, T, ALIGNED)
+    row = row_of(offsets_ptr, b, T)
     score, mean_ratio, length = 0.0, 0.0, 1.0
     if REWEIGHT == "ppl":
         score = score_of(sequences_ptr, group_ptr, b, B, TOGETHER)
@@ -251,62 +276,63 @@ def _policy_loss_fwd_kernel(
         length = tl.maximum(tl.load(sequences_ptr + b), 1.0)
         mean_ratio = tl.load(sequences_ptr + 2 * B + b) / length
     SUMS_SLOPES: tl.constexpr = OF_SEQUENCES and SURROGATE != "cispo"
-    zero = tl.zeros([BLOCK], tl.float32)
+    zero = tl.zeros([BLOCK // _EACH], tl.float32)
     loss_sum, count, slope_sum, low_sum, high_sum, dual_sum = zero, zero, zero, zero, zero, zero
     kl_sum, ratio_sum, largest, weight_sum, ref_kl_sum, entropy_sum = zero, zero, zero, zero, zero, zero
     for start in range(first + split * BLOCK, last, splits * BLOCK):
         t = start + tl.arange(0, BLOCK)
-        inside = (t >= begin) & (t < end)
+        inside = is_inside(offsets_ptr, t, begin, end)
         mask = load_mask(mask_tokens, b, t, inside)
         logp, old_logp = load_tokens(logp_tokens, b, t, inside), load_tokens(old_logp_tokens, b, t, inside)
         advantage = load_tokens(advantages, b, t, inside)
         weight = _policy.weight_of(old_logp, advantage, score, numbers.alpha, REWEIGHT, SIGN)
         advantage *= weight
         log_ratio = logp - old_logp
-        ratio = _policy.ratio_of(mean_ratio + zero if OF_SEQUENCES else log_ratio)
+        ratio = _policy.ratio_of(tl.zeros_like(logp) + mean_ratio if OF_SEQUENCES else log_ratio)
         loss, slope, low, high, dual = _policy.term_of(ratio, advantage, logp, numbers, SURROGATE)
         if SURROGATE != "cispo" and not OF_SEQUENCES:
             slope = _policy.within_limit(slope, log_ratio)
-        if token_weights.data is not None:
+        if token_weights is not None:
             token_weight = load_tokens(token_weights, b, t, inside)
             loss *= token_weight
             slope *= token_weight
-        coefficient = zero
+        coefficient = tl.zeros_like(logp)
         if SUMS_SLOPES:
-            slope_sum += tl.where(mask, slope, 0.0)
+            slope_sum += summed(slope, mask, UNIT)
         else:
             coefficient = slope
-        if ref_logps.data is not None:
+        if ref_logps is not None:
             k3, k3_slope = _policy.k3_of_reference(load_tokens(ref_logps, b, t, inside), logp)
-            ref_kl_sum += tl.where(mask, k3, 0.0)
+            ref_kl_sum += summed(k3, mask, UNIT)
             # An infinite divergence may be looked at without it.
             loss += tl.where(numbers.kl_beta == 0.0, 0.0, numbers.kl_beta * k3)
             coefficient += numbers.kl_beta * k3_slope
-        if kls.data is not None:
+        if kls is not None:
             kl = load_tokens(kls, b, t, inside)
-            ref_kl_sum += tl.where(mask, kl, 0.0)
+            ref_kl_sum += summed(kl, mask, UNIT)
             loss += tl.where(numbers.kl_beta == 0.0, 0.0, numbers.kl_beta * kl)
-        if entropies.data is not None:
+        if entropies is not None:
             entropy = load_tokens(entropies, b, t, inside)
-            entropy_sum += tl.where(mask, entropy, 0.0)
+            entropy_sum += summed(entropy, mask, UNIT)
             loss -= tl.where(numbers.entropy_coef == 0.0, 0.0, numbers.entropy_coef * entropy)
         if coefficient_ptr is not None:
             tl.store(coefficient_ptr + row + t, tl.where(mask, coefficient, 0.0), mask=t < last)
-        loss_sum += tl.where(mask, loss, 0.0)
-        count += mask.to(tl.float32)
-        low_sum += (low & mask).to(tl.float32)
-        high_sum += (high & mask).to(tl.float32)
-        dual_sum += (dual & mask).to(tl.float32)
-        kl_sum += tl.where(mask, _policy.k3_of_log_ratio(log_ratio), 0.0)
-        ratio_sum += tl.where(mask, ratio, 0.0)
-        largest = tl.maximum(largest, tl.where(mask, ratio, 0.0))
-        weight_sum += tl.where(mask, weight, 0.0)
+        one = tl.full([BLOCK], 1.0, tl.float32)
+        loss_sum += summed(loss, mask, UNIT)
+        count += summed(one, mask, UNIT)
+        low_sum += summed(one, mask & low, UNIT)
+        high_sum += summed(one, mask & high, UNIT)
+        dual_sum += summed(one, mask & dual, UNIT)
+        kl_sum += summed(_policy.k3_of_log_ratio(log_ratio), mask, UNIT)
+        ratio_sum += summed(ratio, mask, UNIT)
+        largest = tl.maximum(largest, tl.max(by_threads(tl.where(mask, ratio, 0.0), UNIT), 1))
+        weight_sum += summed(weight, mask, UNIT)
     # In the order of PolicyMetrics, then loss, count; every fourth one together. One reduction instead of many.
     sums = four(
         four(low_sum, ratio_sum, entropy_sum, zero), four(high_sum, zero, loss_sum, zero),
         four(dual_sum, weight_sum, count, zero), four(kl_sum, ref_kl_sum, zero, zero),
     )  # fmt: skip
-    part = tl.sum(tl.sum(tl.reshape(sums, [BLOCK // 32, 32, _PART]), 1), 0)
+    part = tl.sum(tl.reshape(sums, [BLOCK // _EACH, _PART]), 0)
     column = tl.arange(0, _PART)
     part = tl.where(column == _LARGEST, tl.max(largest, 0), part)
     tl.store(parts_ptr + (b * splits + split) * _PART + column, part)
@@ -314,10 +340,10 @@ def _policy_loss_fwd_kernel(
         slope = _policy.within_limit(tl.sum(slope_sum, 0), mean_ratio) / length
         for start in range(first, last, BLOCK):
             t = start + tl.arange(0, BLOCK)
-            inside = (t >= begin) & (t < end)
+            inside = is_inside(offsets_ptr, t, begin, end)
             mask = load_mask(mask_tokens, b, t, inside)
-            coefficient = slope + zero
-            if ref_logps.data is not None:
+            coefficient = tl.zeros([BLOCK], tl.float32) + slope
+            if ref_logps is not None:
                 ref_logp, logp = load_tokens(ref_logps, b, t, inside), load_tokens(logp_tokens, b, t, inside)
                 _, k3_slope = _policy.k3_of_reference(ref_logp, logp)
                 coefficient += numbers.kl_beta * k3_slope
@@ -339,21 +365,21 @@ def _policy_loss_fwd_kernel(
 @triton.jit(do_not_specialize=["B", "T"])
 def _policy_loss_bwd_kernel(
     grad_loss_ptr, coefficient_ptr, scale_ptr, mask_tokens, offsets_ptr, grad_logp_ptr, grad_entropy_ptr, grad_kl_ptr,
-    B, T, entropy_coef, kl_beta, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+    B, T, entropy_coef, kl_beta, UNIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """grad_logp = coefficient · factor; of tokens that count grad_entropy = −entropy_coef · factor, grad_kl likewise.
 
     factor = scale[b] · grad_loss. All float32, coefficient and gradients contiguous, 0 where masked; a pointer that is
     None is not wanted. Program (b, split) takes every splits-th block of sequence b.
     """
-    b, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    begin, end = range_of(offsets_ptr, b, T, ALIGNED)
+    b, split, T = tl.program_id(0).to(tl.int64), tl.program_id(1), T * UNIT
+    begin, end = range_of(offsets_ptr, b, T)
     first, last = written_range_of(offsets_ptr, b, B, T, begin, end)
-    row = row_of(offsets_ptr, b, T, ALIGNED)
+    row = row_of(offsets_ptr, b, T)
     factor = tl.load(scale_ptr + b) * tl.load(grad_loss_ptr).to(tl.float32)
     for start in range(first + split * BLOCK, last, tl.num_programs(1) * BLOCK):
         t = start + tl.arange(0, BLOCK)
-        inside, written, place = (t >= begin) & (t < end), t < last, row + t
+        inside, written, place = is_inside(offsets_ptr, t, begin, end), t < last, row + t
         if grad_logp_ptr is not None:
             coefficient = tl.load(coefficient_ptr + place, mask=inside, other=0.0)
             tl.store(grad_logp_ptr + place, tl.where(inside, coefficient * factor, 0.0), mask=written)
@@ -365,13 +391,12 @@ def _policy_loss_bwd_kernel(
             tl.store(grad_kl_ptr + place, tl.where(counted, kl_beta * factor, 0.0), mask=written)
 
 
-_NONE = Tokens(None, 0, None)
-
-
-def _tokens(x: Tensor | None, packed: bool) -> Tokens:
-    if x is None:
-        return _NONE
+def _tokens(x: Tensor, packed: bool) -> Tokens:
     return Tokens(x, 0, x.stride(0)) if packed else Tokens(x, *x.stride())
+
+
+def _tokens_if_any(x: Tensor | None, packed: bool) -> Tokens | None:
+    return None if x is None else _tokens(x, packed)
 
 
 def _advantages(x: Tensor, sequences: int, packed: bool) -> Tokens:
@@ -410,8 +435,8 @@ def policy_loss_fwd(
         return loss.zero_(), metrics.zero_(), coefficient.zero_(), scale
     offsets = None if offsets is None else offsets.contiguous()
     given, old, counted = _tokens(logp, packed), _tokens(old_logp, packed), _tokens(mask, packed)
-    aligned = not packed and columns % _ALIGNMENT == 0
-    splits = 1 if kind.of_sequences else _splits(sequences, columns)
+    unit = _unit_of(columns, packed)
+    splits = 1 if kind.of_sequences else _splits(sequences, columns, packed, _FWD_PROGRAMS)
     by_sequence = kind.of_sequences or kind.reweight == "ppl"
     # What _sequences_kernel writes needs no zeros.
     allocate, of_sequences = (torch.empty if by_sequence else torch.zeros), None
@@ -420,25 +445,34 @@ def policy_loss_fwd(
         if by_sequence:
             of_sequences = new(3, sequences)
             _sequences_kernel[(sequences,)](
-                given, old, counted, offsets, of_sequences, finished, sequences, columns,
-                ALIGNED=aligned, BLOCK=_BLOCK, num_warps=8,
+                given, old, counted, offsets, of_sequences, finished, sequences,
+                columns // unit, UNIT=unit, BLOCK=_BLOCK, num_warps=_WARPS,
             )  # fmt: skip
         _policy_loss_fwd_kernel[(sequences, splits)](
-            given, old, _advantages(advantage, sequences, packed), counted, _tokens(ref_logp, packed),
-            _tokens(entropy, packed), _tokens(kl, packed), _tokens(token_weight, packed), offsets,
+            given, old, _advantages(advantage, sequences, packed), counted, _tokens_if_any(ref_logp, packed),
+            _tokens_if_any(entropy, packed), _tokens_if_any(kl, packed), _tokens_if_any(token_weight, packed), offsets,
             numbers_of(options), of_sequences, None if group is None else group.contiguous(), num_tokens,
             coefficient if with_gradient else None, new(sequences * splits, _PART.value), finished, loss, metrics,
-            scale, sequences, columns, columns if max_length is None else max_length,
+            scale, sequences, columns // unit, columns if max_length is None else max_length,
             SURROGATE=kind.surrogate, REWEIGHT=kind.reweight, SIGN=kind.sign, OF_SEQUENCES=kind.of_sequences,
-            METRICS=_METRICS, DENOMINATOR=_denominator(options), ALIGNED=aligned, BLOCK=_BLOCK, TOGETHER=_TOGETHER,
-            num_warps=8,
+            METRICS=_METRICS, DENOMINATOR=_denominator(options), UNIT=unit, BLOCK=_BLOCK, TOGETHER=_TOGETHER,
+            num_warps=_WARPS,
         )  # fmt: skip
     return loss, metrics, coefficient, scale
 
 
-def _splits(sequences: int, columns: int) -> int:
-    """Programs a sequence; `columns` is the most tokens that it can have."""
-    return max(1, min(ceil_div(columns, _BLOCK), max(_LEAST_SPLITS, _PROGRAMS // sequences)))
+def _splits(sequences: int, columns: int, packed: bool, programs: int) -> int:
+    """Programs a sequence; `columns` is the most tokens that it can have. Packed ones differ in length: twice as many.
+
+    A function of the shapes alone, as the order of the sums is.
+    """
+    most = max(_LEAST_SPLITS, (2 if packed else 1) * programs // sequences)
+    return max(1, min(ceil_div(columns, _BLOCK), most))
+
+
+def _unit_of(columns: int, packed: bool) -> int:
+    """What kernels count columns in. Sequences that are packed begin anywhere."""
+    return _UNIT if not packed and columns % _UNIT == 0 else 1
 
 
 def _denominator(options: PolicyOptions) -> str:
@@ -465,10 +499,10 @@ def policy_loss_bwd(
     if sequences == 0 or not any(output_mask):
         return tuple(gradient.zero_() for gradient in gradients)
     pointers = (gradient if wanted else None for gradient, wanted in zip(gradients, output_mask, strict=True))
+    unit, splits = _unit_of(columns, packed), _splits(sequences, columns, packed, _BWD_PROGRAMS)
     with on_device_of(scale):
-        _policy_loss_bwd_kernel[(sequences, _splits(sequences, columns))](
+        _policy_loss_bwd_kernel[(sequences, splits)](
             grad_loss, coefficient, scale, _tokens(mask, packed), None if offsets is None else offsets.contiguous(),
-            *pointers, sequences, columns, entropy_coef, kl_beta,
-            ALIGNED=not packed and columns % _ALIGNMENT == 0, BLOCK=_BLOCK, num_warps=4,
+            *pointers, sequences, columns // unit, entropy_coef, kl_beta, UNIT=unit, BLOCK=_BLOCK, num_warps=_WARPS,
         )  # fmt: skip
     return gradients

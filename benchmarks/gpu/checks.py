@@ -17,14 +17,13 @@ from .children import ROOT, run_command
 
 #: When time runs out, the last ones are missing.
 _FILES = (
-    "test_ops_sample.py", "test_cuda_kernels.py", "test_ops_linear_sample.py", "test_ops_policy.py",
-    "test_ops_linear_policy.py", "test_gpu_only.py", "test_ops_accuracy.py", "test_ops_gradients.py",
-    "test_ops_ignored.py", "test_ops_layout.py", "test_ops_invariance.py", "test_ops_memory.py",
-    "test_ops_registration.py",
+    "test_ops_sample.py", "test_ops_linear_sample.py", "test_ops_policy.py", "test_ops_linear_policy.py",
+    "test_gpu_only.py", "test_ops_accuracy.py", "test_ops_gradients.py", "test_ops_ignored.py", "test_ops_layout.py",
+    "test_ops_invariance.py", "test_ops_registration.py", "test_functional_fuzz.py", "test_backends.py",
 )  # fmt: skip
 _TINY_FILES = ("test_lemma.py",)
 _WORKERS = 12
-_TEST_SECONDS = 60
+_TEST_SECONDS = 90
 _MOST_FAILURES = 40
 _LOG = "DLOGP_TEST_OUTCOMES"
 

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ class Job:
     options: dict[str, Any] = field(default_factory=dict)
     #: Whether what it finds is of interest; of compiling ahead only what fails is.
     quiet: bool = False
+    #: Seconds without progress, where they are not those of the visit: of compilers of other libraries.
+    hang: float | None = None
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def _run_job(job: Job, request: dict[str, Any], limits: Limits, record: Record, 
         child = Child({**request, **job.options, "cases": job.cases, "done": done, "excluded": excluded})
         case = step = ""
         try:
-            for event in child.events(limits, stop):
+            for event in child.events(limits if job.hang is None else replace(limits, hang=job.hang), stop):
                 if "at" in event:
                     case, step = event["at"]
                 elif "entry" in event:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..peers import PEERS
 from . import checks, machine, profile
 from .children import Job, Limits, run_jobs
 from .visit import Visit
@@ -25,6 +26,7 @@ _RESERVE = 4.0
 _PROFILE_SECONDS = 35.0
 _SMOKE_SECONDS = {1: 75.0, 2: 60.0}
 _TEST_SECONDS = 170.0
+_PEER_SECONDS = 60.0
 _SMOKE = (
     "linear", "pair", "sampling_triton", "sampling_cuda", "policy_loss", "backward", "linear_policy_loss", "logits",
     "gemm", "linear_sampling",
@@ -108,9 +110,11 @@ class _Run:
         else:
             self._part("smoke", smoke, _SMOKE_SECONDS[2])
             self._tests()
-            self._part("headline", [_job("headline")], self.visit.left())
+            self._part("headline", [_job("headline"), *map(_peers, PEERS)], self.visit.left(), at_once=1)
 
-    def _part(self, part: str, jobs: list[Job], seconds: float, reserve: float = _RESERVE) -> None:
+    def _part(
+        self, part: str, jobs: list[Job], seconds: float, reserve: float = _RESERVE, at_once: int | None = None
+    ) -> None:
         since = self.visit.passed()
         limits = Limits(self.visit.deadline(seconds, reserve), self.options.hang)
 
@@ -118,7 +122,7 @@ class _Run:
             self.visit.add(part, job, entry)
             _progress(part, job, entry)
 
-        run_jobs(jobs, self._request, limits, record, self.stop, self._at_once)
+        run_jobs(jobs, self._request, limits, record, self.stop, at_once or self._at_once)
         self.visit.end_part(part, since)
 
     def _profile(self) -> None:
@@ -137,6 +141,10 @@ class _Run:
 
 def _job(module: str, name: str = "cases") -> Job:
     return Job(module if name == "cases" else name, f"benchmarks.gpu.{module}:{name}")
+
+
+def _peers(group: str) -> Job:
+    return Job(group, "benchmarks.gpu.headline:peers", {"group": group}, hang=_PEER_SECONDS)
 
 
 def _prewarm(tiny: bool) -> Iterator[Job]:

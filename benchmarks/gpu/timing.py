@@ -6,7 +6,7 @@ candidates of one case; the fastest is written as configs.py takes it.
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -71,7 +71,7 @@ REAL = Sizes(
 )
 PREWARM = REAL._replace(n=512, logits_n=64, copy=2**20)
 TINY = Sizes(
-    n=12,
+    n=16,
     heads=(Shape("D 16", 16, 130), Shape("D 8", 8, 60)),
     logits_n=4,
     batches=(2,),
@@ -125,9 +125,9 @@ def sizes_of(session: Session) -> Sizes:
     return TINY if session.tiny else PREWARM if session.prewarm else REAL
 
 
-def cases(session: Session) -> list[Case]:
+def cases(session: Session, sizes: Sizes | None = None) -> list[Case]:
     """In order of importance: what time runs out on is left out."""
-    sizes = sizes_of(session)
+    sizes = sizes_of(session) if sizes is None else sizes
     head = sizes.heads[0]
 
     def case(name: str, run: Callable[..., Iterator[Entry]], *arguments: Any) -> Case:
@@ -185,7 +185,8 @@ def measured(session: Session, found: Sequence[Timed], cost: Cost, against: str 
     candidates = [timed.candidate for timed in right.values()]
     timings = harness.measure(candidates, sizes_of(session).budget, _WatchedClock(session))
     for name, timed in right.items():
-        for phase in PHASES if timed.candidate.backward is not None else PHASES[:1]:
+        phases = PHASES if timed.candidate.backward is not None else PHASES[:1]
+        for phase in phases:
             seconds = timings.quantiles(name, phase)
             entry: Entry = {
                 "candidate": name,
@@ -198,7 +199,7 @@ def measured(session: Session, found: Sequence[Timed], cost: Cost, against: str 
             if against in right and against != name:
                 # How much of the reference's speed it has.
                 entry["of"] = [against, 1 / timings.ratio(name, against, phase).median]
-            if timed.config is not None:
+            if timed.config is not None and phase == phases[-1]:
                 entry["config"] = timed.config
             yield entry | notes[name]
 
@@ -326,7 +327,7 @@ def products(work: Workload) -> Cost:
 
 
 def _linear(session: Session, sizes: Sizes, op: str, head: Shape, training: bool) -> Iterator[Entry]:
-    """Every configuration of the fused kernel, and every tile of the GEMM; in training every tile of backward.
+    """The default, every configuration of the fused kernel, every tile of the GEMM; in training those of backward.
 
     Of a pair that is trained the base is frozen.
     """
@@ -335,15 +336,15 @@ def _linear(session: Session, sizes: Sizes, op: str, head: Shape, training: bool
     problem = build(work, session.device)
     bare = list(map(Timed, bare_matmuls(problem)))
     check = truth_check(session, problem)
+    first = [*bare, ours(problem, check, "ours", nullcontext)]
 
     def tiled(name: str, backend: str, tile: tuple[int, int]) -> Timed:
         context = partial(library.gemm, *tile, backend=backend)
         return ours(problem, check, f"{name} {tile[0]}x{tile[1]}", context, f"gemm tile {tile}")
 
     if training:
-        found = [ours(problem, check, "triton", library.fused)]
-        found += [tiled("backward tile", "triton", tile) for tile in sizes.gemm[1:]]
-        yield from measured(session, [*bare, *found], products(work), bare[0].name)
+        tiles = [tiled("backward tile", "triton", tile) for tile in sizes.gemm[1:]]
+        yield from measured(session, [*first, *tiles], products(work), bare[0].name)
         return
 
     def configured(config: Any) -> Timed:
@@ -352,9 +353,9 @@ def _linear(session: Session, sizes: Sizes, op: str, head: Shape, training: bool
 
     configs = [library.tile(*shape) for shape in (sizes.pair if work.pair else sizes.single)]
     tiles = [tiled("gemm", "gemm", tile) for tile in sizes.gemm]
-    entries = list(measured(session, [*bare, *map(configured, configs), *tiles], products(work), bare[0].name))
+    entries = list(measured(session, [*first, *map(configured, configs), *tiles], products(work), bare[0].name))
     yield from entries
-    if head is sizes.heads[0]:
+    if configs and head is sizes.heads[0]:
         seconds = {entry["config"]: entry["ms"] for entry in entries if "config" in entry}
         best = min(configs, key=lambda config: seconds.get(library.named(config), float("inf")))
         groups = [configured(library.with_group(best, group)) for group in _GROUPS if library.has_group()]

@@ -33,7 +33,7 @@ def lines(document: dict[str, Any]) -> list[str]:
 def _head(document: dict[str, Any]) -> Iterator[str]:
     env = document["environment"]
     gpu, packages = env["gpu"], env["packages"]
-    versions = ", ".join(f"{name} {packages[name]}" for name in ("torch", "triton"))
+    versions = ", ".join(f"{name} {packages.get(name)}" for name in ("torch", "triton"))
     card = f"{gpu.get('name', env['device'])}, driver {gpu.get('driver_version')}"
     yield f"Visit {document['visit']} on {card}, {versions}"
     parts = ", ".join(f"{part} {seconds:.0f} s" for part, seconds in document["parts"].items())

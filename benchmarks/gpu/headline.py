@@ -47,7 +47,7 @@ def peers(session: Session) -> list[Case]:
 
 
 def _sizes(session: Session) -> Sizes:
-    return timing.sizes_of(session)._replace(single=(), pair=(), gemm=(), policy_rows=())
+    return timing.sizes_of(session)._replace(single=(), pair=(), draws=(), gemm=(), policy_rows=())
 
 
 def _loaded(session: Session, peer: Peer) -> Callable[..., Any]:

@@ -7,7 +7,7 @@ candidates of one case; the fastest is written as configs.py takes it.
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -49,6 +49,7 @@ class Sizes(NamedTuple):
     single: tuple[tuple[int, ...], ...]
     pair: tuple[tuple[int, ...], ...]
     #: Rows, tokens.
+    draws: tuple[tuple[int, ...], ...]
     gemm: tuple[tuple[int, int], ...]
     #: Of linear_policy_loss: rows of a slice of logits, and of a block of gradients.
     policy_rows: tuple[tuple[int, int], ...]
@@ -65,9 +66,16 @@ REAL = Sizes(
     responses=(256, 4096),
     copy=2**30,
     single=((128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (256, 128, 64, 8, 3), (128, 128, 64, 8, 4)),
-    pair=((128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 64, 8, 6), (128, 128, 128, 8, 3), (128, 64, 64, 8, 4)),
+    pair=(
+        (128, 128, 64, 8, 3),
+        (128, 128, 64, 8, 4),
+        (128, 128, 64, 8, 5),
+        (128, 128, 64, 8, 6),
+        (128, 128, 128, 8, 3),
+    ),
+    draws=((64, 64, 64, 8, 3), (64, 64, 64, 8, 8), (64, 64, 64, 4, 8), (64, 64, 128, 8, 6), (64, 128, 64, 8, 8)),
     gemm=((1024, 4096), (2048, 4096), (4096, 4096), (8192, 1024)),
-    policy_rows=((512, 1536), (512, 2048), (1024, 4096)),
+    policy_rows=((384, 1920), (512, 2048), (1024, 4096)),
 )
 PREWARM = REAL._replace(n=512, logits_n=64, copy=2**20)
 TINY = Sizes(
@@ -80,12 +88,13 @@ TINY = Sizes(
     copy=2**16,
     single=((32, 64, 32, 1, 1), (16, 128, 16, 1, 1)),
     pair=((32, 64, 32, 1, 1),),
+    draws=((32, 64, 32, 1, 1),),
     gemm=((32, 128), (16, 128)),
     policy_rows=((16, 16),),
     dtype="float32",
     budget=Budget(seconds=0.0, least=1, most=1),
 )
-_GROUPS = (8, 32)
+_GROUPS = (8, 16, 24, 32)
 FILTERS: Mapping[str, dict[str, Any]] = {"top-p 0.7": {"top_p": 0.7}, "no filter": {}}
 
 
@@ -411,6 +420,10 @@ def _sampling(session: Session, sizes: Sizes, op: str, batch: int, options: dict
             found.append(sampler(op, backend, partial(backends.use_backend, backend), inputs, options))
         else:
             yield {"candidate": backend, "status": "skipped", "error": problem}
+    for config in (library.tile(*shape) for shape in sizes.draws if op.startswith("linear")):
+        text = library.named(config)
+        drawn = sampler(op, text.removeprefix("Config"), partial(library.fused, config), inputs, options)
+        found.append(replace(drawn, config=text))
     yield from measured(session, found, gigabytes(size), "copy")
 
 

@@ -40,7 +40,7 @@ TENSOR_CORE_ERROR = 1e-3
 #: version of Triton, GPU and kernel.
 REGISTERS = {"cuda": 255, "hip": 512}
 SPILLED_BYTES: dict[tuple[str, str, str], int] = {
-    # The last, narrow segment of a row, by two warps, which the assembler of Triton 3.6 gives no more than 64 registers.
+    # The last, narrow segment of a row, by two warps, to which the assembler of Triton 3.6 gives 64 registers at most.
     ("3.6", "sm_90", "_delta_logp_fwd_kernel"): 8,
 }
 

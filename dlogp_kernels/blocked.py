@@ -519,7 +519,11 @@ def linear_extrapolated_sample(
 
 def rows_of(x: Tensor, rows: Tensor) -> Tensor:
     """Rows of x (…, columns) by their flat index, without a copy of the others."""
-    return x[torch.unravel_index(rows, x.shape[:-1])]
+    index: list[Tensor] = []
+    for size in reversed(x.shape[1:-1]):  # not torch.unravel_index, which a CUDA graph can not capture
+        index.insert(0, rows % size)
+        rows = rows // size
+    return x[rows, *index]
 
 
 def check_target(target: Tensor, vocabulary: int, ignore_index: int) -> tuple[Tensor, Tensor | None]:

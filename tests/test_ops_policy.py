@@ -22,6 +22,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import dlogp_kernels
 from dlogp_kernels import backends, reference_policy
+from dlogp_kernels.reference_policy import PolicyOptions
 from dlogp_kernels.results import PolicyMetrics
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -114,6 +115,12 @@ def test_long_and_many_sequences(accuracy, importance):
     check_against_truth(accuracy, make_inputs(2, fewer(9_001, 2_501)), importance=importance, **ALL_EXTRAS)
     if importance == "sequence" or not backends.interpreting():
         check_against_truth(accuracy, make_inputs(fewer(1_300, 130), 3), importance=importance, reweight="ppl")
+
+
+@pytest.mark.parametrize("shape", [(600, 3), (2, 2_501)], ids=str)
+def test_means_of_many_and_of_long_sequences(accuracy, shape):
+    """Each by its own number of tokens: of more parts than a kernel adds at a time, of several parts a sequence."""
+    check_against_truth(accuracy, without_extras(make_inputs(*shape)), loss_type="grpo")
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed", "strided"])
@@ -223,6 +230,27 @@ def test_no_packed_tokens():
     inputs = pack(make_inputs(3, 4), [0, 0, 0])
     result = call(inputs, reweight="ppl", importance="sequence", **ALL_EXTRAS)
     assert result.loss == 0 and result.gradients["logp"].shape == (0,)
+
+
+@pytest.mark.served_by("triton")
+@pytest.mark.parametrize("offsets", [[2, 5, 5, 9], [9, 5, 5, 2], [4, 4], [3]], ids=str)
+@pytest.mark.parametrize("importance", reference_policy.IMPORTANCES)
+def test_packed_tokens_of_no_sequence_have_zeros(importance, offsets):
+    """Where offsets on a GPU, which nobody reads before, leave some out; the launchers fill nothing beforehand."""
+    tokens = pack(with_kl(make_inputs(1, 12)), [12])
+    tokens = {name: x.to(cases.DEVICE) for name, x in tokens.items()}
+    reached = torch.zeros(12, dtype=torch.bool)
+    for begin, end in itertools.pairwise(offsets):
+        reached[begin:end] = True
+    numbers = PolicyOptions(importance=importance, **ALL_EXTRAS).arguments()
+    given = [tokens["logp"], tokens["old_logp"], tokens["old_logp"], tokens["mask"]]
+    given += [torch.tensor(offsets, device=cases.DEVICE), None, None, tokens["entropy"], tokens["kl"], None, None]
+    _, _, coefficient, scale = torch.ops.dlogp.policy_loss_fwd(*given, *numbers, True)
+    grad_loss = torch.ones((), device=cases.DEVICE)
+    rest = [given[3], given[4], 0.2, 0.3, [True] * 3]
+    gradients = torch.ops.dlogp.policy_loss_bwd(grad_loss, coefficient, scale, *rest)
+    for x in (coefficient, *gradients):
+        assert x.isfinite().all() and (x[~reached] == 0).all()
 
 
 def test_a_group_of_one_and_equal_perplexities_weigh_one():

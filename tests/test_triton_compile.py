@@ -130,11 +130,39 @@ def test_the_policy_loss_fits(gpu, name):
         inputs = policy_cases.pack(inputs, [4096, 1, 17])
     with pretend(GPUS[gpu]) as launched, launch_code_sees(GPUS[gpu]), backends.use_backend("triton"):
         policy_cases.call(inputs, **options, **policy_cases.ALL_EXTRAS)
-    compiled = kernels(launched)
-    assert {"_policy_loss_fwd_kernel", "_policy_loss_bwd_kernel"} <= {x.name for x in compiled}
-    for kernel in compiled:
+    before = ["_sequences_kernel"] if "sequence" in options.values() else []
+    assert [x.name for x in launched] == [*before, "_policy_loss_fwd_kernel", "_policy_loss_bwd_kernel"]
+    for kernel in kernels(launched):
         print(f"{kernel.name} {kernel.constants}: {kernel[3:]}")
         assert kernel.spilled == 0 and kernel.registers <= REGISTERS[GPUS[gpu].target.backend]
+        if kernel.name == "_policy_loss_fwd_kernel" and gpu != "gfx942":
+            # What the last program adds up: all written before it was told, none of it from a cache of its own.
+            assert "atom.global.gpu.acq_rel" in kernel.assembly and "ld.global.cg" in kernel.assembly
+
+
+@pytest.mark.parametrize("columns", [4096, 48])
+def test_the_policy_loss_loads_several_tokens_at_once(columns):
+    """Of rows that are aligned, whatever their number: with these a kernel knows it without being compiled anew."""
+    inputs = policy_cases.without_extras(policy_cases.make_inputs(3, columns))
+    with pretend(GPUS["sm_90"]) as launched, launch_code_sees(GPUS["sm_90"]), backends.use_backend("triton"):
+        policy_cases.call(inputs)
+    for kernel in kernels(launched):
+        assert re.search(r"ld\.global\.v4", kernel.assembly) and re.search(r"st\.global\.v4", kernel.assembly)
+
+
+def test_the_policy_loss_of_other_numbers_is_compiled_already():
+    def compiled(sequences: int, columns: int, lengths: list[int] | None, **options: float) -> set[int]:
+        inputs = policy_cases.make_inputs(sequences, columns)
+        inputs = inputs if lengths is None else policy_cases.pack(inputs, lengths)
+        with pretend(GPUS["sm_90"]) as launched, launch_code_sees(GPUS["sm_90"]), backends.use_backend("triton"):
+            policy_cases.call(inputs, loss_type="dr_grpo", **options, **policy_cases.ALL_EXTRAS)
+        return {id(x) for x in launched}
+
+    padded = compiled(3, 4096, None, max_length=4096, alpha=0.1)
+    assert compiled(16, 48, None, max_length=1, alpha=1.0) == padded
+    packed = compiled(3, 32, [32, 5, 16], max_length=16, alpha=0.1)
+    assert compiled(2, 32, [3, 4], max_length=7, alpha=16.0) == packed
+    assert compiled(1, 32, [1], max_length=1, alpha=1.0) == packed
 
 
 LINEAR_POLICY = {

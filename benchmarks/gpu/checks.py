@@ -17,14 +17,13 @@ from .children import ROOT, run_command
 
 #: When time runs out, the last ones are missing.
 _FILES = (
-    "test_ops_sample.py", "test_cuda_kernels.py", "test_ops_linear_sample.py", "test_ops_policy.py",
-    "test_ops_linear_policy.py", "test_gpu_only.py", "test_ops_accuracy.py", "test_ops_gradients.py",
-    "test_ops_ignored.py", "test_ops_layout.py", "test_ops_invariance.py", "test_ops_memory.py",
-    "test_ops_registration.py",
+    "test_ops_sample.py", "test_ops_linear_sample.py", "test_ops_policy.py", "test_ops_linear_policy.py",
+    "test_gpu_only.py", "test_ops_accuracy.py", "test_ops_gradients.py", "test_ops_ignored.py", "test_ops_layout.py",
+    "test_ops_invariance.py", "test_ops_registration.py", "test_functional_fuzz.py", "test_backends.py",
 )  # fmt: skip
 _TINY_FILES = ("test_lemma.py",)
 _WORKERS = 12
-_TEST_SECONDS = 60
+_TEST_SECONDS = 90
 _MOST_FAILURES = 40
 _LOG = "DLOGP_TEST_OUTCOMES"
 
@@ -34,7 +33,7 @@ Tests = dict[str, Any]
 def run(device: str, tiny: bool, seconds: float, stop: threading.Event) -> Tests:
     """Counts and failures of the tests that ended within `seconds`."""
     names = _TINY_FILES if tiny else _FILES
-    files = [f"tests/{name}" for name in names if (ROOT / "tests" / name).exists()]
+    files = [str(path) for path in (ROOT / "tests" / name for name in names) if path.exists()]
     command = [sys.executable, "-m", "pytest", "--device", device, "-q", "--tb=short", "-p", "no:cacheprovider"]
     command += ["-p", "benchmarks.gpu.checks"]
     if not tiny and importlib.util.find_spec("xdist") is not None:
@@ -45,7 +44,8 @@ def run(device: str, tiny: bool, seconds: float, stop: threading.Event) -> Tests
     with tempfile.TemporaryDirectory() as folder:
         outcomes = Path(folder) / "outcomes"
         outcomes.touch()
-        environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+        other = ("TRITON_INTERPRET", "PYTEST_XDIST_WORKER")
+        environment = {key: value for key, value in os.environ.items() if key not in other}
         environment |= {_LOG: str(outcomes), "OMP_NUM_THREADS": "1"}
         code, output = run_command([*command, *files], seconds, stop, environment)
         return _summary(outcomes.read_text().splitlines(), code, output)

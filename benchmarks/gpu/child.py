@@ -40,6 +40,8 @@ class Session:
     tiny: bool = False
     #: Compile only: every candidate once, of few rows.
     prewarm: bool = False
+    #: Of other libraries: which.
+    group: str = ""
     #: Case → candidates that ended a process.
     excluded: dict[str, list[str]] = field(default_factory=dict)
     watch: Callable[[str], None] = lambda step: None
@@ -95,9 +97,8 @@ def _serve(request: dict[str, Any], events: TextIO) -> None:
     def send(**event: Any) -> None:
         events.write(json.dumps(event) + "\n")
 
-    session = Session(
-        torch.device(request["device"]), request["tiny"], request.get("prewarm", False), request.get("excluded", {})
-    )
+    known = {name: request[name] for name in ("tiny", "prewarm", "group", "excluded") if name in request}
+    session = Session(torch.device(request["device"]), **known)
     send(at=["", "import"])
     for case in _cases(request, session):
         session.watch = lambda step, name=case.name: send(at=[name, step])  # type: ignore[misc]

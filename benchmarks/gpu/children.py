@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ class Job:
     options: dict[str, Any] = field(default_factory=dict)
     #: Whether what it finds is of interest; of compiling ahead only what fails is.
     quiet: bool = False
+    #: Seconds without progress, where they are not those of the visit: of compilers of other libraries.
+    hang: float | None = None
 
 
 @dataclass(frozen=True)
@@ -52,13 +54,11 @@ class Limits:
 
 
 class _LostError(RuntimeError):
-    """The process is gone, or had to be ended."""
+    """The process is gone, or had to be ended; `status` is that of what it was at."""
 
-    cut_off = False
-
-
-class _CutOffError(_LostError):
-    cut_off = True
+    def __init__(self, reason: str, status: str = "failed") -> None:
+        super().__init__(reason)
+        self.status = status
 
 
 def run_jobs(
@@ -93,7 +93,7 @@ def _run_job(job: Job, request: dict[str, Any], limits: Limits, record: Record, 
         child = Child({**request, **job.options, "cases": job.cases, "done": done, "excluded": excluded})
         case = step = ""
         try:
-            for event in child.events(limits, stop):
+            for event in child.events(limits if job.hang is None else replace(limits, hang=job.hang), stop):
                 if "at" in event:
                     case, step = event["at"]
                 elif "entry" in event:
@@ -107,10 +107,9 @@ def _run_job(job: Job, request: dict[str, Any], limits: Limits, record: Record, 
             else:
                 return
         except _LostError as lost:
-            status = "cut off" if lost.cut_off else "failed"
-            entry = {"case": case, "status": status, "error": str(lost), "log": child.log()}
+            entry = {"case": case, "status": lost.status, "error": str(lost), "log": child.log()}
             record(job.name, entry | ({"candidate": step} if case and step else {}))
-            if lost.cut_off or not case:
+            if lost.status != "failed" or not case:
                 return
         finally:
             child.close()
@@ -125,13 +124,9 @@ class Child:
 
     def __init__(self, request: dict[str, Any]) -> None:
         self._log = tempfile.TemporaryFile("w+b")  # noqa: SIM115 (open as long as the process)
+        command, pipe = [sys.executable, "-m", "benchmarks.gpu.child"], subprocess.PIPE
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.gpu.child"],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            start_new_session=True,
+            command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=self._log, start_new_session=True
         )
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(request).encode() + b"\n")
@@ -150,7 +145,7 @@ class Child:
         pipe, rest, heard = self._process.stdout.fileno(), b"", time.monotonic()
         while True:
             if stop.is_set() or limits.left() <= 0:
-                raise _CutOffError("out of time" if limits.left() <= 0 else "stopped")
+                raise _LostError("stopped" if stop.is_set() else "out of time", "cut off")
             if time.monotonic() - heard > limits.hang:
                 raise _LostError(f"no progress for {limits.hang:.0f} s, its process was ended")
             if not select.select([pipe], [], [], _SLICE)[0]:
@@ -190,14 +185,9 @@ def run_command(
     deadline = time.monotonic() + seconds
     with tempfile.TemporaryFile("w+b") as output:
         process = subprocess.Popen(
-            [*command],
-            cwd=ROOT,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env=environment,
-        )
+            [*command], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+            start_new_session=True, env=environment,
+        )  # fmt: skip
         try:
             while process.poll() is None and time.monotonic() < deadline and not stop.is_set():
                 time.sleep(_SLICE)

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..peers import PEERS
 from . import checks, machine, profile
 from .children import Job, Limits, run_jobs
 from .visit import Visit
@@ -25,14 +26,17 @@ _RESERVE = 4.0
 _PROFILE_SECONDS = 35.0
 _SMOKE_SECONDS = {1: 75.0, 2: 60.0}
 _TEST_SECONDS = 170.0
-_SMOKE = (
-    "linear", "pair", "sampling_triton", "sampling_cuda", "policy_loss", "backward", "linear_policy_loss", "logits",
-    "gemm", "linear_sampling",
-)  # fmt: skip
+_PEER_SECONDS = 60.0
 _PREWARM = 4
+#: Of smoke.py, one process each; this one does not import what holds kernels.
+_FAMILIES = (
+    "linear", "pair", "sampling cuda", "sampling triton", "policy_loss", "backward", "linear_policy_loss", "logits",
+    "gemm", "linear sampling",
+)  # fmt: skip
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks gpu", description=__doc__)
     parser.add_argument("--visit", type=int, choices=LIMITS, required=True, help="1: starts, is right, figures; 2: all")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results")
     parser.add_argument("--commit", metavar="SHA", help="what is measured, where there is no git repository")
@@ -40,15 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hang", type=float, default=45.0, help="seconds without progress that count as hanging")
     parser.add_argument("--tiny", action="store_true", help="all of it, with tiny inputs")
     parser.add_argument("--device", default="cuda", help="cuda, or cpu to try it: Triton's interpreter then")
-
-
-def main(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks gpu", description=__doc__)
-    add_arguments(parser)
-    command(parser.parse_args(arguments))
-
-
-def command(options: argparse.Namespace) -> None:
+    options = parser.parse_args(arguments)
     limit = LIMITS[options.visit] if options.seconds is None else options.seconds
     visit = Visit(options.visit, options.out, limit, machine.environment(options.device, options.commit))
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache, _ended_by_signals():
@@ -98,7 +94,7 @@ class _Run:
 
     def all(self) -> None:
         self._part("machine", [_job("machine")], 40.0)
-        smoke = [_job("smoke", name) for name in _SMOKE]
+        smoke = [Job(family, "benchmarks.gpu.smoke:cases", {"group": family}) for family in _FAMILIES]
         if self.options.visit == 1:
             self._part("smoke", [*smoke, *_prewarm(self.options.tiny)], _SMOKE_SECONDS[1])
             self._part("accuracy", [_job("accuracy")], 30.0)
@@ -108,9 +104,11 @@ class _Run:
         else:
             self._part("smoke", smoke, _SMOKE_SECONDS[2])
             self._tests()
-            self._part("headline", [_job("headline")], self.visit.left())
+            self._part("headline", [_job("headline"), *map(_peers, PEERS)], self.visit.left(), at_once=1)
 
-    def _part(self, part: str, jobs: list[Job], seconds: float, reserve: float = _RESERVE) -> None:
+    def _part(
+        self, part: str, jobs: list[Job], seconds: float, reserve: float = _RESERVE, at_once: int | None = None
+    ) -> None:
         since = self.visit.passed()
         limits = Limits(self.visit.deadline(seconds, reserve), self.options.hang)
 
@@ -118,7 +116,7 @@ class _Run:
             self.visit.add(part, job, entry)
             _progress(part, job, entry)
 
-        run_jobs(jobs, self._request, limits, record, self.stop, self._at_once)
+        run_jobs(jobs, self._request, limits, record, self.stop, at_once or self._at_once)
         self.visit.end_part(part, since)
 
     def _profile(self) -> None:
@@ -135,8 +133,12 @@ class _Run:
         self.visit.end_part("tests", since)
 
 
-def _job(module: str, name: str = "cases") -> Job:
-    return Job(module if name == "cases" else name, f"benchmarks.gpu.{module}:{name}")
+def _job(module: str) -> Job:
+    return Job(module, f"benchmarks.gpu.{module}:cases")
+
+
+def _peers(group: str) -> Job:
+    return Job(group, "benchmarks.gpu.headline:peers", {"group": group}, hang=_PEER_SECONDS)
 
 
 def _prewarm(tiny: bool) -> Iterator[Job]:

@@ -41,8 +41,12 @@ def fused(config: Any | None = None) -> Iterator[None]:
 def gemm(rows: int, tokens: int, backend: str = "gemm") -> Iterator[None]:
     """Ops by the vendor's GEMM, with tiles of this size; by "triton", its backward has them."""
     tile = (rows, tokens)
-    with backends.use_backend(backend), _patched(configs, _GEMM_TILE=tile, _INTERPRETED_GEMM_TILE=tile):
+    with backends.use_backend(backend), _tiles(tile):
         yield
+
+
+def _tiles(tile: tuple[int, int]) -> contextlib.AbstractContextManager[None]:
+    return _patched(configs, _GEMM_TILE=tile, _BACKWARD_TILE=tile, _INTERPRETED_GEMM_TILE=tile)
 
 
 @contextlib.contextmanager
@@ -67,28 +71,3 @@ def _patched(module: Any, **values: Any) -> Iterator[None]:
         yield
     finally:
         vars(module).update(previous)
-
-
-@contextlib.contextmanager
-def policy_rows(of_slice: int, of_block: int) -> Iterator[None]:
-    """`linear_policy_loss` by the Triton kernels, with so many rows of logits and of gradients at a time."""
-    from dlogp_kernels.triton import linear_policy_loss as launcher
-
-    names, rows = ("_SLICE_ROWS", "_BLOCK_ROWS"), (of_slice, of_block)
-    previous = [getattr(launcher, name) for name in names]
-    for name, value in zip(names, rows, strict=True):
-        setattr(launcher, name, value)
-    try:
-        # The default workspace would cut larger ones down.
-        with backends.use_backend("triton"), backends.workspace_limit(2**30):
-            yield
-    finally:
-        for name, value in zip(names, previous, strict=True):
-            setattr(launcher, name, value)
-
-
-@contextlib.contextmanager
-def backward_tile(rows: int, tokens: int) -> Iterator[None]:
-    """The fused forward, and backward with tiles of this size."""
-    with backends.use_backend("triton"), _gemm_tile((rows, tokens)):
-        yield

@@ -2,14 +2,12 @@
 
 import datetime
 import importlib.metadata
-import importlib.util
 import platform
 import re
 import shutil
 import subprocess
 from collections.abc import Iterable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from .child import Case, Entry, Session
@@ -29,7 +27,7 @@ def environment(device: str, commit: str | None) -> dict[str, Any]:
         "device": device,
         "gpu": _nvidia_smi() if device != "cpu" else {},
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": {x.name: x.version for x in importlib.metadata.distributions() if x.name in _PACKAGES},
         "commit": commit or _output("git", "rev-parse", "HEAD"),
         "dirty": bool(_output("git", "status", "--porcelain", "--untracked-files=no")),
         "ncu": shutil.which("ncu"),
@@ -60,15 +58,8 @@ def _backends(session: Session) -> Iterable[Entry]:
         if choice.device == session.device.type:
             served.setdefault(choice.backend, []).append(choice.op)
             reasons |= {f"{name}: {reason}": "" for name, reason in choice.others.items() if "preferred" not in reason}
-    found: Entry = {"served": served, "not available": list(reasons), "cuda of torch": torch.version.cuda}
-    if session.on_gpu:
-        properties = torch.cuda.get_device_properties(session.device)
-        found |= {
-            "capability": [properties.major, properties.minor],
-            "multiprocessors": properties.multi_processor_count,
-            "L2 MiB": properties.L2_cache_size / 2**20,
-        }
-    return [found]
+    properties = str(torch.cuda.get_device_properties(session.device)) if session.on_gpu else None
+    return [{"served": served, "not available": [*reasons], "cuda": torch.version.cuda, "properties": properties}]
 
 
 def _cuda_library() -> Iterable[Entry]:
@@ -84,17 +75,10 @@ def _nvidia_smi() -> dict[str, str]:
     return {} if line is None else dict(zip(_QUERY.split(","), (x.strip() for x in line.split(",")), strict=False))
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _output(*command: str, folder: Path = ROOT) -> str | None:
+def _output(*command: str) -> str | None:
     """The first line that a command prints; None where it fails, hangs or is not there."""
     try:
-        finished = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True, timeout=20)
+        finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=20)
     except (OSError, subprocess.SubprocessError):
         return None
     return next(iter(finished.stdout.splitlines()), None)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -81,6 +82,21 @@ _SAMPLERS: dict[str, Options] = {
 }
 
 
+#: Backend, ops, and whether gradients are compared too, of each family of statistics.
+_STATISTICS: dict[str, tuple[str, tuple[str, ...], bool]] = {
+    "linear": ("triton", ("linear_logp",), False),
+    "pair": ("triton", ("linear_delta_logp",), False),
+    "backward": ("triton", ("linear_logp", "linear_delta_logp"), True),
+    "logits": ("triton", ("logp", "delta_logp"), True),
+    "gemm": ("gemm", ("linear_logp", "linear_delta_logp"), False),
+}
+_SAMPLING = {
+    "sampling triton": ("triton", "extrapolated_sample"),
+    "sampling cuda": ("cuda", "extrapolated_sample"),
+    "linear sampling": ("triton", "linear_extrapolated_sample"),
+}
+
+
 @dataclass(frozen=True)
 class _Subject:
     """An op, served by one backend."""
@@ -100,43 +116,28 @@ class _Subject:
         return dict(_named(getattr(dlogp_kernels, self.op)(**inputs, **options)))
 
 
-def linear(session: Session) -> list[Case]:
-    return _statistics(session, "triton", "linear_logp")
+def cases(session: Session) -> list[Case]:
+    """Of the request's family: the plain case first, then streams and graphs, then the others."""
+    if session.group in _STATISTICS:
+        backend, ops, training = _STATISTICS[session.group]
+        return [case for op in ops for case in _statistics(_Subject(session, backend, op), training)]
+    if session.group in _SAMPLING:
+        return _samplers(_Subject(session, *_SAMPLING[session.group]))
+    subject = _Subject(session, "triton", session.group)
+    return _policy_losses(subject) if session.group == "policy_loss" else _linear_policy_losses(subject)
 
 
-def pair(session: Session) -> list[Case]:
-    return _statistics(session, "triton", "linear_delta_logp")
-
-
-def gemm(session: Session) -> list[Case]:
-    return _statistics(session, "gemm", "linear_logp", "linear_delta_logp")
-
-
-def backward(session: Session) -> list[Case]:
-    return _statistics(session, "triton", "linear_logp", "linear_delta_logp", training=True)
-
-
-def logits(session: Session) -> list[Case]:
-    return _statistics(session, "triton", "logp", "delta_logp", training=True)
-
-
-def _statistics(session: Session, backend: str, *ops: str, training: bool = False) -> list[Case]:
-    kinds = _TINY_KINDS if session.tiny else _KINDS
-    subjects = [_Subject(session, backend, op) for op in ops]
+def _statistics(subject: _Subject, training: bool) -> list[Case]:
+    kinds, op = _TINY_KINDS if subject.session.tiny else _KINDS, subject.op
     found = [
-        Case(f"{subject.op} {dtype} {name}", partial(_statistic, subject, kind, dtype, training))
+        Case(f"{op} {dtype} {name}", partial(_statistic, subject, kind, dtype, training))
         for dtype in _STATISTIC
         for name, kind in kinds.items()
         if dtype in kind.dtypes
-        for subject in subjects
     ]
     first = kinds["aligned"]
-    streams = [
-        case
-        for subject in subjects
-        for case in _elsewhere(subject, partial(_head_inputs, subject.op, first, first.dtypes[0], session.device), {})
-    ]
-    return [*found[: len(ops)], *streams, *found[len(ops) :]]
+    inputs = partial(_head_inputs, op, first, first.dtypes[0], subject.session.device)
+    return [found[0], *_elsewhere(subject, inputs, {}), *found[1:]]
 
 
 def _statistic(subject: _Subject, kind: Kind, dtype: str, training: bool) -> Iterator[Entry]:
@@ -228,24 +229,20 @@ def _error(value: Tensor, truth: Tensor) -> float:
 @contextlib.contextmanager
 def _nan_in_allocations() -> Iterator[None]:
     """Within this context what launchers allocate is NaN, −1 in integers, before it is written."""
+
+    def filled(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        @functools.wraps(allocate)
+        def allocate_and_fill(*arguments: Any, **options: Any) -> Tensor:
+            x = allocate(*arguments, **options)
+            return x.detach().fill_(torch.nan if x.is_floating_point() else (-1 if x.dtype.is_signed else 1))
+
+        return allocate_and_fill
+
     owners = ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (Tensor, "new_empty"))
-    previous = [getattr(owner, name) for owner, name in owners]
-    for (owner, name), allocate in zip(owners, previous, strict=True):
-        setattr(owner, name, _filled(allocate))
-    try:
+    with contextlib.ExitStack() as stack:
+        for owner, name in owners:
+            stack.enter_context(mock.patch.object(owner, name, filled(getattr(owner, name))))
         yield
-    finally:
-        for (owner, name), allocate in zip(owners, previous, strict=True):
-            setattr(owner, name, allocate)
-
-
-def _filled(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    @functools.wraps(allocate)
-    def allocate_and_fill(*arguments: Any, **options: Any) -> Tensor:
-        x = allocate(*arguments, **options)
-        return x.detach().fill_(torch.nan if x.is_floating_point() else (-1 if x.dtype.is_signed else 1))
-
-    return allocate_and_fill
 
 
 def _elsewhere(subject: _Subject, inputs: Callable[[], Inputs], options: Options) -> list[Case]:
@@ -262,8 +259,8 @@ def _other_stream(subject: _Subject, inputs: Callable[[], Inputs], options: Opti
     with backends.use_backend(subject.backend):
         ready = inputs()
         expected = subject.call(ready, options)
+        torch.cuda.synchronize()
         stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             torch.cuda._sleep(50_000_000)
             found = subject.call({name: x.clone() for name, x in ready.items()}, options)
@@ -278,11 +275,10 @@ def _graph(subject: _Subject, inputs: Callable[[], Inputs], options: Options) ->
         given = inputs()
         others = {name: x.flip(0).clone() for name, x in given.items()}
         expected = subject.call(others, options)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        torch.cuda.synchronize()
+        with torch.cuda.stream(torch.cuda.Stream()):
             subject.call(given, options)
-        torch.cuda.current_stream().wait_stream(stream)
+            torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             found = subject.call(given, options)
@@ -301,9 +297,9 @@ def _same(found: Inputs, expected: Inputs) -> Entry:
     return {}
 
 
-def policy_loss(session: Session) -> list[Case]:
+def _policy_losses(subject: _Subject) -> list[Case]:
+    session = subject.session
     b, t = (3, 16) if session.tiny else (9, 700)
-    subject = _Subject(session, "triton", "policy_loss")
     found = [
         Case(f"policy_loss {dtype} {layout} {name}", partial(_policy, subject, b, t, dtype, layout, options))
         for dtype in ("float32", "bfloat16")[: 1 + session.on_gpu]
@@ -319,9 +315,8 @@ def _policy(subject: _Subject, b: int, t: int, dtype: str, layout: str, options:
     if layout == "packed":
         inputs = _packed(inputs)
     definition_options = {"options": reference_policy.PolicyOptions(**options)}
-    yield _compared(
-        subject, reference_policy.policy_loss, inputs, dtype, ["logp"], options, definition_options
-    )  # fmt: skip
+    definition = reference_policy.policy_loss
+    yield _compared(subject, definition, inputs, dtype, ["logp"], options, definition_options)
 
 
 def _tokens(b: int, t: int, dtype: str, device: torch.device, options: Options) -> Inputs:
@@ -353,14 +348,13 @@ def _packed(inputs: Inputs) -> Inputs:
     return packed | {"offsets": torch.tensor([0, *lengths], device=inputs["mask"].device).cumsum(0)}
 
 
-def linear_policy_loss(session: Session) -> list[Case]:
+def _linear_policy_losses(subject: _Subject) -> list[Case]:
     sizes = {"aligned": (8, 80, 128, 4096), "odd D and V": (3, 31, 45, 1187), "large": (4, 300, 1024, 20_011)}
-    if session.tiny:
+    if subject.session.tiny:
         sizes = {"aligned": (2, 8, 16, 97)}
-    subject = _Subject(session, "triton", "linear_policy_loss")
     return [
         Case(f"linear_policy_loss {dtype} {name} {kind}", partial(_linear_policy, subject, size, dtype, options))
-        for dtype in (_STATISTIC if session.on_gpu else ("float32",))
+        for dtype in (_STATISTIC if subject.session.on_gpu else ("float32",))
         for name, size in sizes.items()
         for kind, options in _LINEAR_POLICIES.items()
         if name != "large" or (dtype, kind) == ("bfloat16", "dapo")
@@ -382,22 +376,9 @@ def _linear_policy(subject: _Subject, size: tuple[int, ...], dtype: str, options
         "advantage": tokens["advantage"],
         "mask": tokens["mask"],
     }
+    definition = reference_policy.linear_policy_loss
     definition_options = {"options": reference_policy.PolicyOptions(**options), "heads": {}}
-    yield _compared(
-        subject, reference_policy.linear_policy_loss, inputs, dtype, ["hidden", "weight"], options, definition_options
-    )  # fmt: skip
-
-
-def sampling_triton(session: Session) -> list[Case]:
-    return _samplers(_Subject(session, "triton", "extrapolated_sample"))
-
-
-def sampling_cuda(session: Session) -> list[Case]:
-    return _samplers(_Subject(session, "cuda", "extrapolated_sample"))
-
-
-def linear_sampling(session: Session) -> list[Case]:
-    return _samplers(_Subject(session, "triton", "linear_extrapolated_sample"))
+    yield _compared(subject, definition, inputs, dtype, ["hidden", "weight"], options, definition_options)
 
 
 def _samplers(subject: _Subject) -> list[Case]:

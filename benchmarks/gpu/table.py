@@ -7,6 +7,8 @@ from typing import Any
 from . import profile
 
 MOST_LINES = 60
+#: Of a shorter call the table also says how long its kernels take, both phases together: the host may take longer.
+_SHORT_MS = 2.0
 _MOST_PROBLEMS = 14
 _WIDTH = 500
 
@@ -31,7 +33,7 @@ def lines(document: dict[str, Any]) -> list[str]:
 def _head(document: dict[str, Any]) -> Iterator[str]:
     env = document["environment"]
     gpu, packages = env["gpu"], env["packages"]
-    versions = ", ".join(f"{name} {packages[name]}" for name in ("torch", "triton"))
+    versions = ", ".join(f"{name} {packages.get(name)}" for name in ("torch", "triton"))
     card = f"{gpu.get('name', env['device'])}, driver {gpu.get('driver_version')}"
     yield f"Visit {document['visit']} on {card}, {versions}"
     parts = ", ".join(f"{part} {seconds:.0f} s" for part, seconds in document["parts"].items())
@@ -100,6 +102,8 @@ def _cells(phases: dict[str, Entry]) -> Iterator[str]:
             time = f"{ms:.2f} ms" if ms >= 1 else f"{1e3 * ms:.0f} µs"
             speed = f"{entry['tflops']:.0f} TFLOP/s" if "tflops" in entry else f"{entry.get('gb_per_s', 0.0):.0f} GB/s"
             yield f"{time} ({entry['of'][1]:.2f}×)" if "of" in entry else f"{time} ({speed})"
+            if ms < _SHORT_MS and "kernels_us" in entry and name == "forward":
+                yield f"[GPU {sum(entry['kernels_us'].values()):.0f} µs]"
     if "both" in phases and "of" in phases["both"]:
         yield f"= {phases['both']['ms']:.2f} ms ({phases['both']['of'][1]:.2f}×)"
 

@@ -6,8 +6,8 @@ candidates of one case; the fastest is written as configs.py takes it.
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -49,6 +49,7 @@ class Sizes(NamedTuple):
     single: tuple[tuple[int, ...], ...]
     pair: tuple[tuple[int, ...], ...]
     #: Rows, tokens.
+    draws: tuple[tuple[int, ...], ...]
     gemm: tuple[tuple[int, int], ...]
     #: Of linear_policy_loss: rows of a slice of logits, and of a block of gradients.
     policy_rows: tuple[tuple[int, int], ...]
@@ -65,13 +66,20 @@ REAL = Sizes(
     responses=(256, 4096),
     copy=2**30,
     single=((128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (256, 128, 64, 8, 3), (128, 128, 64, 8, 4)),
-    pair=((128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 64, 8, 6), (128, 128, 128, 8, 3), (128, 64, 64, 8, 4)),
+    pair=(
+        (128, 128, 64, 8, 3),
+        (128, 128, 64, 8, 4),
+        (128, 128, 64, 8, 5),
+        (128, 128, 64, 8, 6),
+        (128, 128, 128, 8, 3),
+    ),
+    draws=((64, 64, 64, 8, 3), (64, 64, 64, 8, 8), (64, 64, 64, 4, 8), (64, 64, 128, 8, 6), (64, 128, 64, 8, 8)),
     gemm=((1024, 4096), (2048, 4096), (4096, 4096), (8192, 1024)),
-    policy_rows=((512, 1536), (512, 2048), (1024, 4096)),
+    policy_rows=((384, 1920), (512, 2048), (1024, 4096)),
 )
 PREWARM = REAL._replace(n=512, logits_n=64, copy=2**20)
 TINY = Sizes(
-    n=12,
+    n=16,
     heads=(Shape("D 16", 16, 130), Shape("D 8", 8, 60)),
     logits_n=4,
     batches=(2,),
@@ -80,12 +88,13 @@ TINY = Sizes(
     copy=2**16,
     single=((32, 64, 32, 1, 1), (16, 128, 16, 1, 1)),
     pair=((32, 64, 32, 1, 1),),
+    draws=((32, 64, 32, 1, 1),),
     gemm=((32, 128), (16, 128)),
     policy_rows=((16, 16),),
     dtype="float32",
     budget=Budget(seconds=0.0, least=1, most=1),
 )
-_GROUPS = (8, 32)
+_GROUPS = (8, 16, 24, 32)
 FILTERS: Mapping[str, dict[str, Any]] = {"top-p 0.7": {"top_p": 0.7}, "no filter": {}}
 
 
@@ -125,9 +134,9 @@ def sizes_of(session: Session) -> Sizes:
     return TINY if session.tiny else PREWARM if session.prewarm else REAL
 
 
-def cases(session: Session) -> list[Case]:
+def cases(session: Session, sizes: Sizes | None = None) -> list[Case]:
     """In order of importance: what time runs out on is left out."""
-    sizes = sizes_of(session)
+    sizes = sizes_of(session) if sizes is None else sizes
     head = sizes.heads[0]
 
     def case(name: str, run: Callable[..., Iterator[Entry]], *arguments: Any) -> Case:
@@ -143,12 +152,12 @@ def cases(session: Session) -> list[Case]:
             for name, options in filters.items()
         ]
 
-    found = [] if session.prewarm else [case("ceilings", _ceilings)]
+    # The host's time first: a process that has profiled its kernels launches more slowly.
+    found = [case("host time", _host)] + ([] if session.prewarm else [case("ceilings", _ceilings)])
     found += [linear("linear_logp", head), linear("linear_delta_logp", head), linear("linear_logp", head, True)]
     found += [case("linear_policy_loss", _policy_step), *sampling("extrapolated_sample", sizes.batches, FILTERS)]
     found += [case("policy_loss", _policy_loss), linear("linear_delta_logp", head, True)]
     found += [case(op, _logits, op) for op in ("logp", "delta_logp")]
-    found += [case("host time", _host)]
     found += [linear(op, other) for other in sizes.heads[1:] for op in ("linear_logp", "linear_delta_logp")]
     return found + sampling("linear_extrapolated_sample", sizes.linear_batches, {"no filter": {}})
 
@@ -185,7 +194,8 @@ def measured(session: Session, found: Sequence[Timed], cost: Cost, against: str 
     candidates = [timed.candidate for timed in right.values()]
     timings = harness.measure(candidates, sizes_of(session).budget, _WatchedClock(session))
     for name, timed in right.items():
-        for phase in PHASES if timed.candidate.backward is not None else PHASES[:1]:
+        phases = PHASES if timed.candidate.backward is not None else PHASES[:1]
+        for phase in phases:
             seconds = timings.quantiles(name, phase)
             entry: Entry = {
                 "candidate": name,
@@ -198,7 +208,7 @@ def measured(session: Session, found: Sequence[Timed], cost: Cost, against: str 
             if against in right and against != name:
                 # How much of the reference's speed it has.
                 entry["of"] = [against, 1 / timings.ratio(name, against, phase).median]
-            if timed.config is not None:
+            if timed.config is not None and phase == phases[-1]:
                 entry["config"] = timed.config
             yield entry | notes[name]
 
@@ -210,7 +220,17 @@ def _checked(session: Session, timed: Timed) -> Entry:
     _step(candidate)  # what a first call allocates for good does not count
     if session.on_gpu and not session.prewarm:
         entry["peak_mib"] = peak_over(lambda: _step(candidate), session.device).peak / MIB
+        entry["kernels_us"] = _kernels(candidate)
     return entry
+
+
+def _kernels(candidate: Candidate) -> dict[str, float]:
+    """Microseconds of the GPU in each kernel of a call, the longest first: what is left where the host takes longer."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        _step(candidate)
+        torch.cuda.synchronize()
+    events = sorted(profile.key_averages(), key=lambda event: -event.self_device_time_total)
+    return {event.key[:80]: event.self_device_time_total for event in events[:10] if event.self_device_time_total > 0}
 
 
 def _step(candidate: Candidate) -> list[Tensor]:
@@ -316,7 +336,7 @@ def products(work: Workload) -> Cost:
 
 
 def _linear(session: Session, sizes: Sizes, op: str, head: Shape, training: bool) -> Iterator[Entry]:
-    """Every configuration of the fused kernel, and every tile of the GEMM; in training every tile of backward.
+    """The default, every configuration of the fused kernel, every tile of the GEMM; in training those of backward.
 
     Of a pair that is trained the base is frozen.
     """
@@ -325,15 +345,15 @@ def _linear(session: Session, sizes: Sizes, op: str, head: Shape, training: bool
     problem = build(work, session.device)
     bare = list(map(Timed, bare_matmuls(problem)))
     check = truth_check(session, problem)
+    first = [*bare, ours(problem, check, "ours", nullcontext)]
 
     def tiled(name: str, backend: str, tile: tuple[int, int]) -> Timed:
         context = partial(library.gemm, *tile, backend=backend)
         return ours(problem, check, f"{name} {tile[0]}x{tile[1]}", context, f"gemm tile {tile}")
 
     if training:
-        found = [ours(problem, check, "triton", library.fused)]
-        found += [tiled("backward tile", "triton", tile) for tile in sizes.gemm[1:]]
-        yield from measured(session, [*bare, *found], products(work), bare[0].name)
+        tiles = [tiled("backward tile", "triton", tile) for tile in sizes.gemm[1:]]
+        yield from measured(session, [*first, *tiles], products(work), bare[0].name)
         return
 
     def configured(config: Any) -> Timed:
@@ -342,9 +362,9 @@ def _linear(session: Session, sizes: Sizes, op: str, head: Shape, training: bool
 
     configs = [library.tile(*shape) for shape in (sizes.pair if work.pair else sizes.single)]
     tiles = [tiled("gemm", "gemm", tile) for tile in sizes.gemm]
-    entries = list(measured(session, [*bare, *map(configured, configs), *tiles], products(work), bare[0].name))
+    entries = list(measured(session, [*first, *map(configured, configs), *tiles], products(work), bare[0].name))
     yield from entries
-    if head is sizes.heads[0]:
+    if configs and head is sizes.heads[0]:
         seconds = {entry["config"]: entry["ms"] for entry in entries if "config" in entry}
         best = min(configs, key=lambda config: seconds.get(library.named(config), float("inf")))
         groups = [configured(library.with_group(best, group)) for group in _GROUPS if library.has_group()]
@@ -400,6 +420,10 @@ def _sampling(session: Session, sizes: Sizes, op: str, batch: int, options: dict
             found.append(sampler(op, backend, partial(backends.use_backend, backend), inputs, options))
         else:
             yield {"candidate": backend, "status": "skipped", "error": problem}
+    for config in (library.tile(*shape) for shape in sizes.draws if op.startswith("linear")):
+        text = library.named(config)
+        drawn = sampler(op, text.removeprefix("Config"), partial(library.fused, config), inputs, options)
+        found.append(replace(drawn, config=text))
     yield from measured(session, found, gigabytes(size), "copy")
 
 

@@ -20,7 +20,7 @@ from ._fused import Model, one_model
 from ._products import add_product, product
 from ._rows import Matrix, Rows, matrix
 from ._sizes import round_up
-from .configs import gemm_tile
+from .configs import backward_tile
 from .delta_logp import PairGradients, PairSaved, pair_tile_gradient
 from .logp import Gradients, Logits, Saved, contiguous, tile_gradient, transform_of
 
@@ -56,7 +56,7 @@ class _Layer:
         self.grad_weight = weight.new_empty(weight.shape if self.wants_weight else 0)
         self.grad_bias = (hidden if bias is None else bias).new_empty(weight.shape[0] if self.wants_bias else 0)
         self.transform = transform_of(model.bias, model.temperature, model.softcap, model.logit_scale)
-        self.tile_rows, self.tile_tokens = gemm_tile(hidden.device)
+        self.tile_rows, self.tile_tokens = backward_tile(hidden.device)
 
     @property
     def wanted(self) -> bool:

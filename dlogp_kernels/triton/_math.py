@@ -175,10 +175,10 @@ def fold_pair(state, x, base_x, slope, base_slope):
 
 @triton.jit
 def with_alone(state, x, base_x):
-    """`state` with what columns of these x (or biases) say of tokens that are possible for one model alone."""
+    """`state` with what tiles of x (or of biases, one row for all) say of tokens that one model alone can give."""
     possible, base_possible = x > IMPOSSIBLE, base_x > IMPOSSIBLE
-    alone = tl.max((possible & (base_x <= IMPOSSIBLE)).to(tl.float32), 0)
-    base_alone = tl.max((base_possible & (x <= IMPOSSIBLE)).to(tl.float32), 0)
+    alone = tl.max((possible & (base_x <= IMPOSSIBLE)).to(tl.float32), 1)
+    base_alone = tl.max((base_possible & (x <= IMPOSSIBLE)).to(tl.float32), 1)
     return PairState(
         state.model,
         state.base,
@@ -187,6 +187,26 @@ def with_alone(state, x, base_x):
         tl.maximum(state.alone, alone),
         tl.maximum(state.base_alone, base_alone),
     )
+
+
+@triton.jit
+def merge_rows(state, slope):
+    """One state, (1,), of those of all rows."""
+    return merge(State(state.m[:, None], state.sum[:, None], state.weighted[:, None]), slope)
+
+
+@triton.jit
+def merge_pair_rows(state, slope, base_slope):
+    model, base = state.model, state.base
+    parts = PairState(
+        State(model.m[:, None], model.sum[:, None], model.weighted[:, None]),
+        State(base.m[:, None], base.sum[:, None], base.weighted[:, None]),
+        state.cross[:, None],
+        state.base_cross[:, None],
+        state.alone[:, None],
+        state.base_alone[:, None],
+    )
+    return merge_pair(parts, slope, base_slope)
 
 
 @triton.jit

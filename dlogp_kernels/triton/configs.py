@@ -21,23 +21,23 @@ class Config(NamedTuple):
     group: int = 16
 
 
-#: (architecture, models, bytes of an element) → the default, then alternatives that `python -m benchmarks gpu --tune`
-#: compares. Chosen so that nothing spills to local memory (tests/test_triton_compile.py) and the tile is as large as
-#: that allows; no GPU has measured them yet. A pair holds two tiles of logits in registers at once.
+#: (architecture, models, bytes of an element) → the default, then alternatives. Chosen so that nothing spills to local
+#: memory (tests/test_triton_compile.py) and the tile is as large as that allows. Those of (90, …, 2) are in the order
+#: that an H100 measured (benchmarks/results); nobody has measured the others. A pair holds two tiles of logits in
+#: registers at once.
 _CONFIGS: dict[tuple[int, int, int], list[Config]] = {
     (80, 1, 2): [Config(128, 128, 64, 8, 3), Config(64, 256, 64, 8, 3), Config(64, 128, 64, 4, 3)],
     (80, 1, 4): [Config(64, 128, 32, 8, 3)],
     (80, 2, 2): [Config(128, 64, 32, 8, 3), Config(64, 64, 64, 8, 3)],
     (80, 2, 4): [Config(64, 64, 32, 8, 3)],
     (90, 1, 2): [
-        Config(128, 256, 64, 8, 4),
         Config(128, 256, 64, 8, 3),
+        Config(128, 256, 64, 8, 4),
         Config(256, 128, 64, 8, 3),
-        Config(128, 128, 64, 4, 3),
         Config(128, 128, 64, 8, 4),
     ],
     (90, 1, 4): [Config(128, 128, 32, 8, 3)],
-    (90, 2, 2): [Config(128, 128, 64, 8, 6), Config(128, 128, 128, 8, 3), Config(128, 128, 64, 8, 4)],
+    (90, 2, 2): [Config(128, 128, 64, 8, 4), Config(128, 128, 128, 8, 3), Config(128, 128, 64, 8, 6)],
     (90, 2, 4): [Config(128, 64, 32, 8, 3)],
     (100, 1, 2): [Config(128, 128, 64, 4, 4), Config(128, 256, 64, 8, 3)],
     (100, 1, 4): [Config(128, 128, 32, 8, 3)],
@@ -53,8 +53,10 @@ _UNALIGNED_SAMPLE = Config(64, 64, 32, 8, 2)
 #: The interpreter's time goes by the number of operations: few and large ones.
 _OTHERS = {"hip": Config(64, 64, 32, 4, 2), "interpreter": Config(32, 64, 32, 1, 1)}
 
-#: Rows × tokens of a tile of float32 logits between a GEMM and a Triton kernel: 16 MiB, to stay in the L2 cache.
+#: Rows × tokens of a tile of float32 logits between a GEMM and a Triton kernel: of the backend "gemm", and in backward,
+#: where an H100 was fastest with tiles that outgrow its L2 cache.
 _GEMM_TILE = (1024, 4096)
+_BACKWARD_TILE = (2048, 4096)
 _INTERPRETED_GEMM_TILE = (32, 128)
 
 _chosen: Config | None = None
@@ -79,6 +81,8 @@ def config(models: int, device: torch.device, dtype: torch.dtype, aligned: bool)
 def sample_config(models: int, device: torch.device, dtype: torch.dtype, aligned: bool) -> Config:
     """As `config`, of linear_extrapolated_sample."""
     found = properties(device)
+    if _chosen is not None:
+        return _chosen
     if found.kind != "cuda":
         return _OTHERS[found.kind]
     return _SAMPLE_CONFIGS[dtype.itemsize] if aligned else _UNALIGNED_SAMPLE
@@ -103,3 +107,7 @@ def _architecture(device: Device) -> int:
 def gemm_tile(device: torch.device) -> tuple[int, int]:
     """Rows × tokens of the tiles of logits that a GEMM computes."""
     return _INTERPRETED_GEMM_TILE if properties(device).kind == "interpreter" else _GEMM_TILE
+
+
+def backward_tile(device: torch.device) -> tuple[int, int]:
+    return _INTERPRETED_GEMM_TILE if properties(device).kind == "interpreter" else _BACKWARD_TILE

@@ -10,7 +10,6 @@ from torch import Tensor
 from ..results import DeltaLogpStats
 from . import _math
 from ._device import on_device_of
-from ._math import IMPOSSIBLE
 from ._rows import Matrix, Rows, matrix
 from ._sizes import ceil_div, next_power_of_2
 from .logp import (
@@ -20,26 +19,27 @@ from .logp import (
     Saved,
     check_targets,
     contiguous,
+    fold_constants,
     is_kept,
     load_or_zero,
+    load_raw,
     load_x,
     model_gradient,
     new_states,
     new_stats,
     num_warps,
     pick,
-    possible,
     row_of,
     segment_of,
     settle,
+    split_of,
     store_raw_gradient,
     target_gradient,
+    tile_of,
     transform_of,
 )
 
 _FINISH_ROWS = 8
-#: Both models' columns are in registers at once.
-WIDEST_SEGMENT = 4096
 
 
 class PairGradients(NamedTuple):
@@ -63,9 +63,9 @@ class PairSaved(NamedTuple):
 @triton.jit(do_not_specialize=["first", "raw_first", "R", "column", "split", "num_splits", "ignore_index"])
 def _delta_logp_fwd_kernel(
     raw, transform, base_raw, base_transform, target_ptr, index_ptr, count_ptr, state_ptr, picked_ptr, first, raw_first,
-    R, width, column, K, ignore_index, split, num_splits, SEGMENT: tl.constexpr,
+    R, width, column, K, ignore_index, split, num_splits, SPLIT: tl.constexpr, BLOCK: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
-    """Pair states (_math.py) of segments of both models' tiles, and both x at the targets.
+    """Pair states (_math.py) of splits of both models' tiles, and both x at the targets.
 
     As `_logp_fwd_kernel`, with state (10, num_splits, R) and picked (2·K, R), the base's K last. Deterministic.
     """
@@ -74,21 +74,27 @@ def _delta_logp_fwd_kernel(
     if kept:
         n = row_of(index_ptr, first, i)
         if is_kept(target_ptr, n, K, ignore_index):
-            local = s * SEGMENT + tl.arange(0, SEGMENT)
-            inside = local < width
-            x = possible(load_x(raw, transform, raw_first + i, local, column, inside))
-            base_x = possible(load_x(base_raw, base_transform, raw_first + i, local, column, inside))
-            x, base_x = tl.where(inside, x, IMPOSSIBLE), tl.where(inside, base_x, IMPOSSIBLE)
-            state = _math.fold_pair(
-                _math.empty_pair_state(1), x[None, :], base_x[None, :], transform.slope, base_transform.slope
-            )
-            state = _math.with_alone(state, x, base_x)
+            raw_row, begin, base_picked = raw_first + i, s * SPLIT, picked_ptr + K * R
+            end = tl.minimum(begin + SPLIT, width)
+            local = begin + tl.arange(0, BLOCK)
+            values = load_raw(raw, raw_row, local, local < end)
+            base_values = load_raw(base_raw, raw_row, local, local < end)
+            state = _math.empty_pair_state(BLOCK // EACH)
+            for _ in range(0, end - begin, BLOCK):
+                following = load_raw(raw, raw_row, local + BLOCK, local + BLOCK < end)
+                base_following = load_raw(base_raw, raw_row, local + BLOCK, local + BLOCK < end)
+                x = tile_of(values, transform, column + local, local < end, EACH)
+                base_x = tile_of(base_values, base_transform, column + local, local < end, EACH)
+                state = _math.fold_pair(state, x, base_x, transform.slope, base_transform.slope)
+                state = _math.with_alone(state, x, base_x)
+                values, base_values = following, base_following
+                local += BLOCK
+            state = _math.merge_pair_rows(state, transform.slope, base_transform.slope)
             one = tl.arange(0, 1)
             place = state_ptr + (split + s) * R + i + one
             _math.store_pair_state(place, num_splits * R, state, one == 0)
-            raw_row, begin, base_picked = raw_first + i, s * SEGMENT, picked_ptr + K * R
-            pick(raw, transform, picked_ptr, target_ptr, n, i, raw_row, begin, width, column, K, R, SEGMENT)
-            pick(base_raw, base_transform, base_picked, target_ptr, n, i, raw_row, begin, width, column, K, R, SEGMENT)
+            pick(raw, transform, picked_ptr, target_ptr, n, i, raw_row, begin, end, column, K, R)
+            pick(base_raw, base_transform, base_picked, target_ptr, n, i, raw_row, begin, end, column, K, R)
 
 
 @triton.jit(do_not_specialize=["first", "N", "R", "V", "num_splits", "ignore_index"])
@@ -194,10 +200,10 @@ def fold_pair_tile(
     raw_first: int = 0,
 ) -> None:
     """States of both tiles of `shape` into state (10, splits, R) from `split` on; raw_first as for one model."""
-    segment = segment_of(shape[1], WIDEST_SEGMENT)
-    _delta_logp_fwd_kernel[(shape[0], ceil_div(shape[1], segment))](
+    columns = split_of(shape[1])
+    _delta_logp_fwd_kernel[(shape[0], ceil_div(shape[1], columns))](
         *logits, *base_logits, target, *rows, state, picked, first, raw_first, state.shape[2], shape[1], column,
-        target.shape[1], ignore_index, split, state.shape[1], SEGMENT=segment, num_warps=num_warps(segment),
+        target.shape[1], ignore_index, split, state.shape[1], **fold_constants(logits.raw, columns),
     )  # fmt: skip
 
 
@@ -238,7 +244,7 @@ def delta_logp_fwd(
     v, tile = logits.shape[-1], Logits(matrix(logits), transform_of(None, temperature, softcap, logit_scale))
     base_tile = Logits(matrix(base_logits), transform_of(None, temperature, base_softcap, base_logit_scale))
     with on_device_of(logits):
-        state, picked = new_states(target, v, _math.PAIR_STATE_SIZE.value, 2, workspace, WIDEST_SEGMENT)
+        state, picked = new_states(target, v, _math.PAIR_STATE_SIZE.value, 2, workspace)
         for first in range(0, target.shape[0], state.shape[2]):
             shape = (min(state.shape[2], target.shape[0] - first), v)
             fold_pair_tile(
@@ -266,7 +272,7 @@ def pair_tile_gradient(
     in_place: tuple[bool, bool] = (False, False),
 ) -> None:
     """Gradients by the raw logits of both tiles of `shape`, into out and base_out; `in_place` as for one model."""
-    segment = segment_of(shape[1], WIDEST_SEGMENT)
+    segment = segment_of(shape[1])
     _delta_logp_bwd_kernel[(shape[0], ceil_div(shape[1], segment))](
         *logits, *base_logits, out, base_out, target, *saved, *grads, scale, first, shape[1], column, target.shape[1],
         ignore_index, IN_PLACE=in_place[0], BASE_IN_PLACE=in_place[1], SEGMENT=segment, num_warps=num_warps(segment),

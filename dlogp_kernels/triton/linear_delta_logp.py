@@ -73,7 +73,7 @@ def _linear_delta_logp_fwd_kernel(
                 bias = tl.where(tokens < V, 0.0, IMPOSSIBLE)
             if base_head.inner is not None:
                 base_bias = tl.where(tokens < V, 0.0, IMPOSSIBLE)
-            state = _math.with_alone(state, bias, base_bias)
+            state = _math.with_alone(state, bias[None, :], base_bias[None, :])
         if head.inner is not None:
             x = tl.where((tokens < V)[None, :], _math.transform(x, None, head.inner), IMPOSSIBLE)
         if base_head.inner is not None:

@@ -169,12 +169,7 @@ def better(best, score, z, base_z, memory, mask, column, PLACE: tl.constexpr, BL
 def fold_state(state, z, base_z, DIVERGENCE: tl.constexpr):
     """The states with a tile; cross terms only where a criterion needs them."""
     if DIVERGENCE:
-        state = _math.fold_pair(state, z, base_z, 1.0, 1.0)
-        possible, base_possible = z > IMPOSSIBLE, base_z > IMPOSSIBLE
-        alone = tl.max((possible & (base_z <= IMPOSSIBLE)).to(tl.float32), 1)
-        base_alone = tl.max((base_possible & (z <= IMPOSSIBLE)).to(tl.float32), 1)
-        alone, base_alone = tl.maximum(state.alone, alone), tl.maximum(state.base_alone, base_alone)
-        return _math.PairState(state.model, state.base, state.cross, state.base_cross, alone, base_alone)
+        return _math.with_alone(_math.fold_pair(state, z, base_z, 1.0, 1.0), z, base_z)
     else:
         return Pair(_math.fold(state.model, z, 1.0), _math.fold(state.base, base_z, 1.0))
 

@@ -27,7 +27,6 @@ from ._products import add_product, product
 from ._rows import matrix
 from ._sizes import ceil_div, round_up
 from .delta_logp import (
-    WIDEST_SEGMENT,
     PairGradients,
     PairSaved,
     finish_delta_logp,
@@ -44,17 +43,20 @@ from .logp import (
     finish_logp,
     fold_tile,
     new_stats,
-    segment_of,
+    split_of,
     tile_gradient,
     transform_of,
 )
 
 _BLOCK = 128
+_SCALED = 2048
 #: A slice of logits and a block of gradients take this many times the workspace at most: 768 MiB by default.
 _SHARE = 3
 #: Rows of a slice, and of a block.
-_SLICE_ROWS = 256
-_BLOCK_ROWS = 2048
+_SLICE_ROWS = 512
+_BLOCK_ROWS = 1536
+#: What a product takes at a time.
+_WHOLE_ROWS = 128
 _METRICS = len(PolicyMetrics._fields)
 #: Besides the numerators of the metrics: the loss, times its scale, and the number of tokens.
 _SUMS = _METRICS + 2
@@ -324,9 +326,8 @@ def _in_blocks(
     accumulators = _Accumulators(models[0], output_mask, cut.block, largest)
     pair = len(models) == 2
     stats = new_stats(target, EVERY_ROW, DeltaLogpStats if pair else LogpStats, 3 if pair else 1)
-    segment = segment_of(vocabulary, WIDEST_SEGMENT) if pair else segment_of(vocabulary)
     size = _math.PAIR_STATE_SIZE if pair else _math.STATE_SIZE
-    state = policy.new(size.value, ceil_div(vocabulary, segment), cut.slice)
+    state = policy.new(size.value, ceil_div(vocabulary, split_of(vocabulary)), cut.slice)
     picked = policy.new(len(models), cut.slice)
     for first in range(0, target.shape[0], cut.block):
         num_rows = min(cut.block, target.shape[0] - first)
@@ -346,21 +347,17 @@ def _in_blocks(
 
 
 def _cut(models: list[Model], num_rows: int, workspace: int) -> Cut:
-    """What fits: up to _BLOCK_ROWS rows, in blocks and slices of nearly equal size; a slice takes a third at most."""
+    """What fits: up to _BLOCK_ROWS rows, in blocks of whole slices, of which one takes half the memory at most."""
     memory = _SHARE * workspace * 31 // 32
     vocabulary, itemsize = models[0].weight.shape[0], models[0].dtype.itemsize
     slice_bytes = 4 * vocabulary * len(models)
     block_bytes = vocabulary * itemsize + sum(model.hidden.shape[-1] * model.dtype.itemsize for model in models)
-    fitting = max(16, memory // 3 // slice_bytes // 16 * 16)
-    most_of_slice = min(_SLICE_ROWS, fitting, round_up(num_rows, 16))
-    most = (memory - most_of_slice * slice_bytes) // block_bytes // most_of_slice * most_of_slice
-    block = _equal(num_rows, min(_BLOCK_ROWS, max(most, most_of_slice)))
-    return Cut(_equal(block, most_of_slice), block)
-
-
-def _equal(number: int, most: int) -> int:
-    """The size of nearly equal parts of `number`, a multiple of 16."""
-    return round_up(ceil_div(number, ceil_div(number, most)), 16)
+    fitting = memory // 2 // slice_bytes
+    whole = _WHOLE_ROWS if fitting >= _WHOLE_ROWS else 16
+    rows = min(_SLICE_ROWS, max(16, fitting // whole * whole), round_up(num_rows, 16))
+    most = min(_BLOCK_ROWS, (memory - rows * slice_bytes) // block_bytes) // rows
+    slices = ceil_div(num_rows, rows)
+    return Cut(rows, rows * ceil_div(slices, ceil_div(slices, max(1, most))))
 
 
 def _fold(
@@ -422,8 +419,24 @@ def linear_policy_loss_bwd(
     workspace: int,
 ) -> tuple[Tensor, ...]:
     gradients, dtypes = (grad_hidden, grad_weight, grad_bias), (hidden_dtype, weight_dtype, bias_dtype)
-    scaled = []
-    for gradient, dtype, wanted in zip(gradients, dtypes, output_mask, strict=True):
-        out = gradient.new_empty(gradient.shape if wanted else 0, dtype=dtype)
-        scaled.append(torch.mul(gradient, grad_loss, out=out) if wanted else out)
-    return tuple(scaled)
+    with on_device_of(grad_hidden):
+        return tuple(
+            _scaled(gradient, grad_loss, dtype) if wanted else gradient.new_empty(0, dtype=dtype)
+            for gradient, dtype, wanted in zip(gradients, dtypes, output_mask, strict=True)
+        )
+
+
+@triton.jit
+def _scale_kernel(x_ptr, factor_ptr, out_ptr, size, BLOCK: tl.constexpr):
+    """out = x · factor: x (size,) and factor (1,) float32, out of any floating dtype. A program takes BLOCK numbers."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + i, mask=i < size) * tl.load(factor_ptr).to(tl.float32)
+    tl.store(out_ptr + i, x.to(out_ptr.dtype.element_ty), mask=i < size)
+
+
+def _scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """As torch.mul with `out`, which takes three times as long where the dtypes differ."""
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    if out.numel() > 0:
+        _scale_kernel[(ceil_div(out.numel(), _SCALED),)](x, factor, out, out.numel(), BLOCK=_SCALED, num_warps=4)
+    return out

@@ -14,8 +14,11 @@ from ._math import IMPOSSIBLE
 from ._rows import Matrix, Rows, matrix, row_offset
 from ._sizes import ceil_div, next_power_of_2
 
-#: Columns that a program holds in registers at once; the split of a row into segments depends on nothing but V.
-_SEGMENT = 8192
+#: Columns that one program reduces, block by block; how a row is cut depends on nothing but V.
+_SPLIT = 16384
+_BLOCK = 2048
+#: Columns of a program of backward, which has nothing to reduce.
+_SEGMENT = 2048
 _FINISH_ROWS = 16
 #: States take this part of the workspace at most.
 _STATE_SHARE = 8
@@ -57,14 +60,34 @@ class Saved(NamedTuple):
 
 
 @triton.jit
-def load_x(raw, transform, i, local, column, mask):
-    """x of _math.py at row i of `raw` and its columns `local`, which are tokens column + local; −inf stays."""
-    pointers = raw.data + row_offset(raw, i) + local.to(tl.int64) * raw.stride_column
-    x = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+def load_raw(raw, i, local, mask):
+    """Columns `local` of row i, in their own dtype."""
+    return tl.load(raw.data + row_offset(raw, i) + local.to(tl.int64) * raw.stride_column, mask=mask, other=0.0)
+
+
+@triton.jit
+def x_of(values, transform, tokens, mask):
+    """x of _math.py of raw logits of these tokens; −inf stays."""
     bias = transform.bias
     if bias is not None:
-        bias = tl.load(transform.bias + column + local, mask=mask, other=0.0).to(tl.float32)
-    return _math.transform(x, bias, transform.inner)
+        bias = tl.load(transform.bias + tokens, mask=mask, other=0.0).to(tl.float32)
+    return _math.transform(values.to(tl.float32), bias, transform.inner)
+
+
+@triton.jit
+def load_x(raw, transform, i, local, column, mask):
+    """x at row i of `raw` and its columns `local`, which are tokens column + local."""
+    return x_of(load_raw(raw, i, local, mask), transform, column + local, mask)
+
+
+@triton.jit
+def tile_of(values, transform, tokens, mask, EACH: tl.constexpr):
+    """x, IMPOSSIBLE where masked out or −inf, in rows of EACH columns: those of one load of a thread.
+
+    A row then has a state of its own, and no thread waits for another before the last block.
+    """
+    x = tl.where(mask, possible(x_of(values, transform, tokens, mask)), IMPOSSIBLE)
+    return tl.reshape(x, [x.shape[0] // EACH, EACH])
 
 
 @triton.jit
@@ -92,42 +115,47 @@ def is_kept(target_ptr, n, K, ignore_index):
 
 
 @triton.jit
-def pick(
-    raw, transform, picked_ptr, target_ptr, n, i, raw_row, begin, width, column, K, R, SEGMENT: tl.constexpr
-):  # fmt: skip
-    """x of `raw_row` at the targets of row n that lie in the segment from column `begin` on, to picked (K, R)."""
+def pick(raw, transform, picked_ptr, target_ptr, n, i, raw_row, begin, end, column, K, R):
+    """x of `raw_row` at the targets of row n that lie in the columns from `begin` to `end`, to picked (K, R)."""
     for k in range(K):
         local = tl.load(target_ptr + n * K + k) - column
-        if (local >= begin) & (local < begin + SEGMENT) & (local < width):
+        if (local >= begin) & (local < end):
             tl.store(picked_ptr + k * R + i, possible(load_x(raw, transform, raw_row, local, column, local >= 0)))
 
 
 @triton.jit(do_not_specialize=["first", "raw_first", "R", "column", "split", "num_splits", "ignore_index"])
 def _logp_fwd_kernel(
     raw, transform, target_ptr, index_ptr, count_ptr, state_ptr, picked_ptr, first, raw_first, R, width, column, K,
-    ignore_index, split, num_splits, SEGMENT: tl.constexpr,
+    ignore_index, split, num_splits, SPLIT: tl.constexpr, BLOCK: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
-    """Softmax states (_math.py) of segments of a tile's rows, and x at their targets.
+    """Softmax states (_math.py) of splits of a tile's rows, and x at their targets.
 
     raw: rows raw_first … raw_first + R are the tile (R, width), of any floating dtype, whose columns are the tokens
     from `column` on; target (N, K) int64; index (N,) int64 and count (1,) as in Rows; state (3, num_splits, R) and
-    picked (K, R) float32. Program (i, s) reduces columns s·SEGMENT … of row i, the row index[first + i], to the state
-    of split + s; an ignored row is not read. float32, deterministic.
+    picked (K, R) float32. Program (i, s) reduces columns s·SPLIT … of row i, the row index[first + i], to the state of
+    split + s, BLOCK columns at a time, each in rows of EACH; an ignored row is not read. float32, deterministic.
     """
     i, s = tl.program_id(0), tl.program_id(1)
     kept = first + i < tl.load(count_ptr) if count_ptr is not None else True
     if kept:
         n = row_of(index_ptr, first, i)
         if is_kept(target_ptr, n, K, ignore_index):
-            local = s * SEGMENT + tl.arange(0, SEGMENT)
-            inside = local < width
-            x = load_x(raw, transform, raw_first + i, local, column, inside)
-            x = tl.where(inside, possible(x), IMPOSSIBLE)
-            state = _math.fold(_math.empty_state(1), x[None, :], transform.slope)
+            raw_row, begin = raw_first + i, s * SPLIT
+            end = tl.minimum(begin + SPLIT, width)
+            local = begin + tl.arange(0, BLOCK)
+            values = load_raw(raw, raw_row, local, local < end)
+            state = _math.empty_state(BLOCK // EACH)
+            for _ in range(0, end - begin, BLOCK):
+                following = load_raw(raw, raw_row, local + BLOCK, local + BLOCK < end)
+                x = tile_of(values, transform, column + local, local < end, EACH)
+                state = _math.fold(state, x, transform.slope)
+                values = following
+                local += BLOCK
+            state = _math.merge_rows(state, transform.slope)
             one = tl.arange(0, 1)
             place = state_ptr + (split + s) * R + i + one
             _math.store_state(place, num_splits * R, state, one == 0)
-            pick(raw, transform, picked_ptr, target_ptr, n, i, raw_first + i, s * SEGMENT, width, column, K, R, SEGMENT)
+            pick(raw, transform, picked_ptr, target_ptr, n, i, raw_row, begin, end, column, K, R)
 
 
 @triton.jit
@@ -256,13 +284,24 @@ def transform_of(bias: Tensor | None, temperature: float, softcap: float | None,
     return Transform(bias, logit_scale / softcap, softcap / temperature)
 
 
-def segment_of(width: int, widest: int = _SEGMENT) -> int:
-    return min(widest, max(128, next_power_of_2(width)))
+def split_of(width: int) -> int:
+    return min(_SPLIT, max(128, next_power_of_2(width)))
 
 
-def num_warps(segment: int) -> int:
-    """16 to 32 columns a thread."""
-    return max(1, min(8, segment // 512))
+def fold_constants(raw: Matrix, split: int) -> dict[str, int]:
+    """What forward kernels of given logits are compiled for: 16 columns a thread, 16 bytes a load."""
+    block = min(_BLOCK, split)
+    each = 16 // raw.data.element_size()
+    return {"SPLIT": split, "BLOCK": block, "EACH": each, "num_warps": num_warps(block)}
+
+
+def segment_of(width: int) -> int:
+    """Of backward."""
+    return min(_SEGMENT, max(128, next_power_of_2(width)))
+
+
+def num_warps(columns: int) -> int:
+    return max(1, columns // 512)
 
 
 def new_stats(target: Tensor, rows: Rows, kind: Any, with_candidates: int) -> Any:
@@ -275,11 +314,9 @@ def new_stats(target: Tensor, rows: Rows, kind: Any, with_candidates: int) -> An
     return kind(*(new(shape, dtype=torch.float32, device=target.device) for shape in shapes))
 
 
-def new_states(
-    target: Tensor, vocabulary: int, state_size: int, models: int, workspace: int, widest: int = _SEGMENT
-) -> tuple[Tensor, Tensor]:
+def new_states(target: Tensor, vocabulary: int, state_size: int, models: int, workspace: int) -> tuple[Tensor, Tensor]:
     """For given logits: state (size, splits, R) and picked (models · K, R), R as many rows as the workspace allows."""
-    num_splits = ceil_div(vocabulary, segment_of(vocabulary, widest))
+    num_splits = ceil_div(vocabulary, split_of(vocabulary))
     row_bytes = 4 * (state_size * num_splits + models * target.shape[1])
     num_rows = max(1, min(target.shape[0], workspace // _STATE_SHARE // row_bytes))
     state = torch.empty((state_size, num_splits, num_rows), dtype=torch.float32, device=target.device)
@@ -301,10 +338,10 @@ def fold_tile(
     raw_first: int = 0,
 ) -> None:
     """States of a tile of `shape`, which begins at the row raw_first of the logits, to state (3, splits, R)."""
-    segment = segment_of(shape[1])
-    _logp_fwd_kernel[(shape[0], ceil_div(shape[1], segment))](
+    columns = split_of(shape[1])
+    _logp_fwd_kernel[(shape[0], ceil_div(shape[1], columns))](
         *logits, target, *rows, state, picked, first, raw_first, state.shape[2], shape[1], column, target.shape[1],
-        ignore_index, split, state.shape[1], SEGMENT=segment, num_warps=num_warps(segment),
+        ignore_index, split, state.shape[1], **fold_constants(logits.raw, columns),
     )  # fmt: skip
 
 

@@ -1,0 +1,47 @@
+"""Cases of `benchmarks.gpu` that go wrong in every way that the visits have to survive."""
+
+import os
+import time
+from collections.abc import Iterator
+
+import torch
+
+from benchmarks.gpu.child import Case, Entry, Session
+from benchmarks.gpu.timing import Timed, measured, tflop
+from benchmarks.harness import Candidate, NotMeasuredError, absolute_error, verify
+
+
+def cases(session: Session) -> list[Case]:
+    return [
+        Case("raises", _raises),
+        Case("hangs", lambda: time.sleep(600) or []),
+        Case("crashes", lambda: os.abort()),  # type: ignore[arg-type,return-value]
+        Case("is missing", _is_missing),
+        Case("candidates", lambda: _candidates(session)),
+        Case("passes", lambda: [{}]),
+    ]
+
+
+def _raises() -> Iterator[Entry]:
+    yield {"candidate": "first"}
+    raise ValueError("the first line\nthe second")
+
+
+def _is_missing() -> Iterator[Entry]:
+    raise NotMeasuredError("not installed")
+    yield
+
+
+def _candidates(session: Session) -> Iterator[Entry]:
+    def nan() -> dict[str, float]:
+        errors = {"logp": absolute_error(torch.full((3,), torch.nan), torch.zeros(3))}
+        verify("nan", errors, {"logp": 1.0})
+        return errors
+
+    found = [
+        Timed(Candidate("right", lambda: torch.ones(3)), lambda: {"logp": 0.0}),
+        Timed(Candidate("nan", lambda: torch.ones(3)), nan),
+        Timed(Candidate("hanging", lambda: time.sleep(600))),
+        Timed(Candidate("crashing", lambda: os.abort())),
+    ]
+    yield from measured(session, found, tflop(1.0), "right")

@@ -403,4 +403,5 @@ def _sample(subject: _Subject, kind: Kind, dtype: str, options: Options) -> Iter
     inputs = _head_inputs(subject.op, kind, dtype, subject.session.device)
     with backends.use_backend(subject.backend), _nan_in_allocations():
         drawn = getattr(dlogp_kernels, subject.op)(**inputs, seed=7, **options)
-    yield check_draws(drawn, inputs, 7, options, _STATISTIC[dtype])
+    errors = check_draws(drawn, inputs, 7, options, _STATISTIC[dtype])
+    yield {"error_of": errors, "largest": max(errors.values())}

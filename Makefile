@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# That of the oldest torch that is supported, beside the one in use.
+OLDEST_TRITON := $(VENV)/triton-3.6.0
 # pip compiles modules on one processor, compileall on all; it fails where a package has modules for a newer Python.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 SOURCES := $(wildcard csrc/*/* python_bindings/*)
@@ -13,17 +15,20 @@ demo: setup
 	$(BIN)/dlogp demo
 
 # The tests of the ops run once more under Triton's interpreter: its kernels on the CPU. A process is one or the other.
+# What is compiled and launched without a GPU is tested with the oldest Triton too.
 # Two processes share the tests of each; threads that wait for work leave their processor to the other process.
 test: export OMP_WAIT_POLICY := passive
-test: setup
+test: setup $(OLDEST_TRITON)/triton
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m pytest --numprocesses 2 --dist worksteal \
+		-k "launch or sm_90" tests/test_triton_launch.py tests/test_triton_compile.py
 
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(SOURCES) $(wildcard tests/*/*.h tests/*/*.cpp)
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES) $(wildcard tests/*/*.h tests/*/*.c tests/*/*.cpp)
 
 benchmarks: setup
 	$(BIN)/python -m benchmarks
@@ -42,6 +47,9 @@ $(STAMP): $(BIN)/torch-installed pyproject.toml setup.py $(SOURCES)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(INSTALL) --no-build-isolation --editable ".[dev]"
 	$(BIN)/python -m compileall -qq --workers 0 $(VENV)/lib || true
 	touch $@
+
+$(OLDEST_TRITON)/triton: | $(BIN)/torch-installed
+	$(INSTALL) --no-deps --target $(OLDEST_TRITON) triton==3.6.0
 
 clean:
 	rm -rf $(VENV) build dlogp_kernels/_c*.so *.egg-info

@@ -93,6 +93,46 @@ def test_report_with_a_forced_backend():
         assert {line.backend for line in backends.report() if line.device == "cpu"} == {"reference"}
 
 
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """A function that lets the choice of backends see a GPU of this compute capability, with every backend."""
+
+    def see(capability: tuple[int, int]) -> None:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(backends, "_cuda_problem", lambda device: None)
+        monkeypatch.setattr(backends, "_triton_problem", lambda: None)
+        backends._preference.cache_clear()
+
+    yield see
+    backends._preference.cache_clear()
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)])
+def test_what_serves_gpus_is_a_table(on_gpu, capability):
+    on_gpu(capability)
+    assert backends.select("extrapolated_sample", "cuda", torch.bfloat16) == "cuda"
+    assert backends.select("linear_logp_fwd", "cuda", torch.bfloat16, 1024) == "triton"
+    lines = {(line.op, line.device): line for line in backends.report()}
+    measured = lines["linear_logp_fwd", "cuda"].measured
+    assert ("h100" in measured) == (capability == (9, 0))
+    if capability == (9, 0):
+        assert lines["linear_logp_fwd", "cuda (float32)"].measured == backends.NOT_MEASURED
+    assert lines["logp_fwd", "cuda"].measured is None  # there is nothing to choose
+
+
+def test_a_line_of_the_table_decides(on_gpu, monkeypatch):
+    on_gpu((9, 0))
+    line = backends.Preference("linear_logp_fwd", "gemm", 90, (torch.bfloat16,), range(2048))
+    monkeypatch.setattr(backends, "PREFERENCES", (line, *backends.PREFERENCES))
+    chosen = {
+        (dtype, d): backends.select("linear_logp_fwd", "cuda", dtype, d)
+        for dtype in (torch.bfloat16, torch.float32)
+        for d in (1024, 2048)
+    }
+    assert [case for case, backend in chosen.items() if backend == "gemm"] == [(torch.bfloat16, 1024)]
+
+
 @pytest.mark.parametrize("size", [0, -1, 2**20 - 1])
 def test_workspace_below_one_mebibyte_is_refused(size):
     with (

@@ -49,18 +49,16 @@ def _statistics(
 def _variants_of_statistics() -> Iterator[tuple[str, Variant]]:
     #: More than a tile of rows, which are gathered; then odd, and divisible by 16.
     many, few = ({"n": 300}, [{"n": 131}, {"n": 272}]), ({"n": 5}, [{"n": 1}, {"n": 16}, {"n": 7}])
-    passes = {"n": 1000}, [{"n": 1001}, {"n": 1008}]
+    passes = {"n": 2000}, [{"n": 2001}, {"n": 2016}]
     every = {"k": 3, "options": ALL_OPTIONS}
     for op in ("linear_logp", "linear_delta_logp"):
         triton = (("triton", f"{op}_fwd"), ("triton", f"{op}_bwd"))
         for name, numbers, case in (
             ("aligned", many, {}),
-            ("whole tiles", many, {"v": 2048, "d": 256}),
-            ("few rows", few, {}),
+            ("whole tiles, few rows", few, {"v": 2048, "d": 256}),
             ("passes", passes, {"workspace": 2**20}),
             ("float32", many, {"dtype": FP32}),
             ("float16", many, {"dtype": FP16}),
-            ("mixed", few, {"dtype": {"hidden": BF16, "base_hidden": BF16}}),
             ("unaligned, every option", many, {"d": 45, "bias": True, **every}),
             ("aligned, every option", few, {"bias": True, **every}),
         ):
@@ -72,7 +70,7 @@ def _variants_of_statistics() -> Iterator[tuple[str, Variant]]:
         triton = (("triton", f"{op}_fwd"), ("triton", f"{op}_bwd"))
         for name, numbers, case in (
             ("aligned", few, {"v": 4096}),
-            ("passes", passes, {"workspace": 2**20, "v": 40_000}),
+            ("passes", ({"n": 8200}, [{"n": 8201}, {"n": 8208}]), {"workspace": 2**20, "v": 128}),
             ("every option", few, {"dtype": FP32, **every}),
         ):
             yield f"{op}, {name}", Variant(partial(_statistics, op, **case), triton, *numbers)
@@ -124,18 +122,13 @@ def _variants_of_sampling() -> Iterator[tuple[str, Variant]]:
     ):
         yield f"extrapolated_sample, {name}", Variant(partial(_sample, **options), own, *of)
     linear = (("triton", "linear_extrapolated_sample"),)
+    in_passes = numbers[0], [*numbers[1], {"n": 1000, "seed": 1, "step": 1, "workspace": 2**20}]
     for name, of, options in (
-        ("defaults", numbers, {"case": {}}),
-        ("delta", numbers, {"case": {"v": 2048}, "criterion": "delta_logp", "threshold": -0.3, "gamma": 0.1}),
-        ("greedy", numbers, {"case": {}, "temperature": 0.0, "criterion": "none"}),
+        ("delta", in_passes, {"case": {}, "criterion": "delta_logp", "threshold": -0.3, "gamma": 0.1}),
+        ("greedy", numbers, {"case": {"v": 2048}, "temperature": 0.0, "criterion": "none"}),
         ("divergence, tensors", tensors, {"case": {"dtype": FP32}, **avg_kl}),
         ("one step", shared, {"case": {}, "criterion": "random", "threshold": 0.5}),
         ("unaligned, bias", numbers, {"case": {"d": 45, "bias": True}, **avg_kl, "softcap": 5.0, "draft": "rl"}),
-        (
-            "passes",
-            ({"n": 1000, "seed": 7, "step": 0}, [{"n": 901, "seed": 1, "step": 1}]),
-            {"case": {}, "workspace": 2**20},
-        ),
     ):
         yield f"linear_extrapolated_sample, {name}", Variant(partial(_linear_sample, **options), linear, *of)
     filtered = (("reference", "linear_extrapolated_sample"), *own)

@@ -36,7 +36,7 @@ Options = dict[str, Any]
 #: Largest error of a statistic, absolute, and of a gradient, relative; of peers, which round logits to bfloat16.
 _LIMITS, _PEER_LIMITS = {"statistic": 1e-3, "gradient": 0.03}, {"statistic": 0.2, "gradient": 0.1}
 _SEED, _HOST_CALLS = 7, 200
-_GROUPS = (8, 32)
+_GROUPS = (8, 16, 24, 32)
 _FILTERS: Mapping[str, Options] = {"top-p 0.7": {"top_p": 0.7}, "no filter": {}}
 
 
@@ -52,6 +52,8 @@ class Sizes(NamedTuple):
     #: Block rows, tokens, dims, warps, stages, of one model and of a pair.
     single: tuple[tuple[int, ...], ...]
     pair: tuple[tuple[int, ...], ...]
+    #: The same, of draws from hidden states.
+    draws: tuple[tuple[int, ...], ...]
     #: Rows, tokens.
     gemm: tuple[tuple[int, int], ...]
     #: Of linear_policy_loss: rows of a slice of logits, and of a block of gradients.
@@ -64,16 +66,17 @@ REAL = Sizes(
     n=8192, logits_n=2048, batches=(1, 64, 512), responses=(256, 4096), copy=2**30,
     heads=(Shape("D 4096", 4096, 151_936), Shape("D 896", 896, 151_936), Shape("D 2048", 2048, 128_256)),
     single=((128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (256, 128, 64, 8, 3), (128, 128, 64, 8, 4)),
-    pair=((128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 64, 8, 6), (128, 128, 128, 8, 3), (128, 64, 64, 8, 4)),
+    pair=((128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 64, 8, 5), (128, 128, 64, 8, 6), (128, 128, 128, 8, 3)),
+    draws=((64, 64, 64, 8, 3), (64, 64, 64, 8, 8), (64, 64, 64, 4, 8), (64, 64, 128, 8, 6), (64, 128, 64, 8, 8)),
     gemm=((1024, 4096), (2048, 4096), (4096, 4096), (8192, 1024)),
-    policy_rows=((512, 1536), (512, 2048), (1024, 4096)),
+    policy_rows=((384, 1920), (512, 2048), (1024, 4096)),
 )  # fmt: skip
 PREWARM = REAL._replace(n=512, logits_n=64, copy=2**20)
 TINY = Sizes(
     n=16, logits_n=4, batches=(2,), responses=(2, 16), copy=2**16,
     heads=(Shape("D 16", 16, 130), Shape("D 8", 8, 60)),
-    single=((32, 64, 32, 1, 1), (16, 128, 16, 1, 1)), pair=((32, 64, 32, 1, 1),), gemm=((32, 128), (16, 128)),
-    policy_rows=((16, 16),), dtype="float32", budget=Budget(seconds=0.0, least=1, most=1),
+    single=((32, 64, 32, 1, 1), (16, 128, 16, 1, 1)), pair=((32, 64, 32, 1, 1),), draws=((32, 64, 32, 1, 1),),
+    gemm=((32, 128), (16, 128)), policy_rows=((16, 16),), dtype="float32", budget=Budget(seconds=0.0, least=1, most=1),
 )  # fmt: skip
 
 
@@ -108,7 +111,7 @@ def cases(session: Session, configurations: bool = True) -> list[Case]:
     """In order of importance: what time runs out on is left out."""
     sizes = _sizes(session)
     if not configurations:
-        sizes = sizes._replace(single=(), pair=(), gemm=(), policy_rows=())
+        sizes = sizes._replace(single=(), pair=(), draws=(), gemm=(), policy_rows=())
     head = sizes.heads[0]
 
     def case(name: str, run: Callable[..., Iterator[Entry]], *arguments: Any) -> Case:
@@ -414,14 +417,14 @@ def _sampling(
     size = 2.0 * work.element_size * work.shape.v * (work.shape.d if work.linear else batch)
     chosen = {"gamma": 0.5, **options}
 
-    def ours(name: str, context: Context) -> Timed:
+    def ours(name: str, context: Context, config: str | None = None) -> Timed:
         draw = _within(context, partial(getattr(dlogp_kernels, op), **inputs, **chosen, seed=_SEED))
 
         def check() -> Mapping[str, float]:
             few = {name: x if "weight" in name else x[:4] for name, x in inputs.items()}
             return check_draws(Sample(*(x[:4] for x in draw())), few, _SEED, chosen, _LIMITS["statistic"])
 
-        return Timed(name, draw, check=check)
+        return Timed(name, draw, check=check, config=config)
 
     found: list[Candidate] = []
     if theirs is not None and peer is not None:
@@ -436,6 +439,9 @@ def _sampling(
                 found.append(ours(backend, partial(backends.use_backend, backend)))
             else:
                 yield {"candidate": backend, "status": "skipped", "error": problem}
+        for config in (library.configs.Config(*shape) for shape in sizes.draws if work.linear):
+            name = library.named(config)
+            found.append(ours(name.removeprefix("Config"), partial(library.fused, config), name))
     yield from measured(session, found, gigabytes(size))
 
 

@@ -5,163 +5,48 @@
 //
 // logits, base_logits (rows, V) of bfloat16, float16 or float32, any strides → outputs (rows,). A cluster samples one
 // row; each of its blocks reads its part of both models' logits from memory once and keeps it in shared memory, where
-// they fit. float32; softmax sums in double between threads. Deterministic: a sum of floats has one order, whatever the
-// size of the cluster, masses that a filter adds are integers, and a draw is a maximum.
+// they fit. float32. Deterministic: a sum of floats has one order, whatever the size of the cluster, masses that a
+// filter adds are integers, and a draw is a maximum.
+//
+// Walks over the logits and barriers of the cluster: without a filter one of each for statistics and draft together, and
+// one of each for a replacement. A filter costs a walk that bounds what it keeps and one that lists it, each with a
+// barrier, for the few tokens that are left are told to all blocks, and each of them finishes by itself.
 #pragma once
 
 #include <cstdint>
 #include <type_traits>
 
 #include "cluster.cuh"
+#include "contest.cuh"
 #include "extrapolated_sample.h"
 #include "logits.cuh"
+#include "softmax_sums.cuh"
 
 namespace dlogp {
 
-// Tokens that may be kept are listed, so that later walks look at them alone; of so many of a block.
-constexpr uint32_t kListed = 4096;
+// Tokens that may be kept are listed, so that later walks look at them alone: so many of a block, and of all blocks.
+constexpr uint32_t kListed = 2048, kGathered = 1536;
 constexpr int kBuckets = 256;
 // A mass of 1, that of the largest logit. 2²³ tokens of it stay below 2⁶⁴.
 constexpr float kMassOne = 0x1p40f;
-// The least noise, −log(33·log 2), a little down: the largest logit has a score of that much more.
-constexpr float kLeastGumbel = -3.14f;
-constexpr uint32_t kNoToken = 0xFFFFFFFFu;
+// Groups that a thread fetches ahead of what it works on.
+constexpr int kAhead = 4;
 
-struct RowMaxima {
-  float z = -INFINITY, base_z = -INFINITY, least_base = INFINITY;
-  uint32_t bad = 0;  // a NaN or +inf
-
-  __device__ void add(float rl, float base) {
-    bad |= !(rl < INFINITY) || !(base < INFINITY);
-    z = fmaxf(z, rl);
-    base_z = fmaxf(base_z, base);
-    if (base > -INFINITY) least_base = fminf(least_base, base);
-  }
-  __device__ bool can_draw() const { return bad == 0 && z > -INFINITY && base_z > -INFINITY; }
+struct Add : NothingToPrepare {
+  __device__ uint64_t operator()(uint64_t a, uint64_t b) const { return a + b; }
 };
 
-struct MergeMaxima {
-  __device__ RowMaxima operator()(const RowMaxima& a, const RowMaxima& b) const {
-    return {fmaxf(a.z, b.z), fmaxf(a.base_z, b.base_z), fminf(a.least_base, b.least_base), a.bad | b.bad};
-  }
+// The largest z / T, and a key at which there are top_k tokens or more.
+struct Extent {
+  float largest = -INFINITY;
+  uint32_t rank_bound = 0;
 };
 
-// Sums about the row's maxima. A thread adds its few tokens in float; between threads they are double.
-struct SoftmaxSums {
-  double sum, base_sum;
-
-  __device__ PairState<float> about(const RowMaxima& maxima) const {
-    PairState<float> state;
-    state.model = {maxima.z, sum, 0};
-    state.base = {maxima.base_z, base_sum, 0};
-    return state;
-  }
-  __device__ friend SoftmaxSums operator+(const SoftmaxSums& a, const SoftmaxSums& b) {
-    return {a.sum + b.sum, a.base_sum + b.base_sum};
+struct MergeExtents : NothingToPrepare {
+  __device__ Extent operator()(const Extent& a, const Extent& b) const {
+    return {fmaxf(a.largest, b.largest), max(a.rank_bound, b.rank_bound)};
   }
 };
-
-struct ThreadSoftmaxSums {
-  float sum = 0, base_sum = 0;
-
-  __device__ void add(float d, float base_d) {
-    sum += expf(d);
-    base_sum += expf(base_d);
-  }
-  __device__ SoftmaxSums wide() const { return {sum, base_sum}; }
-};
-
-// Those of PairState too.
-struct PairSums {
-  double sum, base_sum, weighted, base_weighted, cross, base_cross;
-  uint32_t alone, unused;
-
-  __device__ PairState<float> about(const RowMaxima& maxima) const {
-    PairState<float> state;
-    state.model = {maxima.z, sum, weighted};
-    state.base = {maxima.base_z, base_sum, base_weighted};
-    state.cross = cross;
-    state.base_cross = base_cross;
-    state.model_alone = (alone & 1) != 0;
-    state.base_alone = (alone & 2) != 0;
-    return state;
-  }
-  __device__ friend PairSums operator+(const PairSums& a, const PairSums& b) {
-    return {a.sum + b.sum,     a.base_sum + b.base_sum,     a.weighted + b.weighted, a.base_weighted + b.base_weighted,
-            a.cross + b.cross, a.base_cross + b.base_cross, a.alone | b.alone,       0};
-  }
-};
-
-struct ThreadPairSums {
-  float sum = 0, base_sum = 0, weighted = 0, base_weighted = 0, cross = 0, base_cross = 0;
-  uint32_t alone = 0;  // bit 0: a token that only the RL model can draw, bit 1: only the base
-
-  __device__ void add(float d, float base_d) {
-    const float e = expf(d), base_e = expf(base_d);
-    const bool possible = d > -INFINITY, base_possible = base_d > -INFINITY;
-    sum += e;
-    base_sum += base_e;
-    if (possible) weighted += e * d;
-    if (base_possible) base_weighted += base_e * base_d;
-    if (possible && base_possible) {
-      cross += e * (d - base_d);
-      base_cross += base_e * (base_d - d);
-    }
-    alone |= uint32_t(possible && !base_possible) | uint32_t(base_possible && !possible) << 1;
-  }
-  __device__ PairSums wide() const { return {sum, base_sum, weighted, base_weighted, cross, base_cross, alone, 0}; }
-};
-
-struct Add {
-  template <typename T>
-  __device__ T operator()(const T& a, const T& b) const {
-    return a + b;
-  }
-};
-
-struct MergeLargest {
-  __device__ float operator()(float a, float b) const { return fmaxf(a, b); }
-};
-
-// Of equal scores the first token wins.
-struct Winner {
-  float score = -INFINITY;
-  uint32_t token = kNoToken;
-
-  __device__ void take(float other_score, uint32_t other_token) {
-    if (other_score > score || (other_score == score && other_token < token)) *this = {other_score, other_token};
-  }
-};
-
-struct MergeWinners {
-  __device__ Winner operator()(Winner a, const Winner& b) const {
-    a.take(b.score, b.token);
-    return a;
-  }
-};
-
-// Which logits are drawn from, and with whose noise.
-struct Drawn {
-  enum class From { kModel, kBase, kExtrapolation };
-
-  From from;
-  Stream stream;
-  float gamma, least_base, temperature;
-
-  // z / T, with T = 1 for greedy.
-  __device__ float scaled(float z, float base_z) const {
-    const float unscaled = from == From::kModel  ? z
-                           : from == From::kBase ? base_z
-                                                 : extrapolated(z, base_z, gamma, least_base);
-    return temperature == 1.0f ? unscaled : unscaled / temperature;
-  }
-};
-
-// An integer in the order of the numbers; the same for both zeros.
-__device__ inline uint32_t key_of(float x) {
-  const uint32_t bits = __float_as_uint(x + 0.0f);
-  return bits ^ (bits >> 31 != 0 ? 0xFFFFFFFFu : 0x80000000u);
-}
 
 // The least float that is not below `value`.
 __device__ inline float round_up(double value) {
@@ -169,13 +54,25 @@ __device__ inline float round_up(double value) {
   return double(rounded) < value ? nextafterf(rounded, INFINITY) : rounded;
 }
 
+// The keys of −inf and of the least number.
+constexpr uint32_t kKeyOfNothing = 0x007FFFFFu, kLeastKey = kKeyOfNothing + 1;
+
 // What a filter adds up.
 enum class Weight { kMass, kCount };
 
+// Stands for top-p of a mass that is not known yet.
+constexpr uint64_t kShare = ~uint64_t(0);
+
 // Where the weight above, from the top bucket down, ceases to be too little.
 struct Crossing {
-  uint64_t above;
+  uint64_t still;   // how much is too much in that bucket
   uint32_t bucket;  // kBuckets: nowhere
+};
+
+// A token that is left, by s = z / T.
+struct Candidate {
+  uint32_t token;
+  float s;
 };
 
 struct Decision {
@@ -184,15 +81,20 @@ struct Decision {
 };
 
 struct SampleRoom {
-  ReduceRoom reduce;
-  // Twice, as in ReduceRoom: 64-bit weights in two words each.
-  uint32_t low_words[2][kBuckets], high_words[2][kBuckets];
-  uint64_t weight_of_warp[kBuckets / 32];
+  ReduceRoom<kSlices, sizeof(SoftmaxSums<true>)> sums;
+  ReduceRoom<1, sizeof(Winner)> values;
+  // Twice, as in ReduceRoom: 64-bit weights in two words each. The last is what lies below.
+  uint32_t low_words[2][kBuckets + 1], high_words[2][kBuckets + 1];
+  uint64_t weight_of_warp[kBuckets / 32], weight_below;
   Crossing crossing;
   PairState<float> state;
   Decision decision;
-  uint32_t listed;
+  SharedNoise noise;
+  uint32_t reached[2];  // keys of scores, of the draft and its replacement
+  uint32_t listed, told;
   uint32_t list[kListed];  // places in the block's part
+  uint32_t told_by[kSlices];
+  Candidate gathered[kGathered];
 };
 
 template <typename Stored, bool kKept>
@@ -207,24 +109,24 @@ class RowSampler {
         slice_groups_(slice_tokens / kGroupTokens),
         first_(Cluster::rank() * slices_ * slice_tokens),
         room_(*reinterpret_cast<SampleRoom*>(shared)),
-        reduction_(room_.reduce),
-        z_(z_in_memory(), first_, kept_groups(shared)),
-        base_(base_in_memory(), first_, kept_groups(shared) + groups()) {
-    const int64_t step =
-        arguments.steps != nullptr ? arguments.steps[row_ * arguments.steps_stride] : int64_t(arguments.step);
-    const int64_t row_id = arguments.row_id != nullptr ? arguments.row_id[row_] : row_;
-    noise_ = {uint32_t(row_id), uint32_t(step)};
-    seed_ = arguments.seed != nullptr ? uint64_t(*arguments.seed) : arguments.options.seed;
-  }
+        sums_(room_.sums),
+        values_(room_.values),
+        z_(z_in_memory(), first_ / kGroupTokens, kept_groups(shared)),
+        base_(base_in_memory(), first_ / kGroupTokens, kept_groups(shared) + groups()) {}
 
   __device__ void run() {
-    read();
-    if (maxima_.can_draw()) {
-      sample();
+    Cluster::arrive();
+    if (threadIdx.x == 0) {
+      room_.noise = noise();
+      room_.reached[0] = room_.reached[1] = kKeyOfNothing;
+    }
+    __syncthreads();
+    const Winner draft = needs_all_sums(options().criterion) ? read<true>() : read<false>();
+    if (can_draw_) {
+      sample(draft);
     } else if (writes()) {
       write(kNoToken, kNoToken, {0, NAN}, NAN, NAN);
     }
-    Cluster::sync();  // no block leaves while another one may look into its memory
   }
 
  private:
@@ -237,40 +139,100 @@ class RowSampler {
   __device__ RowInMemory base_in_memory() const {
     return {arguments_.base_logits, arguments_.base_aligned, row_, int(arguments_.vocabulary)};
   }
+  __device__ SharedNoise noise() const {
+    const int64_t step =
+        arguments_.steps != nullptr ? arguments_.steps[row_ * arguments_.steps_stride] : int64_t(arguments_.step);
+    const int64_t row_id = arguments_.row_id != nullptr ? arguments_.row_id[row_] : row_;
+    const uint64_t seed = arguments_.seed != nullptr ? uint64_t(*arguments_.seed) : arguments_.options.seed;
+    return {uint32_t(seed), uint32_t(seed >> 32), {uint32_t(row_id), uint32_t(step)}};
+  }
   __device__ const SampleOptions& options() const { return arguments_.options; }
+  __device__ const Filters& filters() const { return options().filters; }
   __device__ int groups() const { return slices_ * slice_groups_; }
   __device__ bool writes() const { return Cluster::rank() == 0 && threadIdx.x == 0; }
   __device__ bool greedy() const { return options().temperature == 0; }
+  __device__ bool by_rank() const { return filters().limits_rank(arguments_.vocabulary); }
+  // A draw that nothing has to precede.
+  __device__ bool draws_at_once() const { return !greedy() && !filters().any(arguments_.vocabulary); }
 
-  // The one walk through memory, where the parts keep what they were given.
-  __device__ void read() {
-    const RowInMemory z_row = z_in_memory(), base_row = base_in_memory();
-    const int count = groups();
-    RowMaxima mine;
-#pragma unroll 4
-    for (int i = threadIdx.x; i < count; i += kThreads) {
-      const int token = first_ + i * kGroupTokens;
-      const StoredGroup<Stored> z = group_of<Stored>(z_row, token), base = group_of<Stored>(base_row, token);
-      z_.keep(i, z);
-      base_.keep(i, base);
-      const Group wide = z.widened(), base_wide = base.widened();
-#pragma unroll
-      for (int j = 0; j < kGroupTokens; ++j) mine.add(wide.z[j], base_wide.z[j]);
+  // Of a thread's groups, slice by slice.
+  struct Cursor {
+    int slice, index;
+  };
+  __device__ Cursor first_group() const { return {int(threadIdx.x) < slice_groups_ ? 0 : slices_, int(threadIdx.x)}; }
+  __device__ void advance(Cursor& at) const {
+    at.index += kThreads;
+    if (at.index < (at.slice + 1) * slice_groups_) return;
+    ++at.slice;
+    at.index = at.slice * slice_groups_ + int(threadIdx.x);
+  }
+  __device__ void fetch_next(const RowInMemory& z_row, const RowInMemory& base_row, Cursor& ahead) {
+    if (ahead.slice < slices_) {
+      const int number = first_ / kGroupTokens + ahead.index;
+      if (number < z_row.whole_groups<Stored>()) z_.fetch(z_row, number, ahead.index);
+      if (number < base_row.whole_groups<Stored>()) base_.fetch(base_row, number, ahead.index);
+      advance(ahead);
     }
-    maxima_ = reduction_.all(mine, MergeMaxima{});
+    __pipeline_commit();
+  }
+  __device__ Group drafted_group(int index) const {
+    // A choice of the address where it can be one, and not between two loads.
+    if constexpr (kKept) return (options().draft_from_base ? base_ : z_).group(index);
+    return options().draft_from_base ? base_.group(index) : z_.group(index);
+  }
+  // What fetch_next leaves out.
+  __device__ void gather_rest(const RowInMemory& z_row, const RowInMemory& base_row) {
+#pragma unroll 1
+    for (Cursor at = first_group(); at.slice < slices_; advance(at)) {
+      const int number = first_ / kGroupTokens + at.index;
+      if (number >= z_row.whole_groups<Stored>()) z_.gather(z_row, number, at.index);
+      if (number >= base_row.whole_groups<Stored>()) base_.gather(base_row, number, at.index);
+    }
+  }
+
+  // The one walk through memory: what is there is kept and summed up, and drawn from if that can be.
+  template <bool kAll>
+  __device__ Winner read() {
+    const Drawn drawn = drawn_for_draft();
+    Contest contest(drawn, room_.noise, &room_.reached[0]);
+    const bool draws = draws_at_once();
+    const RowInMemory z_row = z_in_memory(), base_row = base_in_memory();
+    Cursor ahead = first_group();
+    for (int i = 0; i < kAhead; ++i) fetch_next(z_row, base_row, ahead);
+    gather_rest(z_row, base_row);
+    for (int slice = 0; slice < slices_; ++slice) {
+      ThreadSums<kAll> sums;
+      const int end = (slice + 1) * slice_groups_;
+#pragma unroll 1
+      for (int i = slice * slice_groups_ + int(threadIdx.x); i < end; i += kThreads) {
+        __pipeline_wait_prior(kAhead - 1);
+        sums.add(z_.group(i), base_.group(i));
+        fetch_next(z_row, base_row, ahead);
+        if (draws) contest.add(token_of(i * kGroupTokens), drafted_group(i));
+      }
+      sums_.add(slice, sums.sums(), MergeSums<kAll>{});
+    }
+    values_.add(0, contest.winner(), MergeWinners{});
+    __syncthreads();
+    Cluster::wait();  // now every block has begun, and can be written to
+    sums_.template tell<SoftmaxSums<kAll>>(slices_, MergeSums<kAll>{});
+    values_.template tell<Winner>(1, MergeWinners{});
+    Cluster::sync();
+    const auto sums = sums_.template total<SoftmaxSums<kAll>>(slices_, MergeSums<kAll>{});
+    can_draw_ = sums.can_draw();
+    if (threadIdx.x == 0) room_.state = sums.state();
+    __syncthreads();
+    return values_.template total<Winner>(1, MergeWinners{});
   }
 
   // The draft, and a second turn for its replacement.
-  __device__ void sample() {
-    if (needs_all_sums(options().criterion))
-      sum_up<ThreadPairSums>();
-    else
-      sum_up<ThreadSoftmaxSums>();
+  __device__ void sample(Winner drafted) {
     uint32_t draft = kNoToken, token = kNoToken;
     Decision decision = {1, 0};
 #pragma unroll 1
     for (int turn = 0; turn < 2 && decision.selected != 0; ++turn) {
-      token = draw(turn == 0 ? drawn_for_draft() : drawn_for_replacement()).token;
+      const bool is_drawn = turn == 0 && draws_at_once();
+      token = is_drawn ? drafted.token : draw(turn == 0 ? drawn_for_draft() : drawn_for_replacement()).token;
       if (turn == 0) {
         draft = token;
         decision = decide(draft);
@@ -280,23 +242,6 @@ class RowSampler {
       const float logp = logp_of(room_.state.model, z_in_memory(), token);
       write(token, draft, decision, logp, logp_of(room_.state.base, base_in_memory(), token));
     }
-  }
-
-  // Into room_.state, for the first thread of the block.
-  template <typename ThreadSums>
-  __device__ void sum_up() {
-    for (int slice = 0; slice < slices_; ++slice) {
-      ThreadSums sums;
-      const int end = (slice + 1) * slice_groups_;
-      for (int i = slice * slice_groups_ + threadIdx.x; i < end; i += kThreads) {
-        const Group z = z_.group(i), base = base_.group(i);
-#pragma unroll
-        for (int j = 0; j < kGroupTokens; ++j) sums.add(z.z[j] - maxima_.z, base.z[j] - maxima_.base_z);
-      }
-      reduction_.of_slice(slice, sums.wide(), Add{});
-    }
-    const auto total = reduction_.template slices<decltype(ThreadSums().wide())>(slices_, Add{});
-    if (threadIdx.x == 0) room_.state = total.about(maxima_);
   }
 
   __device__ static float logp_of(const SoftmaxState<float>& state, const RowInMemory& row, uint32_t token) {
@@ -311,53 +256,72 @@ class RowSampler {
       const float delta_logp =
           logp_of(state.model, z_in_memory(), draft) - logp_of(state.base, base_in_memory(), draft);
       SampleOptions seeded = options();
-      seeded.seed = seed_;
-      room_.decision = {is_selected(seeded, state, delta_logp, noise_), delta_logp};
+      seeded.seed = room_.noise.seed();
+      room_.decision = {is_selected(seeded, state, delta_logp, room_.noise.row), delta_logp};
     }
     __syncthreads();
     return room_.decision;
   }
 
-  __device__ float temperature() const { return greedy() ? 1.0f : float(options().temperature); }
-
+  __device__ Drawn drawn(Drawn::From from, Stream stream, float gamma, float least_base) const {
+    const float temperature = greedy() ? 1.0f : float(options().temperature);
+    return {from, stream, gamma, least_base, temperature, 1.0f / temperature};
+  }
   __device__ Drawn drawn_for_draft() const {
-    const Drawn::From from = options().draft_from_base ? Drawn::From::kBase : Drawn::From::kModel;
-    return {from, Stream::kDraft, 0, 0, temperature()};
+    return drawn(options().draft_from_base ? Drawn::From::kBase : Drawn::From::kModel, Stream::kDraft, 0, 0);
   }
-  __device__ Drawn drawn_for_replacement() const {
-    const Drawn::From from = options().gamma == 0 ? Drawn::From::kModel : Drawn::From::kExtrapolation;
-    return {from, Stream::kReplacement, float(options().gamma), maxima_.least_base, temperature()};
+  __device__ Drawn drawn_for_replacement() {
+    if (options().gamma == 0) return drawn(Drawn::From::kModel, Stream::kReplacement, 0, 0);
+    const float least_base = room_.state.model_alone ? least_base_of_row() : 0;
+    return drawn(Drawn::From::kExtrapolation, Stream::kReplacement, float(options().gamma), least_base);
+  }
+  __device__ float least_base_of_row() {
+    Extent minus;  // of −z_B
+    for (int i = threadIdx.x; i < groups(); i += kThreads) {
+      const Group base = base_.group(i);
+      for (const float z : base.z)
+        if (z > -INFINITY) minus.largest = fmaxf(minus.largest, -z);
+    }
+    return -values_.of_cluster(minus, MergeExtents{}).largest;
   }
 
-  // Calls use(place, s[4]) for the part's groups of four tokens; −inf beyond the vocabulary.
+  __device__ uint32_t token_of(int place) const { return uint32_t(first_ + place); }
+
+  // Calls use(place, z) for the part's groups of four tokens, before the division by T; −inf beyond the vocabulary.
   template <typename Use>
   __device__ void for_groups(const Drawn& drawn, Use use) const {
     const int count = groups();
 #pragma unroll 1  // four at a time are enough, and this loop is in many places
-    for (int i = threadIdx.x; i < count; i += kThreads) {
-      const Group z = z_.group(i), base = base_.group(i);
-      float s[kGroupTokens];
+    for (int i = threadIdx.x; i < count; i += kThreads) use(i * kGroupTokens, unscaled_group(drawn, i));
+  }
+  __device__ Group unscaled_group(const Drawn& drawn, int index) const {
+    if (drawn.from == Drawn::From::kModel) return z_.group(index);
+    Group group = base_.group(index);
+    if (drawn.from == Drawn::From::kBase) return group;
+    const Group z = z_.group(index);
 #pragma unroll
-      for (int j = 0; j < kGroupTokens; ++j) s[j] = drawn.scaled(z.z[j], base.z[j]);
-      use(i * kGroupTokens, s);
-    }
+    for (int j = 0; j < kGroupTokens; ++j) group.z[j] = drawn.unscaled(z.z[j], group.z[j]);
+    return group;
   }
 
-  // Calls use(place, s) for the tokens that are listed, or for all.
+  // Calls use(token, s) for the tokens that are gathered or listed.
   template <typename Use>
-  __device__ void for_tokens(const Drawn& drawn, Use use) const {
-    if (is_listed_) {
+  __device__ void for_left(const Drawn& drawn, Use use) const {
+    const uint32_t most = kGathered / Cluster::size(), count = is_gathered_ ? kGathered : room_.listed;
 #pragma unroll 1
-      for (uint32_t i = threadIdx.x; i < room_.listed; i += kThreads) {
-        const int place = int(room_.list[i]);
-        use(place, drawn.scaled(z_.at(place), base_.at(place)));
+    for (uint32_t i = threadIdx.x; i < count; i += kThreads) {
+      if (!is_gathered_) {
+        const Candidate one = listed(drawn, i);
+        use(one.token, one.s);
+      } else if (i % most < room_.told_by[i / most]) {
+        use(room_.gathered[i].token, room_.gathered[i].s);
       }
-    } else {
-      for_groups(drawn, [&](int place, const float (&s)[kGroupTokens]) {
-#pragma unroll
-        for (int j = 0; j < kGroupTokens; ++j) use(place + j, s[j]);
-      });
     }
+  }
+  __device__ Candidate listed(const Drawn& drawn, uint32_t index) const {
+    const int place = int(room_.list[index]);
+    const float z = z_.at(place), base = base_.at(place);
+    return {token_of(place), drawn.scaled(drawn.unscaled(z, base))};
   }
 
   // Lists the tokens from `low` on, if they are few enough. Their order does not matter to what follows.
@@ -365,133 +329,223 @@ class RowSampler {
     if (is_listed_) return;
     if (threadIdx.x == 0) room_.listed = 0;
     __syncthreads();
-    for_groups(drawn, [&](int place, const float (&s)[kGroupTokens]) {
-      uint32_t kept = 0;
+    const float least = of_key(low), about_least = least - 1e-3f - fabsf(least) * 1e-6f;
+    for_groups(drawn, [&](int place, const Group& z) {
+      if (drawn.about_scaled(z.largest()) < about_least) return;
+      bool kept[kGroupTokens];
+      uint32_t count = 0;
 #pragma unroll
-      for (int j = 0; j < kGroupTokens; ++j) kept += key_of(s[j]) >= low;
-      if (kept == 0) return;
-      uint32_t at = atomicAdd(&room_.listed, kept);
-      if (at + kept > kListed) return;
+      for (int j = 0; j < kGroupTokens; ++j) count += kept[j] = drawn.scaled(z.z[j]) >= least;
+      if (count == 0 || *static_cast<volatile uint32_t*>(&room_.listed) > kListed) return;
+      uint32_t at = atomicAdd(&room_.listed, count);
+      if (at + count > kListed) return;
 #pragma unroll
       for (int j = 0; j < kGroupTokens; ++j)
-        if (key_of(s[j]) >= low) room_.list[at++] = uint32_t(place + j);
+        if (kept[j]) room_.list[at++] = uint32_t(place + j);
     });
     __syncthreads();
     is_listed_ = room_.listed <= kListed;
     __syncthreads();  // the next list may begin
   }
 
-  __device__ float largest_of(const Drawn& drawn) {
-    // Division by T keeps the order.
-    if (drawn.from == Drawn::From::kModel) return drawn.scaled(maxima_.z, 0);
-    if (drawn.from == Drawn::From::kBase) return drawn.scaled(0, maxima_.base_z);
-    float largest = -INFINITY;
-    for_groups(drawn, [&](int, const float (&s)[kGroupTokens]) {
-#pragma unroll
-      for (int j = 0; j < kGroupTokens; ++j) largest = fmaxf(largest, s[j]);
-    });
-    return reduction_.all(largest, MergeLargest{});
+  // Tells all blocks the tokens from `low` on, if they are few enough; from then on each block works for itself.
+  __device__ void gather_from(const Drawn& drawn, uint32_t low) {
+    if (is_gathered_) return;
+    list_from(drawn, low);
+    const uint32_t blocks = Cluster::size(), most = kGathered / blocks;
+    if (threadIdx.x == 0) room_.told = is_listed_ ? 0 : most + 1;
+    __syncthreads();
+    for (uint32_t i = threadIdx.x; is_listed_ && i < room_.listed; i += kThreads) {
+      const Candidate one = listed(drawn, i);
+      if (key_of(one.s) < low) continue;
+      const uint32_t at = atomicAdd(&room_.told, 1u);
+      if (at >= most) continue;
+      Candidate& mine = room_.gathered[Cluster::rank() * most + at];
+      for (uint32_t rank = 0; rank < blocks; ++rank) *Cluster::in_block(&mine, int(rank)) = one;
+    }
+    __syncthreads();
+    if (threadIdx.x < blocks) *Cluster::in_block(&room_.told_by[Cluster::rank()], int(threadIdx.x)) = room_.told;
+    Cluster::sync();
+    is_gathered_ = true;
+    for (uint32_t rank = 0; rank < blocks; ++rank) is_gathered_ &= room_.told_by[rank] <= most;
   }
 
   __device__ Winner draw(const Drawn& drawn) {
-    is_listed_ = false;
-    const float largest = largest_of(drawn);
-    if (greedy()) return first_of(drawn, largest);
-    return by_noise(drawn, largest, least_kept(drawn, largest));
+    is_listed_ = is_gathered_ = false;
+    if (greedy()) return first_largest(drawn);
+    uint32_t cut = kLeastKey;
+    if (!draws_at_once()) {
+      cut = least_kept(drawn);
+      if (cut > kLeastKey && !is_gathered_) list_from(drawn, cut);
+    }
+    return by_noise(drawn, cut);
   }
 
-  __device__ Winner first_of(const Drawn& drawn, float largest) {
+  __device__ Winner first_largest(const Drawn& drawn) {
     Winner mine;
-    for_tokens(drawn, [&](int place, float s) {
-      if (s == largest) mine.take(s, uint32_t(first_ + place));
+    for_groups(drawn, [&](int place, const Group& z) {
+      if (z.largest() < mine.score) return;
+#pragma unroll
+      for (int j = 0; j < kGroupTokens; ++j) mine.take(z.z[j], token_of(place + j));
     });
-    return reduction_.all(mine, MergeWinners{});
+    return values_.of_cluster(mine, MergeWinners{});
+  }
+
+  // The largest score among tokens from `cut` on.
+  __device__ Winner by_noise(const Drawn& drawn, uint32_t cut) {
+    Contest contest(drawn, room_.noise, &room_.reached[drawn.stream == Stream::kDraft ? 0 : 1]);
+    if (is_gathered_ || is_listed_) {
+      for_left(drawn, [&](uint32_t token, float s) {
+        if (key_of(s) >= cut) contest.add(token, s);
+      });
+    } else {
+      for_groups(drawn, [&](int place, Group z) {
+        if (cut > kLeastKey)
+          for (float& one : z.z) one = key_of(drawn.scaled(one)) >= cut ? one : -INFINITY;
+        contest.add(token_of(place), z);
+      });
+    }
+    return is_gathered_ ? values_.of_block(contest.winner(), MergeWinners{})
+                        : values_.of_cluster(contest.winner(), MergeWinners{});
+  }
+
+  // The statistics of what is drawn from, if that is a model.
+  __device__ const SoftmaxState<float>& state_of(const Drawn& drawn) const {
+    return drawn.from == Drawn::From::kBase ? room_.state.base : room_.state.model;
+  }
+
+  // Where it is not known from the statistics, from a walk.
+  __device__ Extent extent_of(const Drawn& drawn) {
+    if (drawn.from != Drawn::From::kExtrapolation && !by_rank()) {
+      // No block tells anything as long as another may read what it was told about the draft.
+      if (drawn.stream == Stream::kReplacement) Cluster::sync();
+      return {drawn.scaled(state_of(drawn).max), 0};
+    }
+    float largest = -INFINITY;
+    for_groups(drawn, [&](int, const Group& z) { largest = fmaxf(largest, z.largest()); });
+    largest = drawn.scaled(largest);
+    return values_.of_cluster(Extent{largest, by_rank() ? rank_bound_of_block(key_of(largest)) : 0}, MergeExtents{});
+  }
+
+  // A key that top_k of the threads' largest reach, so that as many tokens do; 0 if there is none.
+  __device__ uint32_t rank_bound_of_block(uint32_t key) const {
+    const int64_t top_k = filters().top_k;
+    if (top_k > kThreads) return 0;
+    const int enough = int(top_k);
+    uint32_t low = 0, high = 0xFFFFFFFFu;  // `low` is reached by enough of them
+    while (high - low > 1) {
+      const uint32_t middle = low + (high - low) / 2;
+      const int reaching = __syncthreads_count(key >= middle);
+      (reaching >= enough ? low : high) = middle;
+      if (reaching >= enough && reaching <= enough + enough / 4) break;
+    }
+    return low;
   }
 
   // The key of the least s that top-k, then top-p, then min-p keep.
-  __device__ uint32_t least_kept(const Drawn& drawn, float largest) {
-    const Filters& filters = options().filters;
-    uint32_t cut = key_of(-INFINITY) + 1;
-    const bool by_rank = filters.limits_rank(arguments_.vocabulary);
-    if (by_rank) cut = cut_at(drawn, largest, cut, Weight::kCount, uint64_t(filters.top_k));
-    if (filters.top_p < 1) {
-      const uint64_t total = mass_from(drawn, largest, cut);
-      if (!by_rank) cut = max(cut, key_of(largest - reach_of(total)));
-      list_from(drawn, cut);
-      // Kept are the tokens above which lies less than p of the mass.
-      const uint64_t enough = uint64_t(ceil(filters.top_p * double(total)));
-      cut = cut_at(drawn, largest, cut, Weight::kMass, enough > 0 ? enough : 1);
+  __device__ uint32_t least_kept(const Drawn& drawn) {
+    const Extent extent = extent_of(drawn);
+    uint32_t cut = max(kLeastKey, extent.rank_bound);
+    bool few = extent.rank_bound > kLeastKey;
+#pragma unroll 1
+    for (const Weight weight : {Weight::kCount, Weight::kMass}) {
+      if (weight == Weight::kCount ? !by_rank() : filters().top_p == 1) continue;
+      if (weight == Weight::kMass && !by_rank()) cut = max(cut, key_of(extent.largest - reach_of(drawn)));
+      cut = cut_at(drawn, extent.largest, cut, weight, few);
+      few = false;
     }
-    if (filters.min_p > 0) cut = max(cut, key_of(round_up(double(largest) + log(filters.min_p))));
+    if (filters().min_p > 0) cut = max(cut, key_of(round_up(double(extent.largest) + log(filters().min_p))));
     return cut;
   }
 
   // Even if all V tokens lay so far below the largest, they would have less than 1 − p of the mass together: what lies
-  // lower is not kept.
-  __device__ float reach_of(uint64_t total) const {
-    const double mass = double(total) / double(kMassOne);
-    return float(log(double(arguments_.vocabulary) / ((1 - options().filters.top_p) * mass)) + 1e-3);
+  // lower is not kept. A model's mass at T ≥ 1 is at least that at 1; any is at least that of the largest logit.
+  __device__ float reach_of(const Drawn& drawn) const {
+    const bool is_known = drawn.from != Drawn::From::kExtrapolation && drawn.temperature >= 1;
+    const double mass = is_known ? fmax(1.0, state_of(drawn).sum) : 1.0;
+    return float(log(double(arguments_.vocabulary) / ((1 - filters().top_p) * mass)) + 1e-3);
   }
 
-  __device__ static uint64_t mass_of(float s, float largest) {
-    const float e = expf(s - largest);
-    return e <= 1.0f ? uint64_t(e * kMassOne) : 0;  // not so where logits / T overflowed into NaN
+  __device__ static uint64_t mass_of(float e) {
+    return e <= kGroupTokens ? __float2ull_rn(e * kMassOne) : 0;  // not so where logits / T overflowed into NaN
   }
 
-  __device__ uint64_t mass_from(const Drawn& drawn, float largest, uint32_t low) {
-    uint64_t mass = 0;
-    for_tokens(drawn, [&](int, float s) {
-      if (key_of(s) >= low) mass += mass_of(s, largest);
-    });
-    return reduction_.all(mass, Add{});
-  }
-
-  // The least key ≥ `low` above which lies less than `enough`: mass, or a number of tokens. `low` if that is not all.
-  __device__ uint32_t cut_at(const Drawn& drawn, float largest, uint32_t low, Weight weight, uint64_t enough) {
+  // The least key ≥ `low` above which lies less than top-k tokens, or top-p of the mass; `low` if that is not all. Where
+  // the tokens from `low` on are `few`, they are gathered at once.
+  __device__ uint32_t cut_at(const Drawn& drawn, float largest, uint32_t low, Weight weight, bool few) {
     uint32_t high = key_of(largest);
+    uint64_t enough = weight == Weight::kCount ? uint64_t(filters().top_k) : kShare;
     while (low < high) {
+      if (few) gather_from(drawn, low);
+      few = true;
       // The top bucket is 0; a bucket is 2^shift keys wide.
       const int shift = max(0, 24 - __clz(int(high - low)));
-      fill_buckets(drawn, largest, low, high, shift, weight);
+      fill_buckets(drawn, largest, low, high, shift, weight, enough == kShare && !by_rank());
       const Crossing crossing = find_crossing(enough);
       if (crossing.bucket == kBuckets) return low;
-      enough -= crossing.above;
+      enough = crossing.still;
       high -= crossing.bucket << shift;
       low = max(low, high - min(high, (1u << shift) - 1));
       if (shift == 0) break;
-      list_from(drawn, low);
     }
     return high;
   }
 
-  __device__ void fill_buckets(const Drawn& drawn, float largest, uint32_t low, uint32_t high, int shift,
-                               Weight weight) {
-    uint32_t* const low_words = room_.low_words[turn_];
-    uint32_t* const high_words = room_.high_words[turn_];
-    for (int i = threadIdx.x; i < kBuckets; i += kThreads) low_words[i] = high_words[i] = 0;
-    __syncthreads();
-    for_tokens(drawn, [&](int, float s) {
-      const uint32_t key = key_of(s);
-      if (key < low || key > high) return;
-      const uint32_t bucket = (high - key) >> shift;
-      const uint64_t added = weight == Weight::kMass ? mass_of(s, largest) : 1;
-      // A sum of integers is the same in any order. 64-bit atomics in shared memory are slow, so carry by hand.
-      const uint32_t word = uint32_t(added), before = atomicAdd(&low_words[bucket], word);
-      const uint32_t rest = uint32_t(added >> 32) + uint32_t(before + word < word);
-      if (rest != 0) atomicAdd(&high_words[bucket], rest);
-    });
+  // A sum of integers is the same in any order. 64-bit atomics in shared memory are slow, so carry by hand.
+  __device__ void add_to_bucket(uint32_t bucket, uint64_t added) {
+    const uint32_t word = uint32_t(added), before = atomicAdd(&room_.low_words[turn_][bucket], word);
+    const uint32_t rest = uint32_t(added >> 32) + uint32_t(before + word < word);
+    if (rest != 0) atomicAdd(&room_.high_words[turn_][bucket], rest);
   }
 
-  // Thread b has bucket b of all blocks.
+  __device__ void fill_buckets(const Drawn& drawn, float largest, uint32_t low, uint32_t high, int shift,
+                               Weight weight, bool and_below) {
+    for (int i = threadIdx.x; i <= kBuckets; i += kThreads) room_.low_words[turn_][i] = room_.high_words[turn_][i] = 0;
+    __syncthreads();
+    const auto add = [&](uint32_t key, float e) {
+      if (key >= low && key <= high) add_to_bucket((high - key) >> shift, weight == Weight::kMass ? mass_of(e) : 1);
+    };
+    if (is_gathered_ || is_listed_) {
+      for_left(drawn, [&](uint32_t, float s) { add(key_of(s), fast_exp(s - largest)); });
+      return;
+    }
+    uint64_t below = 0;
+    for_groups(drawn, [&](int, const Group& z) {
+      float e_below = 0;
+#pragma unroll
+      for (int j = 0; j < kGroupTokens; ++j) {
+        const float s = drawn.scaled(z.z[j]), e = fast_exp(s - largest);
+        const uint32_t key = key_of(s);
+        if (key < low) e_below += e;
+        add(key, e);
+      }
+      below += mass_of(e_below);
+    });
+    below = across_lanes<32>(below, Add{});
+    if (and_below && threadIdx.x % 32 == 0) add_to_bucket(kBuckets, below);
+  }
+
+  // Bucket b of all blocks that work together.
+  __device__ uint64_t weight_of(int bucket) {
+    uint64_t weight = 0;
+    for (int i = 0; i < (is_gathered_ ? 1 : Cluster::size()); ++i) {
+      const int rank = is_gathered_ ? Cluster::rank() : i;
+      weight += uint64_t(*Cluster::in_block(&room_.high_words[turn_][bucket], rank)) << 32 |
+                *Cluster::in_block(&room_.low_words[turn_][bucket], rank);
+    }
+    return weight;
+  }
+
+  // Thread b has bucket b.
   __device__ Crossing find_crossing(uint64_t enough) {
-    Cluster::sync();
+    if (is_gathered_)
+      __syncthreads();
+    else
+      Cluster::sync();
     const int bucket = threadIdx.x, lane = threadIdx.x % 32;
     uint64_t weight = 0, until = 0;
     if (bucket < kBuckets) {
-      for (int rank = 0; rank < Cluster::size(); ++rank)
-        weight += uint64_t(*Cluster::in_block(&room_.high_words[turn_][bucket], rank)) << 32 |
-                  *Cluster::in_block(&room_.low_words[turn_][bucket], rank);
-      until = weight;
+      until = weight = weight_of(bucket);
 #pragma unroll
       for (int distance = 1; distance < 32; distance *= 2) {
         const uint64_t before = __shfl_up_sync(0xFFFFFFFFu, until, distance);
@@ -499,55 +553,23 @@ class RowSampler {
       }
       if (lane == 31) room_.weight_of_warp[bucket / 32] = until;
     }
+    if (bucket == kBuckets) room_.weight_below = weight_of(kBuckets);
     __syncthreads();
     if (bucket < kBuckets) {
-      for (int warp = 0; warp < bucket / 32; ++warp) until += room_.weight_of_warp[warp];
+      uint64_t total = room_.weight_below;
+      for (int warp = 0; warp < kBuckets / 32; ++warp) {
+        const uint64_t of_warp = room_.weight_of_warp[warp];
+        if (warp < bucket / 32) until += of_warp;
+        total += of_warp;
+      }
+      if (enough == kShare) enough = max(uint64_t(1), uint64_t(ceil(filters().top_p * double(total))));
       const uint64_t above = until - weight;
-      if (above < enough && until >= enough) room_.crossing = {above, uint32_t(bucket)};
+      if (above < enough && until >= enough) room_.crossing = {enough - above, uint32_t(bucket)};
       if (bucket == kBuckets - 1 && until < enough) room_.crossing = {0, kBuckets};
     }
     __syncthreads();
     turn_ ^= 1;
     return room_.crossing;
-  }
-
-  // The largest score s + noise among tokens from `cut` on.
-  __device__ Winner by_noise(const Drawn& drawn, float largest, uint32_t cut) {
-    const NoiseKey key = noise_.key(seed_, drawn.stream);
-    list_from_cut_if_any(drawn, cut);
-    // The largest logit scores more than this, so does the winner.
-    const float bound = largest + kLeastGumbel;
-    Winner mine;
-    const auto score = [&](int place, float s, uint32_t bits) {
-      const float best = fmaxf(bound, mine.score);
-      if (may_win(s, bits, best)) mine.take(s + gumbel<float>(bits), uint32_t(first_ + place));
-    };
-    if (is_listed_) {
-      for_tokens(drawn, [&](int place, float s) {
-        if (key_of(s) >= cut) score(place, s, noise_bits(key, first_ + place));
-      });
-    } else {
-      for_groups(drawn, [&](int place, const float (&s)[kGroupTokens]) {
-        const float top = fmaxf(fmaxf(s[0], s[1]), fmaxf(s[2], s[3]));
-        if (key_of(top) < cut || top + float(kLargestGumbel) < fmaxf(bound, mine.score)) return;
-        const PhiloxBlock noise = philox(key.counter(uint32_t(first_ + place) / 4), key.seed);
-#pragma unroll
-        for (int j = 0; j < kGroupTokens; ++j)
-          if (key_of(s[j]) >= cut) score(place + j, s[j], noise.words[j]);
-      });
-    }
-    return reduction_.all(mine, MergeWinners{});
-  }
-
-  // Where something was cut off, a list saves the noise of the tokens beside those kept.
-  __device__ void list_from_cut_if_any(const Drawn& drawn, uint32_t cut) {
-    if (cut > key_of(-INFINITY) + 1) list_from(drawn, cut);
-  }
-
-  // Whether s + gumbel(bits) may be `best` or more: −log(1 − u) ≥ u, so the noise is −log u at most. Errs towards yes.
-  __device__ static bool may_win(float s, uint32_t bits, float best) {
-    const float slack = 1e-3f + fabsf(best) * 1e-6f;
-    return s - __logf(uniform<float>(bits)) + slack >= best;
   }
 
   __device__ void write(uint32_t token, uint32_t draft, const Decision& decision, float logp, float base_logp) const {
@@ -565,12 +587,10 @@ class RowSampler {
   const int slice_groups_;  // of each
   const int first_;         // token of this block
   SampleRoom& room_;
-  Reduction reduction_;
+  Reduction<kSlices, sizeof(SoftmaxSums<true>)> sums_;
+  Reduction<1, sizeof(Winner)> values_;
   Part z_, base_;
-  RowNoise noise_;
-  uint64_t seed_;
-  RowMaxima maxima_;
-  bool is_listed_ = false;
+  bool can_draw_ = false, is_listed_ = false, is_gathered_ = false;
   int turn_ = 0;  // which copy of the buckets
 };
 

@@ -3,9 +3,12 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_pipeline.h>
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 
 #include "logits.h"
 
@@ -15,6 +18,8 @@ constexpr int kGroupTokens = 4;
 
 struct Group {
   float z[kGroupTokens];
+
+  __device__ float largest() const { return fmaxf(fmaxf(z[0], z[1]), fmaxf(z[2], z[3])); }
 };
 
 __device__ inline float to_float(float x) { return x; }
@@ -25,8 +30,25 @@ template <typename Stored>
 struct alignas(kGroupTokens * sizeof(Stored)) StoredGroup {
   Stored z[kGroupTokens];
 
-  __device__ Group widened() const { return {{to_float(z[0]), to_float(z[1]), to_float(z[2]), to_float(z[3])}}; }
 };
+
+// Read by one load.
+template <typename Stored>
+__device__ inline Group widened(const StoredGroup<Stored>& place) {
+  struct alignas(sizeof(StoredGroup<Stored>)) Words {
+    uint32_t word[sizeof(StoredGroup<Stored>) / 4];
+  };
+  const Words words = reinterpret_cast<const Words&>(place);
+  if constexpr (std::is_same_v<Stored, __nv_bfloat16>) {
+    // The upper half of a float.
+    return {{__uint_as_float(words.word[0] << 16), __uint_as_float(words.word[0] & 0xFFFF0000u),
+             __uint_as_float(words.word[1] << 16), __uint_as_float(words.word[1] & 0xFFFF0000u)}};
+  } else {
+    Stored z[kGroupTokens];
+    memcpy(z, &words, sizeof(z));
+    return {{to_float(z[0]), to_float(z[1]), to_float(z[2]), to_float(z[3])}};
+  }
+}
 
 template <typename Stored>
 constexpr LogitType kTypeOf = LogitType::kFloat;
@@ -58,18 +80,19 @@ class RowInMemory {
     return typed<float>()[place];
   }
 
-  // A whole group that can be read as it is; `token` is a multiple of 4.
+  // How many groups from the row's first on can be read as they are.
   template <typename Stored>
-  __device__ bool has_group(int token) const {
-    return aligned_ && type_ == kTypeOf<Stored> && token + kGroupTokens <= vocabulary_;
+  __device__ int whole_groups() const {
+    return aligned_ && type_ == kTypeOf<Stored> ? vocabulary_ / kGroupTokens : 0;
   }
   template <typename Stored>
-  __device__ StoredGroup<Stored> group(int token) const {
-    return reinterpret_cast<const StoredGroup<Stored>*>(data_)[token / kGroupTokens];
+  __device__ const StoredGroup<Stored>* group(int number) const {
+    return reinterpret_cast<const StoredGroup<Stored>*>(data_) + number;
   }
   // Narrowing is exact: Stored is the type of the row, or float.
   template <typename Stored>
-  __device__ StoredGroup<Stored> gathered(int token) const {
+  __device__ StoredGroup<Stored> gathered(int number) const {
+    const int token = number * kGroupTokens;
     return {{Stored(at(token)), Stored(at(token + 1)), Stored(at(token + 2)), Stored(at(token + 3))}};
   }
 
@@ -86,39 +109,46 @@ class RowInMemory {
   bool aligned_;
 };
 
-template <typename Stored>
-__device__ inline StoredGroup<Stored> group_of(const RowInMemory& row, int token) {
-  return row.has_group<Stored>(token) ? row.group<Stored>(token) : row.gathered<Stored>(token);
-}
-
-// A block's part of a row, tokens from `first` on, kept in shared memory.
+// A block's part of a row, from a group of it on, kept in shared memory. What a thread fetches it sees itself when the
+// copies that it committed are done, other threads after a barrier behind that.
 template <typename Stored>
 class KeptPart {
  public:
   __device__ KeptPart(const RowInMemory&, int, StoredGroup<Stored>* kept) : kept_(kept) {}
 
-  __device__ void keep(int index, const StoredGroup<Stored>& group) { kept_[index] = group; }
-  __device__ Group group(int index) const { return kept_[index].widened(); }
+  // A group is copied as it is, while the thread goes on, or gathered token by token.
+  __device__ void fetch(const RowInMemory& row, int number, int index) {
+    __pipeline_memcpy_async(&kept_[index], row.group<Stored>(number), sizeof(StoredGroup<Stored>));
+  }
+  __device__ void gather(const RowInMemory& row, int number, int index) {
+    kept_[index] = row.gathered<Stored>(number);
+  }
+  __device__ Group group(int index) const { return widened(kept_[index]); }
   // Of one token, by its place in the part.
   __device__ float at(int place) const { return to_float(kept_[place / kGroupTokens].z[place % kGroupTokens]); }
 
  private:
-  StoredGroup<Stored>* kept_;
+  StoredGroup<Stored>* const kept_;
 };
 
 // One that is read from memory each time.
 template <typename Stored>
 class ReadPart {
  public:
-  __device__ ReadPart(const RowInMemory& row, int first, StoredGroup<Stored>*) : row_(row), first_(first) {}
+  __device__ ReadPart(const RowInMemory& row, int first, StoredGroup<Stored>*)
+      : row_(row), first_(first), whole_(row.whole_groups<Stored>()) {}
 
-  __device__ void keep(int, const StoredGroup<Stored>&) {}
-  __device__ Group group(int index) const { return group_of<Stored>(row_, first_ + index * kGroupTokens).widened(); }
-  __device__ float at(int place) const { return row_.at(first_ + place); }
+  __device__ void fetch(const RowInMemory&, int, int) {}
+  __device__ void gather(const RowInMemory&, int, int) {}
+  __device__ Group group(int index) const {
+    const int number = first_ + index;
+    return number < whole_ ? widened(*row_.group<Stored>(number)) : widened(row_.gathered<Stored>(number));
+  }
+  __device__ float at(int place) const { return row_.at(first_ * kGroupTokens + place); }
 
  private:
   const RowInMemory row_;
-  const int first_;
+  const int first_, whole_;
 };
 
 }  // namespace dlogp

@@ -184,7 +184,10 @@ def print_report(console: Console, report: Report) -> None:
     console.print(_devices(report))
     served = Table("op", "device", "backend", "why not another", title="Which backend serves each op")
     for choice in report.backends:
-        others = "\n".join(f"{name}: {reason}" for name, reason in choice.others.items())
+        reasons = [f"{name}: {reason}" for name, reason in choice.others.items()]
+        if choice.measured is not None:
+            reasons.append(f"{choice.backend} first: {choice.measured}")
+        others = "\n".join(reasons)
         served.add_row(choice.op, choice.device, Text(choice.backend, style="bold"), Text(others))
     console.print(served)
 

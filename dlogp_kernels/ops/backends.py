@@ -17,8 +17,8 @@ import torch
 
 from . import schemas
 
-#: In order of preference: C++ for the CPU, fused Triton kernels, CUDA C++, the vendor's GEMM with Triton kernels around
-#: it, and plain PyTorch. No GPU has run "triton" and "cuda" side by side yet; the one with fewer new parts comes first.
+#: In order of preference, but for what the table below says: C++ for the CPU, fused Triton kernels, CUDA C++, the
+#: vendor's GEMM with Triton kernels around it, and plain PyTorch.
 BACKENDS = ("cpu", "triton", "cuda", "gemm", "reference")
 #: Those with private ops of their own, `torch.ops.dlogp._<backend>_<op>`, in an extension module `_<backend>`.
 COMPILED = ("cpu", "cuda")
@@ -32,13 +32,13 @@ _MODULES = {
 _ONLY = {"gemm": ("linear_logp_fwd", "linear_delta_logp_fwd"), "cuda": ("extrapolated_sample",)}
 #: Compute capabilities that the CUDA C++ kernels are compiled for.
 _CUDA_CAPABILITIES = ("8.x", "9.0", "10.0")
-#: (op, compute capability) where `python -m benchmarks gpu` measured "gemm" to be faster than "triton". A choice by
-#: the number of tokens would change a row's bits, so there is none. No GPU has run the comparison yet.
-_GEMM_IS_FASTER: frozenset[tuple[str, int]] = frozenset()
 #: The Triton that each PyTorch is built for.
 _TRITON_OF_TORCH = {"2.11": "3.6", "2.12": "3.7", "2.13": "3.7"}
 
 DEFAULT_WORKSPACE = 256 * 2**20
+NOT_MEASURED = "not measured"
+#: Of which `report` speaks, and `select` where nothing is said.
+_HIDDEN_SIZE = 4096
 
 _Launcher = Callable[..., tuple[torch.Tensor, ...]]
 _extension_problems: dict[str, str] = {}
@@ -49,13 +49,52 @@ if _chosen is not None and _chosen not in BACKENDS:
     raise ValueError(f"DLOGP_BACKEND is {_chosen!r}, expected one of {', '.join(BACKENDS)}")
 
 
+class Preference(NamedTuple):
+    """A line of the table: on GPUs of this architecture (10 · compute capability; None: any), and for inputs of these
+    dtypes (none: any) and hidden sizes, `backend` comes first. `measured` names the results that say so.
+
+    There is no choice by the number of tokens: it would change a row's bits.
+    """
+
+    op: str
+    backend: str
+    architecture: int | None = None
+    dtypes: tuple[torch.dtype, ...] = ()
+    hidden_sizes: range = range(2**31)
+    measured: str | None = None
+
+    def holds(self, op: str, architecture: int, dtype: torch.dtype, hidden_size: int) -> bool:
+        return (
+            self.op == op
+            and self.architecture in (None, architecture)
+            and (not self.dtypes or dtype in self.dtypes)
+            and hidden_size in self.hidden_sizes
+        )
+
+
+_VISIT = "benchmarks/results/h100_visit1.json"
+#: The first line that holds counts. Of what has no line "triton" comes first, unmeasured.
+PREFERENCES = (
+    Preference("linear_logp_fwd", "triton", 90, (torch.bfloat16,), range(896, 4097), _VISIT),
+    Preference("linear_delta_logp_fwd", "triton", 90, (torch.bfloat16,), range(896, 4097), _VISIT),
+    Preference("extrapolated_sample", "cuda", 90, (torch.bfloat16,), measured=_VISIT),
+    Preference("extrapolated_sample", "cuda"),
+)
+#: Ops whose first input is hidden states and whose lines ask for their width.
+_BY_HIDDEN_SIZE = {line.op for line in PREFERENCES if line.op.startswith("linear_")}
+
+
 class Choice(NamedTuple):
-    """One line of `report()`: the backend that serves `op` on `device`, and why each other one does not."""
+    """One line of `report()`: the backend that serves `op` on `device`, and why each other one does not.
+
+    `measured`: where several have kernels for it, the results by which this one comes first, or that there are none.
+    """
 
     op: str
     device: str
     backend: str
     others: dict[str, str]
+    measured: str | None = None
 
 
 def has(backend: str, op: str) -> bool:
@@ -94,7 +133,7 @@ def _load_cuda_library() -> str | None:
 
 
 def unavailable(backend: str, op: str, device: torch.device | str, dtype: torch.dtype = torch.float32) -> str | None:
-    """Why `backend` can not serve `op` of outputs of this dtype on `device`; None if it can."""
+    """Why `backend` can not serve `op` of inputs of this dtype on `device`; None if it can."""
     if backend == "reference":
         return None
     device = torch.device(device)
@@ -109,12 +148,14 @@ def unavailable(backend: str, op: str, device: torch.device | str, dtype: torch.
     return _triton_problem() or _device_problem(device)
 
 
-def select(op: str, device: torch.device | str, dtype: torch.dtype = torch.float32) -> str:
-    """The backend that serves `op` of outputs of this dtype (float32, or float64 for such inputs) on `device` now."""
+def select(
+    op: str, device: torch.device | str, dtype: torch.dtype = torch.float32, hidden_size: int | None = None
+) -> str:
+    """The backend that serves `op` of inputs of this dtype and hidden size (None: of 4096) on `device` now."""
     device = torch.device(device)
-    if _chosen is not None and not has(_chosen, op):
-        return _first(op, device, dtype, ("triton",))
-    return _first(op, device, dtype, _preference(op, device) if _chosen is None else (_chosen,))
+    if _chosen is None:
+        return _first(op, device, dtype, _candidates(op, device, dtype, hidden_size))
+    return _first(op, device, dtype, (_chosen if has(_chosen, op) else "triton",))
 
 
 def _first(op: str, device: torch.device, dtype: torch.dtype, candidates: tuple[str, ...]) -> str:
@@ -127,14 +168,20 @@ def _first(op: str, device: torch.device, dtype: torch.dtype, candidates: tuple[
     )
 
 
-def _preference(op: str, device: torch.device) -> tuple[str, ...]:
-    if op in _ONLY["cuda"]:
-        return ("cuda", *(backend for backend in BACKENDS if backend != "cuda"))
-    if device.type == "cuda" and _GEMM_IS_FASTER:
-        major, minor = torch.cuda.get_device_capability(device)
-        if (op, 10 * major + minor) in _GEMM_IS_FASTER:
-            return ("gemm", *(backend for backend in BACKENDS if backend != "gemm"))
-    return BACKENDS
+def _candidates(op: str, device: torch.device, dtype: torch.dtype, hidden_size: int | None) -> tuple[str, ...]:
+    line = _preference(op, device, dtype, hidden_size)
+    if line is None:
+        return BACKENDS
+    return (line.backend, *(backend for backend in BACKENDS if backend != line.backend))
+
+
+@functools.cache
+def _preference(op: str, device: torch.device, dtype: torch.dtype, hidden_size: int | None) -> Preference | None:
+    if device.type != "cuda":
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    at = (op, 10 * major + minor, dtype, _HIDDEN_SIZE if hidden_size is None else hidden_size)
+    return next((line for line in PREFERENCES if line.holds(*at)), None)
 
 
 @functools.cache
@@ -175,15 +222,16 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def launch(op: str, device: torch.device, dtype: torch.dtype, *arguments: object) -> tuple[torch.Tensor, ...]:
-    """Run `op` of outputs of this dtype with the backend selected for `device`."""
-    with _without_autocast(device):
-        return _launcher(select(op, device, dtype), op)(*arguments, _workspace)
+def launch(op: str, first: torch.Tensor, dtype: torch.dtype, *arguments: object) -> tuple[torch.Tensor, ...]:
+    """Run `op` with the backend selected for inputs of this dtype, of which `first` is the first tensor."""
+    hidden_size = first.shape[-1] if op in _BY_HIDDEN_SIZE else None
+    with _without_autocast(first.device):
+        return _launcher(select(op, first.device, dtype, hidden_size), op)(*arguments, _workspace)
 
 
-def launch_blocked(op: str, device: torch.device, dtype: torch.dtype, *arguments: object) -> tuple[torch.Tensor, ...]:
+def launch_blocked(op: str, first: torch.Tensor, dtype: torch.dtype, *arguments: object) -> tuple[torch.Tensor, ...]:
     """Run blocked.py's form of `op`, which calls other ops: those are served by the backend selected for them."""
-    with _without_autocast(device):
+    with _without_autocast(first.device):
         return _launcher("reference", op)(*arguments, _workspace)
 
 
@@ -238,15 +286,18 @@ def workspace() -> int:
 def report() -> list[Choice]:
     """Which backend serves each op on each kind of device of this machine, and why not the others.
 
-    float64 has a line of its own where another backend serves it.
+    Of bfloat16 inputs on a GPU, of float32 ones on the CPU; another dtype has a line of its own where another backend
+    serves it, or where nobody measured that it should.
     """
-    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    dtypes = {"cpu": (torch.float32, torch.float64), "cuda": (torch.bfloat16, torch.float32, torch.float64)}
     choices = []
     for op in schemas.SCHEMAS:
-        for device in devices:
-            choices.append(_choice(op, device, torch.float32))
-            if select(op, device, torch.float64) != choices[-1].backend:
-                choices.append(_choice(op, device, torch.float64))
+        for device in ["cpu"] + (["cuda"] if torch.cuda.is_available() else []):
+            usual, *others = (_choice(op, device, dtype) for dtype in dtypes[device])
+            choices.append(usual)
+            for dtype, other in zip(dtypes[device][1:], others, strict=True):
+                if (other.backend, other.measured) != (usual.backend, usual.measured):
+                    choices.append(other._replace(device=f"{device} ({str(dtype).removeprefix('torch.')})"))
     return choices
 
 
@@ -257,5 +308,7 @@ def _choice(op: str, device: str, dtype: torch.dtype) -> Choice:
         for other in BACKENDS
         if other != backend
     }
-    label = f"{device} (float64)" if dtype == torch.float64 else device
-    return Choice(op, label, backend, others)
+    if any(other in _ONLY and "preferred" in why for other, why in others.items()) or backend in _ONLY:
+        line = _preference(op, torch.device(device), dtype, None)
+        return Choice(op, device, backend, others, (line and line.measured) or NOT_MEASURED)
+    return Choice(op, device, backend, others)

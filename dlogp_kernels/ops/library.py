@@ -21,7 +21,8 @@ def register(op: str, fake: Callable[..., Any], in_blocks: Callable[..., bool] |
     def run(*arguments: Any) -> Any:
         tensors = [x for x in arguments if isinstance(x, Tensor)]
         launch = backends.launch_blocked if in_blocks is not None and in_blocks(*arguments) else backends.launch
-        return launch(op, tensors[0].device, output_dtype(*tensors), *arguments)
+        exact = output_dtype(*tensors) == torch.float64
+        return launch(op, tensors[0], torch.float64 if exact else tensors[0].dtype, *arguments)
 
     for dispatch_key in ("CPU", "CUDA"):
         LIBRARY.impl(op, run, dispatch_key)

@@ -18,7 +18,7 @@ from . import _rows
 from ._device import precision, properties
 from ._math import IMPOSSIBLE
 from ._rows import Rows
-from ._sizes import ceil_div
+from ._sizes import ceil_div, round_up
 from .configs import Config, config
 from .logp import EVERY_ROW, transform_of
 
@@ -214,9 +214,7 @@ def plan_of(
     row_bytes = 4 * (num_splits * state_size + row_numbers)
     row_bytes += sum(model.dtype.itemsize * _padded(model.hidden.shape[-1]) for model in models)
     fitting = workspace // _SHARE // row_bytes // tile.block_n
-    needed = max(1, ceil_div(rows, tile.block_n))
-    # Passes of nearly equal size, so that none of them leaves most of the GPU idle.
-    row_tiles = ceil_div(needed, ceil_div(needed, max(1, fitting)))
+    row_tiles = _row_tiles(max(1, ceil_div(rows, tile.block_n)), max(1, fitting), tile.group)
     return Plan(
         tile,
         blocks_per_split,
@@ -226,6 +224,13 @@ def plan_of(
         device.descriptors and aligned,
         precision(device, dtype),
     )
+
+
+def _row_tiles(needed: int, fitting: int, group: int) -> int:
+    """Of a pass: passes of nearly equal size, of whole groups, so that no weight is read for a few rows alone."""
+    whole = group if min(needed, fitting) >= group else 1
+    passes = ceil_div(needed, fitting // whole * whole)
+    return min(round_up(ceil_div(needed, passes), whole), fitting)
 
 
 def rows_of(target: Tensor, plan: Plan, ignore_index: int) -> Rows:

@@ -81,6 +81,8 @@ def config(models: int, device: torch.device, dtype: torch.dtype, aligned: bool)
 def sample_config(models: int, device: torch.device, dtype: torch.dtype, aligned: bool) -> Config:
     """As `config`, of linear_extrapolated_sample."""
     found = properties(device)
+    if _chosen is not None:
+        return _chosen
     if found.kind != "cuda":
         return _OTHERS[found.kind]
     return _SAMPLE_CONFIGS[dtype.itemsize] if aligned else _UNALIGNED_SAMPLE

@@ -83,6 +83,15 @@ class Block {
   void sync() {
     pass(gate_, [] {});
   }
+  int sync_and_count(bool predicate) {
+    counted_ += predicate;
+    sync();
+    const int count = counted_;
+    sync();
+    counted_ = 0;
+    sync();
+    return count;
+  }
   void sync_cluster() {
     pass(cluster_gate_, [this] { cluster_.barrier.arrive_and_wait(); });
   }
@@ -111,6 +120,7 @@ class Block {
   std::vector<Warp> warps_;
   Gate gate_, cluster_gate_;
   size_t current_ = 0;
+  int counted_ = 0;
   jmp_buf scheduler_;
   const std::function<void()>* body_ = nullptr;
 };
@@ -122,6 +132,7 @@ Block& block();
 extern thread_local cuda_on_cpu::Index threadIdx, blockIdx;
 
 inline void __syncthreads() { cuda_on_cpu::block().sync(); }
+inline int __syncthreads_count(int predicate) { return cuda_on_cpu::block().sync_and_count(predicate != 0); }
 
 template <typename T>
 T __shfl_from(T value, int source) {
@@ -148,10 +159,22 @@ inline uint32_t atomicAdd(uint32_t* at, uint32_t value) {
   return before;
 }
 
+inline uint32_t atomicMax(uint32_t* at, uint32_t value) {
+  const uint32_t before = *at;
+  *at = max(before, value);
+  return before;
+}
+
 inline uint32_t __float_as_uint(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
   return bits;
 }
+inline float __uint_as_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+inline uint64_t __float2ull_rn(float x) { return uint64_t(std::nearbyint(x)); }
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(unsigned(x)); }
 inline float __logf(float x) { return std::log(x); }

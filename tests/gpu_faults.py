@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from benchmarks.gpu.child import Case, Entry, Session
-from benchmarks.gpu.timing import Timed, measured, tflop
+from benchmarks.gpu.timing import Timed, measured
 from benchmarks.harness import NotMeasuredError, absolute_error, verify
 
 
@@ -44,4 +44,4 @@ def _candidates(session: Session) -> Iterator[Entry]:
         Timed("hanging", lambda: time.sleep(600)),
         Timed("crashing", lambda: os.abort()),
     ]
-    yield from measured(session, found, tflop(1.0))
+    yield from measured(session, found, "tflops", 1.0)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 import dlogp_kernels
 from dlogp_kernels import Sample, backends, reference_sample
@@ -66,7 +67,7 @@ REAL = Sizes(
     n=8192, logits_n=2048, batches=(1, 64, 512), responses=(256, 4096), copy=2**30,
     heads=(Shape("D 4096", 4096, 151_936), Shape("D 896", 896, 151_936), Shape("D 2048", 2048, 128_256)),
     single=((128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (256, 128, 64, 8, 3), (128, 128, 64, 8, 4)),
-    pair=((128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 64, 8, 5), (128, 128, 64, 8, 6), (128, 128, 128, 8, 3)),
+    pair=(*((128, 128, 64, 8, stages) for stages in (3, 4, 5, 6)), (128, 128, 128, 8, 3)),
     draws=((64, 64, 64, 8, 3), (64, 64, 64, 8, 8), (64, 64, 64, 4, 8), (64, 64, 128, 8, 6), (64, 128, 64, 8, 8)),
     gemm=((1024, 4096), (2048, 4096), (4096, 4096), (8192, 1024)),
     policy_rows=((384, 1920), (512, 2048), (1024, 4096)),
@@ -86,25 +87,6 @@ class Timed(Candidate):
 
     check: Callable[[], Mapping[str, float]] | None = None
     config: str | None = None
-
-
-class Cost(NamedTuple):
-    """What forward and backward need, in units of the entry `speed` times a second."""
-
-    speed: str
-    forward: float
-    backward: float = 0.0
-
-    def of(self, phase: str) -> float:
-        return self.forward + self.backward if phase == "both" else getattr(self, phase)
-
-
-def tflop(forward: float, backward: float = 0.0) -> Cost:
-    return Cost("tflops", forward / 1e12, backward / 1e12)
-
-
-def gigabytes(forward: float, backward: float = 0.0) -> Cost:
-    return Cost("gb_per_s", forward / 1e9, backward / 1e9)
 
 
 def cases(session: Session, configurations: bool = True) -> list[Case]:
@@ -173,8 +155,15 @@ class _WatchedClock(Clock):
         return super().sample(candidate, repeats)
 
 
-def measured(session: Session, found: Sequence[Candidate], cost: Cost) -> Iterator[Entry]:
-    """Entries of all candidates that are right; the others are compared with the first."""
+def measured(
+    session: Session, found: Sequence[Candidate], unit: str, forward: float, backward: float = 0.0
+) -> Iterator[Entry]:
+    """Entries of all candidates that are right; the others are compared with the first.
+
+    Forward and backward need so many operations, unit "tflops", or bytes, "gb_per_s".
+    """
+    scale = 1e12 if unit == "tflops" else 1e9
+    needed = {"forward": forward / scale, "backward": backward / scale, "both": (forward + backward) / scale}
     right: dict[str, Candidate] = {}
     notes: dict[str, Entry] = {}
     for candidate in found:
@@ -199,7 +188,7 @@ def measured(session: Session, found: Sequence[Candidate], cost: Cost) -> Iterat
             seconds = timings.quantiles(name, phase)
             entry: Entry = {
                 "candidate": name, "phase": phase, "ms": 1e3 * seconds.median, "rounds": len(timings.rounds),
-                "spread": [1e3 * seconds.p20, 1e3 * seconds.p80], cost.speed: cost.of(phase) / seconds.median,
+                "spread": [1e3 * seconds.p20, 1e3 * seconds.p80], unit: needed[phase] / seconds.median,
             }  # fmt: skip
             if first in right and first != name:
                 # How much of the reference's speed it has.
@@ -231,15 +220,8 @@ def _kernels(candidate: Candidate) -> dict[str, float]:
 
 def _step(candidate: Candidate) -> list[Tensor]:
     outputs = candidate.forward()
-    return [*_tensors(outputs), *_tensors(candidate.backward(outputs) if candidate.backward is not None else ())]
-
-
-def _tensors(outputs: object) -> Iterator[Tensor]:
-    if isinstance(outputs, Tensor):
-        yield outputs
-    elif isinstance(outputs, tuple | list):
-        for output in outputs:
-            yield from _tensors(output)
+    gradients = candidate.backward(outputs) if candidate.backward is not None else ()
+    return [x for x in tree_leaves((outputs, gradients)) if isinstance(x, Tensor)]
 
 
 def _within(context: Context, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -294,8 +276,8 @@ def _ceilings(session: Session, sizes: Sizes) -> Iterator[Entry]:
         out = torch.empty(sizes.n, head.v, dtype=dtype, device=session.device)
         for where, block in (("", head.v), (" by 16384", 16384)):
             found.append(Candidate(f"cuBLAS {name} out{where}", partial(product, out, block)))
-    yield from measured(session, found, tflop(2.0 * sizes.n * head.v * head.d))
-    yield from measured(session, [_copy(session.device, 2.0 * sizes.copy)], gigabytes(2.0 * sizes.copy))
+    yield from measured(session, found, "tflops", 2.0 * sizes.n * head.v * head.d)
+    yield from measured(session, [_copy(session.device, 2.0 * sizes.copy)], "gb_per_s", 2.0 * sizes.copy)
 
 
 def _limits(errors: Mapping[str, float], limits: Mapping[str, float] = _LIMITS) -> dict[str, float]:
@@ -335,13 +317,13 @@ def _linear(
     problem = _inputs(session, work)
     # Products of N·V·D: one a model, in backward once more and two for the gradients of the model that is trained.
     one = 2.0 * work.n * head.v * head.d
-    cost = tflop(one * (1 + work.pair), one * (3 + work.pair) if training else 0.0)
+    cost = ("tflops", one * (1 + work.pair), one * (3 + work.pair) * training)
     checker, function, products = _Checker(session, problem), getattr(dlogp_kernels, op), bare_matmuls(problem)
     ours = checker.timed("ours", function, nullcontext)
     if peer is not None and theirs is not None:
         asked = problem.asking(peer.gives) if training else problem
         beside = _Checker(session, asked, _PEER_LIMITS).timed(peer.name, theirs, nullcontext)
-        yield from measured(session, [ours, products[0], beside], cost)
+        yield from measured(session, [ours, products[0], beside], *cost)
         return
 
     def tiled(name: str, backend: str, tile: tuple[int, int]) -> Timed:
@@ -354,17 +336,17 @@ def _linear(
 
     if training:
         tiles = [tiled("backward tile", "triton", tile) for tile in sizes.gemm[1:]]
-        yield from measured(session, [*products, ours, *tiles], cost)
+        yield from measured(session, [*products, ours, *tiles], *cost)
         return
     configs = [library.configs.Config(*shape) for shape in (sizes.pair if work.pair else sizes.single)]
     found = [*map(configured, configs), *(tiled("gemm", "gemm", tile) for tile in sizes.gemm)]
-    entries = list(measured(session, [*products, ours, *found], cost))
+    entries = list(measured(session, [*products, ours, *found], *cost))
     yield from entries
     if configs and head is sizes.heads[0]:
         ms = {entry["config"]: entry["ms"] for entry in entries if "config" in entry}
         best = min(configs, key=lambda config: ms.get(library.named(config), float("inf")))
         groups = [configured(best._replace(group=group)) for group in _GROUPS]
-        yield from measured(session, [*products, *groups], cost)
+        yield from measured(session, [*products, *groups], *cost)
 
 
 def _policy_step(session: Session, sizes: Sizes, peer: Peer | None = None) -> Iterator[Entry]:
@@ -394,7 +376,7 @@ def _policy_step(session: Session, sizes: Sizes, peer: Peer | None = None) -> It
         found = [*policy_step.bare_products(step), *found]
         found += [ours(f"rows {rows}", partial(library.policy_rows, *rows)) for rows in sizes.policy_rows]
     one = 2.0 * work.n * work.shape.v * work.shape.d
-    yield from measured(session, found, tflop(one, 2 * one))
+    yield from measured(session, found, "tflops", one, 2 * one)
 
 
 def _logits(session: Session, sizes: Sizes, op: str) -> Iterator[Entry]:
@@ -404,7 +386,8 @@ def _logits(session: Session, sizes: Sizes, op: str) -> Iterator[Entry]:
     size = float(work.n * work.shape.v * work.element_size)
     forward, backward = size * (1 + work.pair), size * (2 + work.pair)
     ours = _Checker(session, problem).timed("triton", getattr(dlogp_kernels, op), library.fused)
-    yield from measured(session, [_copy(session.device, forward, backward), ours], gigabytes(forward, backward))
+    found = [_copy(session.device, forward, backward), ours]
+    yield from measured(session, found, "gb_per_s", forward, backward)
 
 
 def _sampling(
@@ -442,7 +425,7 @@ def _sampling(
         for config in (library.configs.Config(*shape) for shape in sizes.draws if work.linear):
             name = library.named(config)
             found.append(ours(name.removeprefix("Config"), partial(library.fused, config), name))
-    yield from measured(session, found, gigabytes(size))
+    yield from measured(session, found, "gb_per_s", size)
 
 
 def _excluded(function: Callable[[], Tensor], logits: Tensor, top_p: float) -> Mapping[str, float]:
@@ -470,7 +453,7 @@ def _policy_loss(session: Session, sizes: Sizes) -> Iterator[Entry]:
     ours = Timed("ours", partial(given_policy.ours, batch, policy.DAPO), gradient, check)
     eager = Candidate("eager", partial(policy.trl_loss, batch, policy.DAPO), gradient)
     found = [_copy(session.device, forward, backward), ours, eager]
-    yield from measured(session, found, gigabytes(forward, backward))
+    yield from measured(session, found, "gb_per_s", forward, backward)
 
 
 def _host(session: Session, sizes: Sizes) -> Iterator[Entry]:

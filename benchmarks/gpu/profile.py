@@ -1,4 +1,4 @@
-"""One launch of each fused forward kernel under ncu: what it waits for. This module is also what ncu runs."""
+"""One launch of some kernels under ncu: what they wait for. This module is also what ncu runs."""
 
 import csv
 import re
@@ -25,15 +25,18 @@ _KEY = {
 }
 _STALL = re.compile(r"issue_stalled_(\w+)_per_issue_active\.ratio")
 _LOG_CHARACTERS = 3000
+_KERNELS = "(_linear_logp|_linear_delta_logp|_delta_logp)_fwd_kernel|extrapolated_sample_kernel"
+#: Rows of the products, and of given logits.
+_ROWS, _DRAWN = 2048, 64
 
 
 def run(seconds: float, tiny: bool, device: str, stop: threading.Event) -> dict[str, Any]:
-    """Every metric of both kernels by name, or why there is none."""
+    """Every metric of each launch by name, or why there is none."""
     ncu = shutil.which("ncu")
     if ncu is None:
         return {"status": "skipped", "error": "ncu is not on PATH"}
-    command = [ncu, "--clock-control", "none", "--target-processes", "all", "--csv", "--page", "raw", "-c", "2"]
-    command += ["-k", "regex:_linear_(delta_)?logp_fwd_kernel"]
+    command = [ncu, "--clock-control", "none", "--target-processes", "all", "--csv", "--page", "raw"]
+    command += ["-k", f"regex:{_KERNELS}", "-c", "5"]
     command += [argument for section in _SECTIONS for argument in ("--section", section)]
     command += [sys.executable, "-m", "benchmarks.gpu.profile", device, *(["--tiny"] if tiny else [])]
     code, output = run_command(command, seconds, stop)
@@ -46,14 +49,17 @@ def run(seconds: float, tiny: bool, device: str, stop: threading.Event) -> dict[
 
 
 def read(output: str) -> Iterator[tuple[str, dict[str, str]]]:
-    """(kernel, its metrics) of ncu's raw page: a line of names, one of units, one a kernel."""
+    """(number and kernel, its metrics) of ncu's raw page: a line of names, one of units, one a launch."""
     lines = [line for line in output.splitlines() if line.startswith('"')]
     if lines:
         names, _, *rows = csv.reader(lines)
-        for row in rows:
+        for number, row in enumerate(rows, 1):
             metrics = dict(zip(names, row, strict=False))
-            kernel = re.sub(r"\W.*", "", metrics.get("Kernel Name", "kernel"))
-            yield kernel, {name: value for name, value in metrics.items() if value and "__" in name}
+            found = re.search(r"\w*_kernel", metrics.get("Kernel Name", ""))
+            yield (
+                f"{number} {found[0] if found else 'kernel'}",
+                {name: value for name, value in metrics.items() if value and "__" in name},
+            )
 
 
 def summary(metrics: dict[str, str]) -> dict[str, str]:
@@ -78,11 +84,19 @@ def _main(device: str, tiny: bool) -> None:
     from . import library
 
     head = Shape("tiny", 16, 300) if tiny else Shape("D 4096", 4096, 151_936)
-    n, dtype = (24, "float32") if tiny else (2048, "bfloat16")
-    inputs: dict[str, Any] = {**build(Workload("linear_delta_logp", head, n, dtype), torch.device(device)).inputs}
+    n, drawn, dtype = (24, 3, "float32") if tiny else (_ROWS, _DRAWN, "bfloat16")
+
+    def inputs_of(op: str, rows: int) -> dict[str, Any]:
+        return {**build(Workload(op, head, rows, dtype), torch.device(device)).inputs}
+
+    inputs, logits = inputs_of("linear_delta_logp", n), inputs_of("delta_logp", drawn)
     with library.fused():
         dlogp_kernels.linear_logp(inputs["hidden"], inputs["weight"], inputs["target"])
         dlogp_kernels.linear_delta_logp(**inputs)
+        dlogp_kernels.delta_logp(**logits)
+    del logits["target"]
+    for top_p in (1.0, 0.7):
+        dlogp_kernels.extrapolated_sample(**logits, gamma=0.5, seed=7, top_p=top_p)
 
 
 if __name__ == "__main__":

@@ -134,8 +134,8 @@ def test_metrics_of_ncu():
 "1","_linear_delta_logp_fwd_kernel","62.0","255","3.5","0.5"
 """
     found = dict(profile.read(output))
-    assert [*found] == ["_linear_logp_fwd_kernel", "_linear_delta_logp_fwd_kernel"]
-    summary = profile.summary(found["_linear_logp_fwd_kernel"])
+    assert [*found] == ["1 _linear_logp_fwd_kernel", "2 _linear_delta_logp_fwd_kernel"]
+    summary = profile.summary(found["1 _linear_logp_fwd_kernel"])
     assert summary == {"SM %": "81.5", "registers": "248", "stalls": "barrier 2.50, wait 1.25"}
 
 

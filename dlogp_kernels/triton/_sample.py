@@ -126,6 +126,7 @@ def noise_of(
     return Noise(seed, step, seed_tensor, step_tensor, row_id)
 
 
-def new_sample(rows: int, device: torch.device) -> Sample:
+def new_sample(rows: int, like: Tensor) -> Sample:
+    """On the device of `like`."""
     dtypes = (torch.int64, torch.int64, torch.bool, torch.float32, torch.float32, torch.float32)
-    return Sample(*(torch.empty(rows, dtype=dtype, device=device) for dtype in dtypes))
+    return Sample(*[like.new_empty(rows, dtype=dtype) for dtype in dtypes])

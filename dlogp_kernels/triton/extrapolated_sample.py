@@ -255,7 +255,7 @@ def extrapolated_sample(
     workspace: int,
 ) -> Sample:
     n, v = logits.shape[:-1].numel(), logits.shape[-1]
-    out = new_sample(n, logits.device)
+    out = new_sample(n, logits)
     if n == 0:
         return out
     greedy = temperature == 0.0

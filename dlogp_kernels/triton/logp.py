@@ -310,9 +310,9 @@ def new_stats(target: Tensor, rows: Rows, kind: Any, with_candidates: int) -> An
 
     Zeros where ignored rows are left out; else every row will be written.
     """
-    new = torch.empty if rows.row_index is None else torch.zeros
-    shapes = [target.shape if i < with_candidates else target.shape[:1] for i in range(len(kind._fields))]
-    return kind(*(new(shape, dtype=torch.float32, device=target.device) for shape in shapes))
+    new = target.new_empty if rows.row_index is None else target.new_zeros
+    shapes = [target.shape] * with_candidates + [target.shape[:1]] * (len(kind._fields) - with_candidates)
+    return kind(*[new(shape, dtype=torch.float32) for shape in shapes])
 
 
 def new_states(target: Tensor, vocabulary: int, state_size: int, models: int, workspace: int) -> tuple[Tensor, Tensor]:

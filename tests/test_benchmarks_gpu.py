@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.gpu import checks, profile, table  # noqa: E402
-from benchmarks.gpu.children import Job, Limits, run_jobs  # noqa: E402
+from benchmarks.gpu.children import Job, run_jobs  # noqa: E402
 
 pytestmark = pytest.mark.cpu_only
 
@@ -76,9 +76,8 @@ def test_faults_are_named_and_the_rest_goes_on():
     def record(job: str, entry: dict[str, Any]) -> None:
         entries.append(entry)
 
-    limits = Limits(time.monotonic() + 150, hang=12.0)
-    request = {"device": "cpu", "tiny": True}
-    run_jobs([Job("faults", "tests.gpu_faults:cases")], request, limits, record, threading.Event(), 1)
+    jobs = [Job("faults", "tests.gpu_faults:cases", hang=12.0)]
+    run_jobs(jobs, {"device": "cpu", "tiny": True}, time.monotonic() + 150, record, threading.Event(), 1)
     by_name = {(entry["case"], entry.get("candidate")): entry for entry in entries}
     reasons = {
         ("raises", None): ("failed", "ValueError: the first line"),
@@ -98,11 +97,9 @@ def test_faults_are_named_and_the_rest_goes_on():
 
 def test_a_process_that_does_not_start_is_named():
     entries: list[dict[str, Any]] = []
-    limits = Limits(time.monotonic() + 60, hang=30.0)
     jobs = [Job("no module", "nothing:cases"), Job("none", "tests.gpu_faults:nothing")]
-    run_jobs(
-        jobs, {"device": "cpu", "tiny": True}, limits, lambda job, entry: entries.append(entry), threading.Event(), 2
-    )
+    request, deadline = {"device": "cpu", "tiny": True}, time.monotonic() + 60
+    run_jobs(jobs, request, deadline, lambda job, entry: entries.append(entry), threading.Event(), 2)
     assert [entry["status"] for entry in entries] == ["failed", "failed"]
     assert any("No module named 'benchmarks.gpu.nothing'" in entry["log"] for entry in entries)
 

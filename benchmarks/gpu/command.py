@@ -5,9 +5,15 @@ also when it is stopped. Its JSON file is complete after every entry.
 """
 
 import argparse
+import datetime
+import importlib.metadata
 import json
 import os
+import platform
+import re
+import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -18,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from ..peers import PEERS
-from . import checks, machine, profile, table
-from .children import Job, Limits, run_jobs
+from . import checks, profile, table
+from .children import ROOT, Job, run_jobs
 
 _LIMITS = {1: 280.0, 2: 420.0}
 #: Kept for the table and for processes to end.
@@ -33,6 +39,12 @@ _FAMILIES = (
     "linear_policy_loss", "logits", "gemm",
 )  # fmt: skip
 
+_QUERY = (
+    "name,driver_version,memory.total,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.draw,power.limit,"
+    "temperature.gpu,utilization.gpu,ecc.mode.current"
+)
+_PACKAGES = ("torch", "triton", "numpy", "transformers", "liger-kernel", "quack-kernels", "trl", "flashinfer-python")
+
 
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks gpu", description=__doc__)
@@ -40,7 +52,6 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results")
     parser.add_argument("--commit", metavar="SHA", help="what is measured, where there is no git repository")
     parser.add_argument("--seconds", type=float, help="another limit for all of it (280 and 420)")
-    parser.add_argument("--hang", type=float, default=45.0, help="seconds without progress that count as hanging")
     parser.add_argument("--tiny", action="store_true", help="all of it, with tiny inputs")
     parser.add_argument("--device", default="cuda", help="cuda, or cpu to try it: Triton's interpreter then")
     options = parser.parse_args(arguments)
@@ -87,12 +98,12 @@ class _Visit:
         self._start, self._options, self.stop = time.monotonic(), options, threading.Event()
         self._limit = _LIMITS[options.visit] if options.seconds is None else options.seconds
         self._lock = threading.Lock()
-        found = machine.environment(options.device, options.commit)
+        found = _environment(options.device, options.commit)
         self.document: dict[str, Any] = {
             "visit": options.visit, "stopped": None, "environment": found, "parts": {}, "entries": [],
         }  # fmt: skip
         options.out.mkdir(parents=True, exist_ok=True)
-        self._path = options.out / f"{machine.card(found)}_visit{options.visit}.json"
+        self._path = options.out / f"{_card(found)}_visit{options.visit}.json"
         self.put()
 
     def _passed(self) -> float:
@@ -126,10 +137,10 @@ class _Visit:
         for i in range(0 if number == 2 else 1 if tiny else _PREWARM):
             share = {"prewarm": True, "share": [i, 8 if tiny else _PREWARM]}
             smoke.append(Job(f"prewarm {i + 1}", "timing:cases", share, quiet=True))
-        self._jobs("machine", [Job("machine", "machine:cases")], self._seconds(40.0))
+        self._jobs("machine", [Job("machine", "smoke:machine")], self._seconds(40.0))
         self._jobs("smoke", smoke, self._seconds(_SMOKE_SECONDS[number]))
         if number == 1:
-            self._jobs("accuracy", [Job("accuracy", "accuracy:cases")], self._seconds(30.0))
+            self._jobs("accuracy", [Job("accuracy", "smoke:accuracy")], self._seconds(30.0))
             reserve = _RESERVE + (_PROFILE_SECONDS if self.document["environment"]["ncu"] else 0.0)
             self._jobs("timing", [Job("timing", "timing:cases")], self._seconds(self._limit, reserve))
             with self._part("ncu"):
@@ -158,6 +169,37 @@ class _Visit:
                 print(f"{part} {job}: {where}: {entry['status']}: {entry['error']}", file=sys.stderr, flush=True)
 
         request = {"device": self._options.device, "tiny": self._options.tiny}
-        limits = Limits(time.monotonic() + seconds, self._options.hang)
         with self._part(part):
-            run_jobs(jobs, request, limits, record, self.stop, at_once or max(2, (os.cpu_count() or 2) - 2))
+            at_once = at_once or max(2, (os.cpu_count() or 2) - 2)
+            run_jobs(jobs, request, time.monotonic() + seconds, record, self.stop, at_once)
+
+
+def _environment(device: str, commit: str | None) -> dict[str, Any]:
+    """All that can be said without touching the GPU."""
+    smi = None if device == "cpu" else _output("nvidia-smi", f"--query-gpu={_QUERY}", "--format=csv,noheader")
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": device,
+        "gpu": {} if smi is None else dict(zip(_QUERY.split(","), smi.split(", "), strict=False)),
+        "python": platform.python_version(),
+        "packages": {x.name: x.version for x in importlib.metadata.distributions() if x.name in _PACKAGES},
+        "commit": commit or _output("git", "rev-parse", "HEAD"),
+        "dirty": bool(_output("git", "status", "--porcelain", "--untracked-files=no")),
+        "ncu": shutil.which("ncu"),
+    }
+
+
+def _card(found: dict[str, Any]) -> str:
+    """h100, for example: the part of the name that tells it from others; cpu where there is none."""
+    name = found["gpu"].get("name", found["device"].split(":")[0])
+    model = re.search(r"\b([A-Z]+\d+\w*)\b", name)
+    return re.sub(r"[^a-z0-9]+", "-", (model.group(1) if model else name).lower())
+
+
+def _output(*command: str) -> str | None:
+    """The first line that a command prints; None where it fails, hangs or is not there."""
+    try:
+        finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return next(iter(finished.stdout.splitlines()), None)

@@ -19,14 +19,20 @@ from torch import Tensor
 import dlogp_kernels
 from dlogp_kernels import Sample, backends, reference, reference_policy
 
-from ..harness import NotMeasuredError, WrongResultError, relative_error
-from ..shapes import DTYPES
-from .child import Case, Entry, Session
-from .draws import check_draws
+from ..harness import NotMeasuredError, WrongResultError, relative_error, verify
+from ..problem import Problem, SingleStats, build
+from ..sampling import check_draws
+from ..shapes import DTYPES, Shape, Workload
+from .child import Case, Entry, Session, failure
+from .children import ROOT
 
 Inputs = dict[str, Tensor]
 Options = dict[str, Any]
 IGNORE_INDEX = -100
+#: Rows of logits at a time where accuracy is measured, and how far off they may be: never more than this; the median
+#: and 99.9 % of all rows at most so many times as far as cuBLAS.
+_ROWS, _LARGEST, _TIMES_CUBLAS = 512, 1e-3, 2.0
+_QUANTILES = {"median": 0.5, "99.9 %": 0.999, "max": 1.0}
 #: Largest error of a statistic, per max(1, |value|), and relative error of a gradient. Tensor cores truncate their
 #: sums, and gradients by logits are rounded to the inputs' dtype: a wrong kernel is further off.
 _STATISTIC = {"bfloat16": 1e-3, "float16": 1e-3, "float32": 5e-5}
@@ -34,14 +40,13 @@ _GRADIENT = {"bfloat16": 0.02, "float16": 0.01, "float32": 1e-4}
 
 
 class Kind(NamedTuple):
-    """Inputs of one kind: rows, hidden size, vocabulary, candidates a row, and whether the options are on."""
+    """Rows, hidden size, vocabulary, candidates a row; whether options are on; every so many rows one is ignored."""
 
     n: int
     d: int
     v: int
     k: int = 1
     options: bool = False
-    #: Every so many rows one is ignored.
     ignored: int = 0
     dtypes: tuple[str, ...] = ("bfloat16", "float16", "float32")
 
@@ -97,7 +102,7 @@ _FAMILIES: dict[str, tuple[str, tuple[str, ...], bool]] = {
 
 @dataclass(frozen=True)
 class _Trial:
-    """A call of an op by one backend."""
+    """A call of an op by one backend; `leaves` are inputs whose gradients are compared."""
 
     name: str
     backend: str
@@ -105,30 +110,31 @@ class _Trial:
     dtype: str
     inputs: Callable[[], Inputs]
     options: Options
-    #: Inputs whose gradients are compared.
     leaves: tuple[str, ...] = ()
 
     def compared(self) -> Iterator[Entry]:
         """Raises WrongResultError where outputs or gradients are too far from float64."""
-        inputs = self.inputs()
-        self._require(inputs)
+        inputs = self._required()
         if "sample" in self.op:
             with backends.use_backend(self.backend), _nan_in_allocations():
                 drawn = Sample(**self._call(inputs))
-            rest = {name: value for name, value in self.options.items() if name != "seed"}
-            errors = check_draws(drawn, inputs, self.options["seed"], rest, _STATISTIC[self.dtype])
+            errors = check_draws(drawn, inputs, self.options, _STATISTIC[self.dtype])
         else:
             exact = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
             expected = _outcome(self._definition, exact, self.leaves)
             with backends.use_backend(self.backend), _nan_in_allocations():
                 found = _outcome(self._call, inputs, self.leaves)
-            errors = self._errors(found, expected)
+            errors = {
+                name: relative_error(found[name], truth) if name.startswith("d ") else _error(found[name], truth)
+                for name, truth in expected.items()
+            }
+            limits = {name: (_GRADIENT if name.startswith("d ") else _STATISTIC)[self.dtype] for name in errors}
+            verify(", ".join(f"{name} {error:.1e}" for name, error in errors.items()), errors, limits)
         yield {"error_of": errors, "largest": max(errors.values())}
 
     def on_another_stream(self) -> Iterator[Entry]:
         """Inputs that a stream still computes are waited for on that stream."""
-        ready = self.inputs()
-        self._require(ready)
+        ready = self._required()
         with backends.use_backend(self.backend):
             expected = self._call(ready)
             torch.cuda.synchronize()
@@ -141,8 +147,7 @@ class _Trial:
 
     def as_a_graph(self) -> Iterator[Entry]:
         """A replay with other inputs gives what a call gives."""
-        given = self.inputs()
-        self._require(given)
+        given = self._required()
         with backends.use_backend(self.backend):
             others = {name: x.flip(0).clone() for name, x in given.items()}
             expected = self._call(others)
@@ -159,11 +164,14 @@ class _Trial:
             torch.cuda.synchronize()
         yield _same(found, expected)
 
-    def _require(self, inputs: Inputs) -> None:
+    def _required(self) -> Inputs:
+        """The inputs, if the backend can take them."""
+        inputs = self.inputs()
         schema = self.op if "sample" in self.op else f"{self.op}_fwd"
         problem = backends.unavailable(self.backend, schema, next(iter(inputs.values())).device)
         if problem is not None:
             raise NotMeasuredError(f"backend {self.backend}: {problem}")
+        return inputs
 
     def _call(self, inputs: Mapping[str, Tensor]) -> Inputs:
         return dict(_named(getattr(dlogp_kernels, self.op)(**inputs, **self.options)))
@@ -174,18 +182,6 @@ class _Trial:
         heads: Options = {"heads": {}} if self.op.startswith("linear") else {}
         options = reference_policy.PolicyOptions(**self.options)
         return dict(_named(getattr(reference_policy, self.op)(**inputs, **heads, options=options)))
-
-    def _errors(self, found: Inputs, expected: Inputs) -> dict[str, float]:
-        errors = {
-            name: relative_error(found[name], truth) if name.startswith("d ") else _error(found[name], truth)
-            for name, truth in expected.items()
-        }
-        for name, error in errors.items():
-            limit = (_GRADIENT if name.startswith("d ") else _STATISTIC)[self.dtype]
-            if not error <= limit:
-                every = ", ".join(f"{other} {value:.1e}" for other, value in errors.items())
-                raise WrongResultError(f"{name} is off by {error:.2e}, expected at most {limit:.0e}; all: {every}")
-        return errors
 
 
 def cases(session: Session) -> list[Case]:
@@ -372,3 +368,86 @@ def _same(found: Inputs, expected: Inputs) -> Entry:
             error = (found[name].double() - other.double()).abs().max().item()
             raise WrongResultError(f"{name} is not that of a plain call, by {error:.2e}")
     return {}
+
+
+def machine(session: Session) -> list[Case]:
+    """What there is: which backend serves which op, and whether the CUDA library loads."""
+    return [Case("backends", partial(_backends, session)), Case("CUDA library", partial(_cuda_library, session))]
+
+
+def _backends(session: Session) -> Iterator[Entry]:
+    served: dict[str, list[str]] = {}
+    reasons: set[str] = set()
+    for choice in backends.report():
+        if choice.device == session.device.type:
+            served.setdefault(choice.backend, []).append(choice.op)
+            reasons |= {f"{name}: {reason}" for name, reason in choice.others.items() if "preferred" not in reason}
+    card = str(torch.cuda.get_device_properties(session.device)) if session.on_gpu else None
+    yield {"served": served, "not available": sorted(reasons), "cuda": torch.version.cuda, "properties": card}
+
+
+def _cuda_library(session: Session) -> Iterator[Entry]:
+    files = sorted(path.name for path in (ROOT / "dlogp_kernels").glob("_cuda*.so"))
+    problem = backends.unavailable("cuda", "extrapolated_sample", session.device)
+    status = "passed" if problem is None else "failed" if session.on_gpu else "skipped"
+    yield {"files": files, "status": status, "error": problem}
+
+
+def accuracy(session: Session) -> list[Case]:
+    """How far log p and entropy are from float64, beside cuBLAS with float32 output on the same inputs."""
+    work = Workload("linear_delta_logp", Shape("D 4096", 4096, 151_936), 4096)
+    if session.tiny:
+        work = Workload("linear_delta_logp", Shape("tiny", 16, 300), 24, "float32")
+    return [Case(str(work), partial(_accuracy, session, work))]
+
+
+def _accuracy(session: Session, work: Workload) -> Iterator[Entry]:
+    problem = build(work, session.device)
+    weight, exact = problem.inputs["weight"].t(), problem.inputs["weight"].double().t()
+    truth = _stats_of_blocks(problem, lambda hidden: hidden.double() @ exact)
+
+    def cublas(hidden: Tensor) -> Tensor:
+        if hidden.is_cuda:
+            return torch.mm(hidden, weight, out_dtype=torch.float32)
+        return hidden.float() @ weight.float()
+
+    candidates = {
+        "cuBLAS, float32 out": partial(_stats_of_blocks, problem, cublas),
+        "linear_logp triton": partial(_stats_of_ours, problem, "linear_logp", "triton"),
+        "linear_logp gemm": partial(_stats_of_ours, problem, "linear_logp", "gemm"),
+        "linear_delta_logp triton": partial(_stats_of_ours, problem, "linear_delta_logp", "triton"),
+    }
+    of_cublas: dict[str, float] = {}
+    for name, call in candidates.items():
+        session.watch(name)
+        entry: Entry = {"candidate": name}
+        try:
+            found = call()
+            entry["error_of"] = errors = {
+                f"{output} {label}": (getattr(found, output).double() - getattr(truth, output)).abs().quantile(q).item()
+                for output in ("logp", "entropy")
+                for label, q in _QUANTILES.items()
+            }
+            of_cublas = of_cublas or errors
+            for label, error in errors.items():
+                most = _LARGEST if label.endswith("max") else _TIMES_CUBLAS * of_cublas[label] + 1e-7
+                if not error <= min(most, _LARGEST):
+                    raise WrongResultError(f"{label} is {error:.1e}, expected at most {min(most, _LARGEST):.1e}")
+        except Exception as error:
+            entry |= failure(error)
+        yield entry
+
+
+def _stats_of_ours(problem: Problem, op: str, backend: str) -> SingleStats:
+    names = ("hidden", "weight", "target") if op == "linear_logp" else problem.inputs.keys()
+    with backends.use_backend(backend), torch.no_grad():
+        stats = getattr(dlogp_kernels, op)(**{name: problem.inputs[name] for name in names})
+    return SingleStats(stats.logp, stats.entropy)
+
+
+def _stats_of_blocks(problem: Problem, logits: Callable[[Tensor], Tensor]) -> SingleStats:
+    blocks = []
+    for hidden, target in zip(*(problem.inputs[name].split(_ROWS) for name in ("hidden", "target")), strict=True):
+        logp = logits(hidden).log_softmax(-1)
+        blocks.append(SingleStats(logp.gather(-1, target[:, None])[:, 0], -(logp.exp() * logp).sum(-1)))
+    return SingleStats(*(torch.cat(values) for values in zip(*blocks, strict=True)))

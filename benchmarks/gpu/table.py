@@ -17,17 +17,15 @@ Entry = dict[str, Any]
 
 def lines(document: dict[str, Any]) -> list[str]:
     entries: list[Entry] = document["entries"]
-    head = list(_head(document))
-    problems = list(_problems(entries))
-    tests = list(_tests(document.get("tests")))
+    found = [*_head(document), *_at_most(_MOST_PROBLEMS, list(_problems(entries))), *_tests(document.get("tests"))]
     figures = [*_accuracy(entries), *_timing(entries), *_best(entries), *_ncu(document.get("ncu"))]
-    shown = problems if len(problems) <= _MOST_PROBLEMS else problems[: _MOST_PROBLEMS - 1]
-    if len(shown) < len(problems):
-        shown.append(f"… and {len(problems) - len(shown)} more in the JSON")
-    room = MOST_LINES - len(head) - len(shown) - len(tests)
-    if len(figures) > room:
-        figures = [*figures[: room - 1], f"… and {len(figures) - room + 1} more lines in the JSON"]
-    return [line[:_WIDTH] for line in (*head, *shown, *tests, *figures)]
+    return [line[:_WIDTH] for line in (*found, *_at_most(MOST_LINES - len(found), figures))]
+
+
+def _at_most(number: int, found: list[str]) -> list[str]:
+    return (
+        found if len(found) <= number else [*found[: number - 1], f"… and {len(found) - number + 1} more in the JSON"]
+    )
 
 
 def _head(document: dict[str, Any]) -> Iterator[str]:
@@ -65,11 +63,9 @@ def _problems(entries: Iterable[Entry]) -> Iterator[str]:
 
 
 def _tests(tests: dict[str, Any] | None) -> Iterator[str]:
-    if tests is None:
-        return
-    yield f"tests: {_joined(tests['counts'], '{1} {0}')}{'' if tests['whole'] else '; cut off'}"
-    for failure in tests["failures"][:10]:
-        yield f"- {failure['test']}: {failure['message']}"
+    if tests is not None:
+        yield f"tests: {_joined(tests['counts'], '{1} {0}')}{'' if tests['whole'] else '; cut off'}"
+        yield from (f"- {failure['test']}: {failure['message']}" for failure in tests["failures"][:10])
 
 
 def _accuracy(entries: Iterable[Entry]) -> Iterator[str]:
@@ -110,21 +106,15 @@ def _cells(phases: dict[str, Entry]) -> Iterator[str]:
 
 def _best(entries: Iterable[Entry]) -> Iterator[str]:
     """The fastest configuration of each case, as configs.py takes it."""
-    best: dict[tuple[str, str], Entry] = {}
-    for entry in entries:
-        if "config" not in entry:
-            continue
-        key = (entry["case"], "gemm" if entry["config"].startswith("gemm") else "fused")
-        if key not in best or entry["ms"] < best[key]["ms"]:
-            best[key] = entry
-    for (case, _), entry in best.items():
+    best: dict[tuple[str, bool], Entry] = {}
+    for entry in sorted((entry for entry in entries if "config" in entry), key=lambda entry: entry["ms"]):
+        best.setdefault((entry["case"], entry["config"].startswith("gemm")), entry)
+    for (case, _), entry in sorted(best.items(), key=lambda item: item[0]):
         yield f"best, {case}: {entry['config']},  # {entry['ms']:.2f} ms"
 
 
 def _ncu(found: dict[str, Any] | None) -> Iterator[str]:
-    if found is None:
-        return
-    if found["status"] != "passed":
+    if found is not None and found["status"] != "passed":
         yield f"- {found['status']}: ncu: {found['error']}"
-    for kernel, metrics in found.get("kernels", {}).items():
+    for kernel, metrics in (found or {}).get("kernels", {}).items():
         yield f"ncu {kernel}: {_joined(profile.summary(metrics))}"

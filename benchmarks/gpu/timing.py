@@ -5,10 +5,11 @@ candidates of one case; the fastest is written as configs.py takes it. Peers hav
 does not import, hangs or crashes costs its own figures only.
 """
 
-import time
+import itertools
+import timeit
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,21 +23,21 @@ from dlogp_kernels import Sample, backends, reference_sample
 from .. import bench_linear_policy_loss as policy_step
 from .. import bench_policy_loss as given_policy
 from .. import harness, policy
-from ..baselines import bare_matmuls
+from ..baselines import bare_copy, bare_matmuls
 from ..harness import PHASES, Budget, Candidate, Clock, NotMeasuredError, verify
 from ..memory import MIB, peak_over
 from ..peers import PEERS, Peer
 from ..problem import Problem, Truth, build
+from ..sampling import check_draws
 from ..shapes import Shape, Workload
 from . import library
 from .child import Case, DeviceLostError, Entry, Session, failure, usable
-from .draws import check_draws
 
 Context = Callable[[], AbstractContextManager[None]]
 Options = dict[str, Any]
 #: Largest error of a statistic, absolute, and of a gradient, relative; of peers, which round logits to bfloat16.
 _LIMITS, _PEER_LIMITS = {"statistic": 1e-3, "gradient": 0.03}, {"statistic": 0.2, "gradient": 0.1}
-_SEED, _HOST_CALLS = 7, 200
+_SEED = 7
 _GROUPS = (8, 16, 24, 32)
 _FILTERS: Mapping[str, Options] = {"top-p 0.7": {"top_p": 0.7}, "no filter": {}}
 
@@ -50,12 +51,11 @@ class Sizes(NamedTuple):
     batches: tuple[int, ...]
     responses: tuple[int, int]
     copy: int
-    #: Block rows, tokens, dims, warps, stages, of one model and of a pair.
+    #: Block rows, tokens, dims, warps, stages: of one model, of a pair, of draws from hidden states.
     single: tuple[tuple[int, ...], ...]
     pair: tuple[tuple[int, ...], ...]
-    #: The same, of draws from hidden states.
     draws: tuple[tuple[int, ...], ...]
-    #: Rows, tokens.
+    #: Rows, tokens of the tiles of a GEMM.
     gemm: tuple[tuple[int, int], ...]
     #: Of linear_policy_loss: rows of a slice of logits, and of a block of gradients.
     policy_rows: tuple[tuple[int, int], ...]
@@ -83,10 +83,13 @@ TINY = Sizes(
 
 @dataclass(frozen=True)
 class Timed(Candidate):
-    """`check()` gives its errors and raises if they are too large; `config` is as configs.py writes it."""
+    """`check()` gives its errors and raises if they are too large; `facts` go into its last entry.
+
+    The fact `config` is as configs.py writes it.
+    """
 
     check: Callable[[], Mapping[str, float]] | None = None
-    config: str | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 def cases(session: Session, configurations: bool = True) -> list[Case]:
@@ -100,7 +103,7 @@ def cases(session: Session, configurations: bool = True) -> list[Case]:
         return Case(name, partial(run, session, sizes, *arguments))
 
     def linear(op: str, head: Shape, training: bool = False) -> Case:
-        return case(f"{op} {head.name}{' training' if training else ''}", _linear, op, head, training)
+        return case(f"{op} {head.name}{' training' * training}", _linear, op, head, training)
 
     # The host's time first: a process that has profiled its kernels launches more slowly.
     found = [case("host time", _host)] + ([] if session.prewarm else [case("ceilings", _ceilings)])
@@ -128,14 +131,14 @@ def peers(session: Session) -> list[Case]:
     sizes, found = _sizes(session), []
     for peer in PEERS[session.group]:
         for training in (False, True)[: 1 + bool(peer.gives)]:
-            name = f"{peer.op}{' training' if training else ''} beside {peer.name}"
-            arguments: dict[str, tuple[Any, ...]] = {
-                "linear_logp": (_linear, peer.op, sizes.heads[0], training),
-                "linear_policy_loss": (_policy_step,),
-                "extrapolated_sample": (_sampling, peer.op, sizes.batches[len(sizes.batches) // 2], {"top_p": 0.7}),
-            }
-            run, *others = arguments[peer.op]
-            found.append(Case(name, partial(run, session, sizes, *others, peer=peer)))
+            run = {
+                "linear_logp": partial(_linear, session, sizes, peer.op, sizes.heads[0], training),
+                "linear_policy_loss": partial(_policy_step, session, sizes),
+                "extrapolated_sample": partial(
+                    _sampling, session, sizes, peer.op, sizes.batches[len(sizes.batches) // 2], {"top_p": 0.7}
+                ),
+            }[peer.op]
+            found.append(Case(f"{peer.op}{' training' * training} beside {peer.name}", partial(run, peer=peer)))
     return found
 
 
@@ -193,8 +196,8 @@ def measured(
             if first in right and first != name:
                 # How much of the reference's speed it has.
                 entry["of"] = [first, 1 / timings.ratio(name, first, phase).median]
-            if isinstance(candidate, Timed) and candidate.config and phase == phases[-1]:
-                entry["config"] = candidate.config
+            if isinstance(candidate, Timed) and phase == phases[-1]:
+                entry |= candidate.facts
             yield entry | notes[name]
 
 
@@ -245,17 +248,6 @@ def _inputs(session: Session, work: Workload) -> Problem:
     return build(work, session.device)
 
 
-def _copy(device: torch.device, forward: float, backward: float | None = None) -> Candidate:
-    """Moves so many bytes: reads half as many, and writes them."""
-
-    def copy(size: float) -> Callable[..., Tensor]:
-        source = torch.zeros(max(16, int(size) // 2), dtype=torch.uint8, device=device)
-        target = torch.empty_like(source)
-        return lambda *_: target.copy_(source)
-
-    return Candidate("copy", copy(forward), None if backward is None else copy(backward))
-
-
 def _ceilings(session: Session, sizes: Sizes) -> Iterator[Entry]:
     """cuBLAS with bf16 and float32 output, whole and in blocks of the vocabulary, and a copy."""
     head = sizes.heads[0]
@@ -277,32 +269,31 @@ def _ceilings(session: Session, sizes: Sizes) -> Iterator[Entry]:
         for where, block in (("", head.v), (" by 16384", 16384)):
             found.append(Candidate(f"cuBLAS {name} out{where}", partial(product, out, block)))
     yield from measured(session, found, "tflops", 2.0 * sizes.n * head.v * head.d)
-    yield from measured(session, [_copy(session.device, 2.0 * sizes.copy)], "gb_per_s", 2.0 * sizes.copy)
+    yield from measured(session, [bare_copy(session.device, 2.0 * sizes.copy)], "gb_per_s", 2.0 * sizes.copy)
 
 
 def _limits(errors: Mapping[str, float], limits: Mapping[str, float] = _LIMITS) -> dict[str, float]:
     return {name: limits["gradient" if name.startswith("d_") else "statistic"] for name in errors}
 
 
-class _Checker:
-    """Compares functions of a problem's inputs with float64 on some rows."""
+def _candidates(session: Session, problem: Problem, limits: Mapping[str, float] = _LIMITS) -> Callable[..., Timed]:
+    """Makes functions of the problem's inputs candidates, compared with float64 on some rows."""
+    session.watch("float64")
+    truth = None if session.prewarm else Truth(problem)
 
-    def __init__(self, session: Session, problem: Problem, limits: Mapping[str, float] = _LIMITS) -> None:
-        session.watch("float64")
-        self._problem, self._limits = problem, limits
-        self._truth = None if session.prewarm else Truth(problem)
+    def errors(function: Callable[..., Any]) -> Mapping[str, float]:
+        assert truth is not None
+        found = truth.errors(function)
+        verify(problem.work.op, found, _limits(found, limits))
+        return found
 
-    def errors(self, function: Callable[..., Any]) -> Mapping[str, float]:
-        assert self._truth is not None
-        errors = self._truth.errors(function)
-        verify(self._problem.work.op, errors, _limits(errors, self._limits))
-        return errors
-
-    def timed(self, name: str, function: Callable[..., Any], context: Context, config: str | None = None) -> Timed:
+    def timed(name: str, function: Callable[..., Any], context: Context = nullcontext, **facts: Any) -> Timed:
         function = _within(context, function)
-        plain = self._problem.candidate(name, function)
+        plain = problem.candidate(name, function)
         backward = None if plain.backward is None else _within(context, plain.backward)
-        return Timed(name, plain.forward, backward, _within(context, partial(self.errors, function)), config)
+        return Timed(name, plain.forward, backward, _within(context, partial(errors, function)), facts)
+
+    return timed
 
 
 def _linear(
@@ -312,37 +303,34 @@ def _linear(
 
     In training every tile of backward; of a pair that is trained the base is frozen.
     """
-    theirs = None if peer is None else _loaded(session, peer)
     work = Workload(op, head, sizes.n, sizes.dtype, training)
     problem = _inputs(session, work)
     # Products of N·V·D: one a model, in backward once more and two for the gradients of the model that is trained.
     one = 2.0 * work.n * head.v * head.d
     cost = ("tflops", one * (1 + work.pair), one * (3 + work.pair) * training)
-    checker, function, products = _Checker(session, problem), getattr(dlogp_kernels, op), bare_matmuls(problem)
-    ours = checker.timed("ours", function, nullcontext)
-    if peer is not None and theirs is not None:
-        asked = problem.asking(peer.gives) if training else problem
-        beside = _Checker(session, asked, _PEER_LIMITS).timed(peer.name, theirs, nullcontext)
-        yield from measured(session, [ours, products[0], beside], *cost)
+    timed, function, products = _candidates(session, problem), getattr(dlogp_kernels, op), bare_matmuls(problem)
+    ours = timed("ours", function)
+    if peer is not None:
+        beside = _candidates(session, problem.asking(peer.gives) if training else problem, _PEER_LIMITS)
+        theirs = beside(peer.name, _loaded(session, peer), note=peer.note)
+        yield from measured(session, [ours, products[0], theirs], *cost)
         return
 
     def tiled(name: str, backend: str, tile: tuple[int, int]) -> Timed:
         context = partial(library.gemm, *tile, backend=backend)
-        return checker.timed(f"{name} {tile[0]}x{tile[1]}", function, context, f"gemm tile {tile}")
+        return timed(f"{name} {tile[0]}x{tile[1]}", function, context, config=f"gemm tile {tile}")
 
     def configured(config: Any) -> Timed:
         name = library.named(config)
-        return checker.timed(name.removeprefix("Config"), function, partial(library.fused, config), name)
+        return timed(name.removeprefix("Config"), function, partial(library.fused, config), config=name)
 
-    if training:
-        tiles = [tiled("backward tile", "triton", tile) for tile in sizes.gemm[1:]]
-        yield from measured(session, [*products, ours, *tiles], *cost)
-        return
     configs = [library.configs.Config(*shape) for shape in (sizes.pair if work.pair else sizes.single)]
     found = [*map(configured, configs), *(tiled("gemm", "gemm", tile) for tile in sizes.gemm)]
+    if training:
+        found = [tiled("backward tile", "triton", tile) for tile in sizes.gemm[1:]]
     entries = list(measured(session, [*products, ours, *found], *cost))
     yield from entries
-    if configs and head is sizes.heads[0]:
+    if configs and head is sizes.heads[0] and not training:
         ms = {entry["config"]: entry["ms"] for entry in entries if "config" in entry}
         best = min(configs, key=lambda config: ms.get(library.named(config), float("inf")))
         groups = [configured(best._replace(group=group)) for group in _GROUPS]
@@ -351,30 +339,29 @@ def _linear(
 
 def _policy_step(session: Session, sizes: Sizes, peer: Peer | None = None) -> Iterator[Entry]:
     """Reweighting, which others have not, is off where a form is checked."""
-    theirs = None if peer is None else _loaded(session, peer)
     work = Workload(policy_step.OP, sizes.heads[0], sizes.n, sizes.dtype, training=True)
     session.watch("inputs")
     step = policy_step.build(work, session.device)
 
-    def timed(name: str, function: Callable[..., Tensor], checked: Callable[..., Tensor]) -> Timed:
+    def timed(name: str, function: Callable[..., Tensor], context: Context = nullcontext, **plain: Any) -> Timed:
+        function = _within(context, function)
+
         def check() -> Mapping[str, float]:
-            errors = policy_step.errors_of(checked, step)
+            errors = policy_step.errors_of(partial(function, **plain), step)
             verify(name, errors, _limits(errors) if peer is None else policy_step.TOLERANCES["eager"])
             return errors
 
         return Timed(name, partial(function, step), step.gradients, check)
 
-    def ours(name: str, context: Context) -> Timed:
-        function = _within(context, policy_step.ours)
-        return timed(name, function, partial(function, reweight="none"))
-
-    found: list[Candidate] = [ours("ours", library.fused)]
-    if theirs is not None and peer is not None:
-        function = theirs
-        found.append(timed(peer.name, *2 * (lambda step: function(**step.inputs),)))
-    else:
+    found: list[Candidate] = [timed("ours", policy_step.ours, library.fused, reweight="none")]
+    if peer is None:
         found = [*policy_step.bare_products(step), *found]
-        found += [ours(f"rows {rows}", partial(library.policy_rows, *rows)) for rows in sizes.policy_rows]
+        for rows in sizes.policy_rows:
+            context = partial(library.policy_rows, *rows)
+            found.append(timed(f"rows {rows}", policy_step.ours, context, reweight="none"))
+    else:
+        theirs = _loaded(session, peer)
+        found.append(timed(peer.name, lambda step: theirs(**step.inputs)))
     one = 2.0 * work.n * work.shape.v * work.shape.d
     yield from measured(session, found, "tflops", one, 2 * one)
 
@@ -385,8 +372,8 @@ def _logits(session: Session, sizes: Sizes, op: str) -> Iterator[Entry]:
     # Backward reads the logits again and writes a gradient.
     size = float(work.n * work.shape.v * work.element_size)
     forward, backward = size * (1 + work.pair), size * (2 + work.pair)
-    ours = _Checker(session, problem).timed("triton", getattr(dlogp_kernels, op), library.fused)
-    found = [_copy(session.device, forward, backward), ours]
+    ours = _candidates(session, problem)("triton", getattr(dlogp_kernels, op), library.fused)
+    found = [bare_copy(session.device, forward, backward), ours]
     yield from measured(session, found, "gb_per_s", forward, backward)
 
 
@@ -394,37 +381,34 @@ def _sampling(
     session: Session, sizes: Sizes, op: str, batch: int, options: Options, peer: Peer | None = None
 ) -> Iterator[Entry]:
     """Both backends beside a copy of both models' logits, or weights; or a peer, which samples from one model."""
-    theirs = None if peer is None else _loaded(session, peer)
     work = Workload(op, sizes.heads[0], batch, sizes.dtype)
     inputs = {name: x for name, x in _inputs(session, work).inputs.items() if name != "target"}
-    size = 2.0 * work.element_size * work.shape.v * (work.shape.d if work.linear else batch)
-    chosen = {"gamma": 0.5, **options}
+    chosen: Options = {"gamma": 0.5, "seed": _SEED, **options}
 
-    def ours(name: str, context: Context, config: str | None = None) -> Timed:
-        draw = _within(context, partial(getattr(dlogp_kernels, op), **inputs, **chosen, seed=_SEED))
+    def ours(name: str, context: Context, **facts: Any) -> Timed:
+        draw = _within(context, partial(getattr(dlogp_kernels, op), **inputs, **chosen))
 
         def check() -> Mapping[str, float]:
             few = {name: x if "weight" in name else x[:4] for name, x in inputs.items()}
-            return check_draws(Sample(*(x[:4] for x in draw())), few, _SEED, chosen, _LIMITS["statistic"])
+            return check_draws(Sample(*(x[:4] for x in draw())), few, chosen, _LIMITS["statistic"])
 
-        return Timed(name, draw, check=check, config=config)
+        return Timed(name, draw, check=check, facts=facts)
 
-    found: list[Candidate] = []
-    if theirs is not None and peer is not None:
-        function = partial(theirs, inputs["logits"], options["top_p"])
-        check = partial(_excluded, function, inputs["logits"], options["top_p"])
-        found = [ours("ours", nullcontext), Timed(peer.name, function, check=check)]
-    else:
-        found = [_copy(session.device, size)]
-        for backend in ("triton", "cuda") if op == "extrapolated_sample" else ("triton",):
-            problem = backends.unavailable(backend, op, session.device)
-            if problem is None:
-                found.append(ours(backend, partial(backends.use_backend, backend)))
-            else:
-                yield {"candidate": backend, "status": "skipped", "error": problem}
-        for config in (library.configs.Config(*shape) for shape in sizes.draws if work.linear):
-            name = library.named(config)
-            found.append(ours(name.removeprefix("Config"), partial(library.fused, config), name))
+    size = 2.0 * work.element_size * work.shape.v * (work.shape.d if work.linear else batch)
+    found: list[Candidate] = [bare_copy(session.device, size)]
+    if peer is not None:
+        theirs = partial(_loaded(session, peer), inputs["logits"], options["top_p"])
+        check = partial(_excluded, theirs, inputs["logits"], options["top_p"])
+        found = [ours("ours", nullcontext), Timed(peer.name, theirs, check=check, facts={"note": peer.note})]
+    for backend in ("triton", "cuda") if peer is None else ():
+        problem = backends.unavailable(backend, op, session.device)
+        if problem is None:
+            found.append(ours(backend, partial(backends.use_backend, backend)))
+        elif not work.linear:
+            yield {"candidate": backend, "status": "skipped", "error": problem}
+    for config in (library.configs.Config(*shape) for shape in sizes.draws if work.linear):
+        name = library.named(config)
+        found.append(ours(name.removeprefix("Config"), partial(library.fused, config), config=name))
     yield from measured(session, found, "gb_per_s", size)
 
 
@@ -452,7 +436,7 @@ def _policy_loss(session: Session, sizes: Sizes) -> Iterator[Entry]:
     forward, backward = 13.0 * batch.logp.numel(), 8.0 * batch.logp.numel()
     ours = Timed("ours", partial(given_policy.ours, batch, policy.DAPO), gradient, check)
     eager = Candidate("eager", partial(policy.trl_loss, batch, policy.DAPO), gradient)
-    found = [_copy(session.device, forward, backward), ours, eager]
+    found = [bare_copy(session.device, forward, backward), ours, eager]
     yield from measured(session, found, "gb_per_s", forward, backward)
 
 
@@ -463,30 +447,22 @@ def _host(session: Session, sizes: Sizes) -> Iterator[Entry]:
     given: list[Options] = [{**_inputs(session, work).inputs} for work in works]
     one, pair, logits = given
     del logits["target"]
-    batch = policy.build(2, 16, session.device)
-    calls: dict[str, Callable[[int], Any]] = {
-        "linear_logp": lambda i: dlogp_kernels.linear_logp(**one),
-        "linear_delta_logp": lambda i: dlogp_kernels.linear_delta_logp(**pair),
+    batch, steps = policy.build(2, 16, session.device), itertools.count()
+    calls: dict[str, Callable[[], Any]] = {
+        "linear_logp": lambda: dlogp_kernels.linear_logp(**one),
+        "linear_delta_logp": lambda: dlogp_kernels.linear_delta_logp(**pair),
         # The step changes at every call, as in decoding.
-        "extrapolated_sample": lambda i: dlogp_kernels.extrapolated_sample(**logits, seed=_SEED, step=i, top_p=0.7),
-        "policy_loss": lambda i: given_policy.ours(batch, policy.DAPO),
-        "policy_loss with backward": lambda i: torch.autograd.grad(given_policy.ours(batch, policy.DAPO), batch.logp),
+        "extrapolated_sample": lambda: dlogp_kernels.extrapolated_sample(**logits, seed=1, step=next(steps), top_p=0.7),
+        "policy_loss": lambda: given_policy.ours(batch, policy.DAPO),
+        "policy_loss with backward": lambda: torch.autograd.grad(given_policy.ours(batch, policy.DAPO), batch.logp),
     }
-    repeats = _HOST_CALLS if session.on_gpu and not session.prewarm else 2
+    wait = torch.cuda.synchronize if session.on_gpu else lambda: None
+    number = 50 if session.on_gpu and not session.prewarm else 1
     for name, call in calls.items():
         session.watch(name)
         try:
-            yield {"candidate": name, "host_us": 1e6 * _host_seconds(session, call, repeats)}
+            call()
+            seconds = harness.quantiles(timeit.repeat(call, wait, number=number, repeat=7)).median
+            yield {"candidate": name, "host_us": 1e6 * seconds / number}
         except Exception as error:
             yield {**failure(error), "candidate": name}
-
-
-def _host_seconds(session: Session, call: Callable[[int], Any], repeats: int) -> float:
-    seconds = []
-    for i in range(2 * repeats):
-        if session.on_gpu and i % 50 == 0:
-            torch.cuda.synchronize(session.device)
-        start = time.perf_counter()
-        call(i)
-        seconds.append(time.perf_counter() - start)
-    return harness.quantiles(seconds[repeats:]).median

@@ -56,10 +56,8 @@ def read(output: str) -> Iterator[tuple[str, dict[str, str]]]:
         for number, row in enumerate(rows, 1):
             metrics = dict(zip(names, row, strict=False))
             found = re.search(r"\w*_kernel", metrics.get("Kernel Name", ""))
-            yield (
-                f"{number} {found[0] if found else 'kernel'}",
-                {name: value for name, value in metrics.items() if value and "__" in name},
-            )
+            name = f"{number} {found[0] if found else 'kernel'}"
+            yield name, {metric: value for metric, value in metrics.items() if value and "__" in metric}
 
 
 def summary(metrics: dict[str, str]) -> dict[str, str]:

@@ -64,6 +64,11 @@ _INTERPRETED_GEMM_TILE = (32, 128)
 _chosen: Config | None = None
 
 
+def chosen() -> Config | None:
+    """Of `use_config`."""
+    return _chosen
+
+
 def candidates(models: int, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> list[Config]:
     """The configurations for one model or a pair on this device, the default first."""
     found = properties(device)

@@ -124,7 +124,10 @@ def _serve(request: dict[str, Any], events: TextIO) -> None:
 def _cases(request: dict[str, Any], session: Session) -> list[Case]:
     """Those of the request's `module:function` that are not done; of every n-th one where `share` is (i, n)."""
     module, name = request["cases"].split(":")
-    found = list(getattr(importlib.import_module(module), name)(session))
+    # A module of this folder, or one given in full.
+    found = list(
+        getattr(importlib.import_module(module if "." in module else f"{__package__}.{module}"), name)(session)
+    )
     first, step = request.get("share", (0, 1))
     return [case for case in found[first::step] if case.name not in request["done"]]
 

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ _GRACE_SECONDS = 5.0
 _MOST_STARTS = 12
 _LOG_CHARACTERS = 3000
 
-Record = Callable[[str, dict[str, Any]], None]
+Entry = dict[str, Any]
+Record = Callable[[str, Entry], None]
 
 
 @dataclass(frozen=True)
@@ -62,53 +64,51 @@ class _LostError(RuntimeError):
 
 
 def run_jobs(
-    jobs: Sequence[Job], request: dict[str, Any], limits: Limits, record: Record, stop: threading.Event, at_once: int
+    jobs: Sequence[Job], request: Entry, limits: Limits, record: Record, stop: threading.Event, at_once: int
 ) -> None:
     """All jobs, `at_once` of them side by side; `record(job, entry)` takes what they find."""
-    with ThreadPoolExecutor(max(1, at_once)) as pool:
-        futures = [pool.submit(_survived, job, request, limits, record, stop) for job in jobs]
+
+    def run(job: Job) -> None:
         try:
-            for future in futures:
-                future.result()
+            _run_job(job, request, limits, partial(record, job.name), stop)
+        except Exception as error:  # which must not end a visit
+            record(job.name, {"case": "", "status": "failed", "error": f"{type(error).__name__}: {error}"})
+
+    with ThreadPoolExecutor(max(1, at_once)) as pool:
+        try:
+            list(pool.map(run, jobs))
         except BaseException:
             stop.set()
             raise
 
 
-def _survived(job: Job, request: dict[str, Any], limits: Limits, record: Record, stop: threading.Event) -> None:
-    """As `_run_job`, whose own errors must not end a visit."""
-    try:
-        _run_job(job, request, limits, record, stop)
-    except Exception as error:
-        record(job.name, {"case": "", "status": "failed", "error": f"{type(error).__name__}: {error}"})
-
-
-def _run_job(job: Job, request: dict[str, Any], limits: Limits, record: Record, stop: threading.Event) -> None:
+def _run_job(job: Job, request: Entry, limits: Limits, record: Callable[[Entry], None], stop: threading.Event) -> None:
     done: list[str] = []
     excluded: dict[str, list[str]] = {}
+    if job.hang is not None:
+        limits = replace(limits, hang=job.hang)
     for _ in range(_MOST_STARTS):
         if limits.left() <= 0 or stop.is_set():
-            record(job.name, {"case": "", "status": "cut off", "error": "out of time before it began"})
+            record({"case": "", "status": "cut off", "error": "out of time before it began"})
             return
         child = Child({**request, **job.options, "cases": job.cases, "done": done, "excluded": excluded})
         case = step = ""
         try:
-            for event in child.events(limits if job.hang is None else replace(limits, hang=job.hang), stop):
+            for event in child.events(limits, stop):
                 if "at" in event:
                     case, step = event["at"]
-                elif "entry" in event:
-                    if not job.quiet or event["entry"]["status"] == "failed":
-                        record(job.name, event["entry"])
-                elif "lost" in event:
-                    break
-                else:
+                elif "done" in event:
                     done.append(event["done"])
                     case = step = ""
+                elif "lost" in event:
+                    break
+                elif not job.quiet or event["entry"]["status"] == "failed":
+                    record(event["entry"])
             else:
                 return
         except _LostError as lost:
             entry = {"case": case, "status": lost.status, "error": str(lost), "log": child.log()}
-            record(job.name, entry | ({"candidate": step} if case and step else {}))
+            record(entry | ({"candidate": step} if case and step else {}))
             if lost.status != "failed" or not case:
                 return
         finally:
@@ -132,15 +132,8 @@ class Child:
         self._process.stdin.write(json.dumps(request).encode() + b"\n")
         self._process.stdin.flush()
 
-    def events(self, limits: Limits, stop: threading.Event) -> Iterator[dict[str, Any]]:
+    def events(self, limits: Limits, stop: threading.Event) -> Iterator[Entry]:
         """What it sends, until it says that it has come to its end."""
-        for line in self._lines(limits, stop):
-            event = json.loads(line)
-            if "end" in event:
-                return
-            yield event
-
-    def _lines(self, limits: Limits, stop: threading.Event) -> Iterator[bytes]:
         assert self._process.stdout is not None
         pipe, rest, heard = self._process.stdout.fileno(), b"", time.monotonic()
         while True:
@@ -155,7 +148,10 @@ class Child:
                 raise _LostError(f"its process ended with exit status {self._process.wait()}")
             heard = time.monotonic()
             *lines, rest = (rest + received).split(b"\n")
-            yield from lines
+            for event in map(json.loads, lines):
+                if "end" in event:
+                    return
+                yield event
 
     def log(self) -> str:
         """The end of what it printed."""
@@ -164,9 +160,8 @@ class Child:
 
     def close(self) -> None:
         end_group(self._process)
-        for stream in (self._process.stdin, self._process.stdout, self._log):
-            if stream is not None:
-                stream.close()
+        for stream in filter(None, (self._process.stdin, self._process.stdout, self._log)):
+            stream.close()
 
 
 def end_group(process: "subprocess.Popen[bytes]") -> None:

@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
+import torch
+
 from .child import Case, Entry, Session
 from .children import ROOT
 
@@ -22,10 +24,11 @@ _PACKAGES = ("torch", "triton", "numpy", "transformers", "liger-kernel", "quack-
 
 def environment(device: str, commit: str | None) -> dict[str, Any]:
     """All that can be said without touching the GPU."""
+    smi = None if device == "cpu" else _output("nvidia-smi", f"--query-gpu={_QUERY}", "--format=csv,noheader")
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": device,
-        "gpu": _nvidia_smi() if device != "cpu" else {},
+        "gpu": {} if smi is None else dict(zip(_QUERY.split(","), smi.split(", "), strict=False)),
         "python": platform.python_version(),
         "packages": {x.name: x.version for x in importlib.metadata.distributions() if x.name in _PACKAGES},
         "commit": commit or _output("git", "rev-parse", "HEAD"),
@@ -42,37 +45,30 @@ def card(found: dict[str, Any]) -> str:
 
 
 def cases(session: Session) -> list[Case]:
-    found = [Case("backends", partial(_backends, session))]
-    return [*found, Case("CUDA library", _cuda_library)] if session.on_gpu else found
+    return [Case("backends", partial(_backends, session)), Case("CUDA library", partial(_cuda_library, session))]
 
 
 def _backends(session: Session) -> Iterable[Entry]:
     """Which backend serves which op here, and why not the others, each reason once."""
-    import torch
-
     from dlogp_kernels import backends
 
     served: dict[str, list[str]] = {}
-    reasons: dict[str, str] = {}
+    reasons: set[str] = set()
     for choice in backends.report():
         if choice.device == session.device.type:
             served.setdefault(choice.backend, []).append(choice.op)
-            reasons |= {f"{name}: {reason}": "" for name, reason in choice.others.items() if "preferred" not in reason}
-    properties = str(torch.cuda.get_device_properties(session.device)) if session.on_gpu else None
-    return [{"served": served, "not available": [*reasons], "cuda": torch.version.cuda, "properties": properties}]
+            reasons |= {f"{name}: {reason}" for name, reason in choice.others.items() if "preferred" not in reason}
+    card = str(torch.cuda.get_device_properties(session.device)) if session.on_gpu else None
+    return [{"served": served, "not available": sorted(reasons), "cuda": torch.version.cuda, "properties": card}]
 
 
-def _cuda_library() -> Iterable[Entry]:
+def _cuda_library(session: Session) -> Iterable[Entry]:
     from dlogp_kernels import backends
 
     files = sorted(path.name for path in (ROOT / "dlogp_kernels").glob("_cuda*.so"))
-    problem = backends.unavailable("cuda", "extrapolated_sample", "cuda")
-    return [{"files": files} if problem is None else {"files": files, "status": "failed", "error": problem}]
-
-
-def _nvidia_smi() -> dict[str, str]:
-    line = _output("nvidia-smi", f"--query-gpu={_QUERY}", "--format=csv,noheader")
-    return {} if line is None else dict(zip(_QUERY.split(","), (x.strip() for x in line.split(",")), strict=False))
+    problem = backends.unavailable("cuda", "extrapolated_sample", session.device)
+    status = "passed" if problem is None else "failed" if session.on_gpu else "skipped"
+    return [{"files": files, "status": status, "error": problem}]
 
 
 def _output(*command: str) -> str | None:

@@ -33,12 +33,10 @@ def lines(document: dict[str, Any]) -> list[str]:
 def _head(document: dict[str, Any]) -> Iterator[str]:
     env = document["environment"]
     gpu, packages = env["gpu"], env["packages"]
-    versions = ", ".join(f"{name} {packages.get(name)}" for name in ("torch", "triton"))
     card = f"{gpu.get('name', env['device'])}, driver {gpu.get('driver_version')}"
-    yield f"Visit {document['visit']} on {card}, {versions}"
-    parts = ", ".join(f"{part} {seconds:.0f} s" for part, seconds in document["parts"].items())
-    commit = f"{env['commit']}{' with changes' if env['dirty'] else ''}"
-    yield f"commit {commit}; {parts}; in all {document['seconds']:.0f} s"
+    yield f"Visit {document['visit']} on {card}, {_joined({x: packages.get(x) for x in ('torch', 'triton')})}"
+    parts = _joined(document["parts"], "{} {:.0f} s")
+    yield f"commit {env['commit']}{' with changes' * env['dirty']}; {parts}; in all {document['seconds']:.0f} s"
     if document["stopped"]:
         yield f"NOT WHOLE: {document['stopped']}"
     for entry in document["entries"]:
@@ -49,7 +47,7 @@ def _head(document: dict[str, Any]) -> Iterator[str]:
     for status in ("passed", "failed", "skipped", "cut off"):
         count = Counter(entry["job"] for entry in smoke if entry["status"] == status)
         if count:
-            yield f"smoke, {status}: " + ", ".join(f"{job} {n}" for job, n in count.items())
+            yield f"smoke, {status}: {_joined(count)}"
 
 
 def _problems(entries: Iterable[Entry]) -> Iterator[str]:
@@ -69,8 +67,7 @@ def _problems(entries: Iterable[Entry]) -> Iterator[str]:
 def _tests(tests: dict[str, Any] | None) -> Iterator[str]:
     if tests is None:
         return
-    counts = ", ".join(f"{n} {name}" for name, n in tests["counts"].items())
-    yield f"tests: {counts}{'' if tests['whole'] else '; cut off'}"
+    yield f"tests: {_joined(tests['counts'], '{1} {0}')}{'' if tests['whole'] else '; cut off'}"
     for failure in tests["failures"][:10]:
         yield f"- {failure['test']}: {failure['message']}"
 
@@ -78,8 +75,11 @@ def _tests(tests: dict[str, Any] | None) -> Iterator[str]:
 def _accuracy(entries: Iterable[Entry]) -> Iterator[str]:
     for entry in entries:
         if entry["part"] == "accuracy" and "error_of" in entry:
-            errors = ", ".join(f"{name} {error:.1e}" for name, error in entry["error_of"].items())
-            yield f"error, {entry['candidate']}: {errors}"
+            yield f"error, {entry['candidate']}: {_joined(entry['error_of'], '{} {:.1e}')}"
+
+
+def _joined(found: dict[str, Any], form: str = "{} {}") -> str:
+    return ", ".join(form.format(*item) for item in found.items())
 
 
 def _timing(entries: Iterable[Entry]) -> Iterator[str]:
@@ -127,4 +127,4 @@ def _ncu(found: dict[str, Any] | None) -> Iterator[str]:
     if found["status"] != "passed":
         yield f"- {found['status']}: ncu: {found['error']}"
     for kernel, metrics in found.get("kernels", {}).items():
-        yield f"ncu {kernel}: " + ", ".join(f"{name} {value}" for name, value in profile.summary(metrics).items())
+        yield f"ncu {kernel}: {_joined(profile.summary(metrics))}"

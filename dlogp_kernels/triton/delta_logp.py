@@ -11,6 +11,7 @@ from ..results import DeltaLogpStats
 from . import _math
 from ._device import on_device_of
 from ._launch import Launch, call_of, launch_anew
+from ._math import IMPOSSIBLE
 from ._rows import Matrix, Rows, matrix
 from ._sizes import ceil_div, next_power_of_2
 from .logp import (
@@ -81,15 +82,27 @@ def _delta_logp_fwd_kernel(
             values = load_raw(raw, raw_row, local, local < end)
             base_values = load_raw(base_raw, raw_row, local, local < end)
             state = _math.empty_pair_state(BLOCK // EACH)
+            least = tl.zeros([BLOCK // EACH], tl.float32)
             for _ in range(0, end - begin, BLOCK):
                 following = load_raw(raw, raw_row, local + BLOCK, local + BLOCK < end)
                 base_following = load_raw(base_raw, raw_row, local + BLOCK, local + BLOCK < end)
                 x = tile_of(values, transform, column + local, local < end, EACH)
                 base_x = tile_of(base_values, base_transform, column + local, local < end, EACH)
                 state = _math.fold_pair(state, x, base_x, transform.slope, base_transform.slope)
-                state = _math.with_alone(state, x, base_x)
+                least = tl.minimum(least, tl.minimum(tl.min(x, 1), tl.min(base_x, 1)))
                 values, base_values = following, base_following
                 local += BLOCK
+            # Few logits are −inf: only where some are, another walk asks which model they belong to.
+            if tl.min(least, 0) <= IMPOSSIBLE:
+                local = begin + tl.arange(0, BLOCK)
+                for _ in range(0, end - begin, BLOCK):
+                    inside = local < end
+                    values = load_raw(raw, raw_row, local, inside)
+                    base_values = load_raw(base_raw, raw_row, local, inside)
+                    x = tile_of(values, transform, column + local, inside, EACH)
+                    base_x = tile_of(base_values, base_transform, column + local, inside, EACH)
+                    state = _math.with_alone(state, x, base_x)
+                    local += BLOCK
             state = _math.merge_pair_rows(state, transform.slope, base_transform.slope)
             one = tl.arange(0, 1)
             place = state_ptr + (split + s) * R + i + one

@@ -62,8 +62,9 @@ class Saved(NamedTuple):
 
 @triton.jit
 def load_raw(raw, i, local, mask):
-    """Columns `local` of row i, in their own dtype."""
-    return tl.load(raw.data + row_offset(raw, i) + local.to(tl.int64) * raw.stride_column, mask=mask, other=0.0)
+    """Columns `local` of row i, in their own dtype; −inf where masked out."""
+    pointers = raw.data + row_offset(raw, i) + local.to(tl.int64) * raw.stride_column
+    return tl.load(pointers, mask=mask, other=float("-inf"))
 
 
 @triton.jit
@@ -87,14 +88,16 @@ def tile_of(values, transform, tokens, mask, EACH: tl.constexpr):
 
     A row then has a state of its own, and no thread waits for another before the last block.
     """
-    x = tl.where(mask, possible(x_of(values, transform, tokens, mask)), IMPOSSIBLE)
+    x = x_of(values, transform, tokens, mask)
+    # A softcap makes every token possible.
+    x = possible(x) if transform.inner is None else tl.where(mask, x, IMPOSSIBLE)
     return tl.reshape(x, [x.shape[0] // EACH, EACH])
 
 
 @triton.jit
 def possible(x):
     """x with IMPOSSIBLE for −inf; NaN stays."""
-    return tl.where(x < IMPOSSIBLE, IMPOSSIBLE, x)
+    return tl.maximum(x, IMPOSSIBLE, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

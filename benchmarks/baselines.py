@@ -62,6 +62,17 @@ def bare_matmuls(problem: Problem) -> list[Candidate]:
     return [Candidate("matmul", products, backward), Candidate("matmul, real", products, real_backward)]
 
 
+def bare_copy(device: torch.device, forward: float, backward: float | None = None) -> Candidate:
+    """Moves so many bytes: reads half as many, and writes them."""
+
+    def copy(size: float) -> Callable[..., Tensor]:
+        source = torch.zeros(max(16, int(size) // 2), dtype=torch.uint8, device=device)
+        target = torch.empty_like(source)
+        return lambda *_: target.copy_(source)
+
+    return Candidate("copy", copy(forward), None if backward is None else copy(backward))
+
+
 def bare_reads(problem: Problem) -> list[Candidate]:
     """One pass over given logits ("read"); backward writes as much as the gradient as well."""
     names = ("logits", "base_logits") if problem.work.pair else ("logits",)

@@ -105,8 +105,8 @@ def _progress(text: str) -> None:
 
 
 def _newest(wanted: Callable[[Run], bool]) -> Run | None:
-    """The newest run of all cases in the results folder that is as wanted."""
-    for path in sorted(RESULTS.glob("*.json"), reverse=True):
+    """The newest run of all cases in the results folder that is as wanted; a visit to a GPU is no such run."""
+    for path in sorted(RESULTS.glob("[0-9]*.json"), reverse=True):
         run = read(path)
         if wanted(run) and not run.settings["only"] and not run.settings["case"]:
             return run

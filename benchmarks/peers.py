@@ -23,13 +23,12 @@ class Single(NamedTuple):
 
 @dataclass(frozen=True)
 class Peer:
-    """`op` is what one call computes; `gives` are the outputs that a gradient can flow into."""
+    """`op` is what one call computes; `gives` are the outputs that a gradient can flow into; `note`: what differs."""
 
     name: str
     op: str
     load: Callable[[], Callable[..., Any]]
     gives: tuple[str, ...] = ()
-    #: What differs from ours in kind, not in speed.
     note: str | None = None
 
 
@@ -57,17 +56,12 @@ def _liger_grpo() -> Callable[..., Tensor]:
     """liger_kernel/chunked_loss/grpo_loss.py, with its defaults: one response at a time, the loss compiled."""
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
-    of_batch = LigerFusedLinearGRPOLoss(
-        beta=0.0, use_ref_model=False, epsilon_low=0.2, epsilon_high=0.28, loss_type="dapo"
-    )
-
-    def function(
-        hidden: Tensor, weight: Tensor, target: Tensor, old_logp: Tensor, advantage: Tensor, mask: Tensor
-    ) -> Tensor:
-        # Input, weight, selected_token_ids, attention_mask, advantages; returns the loss and metrics.
-        return of_batch(hidden, weight, target, mask, advantage, old_per_token_logps=old_logp)[0]
-
-    return function
+    options = {"beta": 0.0, "use_ref_model": False, "epsilon_low": 0.2, "epsilon_high": 0.28, "loss_type": "dapo"}
+    of_batch = LigerFusedLinearGRPOLoss(**options)
+    # Input, weight, selected_token_ids, attention_mask, advantages; returns the loss and metrics.
+    return lambda hidden, weight, target, old_logp, advantage, mask: of_batch(
+        hidden, weight, target, mask, advantage, old_per_token_logps=old_logp
+    )[0]
 
 
 def _trl_linear() -> Callable[..., Single]:
@@ -94,26 +88,21 @@ def _quack_linear() -> Callable[..., Single]:
 
 
 def _flashinfer() -> Callable[[Tensor, float], Tensor]:
-    """flashinfer/sampling.py: top-p by rejection from probabilities in float32; without a filter from the logits."""
-    from flashinfer.sampling import sampling_from_logits, softmax, top_p_sampling_from_probs
+    """flashinfer/sampling.py: top-p by rejection from probabilities in float32."""
+    from flashinfer.sampling import softmax, top_p_sampling_from_probs
 
-    def function(logits: Tensor, top_p: float) -> Tensor:
-        return sampling_from_logits(logits) if top_p == 1.0 else top_p_sampling_from_probs(softmax(logits), top_p)
-
-    return function
+    return lambda logits, top_p: top_p_sampling_from_probs(softmax(logits), top_p)
 
 
-def _itself(compiled: bool) -> Callable[..., Single]:
+def _itself(compiled: bool) -> Callable[..., Any]:
     """PyTorch as it is written today, eager or compiled."""
     from .bench_linear_logp import eager
 
-    function = torch.compile(eager, dynamic=False) if compiled else eager
-    return lambda hidden, weight, target: Single(*function(hidden, weight, target))
+    return torch.compile(eager, dynamic=False) if compiled else eager
 
 
 _ROUNDED = "logits are rounded to the inputs' dtype"
 _BOTH = ("logp", "entropy")
-
 #: By the process that measures them.
 PEERS = {
     "eager": (Peer("eager", "linear_logp", partial(_itself, False), _BOTH, _ROUNDED),),

@@ -28,14 +28,12 @@ class Record:
     """One candidate in one case; times in milliseconds, memory in MiB over inputs and outputs.
 
     `case` is "compare", "sweep", "sweep memory", "half ignored", "linearity", "memory", "long", "frequencies", "tail"
-    or "workspace"; on a GPU also "peers", "small", "sample", "policy loss", "policy step", "ceilings" or "tune".
-    `variant` names options of the op.
+    or "workspace". `variant` names options of the op.
     `ratios` holds, for other candidates of the case, the [median, p20, p80] of this one's time over that one's within a
     round.
-    `errors` are against float64: largest absolute for an output, relative norm for a gradient. `tflops` and `gb_per_s`
-    count the operations and bytes that the workload needs; `host_us` is the host's time of one call; `statistics` are
-    numbers about what was drawn, and others that have no field. `skipped` says why there is no figure; `wrong` that it
-    is because of the result.
+    `errors` are against float64: largest absolute for an output, relative norm for a gradient. `statistics` are numbers
+    about what was drawn, and others that have no field. `skipped` says why there is no figure; `wrong` that it is
+    because of the result.
     """
 
     case: str
@@ -59,9 +57,6 @@ class Record:
     output_mib: float | None = None
     skipped: str | None = None
     wrong: bool = False
-    tflops: float | None = None
-    gb_per_s: float | None = None
-    host_us: float | None = None
     note: str | None = None
     variant: str = ""
     tokens_per_s: float | None = None
@@ -149,12 +144,11 @@ def _first_line(*command: str) -> str | None:
 
 @dataclass
 class Run:
-    """Records of one run and where they came from; `tests` is what the tests gave that ran before it on a GPU."""
+    """Records of one run and where they came from."""
 
     environment: dict[str, Any]
     settings: dict[str, Any]
     records: list[Record] = field(default_factory=list)
-    tests: dict[str, Any] | None = None
 
     @property
     def name(self) -> str:
@@ -185,8 +179,10 @@ class Run:
 
 def read(path: Path) -> Run:
     content = json.loads(path.read_text())
-    records = [Record(**entry) for entry in content["records"]]
-    return Run(content["environment"], content["settings"], records, content.get("tests"))
+    # Older runs have fields of their own.
+    known = {field.name for field in dataclasses.fields(Record)}
+    records = [Record(**{name: entry[name] for name in entry.keys() & known}) for entry in content["records"]]
+    return Run(content["environment"], content["settings"], records)
 
 
 def _flat(entry: Record) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dlogp_kernels import Sample, extrapolated_sample, reference_sample
 
-from .harness import NotMeasuredError
+from .harness import NotMeasuredError, WrongResultError, verify
 from .shapes import DTYPES, Workload
 
 GAMMA, THRESHOLD, SEED = 0.1, -0.3, 1
@@ -215,3 +215,32 @@ def _moved(filters: dict[str, Any]) -> dict[str, Any]:
     moved = dict(NO_FILTERS) | filters
     top_k = moved["top_k"] + 1 if moved["top_k"] else 0
     return {"top_k": top_k, "top_p": min(1.0, moved["top_p"] + _SLACK), "min_p": moved["min_p"] * (1 - _SLACK)}
+
+
+def check_draws(drawn: Sample, inputs: Mapping[str, Tensor], options: dict[str, Any], limit: float) -> dict[str, float]:
+    """Errors of log p; raises WrongResultError where a token is another one, or log p is off by more than `limit`.
+
+    Rounding changes a token in one row of thousands, so few rows are compared token for token.
+    """
+
+    def logits(prefix: str) -> Tensor:
+        if f"{prefix}logits" in inputs:
+            return inputs[f"{prefix}logits"].double()
+        return inputs[f"{prefix}hidden"].double() @ inputs[f"{prefix}weight"].double().t()
+
+    z, base_z = logits(""), logits("base_")
+    rows = torch.arange(z.shape[0], device=z.device)
+    chosen: dict[str, Any] = {"gamma": 0.0, "criterion": "all", "threshold": None, "draft": "base", "temperature": 1.0}
+    chosen |= {"top_k": 0, "top_p": 1.0, "min_p": 0.0} | options
+    noise = (torch.tensor([chosen.pop("seed")], device=z.device), torch.zeros_like(rows[:1]))
+    truth = reference_sample.extrapolated_sample(z, base_z, rows, *noise, **chosen)
+    for name in ("draft_token", "selected", "token"):
+        found, expected = getattr(drawn, name), getattr(truth, name)
+        for row in (found != expected).nonzero().flatten().tolist():
+            raise WrongResultError(f"row {row}: {name} is {found[row].item()}, expected {expected[row].item()}")
+    errors = {
+        name: ((getattr(drawn, name) - getattr(truth, name)).abs().max() / z.abs().max().clamp_min(1.0)).item()
+        for name in ("logp", "base_logp", "delta_logp")
+    }
+    verify("per largest logit", errors, dict.fromkeys(errors, limit))
+    return errors

@@ -5,6 +5,7 @@ Shapes: leading dimensions (…) of tokens, V vocabulary, D hidden, K candidates
 the whole vocabulary, accumulated in float32 (float64 for float64 inputs), never rounded to a narrower type before.
 """
 
+import contextlib
 import math
 import os
 import warnings
@@ -304,7 +305,7 @@ def extrapolated_sample(
     _check_same_device("base_logits", base_logits, "logits", logits)
     _check_sampling(gamma, criterion, threshold, draft, temperature, top_k, top_p, min_p)
     noise = _noise("logits", logits, seed, row_id, step)
-    with torch.no_grad():
+    with _no_grad():
         drawn = torch.ops.dlogp.extrapolated_sample(
             _rows(logits),
             _rows(base_logits),
@@ -318,7 +319,7 @@ def extrapolated_sample(
             float(top_p),
             float(min_p),
         )
-    return Sample(*(value.view(logits.shape[:-1]) for value in drawn))
+    return Sample(*[_viewed(value, logits.shape[:-1]) for value in drawn])
 
 
 def linear_extrapolated_sample(
@@ -383,7 +384,7 @@ def linear_extrapolated_sample(
     )
     _check_sampling(gamma, criterion, threshold, draft, temperature, top_k, top_p, min_p)
     noise = _noise("hidden", hidden, seed, row_id, step)
-    with torch.no_grad():
+    with _no_grad():
         drawn = torch.ops.dlogp.linear_extrapolated_sample(
             _rows(hidden),
             weight,
@@ -405,7 +406,7 @@ def linear_extrapolated_sample(
             float(top_p),
             float(min_p),
         )
-    return Sample(*(value.view(hidden.shape[:-1]) for value in drawn))
+    return Sample(*[_viewed(value, hidden.shape[:-1]) for value in drawn])
 
 
 def policy_loss(
@@ -663,7 +664,16 @@ def _candidates(target: Tensor, rows: Tensor) -> Tensor:
 
 
 def _shaped(stats: tuple[Tensor, ...], target: Tensor, rows: Tensor) -> list[Tensor]:
-    return [value.view(target.shape if value.dim() == 2 else rows.shape[:-1]) for value in stats]
+    return [_viewed(value, target.shape if value.dim() == 2 else rows.shape[:-1]) for value in stats]
+
+
+def _viewed(x: Tensor, shape: torch.Size) -> Tensor:
+    return x if x.shape == shape else x.view(shape)
+
+
+def _no_grad() -> contextlib.AbstractContextManager[object]:
+    """Where there is no gradient to begin with, entering costs more than the checks of a call."""
+    return torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext()
 
 
 def _optional_float(value: float | None) -> float | None:
@@ -687,7 +697,7 @@ def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tens
 def _check_tensor(name: str, x: object, dtypes: tuple[torch.dtype, ...], kind: str) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} is {type(x).__name__}, expected a tensor")
-    if hasattr(x, "full_tensor"):
+    if type(x) is not Tensor and hasattr(x, "full_tensor"):
         raise TypeError(f"{name} is a sharded DTensor, expected a whole tensor: pass {name}.full_tensor()")
     if x.dtype not in dtypes:
         raise TypeError(f"{name} has dtype {x.dtype}, expected {kind}")

@@ -23,6 +23,7 @@ import pytest
 import triton
 import triton.backends.nvidia.driver as nvidia
 from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
@@ -184,24 +185,40 @@ class _Hip:
 def pretend(gpu: Gpu) -> Iterator[list[Launch]]:
     """Within this context launches go to this GPU, which never runs them; yields them, in order."""
     launched: list[Launch] = []
-    run, cuda = JITFunction.run, gpu.target.backend == "cuda"
+    run, get_launcher, cuda = JITFunction.run, CompiledKernel.__getitem__, gpu.target.backend == "cuda"
+
+    def record(compiled: Any, grid: tuple[int, ...], arguments: dict[str, Any], launch: Callable[[], Any]) -> None:
+        sizes = parameter_sizes(compiled.asm["ptx"]) if cuda else []
+        if cuda:
+            libcuda().offline_expect(len(sizes), (ctypes.c_int * len(sizes))(*sizes))
+        launch()
+        launched.append(Launch(compiled, grid, arguments, _arrived(sizes) if cuda else None))
 
     @functools.wraps(run)
     def run_and_record(self: JITFunction, *args: Any, grid: tuple[int, ...], warmup: bool, **kwargs: Any) -> Any:
         compiled = run(self, *args, grid=grid, warmup=True, **kwargs)
-        sizes = parameter_sizes(compiled.asm["ptx"]) if cuda else []
-        if cuda:
-            libcuda().offline_expect(len(sizes), (ctypes.c_int * len(sizes))(*sizes))
-        run(self, *args, grid=grid, warmup=False, **kwargs)
         arguments = self.signature.bind(*args, **{x: kwargs[x] for x in kwargs if x in self.signature.parameters})
-        launched.append(Launch(compiled, grid, arguments.arguments, _arrived(sizes) if cuda else None))
+        record(compiled, grid, arguments.arguments, lambda: run(self, *args, grid=grid, warmup=False, **kwargs))
         return compiled
+
+    def launcher_that_records(self: CompiledKernel, grid: tuple[int, ...]) -> Callable[..., None]:
+        """Of a kernel that the launch code kept: it has to be the one that Triton takes for these arguments."""
+        options = {name: getattr(self.metadata, name) for name in ("num_warps", "num_stages")}
+
+        def launch_and_record(*args: Any) -> None:
+            own_choice = run(self.src.fn, *args, grid=grid, warmup=True, **options)
+            assert own_choice.hash == self.hash, f"{self.name} was kept for other arguments"
+            arguments = dict(zip(self.src.fn.arg_names, args, strict=True))
+            record(self, grid, arguments, lambda: get_launcher(self, grid)(*args))
+
+        return launch_and_record
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(driver, "_active", None)
         patch.setattr(triton.knobs.cache, "dir", str(directory() / "cache"))
         driver.set_active(_Cuda(gpu) if cuda else _Hip(gpu))
         patch.setattr(JITFunction, "run", run_and_record)
+        patch.setattr(CompiledKernel, "__getitem__", launcher_that_records)
         yield launched
 
 

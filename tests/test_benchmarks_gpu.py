@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.gpu import checks, profile, table  # noqa: E402
-from benchmarks.gpu.children import Job, Limits, run_jobs  # noqa: E402
+from benchmarks.gpu.children import Job, run_jobs  # noqa: E402
 
 pytestmark = pytest.mark.cpu_only
 
@@ -47,7 +47,7 @@ def test_a_visit_of_each_kind_goes_through_all_of_it(tmp_path):
             assert document["ncu"]["status"] in ("passed", "skipped", "failed")
         else:
             assert document["tests"]["counts"] == {"passed": 4} and document["tests"]["whole"]
-    assert len(list(tmp_path.iterdir())) == 4
+    assert len(list(tmp_path.iterdir())) == 5
 
 
 def test_a_visit_that_is_ended_prints_what_it_has(tmp_path):
@@ -59,8 +59,8 @@ def test_a_visit_that_is_ended_prints_what_it_has(tmp_path):
     process.send_signal(signal.SIGTERM)
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 0
-    assert "NOT WHOLE: ended by SIGTERM" in printed and "backends: " in printed
-    assert json.loads(path.read_text())["stopped"] == "ended by SIGTERM"
+    assert "NOT WHOLE: _StoppedError: by SIGTERM" in printed and "backends: " in printed
+    assert json.loads(path.read_text())["stopped"] == "_StoppedError: by SIGTERM"
 
 
 def test_a_visit_ends_within_its_time(tmp_path):
@@ -76,9 +76,8 @@ def test_faults_are_named_and_the_rest_goes_on():
     def record(job: str, entry: dict[str, Any]) -> None:
         entries.append(entry)
 
-    limits = Limits(time.monotonic() + 150, hang=12.0)
-    request = {"device": "cpu", "tiny": True}
-    run_jobs([Job("faults", "tests.gpu_faults:cases")], request, limits, record, threading.Event(), 1)
+    jobs = [Job("faults", "tests.gpu_faults:cases", hang=12.0)]
+    run_jobs(jobs, {"device": "cpu", "tiny": True}, time.monotonic() + 150, record, threading.Event(), 1)
     by_name = {(entry["case"], entry.get("candidate")): entry for entry in entries}
     reasons = {
         ("raises", None): ("failed", "ValueError: the first line"),
@@ -98,11 +97,9 @@ def test_faults_are_named_and_the_rest_goes_on():
 
 def test_a_process_that_does_not_start_is_named():
     entries: list[dict[str, Any]] = []
-    limits = Limits(time.monotonic() + 60, hang=30.0)
-    jobs = [Job("no module", "benchmarks.gpu.nothing:cases"), Job("none", "tests.gpu_faults:nothing")]
-    run_jobs(
-        jobs, {"device": "cpu", "tiny": True}, limits, lambda job, entry: entries.append(entry), threading.Event(), 2
-    )
+    jobs = [Job("no module", "nothing:cases"), Job("none", "tests.gpu_faults:nothing")]
+    request, deadline = {"device": "cpu", "tiny": True}, time.monotonic() + 60
+    run_jobs(jobs, request, deadline, lambda job, entry: entries.append(entry), threading.Event(), 2)
     assert [entry["status"] for entry in entries] == ["failed", "failed"]
     assert any("No module named 'benchmarks.gpu.nothing'" in entry["log"] for entry in entries)
 
@@ -134,8 +131,8 @@ def test_metrics_of_ncu():
 "1","_linear_delta_logp_fwd_kernel","62.0","255","3.5","0.5"
 """
     found = dict(profile.read(output))
-    assert [*found] == ["_linear_logp_fwd_kernel", "_linear_delta_logp_fwd_kernel"]
-    summary = profile.summary(found["_linear_logp_fwd_kernel"])
+    assert [*found] == ["1 _linear_logp_fwd_kernel", "2 _linear_delta_logp_fwd_kernel"]
+    summary = profile.summary(found["1 _linear_logp_fwd_kernel"])
     assert summary == {"SM %": "81.5", "registers": "248", "stalls": "barrier 2.50, wait 1.25"}
 
 
@@ -144,7 +141,7 @@ def test_tests_that_are_cut_off_count(tmp_path, monkeypatch):
     test.write_text("import time\ndef test_a(): pass\ndef test_b(): assert 1 == 2\ndef test_c(): time.sleep(60)\n")
     (tmp_path / "conftest.py").write_text("def pytest_addoption(parser): parser.addoption('--device')\n")
     monkeypatch.setattr(checks, "_TINY_FILES", (test,))
-    found = checks.run("cpu", True, 15.0, threading.Event())
+    found = checks.run("cpu", True, 15.0, threading.Event(), tmp_path / "outcomes")
     assert found["counts"] == {"passed": 1, "failed": 1} and not found["whole"]
     assert [failure["test"].split("::")[1] for failure in found["failures"]] == ["test_b"]
     assert found["failures"][0]["message"].startswith("assert 1 == 2")

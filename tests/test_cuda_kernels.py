@@ -91,7 +91,7 @@ def test_a_whole_vocabulary(accuracy, filters):
 @emulation
 @pytest.mark.parametrize("top_p", [1e-9, 0.5, 0.999])
 def test_more_tokens_than_a_list_holds(accuracy, top_p):
-    """Nearly uniform logits: top-p keeps more than 4096 tokens of a block, and buckets hold many equal ones."""
+    """Nearly uniform logits: top-p keeps more than 2048 tokens of a block, and buckets hold many equal ones."""
     logits, base_logits = torch.zeros(3, 9001), torch.zeros(3, 9001)
     logits[1] = torch.arange(9001) * 1e-9
     logits[2] = (torch.arange(9001) % 2) * 1e-3
@@ -99,6 +99,8 @@ def test_more_tokens_than_a_list_holds(accuracy, top_p):
     with emulated(Launch(1)):
         check_against_definition(accuracy, logits, base_logits, top_p=top_p, seed=2)
         check_against_definition(accuracy, logits, base_logits, top_k=5000, top_p=top_p, seed=2)
+    with emulated(Launch(8)):
+        check_against_definition(accuracy, logits, base_logits, top_k=5000, top_p=top_p, seed=2, gamma=0.1)
 
 
 @emulation
@@ -112,10 +114,20 @@ def test_zeros_of_both_signs_are_equal():
 
 
 @emulation
-@pytest.mark.parametrize("criterion", ["delta_logp", "kl"])
-def test_bits_depend_neither_on_the_launch_nor_on_the_batch(criterion):
+@pytest.mark.parametrize(
+    ("criterion", "filters"),
+    [
+        ("delta_logp", {"top_p": 0.9}),
+        ("kl", {"temperature": 0.7}),
+        ("all", {"top_k": 50, "min_p": 0.01}),
+        ("all", {"top_k": 700, "top_p": 0.95, "temperature": 1.3}),
+    ],
+    ids=str,
+)
+def test_bits_depend_neither_on_the_launch_nor_on_the_batch(criterion, filters):
     logits, base_logits = random_pair(4, 3001, FP32)
-    options = criterion_options(criterion) | {"top_p": 0.9, "gamma": 0.2, "row_id": torch.tensor([5, 9, 2**31, 3])}
+    row_id = torch.tensor([5, 9, 2**31, 3])
+    options = criterion_options(criterion) | filters | {"gamma": 0.2, "row_id": row_id}
     launches = [
         Launch(*launch) for launch in itertools.product((1, 2, 16), (True,), (False, True))
     ] + [Launch(8, kept=False)]  # fmt: skip
@@ -126,7 +138,7 @@ def test_bits_depend_neither_on_the_launch_nor_on_the_batch(criterion):
     assert all(equal(drawn[0], other) for other in drawn[1:])
     with emulated(Launch(2)):
         one = slice(2, 3)
-        alone = sample(logits[one], base_logits[one], **(options | {"row_id": options["row_id"][one]}))
+        alone = sample(logits[one], base_logits[one], **(options | {"row_id": row_id[one]}))
     assert equal(dlogp_kernels.Sample(*(x[one] for x in drawn[0])), alone)
 
 

@@ -21,6 +21,7 @@ import dlogp_kernels
 import dlogp_kernels.triton
 from dlogp_kernels import backends
 from dlogp_kernels.ops.schemas import SCHEMAS
+from dlogp_kernels.triton import _launch
 
 GPU = GPUS["sm_90"]
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -221,7 +222,7 @@ def test_what_arrives_is_what_was_passed(name, reached):
     with pretend(GPU) as launched, launch_code_sees(GPU), backends.use_backend(backend):
         variant.call(**variant.first)
         first = len(launched)
-        for numbers in variant.others:
+        for numbers in [*variant.others, variant.first]:
             variant.call(**numbers)
     assert first > 0 and set(reached) == set(variant.launchers)
     for launch in launched:
@@ -298,3 +299,29 @@ def _check_tensor_map(label: str, descriptor: TensorDescriptor, arrived: bytes) 
     assert list(found.box[:2]) == [swizzled // base.itemsize, rows], label
     assert list(found.element_strides[:2]) == [1, 1], label
     assert (found.interleave, found.swizzle, found.fill) == (0, _SWIZZLE[swizzled], 0), label
+
+
+def _at(offset: int) -> Tensor:
+    """Logits (3, 256) so many elements behind 16 bytes."""
+    return torch.randn(3 * 256 + offset, dtype=BF16)[offset:].view(3, 256)
+
+
+def test_kept_kernels_are_for_addresses_as_aligned():
+    target = torch.zeros(3, dtype=torch.int64)
+    with pretend(GPU) as launched, launch_code_sees(GPU), backends.use_backend("triton"):
+        for offset in (0, 1, 8, 3, 0):
+            dlogp_kernels.logp(_at(offset), target)
+    for launch in launched:
+        check(launch)
+    folds = [launch.compiled.hash for launch in launched if launch.compiled.name == "_logp_fwd_kernel"]
+    assert folds[0] == folds[2] == folds[4] != folds[1] == folds[3]
+
+
+def test_a_kernel_that_was_kept_for_other_arguments_is_noticed(monkeypatch):
+    monkeypatch.setattr(_launch, "_kind_of", lambda x: x.shape if isinstance(x, Tensor) else x)
+    monkeypatch.setattr(_launch, "_calls", {})
+    target = torch.zeros(3, dtype=torch.int64)
+    with pretend(GPU), launch_code_sees(GPU), backends.use_backend("triton"):
+        dlogp_kernels.logp(_at(0), target)
+        with pytest.raises(AssertionError, match="kept for other arguments"):
+            dlogp_kernels.logp(_at(1), target)

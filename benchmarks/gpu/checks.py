@@ -7,7 +7,6 @@ import importlib.util
 import json
 import os
 import sys
-import tempfile
 import threading
 from collections import Counter
 from pathlib import Path
@@ -22,37 +21,26 @@ _FILES = (
     "test_ops_invariance.py", "test_ops_registration.py", "test_functional_fuzz.py", "test_backends.py",
 )  # fmt: skip
 _TINY_FILES = ("test_lemma.py",)
-_WORKERS = 12
-_TEST_SECONDS = 90
+_WORKERS, _TEST_SECONDS = 12, 90
 _MOST_FAILURES = 40
-_LOG = "DLOGP_TEST_OUTCOMES"
-
-Tests = dict[str, Any]
+_OUTCOMES = "DLOGP_TEST_OUTCOMES"
 
 
-def run(device: str, tiny: bool, seconds: float, stop: threading.Event) -> Tests:
-    """Counts and failures of the tests that ended within `seconds`."""
-    names = _TINY_FILES if tiny else _FILES
-    files = [str(path) for path in (ROOT / "tests" / name for name in names) if path.exists()]
+def run(device: str, tiny: bool, seconds: float, stop: threading.Event, outcomes: Path) -> dict[str, Any]:
+    """Counts and failures of the tests that ended within `seconds`; a line of each in `outcomes`, at once."""
+    files = [ROOT / "tests" / name for name in (_TINY_FILES if tiny else _FILES)]
     command = [sys.executable, "-m", "pytest", "--device", device, "-q", "--tb=short", "-p", "no:cacheprovider"]
-    command += ["-p", "benchmarks.gpu.checks"]
+    command += ["-p", "benchmarks.gpu.checks", *(str(path) for path in files if path.exists())]
     if not tiny and importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(_WORKERS), "--dist", "worksteal"]
     if importlib.util.find_spec("pytest_timeout") is not None:
         # A thread, not a signal: a process that waits for the GPU does not hear one.
         command += ["--timeout", str(_TEST_SECONDS), "--timeout-method", "thread"]
-    with tempfile.TemporaryDirectory() as folder:
-        outcomes = Path(folder) / "outcomes"
-        outcomes.touch()
-        other = ("TRITON_INTERPRET", "PYTEST_XDIST_WORKER")
-        environment = {key: value for key, value in os.environ.items() if key not in other}
-        environment |= {_LOG: str(outcomes), "OMP_NUM_THREADS": "1"}
-        code, output = run_command([*command, *files], seconds, stop, environment)
-        return _summary(outcomes.read_text().splitlines(), code, output)
-
-
-def _summary(lines: list[str], code: int | None, output: str) -> Tests:
-    found = [json.loads(line) for line in lines]
+    other = ("TRITON_INTERPRET", "PYTEST_XDIST_WORKER")
+    environment = {key: value for key, value in os.environ.items() if key not in other}
+    outcomes.write_text("")
+    code, output = run_command(command, seconds, stop, environment | {_OUTCOMES: str(outcomes.resolve())})
+    found = [json.loads(line) for line in outcomes.read_text().splitlines()]
     failures = [outcome for outcome in found if outcome["outcome"] == "failed"]
     # 0: all passed, 1: some failed.
     whole = code in (0, 1)
@@ -60,24 +48,21 @@ def _summary(lines: list[str], code: int | None, output: str) -> Tests:
         "counts": dict(Counter(outcome["outcome"] for outcome in found)),
         "whole": whole,
         "exit status": code,
-        "failures": [{"test": x["test"], "message": x["message"]} for x in failures[:_MOST_FAILURES]],
-        "slowest": [[x["test"], x["seconds"]] for x in sorted(found, key=lambda x: -x["seconds"])[:10]],
+        "failures": failures[:_MOST_FAILURES],
         "log": output[-3000:] if failures or not whole else "",
     }
 
 
 def pytest_runtest_logreport(report: Any) -> None:
     """One line an outcome, by the process that prints."""
-    path = os.environ.get(_LOG)
+    path = os.environ.get(_OUTCOMES)
     if path is None or "PYTEST_XDIST_WORKER" in os.environ or (report.when != "call" and report.passed):
         return
-    message = ""
-    if report.failed:
-        crash = getattr(report.longrepr, "reprcrash", None)
-        message = " ".join(str(report.longrepr if crash is None else crash.message).split())[:300]
-    outcome = {"test": report.nodeid, "outcome": report.outcome, "message": message, "seconds": report.duration}
+    crash = getattr(report.longrepr, "reprcrash", None)
+    message = str(report.longrepr if crash is None else crash.message) if report.failed else ""
+    outcome = {"test": report.nodeid, "outcome": report.outcome, "message": " ".join(message.split())[:300]}
     with open(path, "a") as stream:
-        stream.write(json.dumps(outcome) + "\n")
+        stream.write(json.dumps({**outcome, "seconds": report.duration}) + "\n")
 
 
 def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
@@ -88,11 +73,11 @@ def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
 
 def pytest_runtest_setup(item: Any) -> None:
     """A worker that has lost its GPU ends, and another takes its place; otherwise every later test fails."""
-    if "PYTEST_XDIST_WORKER" not in os.environ or item.config.getoption("--device") == "cpu":
-        return
-    import torch
+    device = item.config.getoption("--device")
+    if "PYTEST_XDIST_WORKER" in os.environ and device != "cpu":
+        import torch
 
-    from .child import usable
+        from .child import usable
 
-    if not usable(torch.device(item.config.getoption("--device"))):
-        os._exit(3)
+        if not usable(torch.device(device)):
+            os._exit(3)

@@ -34,18 +34,17 @@ class Case(NamedTuple):
 
 @dataclass
 class Session:
-    """What the cases of a process are told; `watch(step)` says what runs now."""
+    """What the cases of a process are told; `case` and `watch(step)` say what runs now."""
 
     device: torch.device
     tiny: bool = False
     #: Compile only: every candidate once, of few rows.
     prewarm: bool = False
-    #: Of other libraries: which.
+    #: Which of several sets of cases.
     group: str = ""
     #: Case → candidates that ended a process.
     excluded: dict[str, list[str]] = field(default_factory=dict)
     watch: Callable[[str], None] = lambda step: None
-    #: The case that runs now.
     case: str = ""
 
     @property
@@ -57,20 +56,13 @@ def failure(error: BaseException) -> Entry:
     """The fields of an entry that say what went wrong."""
     if isinstance(error, NotMeasuredError) and not isinstance(error, WrongResultError):
         return {"status": "skipped", "error": str(error)}
-    message = f"{type(error).__name__}: {error}" if str(error) else repr(error)
-    return {
-        "status": "failed",
-        "error": next(iter(message.strip().splitlines()), ""),
-        "traceback": "".join(traceback.format_exception(error)),
-    }
+    message = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    return {"status": "failed", "error": message, "traceback": "".join(traceback.format_exception(error))}
 
 
 def usable(device: torch.device) -> bool:
     """Whether the device still answers."""
-    if device.type != "cuda":
-        return True
     try:
-        torch.cuda.synchronize(device)
         return torch.ones(1, device=device).add_(1).item() == 2.0
     except RuntimeError:
         return False
@@ -81,16 +73,10 @@ def main() -> None:
     # What libraries print must not come between the lines.
     events = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    threading.Thread(target=_end_with_stdin, daemon=True).start()
+    threading.Thread(target=lambda: (sys.stdin.read(), os._exit(1)), daemon=True).start()
     _serve(request, events)
-    events.flush()
     # Not by way of destructors, which may wait for a lost device.
     os._exit(0)
-
-
-def _end_with_stdin() -> None:
-    sys.stdin.read()
-    os._exit(1)
 
 
 def _serve(request: dict[str, Any], events: TextIO) -> None:
@@ -98,10 +84,9 @@ def _serve(request: dict[str, Any], events: TextIO) -> None:
         events.write(json.dumps(event) + "\n")
 
     known = {name: request[name] for name in ("tiny", "prewarm", "group", "excluded") if name in request}
-    session = Session(torch.device(request["device"]), **known)
-    send(at=["", "import"])
+    session = Session(torch.device(request["device"]), **known, watch=lambda step: send(at=[session.case, step]))
+    session.watch("import")
     for case in _cases(request, session):
-        session.watch = lambda step, name=case.name: send(at=[name, step])  # type: ignore[misc]
         session.case = case.name
         session.watch("")
         try:
@@ -124,7 +109,8 @@ def _serve(request: dict[str, Any], events: TextIO) -> None:
 def _cases(request: dict[str, Any], session: Session) -> list[Case]:
     """Those of the request's `module:function` that are not done; of every n-th one where `share` is (i, n)."""
     module, name = request["cases"].split(":")
-    found = list(getattr(importlib.import_module(module), name)(session))
+    # A module of this folder, or one given in full.
+    found = getattr(importlib.import_module(module if "." in module else f"{__package__}.{module}"), name)(session)
     first, step = request.get("share", (0, 1))
     return [case for case in found[first::step] if case.name not in request["done"]]
 

@@ -16,41 +16,31 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-_SLICE = 0.2
-_GRACE_SECONDS = 5.0
+_SLICE, _GRACE_SECONDS = 0.2, 5.0
 _MOST_STARTS = 12
 _LOG_CHARACTERS = 3000
 
-Record = Callable[[str, dict[str, Any]], None]
+Entry = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Job:
-    """The cases of `module:function`, for one process at a time; `options` are further fields of its request."""
+    """The cases of `module:function`, for one process at a time; `options` are further fields of its request.
+
+    Without progress for `hang` seconds a process counts as hanging. Of a quiet job only what fails is of interest.
+    """
 
     name: str
     cases: str
-    options: dict[str, Any] = field(default_factory=dict)
-    #: Whether what it finds is of interest; of compiling ahead only what fails is.
+    options: Entry = field(default_factory=dict)
+    hang: float = 45.0
     quiet: bool = False
-    #: Seconds without progress, where they are not those of the visit: of compilers of other libraries.
-    hang: float | None = None
-
-
-@dataclass(frozen=True)
-class Limits:
-    """`deadline` is of time.monotonic(); without progress for `hang` seconds a process counts as hanging."""
-
-    deadline: float
-    hang: float
-
-    def left(self) -> float:
-        return self.deadline - time.monotonic()
 
 
 class _LostError(RuntimeError):
@@ -62,53 +52,54 @@ class _LostError(RuntimeError):
 
 
 def run_jobs(
-    jobs: Sequence[Job], request: dict[str, Any], limits: Limits, record: Record, stop: threading.Event, at_once: int
+    jobs: Sequence[Job],
+    request: Entry,
+    deadline: float,
+    record: Callable[[str, Entry], None],
+    stop: threading.Event,
+    at_once: int,
 ) -> None:
-    """All jobs, `at_once` of them side by side; `record(job, entry)` takes what they find."""
-    with ThreadPoolExecutor(max(1, at_once)) as pool:
-        futures = [pool.submit(_survived, job, request, limits, record, stop) for job in jobs]
+    """All jobs until `deadline` (of time.monotonic), `at_once` side by side; `record(job, entry)` takes their finds."""
+
+    def run(job: Job) -> None:
         try:
-            for future in futures:
-                future.result()
+            _run_job(job, request, deadline, partial(record, job.name), stop)
+        except Exception as error:  # which must not end a visit
+            record(job.name, {"case": "", "status": "failed", "error": f"{type(error).__name__}: {error}"})
+
+    with ThreadPoolExecutor(max(1, at_once)) as pool:
+        try:
+            list(pool.map(run, jobs))
         except BaseException:
             stop.set()
             raise
 
 
-def _survived(job: Job, request: dict[str, Any], limits: Limits, record: Record, stop: threading.Event) -> None:
-    """As `_run_job`, whose own errors must not end a visit."""
-    try:
-        _run_job(job, request, limits, record, stop)
-    except Exception as error:
-        record(job.name, {"case": "", "status": "failed", "error": f"{type(error).__name__}: {error}"})
-
-
-def _run_job(job: Job, request: dict[str, Any], limits: Limits, record: Record, stop: threading.Event) -> None:
+def _run_job(job: Job, request: Entry, deadline: float, record: Callable[[Entry], None], stop: threading.Event) -> None:
     done: list[str] = []
     excluded: dict[str, list[str]] = {}
     for _ in range(_MOST_STARTS):
-        if limits.left() <= 0 or stop.is_set():
-            record(job.name, {"case": "", "status": "cut off", "error": "out of time before it began"})
+        if time.monotonic() > deadline or stop.is_set():
+            record({"case": "", "status": "cut off", "error": "out of time before it began"})
             return
-        child = Child({**request, **job.options, "cases": job.cases, "done": done, "excluded": excluded})
+        child = _Child({**request, **job.options, "cases": job.cases, "done": done, "excluded": excluded})
         case = step = ""
         try:
-            for event in child.events(limits if job.hang is None else replace(limits, hang=job.hang), stop):
+            for event in child.events(deadline, job.hang, stop):
                 if "at" in event:
                     case, step = event["at"]
-                elif "entry" in event:
-                    if not job.quiet or event["entry"]["status"] == "failed":
-                        record(job.name, event["entry"])
-                elif "lost" in event:
-                    break
-                else:
+                elif "done" in event:
                     done.append(event["done"])
                     case = step = ""
+                elif "lost" in event:
+                    break
+                elif not job.quiet or event["entry"]["status"] == "failed":
+                    record(event["entry"])
             else:
                 return
         except _LostError as lost:
             entry = {"case": case, "status": lost.status, "error": str(lost), "log": child.log()}
-            record(job.name, entry | ({"candidate": step} if case and step else {}))
+            record(entry | ({"candidate": step} if case and step else {}))
             if lost.status != "failed" or not case:
                 return
         finally:
@@ -119,10 +110,10 @@ def _run_job(job: Job, request: dict[str, Any], limits: Limits, record: Record, 
             done.append(case)
 
 
-class Child:
+class _Child:
     """One process of `child.py`, in a process group of its own so that its compilers end with it."""
 
-    def __init__(self, request: dict[str, Any]) -> None:
+    def __init__(self, request: Entry) -> None:
         self._log = tempfile.TemporaryFile("w+b")  # noqa: SIM115 (open as long as the process)
         command, pipe = [sys.executable, "-m", "benchmarks.gpu.child"], subprocess.PIPE
         self._process = subprocess.Popen(
@@ -132,22 +123,16 @@ class Child:
         self._process.stdin.write(json.dumps(request).encode() + b"\n")
         self._process.stdin.flush()
 
-    def events(self, limits: Limits, stop: threading.Event) -> Iterator[dict[str, Any]]:
+    def events(self, deadline: float, hang: float, stop: threading.Event) -> Iterator[Entry]:
         """What it sends, until it says that it has come to its end."""
-        for line in self._lines(limits, stop):
-            event = json.loads(line)
-            if "end" in event:
-                return
-            yield event
-
-    def _lines(self, limits: Limits, stop: threading.Event) -> Iterator[bytes]:
         assert self._process.stdout is not None
         pipe, rest, heard = self._process.stdout.fileno(), b"", time.monotonic()
         while True:
-            if stop.is_set() or limits.left() <= 0:
+            now = time.monotonic()
+            if stop.is_set() or now > deadline:
                 raise _LostError("stopped" if stop.is_set() else "out of time", "cut off")
-            if time.monotonic() - heard > limits.hang:
-                raise _LostError(f"no progress for {limits.hang:.0f} s, its process was ended")
+            if now - heard > hang:
+                raise _LostError(f"no progress for {hang:.0f} s, its process was ended")
             if not select.select([pipe], [], [], _SLICE)[0]:
                 continue
             received = os.read(pipe, 2**16)
@@ -155,7 +140,10 @@ class Child:
                 raise _LostError(f"its process ended with exit status {self._process.wait()}")
             heard = time.monotonic()
             *lines, rest = (rest + received).split(b"\n")
-            yield from lines
+            for event in map(json.loads, lines):
+                if "end" in event:
+                    return
+                yield event
 
     def log(self) -> str:
         """The end of what it printed."""
@@ -163,13 +151,12 @@ class Child:
         return self._log.read().decode(errors="replace")[-_LOG_CHARACTERS:]
 
     def close(self) -> None:
-        end_group(self._process)
-        for stream in (self._process.stdin, self._process.stdout, self._log):
-            if stream is not None:
-                stream.close()
+        _end_group(self._process)
+        for stream in filter(None, (self._process.stdin, self._process.stdout, self._log)):
+            stream.close()
 
 
-def end_group(process: "subprocess.Popen[bytes]") -> None:
+def _end_group(process: "subprocess.Popen[bytes]") -> None:
     """End a process that leads a session, and all that it started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
@@ -193,6 +180,6 @@ def run_command(
                 time.sleep(_SLICE)
             code = process.poll()
         finally:
-            end_group(process)
+            _end_group(process)
         output.seek(0)
         return code, output.read().decode(errors="replace")

@@ -1,62 +1,72 @@
 """`python -m benchmarks gpu --visit N`: the steps of a visit, each within its part of the time.
 
 This process never touches the GPU. It ends within the visit's limit by its own clock, and prints a short table last,
-also when it is stopped.
+also when it is stopped. Its JSON file is complete after every entry.
 """
 
 import argparse
+import datetime
+import importlib.metadata
+import json
 import os
+import platform
+import re
+import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ..peers import PEERS
-from . import checks, machine, profile
-from .children import Job, Limits, run_jobs
-from .visit import Visit
+from . import checks, profile, table
+from .children import ROOT, Job, run_jobs
 
-LIMITS = {1: 280.0, 2: 420.0}
+_LIMITS = {1: 280.0, 2: 420.0}
 #: Kept for the table and for processes to end.
 _RESERVE = 4.0
-_PROFILE_SECONDS = 35.0
 _SMOKE_SECONDS = {1: 75.0, 2: 60.0}
-_TEST_SECONDS = 170.0
-_PEER_SECONDS = 60.0
+_TEST_SECONDS, _PROFILE_SECONDS, _PEER_SECONDS = 170.0, 35.0, 60.0
 _PREWARM = 4
 #: Of smoke.py, one process each; this one does not import what holds kernels.
 _FAMILIES = (
-    "linear", "pair", "sampling cuda", "sampling triton", "policy_loss", "backward", "linear_policy_loss", "logits",
-    "gemm", "linear sampling",
+    "linear sampling", "linear", "pair", "sampling cuda", "sampling triton", "policy_loss", "backward",
+    "linear_policy_loss", "logits", "gemm",
 )  # fmt: skip
+
+_QUERY = (
+    "name,driver_version,memory.total,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.draw,power.limit,"
+    "temperature.gpu,utilization.gpu,ecc.mode.current"
+)
+_PACKAGES = ("torch", "triton", "numpy", "transformers", "liger-kernel", "quack-kernels", "trl", "flashinfer-python")
 
 
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks gpu", description=__doc__)
-    parser.add_argument("--visit", type=int, choices=LIMITS, required=True, help="1: starts, is right, figures; 2: all")
+    parser.add_argument("--visit", type=int, choices=_LIMITS, required=True, help="1: figures; 2: tests and peers")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results")
     parser.add_argument("--commit", metavar="SHA", help="what is measured, where there is no git repository")
     parser.add_argument("--seconds", type=float, help="another limit for all of it (280 and 420)")
-    parser.add_argument("--hang", type=float, default=45.0, help="seconds without progress that count as hanging")
     parser.add_argument("--tiny", action="store_true", help="all of it, with tiny inputs")
     parser.add_argument("--device", default="cuda", help="cuda, or cpu to try it: Triton's interpreter then")
     options = parser.parse_args(arguments)
-    limit = LIMITS[options.visit] if options.seconds is None else options.seconds
-    visit = Visit(options.visit, options.out, limit, machine.environment(options.device, options.commit))
+    visit = _Visit(options)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache, _ended_by_signals():
-        run = _Run(visit, options, Path(cache))
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        # Where Triton keeps what it compiled: one for all processes of the visit.
+        os.environ["TRITON_CACHE_DIR"] = cache
+        if options.device == "cpu":
+            os.environ["TRITON_INTERPRET"] = "1"
         try:
-            run.all()
-        except _StoppedError as stopped:
-            run.stop.set()
-            visit.put(stopped=str(stopped))
-        except Exception as error:
+            visit.run()
+        except (_StoppedError, Exception) as error:
             # What was found so far is worth more than this error.
-            run.stop.set()
+            visit.stop.set()
             visit.put(stopped=f"{type(error).__name__}: {error}")
     print(visit.finish(), end="", flush=True)
 
@@ -71,7 +81,7 @@ def _ended_by_signals() -> Iterator[None]:
         # Once: what follows is short.
         for which in (signal.SIGTERM, signal.SIGINT):
             signal.signal(which, signal.SIG_IGN)
-        raise _StoppedError(f"ended by {signal.Signals(number).name}")
+        raise _StoppedError(f"by {signal.Signals(number).name}")
 
     previous = [(which, signal.signal(which, stop)) for which in (signal.SIGTERM, signal.SIGINT)]
     try:
@@ -81,74 +91,115 @@ def _ended_by_signals() -> Iterator[None]:
             signal.signal(which, handler)
 
 
-class _Run:
-    def __init__(self, visit: Visit, options: argparse.Namespace, cache: Path) -> None:
-        self.visit, self.options, self.stop = visit, options, threading.Event()
-        self._request: dict[str, Any] = {"device": options.device, "tiny": options.tiny}
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
-        # Where Triton keeps what it compiled: one for all processes of the visit.
-        os.environ["TRITON_CACHE_DIR"] = str(cache)
-        if options.device == "cpu":
-            os.environ["TRITON_INTERPRET"] = "1"
-        self._at_once = max(2, (os.cpu_count() or 2) - 2)
+class _Visit:
+    """What was found so far, and how much time is left."""
 
-    def all(self) -> None:
-        self._part("machine", [_job("machine")], 40.0)
-        smoke = [Job(family, "benchmarks.gpu.smoke:cases", {"group": family}) for family in _FAMILIES]
-        if self.options.visit == 1:
-            self._part("smoke", [*smoke, *_prewarm(self.options.tiny)], _SMOKE_SECONDS[1])
-            self._part("accuracy", [_job("accuracy")], 30.0)
-            reserve = _RESERVE + (_PROFILE_SECONDS if self.visit.document["environment"]["ncu"] else 0.0)
-            self._part("timing", [_job("timing")], self.visit.left(), reserve)
-            self._profile()
-        else:
-            self._part("smoke", smoke, _SMOKE_SECONDS[2])
-            self._tests()
-            self._part("headline", [_job("headline"), *map(_peers, PEERS)], self.visit.left(), at_once=1)
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._start, self._options, self.stop = time.monotonic(), options, threading.Event()
+        self._limit = _LIMITS[options.visit] if options.seconds is None else options.seconds
+        self._lock = threading.Lock()
+        found = _environment(options.device, options.commit)
+        self.document: dict[str, Any] = {
+            "visit": options.visit, "stopped": None, "environment": found, "parts": {}, "entries": [],
+        }  # fmt: skip
+        options.out.mkdir(parents=True, exist_ok=True)
+        self._path = options.out / f"{_card(found)}_visit{options.visit}.json"
+        self.put()
 
-    def _part(
-        self, part: str, jobs: list[Job], seconds: float, reserve: float = _RESERVE, at_once: int | None = None
-    ) -> None:
-        since = self.visit.passed()
-        limits = Limits(self.visit.deadline(seconds, reserve), self.options.hang)
+    def _passed(self) -> float:
+        return time.monotonic() - self._start
 
+    def _seconds(self, most: float, reserve: float = _RESERVE) -> float:
+        """At most so many, and `reserve` less than are left."""
+        return max(0.0, min(most, self._limit - self._passed() - reserve))
+
+    def put(self, **facts: Any) -> None:
+        with self._lock:
+            self.document |= facts
+            part = self._path.with_suffix(".part")
+            part.write_text(json.dumps(self.document, indent=1, ensure_ascii=False) + "\n")
+            part.replace(self._path)
+
+    def finish(self) -> str:
+        """Write the table beside the JSON, and return it."""
+        self.put(seconds=round(self._passed(), 1))
+        try:
+            text = "\n".join(table.lines(self.document)) + "\n"
+        except Exception as error:  # all that matters is in the JSON
+            text = f"no table: {type(error).__name__}: {error}\n"
+        self._path.with_suffix(".txt").write_text(text)
+        return text
+
+    def run(self) -> None:
+        tiny, device, number = self._options.tiny, self._options.device, self._options.visit
+        smoke = [Job(family, "smoke:cases", {"group": family}) for family in _FAMILIES]
+        # Shares of the timed kernels are compiled while processors are to spare; the interpreter has nothing to gain.
+        for i in range(0 if number == 2 else 1 if tiny else _PREWARM):
+            share = {"prewarm": True, "share": [i, 8 if tiny else _PREWARM]}
+            smoke.append(Job(f"prewarm {i + 1}", "timing:cases", share, quiet=True))
+        self._jobs("machine", [Job("machine", "smoke:machine")], self._seconds(40.0))
+        self._jobs("smoke", smoke, self._seconds(_SMOKE_SECONDS[number]))
+        if number == 1:
+            self._jobs("accuracy", [Job("accuracy", "smoke:accuracy")], self._seconds(30.0))
+            reserve = _RESERVE + (_PROFILE_SECONDS if self.document["environment"]["ncu"] else 0.0)
+            self._jobs("timing", [Job("timing", "timing:cases")], self._seconds(self._limit, reserve))
+            with self._part("ncu"):
+                self.put(ncu=profile.run(self._seconds(_PROFILE_SECONDS), tiny, device, self.stop))
+            return
+        with self._part("tests"):
+            outcomes = self._path.with_name(f"{self._path.stem}_tests.jsonl")
+            self.put(tests=checks.run(device, tiny, self._seconds(_TEST_SECONDS), self.stop, outcomes))
+        peers = [Job(group, "timing:peers", {"group": group}, hang=_PEER_SECONDS) for group in PEERS]
+        headline = [Job("headline", "timing:headline"), *peers]
+        self._jobs("headline", headline, self._seconds(self._limit), at_once=1)
+
+    @contextmanager
+    def _part(self, name: str) -> Iterator[None]:
+        since = self._passed()
+        yield
+        self.document["parts"][name] = round(self._passed() - since, 1)
+        self.put()
+
+    def _jobs(self, part: str, jobs: list[Job], seconds: float, at_once: int | None = None) -> None:
         def record(job: str, entry: dict[str, Any]) -> None:
-            self.visit.add(part, job, entry)
-            _progress(part, job, entry)
+            self.document["entries"].append({"part": part, "job": job, **entry, "at": round(self._passed(), 1)})
+            self.put()
+            if entry["status"] != "passed":
+                where = " ".join(filter(None, (entry["case"], entry.get("candidate"))))
+                print(f"{part} {job}: {where}: {entry['status']}: {entry['error']}", file=sys.stderr, flush=True)
 
-        run_jobs(jobs, self._request, limits, record, self.stop, at_once or self._at_once)
-        self.visit.end_part(part, since)
-
-    def _profile(self) -> None:
-        since = self.visit.passed()
-        seconds = min(_PROFILE_SECONDS, self.visit.left() - _RESERVE)
-        found = profile.run(seconds, self.options.tiny, self.options.device, self.stop)
-        self.visit.put(ncu=found)
-        self.visit.end_part("ncu", since)
-
-    def _tests(self) -> None:
-        since = self.visit.passed()
-        seconds = max(0.0, min(_TEST_SECONDS, self.visit.left() - _RESERVE))
-        self.visit.put(tests=checks.run(self.options.device, self.options.tiny, seconds, self.stop))
-        self.visit.end_part("tests", since)
+        request = {"device": self._options.device, "tiny": self._options.tiny}
+        with self._part(part):
+            at_once = at_once or max(2, (os.cpu_count() or 2) - 2)
+            run_jobs(jobs, request, time.monotonic() + seconds, record, self.stop, at_once)
 
 
-def _job(module: str) -> Job:
-    return Job(module, f"benchmarks.gpu.{module}:cases")
+def _environment(device: str, commit: str | None) -> dict[str, Any]:
+    """All that can be said without touching the GPU."""
+    smi = None if device == "cpu" else _output("nvidia-smi", f"--query-gpu={_QUERY}", "--format=csv,noheader")
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": device,
+        "gpu": {} if smi is None else dict(zip(_QUERY.split(","), smi.split(", "), strict=False)),
+        "python": platform.python_version(),
+        "packages": {x.name: x.version for x in importlib.metadata.distributions() if x.name in _PACKAGES},
+        "commit": commit or _output("git", "rev-parse", "HEAD"),
+        "dirty": bool(_output("git", "status", "--porcelain", "--untracked-files=no")),
+        "ncu": shutil.which("ncu"),
+    }
 
 
-def _peers(group: str) -> Job:
-    return Job(group, "benchmarks.gpu.headline:peers", {"group": group}, hang=_PEER_SECONDS)
+def _card(found: dict[str, Any]) -> str:
+    """h100, for example: the part of the name that tells it from others; cpu where there is none."""
+    name = found["gpu"].get("name", found["device"].split(":")[0])
+    model = re.search(r"\b([A-Z]+\d+\w*)\b", name)
+    return re.sub(r"[^a-z0-9]+", "-", (model.group(1) if model else name).lower())
 
 
-def _prewarm(tiny: bool) -> Iterator[Job]:
-    """Shares of the timed kernels, compiled while processors are to spare; the interpreter has nothing to gain."""
-    for number in range(1 if tiny else _PREWARM):
-        options = {"prewarm": True, "share": [number, 8 if tiny else _PREWARM]}
-        yield Job(f"prewarm {number + 1}", "benchmarks.gpu.timing:cases", options, quiet=True)
-
-
-def _progress(part: str, job: str, entry: dict[str, Any]) -> None:
-    if entry["status"] != "passed":
-        where = " ".join(filter(None, (entry["case"], entry.get("candidate"))))
-        print(f"{part} {job}: {where}: {entry['status']}: {entry.get('error')}", file=sys.stderr, flush=True)
+def _output(*command: str) -> str | None:
+    """The first line that a command prints; None where it fails, hangs or is not there."""
+    try:
+        finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return next(iter(finished.stdout.splitlines()), None)

@@ -13,18 +13,6 @@ except ImportError:  # without Triton nothing of it is measured
     configs = None
 
 
-def tile(*sizes: int) -> Any:
-    return configs.Config(*sizes)
-
-
-def has_group() -> bool:
-    return "group" in configs.Config._fields
-
-
-def with_group(config: Any, group: int) -> Any:
-    return config._replace(group=group)
-
-
 def named(config: Any) -> str:
     """As configs.py writes it."""
     return f"Config({', '.join(map(str, config))})"
@@ -40,13 +28,9 @@ def fused(config: Any | None = None) -> Iterator[None]:
 @contextlib.contextmanager
 def gemm(rows: int, tokens: int, backend: str = "gemm") -> Iterator[None]:
     """Ops by the vendor's GEMM, with tiles of this size; by "triton", its backward has them."""
-    tile = (rows, tokens)
-    with backends.use_backend(backend), _tiles(tile):
+    names = ("_GEMM_TILE", "_BACKWARD_TILE", "_INTERPRETED_GEMM_TILE")
+    with backends.use_backend(backend), _patched(configs, **dict.fromkeys(names, (rows, tokens))):
         yield
-
-
-def _tiles(tile: tuple[int, int]) -> contextlib.AbstractContextManager[None]:
-    return _patched(configs, _GEMM_TILE=tile, _BACKWARD_TILE=tile, _INTERPRETED_GEMM_TILE=tile)
 
 
 @contextlib.contextmanager
@@ -54,12 +38,9 @@ def policy_rows(of_slice: int, of_block: int) -> Iterator[None]:
     """`linear_policy_loss` by the Triton kernels, with so many rows of logits and of gradients at a time."""
     from dlogp_kernels.triton import linear_policy_loss as launcher
 
+    rows = {"_SLICE_ROWS": of_slice, "_BLOCK_ROWS": of_block}
     # The default workspace would cut larger ones down.
-    with (
-        backends.use_backend("triton"),
-        backends.workspace_limit(2**30),
-        _patched(launcher, _SLICE_ROWS=of_slice, _BLOCK_ROWS=of_block),
-    ):
+    with backends.use_backend("triton"), backends.workspace_limit(2**30), _patched(launcher, **rows):
         yield
 
 

@@ -1,7 +1,4 @@
-"""One launch of each fused forward kernel under ncu: what it waits for.
-
-`python -m benchmarks.gpu.profile` is what ncu runs.
-"""
+"""One launch of some kernels under ncu: what they wait for. This module is also what ncu runs."""
 
 import csv
 import re
@@ -13,13 +10,12 @@ from typing import Any
 
 from .children import run_command
 
-_KERNELS = "_linear_(delta_)?logp_fwd_kernel"
 _SECTIONS = (
     "SpeedOfLight", "MemoryWorkloadAnalysis", "WarpStateStats", "SchedulerStats", "ComputeWorkloadAnalysis",
     "LaunchStats", "Occupancy",
 )  # fmt: skip
 #: What the table shows, by a part of the metric's name.
-KEY = {
+_KEY = {
     "SM %": r"^sm__throughput\.avg\.pct",
     "L2 %": r"^lts__throughput\.avg\.pct",
     "L1 %": r"^l1tex__throughput\.avg\.pct",
@@ -27,17 +23,20 @@ KEY = {
     "tensor pipe %": r"pipe_tensor\w*\.(avg|sum)\.pct",
     "registers": r"^launch__registers_per_thread$",
 }
-_STALL = re.compile(r"stalled_(\w+?)_(?:per_issue_active|not_issued)\S*ratio|issue_stalled_(\w+?)_per_warp_active\.pct")
-_TEXT_CHARACTERS = 200_000
+_STALL = re.compile(r"issue_stalled_(\w+)_per_issue_active\.ratio")
+_LOG_CHARACTERS = 3000
+_KERNELS = "(_linear_logp|_linear_delta_logp|_delta_logp)_fwd_kernel|extrapolated_sample_kernel"
+#: Rows of the products, and of given logits.
+_ROWS, _DRAWN = 2048, 64
 
 
 def run(seconds: float, tiny: bool, device: str, stop: threading.Event) -> dict[str, Any]:
-    """Every metric of both kernels by name, or why there is none."""
+    """Every metric of each launch by name, or why there is none."""
     ncu = shutil.which("ncu")
     if ncu is None:
         return {"status": "skipped", "error": "ncu is not on PATH"}
     command = [ncu, "--clock-control", "none", "--target-processes", "all", "--csv", "--page", "raw"]
-    command += ["-k", f"regex:{_KERNELS}", "-c", "2"]
+    command += ["-k", f"regex:{_KERNELS}", "-c", "5"]
     command += [argument for section in _SECTIONS for argument in ("--section", section)]
     command += [sys.executable, "-m", "benchmarks.gpu.profile", device, *(["--tiny"] if tiny else [])]
     code, output = run_command(command, seconds, stop)
@@ -45,45 +44,32 @@ def run(seconds: float, tiny: bool, device: str, stop: threading.Event) -> dict[
     if kernels:
         return {"status": "passed", "kernels": kernels}
     reason = "was ended: out of time" if code is None else f"ended with exit status {code}"
-    last = next((line for line in reversed(output.splitlines()) if "ERROR" in line or "rror" in line), "")
-    return {"status": "failed", "error": f"ncu {reason} {last}".strip(), "log": output[-_TEXT_CHARACTERS:]}
+    last = next((line for line in reversed(output.splitlines()) if "rror" in line or "ERROR" in line), "")
+    return {"status": "failed", "error": f"ncu {reason} {last}".strip(), "log": output[-_LOG_CHARACTERS:]}
 
 
 def read(output: str) -> Iterator[tuple[str, dict[str, str]]]:
-    """(kernel, its metrics) of ncu's raw page: a line of names, one of units, one a kernel."""
-    lines = output.splitlines()
-    start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
-    if start is None:
-        return
-    names, _, *rows = csv.reader(line for line in lines[start:] if line.startswith('"'))
-    for row in rows:
-        metrics = dict(zip(names, row, strict=False))
-        kernel = re.sub(r"\W.*", "", metrics.get("Kernel Name", "kernel"))
-        yield kernel, {name: value for name, value in metrics.items() if value and "__" in name}
+    """(number and kernel, its metrics) of ncu's raw page: a line of names, one of units, one a launch."""
+    lines = [line for line in output.splitlines() if line.startswith('"')]
+    if lines:
+        names, _, *rows = csv.reader(lines)
+        for number, row in enumerate(rows, 1):
+            metrics = dict(zip(names, row, strict=False))
+            found = re.search(r"\w*_kernel", metrics.get("Kernel Name", ""))
+            name = f"{number} {found[0] if found else 'kernel'}"
+            yield name, {metric: value for metric, value in metrics.items() if value and "__" in metric}
 
 
 def summary(metrics: dict[str, str]) -> dict[str, str]:
     """The few that say what bounds a kernel."""
     found = {}
-    for label, pattern in KEY.items():
+    for label, pattern in _KEY.items():
         values = [value for name, value in metrics.items() if re.search(pattern, name)]
         if values:
-            found[label] = max(values, key=_number)
-    stalls: dict[str, float] = {}
-    for name, value in metrics.items():
-        match = _STALL.search(name)
-        if match:
-            reason = match.group(1) or match.group(2)
-            stalls[reason] = max(stalls.get(reason, 0.0), _number(value))
+            found[label] = max(values, key=float)
+    stalls = {match[1]: float(value) for name, value in metrics.items() if (match := _STALL.search(name))}
     top = sorted(stalls, key=lambda reason: -stalls[reason])[:3]
-    return found | ({"stalls": ", ".join(f"{reason} {stalls[reason]:.2f}" for reason in top)} if top else {})
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text.replace(",", ""))
-    except ValueError:
-        return 0.0
+    return found | {"stalls": ", ".join(f"{reason} {stalls[reason]:.2f}" for reason in top)}
 
 
 def _main(device: str, tiny: bool) -> None:
@@ -95,12 +81,20 @@ def _main(device: str, tiny: bool) -> None:
     from ..shapes import Shape, Workload
     from . import library
 
-    head = Shape("tiny", 16, 300) if tiny else Shape("d4096", 4096, 151_936)
-    n, dtype = (24, "float32") if tiny else (2048, "bfloat16")
-    inputs: dict[str, Any] = {**build(Workload("linear_delta_logp", head, n, dtype), torch.device(device)).inputs}
+    head = Shape("tiny", 16, 300) if tiny else Shape("D 4096", 4096, 151_936)
+    n, drawn, dtype = (24, 3, "float32") if tiny else (_ROWS, _DRAWN, "bfloat16")
+
+    def inputs_of(op: str, rows: int) -> dict[str, Any]:
+        return {**build(Workload(op, head, rows, dtype), torch.device(device)).inputs}
+
+    inputs, logits = inputs_of("linear_delta_logp", n), inputs_of("delta_logp", drawn)
     with library.fused():
         dlogp_kernels.linear_logp(inputs["hidden"], inputs["weight"], inputs["target"])
         dlogp_kernels.linear_delta_logp(**inputs)
+        dlogp_kernels.delta_logp(**logits)
+    del logits["target"]
+    for top_p in (1.0, 0.7):
+        dlogp_kernels.extrapolated_sample(**logits, gamma=0.5, seed=7, top_p=top_p)
 
 
 if __name__ == "__main__":

@@ -17,16 +17,21 @@ import torch
 from torch import Tensor
 
 import dlogp_kernels
-from dlogp_kernels import backends, reference, reference_policy
+from dlogp_kernels import Sample, backends, reference, reference_policy
 
-from ..harness import NotMeasuredError, WrongResultError, relative_error
-from ..shapes import DTYPES
-from .child import Case, Entry, Session
-from .draws import check_draws
+from ..harness import NotMeasuredError, WrongResultError, relative_error, verify
+from ..problem import Problem, SingleStats, build
+from ..sampling import check_draws
+from ..shapes import DTYPES, Shape, Workload
+from .child import Case, Entry, Session, failure
 
 Inputs = dict[str, Tensor]
 Options = dict[str, Any]
 IGNORE_INDEX = -100
+#: Rows of logits at a time where accuracy is measured, and how far off they may be: never more than this; the median
+#: and 99.9 % of all rows at most so many times as far as cuBLAS.
+_ROWS, _LARGEST, _TIMES_CUBLAS = 512, 1e-3, 2.0
+_QUANTILES = {"median": 0.5, "99.9 %": 0.999, "max": 1.0}
 #: Largest error of a statistic, per max(1, |value|), and relative error of a gradient. Tensor cores truncate their
 #: sums, and gradients by logits are rounded to the inputs' dtype: a wrong kernel is further off.
 _STATISTIC = {"bfloat16": 1e-3, "float16": 1e-3, "float32": 5e-5}
@@ -34,14 +39,13 @@ _GRADIENT = {"bfloat16": 0.02, "float16": 0.01, "float32": 1e-4}
 
 
 class Kind(NamedTuple):
-    """Inputs of one kind: rows, hidden size, vocabulary, candidates a row, and whether the options are on."""
+    """Rows, hidden size, vocabulary, candidates a row; whether options are on; every so many rows one is ignored."""
 
     n: int
     d: int
     v: int
     k: int = 1
     options: bool = False
-    #: Every so many rows one is ignored.
     ignored: int = 0
     dtypes: tuple[str, ...] = ("bfloat16", "float16", "float32")
 
@@ -56,8 +60,8 @@ _KINDS = {
 }
 #: Triton's interpreter computes bfloat16 wrongly.
 _TINY_KINDS = {
-    "aligned": Kind(24, 16, 300, dtypes=("float32", "float16")),
-    "options": Kind(7, 13, 97, k=2, options=True, ignored=3, dtypes=("float32",)),
+    "aligned": Kind(9, 16, 97, dtypes=("float32", "float16")),
+    "options": Kind(7, 13, 61, k=2, options=True, ignored=3, dtypes=("float32",)),
 }
 _POLICIES: dict[str, Options] = {
     "dapo": {},
@@ -74,80 +78,175 @@ _LINEAR_POLICIES: dict[str, Options] = {
     "sequence": {"loss_type": "grpo", "importance": "sequence"},
 }
 _SAMPLERS: dict[str, Options] = {
+    "top-p": {"top_p": 0.7, "gamma": 0.5},
     "no filter": {"gamma": 0.5},
-    "top-p": {"top_p": 0.7},
     "top-k, min-p, by Δlog p": {"top_k": 20, "min_p": 0.02, "criterion": "delta_logp", "threshold": -0.3, "gamma": 0.3},
     "by entropy, draft of rl, T 0.7": {"criterion": "entropy", "threshold": 5.0, "draft": "rl", "temperature": 0.7},
     "greedy": {"temperature": 0.0},
 }
-
-
-#: Backend, ops, and whether gradients are compared too, of each family of statistics.
-_STATISTICS: dict[str, tuple[str, tuple[str, ...], bool]] = {
+#: Backend, ops, and whether gradients are compared too, of each family; a policy's are.
+_FAMILIES: dict[str, tuple[str, tuple[str, ...], bool]] = {
     "linear": ("triton", ("linear_logp",), False),
     "pair": ("triton", ("linear_delta_logp",), False),
     "backward": ("triton", ("linear_logp", "linear_delta_logp"), True),
     "logits": ("triton", ("logp", "delta_logp"), True),
     "gemm": ("gemm", ("linear_logp", "linear_delta_logp"), False),
-}
-_SAMPLING = {
-    "sampling triton": ("triton", "extrapolated_sample"),
-    "sampling cuda": ("cuda", "extrapolated_sample"),
-    "linear sampling": ("triton", "linear_extrapolated_sample"),
+    "sampling triton": ("triton", ("extrapolated_sample",), False),
+    "sampling cuda": ("cuda", ("extrapolated_sample",), False),
+    "linear sampling": ("triton", ("linear_extrapolated_sample",), False),
+    "policy_loss": ("triton", ("policy_loss",), True),
+    "linear_policy_loss": ("triton", ("linear_policy_loss",), True),
 }
 
 
 @dataclass(frozen=True)
-class _Subject:
-    """An op, served by one backend."""
+class _Trial:
+    """A call of an op by one backend; `leaves` are inputs whose gradients are compared."""
 
-    session: Session
+    name: str
     backend: str
     op: str
+    dtype: str
+    inputs: Callable[[], Inputs]
+    options: Options
+    leaves: tuple[str, ...] = ()
 
-    def require(self) -> None:
+    def compared(self) -> Iterator[Entry]:
+        """Raises WrongResultError where outputs or gradients are too far from float64."""
+        inputs = self._required()
+        if "sample" in self.op:
+            with backends.use_backend(self.backend), _nan_in_allocations():
+                drawn = Sample(**self._call(inputs))
+            errors = check_draws(drawn, inputs, self.options, _STATISTIC[self.dtype])
+        else:
+            exact = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
+            expected = _outcome(self._definition, exact, self.leaves)
+            with backends.use_backend(self.backend), _nan_in_allocations():
+                found = _outcome(self._call, inputs, self.leaves)
+            errors = {
+                name: relative_error(found[name], truth) if name.startswith("d ") else _error(found[name], truth)
+                for name, truth in expected.items()
+            }
+            limits = {name: (_GRADIENT if name.startswith("d ") else _STATISTIC)[self.dtype] for name in errors}
+            verify(", ".join(f"{name} {error:.1e}" for name, error in errors.items()), errors, limits)
+        yield {"error_of": errors, "largest": max(errors.values())}
+
+    def on_another_stream(self) -> Iterator[Entry]:
+        """Inputs that a stream still computes are waited for on that stream."""
+        ready = self._required()
+        with backends.use_backend(self.backend):
+            expected = self._call(ready)
+            torch.cuda.synchronize()
+            stream = torch.cuda.Stream()
+            with torch.cuda.stream(stream):
+                torch.cuda._sleep(50_000_000)
+                found = self._call({name: x.clone() for name, x in ready.items()})
+            stream.synchronize()
+        yield _same(found, expected)
+
+    def as_a_graph(self) -> Iterator[Entry]:
+        """A replay with other inputs gives what a call gives."""
+        given = self._required()
+        with backends.use_backend(self.backend):
+            others = {name: x.flip(0).clone() for name, x in given.items()}
+            expected = self._call(others)
+            torch.cuda.synchronize()
+            with torch.cuda.stream(torch.cuda.Stream()):
+                self._call(given)
+                torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                found = self._call(given)
+            for name, x in given.items():
+                x.copy_(others[name])
+            graph.replay()
+            torch.cuda.synchronize()
+        yield _same(found, expected)
+
+    def _required(self) -> Inputs:
+        """The inputs, if the backend can take them."""
+        inputs = self.inputs()
         schema = self.op if "sample" in self.op else f"{self.op}_fwd"
-        problem = backends.unavailable(self.backend, schema, self.session.device)
+        problem = backends.unavailable(self.backend, schema, next(iter(inputs.values())).device)
         if problem is not None:
             raise NotMeasuredError(f"backend {self.backend}: {problem}")
+        return inputs
 
-    def call(self, inputs: Mapping[str, Tensor], options: Options) -> Inputs:
-        """Its outputs by name."""
-        return dict(_named(getattr(dlogp_kernels, self.op)(**inputs, **options)))
+    def _call(self, inputs: Mapping[str, Tensor]) -> Inputs:
+        return dict(_named(getattr(dlogp_kernels, self.op)(**inputs, **self.options)))
+
+    def _definition(self, inputs: Mapping[str, Any]) -> Inputs:
+        if "policy" not in self.op:
+            return dict(_named(getattr(reference, self.op)(**inputs, **self.options)))
+        heads: Options = {"heads": {}} if self.op.startswith("linear") else {}
+        options = reference_policy.PolicyOptions(**self.options)
+        return dict(_named(getattr(reference_policy, self.op)(**inputs, **heads, options=options)))
 
 
 def cases(session: Session) -> list[Case]:
-    """Of the request's family: the plain case first, then streams and graphs, then the others."""
-    if session.group in _STATISTICS:
-        backend, ops, training = _STATISTICS[session.group]
-        return [case for op in ops for case in _statistics(_Subject(session, backend, op), training)]
-    if session.group in _SAMPLING:
-        return _samplers(_Subject(session, *_SAMPLING[session.group]))
-    subject = _Subject(session, "triton", session.group)
-    return _policy_losses(subject) if session.group == "policy_loss" else _linear_policy_losses(subject)
+    """Of the request's family: the plain case of each op first; on a GPU then another stream and a CUDA graph."""
+    backend, ops, training = _FAMILIES[session.group]
+    found = []
+    for op in ops:
+        if "sample" in op:
+            make = _samplers
+        elif "policy" in op:
+            make = _linear_policy_losses if op.startswith("linear") else _policy_losses
+        else:
+            make = partial(_statistics, training=training)
+        first, *rest = (trial for trial in make(session, backend, op))
+        found.append(Case(f"{op} {first.name}", first.compared))
+        if session.on_gpu:
+            found.append(Case(f"{op} on another stream", first.on_another_stream))
+            found.append(Case(f"{op} as a CUDA graph", first.as_a_graph))
+        found += [Case(f"{op} {trial.name}", trial.compared) for trial in rest]
+    return found
 
 
-def _statistics(subject: _Subject, training: bool) -> list[Case]:
-    kinds, op = _TINY_KINDS if subject.session.tiny else _KINDS, subject.op
-    found = [
-        Case(f"{op} {dtype} {name}", partial(_statistic, subject, kind, dtype, training))
-        for dtype in _STATISTIC
-        for name, kind in kinds.items()
-        if dtype in kind.dtypes
-    ]
-    first = kinds["aligned"]
-    inputs = partial(_head_inputs, op, first, first.dtypes[0], subject.session.device)
-    return [found[0], *_elsewhere(subject, inputs, {}), *found[1:]]
+def _statistics(session: Session, backend: str, op: str, training: bool) -> Iterator[_Trial]:
+    names = ("hidden", "weight", "bias") if op.startswith("linear") else ("logits",)
+    for dtype in _STATISTIC:
+        for name, kind in (_TINY_KINDS if session.tiny else _KINDS).items():
+            options: Options = {"temperature": 0.7, "softcap": 6.0, "logit_scale": 1.3} if kind.options else {}
+            if options and "delta" in op:
+                options |= {"base_softcap": 9.0, "base_logit_scale": 0.8}
+            leaves = [x for x in names if training and (kind.options or x != "bias")]
+            leaves += [f"base_{x}" for x in leaves if "delta" in op]
+            if dtype in kind.dtypes:
+                inputs = partial(_head_inputs, op, kind, dtype, session.device)
+                yield _Trial(f"{dtype} {name}", backend, op, dtype, inputs, options, tuple(leaves))
 
 
-def _statistic(subject: _Subject, kind: Kind, dtype: str, training: bool) -> Iterator[Entry]:
-    subject.require()
-    inputs = _head_inputs(subject.op, kind, dtype, subject.session.device)
-    options = {"temperature": 0.7, "softcap": 6.0, "logit_scale": 1.3} if kind.options else {}
-    if kind.options and "delta" in subject.op:
-        options |= {"base_softcap": 9.0, "base_logit_scale": 0.8}
-    leaves = [name for name, x in inputs.items() if x.is_floating_point()] if training else []
-    yield _compared(subject, getattr(reference, subject.op), inputs, dtype, leaves, options, options)
+def _samplers(session: Session, backend: str, op: str) -> Iterator[_Trial]:
+    sizes = {"aligned": Kind(5, 128, 4096), "odd": Kind(9, 45, 1187), "large": Kind(3, 512, 151_936)}
+    if session.tiny:
+        sizes = {"aligned": Kind(2, 16, 61)}
+    for dtype in _STATISTIC if session.on_gpu else ("float32",):
+        for size, kind in sizes.items():
+            for name, options in [*_SAMPLERS.items()][: 2 if session.tiny else None]:
+                inputs = partial(_head_inputs, op, kind, dtype, session.device)
+                yield _Trial(f"{dtype} {size} {name}", backend, op, dtype, inputs, {"seed": 7, **options})
+
+
+def _policy_losses(session: Session, backend: str, op: str) -> Iterator[_Trial]:
+    b, t = (3, 16) if session.tiny else (9, 700)
+    for dtype in ("float32", "bfloat16")[: 1 + session.on_gpu]:
+        for name, options in _POLICIES.items():
+            for layout in ("padded", "packed")[: 2 - session.tiny]:
+                inputs = partial(_tokens, b, t, dtype, session.device, options, layout == "packed")
+                yield _Trial(f"{dtype} {layout} {name}", backend, op, dtype, inputs, options, ("logp",))
+
+
+def _linear_policy_losses(session: Session, backend: str, op: str) -> Iterator[_Trial]:
+    sizes = {"aligned": (8, 80, 128, 4096), "odd D and V": (3, 31, 45, 1187), "large": (4, 300, 1024, 20_011)}
+    if session.tiny:
+        sizes = {"aligned": (2, 8, 16, 97)}
+    for dtype in _STATISTIC if session.on_gpu else ("float32",):
+        for size, shape in sizes.items():
+            for name, options in _LINEAR_POLICIES.items():
+                if size != "large" or (dtype, name) == ("bfloat16", "dapo"):
+                    inputs = partial(_linear_tokens, *shape, dtype, session.device, options)
+                    yield _Trial(f"{dtype} {size} {name}", backend, op, dtype, inputs, options, ("hidden", "weight"))
 
 
 def _head_inputs(op: str, kind: Kind, dtype: str, device: torch.device) -> Inputs:
@@ -174,28 +273,45 @@ def _head_inputs(op: str, kind: Kind, dtype: str, device: torch.device) -> Input
     return inputs | {"target": target}
 
 
-def _compared(
-    subject: _Subject, definition: Callable[..., Any], inputs: Inputs, dtype: str, leaves: list[str],
-    options: Options, definition_options: Options,
-) -> Entry:  # fmt: skip
-    """Outputs and gradients beside float64; raises WrongResultError where they are too far apart."""
-    exact = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
-    expected = _outcome(lambda given: dict(_named(definition(**given, **definition_options))), exact, leaves)
-    with backends.use_backend(subject.backend), _nan_in_allocations():
-        found = _outcome(lambda given: subject.call(given, options), inputs, leaves)
-    errors = {
-        name: relative_error(found[name], truth) if name.startswith("d ") else _error(found[name], truth)
-        for name, truth in expected.items()
+def _tokens(b: int, t: int, dtype: str, device: torch.device, options: Options, packed: bool = False) -> Inputs:
+    """Ratios near 1, some of them clipped; the last response has no tokens. Packed ones differ in length."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, device=device)
+
+    old_logp = -normal(b, t).abs() * 2.0
+    logp = old_logp + 0.3 * normal(b, t)
+    mask = torch.rand(b, t, generator=generator, device=device) < 0.7
+    mask[-1] = False
+    inputs = {"logp": logp, "old_logp": old_logp, "advantage": normal(b)}
+    if options.get("kl_beta"):
+        inputs["ref_logp"] = logp + 0.2 * normal(b, t)
+    inputs = {name: x.to(DTYPES[dtype]) for name, x in inputs.items()} | {"mask": mask}
+    if packed:
+        lengths = 1 + (t - 1) * torch.arange(1, b + 1, device=device) // b
+        inside = torch.arange(t, device=device) < lengths[:, None]
+        inputs = {name: x[inside] if x.dim() == 2 else x for name, x in inputs.items()}
+        inputs["offsets"] = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    return inputs | ({"group": torch.arange(b, device=device) // 3} if options.get("reweight") == "ppl" else {})
+
+
+def _linear_tokens(b: int, t: int, d: int, v: int, dtype: str, device: torch.device, options: Options) -> Inputs:
+    head = _head_inputs("linear_logp", Kind(b * t, d, v), dtype, device)
+    exact: Options = {name: x.double() if x.is_floating_point() else x for name, x in head.items()}
+    tokens = _tokens(b, t, "float32", device, options)
+    log_ratio = tokens["logp"] - tokens["old_logp"]
+    return {
+        "hidden": head["hidden"].view(b, t, d),
+        "weight": head["weight"],
+        "target": head["target"].view(b, t),
+        "old_logp": (reference.linear_logp(**exact).logp.view(b, t) - log_ratio).float(),
+        "advantage": tokens["advantage"],
+        "mask": tokens["mask"],
     }
-    for name, error in errors.items():
-        limit = _GRADIENT[dtype] if name.startswith("d ") else _STATISTIC[dtype]
-        if not error <= limit:
-            every = ", ".join(f"{other} {value:.1e}" for other, value in errors.items())
-            raise WrongResultError(f"{name} is off by {error:.2e}, expected at most {limit:.0e}; all: {every}")
-    return {"error_of": errors, "largest": max(errors.values())}
 
 
-def _outcome(function: Callable[[Inputs], Inputs], inputs: Inputs, leaves: list[str]) -> Inputs:
+def _outcome(function: Callable[[Inputs], Inputs], inputs: Inputs, leaves: tuple[str, ...]) -> Inputs:
     """Outputs by name, and as "d name" the gradients of a fixed random sum of those that have one."""
     given = {name: x.detach().requires_grad_() if name in leaves else x for name, x in inputs.items()}
     outputs = function(given)
@@ -245,50 +361,6 @@ def _nan_in_allocations() -> Iterator[None]:
         yield
 
 
-def _elsewhere(subject: _Subject, inputs: Callable[[], Inputs], options: Options) -> list[Case]:
-    """On a GPU: the op on a stream that is not the default one, and captured as a CUDA graph."""
-    if not subject.session.on_gpu:
-        return []
-    names = {"other stream": _other_stream, "CUDA graph": _graph}
-    return [Case(f"{subject.op} {name}", partial(run, subject, inputs, options)) for name, run in names.items()]
-
-
-def _other_stream(subject: _Subject, inputs: Callable[[], Inputs], options: Options) -> Iterator[Entry]:
-    """Inputs that a stream still computes are waited for on that stream."""
-    subject.require()
-    with backends.use_backend(subject.backend):
-        ready = inputs()
-        expected = subject.call(ready, options)
-        torch.cuda.synchronize()
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            torch.cuda._sleep(50_000_000)
-            found = subject.call({name: x.clone() for name, x in ready.items()}, options)
-        stream.synchronize()
-    yield _same(found, expected)
-
-
-def _graph(subject: _Subject, inputs: Callable[[], Inputs], options: Options) -> Iterator[Entry]:
-    """A replay with other inputs gives what a call gives."""
-    subject.require()
-    with backends.use_backend(subject.backend):
-        given = inputs()
-        others = {name: x.flip(0).clone() for name, x in given.items()}
-        expected = subject.call(others, options)
-        torch.cuda.synchronize()
-        with torch.cuda.stream(torch.cuda.Stream()):
-            subject.call(given, options)
-            torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            found = subject.call(given, options)
-        for name, x in given.items():
-            x.copy_(others[name])
-        graph.replay()
-        torch.cuda.synchronize()
-    yield _same(found, expected)
-
-
 def _same(found: Inputs, expected: Inputs) -> Entry:
     for name, other in expected.items():
         if not torch.equal(found[name].nan_to_num(nan=0.5), other.nan_to_num(nan=0.5)):
@@ -297,110 +369,80 @@ def _same(found: Inputs, expected: Inputs) -> Entry:
     return {}
 
 
-def _policy_losses(subject: _Subject) -> list[Case]:
-    session = subject.session
-    b, t = (3, 16) if session.tiny else (9, 700)
-    found = [
-        Case(f"policy_loss {dtype} {layout} {name}", partial(_policy, subject, b, t, dtype, layout, options))
-        for dtype in ("float32", "bfloat16")[: 1 + session.on_gpu]
-        for name, options in _POLICIES.items()
-        for layout in ("padded", "packed")[: 2 - session.tiny]
-    ]
-    return [found[0], *_elsewhere(subject, partial(_tokens, b, t, "float32", session.device, {}), {}), *found[1:]]
+def machine(session: Session) -> list[Case]:
+    return [Case("backends", partial(_backends, session))]
 
 
-def _policy(subject: _Subject, b: int, t: int, dtype: str, layout: str, options: Options) -> Iterator[Entry]:
-    subject.require()
-    inputs = _tokens(b, t, dtype, subject.session.device, options)
-    if layout == "packed":
-        inputs = _packed(inputs)
-    definition_options = {"options": reference_policy.PolicyOptions(**options)}
-    definition = reference_policy.policy_loss
-    yield _compared(subject, definition, inputs, dtype, ["logp"], options, definition_options)
+def _backends(session: Session) -> Iterator[Entry]:
+    """Which backend serves which op here, and why not the others, each reason once; the CUDA library has to load."""
+    served: dict[str, list[str]] = {}
+    reasons: set[str] = set()
+    for choice in backends.report():
+        if choice.device == session.device.type:
+            served.setdefault(choice.backend, []).append(choice.op)
+            reasons |= {f"{name}: {reason}" for name, reason in choice.others.items() if "preferred" not in reason}
+    card = str(torch.cuda.get_device_properties(session.device)) if session.on_gpu else None
+    yield {"served": served, "not available": sorted(reasons), "cuda": torch.version.cuda, "properties": card}
+    problem = backends.unavailable("cuda", "extrapolated_sample", session.device)
+    if problem is not None:
+        raise (WrongResultError if session.on_gpu else NotMeasuredError)(f"CUDA library: {problem}")
 
 
-def _tokens(b: int, t: int, dtype: str, device: torch.device, options: Options) -> Inputs:
-    """Ratios near 1, some of them clipped; the last response has no tokens."""
-    generator = torch.Generator(device).manual_seed(0)
-
-    def normal(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator, device=device)
-
-    old_logp = -normal(b, t).abs() * 2.0
-    logp = old_logp + 0.3 * normal(b, t)
-    mask = torch.rand(b, t, generator=generator, device=device) < 0.7
-    mask[-1] = False
-    inputs = {"logp": logp, "old_logp": old_logp, "advantage": normal(b)}
-    if options.get("kl_beta"):
-        inputs["ref_logp"] = logp + 0.2 * normal(b, t)
-    inputs = {name: x.to(DTYPES[dtype]) for name, x in inputs.items()} | {"mask": mask}
-    return inputs | ({"group": torch.arange(b, device=device) // 3} if options.get("reweight") == "ppl" else {})
-
-
-def _packed(inputs: Inputs) -> Inputs:
-    """Responses of different lengths one after another."""
-    b, t = inputs["mask"].shape
-    lengths = [1 + (t - 1) * (i + 1) // b for i in range(b)]
-    packed = {
-        name: torch.cat([row[:length] for row, length in zip(x, lengths, strict=True)]) if x.dim() == 2 else x
-        for name, x in inputs.items()
-    }
-    return packed | {"offsets": torch.tensor([0, *lengths], device=inputs["mask"].device).cumsum(0)}
-
-
-def _linear_policy_losses(subject: _Subject) -> list[Case]:
-    sizes = {"aligned": (8, 80, 128, 4096), "odd D and V": (3, 31, 45, 1187), "large": (4, 300, 1024, 20_011)}
-    if subject.session.tiny:
-        sizes = {"aligned": (2, 8, 16, 97)}
-    return [
-        Case(f"linear_policy_loss {dtype} {name} {kind}", partial(_linear_policy, subject, size, dtype, options))
-        for dtype in (_STATISTIC if subject.session.on_gpu else ("float32",))
-        for name, size in sizes.items()
-        for kind, options in _LINEAR_POLICIES.items()
-        if name != "large" or (dtype, kind) == ("bfloat16", "dapo")
-    ]
-
-
-def _linear_policy(subject: _Subject, size: tuple[int, ...], dtype: str, options: Options) -> Iterator[Entry]:
-    subject.require()
-    b, t, d, v = size
-    head = _head_inputs("linear_logp", Kind(b * t, d, v), dtype, subject.session.device)
-    exact: Options = {name: x.double() if x.is_floating_point() else x for name, x in head.items()}
-    tokens = _tokens(b, t, "float32", subject.session.device, options)
-    old_logp = reference.linear_logp(**exact).logp.view(b, t) - (tokens["logp"] - tokens["old_logp"])
-    inputs = {
-        "hidden": head["hidden"].view(b, t, d),
-        "weight": head["weight"],
-        "target": head["target"].view(b, t),
-        "old_logp": old_logp.float(),
-        "advantage": tokens["advantage"],
-        "mask": tokens["mask"],
-    }
-    definition = reference_policy.linear_policy_loss
-    definition_options = {"options": reference_policy.PolicyOptions(**options), "heads": {}}
-    yield _compared(subject, definition, inputs, dtype, ["hidden", "weight"], options, definition_options)
-
-
-def _samplers(subject: _Subject) -> list[Case]:
-    session = subject.session
-    sizes = {"aligned": Kind(5, 128, 4096), "odd": Kind(9, 45, 1187), "large": Kind(3, 512, 151_936)}
+def accuracy(session: Session) -> list[Case]:
+    """How far log p and entropy are from float64, beside cuBLAS with float32 output on the same inputs."""
+    work = Workload("linear_delta_logp", Shape("D 4096", 4096, 151_936), 4096)
     if session.tiny:
-        sizes = {"aligned": Kind(3, 16, 97)}
-    dtypes = [*_STATISTIC] if session.on_gpu else ["float32"]
-    found = [
-        Case(f"{subject.op} {dtype} {size} {name}", partial(_sample, subject, kind, dtype, options))
-        for dtype in dtypes
-        for size, kind in sizes.items()
-        for name, options in _SAMPLERS.items()
-        if not session.tiny or name in ("no filter", "top-p")
-    ]
-    inputs = partial(_head_inputs, subject.op, sizes["aligned"], dtypes[0], session.device)
-    return [found[0], *_elsewhere(subject, inputs, {"seed": 7, "top_p": 0.9, "gamma": 0.5}), *found[1:]]
+        work = Workload("linear_delta_logp", Shape("tiny", 16, 130), 16, "float32")
+    return [Case(str(work), partial(_accuracy, session, work))]
 
 
-def _sample(subject: _Subject, kind: Kind, dtype: str, options: Options) -> Iterator[Entry]:
-    subject.require()
-    inputs = _head_inputs(subject.op, kind, dtype, subject.session.device)
-    with backends.use_backend(subject.backend), _nan_in_allocations():
-        drawn = getattr(dlogp_kernels, subject.op)(**inputs, seed=7, **options)
-    yield check_draws(drawn, inputs, 7, options, _STATISTIC[dtype])
+def _accuracy(session: Session, work: Workload) -> Iterator[Entry]:
+    problem = build(work, session.device)
+    weight, exact = problem.inputs["weight"].t(), problem.inputs["weight"].double().t()
+    truth = _stats_of_blocks(problem, lambda hidden: hidden.double() @ exact)
+
+    def cublas(hidden: Tensor) -> Tensor:
+        if hidden.is_cuda:
+            return torch.mm(hidden, weight, out_dtype=torch.float32)
+        return hidden.float() @ weight.float()
+
+    candidates = {
+        "cuBLAS, float32 out": partial(_stats_of_blocks, problem, cublas),
+        "linear_logp triton": partial(_stats_of_ours, problem, "linear_logp", "triton"),
+        "linear_logp gemm": partial(_stats_of_ours, problem, "linear_logp", "gemm"),
+        "linear_delta_logp triton": partial(_stats_of_ours, problem, "linear_delta_logp", "triton"),
+    }
+    of_cublas: dict[str, float] = {}
+    for name, call in candidates.items():
+        session.watch(name)
+        entry: Entry = {"candidate": name}
+        try:
+            found = call()
+            entry["error_of"] = errors = {
+                f"{output} {label}": (getattr(found, output).double() - getattr(truth, output)).abs().quantile(q).item()
+                for output in ("logp", "entropy")
+                for label, q in _QUANTILES.items()
+            }
+            of_cublas = of_cublas or errors
+            for label, error in errors.items():
+                most = _LARGEST if label.endswith("max") else _TIMES_CUBLAS * of_cublas[label] + 1e-7
+                if not error <= min(most, _LARGEST):
+                    raise WrongResultError(f"{label} is {error:.1e}, expected at most {min(most, _LARGEST):.1e}")
+        except Exception as error:
+            entry |= failure(error)
+        yield entry
+
+
+def _stats_of_ours(problem: Problem, op: str, backend: str) -> SingleStats:
+    names = ("hidden", "weight", "target") if op == "linear_logp" else problem.inputs.keys()
+    with backends.use_backend(backend), torch.no_grad():
+        stats = getattr(dlogp_kernels, op)(**{name: problem.inputs[name] for name in names})
+    return SingleStats(stats.logp, stats.entropy)
+
+
+def _stats_of_blocks(problem: Problem, logits: Callable[[Tensor], Tensor]) -> SingleStats:
+    blocks = []
+    for hidden, target in zip(*(problem.inputs[name].split(_ROWS) for name in ("hidden", "target")), strict=True):
+        logp = logits(hidden).log_softmax(-1)
+        blocks.append(SingleStats(logp.gather(-1, target[:, None])[:, 0], -(logp.exp() * logp).sum(-1)))
+    return SingleStats(*(torch.cat(values) for values in zip(*blocks, strict=True)))

@@ -17,28 +17,24 @@ Entry = dict[str, Any]
 
 def lines(document: dict[str, Any]) -> list[str]:
     entries: list[Entry] = document["entries"]
-    head = list(_head(document))
-    problems = list(_problems(entries))
-    tests = list(_tests(document.get("tests")))
+    found = [*_head(document), *_at_most(_MOST_PROBLEMS, list(_problems(entries))), *_tests(document.get("tests"))]
     figures = [*_accuracy(entries), *_timing(entries), *_best(entries), *_ncu(document.get("ncu"))]
-    shown = problems if len(problems) <= _MOST_PROBLEMS else problems[: _MOST_PROBLEMS - 1]
-    if len(shown) < len(problems):
-        shown.append(f"… and {len(problems) - len(shown)} more in the JSON")
-    room = MOST_LINES - len(head) - len(shown) - len(tests)
-    if len(figures) > room:
-        figures = [*figures[: room - 1], f"… and {len(figures) - room + 1} more lines in the JSON"]
-    return [line[:_WIDTH] for line in (*head, *shown, *tests, *figures)]
+    return [line[:_WIDTH] for line in (*found, *_at_most(MOST_LINES - len(found), figures))]
+
+
+def _at_most(number: int, found: list[str]) -> list[str]:
+    return (
+        found if len(found) <= number else [*found[: number - 1], f"… and {len(found) - number + 1} more in the JSON"]
+    )
 
 
 def _head(document: dict[str, Any]) -> Iterator[str]:
     env = document["environment"]
     gpu, packages = env["gpu"], env["packages"]
-    versions = ", ".join(f"{name} {packages.get(name)}" for name in ("torch", "triton"))
     card = f"{gpu.get('name', env['device'])}, driver {gpu.get('driver_version')}"
-    yield f"Visit {document['visit']} on {card}, {versions}"
-    parts = ", ".join(f"{part} {seconds:.0f} s" for part, seconds in document["parts"].items())
-    commit = f"{env['commit']}{' with changes' if env['dirty'] else ''}"
-    yield f"commit {commit}; {parts}; in all {document['seconds']:.0f} s"
+    yield f"Visit {document['visit']} on {card}, {_joined({x: packages.get(x) for x in ('torch', 'triton')})}"
+    parts = _joined(document["parts"], "{} {:.0f} s")
+    yield f"commit {env['commit']}{' with changes' * env['dirty']}; {parts}; in all {document['seconds']:.0f} s"
     if document["stopped"]:
         yield f"NOT WHOLE: {document['stopped']}"
     for entry in document["entries"]:
@@ -49,7 +45,7 @@ def _head(document: dict[str, Any]) -> Iterator[str]:
     for status in ("passed", "failed", "skipped", "cut off"):
         count = Counter(entry["job"] for entry in smoke if entry["status"] == status)
         if count:
-            yield f"smoke, {status}: " + ", ".join(f"{job} {n}" for job, n in count.items())
+            yield f"smoke, {status}: {_joined(count)}"
 
 
 def _problems(entries: Iterable[Entry]) -> Iterator[str]:
@@ -67,19 +63,19 @@ def _problems(entries: Iterable[Entry]) -> Iterator[str]:
 
 
 def _tests(tests: dict[str, Any] | None) -> Iterator[str]:
-    if tests is None:
-        return
-    counts = ", ".join(f"{n} {name}" for name, n in tests["counts"].items())
-    yield f"tests: {counts}{'' if tests['whole'] else '; cut off'}"
-    for failure in tests["failures"][:10]:
-        yield f"- {failure['test']}: {failure['message']}"
+    if tests is not None:
+        yield f"tests: {_joined(tests['counts'], '{1} {0}')}{'' if tests['whole'] else '; cut off'}"
+        yield from (f"- {failure['test']}: {failure['message']}" for failure in tests["failures"][:10])
 
 
 def _accuracy(entries: Iterable[Entry]) -> Iterator[str]:
     for entry in entries:
         if entry["part"] == "accuracy" and "error_of" in entry:
-            errors = ", ".join(f"{name} {error:.1e}" for name, error in entry["error_of"].items())
-            yield f"error, {entry['candidate']}: {errors}"
+            yield f"error, {entry['candidate']}: {_joined(entry['error_of'], '{} {:.1e}')}"
+
+
+def _joined(found: dict[str, Any], form: str = "{} {}") -> str:
+    return ", ".join(form.format(*item) for item in found.items())
 
 
 def _timing(entries: Iterable[Entry]) -> Iterator[str]:
@@ -110,21 +106,15 @@ def _cells(phases: dict[str, Entry]) -> Iterator[str]:
 
 def _best(entries: Iterable[Entry]) -> Iterator[str]:
     """The fastest configuration of each case, as configs.py takes it."""
-    best: dict[tuple[str, str], Entry] = {}
-    for entry in entries:
-        if "config" not in entry:
-            continue
-        key = (entry["case"], "gemm" if entry["config"].startswith("gemm") else "fused")
-        if key not in best or entry["ms"] < best[key]["ms"]:
-            best[key] = entry
-    for (case, _), entry in best.items():
+    best: dict[tuple[str, bool], Entry] = {}
+    for entry in sorted((entry for entry in entries if "config" in entry), key=lambda entry: entry["ms"]):
+        best.setdefault((entry["case"], entry["config"].startswith("gemm")), entry)
+    for (case, _), entry in sorted(best.items(), key=lambda item: item[0]):
         yield f"best, {case}: {entry['config']},  # {entry['ms']:.2f} ms"
 
 
 def _ncu(found: dict[str, Any] | None) -> Iterator[str]:
-    if found is None:
-        return
-    if found["status"] != "passed":
+    if found is not None and found["status"] != "passed":
         yield f"- {found['status']}: ncu: {found['error']}"
-    for kernel, metrics in found.get("kernels", {}).items():
-        yield f"ncu {kernel}: " + ", ".join(f"{name} {value}" for name, value in profile.summary(metrics).items())
+    for kernel, metrics in (found or {}).get("kernels", {}).items():
+        yield f"ncu {kernel}: {_joined(profile.summary(metrics))}"

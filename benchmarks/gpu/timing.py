@@ -1,38 +1,45 @@
 """What the GPU needs for each op, beside products by cuBLAS and copies, in rounds that every candidate takes part in.
 
 A candidate is checked against float64 first: what is wrong gets no time. Several configurations of a kernel are
-candidates of one case; the fastest is written as configs.py takes it.
+candidates of one case; the fastest is written as configs.py takes it. Peers have a process of their own each: one that
+does not import, hangs or crashes costs its own figures only.
 """
 
-import time
+import itertools
+import timeit
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 import dlogp_kernels
-from dlogp_kernels import Sample, backends
+from dlogp_kernels import Sample, backends, reference_sample
 
 from .. import bench_linear_policy_loss as policy_step
 from .. import bench_policy_loss as given_policy
 from .. import harness, policy
-from ..baselines import bare_matmuls
-from ..harness import PHASES, Budget, Candidate, Clock, verify
+from ..baselines import bare_copy, bare_matmuls
+from ..harness import PHASES, Budget, Candidate, Clock, NotMeasuredError, verify
 from ..memory import MIB, peak_over
+from ..peers import PEERS, Peer
 from ..problem import Problem, Truth, build
+from ..sampling import check_draws
 from ..shapes import Shape, Workload
 from . import library
 from .child import Case, DeviceLostError, Entry, Session, failure, usable
-from .draws import check_draws
 
-#: Largest error of a statistic, absolute, and of a gradient, relative.
-LIMITS = {"statistic": 1e-3, "gradient": 0.03}
+Context = Callable[[], AbstractContextManager[None]]
+Options = dict[str, Any]
+#: Largest error of a statistic, absolute, and of a gradient, relative; of peers, which round logits to bfloat16.
+_LIMITS, _PEER_LIMITS = {"statistic": 1e-3, "gradient": 0.03}, {"statistic": 0.2, "gradient": 0.1}
 _SEED = 7
-_HOST_CALLS = 200
+_GROUPS = (8, 16, 24, 32)
+_FILTERS: Mapping[str, Options] = {"top-p 0.7": {"top_p": 0.7}, "no filter": {}}
 
 
 class Sizes(NamedTuple):
@@ -42,14 +49,13 @@ class Sizes(NamedTuple):
     heads: tuple[Shape, ...]
     logits_n: int
     batches: tuple[int, ...]
-    linear_batches: tuple[int, ...]
     responses: tuple[int, int]
     copy: int
-    #: Block rows, tokens, dims, warps, stages.
+    #: Block rows, tokens, dims, warps, stages: of one model, of a pair, of draws from hidden states.
     single: tuple[tuple[int, ...], ...]
     pair: tuple[tuple[int, ...], ...]
-    #: Rows, tokens.
     draws: tuple[tuple[int, ...], ...]
+    #: Rows, tokens of the tiles of a GEMM.
     gemm: tuple[tuple[int, int], ...]
     #: Of linear_policy_loss: rows of a slice of logits, and of a block of gradients.
     policy_rows: tuple[tuple[int, int], ...]
@@ -58,108 +64,86 @@ class Sizes(NamedTuple):
 
 
 REAL = Sizes(
-    n=8192,
+    n=8192, logits_n=2048, batches=(1, 64, 512), responses=(256, 4096), copy=2**30,
     heads=(Shape("D 4096", 4096, 151_936), Shape("D 896", 896, 151_936), Shape("D 2048", 2048, 128_256)),
-    logits_n=2048,
-    batches=(1, 64, 512),
-    linear_batches=(1, 64),
-    responses=(256, 4096),
-    copy=2**30,
     single=((128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (256, 128, 64, 8, 3), (128, 128, 64, 8, 4)),
-    pair=(
-        (128, 128, 64, 8, 3),
-        (128, 128, 64, 8, 4),
-        (128, 128, 64, 8, 5),
-        (128, 128, 64, 8, 6),
-        (128, 128, 128, 8, 3),
-    ),
+    pair=(*((128, 128, 64, 8, stages) for stages in (3, 4, 5, 6)), (128, 128, 128, 8, 3)),
     draws=((64, 64, 64, 8, 3), (64, 64, 64, 8, 8), (64, 64, 64, 4, 8), (64, 64, 128, 8, 6), (64, 128, 64, 8, 8)),
     gemm=((1024, 4096), (2048, 4096), (4096, 4096), (8192, 1024)),
     policy_rows=((384, 1920), (512, 2048), (1024, 4096)),
-)
+)  # fmt: skip
 PREWARM = REAL._replace(n=512, logits_n=64, copy=2**20)
 TINY = Sizes(
-    n=16,
+    n=16, logits_n=4, batches=(2,), responses=(2, 16), copy=2**16,
     heads=(Shape("D 16", 16, 130), Shape("D 8", 8, 60)),
-    logits_n=4,
-    batches=(2,),
-    linear_batches=(2,),
-    responses=(2, 16),
-    copy=2**16,
-    single=((32, 64, 32, 1, 1), (16, 128, 16, 1, 1)),
-    pair=((32, 64, 32, 1, 1),),
-    draws=((32, 64, 32, 1, 1),),
-    gemm=((32, 128), (16, 128)),
-    policy_rows=((16, 16),),
-    dtype="float32",
-    budget=Budget(seconds=0.0, least=1, most=1),
-)
-_GROUPS = (8, 16, 24, 32)
-FILTERS: Mapping[str, dict[str, Any]] = {"top-p 0.7": {"top_p": 0.7}, "no filter": {}}
+    single=((32, 64, 32, 1, 1), (16, 128, 16, 1, 1)), pair=((32, 64, 32, 1, 1),), draws=((32, 64, 32, 1, 1),),
+    gemm=((32, 128), (16, 128)), policy_rows=((16, 16),), dtype="float32", budget=Budget(seconds=0.0, least=1, most=1),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Timed:
-    """A candidate; `check()` gives its errors and raises if they are too large; `config` is as configs.py writes it."""
+class Timed(Candidate):
+    """`check()` gives its errors and raises if they are too large; `facts` go into its last entry.
 
-    candidate: Candidate
+    The fact `config` is as configs.py writes it.
+    """
+
     check: Callable[[], Mapping[str, float]] | None = None
-    config: str | None = None
-
-    @property
-    def name(self) -> str:
-        return self.candidate.name
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
-class Cost(NamedTuple):
-    """Operations or bytes of forward and of backward, in units of the entry `speed`: TFLOP or GB."""
-
-    speed: str
-    forward: float
-    backward: float = 0.0
-
-    def of(self, phase: str) -> float:
-        return self.forward + self.backward if phase == "both" else getattr(self, phase)
-
-
-def tflop(forward: float, backward: float = 0.0) -> Cost:
-    return Cost("tflops", forward / 1e12, backward / 1e12)
-
-
-def gigabytes(forward: float, backward: float = 0.0) -> Cost:
-    return Cost("gb_per_s", forward / 1e9, backward / 1e9)
-
-
-def sizes_of(session: Session) -> Sizes:
-    return TINY if session.tiny else PREWARM if session.prewarm else REAL
-
-
-def cases(session: Session, sizes: Sizes | None = None) -> list[Case]:
+def cases(session: Session, configurations: bool = True) -> list[Case]:
     """In order of importance: what time runs out on is left out."""
-    sizes = sizes_of(session) if sizes is None else sizes
+    sizes = _sizes(session)
+    if not configurations:
+        sizes = sizes._replace(single=(), pair=(), draws=(), gemm=(), policy_rows=())
     head = sizes.heads[0]
 
     def case(name: str, run: Callable[..., Iterator[Entry]], *arguments: Any) -> Case:
         return Case(name, partial(run, session, sizes, *arguments))
 
     def linear(op: str, head: Shape, training: bool = False) -> Case:
-        return case(f"{op} {head.name}{' training' if training else ''}", _linear, op, head, training)
-
-    def sampling(op: str, batches: Sequence[int], filters: Mapping[str, dict[str, Any]]) -> list[Case]:
-        return [
-            case(f"{op} B {batch} {name}", _sampling, op, batch, options)
-            for batch in batches
-            for name, options in filters.items()
-        ]
+        return case(f"{op} {head.name}{' training' * training}", _linear, op, head, training)
 
     # The host's time first: a process that has profiled its kernels launches more slowly.
     found = [case("host time", _host)] + ([] if session.prewarm else [case("ceilings", _ceilings)])
     found += [linear("linear_logp", head), linear("linear_delta_logp", head), linear("linear_logp", head, True)]
-    found += [case("linear_policy_loss", _policy_step), *sampling("extrapolated_sample", sizes.batches, FILTERS)]
+    found += [case("linear_policy_loss", _policy_step)]
+    for batch in sizes.batches:
+        for name, options in _FILTERS.items():
+            found.append(
+                case(f"extrapolated_sample B {batch} {name}", _sampling, "extrapolated_sample", batch, options)
+            )
     found += [case("policy_loss", _policy_loss), linear("linear_delta_logp", head, True)]
     found += [case(op, _logits, op) for op in ("logp", "delta_logp")]
     found += [linear(op, other) for other in sizes.heads[1:] for op in ("linear_logp", "linear_delta_logp")]
-    return found + sampling("linear_extrapolated_sample", sizes.linear_batches, {"no filter": {}})
+    op = "linear_extrapolated_sample"
+    return found + [case(f"{op} B {batch}", _sampling, op, batch, {}) for batch in sizes.batches[:2]]
+
+
+def headline(session: Session) -> list[Case]:
+    """The same by what is chosen by default, where visit 1 compares configurations."""
+    return cases(session, configurations=False)
+
+
+def peers(session: Session) -> list[Case]:
+    """The peers of the request's group, each beside ours."""
+    sizes, found = _sizes(session), []
+    for peer in PEERS[session.group]:
+        for training in (False, True)[: 1 + bool(peer.gives)]:
+            run = {
+                "linear_logp": partial(_linear, session, sizes, peer.op, sizes.heads[0], training),
+                "linear_policy_loss": partial(_policy_step, session, sizes),
+                "extrapolated_sample": partial(
+                    _sampling, session, sizes, peer.op, sizes.batches[len(sizes.batches) // 2], {"top_p": 0.7}
+                ),
+            }[peer.op]
+            found.append(Case(f"{peer.op}{' training' * training} beside {peer.name}", partial(run, peer=peer)))
+    return found
+
+
+def _sizes(session: Session) -> Sizes:
+    return TINY if session.tiny else PREWARM if session.prewarm else REAL
 
 
 class _WatchedClock(Clock):
@@ -174,49 +158,53 @@ class _WatchedClock(Clock):
         return super().sample(candidate, repeats)
 
 
-def measured(session: Session, found: Sequence[Timed], cost: Cost, against: str | None = None) -> Iterator[Entry]:
-    """Entries of all candidates that are right; `against` is the one that the others are compared with."""
-    right: dict[str, Timed] = {}
+def measured(
+    session: Session, found: Sequence[Candidate], unit: str, forward: float, backward: float = 0.0
+) -> Iterator[Entry]:
+    """Entries of all candidates that are right; the others are compared with the first.
+
+    Forward and backward need so many operations, unit "tflops", or bytes, "gb_per_s".
+    """
+    scale = 1e12 if unit == "tflops" else 1e9
+    needed = {"forward": forward / scale, "backward": backward / scale, "both": (forward + backward) / scale}
+    right: dict[str, Candidate] = {}
     notes: dict[str, Entry] = {}
-    for timed in found:
-        if timed.name in session.excluded.get(session.case, []):
+    for candidate in found:
+        name = candidate.name
+        if name in session.excluded.get(session.case, []):
             continue
-        session.watch(timed.name)
+        session.watch(name)
         try:
-            notes[timed.name] = _checked(session, timed)
-            right[timed.name] = timed
+            notes[name] = _checked(session, candidate)
+            right[name] = candidate
         except Exception as error:
-            yield {**failure(error), "candidate": timed.name}
+            yield {**failure(error), "candidate": name}
             if not usable(session.device):
                 raise DeviceLostError from error
     if session.prewarm or not right:
         return
-    candidates = [timed.candidate for timed in right.values()]
-    timings = harness.measure(candidates, sizes_of(session).budget, _WatchedClock(session))
-    for name, timed in right.items():
-        phases = PHASES if timed.candidate.backward is not None else PHASES[:1]
+    timings = harness.measure([*right.values()], _sizes(session).budget, _WatchedClock(session))
+    first = found[0].name
+    for name, candidate in right.items():
+        phases = PHASES if candidate.backward is not None else PHASES[:1]
         for phase in phases:
             seconds = timings.quantiles(name, phase)
             entry: Entry = {
-                "candidate": name,
-                "phase": phase,
-                "ms": 1e3 * seconds.median,
-                "spread": [1e3 * seconds.p20, 1e3 * seconds.p80],
-                "rounds": len(timings.rounds),
-                cost.speed: cost.of(phase) / seconds.median,
-            }
-            if against in right and against != name:
+                "candidate": name, "phase": phase, "ms": 1e3 * seconds.median, "rounds": len(timings.rounds),
+                "spread": [1e3 * seconds.p20, 1e3 * seconds.p80], unit: needed[phase] / seconds.median,
+            }  # fmt: skip
+            if first in right and first != name:
                 # How much of the reference's speed it has.
-                entry["of"] = [against, 1 / timings.ratio(name, against, phase).median]
-            if timed.config is not None and phase == phases[-1]:
-                entry["config"] = timed.config
+                entry["of"] = [first, 1 / timings.ratio(name, first, phase).median]
+            if isinstance(candidate, Timed) and phase == phases[-1]:
+                entry |= candidate.facts
             yield entry | notes[name]
 
 
-def _checked(session: Session, timed: Timed) -> Entry:
-    """The errors of a call, and the memory of one over inputs and outputs. Compiles it."""
-    candidate = timed.candidate
-    entry: Entry = {"error_of": dict(timed.check())} if timed.check is not None and not session.prewarm else {}
+def _checked(session: Session, candidate: Candidate) -> Entry:
+    """The errors of a call; its memory over inputs and outputs, and the time of its kernels. Compiles it."""
+    check = candidate.check if isinstance(candidate, Timed) and not session.prewarm else None
+    entry: Entry = {} if check is None else {"error_of": dict(check())}
     _step(candidate)  # what a first call allocates for good does not count
     if session.on_gpu and not session.prewarm:
         entry["peak_mib"] = peak_over(lambda: _step(candidate), session.device).peak / MIB
@@ -236,18 +224,10 @@ def _kernels(candidate: Candidate) -> dict[str, float]:
 def _step(candidate: Candidate) -> list[Tensor]:
     outputs = candidate.forward()
     gradients = candidate.backward(outputs) if candidate.backward is not None else ()
-    return [*_tensors(outputs), *_tensors(gradients)]
+    return [x for x in tree_leaves((outputs, gradients)) if isinstance(x, Tensor)]
 
 
-def _tensors(outputs: object) -> Iterator[Tensor]:
-    if isinstance(outputs, Tensor):
-        yield outputs
-    elif isinstance(outputs, tuple | list):
-        for output in outputs:
-            yield from _tensors(output)
-
-
-def within(context: Callable[[], AbstractContextManager[None]], call: Callable[..., Any]) -> Callable[..., Any]:
+def _within(context: Context, call: Callable[..., Any]) -> Callable[..., Any]:
     def called(*arguments: Any, **options: Any) -> Any:
         with context():
             return call(*arguments, **options)
@@ -255,10 +235,23 @@ def within(context: Callable[[], AbstractContextManager[None]], call: Callable[.
     return called
 
 
+def _loaded(session: Session, peer: Peer) -> Callable[..., Any]:
+    session.watch(f"import of {peer.name}")
+    try:
+        return peer.load()
+    except ImportError as error:
+        raise NotMeasuredError(f"does not import: {error}") from error
+
+
+def _inputs(session: Session, work: Workload) -> Problem:
+    session.watch("inputs")
+    return build(work, session.device)
+
+
 def _ceilings(session: Session, sizes: Sizes) -> Iterator[Entry]:
     """cuBLAS with bf16 and float32 output, whole and in blocks of the vocabulary, and a copy."""
     head = sizes.heads[0]
-    inputs = build(Workload("linear_logp", head, sizes.n, sizes.dtype), session.device).inputs
+    inputs = _inputs(session, Workload("linear_logp", head, sizes.n, sizes.dtype)).inputs
     hidden, weight = inputs["hidden"], inputs["weight"]
 
     def product(out: Tensor, block: int) -> None:
@@ -270,190 +263,161 @@ def _ceilings(session: Session, sizes: Sizes) -> Iterator[Entry]:
             else:
                 torch.ops.aten.mm.dtype_out(hidden, right, out.dtype, out=part)
 
-    outputs = {
-        f"cuBLAS {name} out": torch.empty(sizes.n, head.v, dtype=dtype, device=session.device)
-        for name, dtype in (("bf16", hidden.dtype), ("float32", torch.float32))
-    }
-    found = [
-        Timed(Candidate(f"{name}{where}", partial(product, out, block)))
-        for name, out in outputs.items()
-        for where, block in (("", head.v), (" by 16384", 16384))
-    ]
-    yield from measured(session, found, tflop(2.0 * sizes.n * head.v * head.d), found[0].name)
-    yield from measured(session, [_copy(session.device, 2.0 * sizes.copy)], gigabytes(2.0 * sizes.copy))
+    found = []
+    for name, dtype in (("bf16", hidden.dtype), ("float32", torch.float32)):
+        out = torch.empty(sizes.n, head.v, dtype=dtype, device=session.device)
+        for where, block in (("", head.v), (" by 16384", 16384)):
+            found.append(Candidate(f"cuBLAS {name} out{where}", partial(product, out, block)))
+    yield from measured(session, found, "tflops", 2.0 * sizes.n * head.v * head.d)
+    yield from measured(session, [bare_copy(session.device, 2.0 * sizes.copy)], "gb_per_s", 2.0 * sizes.copy)
 
 
-def _copy(device: torch.device, forward: float, backward: float | None = None) -> Timed:
-    """Moves so many bytes: reads half as many, and writes them."""
-
-    def copy(size: float) -> Callable[..., Tensor]:
-        source = torch.zeros(max(16, int(size) // 2), dtype=torch.uint8, device=device)
-        target = torch.empty_like(source)
-        return lambda *_: target.copy_(source)
-
-    return Timed(Candidate("copy", copy(forward), None if backward is None else copy(backward)))
+def _limits(errors: Mapping[str, float], limits: Mapping[str, float] = _LIMITS) -> dict[str, float]:
+    return {name: limits["gradient" if name.startswith("d_") else "statistic"] for name in errors}
 
 
-def truth_check(
-    session: Session, problem: Problem, limits: Mapping[str, float] = LIMITS
-) -> Callable[[Any], Mapping[str, float]]:
-    """A check of what a function of the problem's inputs returns, on some rows."""
-    if session.prewarm:
-        return lambda function: {}
+def _candidates(session: Session, problem: Problem, limits: Mapping[str, float] = _LIMITS) -> Callable[..., Timed]:
+    """Makes functions of the problem's inputs candidates, compared with float64 on some rows."""
     session.watch("float64")
-    truth = Truth(problem)
+    truth = None if session.prewarm else Truth(problem)
 
-    def check(function: Any) -> Mapping[str, float]:
-        errors = truth.errors(function)
-        verify(
-            problem.work.op,
-            errors,
-            {name: limits["gradient" if name.startswith("d_") else "statistic"] for name in errors},
-        )
-        return errors
+    def errors(function: Callable[..., Any]) -> Mapping[str, float]:
+        assert truth is not None
+        found = truth.errors(function)
+        verify(problem.work.op, found, _limits(found, limits))
+        return found
 
-    return check
+    def timed(name: str, function: Callable[..., Any], context: Context = nullcontext, **facts: Any) -> Timed:
+        function = _within(context, function)
+        plain = problem.candidate(name, function)
+        backward = None if plain.backward is None else _within(context, plain.backward)
+        return Timed(name, plain.forward, backward, _within(context, partial(errors, function)), facts)
 
-
-def ours(
-    problem: Problem,
-    check: Callable[[Any], Mapping[str, float]],
-    name: str,
-    context: Callable[[], AbstractContextManager[None]],
-    config: str | None = None,
-) -> Timed:
-    """Our op of the problem, served as `context` says."""
-    function = within(context, getattr(dlogp_kernels, problem.work.op))
-    plain = problem.candidate(name, function)
-    backward = None if plain.backward is None else within(context, plain.backward)
-    return Timed(Candidate(name, plain.forward, backward), within(context, partial(check, function)), config)
+    return timed
 
 
-def products(work: Workload) -> Cost:
-    """Those of N·V·D: one a model, in backward once more and two for the gradients of the model that is trained."""
-    one = 2.0 * work.n * work.shape.v * work.shape.d
-    return tflop(one * (1 + work.pair), one * (3 + work.pair) if work.training else 0.0)
+def _linear(
+    session: Session, sizes: Sizes, op: str, head: Shape, training: bool, peer: Peer | None = None
+) -> Iterator[Entry]:
+    """Bare products, the default, every configuration of the fused kernel and tile of the GEMM; or a peer beside ours.
 
-
-def _linear(session: Session, sizes: Sizes, op: str, head: Shape, training: bool) -> Iterator[Entry]:
-    """The default, every configuration of the fused kernel, every tile of the GEMM; in training those of backward.
-
-    Of a pair that is trained the base is frozen.
+    In training every tile of backward; of a pair that is trained the base is frozen.
     """
     work = Workload(op, head, sizes.n, sizes.dtype, training)
-    session.watch("inputs")
-    problem = build(work, session.device)
-    bare = list(map(Timed, bare_matmuls(problem)))
-    check = truth_check(session, problem)
-    first = [*bare, ours(problem, check, "ours", nullcontext)]
+    problem = _inputs(session, work)
+    # Products of N·V·D: one a model, in backward once more and two for the gradients of the model that is trained.
+    one = 2.0 * work.n * head.v * head.d
+    cost = ("tflops", one * (1 + work.pair), one * (3 + work.pair) * training)
+    timed, function, products = _candidates(session, problem), getattr(dlogp_kernels, op), bare_matmuls(problem)
+    ours = timed("ours", function)
+    if peer is not None:
+        beside = _candidates(session, problem.asking(peer.gives) if training else problem, _PEER_LIMITS)
+        theirs = beside(peer.name, _loaded(session, peer), note=peer.note)
+        yield from measured(session, [ours, products[0], theirs], *cost)
+        return
 
     def tiled(name: str, backend: str, tile: tuple[int, int]) -> Timed:
         context = partial(library.gemm, *tile, backend=backend)
-        return ours(problem, check, f"{name} {tile[0]}x{tile[1]}", context, f"gemm tile {tile}")
-
-    if training:
-        tiles = [tiled("backward tile", "triton", tile) for tile in sizes.gemm[1:]]
-        yield from measured(session, [*first, *tiles], products(work), bare[0].name)
-        return
+        return timed(f"{name} {tile[0]}x{tile[1]}", function, context, config=f"gemm tile {tile}")
 
     def configured(config: Any) -> Timed:
-        text = library.named(config)
-        return ours(problem, check, text.removeprefix("Config"), partial(library.fused, config), text)
+        name = library.named(config)
+        return timed(name.removeprefix("Config"), function, partial(library.fused, config), config=name)
 
-    configs = [library.tile(*shape) for shape in (sizes.pair if work.pair else sizes.single)]
-    tiles = [tiled("gemm", "gemm", tile) for tile in sizes.gemm]
-    entries = list(measured(session, [*first, *map(configured, configs), *tiles], products(work), bare[0].name))
+    configs = [library.configs.Config(*shape) for shape in (sizes.pair if work.pair else sizes.single)]
+    found = [*map(configured, configs), *(tiled("gemm", "gemm", tile) for tile in sizes.gemm)]
+    if training:
+        found = [tiled("backward tile", "triton", tile) for tile in sizes.gemm[1:]]
+    entries = list(measured(session, [*products, ours, *found], *cost))
     yield from entries
-    if configs and head is sizes.heads[0]:
-        seconds = {entry["config"]: entry["ms"] for entry in entries if "config" in entry}
-        best = min(configs, key=lambda config: seconds.get(library.named(config), float("inf")))
-        groups = [configured(library.with_group(best, group)) for group in _GROUPS if library.has_group()]
-        yield from measured(session, [*bare, *groups], products(work), bare[0].name)
+    if configs and head is sizes.heads[0] and not training:
+        ms = {entry["config"]: entry["ms"] for entry in entries if "config" in entry}
+        best = min(configs, key=lambda config: ms.get(library.named(config), float("inf")))
+        groups = [configured(best._replace(group=group)) for group in _GROUPS]
+        yield from measured(session, [*products, *groups], *cost)
 
 
-def _policy_step(session: Session, sizes: Sizes) -> Iterator[Entry]:
+def _policy_step(session: Session, sizes: Sizes, peer: Peer | None = None) -> Iterator[Entry]:
+    """Reweighting, which others have not, is off where a form is checked."""
     work = Workload(policy_step.OP, sizes.heads[0], sizes.n, sizes.dtype, training=True)
     session.watch("inputs")
     step = policy_step.build(work, session.device)
-    found = [
-        *map(Timed, policy_step.bare_products(step)),
-        policy_candidate(step, "ours", within(library.fused, policy_step.ours)),
-    ]
-    for rows in sizes.policy_rows:
-        form = within(partial(library.policy_rows, *rows), policy_step.ours)
-        found.append(policy_candidate(step, f"rows {rows}", form))
+
+    def timed(name: str, function: Callable[..., Tensor], context: Context = nullcontext, **plain: Any) -> Timed:
+        function = _within(context, function)
+
+        def check() -> Mapping[str, float]:
+            errors = policy_step.errors_of(partial(function, **plain), step)
+            verify(name, errors, _limits(errors) if peer is None else policy_step.TOLERANCES["eager"])
+            return errors
+
+        return Timed(name, partial(function, step), step.gradients, check)
+
+    found: list[Candidate] = [timed("ours", policy_step.ours, library.fused, reweight="none")]
+    if peer is None:
+        found = [*policy_step.bare_products(step), *found]
+        for rows in sizes.policy_rows:
+            context = partial(library.policy_rows, *rows)
+            found.append(timed(f"rows {rows}", policy_step.ours, context, reweight="none"))
+    else:
+        theirs = _loaded(session, peer)
+        found.append(timed(peer.name, lambda step: theirs(**step.inputs)))
     one = 2.0 * work.n * work.shape.v * work.shape.d
-    yield from measured(session, found, tflop(one, 2 * one), found[0].name)
-
-
-def policy_candidate(step: policy_step.Step, name: str, function: Callable[..., Tensor], ours: bool = True) -> Timed:
-    """A form of `linear_policy_loss`; reweighting, which others have not, is off where it is checked."""
-
-    def check() -> Mapping[str, float]:
-        errors = policy_step.errors_of(partial(function, reweight="none") if ours else function, step)
-        found = {name: LIMITS["gradient" if name.startswith("d_") else "statistic"] for name in errors}
-        verify(name, errors, found if ours else policy_step.TOLERANCES["eager"])
-        return errors
-
-    return Timed(Candidate(name, partial(function, step), step.gradients), check)
+    yield from measured(session, found, "tflops", one, 2 * one)
 
 
 def _logits(session: Session, sizes: Sizes, op: str) -> Iterator[Entry]:
     work = Workload(op, Shape("given", 0, sizes.heads[0].v), sizes.logits_n, sizes.dtype, training=True)
-    session.watch("inputs")
-    problem = build(work, session.device)
+    problem = _inputs(session, work)
     # Backward reads the logits again and writes a gradient.
     size = float(work.n * work.shape.v * work.element_size)
     forward, backward = size * (1 + work.pair), size * (2 + work.pair)
-    found = [_copy(session.device, forward, backward)]
-    found.append(ours(problem, truth_check(session, problem), "triton", library.fused))
-    yield from measured(session, found, gigabytes(forward, backward), "copy")
+    ours = _candidates(session, problem)("triton", getattr(dlogp_kernels, op), library.fused)
+    found = [bare_copy(session.device, forward, backward), ours]
+    yield from measured(session, found, "gb_per_s", forward, backward)
 
 
-def _sampling(session: Session, sizes: Sizes, op: str, batch: int, options: dict[str, Any]) -> Iterator[Entry]:
-    work, inputs = sampling_inputs(session, op, batch)
-    size = sampling_bytes(work)
-    found = [_copy(session.device, size)]
-    for backend in ("triton", "cuda") if op == "extrapolated_sample" else ("triton",):
+def _sampling(
+    session: Session, sizes: Sizes, op: str, batch: int, options: Options, peer: Peer | None = None
+) -> Iterator[Entry]:
+    """Both backends beside a copy of both models' logits, or weights; or a peer, which samples from one model."""
+    work = Workload(op, sizes.heads[0], batch, sizes.dtype)
+    inputs = {name: x for name, x in _inputs(session, work).inputs.items() if name != "target"}
+    chosen: Options = {"gamma": 0.5, "seed": _SEED, **options}
+
+    def ours(name: str, context: Context, **facts: Any) -> Timed:
+        draw = _within(context, partial(getattr(dlogp_kernels, op), **inputs, **chosen))
+
+        def check() -> Mapping[str, float]:
+            few = {name: x if "weight" in name else x[:4] for name, x in inputs.items()}
+            return check_draws(Sample(*(x[:4] for x in draw())), few, chosen, _LIMITS["statistic"])
+
+        return Timed(name, draw, check=check, facts=facts)
+
+    size = 2.0 * work.element_size * work.shape.v * (work.shape.d if work.linear else batch)
+    found: list[Candidate] = [bare_copy(session.device, size)]
+    if peer is not None:
+        theirs = partial(_loaded(session, peer), inputs["logits"], options["top_p"])
+        check = partial(_excluded, theirs, inputs["logits"], options["top_p"])
+        found = [ours("ours", nullcontext), Timed(peer.name, theirs, check=check, facts={"note": peer.note})]
+    for backend in ("triton", "cuda") if peer is None else ():
         problem = backends.unavailable(backend, op, session.device)
         if problem is None:
-            found.append(sampler(op, backend, partial(backends.use_backend, backend), inputs, options))
-        else:
+            found.append(ours(backend, partial(backends.use_backend, backend)))
+        elif not work.linear:
             yield {"candidate": backend, "status": "skipped", "error": problem}
-    for config in (library.tile(*shape) for shape in sizes.draws if op.startswith("linear")):
-        text = library.named(config)
-        drawn = sampler(op, text.removeprefix("Config"), partial(library.fused, config), inputs, options)
-        found.append(replace(drawn, config=text))
-    yield from measured(session, found, gigabytes(size), "copy")
+    for config in (library.configs.Config(*shape) for shape in sizes.draws if work.linear):
+        name = library.named(config)
+        found.append(ours(name.removeprefix("Config"), partial(library.fused, config), config=name))
+    yield from measured(session, found, "gb_per_s", size)
 
 
-def sampling_inputs(session: Session, op: str, batch: int) -> tuple[Workload, dict[str, Any]]:
-    sizes = sizes_of(session)
-    work = Workload(op, sizes.heads[0], batch, sizes.dtype)
-    session.watch("inputs")
-    return work, {name: x for name, x in build(work, session.device).inputs.items() if name != "target"}
-
-
-def sampling_bytes(work: Workload) -> float:
-    """Both models' logits, or both weights."""
-    return 2.0 * work.element_size * work.shape.v * (work.shape.d if work.linear else work.n)
-
-
-def sampler(
-    op: str,
-    name: str,
-    context: Callable[[], AbstractContextManager[None]],
-    inputs: Mapping[str, Any],
-    options: dict[str, Any],
-) -> Timed:
-    chosen = {"gamma": 0.5, **options}
-    draw = within(context, partial(getattr(dlogp_kernels, op), **inputs, **chosen, seed=_SEED))
-
-    def check() -> Mapping[str, float]:
-        few = {name: x if "weight" in name else x[:4] for name, x in inputs.items()}
-        return check_draws(Sample(*(x[:4] for x in draw())), few, _SEED, chosen, LIMITS["statistic"])["error_of"]
-
-    return Timed(Candidate(name, draw), check)
+def _excluded(function: Callable[[], Tensor], logits: Tensor, top_p: float) -> Mapping[str, float]:
+    """The share of tokens that the filter excludes; it may be a little looser, since others sum in float32."""
+    kept = reference_sample.kept_tokens(logits.double(), 0, top_p + 1e-3, 0.0)
+    errors = {"excluded": (~kept.gather(-1, function().long()[:, None])).double().mean().item()}
+    verify("tokens", errors, {"excluded": 0.0})
+    return errors
 
 
 def _policy_loss(session: Session, sizes: Sizes) -> Iterator[Entry]:
@@ -470,47 +434,35 @@ def _policy_loss(session: Session, sizes: Sizes) -> Iterator[Entry]:
         return torch.autograd.grad(loss, batch.logp)[0]
 
     forward, backward = 13.0 * batch.logp.numel(), 8.0 * batch.logp.numel()
-    found = [
-        _copy(session.device, forward, backward),
-        Timed(Candidate("ours", partial(given_policy.ours, batch, policy.DAPO), gradient), check),
-        Timed(Candidate("eager", partial(policy.trl_loss, batch, policy.DAPO), gradient)),
-    ]
-    yield from measured(session, found, gigabytes(forward, backward), "copy")
+    ours = Timed("ours", partial(given_policy.ours, batch, policy.DAPO), gradient, check)
+    eager = Candidate("eager", partial(policy.trl_loss, batch, policy.DAPO), gradient)
+    found = [bare_copy(session.device, forward, backward), ours, eager]
+    yield from measured(session, found, "gb_per_s", forward, backward)
 
 
 def _host(session: Session, sizes: Sizes) -> Iterator[Entry]:
     """Microseconds until a call returns, of inputs so small that the GPU keeps up."""
     shape = Shape("small", 64, 4096) if session.on_gpu else sizes.heads[0]
-
-    def inputs(op: str) -> dict[str, Any]:
-        return {**build(Workload(op, shape, 1, sizes.dtype), session.device).inputs}
-
-    one, pair, logits = inputs("linear_logp"), inputs("linear_delta_logp"), inputs("delta_logp")
+    works = (Workload(op, shape, 1, sizes.dtype) for op in ("linear_logp", "linear_delta_logp", "delta_logp"))
+    given: list[Options] = [{**_inputs(session, work).inputs} for work in works]
+    one, pair, logits = given
     del logits["target"]
-    batch = policy.build(2, 16, session.device)
-    calls: dict[str, Callable[[int], Any]] = {
-        "linear_logp": lambda i: dlogp_kernels.linear_logp(**one),
-        "linear_delta_logp": lambda i: dlogp_kernels.linear_delta_logp(**pair),
+    batch, steps = policy.build(2, 16, session.device), itertools.count()
+    calls: dict[str, Callable[[], Any]] = {
+        "linear_logp": lambda: dlogp_kernels.linear_logp(**one),
+        "linear_delta_logp": lambda: dlogp_kernels.linear_delta_logp(**pair),
         # The step changes at every call, as in decoding.
-        "extrapolated_sample": lambda i: dlogp_kernels.extrapolated_sample(**logits, seed=_SEED, step=i, top_p=0.7),
-        "policy_loss": lambda i: given_policy.ours(batch, policy.DAPO),
-        "policy_loss with backward": lambda i: torch.autograd.grad(given_policy.ours(batch, policy.DAPO), batch.logp),
+        "extrapolated_sample": lambda: dlogp_kernels.extrapolated_sample(**logits, seed=1, step=next(steps), top_p=0.7),
+        "policy_loss": lambda: given_policy.ours(batch, policy.DAPO),
+        "policy_loss with backward": lambda: torch.autograd.grad(given_policy.ours(batch, policy.DAPO), batch.logp),
     }
+    wait = torch.cuda.synchronize if session.on_gpu else lambda: None
+    number = 50 if session.on_gpu and not session.prewarm else 1
     for name, call in calls.items():
         session.watch(name)
         try:
-            seconds = _host_seconds(session, call, _HOST_CALLS if session.on_gpu and not session.prewarm else 2)
-            yield {"candidate": name, "host_us": 1e6 * seconds}
+            call()
+            seconds = harness.quantiles(timeit.repeat(call, wait, number=number, repeat=7)).median
+            yield {"candidate": name, "host_us": 1e6 * seconds / number}
         except Exception as error:
             yield {**failure(error), "candidate": name}
-
-
-def _host_seconds(session: Session, call: Callable[[int], Any], repeats: int) -> float:
-    seconds = []
-    for i in range(2 * repeats):
-        if session.on_gpu and i % 50 == 0:
-            torch.cuda.synchronize(session.device)
-        start = time.perf_counter()
-        call(i)
-        seconds.append(time.perf_counter() - start)
-    return harness.quantiles(seconds[repeats:]).median

@@ -83,8 +83,8 @@ struct SharedNoise {
 };
 
 // A thread's part in the search. Nearly every token is passed over by what its noise can be at most; the largest score
-// that a thread of the block has met, in `reached`, makes that sharp. It changes no result: a token that may reach it is
-// looked at.
+// that a thread of the block has met, in `reached`, makes that sharp. It changes no result: a token that may reach it
+// is looked at.
 class Contest {
  public:
   __device__ Contest(const Drawn& drawn, const SharedNoise& noise, uint32_t* reached)

@@ -19,7 +19,7 @@ struct Plan {
   int shared_bytes = 0;  // of a block
 };
 
-// What a plan depends on, besides the number of rows. Shared memory is in bytes; `reserved` is the system's, of a block.
+// What a plan depends on, besides the number of rows. Shared memory is in bytes, `reserved` the system's of a block.
 struct Device {
   int index, major, multiprocessors, shared_per_block, shared_per_multiprocessor, reserved;
 };
@@ -64,8 +64,8 @@ void fill_configuration(const Plan& plan, int64_t rows, cudaStream_t stream, cud
   configuration.numAttrs = 1;
 }
 
-// What a kernel may ask for; the same for every plan, since each sets it for all of the kernel's launches. `dynamic_bytes`
-// is what a block can have besides the shared memory that the compiler gave it.
+// What a kernel may ask for; the same for every plan, since each sets it for all of the kernel's launches.
+// `dynamic_bytes` is what a block can have besides the shared memory that the compiler gave it.
 cudaError_t allow(const Device& device, Kernel kernel, int& dynamic_bytes) {
   const void* const function = reinterpret_cast<const void*>(kernel);
   cudaFuncAttributes attributes;

@@ -8,9 +8,9 @@
 // they fit. float32. Deterministic: a sum of floats has one order, whatever the size of the cluster, masses that a
 // filter adds are integers, and a draw is a maximum.
 //
-// Walks over the logits and barriers of the cluster: without a filter one of each for statistics and draft together, and
-// one of each for a replacement. A filter costs a walk that bounds what it keeps and one that lists it, each with a
-// barrier, for the few tokens that are left are told to all blocks, and each of them finishes by itself.
+// Walks over the logits and barriers of the cluster: without a filter one of each for statistics and draft together,
+// and one of each for a replacement. With filters a draw is a walk that bounds what they keep, and one that lists it,
+// each with a barrier; the few tokens that are left are told to all blocks, and each of them finishes by itself.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +24,8 @@
 
 namespace dlogp {
 
-// Tokens that may be kept are listed, so that later walks look at them alone: so many of a block, and of all blocks.
+// Tokens that a filter may keep are listed, so that later walks look at them alone, and gathered from all blocks: so
+// many of a block, and of a row.
 constexpr uint32_t kListed = 2048, kGathered = 1536;
 constexpr int kBuckets = 256;
 // A mass of 1, that of the largest logit. 2²³ tokens of it stay below 2⁶⁴.
@@ -48,6 +49,18 @@ struct MergeExtents : NothingToPrepare {
   }
 };
 
+// What the first walk finds out about the draft: its token, or else what filters begin with.
+struct Draft {
+  Winner winner;
+  Extent extent;
+};
+
+struct MergeDrafts : NothingToPrepare {
+  __device__ Draft operator()(const Draft& a, const Draft& b) const {
+    return {MergeWinners{}(a.winner, b.winner), MergeExtents{}(a.extent, b.extent)};
+  }
+};
+
 // The least float that is not below `value`.
 __device__ inline float round_up(double value) {
   const float rounded = float(value);
@@ -60,12 +73,12 @@ constexpr uint32_t kKeyOfNothing = 0x007FFFFFu, kLeastKey = kKeyOfNothing + 1;
 // What a filter adds up.
 enum class Weight { kMass, kCount };
 
-// Stands for top-p of a mass that is not known yet.
+// How much is enough, where it is top-p of a mass that is not known yet.
 constexpr uint64_t kShare = ~uint64_t(0);
 
 // Where the weight above, from the top bucket down, ceases to be too little.
 struct Crossing {
-  uint64_t still;   // how much is too much in that bucket
+  uint64_t enough;  // within the bucket
   uint32_t bucket;  // kBuckets: nowhere
 };
 
@@ -82,7 +95,7 @@ struct Decision {
 
 struct SampleRoom {
   ReduceRoom<kSlices, sizeof(SoftmaxSums<true>)> sums;
-  ReduceRoom<1, sizeof(Winner)> values;
+  ReduceRoom<1, sizeof(Draft)> values;
   // Twice, as in ReduceRoom: 64-bit weights in two words each. The last is what lies below.
   uint32_t low_words[2][kBuckets + 1], high_words[2][kBuckets + 1];
   uint64_t weight_of_warp[kBuckets / 32], weight_below;
@@ -121,7 +134,7 @@ class RowSampler {
       room_.reached[0] = room_.reached[1] = kKeyOfNothing;
     }
     __syncthreads();
-    const Winner draft = needs_all_sums(options().criterion) ? read<true>() : read<false>();
+    const Draft draft = needs_all_sums(options().criterion) ? read<true>() : read<false>();
     if (can_draw_) {
       sample(draft);
     } else if (writes()) {
@@ -175,11 +188,6 @@ class RowSampler {
     }
     __pipeline_commit();
   }
-  __device__ Group drafted_group(int index) const {
-    // A choice of the address where it can be one, and not between two loads.
-    if constexpr (kKept) return (options().draft_from_base ? base_ : z_).group(index);
-    return options().draft_from_base ? base_.group(index) : z_.group(index);
-  }
   // What fetch_next leaves out.
   __device__ void gather_rest(const RowInMemory& z_row, const RowInMemory& base_row) {
 #pragma unroll 1
@@ -190,9 +198,15 @@ class RowSampler {
     }
   }
 
+  __device__ Group drafted_group(int index) const {
+    // A choice of the address where it can be one, and not between two loads.
+    if constexpr (kKept) return (options().draft_from_base ? base_ : z_).group(index);
+    return options().draft_from_base ? base_.group(index) : z_.group(index);
+  }
+
   // The one walk through memory: what is there is kept and summed up, and drawn from if that can be.
   template <bool kAll>
-  __device__ Winner read() {
+  __device__ Draft read() {
     const Drawn drawn = drawn_for_draft();
     Contest contest(drawn, room_.noise, &room_.reached[0]);
     const bool draws = draws_at_once();
@@ -200,39 +214,44 @@ class RowSampler {
     Cursor ahead = first_group();
     for (int i = 0; i < kAhead; ++i) fetch_next(z_row, base_row, ahead);
     gather_rest(z_row, base_row);
+    float largest = -INFINITY;
     for (int slice = 0; slice < slices_; ++slice) {
-      ThreadSums<kAll> sums;
+      ThreadSums<kAll> thread_sums;
       const int end = (slice + 1) * slice_groups_;
 #pragma unroll 1
       for (int i = slice * slice_groups_ + int(threadIdx.x); i < end; i += kThreads) {
         __pipeline_wait_prior(kAhead - 1);
-        sums.add(z_.group(i), base_.group(i));
+        thread_sums.add(z_.group(i), base_.group(i));
         fetch_next(z_row, base_row, ahead);
         if (draws) contest.add(token_of(i * kGroupTokens), drafted_group(i));
       }
-      sums_.add(slice, sums.sums(), MergeSums<kAll>{});
+      const SoftmaxSums<kAll> sums = thread_sums.sums();
+      largest = fmaxf(largest, options().draft_from_base ? sums.base_max : sums.max);
+      sums_.add(slice, sums, MergeSums<kAll>{});
     }
-    values_.add(0, contest.winner(), MergeWinners{});
+    values_.add(0, Draft{contest.winner(), extent_of_block(drawn.scaled(largest))}, MergeDrafts{});
     __syncthreads();
     Cluster::wait();  // now every block has begun, and can be written to
     sums_.template tell<SoftmaxSums<kAll>>(slices_, MergeSums<kAll>{});
-    values_.template tell<Winner>(1, MergeWinners{});
+    values_.template tell<Draft>(1, MergeDrafts{});
     Cluster::sync();
     const auto sums = sums_.template total<SoftmaxSums<kAll>>(slices_, MergeSums<kAll>{});
     can_draw_ = sums.can_draw();
     if (threadIdx.x == 0) room_.state = sums.state();
     __syncthreads();
-    return values_.template total<Winner>(1, MergeWinners{});
+    return values_.template total<Draft>(1, MergeDrafts{});
   }
 
   // The draft, and a second turn for its replacement.
-  __device__ void sample(Winner drafted) {
+  __device__ void sample(const Draft& first) {
     uint32_t draft = kNoToken, token = kNoToken;
     Decision decision = {1, 0};
 #pragma unroll 1
     for (int turn = 0; turn < 2 && decision.selected != 0; ++turn) {
-      const bool is_drawn = turn == 0 && draws_at_once();
-      token = is_drawn ? drafted.token : draw(turn == 0 ? drawn_for_draft() : drawn_for_replacement()).token;
+      if (turn == 0 && draws_at_once())
+        token = first.winner.token;
+      else
+        token = draw(turn == 0 ? drawn_for_draft() : drawn_for_replacement(), first.extent).token;
       if (turn == 0) {
         draft = token;
         decision = decide(draft);
@@ -370,12 +389,12 @@ class RowSampler {
     for (uint32_t rank = 0; rank < blocks; ++rank) is_gathered_ &= room_.told_by[rank] <= most;
   }
 
-  __device__ Winner draw(const Drawn& drawn) {
+  __device__ Winner draw(const Drawn& drawn, const Extent& of_draft) {
     is_listed_ = is_gathered_ = false;
     if (greedy()) return first_largest(drawn);
     uint32_t cut = kLeastKey;
     if (!draws_at_once()) {
-      cut = least_kept(drawn);
+      cut = least_kept(drawn, drawn.stream == Stream::kDraft ? of_draft : extent_of(drawn));
       if (cut > kLeastKey && !is_gathered_) list_from(drawn, cut);
     }
     return by_noise(drawn, cut);
@@ -414,24 +433,19 @@ class RowSampler {
     return drawn.from == Drawn::From::kBase ? room_.state.base : room_.state.model;
   }
 
-  // Where it is not known from the statistics, from a walk.
+  // Of a replacement. Its barrier is needed anyway: no block tells anything as long as another may read what it was
+  // told about the draft.
   __device__ Extent extent_of(const Drawn& drawn) {
-    if (drawn.from != Drawn::From::kExtrapolation && !by_rank()) {
-      // No block tells anything as long as another may read what it was told about the draft.
-      if (drawn.stream == Stream::kReplacement) Cluster::sync();
-      return {drawn.scaled(state_of(drawn).max), 0};
-    }
     float largest = -INFINITY;
     for_groups(drawn, [&](int, const Group& z) { largest = fmaxf(largest, z.largest()); });
-    largest = drawn.scaled(largest);
-    return values_.of_cluster(Extent{largest, by_rank() ? rank_bound_of_block(key_of(largest)) : 0}, MergeExtents{});
+    return values_.of_cluster(extent_of_block(drawn.scaled(largest)), MergeExtents{});
   }
 
-  // A key that top_k of the threads' largest reach, so that as many tokens do; 0 if there is none.
-  __device__ uint32_t rank_bound_of_block(uint32_t key) const {
-    const int64_t top_k = filters().top_k;
-    if (top_k > kThreads) return 0;
-    const int enough = int(top_k);
+  // A key that top_k of the threads' largest reach is one that as many tokens do.
+  __device__ Extent extent_of_block(float largest) const {
+    const uint32_t key = key_of(largest);
+    if (!by_rank() || filters().top_k > kThreads) return {largest, 0};
+    const int enough = int(filters().top_k);
     uint32_t low = 0, high = 0xFFFFFFFFu;  // `low` is reached by enough of them
     while (high - low > 1) {
       const uint32_t middle = low + (high - low) / 2;
@@ -439,15 +453,14 @@ class RowSampler {
       (reaching >= enough ? low : high) = middle;
       if (reaching >= enough && reaching <= enough + enough / 4) break;
     }
-    return low;
+    return {largest, low};
   }
 
   // The key of the least s that top-k, then top-p, then min-p keep.
-  __device__ uint32_t least_kept(const Drawn& drawn) {
-    const Extent extent = extent_of(drawn);
+  __device__ uint32_t least_kept(const Drawn& drawn, const Extent& extent) {
     uint32_t cut = max(kLeastKey, extent.rank_bound);
     bool few = extent.rank_bound > kLeastKey;
-#pragma unroll 1
+#pragma unroll 1  // cut_at is large
     for (const Weight weight : {Weight::kCount, Weight::kMass}) {
       if (weight == Weight::kCount ? !by_rank() : filters().top_p == 1) continue;
       if (weight == Weight::kMass && !by_rank()) cut = max(cut, key_of(extent.largest - reach_of(drawn)));
@@ -470,8 +483,8 @@ class RowSampler {
     return e <= kGroupTokens ? __float2ull_rn(e * kMassOne) : 0;  // not so where logits / T overflowed into NaN
   }
 
-  // The least key ≥ `low` above which lies less than top-k tokens, or top-p of the mass; `low` if that is not all. Where
-  // the tokens from `low` on are `few`, they are gathered at once.
+  // The least key ≥ `low` above which lies less than top-k tokens, or top-p of the mass; `low` if that is not all.
+  // Where the tokens from `low` on are `few`, they are gathered at once.
   __device__ uint32_t cut_at(const Drawn& drawn, float largest, uint32_t low, Weight weight, bool few) {
     uint32_t high = key_of(largest);
     uint64_t enough = weight == Weight::kCount ? uint64_t(filters().top_k) : kShare;
@@ -483,7 +496,7 @@ class RowSampler {
       fill_buckets(drawn, largest, low, high, shift, weight, enough == kShare && !by_rank());
       const Crossing crossing = find_crossing(enough);
       if (crossing.bucket == kBuckets) return low;
-      enough = crossing.still;
+      enough = crossing.enough;
       high -= crossing.bucket << shift;
       low = max(low, high - min(high, (1u << shift) - 1));
       if (shift == 0) break;
@@ -525,7 +538,7 @@ class RowSampler {
     if (and_below && threadIdx.x % 32 == 0) add_to_bucket(kBuckets, below);
   }
 
-  // Bucket b of all blocks that work together.
+  // Of all blocks that work together.
   __device__ uint64_t weight_of(int bucket) {
     uint64_t weight = 0;
     for (int i = 0; i < (is_gathered_ ? 1 : Cluster::size()); ++i) {
@@ -588,7 +601,7 @@ class RowSampler {
   const int first_;         // token of this block
   SampleRoom& room_;
   Reduction<kSlices, sizeof(SoftmaxSums<true>)> sums_;
-  Reduction<1, sizeof(Winner)> values_;
+  Reduction<1, sizeof(Draft)> values_;
   Part z_, base_;
   bool can_draw_ = false, is_listed_ = false, is_gathered_ = false;
   int turn_ = 0;  // which copy of the buckets

@@ -1,7 +1,7 @@
 // The sums of online_softmax.h over one row of a pair, in float32.
 //
-// A thread adds groups of four tokens about a reference near the largest logit that it has met. Where sums merge, all of
-// them move to their largest logit first, so that what follows is plain addition.
+// A thread adds groups of four tokens about a reference near the largest logit that it has met. Where sums merge, all
+// of them move to their largest logit first, so that what follows is plain addition.
 #pragma once
 
 #include <cfloat>

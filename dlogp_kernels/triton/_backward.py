@@ -173,7 +173,7 @@ class _Walk:
                         self._add_weight(layer, weight_total[:num_tokens], first, num_rows)
                     if total is not None:
                         weight = layer.model.weight[column : column + num_tokens]
-                        add_product(total[:num_rows], layer.grad_logits(num_rows, num_tokens), weight)
+                        add_product(layer.grad_logits(num_rows, num_tokens), weight, out=total[:num_rows])
             for layer, weight_total in zip(self.layers, weight_totals, strict=True):
                 if weight_total is not None:
                     self._store(weight_total[:num_tokens], layer.grad_weight[column : column + num_tokens])
@@ -197,7 +197,7 @@ class _Walk:
                 for layer, total in zip(self.layers, totals, strict=True):
                     if total is not None:
                         weight = layer.model.weight[column : column + num_tokens]
-                        add_product(total[:num_rows], layer.grad_logits(num_rows, num_tokens), weight)
+                        add_product(layer.grad_logits(num_rows, num_tokens), weight, out=total[:num_rows])
             for layer, total in zip(self.layers, totals, strict=True):
                 if total is not None:
                     grad_hidden = layer.grad_hidden.view(self.num_rows, -1)
@@ -223,10 +223,8 @@ class _Walk:
     def _add_weight(self, layer: _Layer, total: Tensor, first: int, num_rows: int) -> None:
         """Of one block of rows; the first one begins the total."""
         grad_logits = layer.grad_logits(num_rows, total.shape[0])
-        if first == 0:
-            product(grad_logits.t(), layer.hidden_of(num_rows), out=total)
-        else:
-            add_product(total, grad_logits.t(), layer.hidden_of(num_rows))
+        into = product if first == 0 else add_product
+        into(grad_logits.t(), layer.hidden_of(num_rows), out=total)
 
     def _store(self, total: Tensor, out: Tensor) -> None:
         """A float32 total to where it is wanted, in its dtype."""

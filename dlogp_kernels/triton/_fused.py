@@ -256,16 +256,26 @@ def layer_of(model: Model, plan: Plan, rows: Rows, gathered: Tensor | None, firs
 
 def _as_they_are(model: Model, plan: Plan) -> Tensor:
     """All rows (N, D), copied only where a kernel could not read them."""
-    d = model.hidden.shape[-1]
-    hidden = model.hidden.reshape(-1, d).to(model.dtype)
+    d, hidden = model.hidden.shape[-1], model.hidden
+    if hidden.dim() != 2:
+        hidden = hidden.reshape(-1, d)
+    if hidden.dtype != model.dtype:
+        hidden = hidden.to(model.dtype)
     if plan.descriptors and not _aligned(hidden):
         padded = hidden.new_empty((hidden.shape[0], _padded(d)))[:, :d]
         return padded.copy_(hidden)
     return hidden if hidden.stride(1) == 1 else hidden.contiguous()
 
 
+class _Descriptor(TensorDescriptor):
+    """Without checks at every launch: `_can_copy_tiles` and `_as_they_are` have seen to what they check."""
+
+    def __post_init__(self) -> None:
+        pass
+
+
 def _descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns])
+    return _Descriptor(x, list(x.shape), list(x.stride()), [rows, columns])
 
 
 def gather_buffer(model: Model, plan: Plan, rows: Rows) -> Tensor | None:

@@ -15,12 +15,12 @@ def product(left: Tensor, right: Tensor, out: Tensor) -> None:
         torch.mm(left.float(), right.float(), out=out)
 
 
-def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, in float32."""
+def add_product(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """out += left @ right, in float32."""
     right = right.to(left.dtype)
     if left.dtype == torch.float32:
-        torch.addmm(total, left, right, out=total)
+        torch.addmm(out, left, right, out=out)
     elif left.is_cuda:
-        torch.ops.aten.addmm.dtype_out(total, left, right, torch.float32, out=total)
+        torch.ops.aten.addmm.dtype_out(out, left, right, torch.float32, out=out)
     else:
-        torch.addmm(total, left.float(), right.float(), out=total)
+        torch.addmm(out, left.float(), right.float(), out=out)

@@ -1,5 +1,6 @@
 """What both sampling kernels share: the noise of a token, the criteria. The definition is reference_sample.py."""
 
+import functools
 import math
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -108,6 +109,7 @@ def is_selected(state, delta_logp, threshold, bits, limit, CRITERION: tl.constex
     return selected
 
 
+@functools.cache
 def random_limit(threshold: float | None) -> int:
     """Of the random bits of the criterion `random`: (bits + ½)·2⁻³² < threshold for those below it, exactly."""
     return math.ceil(Fraction(min(max(threshold or 0.0, 0.0), 2.0)) * 2**32 - Fraction(1, 2))
@@ -124,6 +126,7 @@ def noise_of(
     return Noise(seed, step, seed_tensor, step_tensor, row_id)
 
 
-def new_sample(rows: int, device: torch.device) -> Sample:
+def new_sample(rows: int, like: Tensor) -> Sample:
+    """On the device of `like`."""
     dtypes = (torch.int64, torch.int64, torch.bool, torch.float32, torch.float32, torch.float32)
-    return Sample(*(torch.empty(rows, dtype=dtype, device=device) for dtype in dtypes))
+    return Sample(*[like.new_empty(rows, dtype=dtype) for dtype in dtypes])

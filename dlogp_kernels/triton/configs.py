@@ -31,7 +31,7 @@ _CONFIGS: dict[tuple[int, int, int], list[Config]] = {
     (80, 2, 2): [Config(128, 64, 32, 8, 3), Config(64, 64, 64, 8, 3)],
     (80, 2, 4): [Config(64, 64, 32, 8, 3)],
     (90, 1, 2): [
-        Config(128, 256, 64, 8, 3),
+        Config(128, 256, 64, 8, 3, group=32),
         Config(128, 256, 64, 8, 4),
         Config(256, 128, 64, 8, 3),
         Config(128, 128, 64, 8, 4),
@@ -47,6 +47,8 @@ _CONFIGS: dict[tuple[int, int, int], list[Config]] = {
 #: Bytes of an element → for sampling from a pair, on every architecture: as few rows as fill a matrix unit, since
 #: batches are of few rows and memory sets the pace. Noise and winners take registers beside both tiles.
 _SAMPLE_CONFIGS = {2: Config(64, 64, 64, 8, 3), 4: Config(64, 32, 32, 8, 3)}
+#: On Hopper, by an H100: as many bytes on their way as fit into shared memory.
+_HOPPER_SAMPLE_CONFIG = Config(64, 64, 128, 8, 6)
 #: Where rows of the weight do not begin on 16 bytes, or its dtype is another: narrow loads, many addresses.
 _UNALIGNED = Config(128, 64, 32, 8, 2)
 _UNALIGNED_SAMPLE = Config(64, 64, 32, 8, 2)
@@ -60,6 +62,11 @@ _BACKWARD_TILE = (2048, 4096)
 _INTERPRETED_GEMM_TILE = (32, 128)
 
 _chosen: Config | None = None
+
+
+def chosen() -> Config | None:
+    """Of `use_config`."""
+    return _chosen
 
 
 def candidates(models: int, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> list[Config]:
@@ -85,7 +92,10 @@ def sample_config(models: int, device: torch.device, dtype: torch.dtype, aligned
         return _chosen
     if found.kind != "cuda":
         return _OTHERS[found.kind]
-    return _SAMPLE_CONFIGS[dtype.itemsize] if aligned else _UNALIGNED_SAMPLE
+    if not aligned:
+        return _UNALIGNED_SAMPLE
+    on_hopper = _architecture(found) == 90 and dtype.itemsize == 2
+    return _HOPPER_SAMPLE_CONFIG if on_hopper else _SAMPLE_CONFIGS[dtype.itemsize]
 
 
 @contextlib.contextmanager

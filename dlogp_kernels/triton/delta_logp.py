@@ -10,6 +10,8 @@ from torch import Tensor
 from ..results import DeltaLogpStats
 from . import _math
 from ._device import on_device_of
+from ._launch import Launch, call_of, launch_anew
+from ._math import IMPOSSIBLE
 from ._rows import Matrix, Rows, matrix
 from ._sizes import ceil_div, next_power_of_2
 from .logp import (
@@ -80,15 +82,27 @@ def _delta_logp_fwd_kernel(
             values = load_raw(raw, raw_row, local, local < end)
             base_values = load_raw(base_raw, raw_row, local, local < end)
             state = _math.empty_pair_state(BLOCK // EACH)
+            least = tl.zeros([BLOCK // EACH], tl.float32)
             for _ in range(0, end - begin, BLOCK):
                 following = load_raw(raw, raw_row, local + BLOCK, local + BLOCK < end)
                 base_following = load_raw(base_raw, raw_row, local + BLOCK, local + BLOCK < end)
                 x = tile_of(values, transform, column + local, local < end, EACH)
                 base_x = tile_of(base_values, base_transform, column + local, local < end, EACH)
                 state = _math.fold_pair(state, x, base_x, transform.slope, base_transform.slope)
-                state = _math.with_alone(state, x, base_x)
+                least = tl.minimum(least, tl.minimum(tl.min(x, 1), tl.min(base_x, 1)))
                 values, base_values = following, base_following
                 local += BLOCK
+            # Few logits are −inf: only where some are, another walk asks which model they belong to.
+            if tl.min(least, 0) <= IMPOSSIBLE:
+                local = begin + tl.arange(0, BLOCK)
+                for _ in range(0, end - begin, BLOCK):
+                    inside = local < end
+                    values = load_raw(raw, raw_row, local, inside)
+                    base_values = load_raw(base_raw, raw_row, local, inside)
+                    x = tile_of(values, transform, column + local, inside, EACH)
+                    base_x = tile_of(base_values, base_transform, column + local, inside, EACH)
+                    state = _math.with_alone(state, x, base_x)
+                    local += BLOCK
             state = _math.merge_pair_rows(state, transform.slope, base_transform.slope)
             one = tl.arange(0, 1)
             place = state_ptr + (split + s) * R + i + one
@@ -198,13 +212,16 @@ def fold_pair_tile(
     column: int = 0,
     split: int = 0,
     raw_first: int = 0,
+    launch: Launch = launch_anew,
 ) -> None:
     """States of both tiles of `shape` into state (10, splits, R) from `split` on; raw_first as for one model."""
     columns = split_of(shape[1])
-    _delta_logp_fwd_kernel[(shape[0], ceil_div(shape[1], columns))](
+    arguments = (
         *logits, *base_logits, target, *rows, state, picked, first, raw_first, state.shape[2], shape[1], column,
-        target.shape[1], ignore_index, split, state.shape[1], **fold_constants(logits.raw, columns),
+        target.shape[1], ignore_index, split, state.shape[1],
     )  # fmt: skip
+    grid = shape[0], ceil_div(shape[1], columns)
+    launch(_delta_logp_fwd_kernel, grid, arguments, fold_constants(logits.raw, columns))
 
 
 def finish_delta_logp(
@@ -218,13 +235,16 @@ def finish_delta_logp(
     base_slope: float,
     ignore_index: int,
     first: int = 0,
+    launch: Launch = launch_anew,
 ) -> None:
     """Write the statistics of the rows whose states are in state (10, splits, R)."""
     _, num_splits, num_rows = state.shape
-    _finish_delta_logp_kernel[(ceil_div(num_rows, _FINISH_ROWS),)](
+    arguments = (
         state, picked, target, *rows, out, first, target.shape[0], num_rows, vocabulary, target.shape[1], num_splits,
-        slope, base_slope, ignore_index, SPLITS=next_power_of_2(num_splits), ROWS=_FINISH_ROWS,
+        slope, base_slope, ignore_index,
     )  # fmt: skip
+    constants = {"SPLITS": next_power_of_2(num_splits), "ROWS": _FINISH_ROWS}
+    launch(_finish_delta_logp_kernel, (ceil_div(num_rows, _FINISH_ROWS),), arguments, constants)
 
 
 def delta_logp_fwd(
@@ -240,6 +260,10 @@ def delta_logp_fwd(
     workspace: int,
 ) -> DeltaLogpStats:
     target = target.contiguous()
+    softcaps = softcap is None, base_softcap is None
+    launch = call_of(
+        "delta_logp_fwd", logits.device, logits, base_logits, target, softcaps, ignore_index, workspace
+    ).launch  # fmt: skip
     out = new_stats(target, EVERY_ROW, DeltaLogpStats, 3)
     v, tile = logits.shape[-1], Logits(matrix(logits), transform_of(None, temperature, softcap, logit_scale))
     base_tile = Logits(matrix(base_logits), transform_of(None, temperature, base_softcap, base_logit_scale))
@@ -248,10 +272,11 @@ def delta_logp_fwd(
         for first in range(0, target.shape[0], state.shape[2]):
             shape = (min(state.shape[2], target.shape[0] - first), v)
             fold_pair_tile(
-                tile, base_tile, shape, target, EVERY_ROW, ignore_index, state, picked, first, raw_first=first
-            )
+                tile, base_tile, shape, target, EVERY_ROW, ignore_index, state, picked, first, raw_first=first,
+                launch=launch,
+            )  # fmt: skip
             finish_delta_logp(
-                state, picked, target, EVERY_ROW, out, v, tile.slope, base_tile.slope, ignore_index, first
+                state, picked, target, EVERY_ROW, out, v, tile.slope, base_tile.slope, ignore_index, first, launch
             )  # fmt: skip
     return out
 

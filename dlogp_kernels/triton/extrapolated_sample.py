@@ -13,6 +13,7 @@ from torch import Tensor
 from ..results import Sample
 from . import _math
 from ._device import on_device_of
+from ._launch import call_of
 from ._rows import Matrix, matrix, row_offset
 from ._sample import (
     DRAFT,
@@ -254,16 +255,23 @@ def extrapolated_sample(
     workspace: int,
 ) -> Sample:
     n, v = logits.shape[:-1].numel(), logits.shape[-1]
-    out = new_sample(n, logits.device)
+    out = new_sample(n, logits)
     if n == 0:
         return out
     greedy = temperature == 0.0
     noise = noise_of(row_id, seed, step, seed_tensor, step_tensor)
+    choices = criterion, draft == "base", greedy, 0 < top_k < v and not greedy, top_p < 1.0 and not greedy
     with on_device_of(logits):
-        _extrapolated_sample_kernel[(n,)](
+        call = call_of(
+            "extrapolated_sample", logits.device, logits, base_logits, row_id, seed_tensor, step_tensor, *choices
+        )  # fmt: skip
+        arguments = (
             matrix(logits), matrix(base_logits), gamma, 1.0 if greedy else temperature, *noise, out, v,
             threshold or 0.0, random_limit(threshold), top_k, top_p, min_p,
-            CRITERION=criterion, BASE_DRAFTS=draft == "base", GREEDY=greedy, TOP_K=0 < top_k < v and not greedy,
-            TOP_P=top_p < 1.0 and not greedy, BLOCK=min(_BLOCK, max(128, next_power_of_2(v))), num_warps=8,
         )  # fmt: skip
+        if call.plan is None:
+            names = ("CRITERION", "BASE_DRAFTS", "GREEDY", "TOP_K", "TOP_P")
+            block = min(_BLOCK, max(128, next_power_of_2(v)))
+            call.plan = dict(zip(names, choices, strict=True)) | {"BLOCK": block, "num_warps": 8}
+        call.launch(_extrapolated_sample_kernel, (n,), arguments, call.plan)
     return out

@@ -1,5 +1,7 @@
 """`linear_delta_logp` forward on GPUs: both models' tiles of logits are in registers at once, so KL is there too."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -7,8 +9,10 @@ from torch import Tensor
 
 from ..results import DeltaLogpStats
 from . import _math
-from ._device import on_device_of
+from ._device import on_device_of, precision, properties
 from ._fused import (
+    Model,
+    Plan,
     bias_of,
     gather_buffer,
     is_masked,
@@ -23,6 +27,7 @@ from ._fused import (
     stages_of_one_weight,
     unit_of,
 )
+from ._launch import call_of
 from ._math import IMPOSSIBLE
 from .delta_logp import finish_delta_logp
 from .logp import new_stats
@@ -91,6 +96,16 @@ def _linear_delta_logp_fwd_kernel(
         _math.store_pair_state(place, num_splits * R, state, mask & (block == blocks_per_split - 1))
 
 
+def _plan(model: Model, base: Model, target: Tensor, workspace: int) -> tuple[Plan, dict[str, Any]]:
+    """And what the kernel is compiled for."""
+    cut = plan([model, base], target, _math.PAIR_STATE_SIZE.value, workspace)
+    constants = cut.constants(is_masked(model, cut) or is_masked(base, cut))
+    constants |= {"ONE_TARGET": target.shape[1] == 1, "ONE_WEIGHT": share_weight(model, base, cut)}
+    if constants["ONE_WEIGHT"]:
+        constants["num_stages"] = stages_of_one_weight(cut, model.dtype.itemsize)
+    return cut, constants
+
+
 def linear_delta_logp_fwd(
     hidden: Tensor,
     weight: Tensor,
@@ -111,25 +126,28 @@ def linear_delta_logp_fwd(
     model = one_model(hidden, weight, bias, temperature, softcap, logit_scale)
     base = one_model(base_hidden, base_weight, base_bias, temperature, base_softcap, base_logit_scale)
     with on_device_of(hidden):
-        cut = plan([model, base], target, _math.PAIR_STATE_SIZE.value, workspace)
+        call = call_of(
+            "linear_delta_logp_fwd", hidden.device, *model, *base, target, ignore_index, workspace,
+            precision(properties(hidden.device), model.dtype), weight.data_ptr() == base_weight.data_ptr(),
+        )  # fmt: skip
+        if call.plan is None:
+            call.plan = _plan(model, base, target, workspace)
+        cut, constants = call.plan
         rows = rows_of(target, cut, ignore_index)
         out = new_stats(target, rows, DeltaLogpStats, 3)
         state = hidden.new_empty((_math.PAIR_STATE_SIZE.value, cut.num_splits, cut.num_rows), dtype=torch.float32)
         picked = hidden.new_empty((2 * target.shape[1], cut.num_rows), dtype=torch.float32)
         gathered, base_gathered = gather_buffer(model, cut, rows), gather_buffer(base, cut, rows)
-        constants = cut.constants(is_masked(model, cut) or is_masked(base, cut)) | {"ONE_TARGET": target.shape[1] == 1}
-        constants["ONE_WEIGHT"] = share_weight(model, base, cut)
-        if constants["ONE_WEIGHT"]:
-            constants["num_stages"] = stages_of_one_weight(cut, model.dtype.itemsize)
         for first in range(0, target.shape[0], cut.num_rows):
             layer = layer_of(model, cut, rows, gathered, first)
             base_layer = layer_of(base, cut, rows, base_gathered, first)
-            _linear_delta_logp_fwd_kernel[(cut.programs,)](
+            arguments = (
                 *layer, *base_layer, target, *rows, state, picked, first, target.shape[0], cut.num_rows,
-                weight.shape[0], target.shape[1], cut.blocks_per_split, cut.num_splits, **constants,
+                weight.shape[0], target.shape[1], cut.blocks_per_split, cut.num_splits,
             )  # fmt: skip
+            call.launch(_linear_delta_logp_fwd_kernel, (cut.programs,), arguments, constants)
             finish_delta_logp(
                 state, picked, target, rows, out, weight.shape[0], layer.head.slope, base_layer.head.slope,
-                ignore_index, first,
+                ignore_index, first, call.launch,
             )  # fmt: skip
     return out

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..results import Sample
 from . import _math
-from ._device import on_device_of
+from ._device import on_device_of, precision, properties
 from ._fused import (
     Model,
     Plan,
@@ -27,6 +27,7 @@ from ._fused import (
     share_weight,
     unit_of,
 )
+from ._launch import call_of
 from ._math import IMPOSSIBLE
 from ._sample import (
     DRAFT,
@@ -342,9 +343,25 @@ def _finish_linear_sample_kernel(
     tl.store(out.base_logp + n, tl.where(bad, nan, _math.logp_of(base_z, state.base, 1.0)), mask=inside)
 
 
-def _plan(model: Model, base: Model, rows: int, workspace: int) -> Plan:
-    numbers = _SEEN_SIZE.value + _TOKENS.value
-    return plan_of([model, base], rows, numbers, 0, sample_config, workspace)
+def _plan(
+    model: Model,
+    base: Model,
+    rows: int,
+    workspace: int,
+    criterion: str,
+    base_drafts: bool,
+    greedy: bool,
+    replaces: bool,
+    extrapolates: bool,
+) -> tuple[Plan, dict[str, Any], dict[str, Any]]:
+    """And what both kernels are compiled for."""
+    plan = plan_of([model, base], rows, _SEEN_SIZE.value + _TOKENS.value, 0, sample_config, workspace)
+    shared = {"REPLACES": replaces, "EXTRAPOLATES": extrapolates}
+    constants = plan.constants(is_masked(model, plan) or is_masked(base, plan)) | shared
+    constants |= {"ONE_WEIGHT": share_weight(model, base, plan), "BASE_DRAFTS": base_drafts, "GREEDY": greedy}
+    constants |= {"DIVERGENCE": criterion in ("kl", "reverse_kl", "avg_kl")}
+    splits = next_power_of_2(plan.num_splits)
+    return plan, constants, {"CRITERION": criterion, "SPLITS": splits, "ROWS": _FINISH_ROWS, **shared}
 
 
 def linear_extrapolated_sample(
@@ -375,7 +392,7 @@ def linear_extrapolated_sample(
 ) -> Sample:
     """Without the filters, which blocked.py serves."""
     n, v = hidden.shape[:-1].numel(), weight.shape[0]
-    out = new_sample(n, hidden.device)
+    out = new_sample(n, hidden)
     if n == 0:
         return out
     model = one_model(hidden.reshape(n, -1), weight, bias, 1.0, softcap, logit_scale)
@@ -384,25 +401,30 @@ def linear_extrapolated_sample(
     greedy, replaces = temperature == 0.0, criterion != "none"
     divisor, extrapolates = 1.0 if greedy else temperature, gamma > 0.0
     with on_device_of(hidden):
-        plan = _plan(model, base, n, workspace)
+        choices = criterion, draft == "base", greedy, replaces, extrapolates
+        call = call_of(
+            "linear_extrapolated_sample", hidden.device, *model, *base, *noise[2:], workspace,
+            precision(properties(hidden.device), model.dtype), weight.data_ptr() == base_weight.data_ptr(), *choices,
+        )  # fmt: skip
+        if call.plan is None:
+            call.plan = _plan(model, base, n, workspace, *choices)
+        plan, constants, finish_constants = call.plan
         shape = (plan.num_splits, plan.num_rows)
         state = hidden.new_empty((_SEEN_SIZE.value, *shape), dtype=torch.float32)
         token = hidden.new_empty((_TOKENS.value, *shape), dtype=torch.int32)
-        constants = plan.constants(is_masked(model, plan) or is_masked(base, plan))
         for first in range(0, n, plan.num_rows):
             rows = slice(first, min(n, first + plan.num_rows))
             count = rows.stop - first
             part, base_part = (x._replace(hidden=x.hidden[rows]) for x in (model, base))
-            _linear_extrapolated_sample_kernel[(plan.programs,)](
+            arguments = (
                 *layer_of(part, plan, EVERY_ROW, None, 0), *layer_of(base_part, plan, EVERY_ROW, None, 0), *noise,
                 state, token, first, count, plan.num_rows, v, gamma, divisor, plan.blocks_per_split, plan.num_splits,
-                **constants, ONE_WEIGHT=share_weight(model, base, plan),
-                DIVERGENCE=criterion in ("kl", "reverse_kl", "avg_kl"), BASE_DRAFTS=draft == "base", GREEDY=greedy,
-                REPLACES=replaces, EXTRAPOLATES=extrapolates,
             )  # fmt: skip
-            _finish_linear_sample_kernel[(ceil_div(count, _FINISH_ROWS),)](
+            call.launch(_linear_extrapolated_sample_kernel, (plan.programs,), arguments, constants)
+            splits = (
                 state, token, *noise, out, first, count, plan.num_rows, gamma, divisor, threshold or 0.0,
-                random_limit(threshold), plan.num_splits, CRITERION=criterion, REPLACES=replaces,
-                EXTRAPOLATES=extrapolates, SPLITS=next_power_of_2(plan.num_splits), ROWS=_FINISH_ROWS,
+                random_limit(threshold), plan.num_splits,
             )  # fmt: skip
+            finish_grid = (ceil_div(count, _FINISH_ROWS),)
+            call.launch(_finish_linear_sample_kernel, finish_grid, splits, finish_constants)
     return out

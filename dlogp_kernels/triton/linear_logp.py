@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..results import LogpStats
 from . import _math
-from ._device import on_device_of
+from ._device import on_device_of, precision, properties
 from ._fused import (
     bias_of,
     gather_buffer,
@@ -20,6 +20,7 @@ from ._fused import (
     rows_of,
     unit_of,
 )
+from ._launch import call_of
 from ._math import IMPOSSIBLE
 from .logp import finish_logp, new_stats
 
@@ -83,18 +84,25 @@ def linear_logp_fwd(
     target = target.contiguous()
     model = one_model(hidden, weight, bias, temperature, softcap, logit_scale)
     with on_device_of(hidden):
-        cut = plan([model], target, _math.STATE_SIZE.value, workspace)
+        arithmetic = precision(properties(hidden.device), model.dtype)
+        call = call_of("linear_logp_fwd", hidden.device, *model, target, ignore_index, workspace, arithmetic)
+        if call.plan is None:
+            cut = plan([model], target, _math.STATE_SIZE.value, workspace)
+            call.plan = cut, cut.constants(is_masked(model, cut)) | {"ONE_TARGET": target.shape[1] == 1}
+        cut, constants = call.plan
         rows = rows_of(target, cut, ignore_index)
         out = new_stats(target, rows, LogpStats, 1)
         state = hidden.new_empty((_math.STATE_SIZE.value, cut.num_splits, cut.num_rows), dtype=torch.float32)
         picked = hidden.new_empty((target.shape[1], cut.num_rows), dtype=torch.float32)
         gathered = gather_buffer(model, cut, rows)
-        constants = cut.constants(is_masked(model, cut)) | {"ONE_TARGET": target.shape[1] == 1}
         for first in range(0, target.shape[0], cut.num_rows):
             layer = layer_of(model, cut, rows, gathered, first)
-            _linear_logp_fwd_kernel[(cut.programs,)](
+            arguments = (
                 *layer, target, *rows, state, picked, first, target.shape[0], cut.num_rows, weight.shape[0],
-                target.shape[1], cut.blocks_per_split, cut.num_splits, **constants,
+                target.shape[1], cut.blocks_per_split, cut.num_splits,
             )  # fmt: skip
-            finish_logp(state, picked, target, rows, out, weight.shape[0], layer.head.slope, ignore_index, first)
+            call.launch(_linear_logp_fwd_kernel, (cut.programs,), arguments, constants)
+            finish_logp(
+                state, picked, target, rows, out, weight.shape[0], layer.head.slope, ignore_index, first, call.launch
+            )  # fmt: skip
     return out

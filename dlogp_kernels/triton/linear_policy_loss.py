@@ -53,8 +53,8 @@ _SCALED = 2048
 #: A slice of logits and a block of gradients take this many times the workspace at most: 768 MiB by default.
 _SHARE = 3
 #: Rows of a slice, and of a block.
-_SLICE_ROWS = 512
-_BLOCK_ROWS = 1536
+_SLICE_ROWS = 384
+_BLOCK_ROWS = 1920
 #: What a product takes at a time.
 _WHOLE_ROWS = 128
 _METRICS = len(PolicyMetrics._fields)
@@ -219,12 +219,14 @@ class _Accumulators:
             wanted[2] and model.bias is not None,
         )
 
-        def new(shape: Any, wanted: bool) -> Tensor:
-            return torch.zeros(shape if wanted else 0, dtype=torch.float32, device=model.hidden.device)
+        def new(shape: Any, wanted: bool, written: bool) -> Tensor:
+            allocate = torch.empty if written else torch.zeros
+            return allocate(shape if wanted else 0, dtype=torch.float32, device=model.hidden.device)
 
-        self.hidden = new(model.hidden.shape, self.wants_hidden)
-        self.weight = new(model.weight.shape, self.wants_weight)
-        self.bias = new(model.weight.shape[:1], self.wants_bias)
+        # The first block of rows writes them.
+        self.hidden = new(model.hidden.shape, self.wants_hidden, num_rows > 0)
+        self.weight = new(model.weight.shape, self.wants_weight, num_rows > 0)
+        self.bias = new(model.weight.shape[:1], self.wants_bias, False)
         self.grad_logits = torch.empty((num_rows, model.weight.shape[0]), dtype=model.dtype, device=model.hidden.device)
         self.scale = _float16_scale(scale) if model.dtype == torch.float16 else None
 
@@ -240,7 +242,8 @@ class _Accumulators:
             out = self.hidden.view(-1, self.hidden.shape[-1])[first : first + num_rows]
             product(grad_logits, self.model.weight, out=out)
         if self.wants_weight:
-            add_product(self.weight, grad_logits.t(), block.hidden[:num_rows])
+            into = product if first == 0 else add_product
+            into(grad_logits.t(), block.hidden[:num_rows], out=self.weight)
 
     def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
         if self.scale is not None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..results import LogpStats
 from . import _math
 from ._device import on_device_of
+from ._launch import Launch, call_of, launch_anew
 from ._math import IMPOSSIBLE
 from ._rows import Matrix, Rows, matrix, row_offset
 from ._sizes import ceil_div, next_power_of_2
@@ -61,8 +62,9 @@ class Saved(NamedTuple):
 
 @triton.jit
 def load_raw(raw, i, local, mask):
-    """Columns `local` of row i, in their own dtype."""
-    return tl.load(raw.data + row_offset(raw, i) + local.to(tl.int64) * raw.stride_column, mask=mask, other=0.0)
+    """Columns `local` of row i, in their own dtype; −inf where masked out."""
+    pointers = raw.data + row_offset(raw, i) + local.to(tl.int64) * raw.stride_column
+    return tl.load(pointers, mask=mask, other=float("-inf"))
 
 
 @triton.jit
@@ -86,14 +88,16 @@ def tile_of(values, transform, tokens, mask, EACH: tl.constexpr):
 
     A row then has a state of its own, and no thread waits for another before the last block.
     """
-    x = tl.where(mask, possible(x_of(values, transform, tokens, mask)), IMPOSSIBLE)
+    x = x_of(values, transform, tokens, mask)
+    # A softcap makes every token possible.
+    x = possible(x) if transform.inner is None else tl.where(mask, x, IMPOSSIBLE)
     return tl.reshape(x, [x.shape[0] // EACH, EACH])
 
 
 @triton.jit
 def possible(x):
     """x with IMPOSSIBLE for −inf; NaN stays."""
-    return tl.where(x < IMPOSSIBLE, IMPOSSIBLE, x)
+    return tl.maximum(x, IMPOSSIBLE, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -309,9 +313,9 @@ def new_stats(target: Tensor, rows: Rows, kind: Any, with_candidates: int) -> An
 
     Zeros where ignored rows are left out; else every row will be written.
     """
-    new = torch.empty if rows.row_index is None else torch.zeros
-    shapes = [target.shape if i < with_candidates else target.shape[:1] for i in range(len(kind._fields))]
-    return kind(*(new(shape, dtype=torch.float32, device=target.device) for shape in shapes))
+    new = target.new_empty if rows.row_index is None else target.new_zeros
+    shapes = [target.shape] * with_candidates + [target.shape[:1]] * (len(kind._fields) - with_candidates)
+    return kind(*[new(shape, dtype=torch.float32) for shape in shapes])
 
 
 def new_states(target: Tensor, vocabulary: int, state_size: int, models: int, workspace: int) -> tuple[Tensor, Tensor]:
@@ -336,13 +340,16 @@ def fold_tile(
     column: int = 0,
     split: int = 0,
     raw_first: int = 0,
+    launch: Launch = launch_anew,
 ) -> None:
     """States of a tile of `shape`, which begins at the row raw_first of the logits, to state (3, splits, R)."""
     columns = split_of(shape[1])
-    _logp_fwd_kernel[(shape[0], ceil_div(shape[1], columns))](
+    arguments = (
         *logits, target, *rows, state, picked, first, raw_first, state.shape[2], shape[1], column, target.shape[1],
-        ignore_index, split, state.shape[1], **fold_constants(logits.raw, columns),
+        ignore_index, split, state.shape[1],
     )  # fmt: skip
+    grid = shape[0], ceil_div(shape[1], columns)
+    launch(_logp_fwd_kernel, grid, arguments, fold_constants(logits.raw, columns))
 
 
 def finish_logp(
@@ -355,13 +362,16 @@ def finish_logp(
     slope: float,
     ignore_index: int,
     first: int = 0,
+    launch: Launch = launch_anew,
 ) -> None:
     """Write the statistics of the rows whose states are in state (3, splits, R)."""
     _, num_splits, num_rows = state.shape
-    _finish_logp_kernel[(ceil_div(num_rows, _FINISH_ROWS),)](
+    arguments = (
         state, picked, target, *rows, out, first, target.shape[0], num_rows, vocabulary, target.shape[1], num_splits,
-        slope, ignore_index, SPLITS=next_power_of_2(num_splits), ROWS=_FINISH_ROWS,
+        slope, ignore_index,
     )  # fmt: skip
+    constants = {"SPLITS": next_power_of_2(num_splits), "ROWS": _FINISH_ROWS}
+    launch(_finish_logp_kernel, (ceil_div(num_rows, _FINISH_ROWS),), arguments, constants)
 
 
 def logp_fwd(
@@ -374,14 +384,17 @@ def logp_fwd(
     workspace: int,
 ) -> LogpStats:
     target = target.contiguous()
+    launch = call_of("logp_fwd", logits.device, logits, target, softcap is None, ignore_index, workspace).launch
     out = new_stats(target, EVERY_ROW, LogpStats, 1)
     v, tile = logits.shape[-1], Logits(matrix(logits), transform_of(None, temperature, softcap, logit_scale))
     with on_device_of(logits):
         state, picked = new_states(target, v, _math.STATE_SIZE.value, 1, workspace)
         for first in range(0, target.shape[0], state.shape[2]):
             shape = (min(state.shape[2], target.shape[0] - first), v)
-            fold_tile(tile, shape, target, EVERY_ROW, ignore_index, state, picked, first, raw_first=first)
-            finish_logp(state, picked, target, EVERY_ROW, out, v, tile.slope, ignore_index, first)
+            fold_tile(
+                tile, shape, target, EVERY_ROW, ignore_index, state, picked, first, raw_first=first, launch=launch
+            )  # fmt: skip
+            finish_logp(state, picked, target, EVERY_ROW, out, v, tile.slope, ignore_index, first, launch)
     return out
 
 

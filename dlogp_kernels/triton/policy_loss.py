@@ -16,6 +16,7 @@ from ..reference_policy import BY_TOKENS, PolicyOptions, options_of
 from ..results import PolicyMetrics
 from . import _policy
 from ._device import on_device_of
+from ._launch import call_of
 from ._policy import kind_of, numbers_of
 from ._sizes import ceil_div
 
@@ -441,23 +442,37 @@ def policy_loss_fwd(
     # What _sequences_kernel writes needs no zeros.
     allocate, of_sequences = (torch.empty if by_sequence else torch.zeros), None
     finished = allocate(1 + sequences, dtype=torch.int32, device=device)
+    group = None if group is None else group.contiguous()
+    launch = call_of(
+        "policy_loss_fwd", device, logp, old_logp, advantage, mask, offsets, group, ref_logp, entropy, kl, token_weight,
+        num_tokens, *choices, max_length, with_gradient,
+    ).launch  # fmt: skip
     with on_device_of(logp):
         if by_sequence:
             of_sequences = new(3, sequences)
-            _sequences_kernel[(sequences,)](
-                given, old, counted, offsets, of_sequences, finished, sequences,
-                columns // unit, UNIT=unit, BLOCK=_BLOCK, num_warps=_WARPS,
-            )  # fmt: skip
-        _policy_loss_fwd_kernel[(sequences, splits)](
+            tokens = given, old, counted, offsets, of_sequences, finished, sequences, columns // unit
+            constants: dict[str, Any] = {"UNIT": unit, "BLOCK": _BLOCK, "num_warps": _WARPS}
+            launch(_sequences_kernel, (sequences,), tokens, constants)
+        arguments = (
             given, old, _advantages(advantage, sequences, packed), counted, _tokens_if_any(ref_logp, packed),
             _tokens_if_any(entropy, packed), _tokens_if_any(kl, packed), _tokens_if_any(token_weight, packed), offsets,
-            numbers_of(options), of_sequences, None if group is None else group.contiguous(), num_tokens,
+            numbers_of(options), of_sequences, group, num_tokens,
             coefficient if with_gradient else None, new(sequences * splits, _PART.value), finished, loss, metrics,
             scale, sequences, columns // unit, columns if max_length is None else max_length,
-            SURROGATE=kind.surrogate, REWEIGHT=kind.reweight, SIGN=kind.sign, OF_SEQUENCES=kind.of_sequences,
-            METRICS=_METRICS, DENOMINATOR=_denominator(options), UNIT=unit, BLOCK=_BLOCK, TOGETHER=_TOGETHER,
-            num_warps=_WARPS,
         )  # fmt: skip
+        constants = {
+            "SURROGATE": kind.surrogate,
+            "REWEIGHT": kind.reweight,
+            "SIGN": kind.sign,
+            "OF_SEQUENCES": kind.of_sequences,
+            "METRICS": _METRICS,
+            "DENOMINATOR": _denominator(options),
+            "UNIT": unit,
+            "BLOCK": _BLOCK,
+            "TOGETHER": _TOGETHER,
+            "num_warps": _WARPS,
+        }
+        launch(_policy_loss_fwd_kernel, (sequences, splits), arguments, constants)
     return loss, metrics, coefficient, scale
 
 
@@ -500,9 +515,13 @@ def policy_loss_bwd(
         return tuple(gradient.zero_() for gradient in gradients)
     pointers = (gradient if wanted else None for gradient, wanted in zip(gradients, output_mask, strict=True))
     unit, splits = _unit_of(columns, packed), _splits(sequences, columns, packed, _BWD_PROGRAMS)
+    offsets = None if offsets is None else offsets.contiguous()
+    call = call_of("policy_loss_bwd", scale.device, grad_loss, coefficient, scale, mask, offsets, *output_mask)
     with on_device_of(scale):
-        _policy_loss_bwd_kernel[(sequences, splits)](
-            grad_loss, coefficient, scale, _tokens(mask, packed), None if offsets is None else offsets.contiguous(),
-            *pointers, sequences, columns // unit, entropy_coef, kl_beta, UNIT=unit, BLOCK=_BLOCK, num_warps=_WARPS,
+        arguments = (
+            grad_loss, coefficient, scale, _tokens(mask, packed), offsets, *pointers, sequences, columns // unit,
+            entropy_coef, kl_beta,
         )  # fmt: skip
+        constants = {"UNIT": unit, "BLOCK": _BLOCK, "num_warps": _WARPS}
+        call.launch(_policy_loss_bwd_kernel, (sequences, splits), arguments, constants)
     return gradients

@@ -25,6 +25,7 @@ from ._fused import (
     one_model,
     plan_of,
     share_weight,
+    stages_of_one_weight,
     unit_of,
 )
 from ._launch import call_of
@@ -360,6 +361,8 @@ def _plan(
     constants = plan.constants(is_masked(model, plan) or is_masked(base, plan)) | shared
     constants |= {"ONE_WEIGHT": share_weight(model, base, plan), "BASE_DRAFTS": base_drafts, "GREEDY": greedy}
     constants |= {"DIVERGENCE": criterion in ("kl", "reverse_kl", "avg_kl")}
+    if constants["ONE_WEIGHT"]:
+        constants["num_stages"] = stages_of_one_weight(plan, model.dtype.itemsize)
     splits = next_power_of_2(plan.num_splits)
     return plan, constants, {"CRITERION": criterion, "SPLITS": splits, "ROWS": _FINISH_ROWS, **shared}
 

@@ -17,7 +17,8 @@ from ._sizes import ceil_div, next_power_of_2
 
 #: Columns that one program reduces, block by block; how a row is cut depends on nothing but V.
 _SPLIT = 16384
-_BLOCK = 2048
+#: Threads of a program, each with two loads of 16 bytes a block.
+_THREADS, _LOADS = 128, 2
 #: Columns of a program of backward, which has nothing to reduce.
 _SEGMENT = 2048
 _FINISH_ROWS = 16
@@ -293,10 +294,10 @@ def split_of(width: int) -> int:
 
 
 def fold_constants(raw: Matrix, split: int) -> dict[str, int]:
-    """What forward kernels of given logits are compiled for: 16 columns a thread, 16 bytes a load."""
-    block = min(_BLOCK, split)
+    """What forward kernels of given logits are compiled for."""
     each = 16 // raw.data.element_size()
-    return {"SPLIT": split, "BLOCK": block, "EACH": each, "num_warps": num_warps(block)}
+    block = min(_THREADS * _LOADS * each, split)
+    return {"SPLIT": split, "BLOCK": block, "EACH": each, "num_warps": max(1, block // (32 * _LOADS * each))}
 
 
 def segment_of(width: int) -> int:

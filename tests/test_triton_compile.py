@@ -163,7 +163,7 @@ def test_the_policy_loss_of_other_numbers_is_compiled_already():
         inputs = inputs if lengths is None else policy_cases.pack(inputs, lengths)
         with pretend(GPUS["sm_90"]) as launched, launch_code_sees(GPUS["sm_90"]), backends.use_backend("triton"):
             policy_cases.call(inputs, loss_type="dr_grpo", **options, **policy_cases.ALL_EXTRAS)
-        return {id(x) for x in launched}
+        return {id(x.compiled) for x in launched}
 
     padded = compiled(3, 4096, None, max_length=4096, alpha=0.1)
     assert compiled(16, 48, None, max_length=1, alpha=1.0) == padded

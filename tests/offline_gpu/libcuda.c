@@ -177,3 +177,4 @@ CUresult cuFuncSetCacheConfig(CUfunction function, CUfunc_cache config) { return
 CUresult cuCtxGetDevice(CUdevice* device) { return CUDA_ERROR_NOT_SUPPORTED; }
 CUresult cuCtxGetLimit(size_t* value, CUlimit limit) { return CUDA_ERROR_NOT_SUPPORTED; }
 CUresult cuCtxSetLimit(CUlimit limit, size_t value) { return CUDA_ERROR_NOT_SUPPORTED; }
+CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus* status) { return CUDA_ERROR_NOT_SUPPORTED; }

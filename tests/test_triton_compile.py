@@ -131,7 +131,7 @@ def test_the_policy_loss_fits(gpu, name):
     with pretend(GPUS[gpu]) as launched, launch_code_sees(GPUS[gpu]), backends.use_backend("triton"):
         policy_cases.call(inputs, **options, **policy_cases.ALL_EXTRAS)
     before = ["_sequences_kernel"] if "sequence" in options.values() else []
-    assert [x.name for x in launched] == [*before, "_policy_loss_fwd_kernel", "_policy_loss_bwd_kernel"]
+    assert [x.compiled.name for x in launched] == [*before, "_policy_loss_fwd_kernel", "_policy_loss_bwd_kernel"]
     for kernel in kernels(launched):
         print(f"{kernel.name} {kernel.constants}: {kernel[3:]}")
         assert kernel.spilled == 0 and kernel.registers <= REGISTERS[GPUS[gpu].target.backend]
@@ -156,7 +156,7 @@ def test_the_policy_loss_of_other_numbers_is_compiled_already():
         inputs = inputs if lengths is None else policy_cases.pack(inputs, lengths)
         with pretend(GPUS["sm_90"]) as launched, launch_code_sees(GPUS["sm_90"]), backends.use_backend("triton"):
             policy_cases.call(inputs, loss_type="dr_grpo", **options, **policy_cases.ALL_EXTRAS)
-        return {id(x) for x in launched}
+        return {id(x.compiled) for x in launched}
 
     padded = compiled(3, 4096, None, max_length=4096, alpha=0.1)
     assert compiled(16, 48, None, max_length=1, alpha=1.0) == padded

@@ -80,6 +80,23 @@ def test_a_backend_that_can_not_serve_names_op_device_and_reason():
         backends.select("logp_fwd", "cuda")
 
 
+@pytest.mark.parametrize(
+    ("torch_version", "triton_version", "problem"),
+    [
+        ("2.11.0+cu130", "3.6.0", None),
+        ("2.12.1", "3.7.0", None),
+        ("2.13.0", "3.7.1", None),
+        ("2.14.1", "3.8.0", None),
+        ("2.15.0", "3.9.0", None),
+        ("2.14.1", "3.7.1", "triton 3.7.1 does not fit torch 2.14.1, which is built for triton 3.8"),
+    ],
+)
+def test_triton_has_to_fit_where_it_is_known_which_one_does(monkeypatch, torch_version, triton_version, problem):
+    monkeypatch.setattr(torch, "__version__", torch_version)
+    monkeypatch.setattr(backends.importlib.metadata, "version", {"triton": triton_version}.__getitem__)
+    assert backends._triton_problem.__wrapped__() == problem
+
+
 def test_report_says_who_serves_each_op_and_why_not_another():
     lines = [line for line in backends.report() if line.device == "cpu"]
     assert {line.op for line in lines} == set(schemas.SCHEMAS)

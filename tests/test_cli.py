@@ -307,6 +307,23 @@ def test_doctor_says_why_not_another_backend(dlogp, monkeypatch):
     assert torch.__version__ in printed
 
 
+@pytest.mark.parametrize(
+    ("version", "said"),
+    [
+        ("2.11.0+cu130", "torch 2.11.0+cu130: tried on an H100"),
+        ("2.14.1", "torch 2.14.1: tried without a GPU"),
+        (
+            "2.15.0",
+            "torch 2.15.0: not tried; tried: 2.11 (on an H100), 2.13 (without a GPU), 2.14 (without a GPU)",
+        ),
+    ],
+)
+def test_doctor_says_whether_this_torch_was_tried(dlogp, monkeypatch, version, said):
+    monkeypatch.setattr(torch, "__version__", version)
+    status, printed, _ = dlogp("doctor")
+    assert status == 0 and said in printed.splitlines()
+
+
 def test_demo_runs_on_the_pair_that_comes_along(dlogp, tmp_path, monkeypatch):
     monkeypatch.setattr(demo_run, "measure_in_subprocess", lambda tokens: memory.Measurement(tokens, 1.5, 2**29, 2**23))
     out = tmp_path / "demo"

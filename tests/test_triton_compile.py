@@ -73,6 +73,14 @@ def test_too_much_shared_memory_is_an_error_as_on_the_gpu():
         _product("sm_89", 256, 16, described=False)
 
 
+def _assert_fits(gpu: str, kernel: Kernel) -> None:
+    print(f"{kernel.name} {kernel.constants}: {kernel[3:]}")
+    allowed = SPILLED_BYTES.get((TRITON, gpu, kernel.name), 0)
+    assert kernel.spilled <= allowed, f"{kernel.name} {kernel.constants} spills {kernel.spilled} bytes a thread"
+    assert kernel.registers <= REGISTERS[GPUS[gpu].target.backend]
+    assert kernel.shared_memory <= GPUS[gpu].shared_memory
+
+
 VOCABULARY = 151_936  # of Qwen: many splits to merge
 EVERY_OPTION = {"k": 3, "bias": True, "options": {"temperature": 0.7, "softcap": 5.0, "logit_scale": 1.3}}
 #: Name → backend, op, and what differs from a call with 130 rows (more than a tile), no bias and bfloat16.
@@ -133,8 +141,7 @@ def test_the_policy_loss_fits(gpu, name):
     before = ["_sequences_kernel"] if "sequence" in options.values() else []
     assert [x.compiled.name for x in launched] == [*before, "_policy_loss_fwd_kernel", "_policy_loss_bwd_kernel"]
     for kernel in kernels(launched):
-        print(f"{kernel.name} {kernel.constants}: {kernel[3:]}")
-        assert kernel.spilled == 0 and kernel.registers <= REGISTERS[GPUS[gpu].target.backend]
+        _assert_fits(gpu, kernel)
         if kernel.name == "_policy_loss_fwd_kernel" and gpu != "gfx942":
             # What the last program adds up: all written before it was told, none of it from a cache of its own.
             assert "atom.global.gpu.acq_rel" in kernel.assembly and "ld.global.cg" in kernel.assembly
@@ -182,8 +189,7 @@ def test_the_linear_policy_loss_fits(gpu, name):
     compiled = kernels(launched)
     assert "_policy_rows_kernel" in {x.name for x in compiled}
     for kernel in compiled:
-        print(f"{kernel.name} {kernel.constants}: {kernel[3:]}")
-        assert kernel.spilled == 0 and kernel.registers <= REGISTERS[GPUS[gpu].target.backend]
+        _assert_fits(gpu, kernel)
 
 
 #: Name → options of a draw from hidden states, and what differs from a call with 5 rows, no bias and bfloat16.
@@ -231,12 +237,8 @@ def test_kernels_fit_and_multiply_on_tensor_cores(gpu, name, record_property):
     launched = (_sampled if name in SAMPLING else _launched)(gpu, name)
     assert launched
     for kernel in launched:
-        print(f"{kernel.name} {kernel.constants}: {kernel[3:]}")
         record_property(f"{kernel.name} registers, spilled, shared memory", kernel[3:])
-        allowed = SPILLED_BYTES.get((TRITON, gpu, kernel.name), 0)
-        assert kernel.spilled <= allowed, f"{kernel.name} {kernel.constants} spills {kernel.spilled} bytes a thread"
-        assert kernel.registers <= REGISTERS[GPUS[gpu].target.backend]
-        assert kernel.shared_memory <= GPUS[gpu].shared_memory
+        _assert_fits(gpu, kernel)
         if kernel.name in MULTIPLY:
             assert re.search(GPUS[gpu].matrix_instruction, kernel.assembly)
             assert kernel.constants["DESCRIPTORS"] == (GPUS[gpu].descriptors and "unaligned" not in name)
@@ -266,6 +268,4 @@ def test_sampling_fits(gpu, name, record_property):
         dlogp_kernels.extrapolated_sample(logits, logits, **SAMPLES[name])
     (kernel,) = kernels(launched)
     record_property(f"{kernel.name} registers, spilled, shared memory", kernel[3:])
-    assert kernel.spilled == 0, f"{kernel.spilled} bytes a thread"
-    assert kernel.registers <= REGISTERS[GPUS[gpu].target.backend]
-    assert kernel.shared_memory <= GPUS[gpu].shared_memory
+    _assert_fits(gpu, kernel)

@@ -43,6 +43,17 @@ SPILLED_BYTES: dict[tuple[str, str, str], int] = {
     # The tiles are those that an H100 was fastest with under Triton 3.6, which keeps all in registers.
     ("3.7", "sm_90", "_linear_delta_logp_fwd_kernel"): 8,
     ("3.7", "sm_90", "_linear_extrapolated_sample_kernel"): 24,
+    # From 3.8 on a thread adds its part of a row as a tree, of which more is live than of one sum; no GPU has timed it.
+    ("3.8", "sm_80", "_linear_logp_fwd_kernel"): 32,
+    ("3.8", "sm_80", "_linear_extrapolated_sample_kernel"): 48,
+    ("3.8", "sm_89", "_linear_logp_fwd_kernel"): 8,
+    ("3.8", "sm_89", "_linear_delta_logp_fwd_kernel"): 16,
+    ("3.8", "sm_89", "_linear_extrapolated_sample_kernel"): 40,
+    ("3.8", "sm_90", "_linear_logp_fwd_kernel"): 56,
+    ("3.8", "sm_90", "_linear_delta_logp_fwd_kernel"): 216,
+    ("3.8", "sm_90", "_extrapolated_sample_kernel"): 8,
+    ("3.8", "sm_100", "_linear_logp_fwd_kernel"): 16,
+    ("3.8", "sm_100", "_linear_delta_logp_fwd_kernel"): 488,
 }
 
 #: Of a thread of a CUDA C++ kernel: registers, so that two blocks share a multiprocessor, and bytes of the stack, by

@@ -181,6 +181,7 @@ def print_report(console: Console, report: Report) -> None:
     for name, version in {**report.versions, **report.tools}.items():
         installation.add_row(name, Text(version) if version else Text("not found", style="yellow"))
     console.print(installation)
+    console.print(report.torch_trial, markup=False, soft_wrap=True)
     console.print(_devices(report))
     served = Table("op", "device", "backend", "why not another", title="Which backend serves each op")
     for choice in report.backends:

@@ -60,12 +60,16 @@ class Gpu(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What `dlogp doctor` shows; `versions` and `tools` map a name to None where it is missing."""
+    """What `dlogp doctor` shows; `versions` and `tools` map a name to None where it is missing.
+
+    `torch_trial` says where this version was tried with the installed torch, or with which ones instead.
+    """
 
     python: str
     system: str
     versions: dict[str, str | None]
     tools: dict[str, str | None]
+    torch_trial: str
     processor: Processor
     cuda: str | None
     gpus: list[Gpu]
@@ -88,11 +92,20 @@ def examine() -> Report:
         system=platform.platform(),
         versions={"dlogp_kernels": __version__, **{name: _version(name) for name in _PACKAGES}},
         tools={name: _first_tool(candidates) for name, candidates in _TOOLS.items()},
+        torch_trial=_torch_trial(),
         processor=_processor(),
         cuda=torch.version.cuda,
         gpus=_gpus(),
         backends=backends.report(),
     )
+
+
+def _torch_trial() -> str:
+    where = backends.TRIED_TORCH.get(backends.torch_release())
+    if where is not None:
+        return f"torch {torch.__version__}: tried {where}"
+    tried = ", ".join(f"{release} ({where})" for release, where in backends.TRIED_TORCH.items())
+    return f"torch {torch.__version__}: not tried; tried: {tried}"
 
 
 def _version(package: str) -> str | None:

@@ -32,8 +32,10 @@ _MODULES = {
 _ONLY = {"gemm": ("linear_logp_fwd", "linear_delta_logp_fwd"), "cuda": ("extrapolated_sample",)}
 #: Compute capabilities that the CUDA C++ kernels are compiled for.
 _CUDA_CAPABILITIES = ("8.x", "9.0", "10.0")
-#: The Triton that each PyTorch is built for.
-_TRITON_OF_TORCH = {"2.11": "3.6", "2.12": "3.7", "2.13": "3.7"}
+#: The Triton that each PyTorch is built for. Of a later one it is not known here, and any Triton will do.
+_TRITON_OF_TORCH = {"2.11": "3.6", "2.12": "3.7", "2.13": "3.7", "2.14": "3.8"}
+#: Releases of PyTorch that this version was tried with, and where. It can be installed beside others.
+TRIED_TORCH = {"2.11": "on an H100", "2.13": "without a GPU", "2.14": "without a GPU"}
 
 DEFAULT_WORKSPACE = 256 * 2**20
 NOT_MEASURED = "not measured"
@@ -184,12 +186,17 @@ def _preference(op: str, device: torch.device, dtype: torch.dtype, hidden_size: 
     return next((line for line in PREFERENCES if line.holds(*at)), None)
 
 
+def torch_release() -> str:
+    """The installed PyTorch's version up to the minor number, as in `TRIED_TORCH`."""
+    return ".".join(torch.__version__.split(".")[:2])
+
+
 @functools.cache
 def _triton_problem() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     version = importlib.metadata.version("triton")
-    expected = _TRITON_OF_TORCH.get(".".join(torch.__version__.split(".")[:2]))
+    expected = _TRITON_OF_TORCH.get(torch_release())
     if expected is not None and version.split(".")[:2] != expected.split("."):
         return f"triton {version} does not fit torch {torch.__version__}, which is built for triton {expected}"
     return None

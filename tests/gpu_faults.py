@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from benchmarks.gpu.child import Case, Entry, Session
+from benchmarks.child import Case, Entry, Session
 from benchmarks.gpu.timing import Timed, measured
 from benchmarks.harness import NotMeasuredError, absolute_error, verify
 

@@ -15,8 +15,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.children import Job, run_jobs  # noqa: E402
 from benchmarks.gpu import checks, profile, table  # noqa: E402
-from benchmarks.gpu.children import Job, run_jobs  # noqa: E402
 
 pytestmark = pytest.mark.cpu_only
 
@@ -97,7 +97,7 @@ def test_faults_are_named_and_the_rest_goes_on():
 
 def test_a_process_that_does_not_start_is_named():
     entries: list[dict[str, Any]] = []
-    jobs = [Job("no module", "nothing:cases"), Job("none", "tests.gpu_faults:nothing")]
+    jobs = [Job("no module", "benchmarks.gpu.nothing:cases"), Job("none", "tests.gpu_faults:nothing")]
     request, deadline = {"device": "cpu", "tiny": True}, time.monotonic() + 60
     run_jobs(jobs, request, deadline, lambda job, entry: entries.append(entry), threading.Event(), 2)
     assert [entry["status"] for entry in entries] == ["failed", "failed"]

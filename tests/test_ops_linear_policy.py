@@ -71,7 +71,7 @@ def test_advantages_of_tokens_and_num_tokens(accuracy):
     check_against_truth(accuracy, inputs, **EXTRAS)
     whole, half = (
         call(inputs, num_tokens=inputs["mask"].sum().item()),
-        call(inputs, num_tokens=2 * inputs["mask"].sum()),
+        call(inputs, num_tokens=(2 * inputs["mask"].sum()).to(cases.DEVICE)),
     )
     torch.testing.assert_close(half.loss * 2.0, whole.loss)
     torch.testing.assert_close(half.gradients["weight"] * 2.0, whole.gradients["weight"])
@@ -180,6 +180,7 @@ def test_layouts(accuracy):
     check_against_truth(accuracy, turned, **EXTRAS)
 
 
+@pytest.mark.cpu_only
 @pytest.mark.served_by("cpu", "reference")
 def test_a_target_outside_the_vocabulary_is_named():
     inputs = make_inputs()

@@ -80,6 +80,16 @@ def check_against_definition(accuracy: Any | None, logits: Tensor, base_logits: 
     return actual
 
 
+def assert_same_rows(drawn: Sample, other: Sample) -> None:
+    """Bit for bit; but on a GPU the sums of PyTorch's own kernels depend on how many rows there are."""
+    of_pytorch = backends.select("extrapolated_sample", cases.DEVICE) == "reference" and cases.DEVICE.type == "cuda"
+    for name, x, y in zip(drawn._fields, drawn, other, strict=True):
+        if of_pytorch and x.is_floating_point():
+            torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+        else:
+            assert torch.equal(x, y), name
+
+
 @pytest.mark.served_by("reference")
 def test_philox_known_answers():
     """Random123's known answers, by which every implementation of Philox4x32-10 is checked."""
@@ -348,13 +358,11 @@ def test_a_row_does_not_depend_on_the_batch(options):
     everything = sample(logits, base_logits, row_id=row_id, gamma=0.2, **options)
     order = torch.randperm(logits.shape[0])
     shuffled = sample(logits[order], base_logits[order], row_id=row_id[order], gamma=0.2, **options)
-    for value, other in zip(everything, shuffled, strict=True):
-        assert torch.equal(value[order], other)
+    assert_same_rows(Sample(*(value[order] for value in everything)), shuffled)
     for row in {0, 3, logits.shape[0] - 1}:
         one = slice(row, row + 1)
         alone = sample(logits[one], base_logits[one], row_id=row_id[one], gamma=0.2, **options)
-        for value, other in zip(everything, alone, strict=True):
-            assert torch.equal(value[one], other)
+        assert_same_rows(Sample(*(value[one] for value in everything)), alone)
 
 
 @pytest.mark.cpu_only
@@ -615,7 +623,7 @@ def test_smallest_workspace_draws_the_same():
     expected = sample(logits, base_logits, top_p=0.9)
     with backends.workspace_limit(2**20):
         drawn = sample(logits, base_logits, top_p=0.9)
-    assert all(torch.equal(x, y) for x, y in zip(drawn, expected, strict=True))
+    assert_same_rows(drawn, expected)
 
 
 _WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
@@ -669,7 +677,7 @@ def test_a_step_for_every_row():
     for row in range(6):
         one = slice(row, row + 1)
         alone = sample(logits[one], base_logits[one], step=int(steps[row]), row_id=row_id[one], gamma=0.1)
-        assert all(torch.equal(x[one], y) for x, y in zip(drawn, alone, strict=True))
+        assert_same_rows(Sample(*(x[one] for x in drawn)), alone)
 
 
 def test_seed_has_no_default():

@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from .children import ROOT, run_command
+from ..children import ROOT, run_command
 
 #: When time runs out, the last ones are missing.
 _FILES = (
@@ -77,7 +77,7 @@ def pytest_runtest_setup(item: Any) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ and device != "cpu":
         import torch
 
-        from .child import usable
+        from ..child import usable
 
         if not usable(torch.device(device)):
             os._exit(3)

@@ -23,9 +23,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..children import ROOT, Job, run_jobs
 from ..peers import PEERS
 from . import checks, profile, table
-from .children import ROOT, Job, run_jobs
 
 _LIMITS = {1: 280.0, 2: 420.0}
 #: Kept for the table and for processes to end.
@@ -132,25 +132,25 @@ class _Visit:
 
     def run(self) -> None:
         tiny, device, number = self._options.tiny, self._options.device, self._options.visit
-        smoke = [Job(family, "smoke:cases", {"group": family}) for family in _FAMILIES]
+        smoke = [Job(family, "benchmarks.gpu.smoke:cases", {"group": family}) for family in _FAMILIES]
         # Shares of the timed kernels are compiled while processors are to spare; the interpreter has nothing to gain.
         for i in range(0 if number == 2 else 1 if tiny else _PREWARM):
             share = {"prewarm": True, "share": [i, 8 if tiny else _PREWARM]}
-            smoke.append(Job(f"prewarm {i + 1}", "timing:cases", share, quiet=True))
-        self._jobs("machine", [Job("machine", "smoke:machine")], self._seconds(40.0))
+            smoke.append(Job(f"prewarm {i + 1}", "benchmarks.gpu.timing:cases", share, quiet=True))
+        self._jobs("machine", [Job("machine", "benchmarks.gpu.smoke:machine")], self._seconds(40.0))
         self._jobs("smoke", smoke, self._seconds(_SMOKE_SECONDS[number]))
         if number == 1:
-            self._jobs("accuracy", [Job("accuracy", "smoke:accuracy")], self._seconds(30.0))
+            self._jobs("accuracy", [Job("accuracy", "benchmarks.gpu.smoke:accuracy")], self._seconds(30.0))
             reserve = _RESERVE + (_PROFILE_SECONDS if self.document["environment"]["ncu"] else 0.0)
-            self._jobs("timing", [Job("timing", "timing:cases")], self._seconds(self._limit, reserve))
+            self._jobs("timing", [Job("timing", "benchmarks.gpu.timing:cases")], self._seconds(self._limit, reserve))
             with self._part("ncu"):
                 self.put(ncu=profile.run(self._seconds(_PROFILE_SECONDS), tiny, device, self.stop))
             return
         with self._part("tests"):
             outcomes = self._path.with_name(f"{self._path.stem}_tests.jsonl")
             self.put(tests=checks.run(device, tiny, self._seconds(_TEST_SECONDS), self.stop, outcomes))
-        peers = [Job(group, "timing:peers", {"group": group}, hang=_PEER_SECONDS) for group in PEERS]
-        headline = [Job("headline", "timing:headline"), *peers]
+        peers = [Job(group, "benchmarks.gpu.timing:peers", {"group": group}, hang=_PEER_SECONDS) for group in PEERS]
+        headline = [Job("headline", "benchmarks.gpu.timing:headline"), *peers]
         self._jobs("headline", headline, self._seconds(self._limit), at_once=1)
 
     @contextmanager

@@ -19,11 +19,11 @@ from torch import Tensor
 import dlogp_kernels
 from dlogp_kernels import Sample, backends, reference, reference_policy
 
+from ..child import Case, Entry, Session, failure
 from ..harness import NotMeasuredError, WrongResultError, relative_error, verify
 from ..problem import Problem, SingleStats, build
 from ..sampling import check_draws
 from ..shapes import DTYPES, Shape, Workload
-from .child import Case, Entry, Session, failure
 
 Inputs = dict[str, Tensor]
 Options = dict[str, Any]

@@ -24,6 +24,7 @@ from .. import bench_linear_policy_loss as policy_step
 from .. import bench_policy_loss as given_policy
 from .. import harness, policy
 from ..baselines import bare_copy, bare_matmuls
+from ..child import Case, DeviceLostError, Entry, Session, failure, usable
 from ..harness import PHASES, Budget, Candidate, Clock, NotMeasuredError, verify
 from ..memory import MIB, peak_over
 from ..peers import PEERS, Peer
@@ -31,7 +32,6 @@ from ..problem import Problem, Truth, build
 from ..sampling import check_draws
 from ..shapes import Shape, Workload
 from . import library
-from .child import Case, DeviceLostError, Entry, Session, failure, usable
 
 Context = Callable[[], AbstractContextManager[None]]
 Options = dict[str, Any]

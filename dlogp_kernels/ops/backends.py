@@ -274,7 +274,10 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def workspace_limit(size: int) -> Iterator[None]:
-    """Within this context an op may allocate up to `size` bytes over its inputs and outputs (default 256 MiB)."""
+    """Within this context an op may allocate up to `size` bytes over its inputs and outputs (default 256 MiB).
+
+    The Triton kernels take up to twice that in backward, and three times in `linear_policy_loss` with gradients.
+    """
     global _workspace
     if size < 2**20:
         raise ValueError(f"size is {size} bytes, expected at least 1 MiB ({2**20})")

@@ -137,21 +137,24 @@ def _sequences_kernel(
 
 @triton.jit
 def perplexities(sequences_ptr, group_ptr, group, start, B, BLOCK: tl.constexpr):
-    """ℓ of BLOCK sequences, and 1 for those of this group that have tokens, else 0."""
+    """ℓ of BLOCK sequences, and 1 for those of this group that have tokens, else 0, in float64."""
     others = start + tl.arange(0, BLOCK)
     count = tl.load(sequences_ptr + others, mask=others < B, other=0.0)
     old_sum = tl.load(sequences_ptr + B + others, mask=others < B, other=0.0)
     groups = tl.load(group_ptr + others, mask=others < B, other=0)
     together = (count > 0.0) & (groups == group)
-    return -old_sum / tl.maximum(count, 1.0), together.to(tl.float32)
+    return -old_sum.to(tl.float64) / tl.maximum(count, 1.0).to(tl.float64), together.to(tl.float64)
 
 
 @triton.jit
 def score_of(sequences_ptr, group_ptr, b, B, BLOCK: tl.constexpr):
-    """(ℓ − mean_g ℓ) / (std_g ℓ + 1e-6) of sequence b; 0 for one without tokens."""
+    """(ℓ − mean_g ℓ) / (std_g ℓ + 1e-6) of sequence b; 0 for one without tokens.
+
+    float64: of perplexities that are equal, the rounding of float32 would be a tenth of the 1e-6.
+    """
     group, count = tl.load(group_ptr + b), tl.load(sequences_ptr + b)
-    own = -tl.load(sequences_ptr + B + b) / tl.maximum(count, 1.0)
-    zero = tl.zeros([BLOCK], tl.float32)
+    own = -tl.load(sequences_ptr + B + b).to(tl.float64) / tl.maximum(count, 1.0).to(tl.float64)
+    zero = tl.zeros([BLOCK], tl.float64)
     size, total = zero, zero
     for start in range(0, B, BLOCK):
         perplexity, together = perplexities(sequences_ptr, group_ptr, group, start, B, BLOCK)
@@ -163,8 +166,9 @@ def score_of(sequences_ptr, group_ptr, b, B, BLOCK: tl.constexpr):
     for start in range(0, B, BLOCK):
         perplexity, together = perplexities(sequences_ptr, group_ptr, group, start, B, BLOCK)
         squares += together * (perplexity - mean) * (perplexity - mean)
-    deviation = tl.sqrt_rn(tl.sum(squares, 0) / number)
-    return tl.where(count > 0.0, (own - mean) / (deviation + _policy.GROUP_EPSILON), 0.0)
+    deviation = tl.sqrt(tl.sum(squares, 0) / number)
+    score = (own - mean) / (deviation + _policy.GROUP_EPSILON)
+    return tl.where(count > 0.0, score, 0.0).to(tl.float32)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""A process that does cases one after the other: `python -m benchmarks.gpu.child`, driven by `children.py`.
+"""A process that does cases one after the other: `python -m benchmarks.child`, driven by `children.py`.
 
 The request is one line of JSON on stdin; one line of JSON on stdout for every step begun, every entry and every case
 done. When stdin ends, so does the process: a visit that was killed leaves nothing running.
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TextIO
 
 import torch
 
-from ..harness import NotMeasuredError, WrongResultError
+from .harness import NotMeasuredError, WrongResultError
 
 Entry = dict[str, Any]
 
@@ -109,8 +109,7 @@ def _serve(request: dict[str, Any], events: TextIO) -> None:
 def _cases(request: dict[str, Any], session: Session) -> list[Case]:
     """Those of the request's `module:function` that are not done; of every n-th one where `share` is (i, n)."""
     module, name = request["cases"].split(":")
-    # A module of this folder, or one given in full.
-    found = getattr(importlib.import_module(module if "." in module else f"{__package__}.{module}"), name)(session)
+    found = getattr(importlib.import_module(module), name)(session)
     first, step = request.get("share", (0, 1))
     return [case for case in found[first::step] if case.name not in request["done"]]
 

@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 _SLICE, _GRACE_SECONDS = 0.2, 5.0
 _MOST_STARTS = 12
 _LOG_CHARACTERS = 3000
@@ -115,7 +115,7 @@ class _Child:
 
     def __init__(self, request: Entry) -> None:
         self._log = tempfile.TemporaryFile("w+b")  # noqa: SIM115 (open as long as the process)
-        command, pipe = [sys.executable, "-m", "benchmarks.gpu.child"], subprocess.PIPE
+        command, pipe = [sys.executable, "-m", "benchmarks.child"], subprocess.PIPE
         self._process = subprocess.Popen(
             command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=self._log, start_new_session=True
         )

@@ -101,8 +101,7 @@ class Contest {
     // The noise is −log u at most: −log(1 − u) ≥ u.
     if (uniform<float>(least) > fast_exp(lead)) return;
 #pragma unroll 1
-    for (int j = 0; j < kGroupTokens; ++j)
-      add(token + j, drawn_.scaled(chosen(unscaled.z, j)), chosen(noise.words, j));
+    for (int j = 0; j < kGroupTokens; ++j) add(token + j, drawn_.scaled(chosen(unscaled.z, j)), chosen(noise.words, j));
   }
 
   // One token, by its logit divided by T.

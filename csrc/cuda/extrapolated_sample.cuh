@@ -511,8 +511,8 @@ class RowSampler {
     if (rest != 0) atomicAdd(&room_.high_words[turn_][bucket], rest);
   }
 
-  __device__ void fill_buckets(const Drawn& drawn, float largest, uint32_t low, uint32_t high, int shift,
-                               Weight weight, bool and_below) {
+  __device__ void fill_buckets(const Drawn& drawn, float largest, uint32_t low, uint32_t high, int shift, Weight weight,
+                               bool and_below) {
     for (int i = threadIdx.x; i <= kBuckets; i += kThreads) room_.low_words[turn_][i] = room_.high_words[turn_][i] = 0;
     __syncthreads();
     const auto add = [&](uint32_t key, float e) {

@@ -29,7 +29,6 @@ __device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); 
 template <typename Stored>
 struct alignas(kGroupTokens * sizeof(Stored)) StoredGroup {
   Stored z[kGroupTokens];
-
 };
 
 // Read by one load.
@@ -120,9 +119,7 @@ class KeptPart {
   __device__ void fetch(const RowInMemory& row, int number, int index) {
     __pipeline_memcpy_async(&kept_[index], row.group<Stored>(number), sizeof(StoredGroup<Stored>));
   }
-  __device__ void gather(const RowInMemory& row, int number, int index) {
-    kept_[index] = row.gathered<Stored>(number);
-  }
+  __device__ void gather(const RowInMemory& row, int number, int index) { kept_[index] = row.gathered<Stored>(number); }
   __device__ Group group(int index) const { return widened(kept_[index]); }
   // Of one token, by its place in the part.
   __device__ float at(int place) const { return to_float(kept_[place / kGroupTokens].z[place % kGroupTokens]); }

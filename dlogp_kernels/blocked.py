@@ -228,12 +228,19 @@ def logp_bwd(
     grad_logits = torch.zeros(logits.shape, dtype=logits.dtype, device=logits.device)
     for rows in _row_blocks(target, ignore_index, logits.shape[-1], lse.dtype, 1, workspace):
         row_stats = _ModelRows(rows, target, ignore_index, grad_logp, grad_entropy, grad_lse, entropy, lse)
-        raw = rows_of(logits, rows).to(lse.dtype)
-        logp_all = transform_logits(raw, temperature, softcap, logit_scale) - row_stats.lse[:, None]
-        grad_z = row_stats.gradient(logp_all, slice(0, logits.shape[-1]))
-        grad = transform_gradient(grad_z, raw, temperature, softcap, logit_scale)
-        grad_logits.view(-1, logits.shape[-1])[rows] = grad.to(logits.dtype)
+        grad = _logp_gradient(logits, rows, row_stats, temperature, softcap, logit_scale)
+        grad_logits.view(-1, logits.shape[-1])[rows] = grad
     return grad_logits
+
+
+def _logp_gradient(
+    logits: Tensor, rows: Tensor, row_stats: "_ModelRows", temperature: float, softcap: float | None, logit_scale: float
+) -> Tensor:
+    """Of a block of rows. What it needs besides is gone before the next block begins."""
+    raw = rows_of(logits, rows).to(row_stats.lse.dtype)
+    logp_all = transform_logits(raw, temperature, softcap, logit_scale) - row_stats.lse[:, None]
+    grad_z = row_stats.gradient(logp_all, slice(0, logits.shape[-1]))
+    return transform_gradient(grad_z, raw, temperature, softcap, logit_scale).to(logits.dtype)
 
 
 def delta_logp_bwd(

@@ -15,7 +15,7 @@ import cases
 import pytest
 import torch
 from cases import LINEAR_OPS, OPS, fewer, floating, is_linear, is_pair, op_rows, upstream_of
-from tolerances import LOGP_ERROR, MEMORY_MIB
+from tolerances import LOGP_ERROR, MEMORY_MIB, TIMES_CUBLAS
 from torch import Tensor
 
 import dlogp_kernels
@@ -162,8 +162,11 @@ def test_error_at_a_large_hidden_size(op, dtype, accuracy, backend):
     stats = run(op, inputs)
     on_cpu = [type(x)(*(value.detach().cpu() for value in x)) for x in (stats, expected)]
     accuracy.statistics(op, *on_cpu, magnitude.cpu(), dtype)
-    if backend != "gemm":  # the vendor's product in float32 sums in another order: 4e-5 on an H100
-        assert (stats.logp - expected.logp).abs().max().item() <= LOGP_ERROR
+    limit = LOGP_ERROR
+    if backend == "gemm":  # the vendor's float32 product sums in another order: off by 4e-5 on an H100
+        product = (inputs["hidden"] @ inputs["weight"].t()).double()
+        limit = max(limit, TIMES_CUBLAS * (_logp_and_entropy(product, inputs["target"])[0] - expected.logp).abs().max())
+    assert (stats.logp - expected.logp).abs().max() <= limit
 
 
 @needs_gpu

@@ -270,12 +270,12 @@ def delta_logp_bwd(
     output_mask: list[bool],
     workspace: int,
 ) -> tuple[Tensor, ...]:
-    vocabulary = slice(0, logits.shape[-1])
+    vocabulary = logits.shape[-1]
     gradients = [
         torch.zeros(x.shape if wanted else (0,), dtype=x.dtype, device=x.device)
         for x, wanted in zip((logits, base_logits), output_mask, strict=True)
     ]
-    for rows in _row_blocks(target, ignore_index, logits.shape[-1], lse.dtype, 2, workspace):
+    for rows in _row_blocks(target, ignore_index, vocabulary, lse.dtype, 2, workspace):
         pair = _PairRows(
             _ModelRows(rows, target, ignore_index, grad_logp, grad_entropy, grad_lse, entropy, lse),
             _ModelRows(
@@ -283,19 +283,41 @@ def delta_logp_bwd(
             ),
             *(_rows_or_zero(x, rows, lse) for x in (kl, reverse_kl, grad_kl, grad_reverse_kl)),
         )
-        raw, base_raw = rows_of(logits, rows).to(lse.dtype), rows_of(base_logits, rows).to(lse.dtype)
-        logp_all = transform_logits(raw, temperature, softcap, logit_scale) - pair.model.lse[:, None]
-        base_z = transform_logits(base_raw, temperature, base_softcap, base_logit_scale)
-        base_logp_all = base_z - pair.base.lse[:, None]
-        if output_mask[0]:
-            grad_z = pair.gradient(logp_all, base_logp_all, vocabulary)
-            grad = transform_gradient(grad_z, raw, temperature, softcap, logit_scale)
-            gradients[0].view(-1, logits.shape[-1])[rows] = grad.to(logits.dtype)
-        if output_mask[1]:
-            grad_z = pair.base_gradient(logp_all, base_logp_all, vocabulary)
-            grad = transform_gradient(grad_z, base_raw, temperature, base_softcap, base_logit_scale)
-            gradients[1].view(-1, logits.shape[-1])[rows] = grad.to(base_logits.dtype)
+        found = _delta_logp_gradients(
+            pair,
+            rows_of(logits, rows),
+            rows_of(base_logits, rows),
+            (temperature, softcap, logit_scale),
+            (temperature, base_softcap, base_logit_scale),
+            output_mask,
+        )
+        for gradient, of_rows in zip(gradients, found, strict=True):
+            if of_rows is not None:
+                gradient.view(-1, vocabulary)[rows] = of_rows
     return tuple(gradients)
+
+
+def _delta_logp_gradients(
+    pair: "_PairRows",
+    logits: Tensor,
+    base_logits: Tensor,
+    options: tuple[float, float | None, float],
+    base_options: tuple[float, float | None, float],
+    wanted: list[bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of a block of rows, likewise."""
+    dtype, vocabulary = pair.model.lse.dtype, slice(0, logits.shape[-1])
+    raw, base_raw = logits.to(dtype), base_logits.to(dtype)
+    logp_all = transform_logits(raw, *options) - pair.model.lse[:, None]
+    base_logp_all = transform_logits(base_raw, *base_options) - pair.base.lse[:, None]
+    grad = base_grad = None
+    if wanted[0]:
+        grad_z = pair.gradient(logp_all, base_logp_all, vocabulary)
+        grad = transform_gradient(grad_z, raw, *options).to(logits.dtype)
+    if wanted[1]:
+        grad_z = pair.base_gradient(logp_all, base_logp_all, vocabulary)
+        base_grad = transform_gradient(grad_z, base_raw, *base_options).to(base_logits.dtype)
+    return grad, base_grad
 
 
 def extrapolated_sample(
@@ -448,6 +470,7 @@ def linear_policy_loss_fwd(
         count += rows.numel()
         if any(output_mask):
             block.accumulate()
+        del block  # before there is the next one
     if bad_rows is not None:
         loss = loss.masked_fill(bad_rows.any(), torch.nan)
     metrics = reference_policy.finished_metrics(sums, torch.tensor(count, device=hidden.device))

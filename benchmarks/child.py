@@ -1,7 +1,7 @@
 """A process that does cases one after the other: `python -m benchmarks.child`, driven by `children.py`.
 
-The request is one line of JSON on stdin; one line of JSON on stdout for every step begun, every entry and every case
-done. When stdin ends, so does the process: a visit that was killed leaves nothing running.
+The request is its argument, as JSON; one line of JSON on stdout for every step begun, every entry and every case done.
+When stdin ends, so does the process: a visit that was killed leaves nothing running.
 """
 
 import importlib
@@ -19,10 +19,6 @@ import torch
 from .harness import NotMeasuredError, WrongResultError
 
 Entry = dict[str, Any]
-
-
-class DeviceLostError(RuntimeError):
-    """After an illegal memory access, for example, nothing more can be done in this process."""
 
 
 class Case(NamedTuple):
@@ -61,7 +57,7 @@ def failure(error: BaseException) -> Entry:
 
 
 def usable(device: torch.device) -> bool:
-    """Whether the device still answers."""
+    """Whether the device still answers. After an illegal memory access, for example, it does not, in this process."""
     try:
         return torch.ones(1, device=device).add_(1).item() == 2.0
     except RuntimeError:
@@ -69,7 +65,7 @@ def usable(device: torch.device) -> bool:
 
 
 def main() -> None:
-    request = json.loads(sys.stdin.readline())
+    request = json.loads(sys.argv[1])
     # What libraries print must not come between the lines.
     events = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
@@ -80,20 +76,23 @@ def main() -> None:
 
 
 def _serve(request: dict[str, Any], events: TextIO) -> None:
+    """Cases of the request's `module:function` that are not done; every n-th one where its `share` is (i, n)."""
+
     def send(**event: Any) -> None:
         events.write(json.dumps(event) + "\n")
 
     known = {name: request[name] for name in ("tiny", "prewarm", "group", "excluded") if name in request}
     session = Session(torch.device(request["device"]), **known, watch=lambda step: send(at=[session.case, step]))
     session.watch("import")
-    for case in _cases(request, session):
+    module, name = request["cases"].split(":")
+    cases = getattr(importlib.import_module(module), name)(session)
+    first, step = request.get("share", (0, 1))
+    for case in (case for case in cases[first::step] if case.name not in request["done"]):
         session.case = case.name
         session.watch("")
         try:
             for entry in case.run():
                 send(entry={"status": "passed", **entry, "case": case.name})
-        except DeviceLostError:
-            pass  # what lost it has its entry
         except Exception as error:
             send(entry={**failure(error), "case": case.name})
         if not usable(session.device):
@@ -104,14 +103,6 @@ def _serve(request: dict[str, Any], events: TextIO) -> None:
             # What is kept for tensors of this case's sizes is in the way of the next one's.
             torch.cuda.empty_cache()
     send(end=True)
-
-
-def _cases(request: dict[str, Any], session: Session) -> list[Case]:
-    """Those of the request's `module:function` that are not done; of every n-th one where `share` is (i, n)."""
-    module, name = request["cases"].split(":")
-    found = getattr(importlib.import_module(module), name)(session)
-    first, step = request.get("share", (0, 1))
-    return [case for case in found[first::step] if case.name not in request["done"]]
 
 
 if __name__ == "__main__":

@@ -44,11 +44,7 @@ class Job:
 
 
 class _LostError(RuntimeError):
-    """The process is gone, or had to be ended; `status` is that of what it was at."""
-
-    def __init__(self, reason: str, status: str = "failed") -> None:
-        super().__init__(reason)
-        self.status = status
+    """The process is gone, or had to be ended: why, and the status of what it was at."""
 
 
 def run_jobs(
@@ -98,9 +94,10 @@ def _run_job(job: Job, request: Entry, deadline: float, record: Callable[[Entry]
             else:
                 return
         except _LostError as lost:
-            entry = {"case": case, "status": lost.status, "error": str(lost), "log": child.log()}
+            reason, status = lost.args
+            entry = {"case": case, "status": status, "error": reason, "log": child.log()}
             record(entry | ({"candidate": step} if case and step else {}))
-            if lost.status != "failed" or not case:
+            if status != "failed" or not case:
                 return
         finally:
             child.close()
@@ -115,13 +112,9 @@ class _Child:
 
     def __init__(self, request: Entry) -> None:
         self._log = tempfile.TemporaryFile("w+b")  # noqa: SIM115 (open as long as the process)
-        command, pipe = [sys.executable, "-m", "benchmarks.child"], subprocess.PIPE
-        self._process = subprocess.Popen(
-            command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=self._log, start_new_session=True
-        )
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(request).encode() + b"\n")
-        self._process.stdin.flush()
+        command = [sys.executable, "-m", "benchmarks.child", json.dumps(request)]
+        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._log}
+        self._process = subprocess.Popen(command, cwd=ROOT, **pipes, start_new_session=True)
 
     def events(self, deadline: float, hang: float, stop: threading.Event) -> Iterator[Entry]:
         """What it sends, until it says that it has come to its end."""
@@ -132,12 +125,12 @@ class _Child:
             if stop.is_set() or now > deadline:
                 raise _LostError("stopped" if stop.is_set() else "out of time", "cut off")
             if now - heard > hang:
-                raise _LostError(f"no progress for {hang:.0f} s, its process was ended")
+                raise _LostError(f"no progress for {hang:.0f} s, its process was ended", "failed")
             if not select.select([pipe], [], [], _SLICE)[0]:
                 continue
             received = os.read(pipe, 2**16)
             if not received:
-                raise _LostError(f"its process ended with exit status {self._process.wait()}")
+                raise _LostError(f"its process ended with exit status {self._process.wait()}", "failed")
             heard = time.monotonic()
             *lines, rest = (rest + received).split(b"\n")
             for event in map(json.loads, lines):
@@ -165,20 +158,16 @@ def _end_group(process: "subprocess.Popen[bytes]") -> None:
         process.wait(_GRACE_SECONDS)
 
 
-def run_command(
-    command: Iterable[str], seconds: float, stop: threading.Event, environment: dict[str, str] | None = None
-) -> tuple[int | None, str]:
-    """Exit status (None: it was ended after `seconds`) and output of a command."""
-    deadline = time.monotonic() + seconds
+def run_command(command: Iterable[str], seconds: float, **variables: str) -> tuple[int | None, str]:
+    """Exit status (None: it was ended after `seconds`) and output of a command, with these environment variables."""
     with tempfile.TemporaryFile("w+b") as output:
-        process = subprocess.Popen(
-            [*command], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-            start_new_session=True, env=environment,
-        )  # fmt: skip
+        pipes: Any = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
+        environment = os.environ | variables
+        process = subprocess.Popen([*command], cwd=ROOT, **pipes, start_new_session=True, env=environment)
+        code = None
         try:
-            while process.poll() is None and time.monotonic() < deadline and not stop.is_set():
-                time.sleep(_SLICE)
-            code = process.poll()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                code = process.wait(seconds)
         finally:
             _end_group(process)
         output.seek(0)

@@ -7,9 +7,9 @@ that rotates, a ratio is taken within each round, and the median of these ratios
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,11 +34,18 @@ class WrongResultError(NotMeasuredError):
 
 @dataclass(frozen=True)
 class Candidate:
-    """Something to time: `forward()`, and `backward(what forward returned)`."""
+    """Something to time: `forward()`, and `backward(what forward returned)`.
+
+    Of the benchmarks on a GPU: `check()` gives its errors, at most those of `limits` by "statistic" and "gradient"
+    ("d_…"); `facts` go into its last entry, the fact `config` as configs.py writes it.
+    """
 
     name: str
     forward: Callable[[], object]
     backward: Callable[[object], object] | None = None
+    check: Callable[[], Mapping[str, float]] | None = None
+    limits: Mapping[str, float] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Sample(NamedTuple):

@@ -207,7 +207,7 @@ def accuracy(backend: str, record_property) -> Accuracy:
 
     def report(op: str, quantity: str, dtype: str, error: float, limit: float) -> None:
         record_property(_MEASURED, [op, backend, dtype, quantity, error, limit])
-        print(f"{op} {backend} {dtype} {quantity}: {error:.3g} roundings (limit {limit:g})")
+        print(f"{op} {backend} {dtype} {quantity}: {error:.3g} (limit {limit:.3g})")
 
     return Accuracy(report, cases.DEVICE.type)
 
@@ -230,8 +230,8 @@ class _MeasuredErrors:
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         lines: dict[tuple[str, ...], list[str]] = {}
         for (*key, quantity), (error, limit) in sorted(self._largest.items()):
-            lines.setdefault(tuple(key), []).append(f"{quantity} {error:.2g}/{limit:g}")
+            lines.setdefault(tuple(key), []).append(f"{quantity} {error:.2g}/{limit:.2g}")
         if lines:
-            terminalreporter.section("largest error against float64, in roundings (measured/limit)")
+            terminalreporter.section("largest error against float64, in units of tolerances.py (measured/limit)")
             for key, errors in lines.items():
                 terminalreporter.write_line(" ".join(key) + ": " + ", ".join(errors))

@@ -29,7 +29,7 @@ def visit(number: int, folder: Path, *options: str) -> subprocess.Popen[str]:
 
 def test_a_visit_of_each_kind_goes_through_all_of_it(tmp_path):
     pytest.importorskip("triton")
-    for number, parts in ((1, "machine smoke accuracy timing ncu"), (2, "machine smoke tests headline")):
+    for number, parts in ((1, "machine smoke timing ncu"), (2, "machine smoke tests headline")):
         process = visit(number, tmp_path)
         printed, problems = process.communicate(timeout=600)
         assert process.returncode == 0, problems
@@ -59,8 +59,8 @@ def test_a_visit_that_is_ended_prints_what_it_has(tmp_path):
     process.send_signal(signal.SIGTERM)
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 0
-    assert "NOT WHOLE: _StoppedError: by SIGTERM" in printed and "backends: " in printed
-    assert json.loads(path.read_text())["stopped"] == "_StoppedError: by SIGTERM"
+    assert "NOT WHOLE: KeyboardInterrupt" in printed and "backends: " in printed
+    assert json.loads(path.read_text())["stopped"].startswith("KeyboardInterrupt")
 
 
 def test_a_visit_ends_within_its_time(tmp_path):
@@ -106,7 +106,7 @@ def test_a_process_that_does_not_start_is_named():
 
 def test_without_ncu_its_part_says_so(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    found = profile.run(1.0, True, "cpu", threading.Event())
+    found = profile.run(1.0, True, "cpu")
     assert found == {"status": "skipped", "error": "ncu is not on PATH"}
 
 
@@ -115,10 +115,10 @@ def test_ncu_that_fails_and_ncu_that_hangs(tmp_path, monkeypatch):
     ncu.write_text("#!/bin/sh\necho '==ERROR== no permission'\nexit 1\n")
     ncu.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    found = profile.run(20.0, True, "cpu", threading.Event())
+    found = profile.run(20.0, True, "cpu")
     assert (found["status"], found["error"]) == ("failed", "ncu ended with exit status 1 ==ERROR== no permission")
     ncu.write_text("#!/bin/sh\nsleep 60\n")
-    found = profile.run(1.0, True, "cpu", threading.Event())
+    found = profile.run(1.0, True, "cpu")
     assert found["error"] == "ncu was ended: out of time"
 
 
@@ -141,7 +141,7 @@ def test_tests_that_are_cut_off_count(tmp_path, monkeypatch):
     test.write_text("import time\ndef test_a(): pass\ndef test_b(): assert 1 == 2\ndef test_c(): time.sleep(60)\n")
     (tmp_path / "conftest.py").write_text("def pytest_addoption(parser): parser.addoption('--device')\n")
     monkeypatch.setattr(checks, "_TINY_FILES", (test,))
-    found = checks.run("cpu", True, 15.0, threading.Event(), tmp_path / "outcomes")
+    found = checks.run("cpu", True, 15.0, tmp_path / "outcomes")
     assert found["counts"] == {"passed": 1, "failed": 1} and not found["whole"]
     assert [failure["test"].split("::")[1] for failure in found["failures"]] == ["test_b"]
     assert found["failures"][0]["message"].startswith("assert 1 == 2")

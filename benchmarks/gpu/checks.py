@@ -7,7 +7,6 @@ import importlib.util
 import json
 import os
 import sys
-import threading
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -26,20 +25,20 @@ _MOST_FAILURES = 40
 _OUTCOMES = "DLOGP_TEST_OUTCOMES"
 
 
-def run(device: str, tiny: bool, seconds: float, stop: threading.Event, outcomes: Path) -> dict[str, Any]:
+def run(device: str, tiny: bool, seconds: float, outcomes: Path) -> dict[str, Any]:
     """Counts and failures of the tests that ended within `seconds`; a line of each in `outcomes`, at once."""
     files = [ROOT / "tests" / name for name in (_TINY_FILES if tiny else _FILES)]
-    command = [sys.executable, "-m", "pytest", "--device", device, "-q", "--tb=short", "-p", "no:cacheprovider"]
-    command += ["-p", "benchmarks.gpu.checks", *(str(path) for path in files if path.exists())]
+    # Neither a process of the interpreter, as the visit's others are on a CPU, nor a worker of a pytest around it.
+    command = ["env", "-u", "TRITON_INTERPRET", "-u", "PYTEST_XDIST_WORKER", sys.executable, "-m", "pytest"]
+    command += ["--device", device, "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "benchmarks.gpu.checks"]
+    command += [str(path) for path in files if path.exists()]
     if not tiny and importlib.util.find_spec("xdist") is not None:
-        command += ["-n", str(_WORKERS), "--dist", "worksteal"]
+        command += ["-n", str(_WORKERS), "--maxschedchunk", "1"]  # handed out one by one, in order
     if importlib.util.find_spec("pytest_timeout") is not None:
         # A thread, not a signal: a process that waits for the GPU does not hear one.
         command += ["--timeout", str(_TEST_SECONDS), "--timeout-method", "thread"]
-    other = ("TRITON_INTERPRET", "PYTEST_XDIST_WORKER")
-    environment = {key: value for key, value in os.environ.items() if key not in other}
     outcomes.write_text("")
-    code, output = run_command(command, seconds, stop, environment | {_OUTCOMES: str(outcomes.resolve())})
+    code, output = run_command(command, seconds, **{_OUTCOMES: str(outcomes.resolve())})
     found = [json.loads(line) for line in outcomes.read_text().splitlines()]
     failures = [outcome for outcome in found if outcome["outcome"] == "failed"]
     # 0: all passed, 1: some failed.
@@ -61,14 +60,9 @@ def pytest_runtest_logreport(report: Any) -> None:
     crash = getattr(report.longrepr, "reprcrash", None)
     message = str(report.longrepr if crash is None else crash.message) if report.failed else ""
     outcome = {"test": report.nodeid, "outcome": report.outcome, "message": " ".join(message.split())[:300]}
+    outcome["measured"] = [value for _, value in report.user_properties]
     with open(path, "a") as stream:
         stream.write(json.dumps({**outcome, "seconds": report.duration}) + "\n")
-
-
-def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
-    """Every worker begins with an equal piece of the list: dealt out, so that all begin with the most important."""
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        items[:] = [item for worker in range(_WORKERS) for item in items[worker::_WORKERS]]
 
 
 def pytest_runtest_setup(item: Any) -> None:

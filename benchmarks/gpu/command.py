@@ -26,6 +26,7 @@ from typing import Any
 from ..children import ROOT, Job, run_jobs
 from ..peers import PEERS
 from . import checks, profile, table
+from .smoke import FAMILIES
 
 _LIMITS = {1: 280.0, 2: 420.0}
 #: Kept for the table and for processes to end.
@@ -33,11 +34,6 @@ _RESERVE = 4.0
 _SMOKE_SECONDS = {1: 75.0, 2: 60.0}
 _TEST_SECONDS, _PROFILE_SECONDS, _PEER_SECONDS = 170.0, 35.0, 60.0
 _PREWARM = 4
-#: Of smoke.py, one process each; this one does not import what holds kernels.
-_FAMILIES = (
-    "linear sampling", "linear", "pair", "sampling cuda", "sampling triton", "policy_loss", "backward",
-    "linear_policy_loss", "logits", "gemm",
-)  # fmt: skip
 
 _QUERY = (
     "name,driver_version,memory.total,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.draw,power.limit,"
@@ -56,7 +52,9 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--device", default="cuda", help="cuda, or cpu to try it: Triton's interpreter then")
     options = parser.parse_args(arguments)
     visit = _Visit(options)
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache, _ended_by_signals():
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
+        # It is ended as Ctrl+C ends it.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         # Where Triton keeps what it compiled: one for all processes of the visit.
         os.environ["TRITON_CACHE_DIR"] = cache
@@ -64,31 +62,13 @@ def main(arguments: Sequence[str]) -> None:
             os.environ["TRITON_INTERPRET"] = "1"
         try:
             visit.run()
-        except (_StoppedError, Exception) as error:
-            # What was found so far is worth more than this error.
+        except (KeyboardInterrupt, Exception) as error:
+            # What was found so far is worth more than this error, or than to end at once.
+            for which in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(which, signal.SIG_IGN)
             visit.stop.set()
             visit.put(stopped=f"{type(error).__name__}: {error}")
     print(visit.finish(), end="", flush=True)
-
-
-class _StoppedError(BaseException):
-    """Somebody asked the visit to end."""
-
-
-@contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    def stop(number: int, frame: object) -> None:
-        # Once: what follows is short.
-        for which in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(which, signal.SIG_IGN)
-        raise _StoppedError(f"by {signal.Signals(number).name}")
-
-    previous = [(which, signal.signal(which, stop)) for which in (signal.SIGTERM, signal.SIGINT)]
-    try:
-        yield
-    finally:
-        for which, handler in previous:
-            signal.signal(which, handler)
 
 
 class _Visit:
@@ -132,7 +112,7 @@ class _Visit:
 
     def run(self) -> None:
         tiny, device, number = self._options.tiny, self._options.device, self._options.visit
-        smoke = [Job(family, "benchmarks.gpu.smoke:cases", {"group": family}) for family in _FAMILIES]
+        smoke = [Job(family, "benchmarks.gpu.smoke:cases", {"group": family}) for family in FAMILIES]
         # Shares of the timed kernels are compiled while processors are to spare; the interpreter has nothing to gain.
         for i in range(0 if number == 2 else 1 if tiny else _PREWARM):
             share = {"prewarm": True, "share": [i, 8 if tiny else _PREWARM]}
@@ -140,15 +120,14 @@ class _Visit:
         self._jobs("machine", [Job("machine", "benchmarks.gpu.smoke:machine")], self._seconds(40.0))
         self._jobs("smoke", smoke, self._seconds(_SMOKE_SECONDS[number]))
         if number == 1:
-            self._jobs("accuracy", [Job("accuracy", "benchmarks.gpu.smoke:accuracy")], self._seconds(30.0))
             reserve = _RESERVE + (_PROFILE_SECONDS if self.document["environment"]["ncu"] else 0.0)
             self._jobs("timing", [Job("timing", "benchmarks.gpu.timing:cases")], self._seconds(self._limit, reserve))
             with self._part("ncu"):
-                self.put(ncu=profile.run(self._seconds(_PROFILE_SECONDS), tiny, device, self.stop))
+                self.put(ncu=profile.run(self._seconds(_PROFILE_SECONDS), tiny, device))
             return
         with self._part("tests"):
             outcomes = self._path.with_name(f"{self._path.stem}_tests.jsonl")
-            self.put(tests=checks.run(device, tiny, self._seconds(_TEST_SECONDS), self.stop, outcomes))
+            self.put(tests=checks.run(device, tiny, self._seconds(_TEST_SECONDS), outcomes))
         peers = [Job(group, "benchmarks.gpu.timing:peers", {"group": group}, hang=_PEER_SECONDS) for group in PEERS]
         headline = [Job("headline", "benchmarks.gpu.timing:headline"), *peers]
         self._jobs("headline", headline, self._seconds(self._limit), at_once=1)

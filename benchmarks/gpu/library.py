@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import patch
 
 from dlogp_kernels import backends
 
@@ -29,7 +30,8 @@ def fused(config: Any | None = None) -> Iterator[None]:
 def gemm(rows: int, tokens: int, backend: str = "gemm") -> Iterator[None]:
     """Ops by the vendor's GEMM, with tiles of this size; by "triton", its backward has them."""
     names = ("_GEMM_TILE", "_BACKWARD_TILE", "_INTERPRETED_GEMM_TILE")
-    with backends.use_backend(backend), _patched(configs, **dict.fromkeys(names, (rows, tokens))):
+    tiles: dict[str, Any] = dict.fromkeys(names, (rows, tokens))
+    with backends.use_backend(backend), patch.multiple(configs, **tiles):
         yield
 
 
@@ -38,17 +40,7 @@ def policy_rows(of_slice: int, of_block: int) -> Iterator[None]:
     """`linear_policy_loss` by the Triton kernels, with so many rows of logits and of gradients at a time."""
     from dlogp_kernels.triton import linear_policy_loss as launcher
 
-    rows = {"_SLICE_ROWS": of_slice, "_BLOCK_ROWS": of_block}
+    rows: dict[str, Any] = {"_SLICE_ROWS": of_slice, "_BLOCK_ROWS": of_block}
     # The default workspace would cut larger ones down.
-    with backends.use_backend("triton"), backends.workspace_limit(2**30), _patched(launcher, **rows):
+    with backends.use_backend("triton"), backends.workspace_limit(2**30), patch.multiple(launcher, **rows):
         yield
-
-
-@contextlib.contextmanager
-def _patched(module: Any, **values: Any) -> Iterator[None]:
-    previous = {name: getattr(module, name) for name in values}
-    vars(module).update(values)
-    try:
-        yield
-    finally:
-        vars(module).update(previous)

@@ -4,7 +4,6 @@ import csv
 import re
 import shutil
 import sys
-import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,11 +25,9 @@ _KEY = {
 _STALL = re.compile(r"issue_stalled_(\w+)_per_issue_active\.ratio")
 _LOG_CHARACTERS = 3000
 _KERNELS = "(_linear_logp|_linear_delta_logp|_delta_logp)_fwd_kernel|extrapolated_sample_kernel"
-#: Rows of the products, and of given logits.
-_ROWS, _DRAWN = 2048, 64
 
 
-def run(seconds: float, tiny: bool, device: str, stop: threading.Event) -> dict[str, Any]:
+def run(seconds: float, tiny: bool, device: str) -> dict[str, Any]:
     """Every metric of each launch by name, or why there is none."""
     ncu = shutil.which("ncu")
     if ncu is None:
@@ -39,7 +36,7 @@ def run(seconds: float, tiny: bool, device: str, stop: threading.Event) -> dict[
     command += ["-k", f"regex:{_KERNELS}", "-c", "5"]
     command += [argument for section in _SECTIONS for argument in ("--section", section)]
     command += [sys.executable, "-m", "benchmarks.gpu.profile", device, *(["--tiny"] if tiny else [])]
-    code, output = run_command(command, seconds, stop)
+    code, output = run_command(command, seconds)
     kernels = dict(read(output))
     if kernels:
         return {"status": "passed", "kernels": kernels}
@@ -82,12 +79,10 @@ def _main(device: str, tiny: bool) -> None:
     from . import library
 
     head = Shape("tiny", 16, 300) if tiny else Shape("D 4096", 4096, 151_936)
-    n, drawn, dtype = (24, 3, "float32") if tiny else (_ROWS, _DRAWN, "bfloat16")
-
-    def inputs_of(op: str, rows: int) -> dict[str, Any]:
-        return {**build(Workload(op, head, rows, dtype), torch.device(device)).inputs}
-
-    inputs, logits = inputs_of("linear_delta_logp", n), inputs_of("delta_logp", drawn)
+    dtype = "float32" if tiny else "bfloat16"
+    works = Workload("linear_delta_logp", head, 24 if tiny else 2048, dtype), Workload("delta_logp", head, 64, dtype)
+    given: list[dict[str, Any]] = [{**build(work, torch.device(device)).inputs} for work in works]
+    inputs, logits = given
     with library.fused():
         dlogp_kernels.linear_logp(inputs["hidden"], inputs["weight"], inputs["target"])
         dlogp_kernels.linear_delta_logp(**inputs)

@@ -5,7 +5,6 @@ with NaN before, so that a number that is never written is seen.
 """
 
 import contextlib
-import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,23 +14,21 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 import dlogp_kernels
 from dlogp_kernels import Sample, backends, reference, reference_policy
 
-from ..child import Case, Entry, Session, failure
+from .. import bench_linear_policy_loss as policy_step
+from .. import policy
+from ..child import Case, Entry, Session
 from ..harness import NotMeasuredError, WrongResultError, relative_error, verify
-from ..problem import Problem, SingleStats, build
+from ..problem import IGNORE_INDEX, build
 from ..sampling import check_draws
 from ..shapes import DTYPES, Shape, Workload
 
 Inputs = dict[str, Tensor]
 Options = dict[str, Any]
-IGNORE_INDEX = -100
-#: Rows of logits at a time where accuracy is measured, and how far off they may be: never more than this; the median
-#: and 99.9 % of all rows at most so many times as far as cuBLAS.
-_ROWS, _LARGEST, _TIMES_CUBLAS = 512, 1e-3, 2.0
-_QUANTILES = {"median": 0.5, "99.9 %": 0.999, "max": 1.0}
 #: Largest error of a statistic, per max(1, |value|), and relative error of a gradient. Tensor cores truncate their
 #: sums, and gradients by logits are rounded to the inputs' dtype: a wrong kernel is further off.
 _STATISTIC = {"bfloat16": 1e-3, "float16": 1e-3, "float32": 5e-5}
@@ -63,6 +60,12 @@ _TINY_KINDS = {
     "aligned": Kind(9, 16, 97, dtypes=("float32", "float16")),
     "options": Kind(7, 13, 61, k=2, options=True, ignored=3, dtypes=("float32",)),
 }
+_DRAWN = {"aligned": Kind(5, 128, 4096), "odd": Kind(9, 45, 1187), "large": Kind(3, 512, 151_936)}
+_STEPS = {
+    "aligned": Kind(640, 128, 4096),
+    "odd D and V": Kind(96, 45, 1187),
+    "large": Kind(1200, 1024, 20_011, dtypes=("bfloat16",)),
+}
 _POLICIES: dict[str, Options] = {
     "dapo": {},
     "dapo, dual clip, k3": {"dual_clip": 3.0, "kl_beta": 0.3},
@@ -78,24 +81,28 @@ _LINEAR_POLICIES: dict[str, Options] = {
     "sequence": {"loss_type": "grpo", "importance": "sequence"},
 }
 _SAMPLERS: dict[str, Options] = {
-    "top-p": {"top_p": 0.7, "gamma": 0.5},
-    "no filter": {"gamma": 0.5},
-    "top-k, min-p, by Δlog p": {"top_k": 20, "min_p": 0.02, "criterion": "delta_logp", "threshold": -0.3, "gamma": 0.3},
-    "by entropy, draft of rl, T 0.7": {"criterion": "entropy", "threshold": 5.0, "draft": "rl", "temperature": 0.7},
-    "greedy": {"temperature": 0.0},
-}
-#: Backend, ops, and whether gradients are compared too, of each family; a policy's are.
-_FAMILIES: dict[str, tuple[str, tuple[str, ...], bool]] = {
+    "top-p": {"seed": 7, "top_p": 0.7, "gamma": 0.5},
+    "no filter": {"seed": 7, "gamma": 0.5},
+    "top-k, min-p, by Δlog p": {
+        "seed": 7, "top_k": 20, "min_p": 0.02, "criterion": "delta_logp", "threshold": -0.3, "gamma": 0.3,
+    },
+    "by entropy, draft of rl": {
+        "seed": 7, "criterion": "entropy", "threshold": 5.0, "draft": "rl", "temperature": 0.7,
+    },
+    "greedy": {"seed": 7, "temperature": 0.0},
+}  # fmt: skip
+#: Backend, ops, and whether gradients are compared too (a policy's are), of each process; those that take long first.
+FAMILIES: dict[str, tuple[str, tuple[str, ...], bool]] = {
+    "linear sampling": ("triton", ("linear_extrapolated_sample",), False),
     "linear": ("triton", ("linear_logp",), False),
     "pair": ("triton", ("linear_delta_logp",), False),
+    "sampling cuda": ("cuda", ("extrapolated_sample",), False),
+    "sampling triton": ("triton", ("extrapolated_sample",), False),
+    "policy_loss": ("triton", ("policy_loss",), True),
     "backward": ("triton", ("linear_logp", "linear_delta_logp"), True),
+    "linear_policy_loss": ("triton", ("linear_policy_loss",), True),
     "logits": ("triton", ("logp", "delta_logp"), True),
     "gemm": ("gemm", ("linear_logp", "linear_delta_logp"), False),
-    "sampling triton": ("triton", ("extrapolated_sample",), False),
-    "sampling cuda": ("cuda", ("extrapolated_sample",), False),
-    "linear sampling": ("triton", ("linear_extrapolated_sample",), False),
-    "policy_loss": ("triton", ("policy_loss",), True),
-    "linear_policy_loss": ("triton", ("linear_policy_loss",), True),
 }
 
 
@@ -142,7 +149,8 @@ class _Trial:
                 torch.cuda._sleep(50_000_000)
                 found = self._call({name: x.clone() for name, x in ready.items()})
             stream.synchronize()
-        yield _same(found, expected)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+        yield {}
 
     def as_a_graph(self) -> Iterator[Entry]:
         """A replay with other inputs gives what a call gives."""
@@ -161,7 +169,8 @@ class _Trial:
                 x.copy_(others[name])
             graph.replay()
             torch.cuda.synchronize()
-        yield _same(found, expected)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+        yield {}
 
     def _required(self) -> Inputs:
         """The inputs, if the backend can take them."""
@@ -185,16 +194,11 @@ class _Trial:
 
 def cases(session: Session) -> list[Case]:
     """Of the request's family: the plain case of each op first; on a GPU then another stream and a CUDA graph."""
-    backend, ops, training = _FAMILIES[session.group]
+    backend, ops, training = FAMILIES[session.group]
     found = []
     for op in ops:
-        if "sample" in op:
-            make = _samplers
-        elif "policy" in op:
-            make = _linear_policy_losses if op.startswith("linear") else _policy_losses
-        else:
-            make = partial(_statistics, training=training)
-        first, *rest = (trial for trial in make(session, backend, op))
+        make = partial(_statistics, training=training) if "logp" in op else _with_options
+        first, *rest = (_policy_losses if op == "policy_loss" else make)(session, backend, op)
         found.append(Case(f"{op} {first.name}", first.compared))
         if session.on_gpu:
             found.append(Case(f"{op} on another stream", first.on_another_stream))
@@ -217,17 +221,6 @@ def _statistics(session: Session, backend: str, op: str, training: bool) -> Iter
                 yield _Trial(f"{dtype} {name}", backend, op, dtype, inputs, options, tuple(leaves))
 
 
-def _samplers(session: Session, backend: str, op: str) -> Iterator[_Trial]:
-    sizes = {"aligned": Kind(5, 128, 4096), "odd": Kind(9, 45, 1187), "large": Kind(3, 512, 151_936)}
-    if session.tiny:
-        sizes = {"aligned": Kind(2, 16, 61)}
-    for dtype in _STATISTIC if session.on_gpu else ("float32",):
-        for size, kind in sizes.items():
-            for name, options in [*_SAMPLERS.items()][: 2 if session.tiny else None]:
-                inputs = partial(_head_inputs, op, kind, dtype, session.device)
-                yield _Trial(f"{dtype} {size} {name}", backend, op, dtype, inputs, {"seed": 7, **options})
-
-
 def _policy_losses(session: Session, backend: str, op: str) -> Iterator[_Trial]:
     b, t = (3, 16) if session.tiny else (9, 700)
     for dtype in ("float32", "bfloat16")[: 1 + session.on_gpu]:
@@ -237,78 +230,52 @@ def _policy_losses(session: Session, backend: str, op: str) -> Iterator[_Trial]:
                 yield _Trial(f"{dtype} {layout} {name}", backend, op, dtype, inputs, options, ("logp",))
 
 
-def _linear_policy_losses(session: Session, backend: str, op: str) -> Iterator[_Trial]:
-    sizes = {"aligned": (8, 80, 128, 4096), "odd D and V": (3, 31, 45, 1187), "large": (4, 300, 1024, 20_011)}
-    if session.tiny:
-        sizes = {"aligned": (2, 8, 16, 97)}
+def _with_options(session: Session, backend: str, op: str) -> Iterator[_Trial]:
+    """Draws, and policy losses from hidden states."""
+    draws = "sample" in op
+    table, leaves = (_SAMPLERS, ()) if draws else (_LINEAR_POLICIES, policy_step.LEAVES)
+    inputs_of = partial(_head_inputs, op) if draws else _linear_tokens
+    kinds = {"aligned": Kind(8, 16, 97)} if session.tiny else _DRAWN if draws else _STEPS
     for dtype in _STATISTIC if session.on_gpu else ("float32",):
-        for size, shape in sizes.items():
-            for name, options in _LINEAR_POLICIES.items():
-                if size != "large" or (dtype, name) == ("bfloat16", "dapo"):
-                    inputs = partial(_linear_tokens, *shape, dtype, session.device, options)
-                    yield _Trial(f"{dtype} {size} {name}", backend, op, dtype, inputs, options, ("hidden", "weight"))
+        for size, kind in kinds.items():
+            for name, options in table.items() if dtype in kind.dtypes else ():
+                inputs = partial(inputs_of, kind, dtype, session.device)
+                yield _Trial(f"{dtype} {size} {name}", backend, op, dtype, inputs, options, leaves)
 
 
 def _head_inputs(op: str, kind: Kind, dtype: str, device: torch.device) -> Inputs:
-    """Logits of standard deviation 3 of one model or two; targets, of which some are ignored, unless it samples."""
-    generator = torch.Generator(device).manual_seed(0)
-
-    def normal(*size: int, std: float = 1.0) -> Tensor:
-        return (torch.randn(size, generator=generator, device=device) * std).to(DTYPES[dtype])
-
-    inputs: Inputs = {}
-    for prefix, d in (("", kind.d), ("base_", kind.d + 8))[: 1 + ("delta" in op or "sample" in op)]:
-        if op.startswith("linear"):
-            inputs |= {f"{prefix}hidden": normal(kind.n, d), f"{prefix}weight": normal(kind.v, d, std=3 / d**0.5)}
-            if kind.options:
-                inputs[f"{prefix}bias"] = normal(kind.v)
-        else:
-            inputs[f"{prefix}logits"] = normal(kind.n, kind.v, std=3.0)
+    """Of one model, or of two with hidden sizes of their own; of targets some are ignored. What samples has none."""
+    inputs = {**build(Workload(op, Shape("", kind.d, kind.v), kind.n, dtype), device).inputs}
+    target = inputs.pop("target")
+    for name in [name for name in inputs if name in ("base_hidden", "base_weight")]:
+        inputs[name] = pad(inputs[name], (0, 8), value=0.1)
+    if kind.options:
+        inputs |= {name.replace("weight", "bias"): x[:, 0] + 0 for name, x in inputs.items() if "weight" in name}
     if "sample" in op:
         return inputs
-    shape = (kind.n, kind.k)[: 1 + (kind.k > 1)]
-    target = torch.randint(kind.v, shape, generator=generator, device=device)
     if kind.ignored:
         target[:: kind.ignored] = IGNORE_INDEX
-    return inputs | {"target": target}
+    return inputs | {"target": target if kind.k == 1 else torch.stack([target.roll(k) for k in range(kind.k)], 1)}
 
 
-def _tokens(b: int, t: int, dtype: str, device: torch.device, options: Options, packed: bool = False) -> Inputs:
-    """Ratios near 1, some of them clipped; the last response has no tokens. Packed ones differ in length."""
-    generator = torch.Generator(device).manual_seed(0)
-
-    def normal(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator, device=device)
-
-    old_logp = -normal(b, t).abs() * 2.0
-    logp = old_logp + 0.3 * normal(b, t)
-    mask = torch.rand(b, t, generator=generator, device=device) < 0.7
-    mask[-1] = False
-    inputs = {"logp": logp, "old_logp": old_logp, "advantage": normal(b)}
-    if options.get("kl_beta"):
-        inputs["ref_logp"] = logp + 0.2 * normal(b, t)
-    inputs = {name: x.to(DTYPES[dtype]) for name, x in inputs.items()} | {"mask": mask}
+def _tokens(b: int, t: int, dtype: str, device: torch.device, options: Options, packed: bool) -> Inputs:
+    """Ratios near 1, some of them clipped; the last response has no tokens."""
+    batch = policy.build(b, t, device)
+    batch.mask[-1] = False
+    inputs = {name: x.detach().to(DTYPES[dtype]) if x.is_floating_point() else x for name, x in batch._asdict().items()}
+    if not options.get("kl_beta"):
+        del inputs["ref_logp"]
     if packed:
-        lengths = 1 + (t - 1) * torch.arange(1, b + 1, device=device) // b
-        inside = torch.arange(t, device=device) < lengths[:, None]
-        inputs = {name: x[inside] if x.dim() == 2 else x for name, x in inputs.items()}
-        inputs["offsets"] = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+        inputs = {name: x[batch.mask] if x.dim() == 2 else x for name, x in inputs.items()}
+        inputs["offsets"] = pad(batch.mask.sum(-1).cumsum(0), (1, 0))
     return inputs | ({"group": torch.arange(b, device=device) // 3} if options.get("reweight") == "ppl" else {})
 
 
-def _linear_tokens(b: int, t: int, d: int, v: int, dtype: str, device: torch.device, options: Options) -> Inputs:
-    head = _head_inputs("linear_logp", Kind(b * t, d, v), dtype, device)
-    exact: Options = {name: x.double() if x.is_floating_point() else x for name, x in head.items()}
-    tokens = _tokens(b, t, "float32", device, options)
-    log_ratio = tokens["logp"] - tokens["old_logp"]
-    return {
-        "hidden": head["hidden"].view(b, t, d),
-        "weight": head["weight"],
-        "target": head["target"].view(b, t),
-        "old_logp": (reference.linear_logp(**exact).logp.view(b, t) - log_ratio).float(),
-        "advantage": tokens["advantage"],
-        "mask": tokens["mask"],
-    }
+def _linear_tokens(kind: Kind, dtype: str, device: torch.device) -> Inputs:
+    step = policy_step.build(Workload(policy_step.OP, Shape("", kind.d, kind.v), kind.n, dtype), device)
+    inputs = {name: x.detach() for name, x in step.inputs.items()}
+    inputs["mask"][-1] = False
+    return inputs
 
 
 def _outcome(function: Callable[[Inputs], Inputs], inputs: Inputs, leaves: tuple[str, ...]) -> Inputs:
@@ -319,9 +286,9 @@ def _outcome(function: Callable[[Inputs], Inputs], inputs: Inputs, leaves: tuple
     if not leaves:
         return found
     generator = torch.Generator().manual_seed(1)
-    upstream = {name: torch.randn(x.shape, generator=generator).to(x) for name, x in outputs.items()}
-    total = torch.stack([(x * upstream[name]).sum() for name, x in outputs.items() if x.requires_grad]).sum()
-    gradients = torch.autograd.grad(total, [given[name] for name in leaves])
+    differentiable = [x for x in outputs.values() if x.requires_grad]
+    upstream = [torch.randn(x.shape, generator=generator).to(x) for x in differentiable]
+    gradients = torch.autograd.grad(differentiable, [given[name] for name in leaves], upstream)
     return found | {f"d {name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
 
 
@@ -347,7 +314,6 @@ def _nan_in_allocations() -> Iterator[None]:
     """Within this context what launchers allocate is NaN, −1 in integers, before it is written."""
 
     def filled(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        @functools.wraps(allocate)
         def allocate_and_fill(*arguments: Any, **options: Any) -> Tensor:
             x = allocate(*arguments, **options)
             return x.detach().fill_(torch.nan if x.is_floating_point() else (-1 if x.dtype.is_signed else 1))
@@ -359,14 +325,6 @@ def _nan_in_allocations() -> Iterator[None]:
         for owner, name in owners:
             stack.enter_context(mock.patch.object(owner, name, filled(getattr(owner, name))))
         yield
-
-
-def _same(found: Inputs, expected: Inputs) -> Entry:
-    for name, other in expected.items():
-        if not torch.equal(found[name].nan_to_num(nan=0.5), other.nan_to_num(nan=0.5)):
-            error = (found[name].double() - other.double()).abs().max().item()
-            raise WrongResultError(f"{name} is not that of a plain call, by {error:.2e}")
-    return {}
 
 
 def machine(session: Session) -> list[Case]:
@@ -386,63 +344,3 @@ def _backends(session: Session) -> Iterator[Entry]:
     problem = backends.unavailable("cuda", "extrapolated_sample", session.device)
     if problem is not None:
         raise (WrongResultError if session.on_gpu else NotMeasuredError)(f"CUDA library: {problem}")
-
-
-def accuracy(session: Session) -> list[Case]:
-    """How far log p and entropy are from float64, beside cuBLAS with float32 output on the same inputs."""
-    work = Workload("linear_delta_logp", Shape("D 4096", 4096, 151_936), 4096)
-    if session.tiny:
-        work = Workload("linear_delta_logp", Shape("tiny", 16, 130), 16, "float32")
-    return [Case(str(work), partial(_accuracy, session, work))]
-
-
-def _accuracy(session: Session, work: Workload) -> Iterator[Entry]:
-    problem = build(work, session.device)
-    weight, exact = problem.inputs["weight"].t(), problem.inputs["weight"].double().t()
-    truth = _stats_of_blocks(problem, lambda hidden: hidden.double() @ exact)
-
-    def cublas(hidden: Tensor) -> Tensor:
-        if hidden.is_cuda:
-            return torch.mm(hidden, weight, out_dtype=torch.float32)
-        return hidden.float() @ weight.float()
-
-    candidates = {
-        "cuBLAS, float32 out": partial(_stats_of_blocks, problem, cublas),
-        "linear_logp triton": partial(_stats_of_ours, problem, "linear_logp", "triton"),
-        "linear_logp gemm": partial(_stats_of_ours, problem, "linear_logp", "gemm"),
-        "linear_delta_logp triton": partial(_stats_of_ours, problem, "linear_delta_logp", "triton"),
-    }
-    of_cublas: dict[str, float] = {}
-    for name, call in candidates.items():
-        session.watch(name)
-        entry: Entry = {"candidate": name}
-        try:
-            found = call()
-            entry["error_of"] = errors = {
-                f"{output} {label}": (getattr(found, output).double() - getattr(truth, output)).abs().quantile(q).item()
-                for output in ("logp", "entropy")
-                for label, q in _QUANTILES.items()
-            }
-            of_cublas = of_cublas or errors
-            for label, error in errors.items():
-                most = _LARGEST if label.endswith("max") else _TIMES_CUBLAS * of_cublas[label] + 1e-7
-                if not error <= min(most, _LARGEST):
-                    raise WrongResultError(f"{label} is {error:.1e}, expected at most {min(most, _LARGEST):.1e}")
-        except Exception as error:
-            entry |= failure(error)
-        yield entry
-
-
-def _stats_of_ours(problem: Problem, op: str, backend: str) -> SingleStats:
-    names = ("hidden", "weight", "target") if op == "linear_logp" else problem.inputs.keys()
-    with backends.use_backend(backend), torch.no_grad():
-        stats = getattr(dlogp_kernels, op)(**{name: problem.inputs[name] for name in names})
-    return SingleStats(stats.logp, stats.entropy)
-
-
-def _stats_of_blocks(problem: Problem, logits: Callable[[Tensor], Tensor]) -> SingleStats:
-    blocks = []
-    for hidden, target in zip(*(problem.inputs[name].split(_ROWS) for name in ("hidden", "target")), strict=True):
-        logp = logits(hidden).log_softmax(-1)
-        blocks.append(SingleStats(logp.gather(-1, target[:, None])[:, 0], -(logp.exp() * logp).sum(-1)))
-    return SingleStats(*(torch.cat(values) for values in zip(*blocks, strict=True)))

@@ -18,7 +18,7 @@ Entry = dict[str, Any]
 def lines(document: dict[str, Any]) -> list[str]:
     entries: list[Entry] = document["entries"]
     found = [*_head(document), *_at_most(_MOST_PROBLEMS, list(_problems(entries))), *_tests(document.get("tests"))]
-    figures = [*_accuracy(entries), *_timing(entries), *_best(entries), *_ncu(document.get("ncu"))]
+    figures = [*_timing(entries), *_best(entries), *_ncu(document.get("ncu"))]
     return [line[:_WIDTH] for line in (*found, *_at_most(MOST_LINES - len(found), figures))]
 
 
@@ -66,12 +66,6 @@ def _tests(tests: dict[str, Any] | None) -> Iterator[str]:
     if tests is not None:
         yield f"tests: {_joined(tests['counts'], '{1} {0}')}{'' if tests['whole'] else '; cut off'}"
         yield from (f"- {failure['test']}: {failure['message']}" for failure in tests["failures"][:10])
-
-
-def _accuracy(entries: Iterable[Entry]) -> Iterator[str]:
-    for entry in entries:
-        if entry["part"] == "accuracy" and "error_of" in entry:
-            yield f"error, {entry['candidate']}: {_joined(entry['error_of'], '{} {:.1e}')}"
 
 
 def _joined(found: dict[str, Any], form: str = "{} {}") -> str:

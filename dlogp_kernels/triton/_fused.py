@@ -125,6 +125,28 @@ def logits_tiles_of_one_weight(
 
 
 @triton.jit
+def pair_of_logits_tiles(
+    hidden, weight, head, base_hidden, base_weight, base_head, row, column, num_rows, V, BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+    ONE_WEIGHT: tl.constexpr,
+):  # fmt: skip
+    """Both models' `logits_tile`."""
+    if ONE_WEIGHT:
+        tile, base_tile = logits_tiles_of_one_weight(
+            hidden, base_hidden, weight, head.D, row, column, BLOCK_N, BLOCK_V, BLOCK_D, PRECISION
+        )
+    else:
+        tile = logits_tile(
+            hidden, weight, head, row, column, num_rows, V, BLOCK_N, BLOCK_V, BLOCK_D, DESCRIPTORS, PRECISION
+        )
+        base_tile = logits_tile(
+            base_hidden, base_weight, base_head, row, column, num_rows, V, BLOCK_N, BLOCK_V, BLOCK_D, DESCRIPTORS,
+            PRECISION,
+        )  # fmt: skip
+    return tile, base_tile
+
+
+@triton.jit
 def bias_of(head, tokens, V):
     """The bias of `tokens`, IMPOSSIBLE where it is −inf and outside the vocabulary; 0 without a bias."""
     bias = tl.zeros(tokens.shape, tl.float32)

@@ -17,9 +17,8 @@ from ._fused import (
     gather_buffer,
     is_masked,
     layer_of,
-    logits_tile,
-    logits_tiles_of_one_weight,
     one_model,
+    pair_of_logits_tiles,
     pick_targets,
     plan,
     rows_of,
@@ -57,18 +56,10 @@ def _linear_delta_logp_fwd_kernel(
         column = (split * blocks_per_split + block) * BLOCK_V
         row = row_tile * BLOCK_N
         tokens = column + tl.arange(0, BLOCK_V)
-        if ONE_WEIGHT:
-            x, base_x = logits_tiles_of_one_weight(
-                hidden, base_hidden, weight, head.D, row, column, BLOCK_N, BLOCK_V, BLOCK_D, PRECISION
-            )
-        else:
-            x = logits_tile(
-                hidden, weight, head, row, column, num_rows, V, BLOCK_N, BLOCK_V, BLOCK_D, DESCRIPTORS, PRECISION
-            )
-            base_x = logits_tile(
-                base_hidden, base_weight, base_head, row, column, num_rows, V, BLOCK_N, BLOCK_V, BLOCK_D, DESCRIPTORS,
-                PRECISION,
-            )  # fmt: skip
+        x, base_x = pair_of_logits_tiles(
+            hidden, weight, head, base_hidden, base_weight, base_head, row, column, num_rows, V, BLOCK_N, BLOCK_V,
+            BLOCK_D, DESCRIPTORS, PRECISION, ONE_WEIGHT,
+        )  # fmt: skip
         state = _math.pair_state_unless(block == 0, state)
         if MASKED:
             bias, base_bias = bias_of(head, tokens, V), bias_of(base_head, tokens, V)

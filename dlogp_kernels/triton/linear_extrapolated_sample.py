@@ -20,9 +20,8 @@ from ._fused import (
     bias_of,
     is_masked,
     layer_of,
-    logits_tile,
-    logits_tiles_of_one_weight,
     one_model,
+    pair_of_logits_tiles,
     plan_of,
     share_weight,
     stages_of_one_weight,
@@ -270,18 +269,10 @@ def _linear_extrapolated_sample_kernel(
         column = (split * blocks_per_split + block) * BLOCK_V
         row = row_tile * BLOCK_N
         tokens = column + tl.arange(0, BLOCK_V)
-        if ONE_WEIGHT:
-            x, base_x = logits_tiles_of_one_weight(
-                hidden, base_hidden, weight, head.D, row, column, BLOCK_N, BLOCK_V, BLOCK_D, PRECISION
-            )
-        else:
-            x = logits_tile(
-                hidden, weight, head, row, column, num_rows, V, BLOCK_N, BLOCK_V, BLOCK_D, DESCRIPTORS, PRECISION
-            )
-            base_x = logits_tile(
-                base_hidden, base_weight, base_head, row, column, num_rows, V, BLOCK_N, BLOCK_V, BLOCK_D, DESCRIPTORS,
-                PRECISION,
-            )  # fmt: skip
+        x, base_x = pair_of_logits_tiles(
+            hidden, weight, head, base_hidden, base_weight, base_head, row, column, num_rows, V, BLOCK_N, BLOCK_V,
+            BLOCK_D, DESCRIPTORS, PRECISION, ONE_WEIGHT,
+        )  # fmt: skip
         z, base_z = z_of(head, x, tokens, V, MASKED), z_of(base_head, base_x, tokens, V, MASKED)
         i = row + tl.arange(0, BLOCK_N)
         mask = i < num_rows

@@ -28,6 +28,7 @@ FILTERS: Mapping[str, dict[str, Any]] = {
     "min-p 0.05": {"min_p": 0.05},
 }
 NO_FILTERS: Mapping[str, Any] = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
+_DEFAULTS = {"gamma": 0.0, "criterion": "all", "threshold": None, "draft": "base", "temperature": 1.0, **NO_FILTERS}
 #: Largest |error| of a log-probability, and share of the checked rows that may have another token than the definition,
 #: or one that a filter excludes.
 TOLERANCES = {"logp": 1e-4, "base_logp": 1e-4, "delta_logp": 2e-4, "other token": 0.0, "excluded token": 0.0}
@@ -198,16 +199,19 @@ def errors_of(draw: Draw, draws: Draws, *, one_model: bool = False) -> dict[str,
 def _errors_of_ours(
     drawn: Sample, rows: Tensor, exact: Draws, options: dict[str, Any], one_model: bool
 ) -> dict[str, float]:
-    defaults = {"gamma": 0.0, "criterion": "all", "threshold": None, "draft": "base", "temperature": 1.0, **NO_FILTERS}
     base_logits = exact.logits if one_model else exact.base_logits
-    seed, step = (torch.tensor([value], device=rows.device) for value in (SEED, 0))
-    chosen: dict[str, Any] = defaults | exact.filters | options
-    truth = reference_sample.extrapolated_sample(exact.logits, base_logits, rows, seed, step, **chosen)
+    truth = _definition(exact.logits, base_logits, rows, seed=SEED, **exact.filters, **options)
     errors = {
         name: (getattr(drawn, name)[rows] - getattr(truth, name)).abs().max().item()
         for name in ("logp", "base_logp", "delta_logp")
     }
     return errors | {"other token": (drawn.token[rows] != truth.token).double().mean().item()}
+
+
+def _definition(logits: Tensor, base_logits: Tensor, rows: Tensor, seed: int, **options: Any) -> Sample:
+    """Of rows with these numbers, at step 0."""
+    seeds, steps = (torch.tensor([value], device=rows.device) for value in (seed, 0))
+    return reference_sample.extrapolated_sample(logits, base_logits, rows, seeds, steps, **(_DEFAULTS | options))
 
 
 def _moved(filters: dict[str, Any]) -> dict[str, Any]:
@@ -229,11 +233,7 @@ def check_draws(drawn: Sample, inputs: Mapping[str, Tensor], options: dict[str, 
         return inputs[f"{prefix}hidden"].double() @ inputs[f"{prefix}weight"].double().t()
 
     z, base_z = logits(""), logits("base_")
-    rows = torch.arange(z.shape[0], device=z.device)
-    chosen: dict[str, Any] = {"gamma": 0.0, "criterion": "all", "threshold": None, "draft": "base", "temperature": 1.0}
-    chosen |= {"top_k": 0, "top_p": 1.0, "min_p": 0.0} | options
-    noise = (torch.tensor([chosen.pop("seed")], device=z.device), torch.zeros_like(rows[:1]))
-    truth = reference_sample.extrapolated_sample(z, base_z, rows, *noise, **chosen)
+    truth = _definition(z, base_z, torch.arange(z.shape[0], device=z.device), **options)
     for name in ("draft_token", "selected", "token"):
         found, expected = getattr(drawn, name), getattr(truth, name)
         for row in (found != expected).nonzero().flatten().tolist():

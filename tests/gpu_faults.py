@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from benchmarks.child import Case, Entry, Session
+from benchmarks.gpu.child import Case, Entry, Session
 from benchmarks.gpu.timing import measured
 from benchmarks.harness import Candidate, NotMeasuredError, absolute_error
 

@@ -15,8 +15,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.children import Job, run_jobs  # noqa: E402
 from benchmarks.gpu import checks, profile, table  # noqa: E402
+from benchmarks.gpu.children import Job, run_jobs  # noqa: E402
 
 pytestmark = pytest.mark.cpu_only
 
@@ -138,10 +138,15 @@ def test_metrics_of_ncu():
 
 def test_tests_that_are_cut_off_count(tmp_path, monkeypatch):
     test = tmp_path / "test_slow.py"
-    test.write_text("import time\ndef test_a(): pass\ndef test_b(): assert 1 == 2\ndef test_c(): time.sleep(60)\n")
+    test.write_text(
+        "import time\ndef test_a(record_property): record_property('error', ['logp', 1e-5, 2e-5])\n"
+        "def test_b(): assert 1 == 2\ndef test_c(): time.sleep(60)\n"
+    )
     (tmp_path / "conftest.py").write_text("def pytest_addoption(parser): parser.addoption('--device')\n")
     monkeypatch.setattr(checks, "_TINY_FILES", (test,))
     found = checks.run("cpu", True, 15.0, tmp_path / "outcomes")
     assert found["counts"] == {"passed": 1, "failed": 1} and not found["whole"]
     assert [failure["test"].split("::")[1] for failure in found["failures"]] == ["test_b"]
     assert found["failures"][0]["message"].startswith("assert 1 == 2")
+    outcomes = [json.loads(line) for line in (tmp_path / "outcomes").read_text().splitlines()]
+    assert [outcome["measured"] for outcome in outcomes] == [[["logp", 1e-5, 2e-5]], []]

@@ -23,9 +23,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..children import ROOT, Job, run_jobs
 from ..peers import PEERS
 from . import checks, profile, table
+from .children import ROOT, Job, run_jobs
 from .smoke import FAMILIES
 
 _LIMITS = {1: 280.0, 2: 420.0}

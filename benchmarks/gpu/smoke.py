@@ -21,11 +21,11 @@ from dlogp_kernels import Sample, backends, reference, reference_policy
 
 from .. import bench_linear_policy_loss as policy_step
 from .. import policy
-from ..child import Case, Entry, Session
 from ..harness import NotMeasuredError, WrongResultError, relative_error, verify
 from ..problem import IGNORE_INDEX, build
 from ..sampling import check_draws
 from ..shapes import DTYPES, Shape, Workload
+from .child import Case, Entry, Session
 
 Inputs = dict[str, Tensor]
 Options = dict[str, Any]
@@ -197,8 +197,11 @@ def cases(session: Session) -> list[Case]:
     backend, ops, training = FAMILIES[session.group]
     found = []
     for op in ops:
-        make = partial(_statistics, training=training) if "logp" in op else _with_options
-        first, *rest = (_policy_losses if op == "policy_loss" else make)(session, backend, op)
+        if op == "policy_loss":
+            make = _policy_losses
+        else:
+            make = partial(_statistics, training=training) if op.endswith("logp") else _with_options
+        first, *rest = make(session, backend, op)
         found.append(Case(f"{op} {first.name}", first.compared))
         if session.on_gpu:
             found.append(Case(f"{op} on another stream", first.on_another_stream))

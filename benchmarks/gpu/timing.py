@@ -23,7 +23,6 @@ from .. import bench_linear_policy_loss as policy_step
 from .. import bench_policy_loss as given_policy
 from .. import harness, policy
 from ..baselines import bare_copy, bare_matmuls
-from ..child import Case, Entry, Session, failure, usable
 from ..harness import PHASES, Budget, Candidate, Clock, NotMeasuredError, verify
 from ..memory import MIB, peak_over
 from ..peers import PEERS, Peer
@@ -31,6 +30,7 @@ from ..problem import Problem, Truth, build
 from ..sampling import check_draws
 from ..shapes import Shape, Workload
 from . import library
+from .child import Case, Entry, Session, failure, usable
 
 Context = Callable[[], AbstractContextManager[None]]
 Options = dict[str, Any]
@@ -308,11 +308,13 @@ def _policy_step(session: Session, sizes: Sizes, peer: Peer | None = None) -> It
     work = Workload(policy_step.OP, sizes.heads[0], sizes.n, sizes.dtype, training=True)
     session.watch("inputs")
     step = policy_step.build(work, session.device)
+    of_eager = policy_step.TOLERANCES["eager"]
+    limits = {"statistic": of_eager["loss"], "gradient": of_eager["d_hidden"]} if peer else _LIMITS
 
     def timed(name: str, function: Callable[..., Tensor], context: Context = nullcontext, **plain: Any) -> Candidate:
         function = _within(context, function)
         check = partial(policy_step.errors_of, partial(function, **plain), step)
-        return Candidate(name, partial(function, step), step.gradients, check, _PEER_LIMITS if peer else _LIMITS)
+        return Candidate(name, partial(function, step), step.gradients, check, limits)
 
     found: list[Candidate] = [timed("ours", policy_step.ours, library.fused, reweight="none")]
     if peer is None:

@@ -1,4 +1,4 @@
-"""A process that does cases one after the other: `python -m benchmarks.child`, driven by `children.py`.
+"""A process that does cases one after the other: `python -m benchmarks.gpu.child`, driven by `children.py`.
 
 The request is its argument, as JSON; one line of JSON on stdout for every step begun, every entry and every case done.
 When stdin ends, so does the process: a visit that was killed leaves nothing running.
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TextIO
 
 import torch
 
-from .harness import NotMeasuredError, WrongResultError
+from ..harness import NotMeasuredError, WrongResultError
 
 Entry = dict[str, Any]
 

@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 _SLICE, _GRACE_SECONDS = 0.2, 5.0
 _MOST_STARTS = 12
 _LOG_CHARACTERS = 3000
@@ -112,7 +112,7 @@ class _Child:
 
     def __init__(self, request: Entry) -> None:
         self._log = tempfile.TemporaryFile("w+b")  # noqa: SIM115 (open as long as the process)
-        command = [sys.executable, "-m", "benchmarks.child", json.dumps(request)]
+        command = [sys.executable, "-m", "benchmarks.gpu.child", json.dumps(request)]
         pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._log}
         self._process = subprocess.Popen(command, cwd=ROOT, **pipes, start_new_session=True)
 

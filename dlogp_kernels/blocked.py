@@ -228,19 +228,19 @@ def logp_bwd(
     grad_logits = torch.zeros(logits.shape, dtype=logits.dtype, device=logits.device)
     for rows in _row_blocks(target, ignore_index, logits.shape[-1], lse.dtype, 1, workspace):
         row_stats = _ModelRows(rows, target, ignore_index, grad_logp, grad_entropy, grad_lse, entropy, lse)
-        grad = _logp_gradient(logits, rows, row_stats, temperature, softcap, logit_scale)
+        grad = _logp_gradient(row_stats, rows, logits, (temperature, softcap, logit_scale))
         grad_logits.view(-1, logits.shape[-1])[rows] = grad
     return grad_logits
 
 
 def _logp_gradient(
-    logits: Tensor, rows: Tensor, row_stats: "_ModelRows", temperature: float, softcap: float | None, logit_scale: float
+    row_stats: "_ModelRows", rows: Tensor, logits: Tensor, options: tuple[float, float | None, float]
 ) -> Tensor:
     """Of a block of rows. What it needs besides is gone before the next block begins."""
     raw = rows_of(logits, rows).to(row_stats.lse.dtype)
-    logp_all = transform_logits(raw, temperature, softcap, logit_scale) - row_stats.lse[:, None]
+    logp_all = transform_logits(raw, *options) - row_stats.lse[:, None]
     grad_z = row_stats.gradient(logp_all, slice(0, logits.shape[-1]))
-    return transform_gradient(grad_z, raw, temperature, softcap, logit_scale).to(logits.dtype)
+    return transform_gradient(grad_z, raw, *options).to(logits.dtype)
 
 
 def delta_logp_bwd(
@@ -285,8 +285,9 @@ def delta_logp_bwd(
         )
         found = _delta_logp_gradients(
             pair,
-            rows_of(logits, rows),
-            rows_of(base_logits, rows),
+            rows,
+            logits,
+            base_logits,
             (temperature, softcap, logit_scale),
             (temperature, base_softcap, base_logit_scale),
             output_mask,
@@ -299,6 +300,7 @@ def delta_logp_bwd(
 
 def _delta_logp_gradients(
     pair: "_PairRows",
+    rows: Tensor,
     logits: Tensor,
     base_logits: Tensor,
     options: tuple[float, float | None, float],
@@ -307,7 +309,7 @@ def _delta_logp_gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Of a block of rows, likewise."""
     dtype, vocabulary = pair.model.lse.dtype, slice(0, logits.shape[-1])
-    raw, base_raw = logits.to(dtype), base_logits.to(dtype)
+    raw, base_raw = rows_of(logits, rows).to(dtype), rows_of(base_logits, rows).to(dtype)
     logp_all = transform_logits(raw, *options) - pair.model.lse[:, None]
     base_logp_all = transform_logits(base_raw, *base_options) - pair.base.lse[:, None]
     grad = base_grad = None

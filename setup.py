@@ -134,4 +134,5 @@ def extensions() -> dict[str, Any]:
     return {"ext_modules": modules, "cmdclass": {"build_ext": Build}}
 
 
-setup(**extensions())
+if __name__ == "__main__":
+    setup(**extensions())

@@ -132,13 +132,10 @@ def libcuda() -> ctypes.CDLL:
     return library
 
 
-class _Cuda(nvidia.CudaDriver):
-    """Triton's driver, which asks torch about the GPU."""
+class _Current:
+    """What a driver of Triton says, where its own would ask torch."""
 
-    def __init__(self, gpu: Gpu) -> None:
-        self.gpu = gpu
-        libcuda().offline_device(gpu.device, gpu.shared_memory, gpu.programs)
-        self.utils, self.launcher_cls = nvidia.CudaUtils(), nvidia.CudaLauncher
+    gpu: Gpu
 
     def get_current_device(self) -> int:
         return self.gpu.device
@@ -148,6 +145,15 @@ class _Cuda(nvidia.CudaDriver):
 
     def get_current_target(self) -> GPUTarget:
         return self.gpu.target
+
+
+class _Cuda(_Current, nvidia.CudaDriver):
+    """Triton's own but for that."""
+
+    def __init__(self, gpu: Gpu) -> None:
+        self.gpu = gpu
+        libcuda().offline_device(gpu.device, gpu.shared_memory, gpu.programs)
+        self.utils, self.launcher_cls = nvidia.CudaUtils(), nvidia.CudaLauncher
 
 
 class _HipUtils:
@@ -162,20 +168,11 @@ class _HipUtils:
         return module, function, registers, spills, largest_block
 
 
-class _Hip:
+class _Hip(_Current):
     """As much of a Triton driver as compiling and launching uses; what builds its launcher needs ROCm."""
 
     def __init__(self, gpu: Gpu) -> None:
         self.gpu, self.utils = gpu, _HipUtils(gpu)
-
-    def get_current_device(self) -> int:
-        return self.gpu.device
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return self.gpu.target
 
     def launcher_cls(self, source: object, metadata: object) -> Callable[..., None]:
         return lambda *arguments: None

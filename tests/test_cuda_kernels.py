@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -238,9 +239,7 @@ def test_the_extension_finds_every_symbol_where_python_has_loaded_torch(tmp_path
     loading = "import sys, torch, ctypes; [ctypes.CDLL(path, mode=ctypes.RTLD_LOCAL) for path in sys.argv[1:]]"
     stand_in = tmp_path / "libtorch_cuda.so"
     if torch.version.cuda is None:
-        source = 'extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 0; }'
-        command = ["g++", "-shared", "-fPIC", "-x", "c++", "-", "-Wl,-soname,libtorch_cuda.so", "-o", str(stand_in)]
-        subprocess.run(command, input=source, text=True, check=True)
+        runpy.run_path(str(Path(__file__).parents[1] / "setup.py"))["link_stand_in"](tmp_path)
     libraries = [path for path in (stand_in, EXTENSION[0]) if path.exists()]
     run = subprocess.run([sys.executable, "-c", loading, *libraries], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

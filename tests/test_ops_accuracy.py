@@ -19,7 +19,7 @@ from cases import (
     truth,
     upstream_of,
 )
-from tolerances import ZERO_KL_ROUNDINGS
+from tolerances import TENSOR_CORE_ERROR, TIMES_CUBLAS, ZERO_KL_ROUNDINGS, Accuracy
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -256,3 +256,19 @@ class TestKullbackLeibler:
             assert torch.equal(getattr(stats, name), getattr(stats, f"base_{name}"))
         limit = ZERO_KL_ROUNDINGS * torch.finfo(stats.kl.dtype).eps * 10
         assert stats.kl.max() <= limit and stats.reverse_kl.max() <= limit
+
+
+@pytest.mark.cpu_only
+@pytest.mark.served_by("reference")
+@pytest.mark.parametrize(("row", "wrong"), [(slice(None), "at 0.5"), (slice(8), "at 0.999"), (slice(1), "largest")])
+def test_a_kernel_is_held_against_cublas_at_the_median_the_tail_and_the_largest(row, wrong):
+    """What the tests of a GPU ask of tensor cores: the errors of 4096 rows, all of them, 8 or one of them larger."""
+    reported: list[str] = []
+    held = Accuracy(lambda op, quantity, dtype, error, limit: reported.append(quantity))
+    of_cublas = torch.full((4096,), 1e-5)
+    held.beside_cublas("logp", of_cublas * TIMES_CUBLAS * 0.99, of_cublas, BF16)
+    assert reported == ["50 %", "99.9 %", "largest"]
+    error = of_cublas.clone()
+    error[row] = TENSOR_CORE_ERROR * 1.01 if wrong == "largest" else 1e-5 * TIMES_CUBLAS * 1.01
+    with pytest.raises(AssertionError, match=wrong):
+        held.beside_cublas("logp", error, of_cublas, BF16)

@@ -98,7 +98,7 @@ class Accuracy(NamedTuple):
             assert own <= TIMES_CUBLAS * other, f"{quantity}: {own:.2g} at {quantile:g}, cuBLAS {other:.2g}"
         largest = error.abs().max().item()
         self.report(quantity, "largest", name, largest, TENSOR_CORE_ERROR)
-        assert largest <= TENSOR_CORE_ERROR
+        assert largest <= TENSOR_CORE_ERROR, f"{quantity}: the largest error is {largest:.2g}"
 
     def _statistic_roundings(self, op: str, dtype: torch.dtype) -> float:
         on_tensor_cores = self.device == "cuda" and "linear" in op and dtype in (torch.bfloat16, torch.float16)

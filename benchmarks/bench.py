@@ -12,8 +12,8 @@ from .problem import Function, Problem
 
 #: Wrong, rather than inexact, from here on: absolute for an output, relative for a gradient. What is reached is
 #: recorded; bfloat16 logits of |z| about 15 are rounded by up to 0.03 before a baseline's softmax sees them.
-_OURS = {"output": 1e-4, "gradient": 0.02}
-_BASELINE = {"output": 0.2, "gradient": 0.1}
+OURS = {"output": 1e-4, "gradient": 0.02}
+BASELINE = {"output": 0.2, "gradient": 0.1}
 
 
 @dataclass(frozen=True)
@@ -41,5 +41,9 @@ class Bench:
 
 
 def tolerances(name: str, errors: Mapping[str, float]) -> dict[str, float]:
-    kinds = _OURS if name.startswith("ours") else _BASELINE
-    return {output: kinds["gradient" if output.startswith("d_") else "output"] for output in errors}
+    return by_kind(OURS if name.startswith("ours") else BASELINE, errors)
+
+
+def by_kind(limits: Mapping[str, float], errors: Mapping[str, float]) -> dict[str, float]:
+    """The limit of each error, by whether it is that of an output or of a gradient (`d_<input>`)."""
+    return {name: limits["gradient" if name.startswith("d_") else "output"] for name in errors}

@@ -36,8 +36,8 @@ class WrongResultError(NotMeasuredError):
 class Candidate:
     """Something to time: `forward()`, and `backward(what forward returned)`.
 
-    Of the benchmarks on a GPU: `check()` gives its errors, at most those of `limits` by "statistic" and "gradient"
-    ("d_…"); `facts` go into its last entry, the fact `config` as configs.py writes it.
+    Of the benchmarks on a GPU: `check()` gives its errors, at most those of `limits` (bench.py); `facts` go into its
+    last entry, the fact `config` as configs.py writes it.
     """
 
     name: str

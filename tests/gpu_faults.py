@@ -37,8 +37,8 @@ def _candidates(session: Session) -> Iterator[Entry]:
         return {"logp": absolute_error(torch.full((3,), torch.nan), torch.zeros(3))}
 
     found = [
-        Candidate("right", lambda: torch.ones(3), check=lambda: {"logp": 0.0}, limits={"statistic": 1.0}),
-        Candidate("nan", lambda: torch.ones(3), check=nan, limits={"statistic": 1.0}),
+        Candidate("right", lambda: torch.ones(3), check=lambda: {"logp": 0.0}, limits={"output": 1.0}),
+        Candidate("nan", lambda: torch.ones(3), check=nan, limits={"output": 1.0}),
         Candidate("hanging", lambda: time.sleep(600)),
         Candidate("crashing", lambda: os.abort()),
     ]

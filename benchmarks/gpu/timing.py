@@ -23,6 +23,7 @@ from .. import bench_linear_policy_loss as policy_step
 from .. import bench_policy_loss as given_policy
 from .. import harness, policy
 from ..baselines import bare_copy, bare_matmuls
+from ..bench import BASELINE, OURS, by_kind
 from ..harness import PHASES, Budget, Candidate, Clock, NotMeasuredError, verify
 from ..memory import MIB, peak_over
 from ..peers import PEERS, Peer
@@ -34,9 +35,8 @@ from .child import Case, Entry, Session, failure, usable
 
 Context = Callable[[], AbstractContextManager[None]]
 Options = dict[str, Any]
-#: Largest error of a statistic, absolute, and of a gradient, relative; of peers, which round logits to bfloat16.
-_LIMITS, _PEER_LIMITS = {"statistic": 1e-3, "gradient": 0.03}, {"statistic": 0.1, "gradient": 0.1}
-_SEED = 7
+#: Of what multiplies there: their sums are truncated.
+_ON_TENSOR_CORES = OURS | {"output": 1e-3}
 _FILTERS: Mapping[str, Options] = {"top-p 0.7": {"top_p": 0.7}, "no filter": {}}
 
 
@@ -193,8 +193,7 @@ def _checked(session: Session, candidate: Candidate) -> Entry:
     entry: Entry = {}
     if candidate.check is not None and not session.prewarm:
         entry["error_of"] = errors = dict(candidate.check())
-        kinds = {name: "gradient" if name.startswith("d_") else "statistic" for name in errors}
-        verify(candidate.name, errors, {name: candidate.limits[kind] for name, kind in kinds.items()})
+        verify(candidate.name, errors, by_kind(candidate.limits, errors))
     _step(candidate)  # what a first call allocates for good does not count
     if session.on_gpu and not session.prewarm:
         entry["peak_mib"] = peak_over(lambda: _step(candidate), session.device).peak / MIB
@@ -253,7 +252,7 @@ def _ceilings(session: Session, sizes: Sizes) -> Iterator[Entry]:
     yield from measured(session, [bare_copy(session.device, 2.0 * sizes.copy)], "gb_per_s", 2.0 * sizes.copy)
 
 
-def _candidates(session: Session, problem: Problem, limits: Mapping[str, float] = _LIMITS) -> Callable[..., Candidate]:
+def _candidates(session: Session, problem: Problem, limits: Mapping[str, float]) -> Callable[..., Candidate]:
     """Makes functions of the problem's inputs candidates, compared with float64 on some rows."""
     session.watch("float64")
     truth = None if session.prewarm else Truth(problem)
@@ -280,10 +279,10 @@ def _linear(
     # Products of N·V·D: one a model, in backward once more and two for the gradients of the model that is trained.
     one = 2.0 * work.n * head.v * head.d
     cost = ("tflops", one * (1 + work.pair), one * (3 + work.pair) * training)
-    timed, function, products = _candidates(session, problem), getattr(dlogp_kernels, op), bare_matmuls(problem)
-    ours = timed("ours", function)
+    timed, function = _candidates(session, problem, _ON_TENSOR_CORES), getattr(dlogp_kernels, op)
+    ours, products = timed("ours", function), bare_matmuls(problem)
     if peer is not None:
-        beside = _candidates(session, problem.asking(peer.gives) if training else problem, _PEER_LIMITS)
+        beside = _candidates(session, problem.asking(peer.gives) if training else problem, BASELINE)
         theirs = beside(peer.name, _loaded(session, peer), note=peer.note)
         yield from measured(session, [ours, products[0], theirs], *cost)
         return
@@ -308,8 +307,8 @@ def _policy_step(session: Session, sizes: Sizes, peer: Peer | None = None) -> It
     work = Workload(policy_step.OP, sizes.heads[0], sizes.n, sizes.dtype, training=True)
     session.watch("inputs")
     step = policy_step.build(work, session.device)
-    of_eager = policy_step.TOLERANCES["eager"]
-    limits = {"statistic": of_eager["loss"], "gradient": of_eager["d_hidden"]} if peer else _LIMITS
+    of = policy_step.TOLERANCES["eager" if peer else "ours"]
+    limits = {"output": of["loss"], "gradient": of["d_hidden"]}
 
     def timed(name: str, function: Callable[..., Tensor], context: Context = nullcontext, **plain: Any) -> Candidate:
         function = _within(context, function)
@@ -335,7 +334,7 @@ def _logits(session: Session, sizes: Sizes, op: str) -> Iterator[Entry]:
     # Backward reads the logits again and writes a gradient.
     size = float(work.n * work.shape.v * work.element_size)
     forward, backward = size * (1 + work.pair), size * (2 + work.pair)
-    ours = _candidates(session, problem)("triton", getattr(dlogp_kernels, op), library.fused)
+    ours = _candidates(session, problem, OURS)("triton", getattr(dlogp_kernels, op), library.fused)
     found = [bare_copy(session.device, forward, backward), ours]
     yield from measured(session, found, "gb_per_s", forward, backward)
 
@@ -346,16 +345,16 @@ def _sampling(
     """Both backends beside a copy of both models' logits, or weights; or a peer, which samples from one model."""
     work = Workload(op, sizes.heads[0], batch, sizes.dtype)
     inputs = {name: x for name, x in _inputs(session, work).inputs.items() if name != "target"}
-    chosen: Options = {"gamma": 0.5, "seed": _SEED, **options}
+    chosen: Options = {"gamma": 0.5, "seed": 7, **options}
 
     def ours(name: str, context: Context, **facts: Any) -> Candidate:
         draw = _within(context, partial(getattr(dlogp_kernels, op), **inputs, **chosen))
 
         def check() -> Mapping[str, float]:
             few = {name: x if "weight" in name else x[:4] for name, x in inputs.items()}
-            return check_draws(Sample(*(x[:4] for x in draw())), few, chosen, _LIMITS["statistic"])
+            return check_draws(Sample(*(x[:4] for x in draw())), few, chosen, OURS["output"])
 
-        return Candidate(name, draw, None, check, _LIMITS, facts)
+        return Candidate(name, draw, None, check, OURS, facts)
 
     size = 2.0 * work.element_size * work.shape.v * (work.shape.d if work.linear else batch)
     found: list[Candidate] = [bare_copy(session.device, size)]
@@ -363,7 +362,7 @@ def _sampling(
         theirs = partial(_loaded(session, peer), inputs["logits"], options["top_p"])
         check = partial(_excluded, theirs, inputs["logits"], options["top_p"])
         found = [ours("ours", nullcontext)]
-        found.append(Candidate(peer.name, theirs, None, check, {"statistic": 0.0}, {"note": peer.note}))
+        found.append(Candidate(peer.name, theirs, None, check, {"output": 0.0}, {"note": peer.note}))
     for backend in ("triton", "cuda") if peer is None else ():
         problem = backends.unavailable(backend, op, session.device)
         if problem is None:
@@ -387,7 +386,7 @@ def _policy_loss(session: Session, sizes: Sizes) -> Iterator[Entry]:
     session.watch("inputs")
     batch = policy.build(*sizes.responses, session.device)
     check = partial(given_policy.errors_of, partial(given_policy.ours, reweight="none"), batch, policy.DAPO)
-    limits = {"statistic": given_policy.TOLERANCES["loss"], "gradient": given_policy.TOLERANCES["d_logp"]}
+    limits = {"output": given_policy.TOLERANCES["loss"], "gradient": given_policy.TOLERANCES["d_logp"]}
 
     def gradient(loss: Any) -> Tensor:
         return torch.autograd.grad(loss, batch.logp)[0]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -247,15 +248,21 @@ def test_goes_on_wherever_the_file_was_cut(files, whole, tmp_path, place):
     assert (out / "responses.jsonl").stat().st_mtime_ns == written
 
 
-def test_a_damaged_line_is_named(files, tmp_path):
+def test_damaged_lines_are_drawn_again(files, whole, tmp_path):
     out = tmp_path / "out"
-    run_generate(*files, out, setting=RL, decoding=DECODING, progress=False)
-    (out / "summary.json").unlink()
-    lines = (out / "responses.jsonl").read_bytes().splitlines(keepends=True)
-    lines[2] = b'{"id": 3}\n'
-    (out / "responses.jsonl").write_bytes(b"".join(lines))
-    with pytest.raises(JobError, match=r"responses.jsonl: line 3 is damaged"):
-        run_generate(*files, out, setting=RL, decoding=DECODING, progress=False)
+    shutil.copytree(whole, out)
+    written = (out / "responses.jsonl").read_bytes()
+    lines = written.splitlines(keepends=True)
+    for damaged in (
+        written.replace(lines[2], b'{"id": 3}\n', 1),
+        written[:700] + bytes([written[700] ^ 1]) + written[701:],
+        written[:-9] + bytes(9),
+    ):
+        (out / "responses.jsonl").write_bytes(damaged)
+        with pytest.warns(UserWarning, match=r"responses\.jsonl is damaged: what is lost is drawn again"):
+            run_sweep(*files, out, settings=SETTINGS, seeds=SEEDS, decoding=DECODING, progress=False)
+        assert (out / "responses.jsonl").read_bytes() == written
+        assert summary_of(out) == summary_of(whole)
 
 
 GRADER = """

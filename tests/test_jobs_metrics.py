@@ -226,7 +226,7 @@ def test_other_arguments_data_or_models_are_refused_and_nothing_is_touched(pair,
         "sequential: false there, true now": lambda: run(pair, out, sequential=True),
         "temperature: 1.0 there, 0.5 now": lambda: run(pair, out, temperature=0.5),
         "data sha256": lambda: run(pair, out, other_data),
-        "rl model.safetensors sampled_sha256": lambda: run(pair._replace(rl=other_pair.rl), out),
+        "rl model.safetensors sha256": lambda: run(pair._replace(rl=other_pair.rl), out),
     }
     for message, start in refused.items():
         with pytest.raises(JobError, match="other arguments or data") as caught:

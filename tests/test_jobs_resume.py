@@ -125,7 +125,7 @@ def assert_same_result(out: Path, whole: Path) -> None:
 def test_killed_at_every_kind_of_write_and_resumed(pair, uninterrupted, tmp_path, sequential):
     """Each attempt is killed just before or just after a file appears, a little further on in each."""
     out = tmp_path / "out"
-    preparation, base, parts_of_rl = [0, 1, 2, 3, 4, 5], [0, 1, 20, 21, 40, 41], [0, 1, 2, 3] * 2
+    preparation, base, parts_of_rl = [0, 1, 2, 3, 4, 5], [0, 1, 20, 21, 16, 17], [0, 1, 2, 3] * 2
     moments = preparation + base * sequential + parts_of_rl
     plan = [["moment", moment] for moment in moments] + [["run", 0]]
     ends = attempts(pair, out, plan, sequential=sequential)
@@ -248,15 +248,13 @@ def test_directories_that_are_not_a_run(pair, tmp_path):
     assert contents(tmp_path) == {"holiday.jpg": b"x"}
 
 
-def test_a_damaged_part_is_named(pair, tmp_path):
+def test_a_damaged_part_is_computed_again(pair, tmp_path):
     out = tmp_path / "out"
     run_metrics(*pair, out, **SETTINGS)
     (out / "summary.json").unlink()
     part = out / "tokens" / "part-00001.parquet"
     whole = part.read_bytes()
     part.write_bytes(whole[:-10])
-    with pytest.raises(ValueError, match=r"part-00001.parquet is not a readable Parquet file"):
+    with pytest.warns(UserWarning, match=r"part-00001.parquet is damaged or gone: it is computed again"):
         run_metrics(*pair, out, **SETTINGS)
-    part.unlink()
-    run_metrics(*pair, out, **SETTINGS)
     assert part.read_bytes() == whole

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from urllib.parse import quote, unquote
@@ -13,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..report.files import replaced_atomically
 from .heads import LmHead, lm_head
 from .metrics import lm_head_inputs
 
@@ -20,12 +20,14 @@ _HEAD = "lm_head.safetensors"
 _SAMPLES = "samples"
 _SUFFIX = ".safetensors"
 _LONGEST_NAME = 200
+_DIGEST = "sha256"
 
 
 class HiddenStore:
     """A directory with one safetensors file a sample, (T, D) as the model gave it, and the model's last layer.
 
-    Files appear whole or not at all (they are written beside and renamed), so an interrupted run can be resumed.
+    Files appear whole or not at all (they are written beside and renamed), so an interrupted run can be resumed; each
+    holds a digest of all that is in it, and one that was damaged since is not read.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -39,7 +41,7 @@ class HiddenStore:
         """
         store = cls(Path(directory))
         (store.directory / _SAMPLES).mkdir(parents=True, exist_ok=True)
-        if _is_complete(store.directory / _HEAD):
+        if _is_whole(store.directory / _HEAD):
             _check_same_head(store.directory, store.head(), head)
         else:
             _write(store.directory / _HEAD, *_packed(head))
@@ -53,6 +55,11 @@ class HiddenStore:
             raise FileNotFoundError(f"{directory}: has no {_HEAD}, expected a directory that HiddenStore.create made")
         return store
 
+    @classmethod
+    def whole(cls, directory: str | Path) -> HiddenStore | None:
+        """The store in `directory` if there is one whose last layer is not damaged; the samples may be."""
+        return cls(Path(directory)) if _is_whole(Path(directory) / _HEAD) else None
+
     def head(self) -> LmHead:
         """The last layer, its tensors mapped from the file."""
         tensors, options = _read(self.directory / _HEAD)
@@ -64,9 +71,13 @@ class HiddenStore:
             float(options["logit_scale"]),
         )
 
-    def has(self, key: str) -> bool:
-        """Whether a whole file of this sample is there; a truncated one is not."""
-        return _is_complete(self._path(key))
+    def has(self, key: str, *, input_ids: Tensor | Sequence[int] | None = None) -> bool:
+        """Whether a whole file of this sample is there, and of these tokens; a damaged one is not."""
+        try:
+            self.read(key, input_ids=input_ids)
+        except (KeyError, ValueError):
+            return False
+        return True
 
     def keys(self) -> list[str]:
         """Of the samples there are, sorted."""
@@ -80,7 +91,7 @@ class HiddenStore:
         """
         if hidden.dim() != 2:
             raise ValueError(f"hidden has shape {tuple(hidden.shape)}, expected (T, D) of one sample")
-        options = {}
+        options = {"key": key}
         if input_ids is not None:
             tokens = _one_sample(input_ids)
             if tokens.shape[0] != hidden.shape[0]:
@@ -93,21 +104,18 @@ class HiddenStore:
 
         Raises:
             KeyError: no such sample.
-            ValueError: its file is truncated or not one of this store, or `input_ids` are not the tokens it was
+            ValueError: its file is damaged or not one of this sample, or `input_ids` are not the tokens it was
                 written with.
         """
         path = self._path(key)
         if not path.is_file():
             raise KeyError(f"{self.directory} has no sample {key!r}")
         tensors, options = _read(path)
-        if "hidden" not in tensors:
-            raise ValueError(f"{path}: has no tensor 'hidden', expected a file that HiddenStore.write made")
+        if "hidden" not in tensors or options.get("key") != key:
+            raise ValueError(f"{path}: is not of the sample {key!r}, expected a file that HiddenStore.write made")
         if input_ids is not None and options.get("tokens") != _fingerprint(_one_sample(input_ids)):
             raise ValueError(f"{path}: belongs to other tokens than input_ids, expected those it was written with")
         return tensors["hidden"]
-
-    def _is_done(self, key: str, tokens: Tensor) -> bool:
-        return self.has(key) and _read(self._path(key))[1].get("tokens") == _fingerprint(tokens)
 
     def _path(self, key: str) -> Path:
         name = quote(key, safe=" ,=+@")
@@ -138,14 +146,14 @@ def store_base_hidden(
     Returns:
         HiddenStore: `store.read(key)[None]` and `store.head()` are `base_hidden` and `base_model` of `token_metrics`.
 
-    A truncated file, or one written for other tokens, is computed again. Raises ValueError where `directory` holds
+    A damaged file, or one written for other tokens, is computed again. Raises ValueError where `directory` holds
     the hidden states of another model.
     """
     with torch.no_grad():
         store = HiddenStore.create(directory, lm_head(model))
         for key, input_ids in samples:
             tokens = _one_sample(input_ids)
-            if not store._is_done(key, tokens):
+            if not store.has(key, input_ids=tokens):
                 on_device = tokens.to(next(model.parameters()).device)
                 hidden = lm_head_inputs(model, on_device[None], prefill_chunk=prefill_chunk).hidden[0]
                 store.write(key, hidden, input_ids=tokens)
@@ -193,28 +201,36 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 
 
 def _write(path: Path, tensors: dict[str, Tensor], options: dict[str, str]) -> None:
-    """Write beside `path`, then rename: a file of that name is always whole."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        save_file(tensors, beside, metadata=options)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with replaced_atomically(path) as temporary:
+        save_file(tensors, temporary, metadata=options | {_DIGEST: _digest(tensors, options)})
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            options = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path}: is truncated or not a safetensors file ({error}); remove it") from error
+    if options.pop(_DIGEST, None) != _digest(tensors, options):
+        raise ValueError(f"{path}: is damaged, its digest is not that of its content; remove it")
+    return tensors, options
 
 
-def _is_complete(path: Path) -> bool:
+def _digest(tensors: dict[str, Tensor], options: dict[str, str]) -> str:
+    """SHA-256 of all that a file holds."""
+    hasher = hashlib.sha256(repr(sorted(options.items())).encode())
+    for name, tensor in sorted(tensors.items()):
+        hasher.update(repr((name, tensor.dtype, tuple(tensor.shape))).encode())
+        hasher.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return hasher.hexdigest()
+
+
+def _is_whole(path: Path) -> bool:
     if not path.is_file():
         return False
     try:
-        with safe_open(path, framework="pt"):
-            return True
-    except SafetensorError:
+        _read(path)
+    except ValueError:
         return False
+    return True

@@ -20,19 +20,17 @@ from tqdm import tqdm
 
 from ..hf import Generation, generate
 from ..report.responses import RESPONSES_FILE, Collector, Response, Setting, SettingResult, describe
-from .errors import JobError, explained_writes
+from .errors import JobError
 from .graders import Grade, Grader, load_grader
-from .identity import file_identity, model_identity, versions
+from .identity import Fingerprints, versions
 from .models import DTYPES, ModelPlace, Reading, check_device, find_model, load_weights, read_pair
 from .problems import Problem, check_file, read_problems
 from .response_file import ResponseFile
-from .run_directory import RunDirectory, State
+from .run_directory import RunDirectory, State, known_stamps
 from .settings import Decoding, check_decoding, check_settings
 from .stopwatch import Stopwatch
 from .token_text import TokenTexts
 
-_GO_ON = "what is finished stays: make room and start again with the same arguments to go on"
-_SECONDS_FILE = "seconds.json"
 _NUM_ROW_IDS = 2**32
 
 
@@ -70,21 +68,22 @@ def run_decoding(
     ]
     data = Path(inputs.data)
     check_file(data)
+    fingerprints = Fingerprints(known_stamps(inputs.out), progress=progress)
     identity: dict[str, Any] = {
         "command": command,
         "settings": [setting._asdict() for setting in settings],
         "seeds": list(seeds),
         "decoding": _plain(decoding) | {"device": device},
         "grader": dict(grader.identity),
-        "data": file_identity(data),
-        "rl": model_identity(places[0].directory),
-        "base": model_identity(places[1].directory),
+        "data": fingerprints.file(data),
+        "rl": fingerprints.model(places[0]),
+        "base": fingerprints.model(places[1]),
         "versions": versions(device, "extrapolated_sample"),
     }
-    directory = RunDirectory(inputs.out, identity)
+    directory = RunDirectory(inputs.out, identity, fingerprints.stamps)
     if directory.state() is State.NEW and resume:
         raise JobError(f"--out {inputs.out}: --resume is given, but there is no run to go on with")
-    with directory.claimed() as state:
+    with directory.claimed(mends=True) as state:
         if state is State.COMPLETE:
             return directory.summary()
         reading = read_pair(*places, trust_remote_code=decoding.trust_remote_code)
@@ -103,7 +102,7 @@ def run_decoding(
             "arguments": {"command": command, **names, "seeds": list(seeds), **identity["decoding"]},
             "versions": {"python": platform.python_version(), **identity["versions"]},
         }
-        with explained_writes(directory.out, _GO_ON):
+        with directory.writing():
             directory.finish(summary)
         return summary
 
@@ -156,25 +155,33 @@ class _Run:
         self._device = device
         self._progress = progress
         self._collector = Collector()
-        self._stopwatch = Stopwatch(directory.work / _SECONDS_FILE)
+        self._stopwatch = Stopwatch(directory.ledger)
 
     def compute(self, places: Sequence[ModelPlace]) -> None:
         """Draw, grade and write the chunks that are not there yet."""
-        file = ResponseFile(self._directory.out / RESPONSES_FILE)
+        file = ResponseFile(self._directory.out / RESPONSES_FILE, self._directory.ledger)
         lengths = [len(chunk.problems) * self._decoding.samples for chunk in self._chunks]
-        with explained_writes(self._directory.out, _GO_ON):
+        with self._directory.writing():
             self._directory.begin()
-            num_kept = file.keep_whole_chunks(lengths, self._collector.add)
+            num_kept, damaged = file.keep(len(self._chunks))
         missing = self._chunks[num_kept:]
+        models = list(map(self._load, places)) if missing or damaged else []
+        if damaged:
+            warnings.warn(f"{file.path} is damaged: what is lost is drawn again", stacklevel=2)
+        for index in (index for index in damaged if index < num_kept):
+            responses = self._draw(self._chunks[index], models, _ignore_step)
+            with self._directory.writing():
+                file.mend(index, responses, sum(lengths[:index]) + 1)
+        for response in file.responses():
+            self._collector.add(response)
         if not missing:
             return
-        rl, base = map(self._load, places)
         with _Bar(sum(lengths), sum(lengths[:num_kept]), self._progress) as bar:
             self._stopwatch.start()
             for chunk in missing:
                 bar.begin(chunk.setting)
-                responses = self._draw(chunk, rl, base, bar.on_step)
-                with explained_writes(self._directory.out, _GO_ON):
+                responses = self._draw(chunk, models, bar.on_step)
+                with self._directory.writing():
                     file.append(responses)
                     self._stopwatch.save_lap()
                 for response in responses:
@@ -203,7 +210,7 @@ class _Run:
             trust_remote_code=self._decoding.trust_remote_code,
         )
 
-    def _draw(self, chunk: _Chunk, rl: Any, base: Any, on_step: Callable[[int, int, int], None]) -> list[Response]:
+    def _draw(self, chunk: _Chunk, models: Sequence[Any], on_step: Callable[[int, int, int], None]) -> list[Response]:
         """The graded responses of a chunk, samples of a problem one after another."""
         samples = self._decoding.samples
         input_ids, attention_mask = pad_left([problem.prompt_ids for problem in chunk.problems], self._device)
@@ -212,6 +219,7 @@ class _Run:
             device=self._device,
         )
         with _explained_generation():
+            rl, base = models
             generation = generate(
                 rl,
                 base,
@@ -236,6 +244,7 @@ class _Run:
     def _response(self, chunk: _Chunk, problem: Problem, sample: int, row: "_Row") -> Response:
         text = self._tokenizer.decode(row.tokens, skip_special_tokens=True)
         grade: Grade = self._grader(text, problem.columns)
+        self._directory.end_copies()
         return Response(
             problem.problem_id,
             problem.number,
@@ -253,6 +262,10 @@ class _Run:
             self._texts(row.draft_tokens.numpy()),
             self._texts(row.tokens[row.selected].numpy()),
         )
+
+
+def _ignore_step(tokens: int, selected: int, rows_done: int) -> None:
+    pass
 
 
 class _Row(NamedTuple):

@@ -9,8 +9,9 @@ bit.)
 import math
 import platform
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -20,25 +21,21 @@ from tqdm import tqdm
 
 from ..hf import HiddenStore, LmHead, lm_head
 from ..hf.memory import as_bytes
-from ..report.dataset import TOKENS_DIRECTORY, ResponseRows, TokenDataset, count_rows, part_path, to_table, write_part
-from ..report.files import write_atomically
+from ..report.dataset import TOKENS_DIRECTORY, ResponseRows, TokenDataset, part_path, to_table, write_part
 from .compute import Setting, measure, response_hidden
 from .data import Encoder, Sample, read_records
-from .errors import JobError, explained_writes
-from .identity import file_identity, model_identity, versions
+from .errors import JobError
+from .identity import Fingerprints, versions
 from .models import DTYPES, ModelPlace, check_device, find_model, load_weights, read_pair
 from .plan import cut_batches, cut_parts
 from .prepared import BrokenLineReport, PreparedData, prepare
-from .run_directory import RunDirectory, State
+from .run_directory import RunDirectory, State, known_stamps
 from .stopwatch import Stopwatch
 from .summary import describe
 from .token_text import TokenTexts
 
 DEFAULT_BATCH_TOKENS = 8192
-_GO_ON = "what is finished stays: make room and start again with the same arguments to go on"
 _HIDDEN_DIRECTORY = "base_hidden"
-_BASE_DONE_FILE = "base_done"
-_SECONDS_FILE = "seconds.json"
 _SHOWN_BROKEN_LINES = 20
 
 #: Of a batch: its samples and their keys.
@@ -110,25 +107,27 @@ def run_metrics(
     data_path = Path(data)
     # Opened here for the errors of a file that is missing or empty, before anything else is looked at.
     records = read_records(data_path)
+    fingerprints = Fingerprints(known_stamps(out), progress=progress)
     identity = {
         "arguments": arguments._asdict(),
-        "data": file_identity(data_path),
-        "rl": model_identity(rl_place.directory),
-        "base": model_identity(base_place.directory),
+        "data": fingerprints.file(data_path),
+        "rl": fingerprints.model(rl_place),
+        "base": fingerprints.model(base_place),
         "versions": versions(arguments.device),
     }
-    directory = RunDirectory(out, identity)
+    directory = RunDirectory(out, identity, fingerprints.stamps)
     if directory.state() is State.NEW and resume:
         raise JobError(f"--out {out}: --resume is given, but there is no run to go on with")
-    with directory.claimed() as state:
+    with directory.claimed(mends=True) as state:
         if state is State.COMPLETE:
             return directory.summary()
         reading = read_pair(rl_place, base_place, trust_remote_code=trust_remote_code)
-        if not (state is State.PARTIAL and PreparedData.exists(directory.work)):
+        if not (state is State.PARTIAL and PreparedData.exists(directory.work, directory.ledger)):
             encoder = Encoder(reading.tokenizer, vocabulary=reading.vocabulary, context=reading.context)
-            with explained_writes(directory.out, _GO_ON):
+            with directory.writing():
                 prepare(
                     directory.work,
+                    directory.ledger,
                     tqdm(records, "reading", unit=" lines", disable=not progress, leave=False),
                     encoder,
                     skip_broken=arguments.on_error == "skip",
@@ -139,7 +138,8 @@ def run_metrics(
         run = _Run(directory, arguments, prepared, TokenTexts(reading.tokenizer), rl_place, base_place, progress)
         run.compute()
         summary = run.summary({"rl": str(rl), "base": str(base), "data": str(data)}, identity)
-        with explained_writes(directory.out, _GO_ON):
+        _warn_of_nan(summary)
+        with directory.writing():
             directory.finish(summary)
         return summary
 
@@ -219,13 +219,13 @@ class _Run:
         self._progress = progress
         self._parts = cut_parts(data.lengths, arguments.batch_tokens)
         self._setting = Setting(torch.device(arguments.device), arguments.temperature, arguments.memory_limit)
-        self._stopwatch = Stopwatch(directory.work / _SECONDS_FILE)
+        self._stopwatch = Stopwatch(directory.ledger)
 
     def compute(self) -> None:
-        """Compute and write the parts that are not there yet."""
+        """Compute and write the parts that are not there yet, or not as they were written."""
         missing = [index for index in range(len(self._parts)) if not self._is_written(index)]
         if missing:
-            statistics = self._from_disk() if self._arguments.sequential else self._from_both_models()
+            statistics = self._from_disk(missing) if self._arguments.sequential else self._from_both_models()
             self._write_parts(missing, statistics)
 
     def summary(self, names: Mapping[str, str], identity: Mapping[str, Any]) -> dict[str, Any]:
@@ -236,7 +236,7 @@ class _Run:
             "responses": len(self._data),
             "response_tokens": num_response_tokens,
             "tokens": num_tokens,
-            "sources": describe(TokenDataset(self._directory.out)),
+            "sources": describe(TokenDataset(self._directory.out, verify=False)),
             "broken_lines": [broken._asdict() for broken in self._data.broken],
             "arguments": {**names, **self._arguments._asdict()},
             "versions": {"python": platform.python_version(), **identity["versions"]},
@@ -246,72 +246,79 @@ class _Run:
         }
 
     def _is_written(self, index: int) -> bool:
-        begin, end = self._parts[index]
-        expected = int(self._data.response_lengths[begin:end].sum())
-        found = count_rows(part_path(self._directory.out, index))
-        if found not in (None, expected):
-            raise JobError(
-                f"{part_path(self._directory.out, index)} has {found} rows, expected {expected}: remove it to compute "
-                "it again"
-            )
-        return found is not None
+        path = part_path(self._directory.out, index)
+        if self._directory.ledger.holds(path):
+            return True
+        if self._directory.ledger.knows(path):
+            warnings.warn(f"{path} is damaged or gone: it is computed again", stacklevel=2)
+        return False
 
     def _from_both_models(self) -> _Statistics:
         models = self._load(self._rl), self._load(self._base)
         return lambda samples, _: measure(samples, *models, self._setting)
 
-    def _from_disk(self) -> _Statistics:
+    def _from_disk(self, parts: Sequence[int]) -> _Statistics:
         """Statistics from the base model's hidden states on disk, which are computed first, and the RL model."""
-        store_directory = self._directory.work / _HIDDEN_DIRECTORY
-        if not (self._directory.work / _BASE_DONE_FILE).exists():
-            self._store_base(store_directory)
-        store = HiddenStore.open(store_directory)
+        store = self._store_base(parts)
         head = _on_device(store.head(), self._setting.device)
         model = self._load(self._rl)
-        return lambda samples, keys: measure(samples, model, head, self._setting, [store.read(key) for key in keys])
 
-    def _store_base(self, store_directory: Path) -> None:
-        """Write the base model's hidden states of all samples; a batch that is there already stays."""
+        def statistics(samples: Sequence[Sample], keys: Sequence[str]) -> list[dict[str, np.ndarray]]:
+            hidden = [store.read(key, input_ids=_response(sample)) for sample, key in zip(samples, keys, strict=True)]
+            return measure(samples, model, head, self._setting, hidden)
+
+        return statistics
+
+    def _store_base(self, parts: Sequence[int]) -> HiddenStore:
+        """The base model's hidden states of all samples of the parts; what is there and whole stays."""
+        directory = self._directory.work / _HIDDEN_DIRECTORY
+        if (found := HiddenStore.whole(directory)) and all(
+            self._has(found, *batch) for index in parts for batch in self._batches(self._parts[index])
+        ):
+            return found
         base = self._load(self._base)
-        with self._writing():
+        with self._directory.writing():
             self._directory.begin(TOKENS_DIRECTORY)
-            store = HiddenStore.create(store_directory, lm_head(base))
-        with self._bar("base", 0) as bar:
+            store = HiddenStore.create(directory, lm_head(base))
+        with self._bar("base", parts) as bar:
             self._stopwatch.start()
-            for part in self._parts:
+            for index in parts:
                 computed = False
-                for samples, keys in self._batches(part):
-                    if not all(map(store.has, keys)):
+                for samples, keys in self._batches(self._parts[index]):
+                    if not self._has(store, samples, keys):
                         computed = True
                         with _explained_computation():
                             hidden = response_hidden(samples, base, self._setting)
-                        with self._writing():
+                        with self._directory.writing():
                             for sample, key, states in zip(samples, keys, hidden, strict=True):
-                                store.write(key, states, input_ids=torch.tensor(sample.response_ids))
+                                store.write(key, states, input_ids=_response(sample))
                     bar.update(_count_tokens(samples))
                 if computed:
-                    with self._writing():
+                    with self._directory.writing():
                         self._stopwatch.save_lap()
-        with self._writing():
-            write_atomically(self._directory.work / _BASE_DONE_FILE, b"")
+        return store
+
+    @staticmethod
+    def _has(store: HiddenStore, samples: Sequence[Sample], keys: Sequence[str]) -> bool:
+        return all(store.has(key, input_ids=_response(sample)) for sample, key in zip(samples, keys, strict=True))
 
     def _write_parts(self, missing: Sequence[int], statistics: _Statistics) -> None:
-        num_missing = sum(int(self._data.lengths[slice(*self._parts[index])].sum()) for index in missing)
-        with self._bar("rl" if self._arguments.sequential else "rl and base", num_missing) as bar:
+        with self._bar("rl" if self._arguments.sequential else "rl and base", missing) as bar:
             self._stopwatch.start()
             for index in missing:
                 rows: dict[str, ResponseRows] = {}
                 for samples, keys in self._batches(self._parts[index]):
                     with _explained_computation():
                         measured = statistics(samples, keys)
+                        _check_numbers(samples, measured)
                     rows.update(zip(keys, map(self._rows, samples, measured), strict=True))
                     bar.update(_count_tokens(samples))
                 # Keys sort as the data do.
                 table = to_table([rows[key] for key in sorted(rows)])
-                with self._writing():
+                with self._directory.writing():
                     self._directory.begin(TOKENS_DIRECTORY)
-                    write_part(self._directory.out, index, table)
                     self._stopwatch.save_lap()
+                    self._directory.ledger.record(*write_part(self._directory.out, index, table))
 
     def _batches(self, part: tuple[int, int]) -> Iterator[tuple[list[Sample], list[str]]]:
         """The samples of a part in batches, each with a key of its own."""
@@ -332,16 +339,13 @@ class _Run:
             trust_remote_code=self._arguments.trust_remote_code,
         )
 
-    def _writing(self) -> AbstractContextManager[None]:
-        return explained_writes(self._directory.out, _GO_ON)
-
-    def _bar(self, name: str, num_missing: int) -> tqdm:
-        """A bar of tokens, prompts included; its rate and time left are of what is computed now."""
+    def _bar(self, name: str, parts: Sequence[int]) -> tqdm:
+        """A bar of tokens, prompts included; its rate and time left are of the parts that are computed now."""
         total = int(self._data.lengths.sum())
         return tqdm(
             desc=name,
             total=total,
-            initial=total - num_missing if num_missing else 0,
+            initial=total - sum(int(self._data.lengths[slice(*self._parts[index])].sum()) for index in parts),
             unit=" tokens",
             unit_scale=True,
             dynamic_ncols=True,
@@ -363,9 +367,31 @@ def _explained_computation() -> Iterator[None]:
         raise JobError(f"the statistics can not be computed: {error}") from error
 
 
+def _check_numbers(samples: Sequence[Sample], measured: Sequence[Mapping[str, np.ndarray]]) -> None:
+    """ValueError where no Δlog p is a number; single ones that are none are counted in the summary."""
+    if not all(np.isnan(statistics["delta_logp"]).all() for statistics in measured):
+        return
+    models = [name for name in ("logp", "base_logp") if np.isnan(measured[0][name]).all()]
+    blamed = " and ".join({"logp": "--rl", "base_logp": "--base"}[name] for name in models) or "the pair"
+    raise ValueError(
+        f"Δlog p of every token is NaN from line {samples[0].line} on: the logits of {blamed} are no numbers; the "
+        "weights are damaged, or --dtype or --temperature do not suit them"
+    )
+
+
+def _warn_of_nan(summary: Mapping[str, Any]) -> None:
+    count = sum(source["statistics"]["delta_logp"]["nan"] for source in summary["sources"].values())
+    if count:
+        warnings.warn(f"Δlog p of {count} of {summary['response_tokens']} tokens is NaN", stacklevel=3)
+
+
 def _on_device(head: LmHead, device: torch.device) -> LmHead:
     bias = None if head.bias is None else head.bias.to(device)
     return head._replace(weight=head.weight.to(device), bias=bias)
+
+
+def _response(sample: Sample) -> torch.Tensor:
+    return torch.tensor(sample.response_ids)
 
 
 def _count_tokens(samples: Sequence[Sample]) -> int:

@@ -1,7 +1,6 @@
 """The data of a run as token ids on disk: checked once, mapped into memory, never all of it at once."""
 
 import json
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -10,7 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..report.files import sync_directory, temporary_path, write_atomically
+from ..report.files import replaced_atomically, write_atomically
+from ..report.ledger import Ledger
 from .data import BrokenLine, Encoder, Record, Sample
 from .errors import JobError
 
@@ -37,13 +37,14 @@ class BrokenLineReport(NamedTuple):
 
 def prepare(
     directory: Path,
+    ledger: Ledger,
     records: Iterable[Record],
     encode: Encoder,
     *,
     skip_broken: bool,
     on_broken: Callable[[BrokenLineReport], None],
 ) -> None:
-    """Encode all records into `directory`, whose samples file appears when that is done.
+    """Encode all records into `directory`, whose files are in the ledger when that is done.
 
     A broken line is told to `on_broken` and left out if `skip_broken`, else a JobError with its number.
     """
@@ -59,26 +60,26 @@ def prepare(
                 broken.append(BrokenLineReport(record.line, str(error)))
                 on_broken(broken[-1])
 
-    temporary = temporary_path(directory / _SAMPLES_FILE)
-    _write_samples(temporary, samples())
+    with replaced_atomically(directory / _SAMPLES_FILE) as temporary:
+        _write_samples(temporary, samples())
     write_atomically(directory / _BROKEN_FILE, json.dumps(broken).encode())
-    os.replace(temporary, directory / _SAMPLES_FILE)
-    sync_directory(directory)
+    ledger.record_files(_files(directory))
+
+
+def _files(directory: Path) -> list[Path]:
+    return [directory / _SAMPLES_FILE, directory / _BROKEN_FILE]
 
 
 def _write_samples(path: Path, samples: Iterable[Sample]) -> None:
-    with open(path, "wb") as file:
-        with pa.ipc.new_file(file, _SCHEMA) as writer:
-            pending: list[Sample] = []
-            for sample in samples:
-                pending.append(sample)
-                if len(pending) == _SAMPLES_PER_BATCH:
-                    writer.write_batch(_to_batch(pending))
-                    pending.clear()
-            if pending:
+    with open(path, "wb") as file, pa.ipc.new_file(file, _SCHEMA) as writer:
+        pending: list[Sample] = []
+        for sample in samples:
+            pending.append(sample)
+            if len(pending) == _SAMPLES_PER_BATCH:
                 writer.write_batch(_to_batch(pending))
-        file.flush()
-        os.fsync(file.fileno())
+                pending.clear()
+        if pending:
+            writer.write_batch(_to_batch(pending))
 
 
 def _to_batch(samples: list[Sample]) -> pa.RecordBatch:
@@ -102,9 +103,9 @@ class PreparedData:
         self.lengths = self._lengths("prompt_ids") + self.response_lengths
 
     @staticmethod
-    def exists(directory: Path) -> bool:
-        """Whether preparation of `directory` was finished."""
-        return (directory / _SAMPLES_FILE).exists()
+    def exists(directory: Path, ledger: Ledger) -> bool:
+        """Whether preparation of `directory` was finished, and its files are as they were then."""
+        return all(map(ledger.holds, _files(directory)))
 
     def __len__(self) -> int:
         return self._table.num_rows

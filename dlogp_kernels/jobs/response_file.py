@@ -1,50 +1,93 @@
-"""The file of responses while a run writes it: whole chunks are added, and a killed run goes on after the last one."""
+"""Files that grow by whole pieces while a run is under way; the ledger has a digest of each piece."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ..report.files import sync_directory
+from ..report.files import sync
+from ..report.ledger import Ledger, Piece, is_there, piece_of
 from ..report.responses import Response, from_line, to_line
 from .errors import JobError
 
 
-class ResponseFile:
-    """The file `path`, which is made when it is first looked at."""
+class PieceFile:
+    """The file `path`; a piece is in it once the ledger says so, whatever a killed process left."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, ledger: Ledger) -> None:
         self._path = path
+        self._ledger = ledger
+        self._pieces: dict[int, Piece] = {}
 
-    def keep_whole_chunks(self, chunk_lengths: Sequence[int], on_kept: Callable[[Response], None]) -> int:
-        """How many chunks of so many lines are there whole; what a killed process left of another one is cut off.
+    def keep(self, most: int) -> tuple[int, list[int]]:
+        """Cut the file off after `most` pieces or the last whole one; how many are left, and which are damaged or gone.
 
-        Every response that stays is given to `on_kept`.
+        The file is made where there is none.
         """
-        with open(self._path, "a+b") as file:
-            file.seek(0)
-            end = num_lines = num_chunks = 0
-            for length in chunk_lengths:
-                lines = [file.readline() for _ in range(length)]
-                if not lines[-1].endswith(b"\n"):
-                    break
-                for number, line in enumerate(lines, num_lines + 1):
-                    on_kept(self._parse(line, number))
-                end, num_lines, num_chunks = file.tell(), num_lines + length, num_chunks + 1
-            file.truncate(end)
-        sync_directory(self._path.parent)
-        return num_chunks
+        self._path.touch()
+        known = self._ledger.pieces(self._path)
+        whole = [index for index, piece in known.items() if index < most and is_there(self._path, piece)]
+        number = max(whole, default=-1) + 1
+        os.truncate(self._path, known[number - 1].end if number else 0)
+        sync(self._path)
+        sync(self._path.parent)
+        self._ledger.forget_pieces(self._path, number)
+        self._pieces = self._ledger.pieces(self._path)
+        return number, sorted({*range(number), *(index for index in known if index < most)}.difference(whole))
+
+    @property
+    def path(self) -> Path:
+        """Where it lies."""
+        return self._path
+
+    def add(self, data: bytes) -> None:
+        """Write a piece behind the others and wait until it is on the disk."""
+        begin = self._path.stat().st_size
+        with open(self._path, "ab") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        self._record(len(self._pieces), piece_of(data, begin))
+
+    def replace(self, index: int, data: bytes) -> bool:
+        """Write a damaged piece again, in its place; whether `data` is what had been there, or else may have been."""
+        before, there, after = (self._pieces.get(place) for place in (index - 1, index, index + 1))
+        piece = piece_of(data, before.end if before else 0)
+        if (there and there != piece) or (after and after.begin != piece.end):
+            return False
+        with open(self._path, "r+b") as file:
+            file.seek(piece.begin)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        self._record(index, piece)
+        return True
+
+    def _record(self, index: int, piece: Piece) -> None:
+        self._pieces[index] = piece
+        self._ledger.record(self._path, piece, index)
+
+
+class ResponseFile(PieceFile):
+    """The file of responses, whose pieces are chunks of lines."""
 
     def append(self, responses: Sequence[Response]) -> None:
         """Write a chunk and wait until it is on the disk."""
-        with open(self._path, "ab") as file:
-            file.write(b"".join(map(to_line, responses)))
-            file.flush()
-            os.fsync(file.fileno())
+        self.add(_to_lines(responses))
 
-    def _parse(self, line: bytes, number: int) -> Response:
-        try:
-            return from_line(line)
-        except ValueError as error:
+    def mend(self, index: int, responses: Sequence[Response], line: int) -> None:
+        """Write a damaged chunk, which begins at `line`, again; JobError if these are not the responses it had."""
+        if not self.replace(index, _to_lines(responses)):
             raise JobError(
-                f"{self._path}: line {number} is damaged ({error}): remove it and all lines after it to draw them again"
-            ) from error
+                f"{self._path}: line {line} or one of the {len(responses) - 1} after it is damaged, and what is drawn "
+                "now differs from what was there (another machine or number of threads): remove that line and all "
+                "after it to draw them again"
+            )
+
+    def responses(self) -> Iterator[Response]:
+        """All that are there."""
+        with open(self._path, "rb") as file:
+            yield from map(from_line, file)
+
+
+def _to_lines(responses: Sequence[Response]) -> bytes:
+    return b"".join(map(to_line, responses))

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import platform
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -17,23 +18,24 @@ from datasets import Dataset
 from tqdm import tqdm
 
 from ..hf import generate
-from ..report.files import sync_directory, write_atomically
+from ..report.files import sync, sync_tree, temporary_path, write_atomically
+from ..report.ledger import Ledger
 from ..report.responses import estimate
 from ..report.training import CSV_FILE, LOG_FILE, read_log, to_csv, to_entry, to_line
 from ..trl import ReweightedGRPOConfig, ReweightedGRPOTrainer, complete_checkpoints, report_to
 from .decoding import pad_left
-from .errors import JobError, explained_writes
+from .errors import JobError
 from .graders import EXACT, Grader, load_grader
-from .identity import file_identity, model_identity, versions
+from .identity import Fingerprints, versions
 from .models import DTYPES, Reading, check_device, find_model, load_weights, read_pair
 from .problems import Problem, check_file, read_problems
-from .run_directory import RunDirectory, State
+from .response_file import PieceFile
+from .run_directory import RunDirectory, State, known_stamps
 from .stopwatch import Stopwatch
 from .training import Training, check_training
 
 MODEL_DIRECTORY = "model"
-_GO_ON = "what is finished stays: make room and start again with the same arguments to go on"
-_SECONDS_FILE, _TRAINER_DIRECTORY, _TENSORBOARD_DIRECTORY = "seconds.json", "trainer", "tensorboard"
+_TRAINER_DIRECTORY, _TENSORBOARD_DIRECTORY = "trainer", "tensorboard"
 _KEPT_CHECKPOINTS = 2
 _ADAM_BETA2 = 0.95
 
@@ -80,19 +82,20 @@ def run_train(
     files = [Path(data)] if eval_data is None else [Path(data), Path(eval_data)]
     for file in files:
         check_file(file)
+    fingerprints = Fingerprints(known_stamps(out), progress=progress)
     identity: dict[str, Any] = {
         "command": "train",
         "training": asdict(training) | {"device": device},
         "grader": dict(loaded_grader.identity),
-        "data": file_identity(files[0]),
-        "eval_data": None if eval_data is None else file_identity(files[1]),
-        "base": model_identity(place.directory),
+        "data": fingerprints.file(files[0]),
+        "eval_data": None if eval_data is None else fingerprints.file(files[1]),
+        "base": fingerprints.model(place),
         "versions": versions(device, "policy_loss_fwd") | {"trl": version("trl")},
     }
-    directory = RunDirectory(out, identity)
+    directory = RunDirectory(out, identity, fingerprints.stamps)
     if directory.state() is State.NEW and resume:
         raise JobError(f"--out {out}: --resume is given, but there is no run to go on with")
-    with directory.claimed() as state:
+    with directory.claimed(mends=False) as state:
         if state is State.COMPLETE:
             return directory.summary()
         reading = read_pair(place, place, trust_remote_code=training.trust_remote_code)
@@ -110,7 +113,7 @@ def run_train(
             place, DTYPES[training.dtype], torch.device(device), trust_remote_code=training.trust_remote_code
         )
         run = _Run(directory, training, loaded_grader, reading, problems, model, progress)
-        with explained_writes(directory.out, _GO_ON):
+        with directory.writing():
             run.train()
             summary = run.summary() | {
                 "arguments": {"base": str(base), "data": str(data), "eval_data": eval_data and str(eval_data)}
@@ -142,22 +145,22 @@ class _Run:
         self._held_out = problems[1] if len(problems) > 1 else []
         self._model = model
         self._progress = progress
-        self._log = _Log(directory.out)
-        self._stopwatch = Stopwatch(directory.work / _SECONDS_FILE)
+        self._trainer_directory = directory.work / _TRAINER_DIRECTORY
+        self._log = _Log(directory.out, directory.ledger)
+        self._stopwatch = Stopwatch(directory.ledger)
         self._grader_errors = 0
 
     def train(self) -> None:
         """Take the steps that are missing, and write the model."""
         self._directory.begin()
-        trainer_directory = self._directory.work / _TRAINER_DIRECTORY
-        checkpoints = complete_checkpoints(trainer_directory)
+        checkpoints = self._whole_checkpoints()
         first = max(checkpoints, default=0)
         self._log.cut_off(first)
         with _tensorboard(self._directory.out / _TENSORBOARD_DIRECTORY) as reports:
             trainer = ReweightedGRPOTrainer(
                 self._model,
                 self._reward(),
-                self._config(trainer_directory, reports),
+                self._config(self._trainer_directory, reports),
                 Dataset.from_list(
                     [{"prompt": problem.prompt_ids, "number": problem.number} for problem in self._problems]
                 ),
@@ -171,12 +174,34 @@ class _Run:
                 trainer.train(resume_from_checkpoint=str(checkpoints[first]) if first else None)
         self._stopwatch.save_lap()
         self._log.write_csv()
-        target = self._directory.out / MODEL_DIRECTORY
+        self._write_model(self._directory.out / MODEL_DIRECTORY)
+        # What TensorBoard's writer did in this process and in those before it.
+        events = self._directory.out / _TENSORBOARD_DIRECTORY
+        self._directory.ledger.record_files(path for path in sorted(events.rglob("*")) if path.is_file())
+
+    def _whole_checkpoints(self) -> dict[int, Path]:
+        """By step, those that are as they were written; others, which a kill may have left, are removed."""
+        found = {}
+        for step, path in complete_checkpoints(self._trainer_directory).items():
+            if self._directory.ledger.holds_tree(path):
+                found[step] = path
+            elif self._directory.ledger.known_below(path):
+                warnings.warn(f"{path} is damaged: its steps are taken again", stacklevel=2)
+        for path in self._trainer_directory.glob("*"):
+            if path.is_dir() and path not in found.values():
+                shutil.rmtree(path)
+        return found
+
+    def _write_model(self, target: Path) -> None:
         self._model.config.use_cache = True
+        temporary = temporary_path(target)
+        self._model.save_pretrained(temporary)
+        self._tokenizer.save_pretrained(temporary)
+        sync_tree(temporary)
         shutil.rmtree(target, ignore_errors=True)
-        self._model.save_pretrained(target)
-        self._tokenizer.save_pretrained(target)
-        sync_directory(target)
+        temporary.rename(target)
+        sync(target.parent)
+        self._directory.ledger.record_files(sorted(path for path in target.rglob("*") if path.is_file()))
 
     def summary(self) -> dict[str, Any]:
         """What the log says of the first and the last measurements."""
@@ -239,6 +264,7 @@ class _Run:
     def _score(self, ids: Sequence[int], problem: Problem) -> float | None:
         text = self._tokenizer.decode(ids, skip_special_tokens=True)
         result = self._grader(text, problem.columns)
+        self._directory.end_copies()
         self._grader_errors += result.error is not None
         return result.score
 
@@ -255,6 +281,10 @@ class _Run:
     def _on_save(self) -> None:
         self._stopwatch.save_lap()
         self._log.write_csv()
+        checkpoints = complete_checkpoints(self._trainer_directory)
+        newest = checkpoints[max(checkpoints)]
+        sync_tree(newest)
+        self._directory.ledger.record_files(sorted(path for path in newest.rglob("*") if path.is_file()))
 
     def _evaluate(self) -> dict[str, Any]:
         """Of the held-out problems, if there are any; always with the same noise."""
@@ -296,25 +326,32 @@ class _Run:
 class _Log:
     """The files of the log, and what is in them."""
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, ledger: Ledger) -> None:
         self.entries: list[dict[str, Any]] = []
         self._path, self._csv_path = out / LOG_FILE, out / CSV_FILE
+        self._file = PieceFile(self._path, ledger)
+        self._ledger = ledger
 
     def cut_off(self, step: int) -> None:
         """Keep what was logged up to `step`, from which the training goes on; nothing if that is 0."""
-        if self._path.exists() and step:
-            self.entries = [entry for entry in read_log(self._path) if entry["step"] <= step]
-        write_atomically(self._path, b"".join(map(to_line, self.entries)))
+        wanted = step + 1 if step else 0
+        number, damaged = self._file.keep(wanted)
+        if damaged or number < wanted:
+            line = damaged[0] + 1 if damaged else number + 1
+            raise JobError(
+                f"{self._path}: line {line} is damaged or gone, and can not be made again alone: put the file back, or "
+                f"remove {self._ledger.out} to train again"
+            )
+        self.entries = list(read_log(self._path))
 
     def add(self, entry: dict[str, Any]) -> None:
         self.entries.append(entry)
-        with open(self._path, "ab") as file:
-            file.write(to_line(entry))
+        self._file.add(to_line(entry))
 
     def write_csv(self) -> None:
-        """Write the same as CSV, and wait until both are on the disk."""
-        write_atomically(self._path, b"".join(map(to_line, self.entries)))
+        """Write the same as CSV."""
         write_atomically(self._csv_path, to_csv(self.entries))
+        self._ledger.record_files([self._csv_path])
 
 
 class _Bar:

@@ -3,9 +3,11 @@
     DIR/tokens/part-00000.parquet …   the rows, in the order of the responses
     DIR/summary.json                  what is in them; it appears when the run is complete
 
-A part is written whole or not at all. `DIR/tokens` holds nothing else, so `pandas.read_parquet("DIR/tokens")` works.
+A part is written whole or not at all, and its digest is kept (`ledger`): a damaged one is not read. `DIR/tokens` holds
+nothing else, so `pandas.read_parquet("DIR/tokens")` works.
 """
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +22,7 @@ import pyarrow.parquet as pq
 from ..results import DeltaLogpStats
 from .errors import DatasetError
 from .files import write_atomically
+from .ledger import Ledger, Piece, check, piece_of
 
 #: The float32 columns, in nats: those of `DeltaLogpStats`.
 STATISTICS: tuple[str, ...] = DeltaLogpStats._fields
@@ -77,33 +80,42 @@ def _concatenate(arrays: Sequence[Any], dtype: type) -> np.ndarray:
     return np.concatenate([np.asarray(array) for array in arrays]).astype(dtype) if arrays else np.empty(0, dtype)
 
 
-def write_part(directory: Path, index: int, table: pa.Table) -> None:
-    """Write one part; at any moment it is absent or whole. The same rows give the same bytes."""
+def write_part(directory: Path, index: int, table: pa.Table) -> tuple[Path, Piece]:
+    """Write one part, and say where, and what; at any moment it is absent or whole. Equal rows give equal bytes."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
-    write_atomically(part_path(directory, index), sink.getvalue().to_pybytes())
+    path, data = part_path(directory, index), sink.getvalue().to_pybytes()
+    write_atomically(path, data)
+    return path, piece_of(data)
 
 
 def count_rows(path: Path) -> int | None:
     """The rows of a part, None if it is not there; DatasetError if it is not readable as a part."""
     if not path.exists():
         return None
-    try:
+    with _explained_reads(path):
         metadata = pq.read_metadata(path)
-    except pa.ArrowInvalid as error:
-        raise DatasetError(f"{path} is not a readable Parquet file: {error}") from error
-    if not metadata.schema.to_arrow_schema().equals(SCHEMA):
+        schema = metadata.schema.to_arrow_schema()
+    if not schema.equals(SCHEMA):
         raise DatasetError(f"{path} has other columns than this version writes")
     return metadata.num_rows
+
+
+@contextlib.contextmanager
+def _explained_reads(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise DatasetError(f"{path} is not a readable Parquet file: {error}") from error
 
 
 class TokenDataset:
     """A data set of token statistics on disk, read a column or a batch at a time.
 
-    Raises DatasetError if `directory` does not hold one.
+    Raises DatasetError if `directory` does not hold one, or a part is not what the run wrote (`verify`: its digest).
     """
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(self, directory: str | Path, *, verify: bool = True) -> None:
         self.directory = Path(directory)
         parts = sorted(self.directory.glob(f"{TOKENS_DIRECTORY}/part-*.parquet"))
         if not parts:
@@ -111,6 +123,8 @@ class TokenDataset:
                 f"{self.directory} holds no token statistics: expected {TOKENS_DIRECTORY}/part-*.parquet in it, "
                 "as `dlogp metrics --out` writes them"
             )
+        if verify:
+            check(Ledger.read(self.directory), self.directory / TOKENS_DIRECTORY, parts)
         for part in parts:
             count_rows(part)
         self._dataset = ds.dataset([str(part) for part in parts], schema=SCHEMA, format="parquet")
@@ -122,7 +136,11 @@ class TokenDataset:
 
     def summary(self) -> dict[str, Any]:
         """What `summary.json` holds."""
-        return json.loads((self.directory / SUMMARY_FILE).read_text(encoding="utf-8"))
+        path = self.directory / SUMMARY_FILE
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise DatasetError(f"{path} is damaged ({error}): start the run again to have it made again") from error
 
     def __len__(self) -> int:
         return self._dataset.count_rows()
@@ -136,19 +154,22 @@ class TokenDataset:
 
     def column(self, name: str, source: str | None = None, *, every_source: bool = False) -> np.ndarray:
         """All values of a numeric column, of one source (None: rows without one) or of every source."""
-        table = self._dataset.to_table(columns=[name], filter=None if every_source else _is_source(source))
+        with _explained_reads(self.directory):
+            table = self._dataset.to_table(columns=[name], filter=None if every_source else _is_source(source))
         return table[name].to_numpy()
 
     def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         """All rows, some columns, in pieces of bounded size."""
-        yield from self._dataset.to_batches(columns=list(columns))
+        with _explained_reads(self.directory):
+            yield from self._dataset.to_batches(columns=list(columns))
 
     def token_texts(self, token_ids: Sequence[int]) -> dict[int, str]:
         """The text of each of these tokens that occurs."""
         wanted = ds.field("token_id").isin(list(token_ids))
         texts: dict[int, str] = {}
-        for batch in self._dataset.to_batches(columns=["token_id", "token_text"], filter=wanted):
-            texts.update(zip(batch["token_id"].to_pylist(), batch["token_text"].to_pylist(), strict=True))
+        with _explained_reads(self.directory):
+            for batch in self._dataset.to_batches(columns=["token_id", "token_text"], filter=wanted):
+                texts.update(zip(batch["token_id"].to_pylist(), batch["token_text"].to_pylist(), strict=True))
         return texts
 
 

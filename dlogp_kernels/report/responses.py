@@ -14,6 +14,7 @@ import numpy as np
 
 from .dataset import SUMMARY_FILE
 from .errors import DatasetError
+from .ledger import Ledger, check
 
 RESPONSES_FILE = "responses.jsonl"
 
@@ -322,11 +323,12 @@ def difference(one: SettingResult, other: SettingResult) -> Estimate | None:
 def read_responses(directory: str | Path) -> Iterator[Response]:
     """The responses in a directory, in their order; a last line that is only half there is left out.
 
-    Raises DatasetError where there are none, or where a line is not one.
+    Raises DatasetError where there are none, or where a line is not one, or not what the run wrote.
     """
     path = Path(directory) / RESPONSES_FILE
     if not path.is_file():
         raise DatasetError(f"{directory} holds no {RESPONSES_FILE}, as `dlogp generate` and `dlogp sweep` write it")
+    check(Ledger.read(Path(directory)), path, [path])
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):

@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from .errors import DatasetError
 from .figures import FIGURES_DIRECTORY, PALETTE, render
 from .files import write_atomically
+from .ledger import MANIFEST_FILE, Ledger, check, read_manifest
 from .training import LOG_FILE, read_log
 
-MANIFEST_FILE = "manifest.json"
 #: A curve of measurements at every step is averaged over this share of its points, to show more than noise.
 _SMOOTHED_SHARE = 0.05
 _METHODS = {"none": "DAPO", "low_prob": "low-probability tokens", "dominate": "dominate", "ppl": "perplexity"}
@@ -75,11 +75,12 @@ def read_run(directory: Path) -> TrainingRun:
     log, manifest = directory / LOG_FILE, directory / MANIFEST_FILE
     if not log.exists():
         raise DatasetError(f"{directory} has no {LOG_FILE}, expected a directory that `dlogp train` wrote")
+    check(Ledger.read(directory), log, [log])
     entries = list(read_log(log))
     if not any(entry["step"] > 0 for entry in entries):
         raise DatasetError(f"{log} has no step yet")
     try:
-        settings = json.loads(manifest.read_text(encoding="utf-8"))["identity"]["training"]
+        settings = read_manifest(manifest)["identity"]["training"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DatasetError(f"{manifest} is not the manifest of a training: {error!r}") from error
     return TrainingRun(directory.name, settings, entries)

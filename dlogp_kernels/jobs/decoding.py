@@ -83,7 +83,7 @@ def run_decoding(
     directory = RunDirectory(inputs.out, identity, fingerprints.stamps)
     if directory.state() is State.NEW and resume:
         raise JobError(f"--out {inputs.out}: --resume is given, but there is no run to go on with")
-    with directory.claimed(mends=True) as state:
+    with directory.claimed() as state:
         if state is State.COMPLETE:
             return directory.summary()
         reading = read_pair(*places, trust_remote_code=decoding.trust_remote_code)

@@ -118,7 +118,7 @@ def run_metrics(
     directory = RunDirectory(out, identity, fingerprints.stamps)
     if directory.state() is State.NEW and resume:
         raise JobError(f"--out {out}: --resume is given, but there is no run to go on with")
-    with directory.claimed(mends=True) as state:
+    with directory.claimed() as state:
         if state is State.COMPLETE:
             return directory.summary()
         reading = read_pair(rl_place, base_place, trust_remote_code=trust_remote_code)

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ..report.files import sync
+from ..report.files import sync, write_atomically
 from ..report.ledger import Ledger, Piece, is_there, piece_of
 from ..report.responses import Response, from_line, to_line
 from .errors import JobError
@@ -33,6 +33,12 @@ class PieceFile:
         self._ledger.forget_pieces(self._path, number)
         self._pieces = self._ledger.pieces(self._path)
         return number, sorted({*range(number), *(index for index in known if index < most)}.difference(whole))
+
+    def restart(self, data: bytes) -> None:
+        """Let the file hold `data`, as one piece, and nothing else."""
+        write_atomically(self._path, data)
+        self._ledger.record_files([self._path])
+        self._pieces = self._ledger.pieces(self._path)
 
     @property
     def path(self) -> Path:

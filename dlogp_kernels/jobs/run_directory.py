@@ -1,6 +1,7 @@
 """The directory of a run: whose it is, what is in it, and that only one process writes there.
 
-DIR/manifest.json   what the run is of: arguments, data and model files; it appears with the first results
+DIR/manifest.json   what the run is of: arguments, data and model files; it appears with the first results, and in the
+                    end tells digests of all files and the summary
 DIR/tokens/         the data set of `dlogp metrics`, see report.dataset
 DIR/responses.jsonl what `dlogp generate` and `dlogp sweep` drew, see report.responses
 DIR/summary.json    appears when the run is complete
@@ -83,7 +84,7 @@ class RunDirectory:
             return State.NEW
         found = self._read_manifest()
         self._check_identity(found)
-        return State.COMPLETE if (self.out / SUMMARY_FILE).exists() else State.PARTIAL
+        return State.COMPLETE if "finished" in found else State.PARTIAL
 
     def _read_manifest(self) -> dict[str, Any]:
         manifest = self.out / MANIFEST_FILE
@@ -107,7 +108,7 @@ class RunDirectory:
             )
 
     @contextlib.contextmanager
-    def claimed(self, *, mends: bool) -> Iterator[State]:
+    def claimed(self, *, mends: bool = True) -> Iterator[State]:
         """Within this context this process alone writes to the directory, which exists, with its work directory.
 
         If it is left by an exception before there were any results, the directory is as it was before. A complete run
@@ -156,7 +157,7 @@ class RunDirectory:
             self.work.mkdir(exist_ok=True)
 
     def _check_complete(self, mends: bool) -> State:
-        """Compare every file of a complete run with what was written; the summary is in the manifest, too."""
+        """Compare every file of a complete run with what was written; the summary is in the manifest before it is."""
         damaged = list(self.ledger.damaged())
         if damaged and not mends:
             raise JobError(
@@ -164,12 +165,13 @@ class RunDirectory:
                 f"put it back, or remove {self.out} to begin again"
             )
         if damaged:
-            (self.out / SUMMARY_FILE).unlink()
+            (self.out / SUMMARY_FILE).unlink(missing_ok=True)
             self.work.mkdir(exist_ok=True)
             return State.PARTIAL
         summary, path = to_json(self._read_manifest()["finished"]["summary"]), self.out / SUMMARY_FILE
-        if path.read_bytes() != summary:
-            warnings.warn(f"{path} is damaged: it is made again", stacklevel=2)
+        if not path.exists() or path.read_bytes() != summary:
+            if path.exists():
+                warnings.warn(f"{path} is damaged: it is made again", stacklevel=2)
             write_atomically(path, summary)
         return State.COMPLETE
 

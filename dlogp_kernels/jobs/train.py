@@ -155,7 +155,7 @@ class _Run:
         self._directory.begin()
         checkpoints = self._whole_checkpoints()
         first = max(checkpoints, default=0)
-        self._log.cut_off(first)
+        self._log.restart(checkpoints.get(first))
         with _tensorboard(self._directory.out / _TENSORBOARD_DIRECTORY) as reports:
             trainer = ReweightedGRPOTrainer(
                 self._model,
@@ -177,7 +177,7 @@ class _Run:
         self._write_model(self._directory.out / MODEL_DIRECTORY)
         # What TensorBoard's writer did in this process and in those before it.
         events = self._directory.out / _TENSORBOARD_DIRECTORY
-        self._directory.ledger.record_files(path for path in sorted(events.rglob("*")) if path.is_file())
+        self._directory.ledger.record_files(_files_below(events))
 
     def _whole_checkpoints(self) -> dict[int, Path]:
         """By step, those that are as they were written; others, which a kill may have left, are removed."""
@@ -201,7 +201,7 @@ class _Run:
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
         sync(target.parent)
-        self._directory.ledger.record_files(sorted(path for path in target.rglob("*") if path.is_file()))
+        self._directory.ledger.record_files(_files_below(target))
 
     def summary(self) -> dict[str, Any]:
         """What the log says of the first and the last measurements."""
@@ -283,8 +283,9 @@ class _Run:
         self._log.write_csv()
         checkpoints = complete_checkpoints(self._trainer_directory)
         newest = checkpoints[max(checkpoints)]
+        self._log.copy_into(newest)
         sync_tree(newest)
-        self._directory.ledger.record_files(sorted(path for path in newest.rglob("*") if path.is_file()))
+        self._directory.ledger.record_files(_files_below(newest))
 
     def _evaluate(self) -> dict[str, Any]:
         """Of the held-out problems, if there are any; always with the same noise."""
@@ -323,26 +324,30 @@ class _Run:
         return entry
 
 
+def _files_below(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.rglob("*") if path.is_file())
+
+
 class _Log:
     """The files of the log, and what is in them."""
 
     def __init__(self, out: Path, ledger: Ledger) -> None:
         self.entries: list[dict[str, Any]] = []
-        self._path, self._csv_path = out / LOG_FILE, out / CSV_FILE
-        self._file = PieceFile(self._path, ledger)
+        self._csv_path = out / CSV_FILE
+        self._file = PieceFile(out / LOG_FILE, ledger)
         self._ledger = ledger
 
-    def cut_off(self, step: int) -> None:
-        """Keep what was logged up to `step`, from which the training goes on; nothing if that is 0."""
-        wanted = step + 1 if step else 0
-        number, damaged = self._file.keep(wanted)
-        if damaged or number < wanted:
-            line = damaged[0] + 1 if damaged else number + 1
-            raise JobError(
-                f"{self._path}: line {line} is damaged or gone, and can not be made again alone: put the file back, or "
-                f"remove {self._ledger.out} to train again"
-            )
-        self.entries = list(read_log(self._path))
+    def restart(self, checkpoint: Path | None) -> None:
+        """Go on with the log of the checkpoint from which the training goes on; from nothing if there is none."""
+        self.entries = [] if checkpoint is None else list(read_log(checkpoint / LOG_FILE))
+        self._file.restart(self._lines())
+
+    def copy_into(self, checkpoint: Path) -> None:
+        """Keep with a checkpoint what was logged up to it."""
+        (checkpoint / LOG_FILE).write_bytes(self._lines())
+
+    def _lines(self) -> bytes:
+        return b"".join(map(to_line, self.entries))
 
     def add(self, entry: dict[str, Any]) -> None:
         self.entries.append(entry)

@@ -94,30 +94,35 @@ class Ledger:
             except ValueError:
                 continue
             self.seconds = entry["seconds"]
-            for name, index, *piece in entry["pieces"]:
-                self._files.setdefault(name, {})[index] = Piece(*piece)
+            self._take([(name, index, Piece(*piece)) for name, index, *piece in entry["pieces"]], entry["whole"])
+
+    def _take(self, entries: Iterable[tuple[str, int, Piece]], whole: bool) -> None:
+        for name, index, piece in entries:
+            if whole:
+                self._files[name] = {}
+            self._files.setdefault(name, {})[index] = piece
 
     def record(self, path: Path, piece: Piece, index: int = 0) -> None:
         """Piece `index` of a file is on the disk; a file that does not grow has one."""
-        self._record([(path, index, piece)])
+        self._record([(self._name(path), index, piece)], whole=False)
 
     def record_files(self, paths: Iterable[Path]) -> None:
-        """The files are on the disk, as they are now; all of them are recorded or none."""
-        self._record([(path, 0, Piece(0, path.stat().st_size, file_digest(path))) for path in paths])
+        """The files are on the disk, as they are now, a piece each; all of them are recorded or none."""
+        entries = [(self._name(path), 0, Piece(0, path.stat().st_size, file_digest(path))) for path in paths]
+        self._record(entries, whole=True)
 
     def record_seconds(self, seconds: float) -> None:
         """Seconds of computation so far, over all the processes that worked on the run."""
         self.seconds = seconds
-        self._record([])
+        self._record([], whole=False)
 
-    def _record(self, entries: list[tuple[Path, int, Piece]]) -> None:
-        named = [(self._name(path), index, piece) for path, index, piece in entries]
-        for name, index, piece in named:
-            self._files.setdefault(name, {})[index] = piece
-        entry = {"pieces": [[name, index, *piece] for name, index, piece in named], "seconds": self.seconds}
+    def _record(self, entries: list[tuple[str, int, Piece]], *, whole: bool) -> None:
+        self._take(entries, whole)
+        pieces = [[name, index, *piece] for name, index, piece in entries]
+        line = json.dumps(sealed({"pieces": pieces, "whole": whole, "seconds": self.seconds}))
         with open(self._journal, "ab") as file:
             # What a killed process left of a line is ended first.
-            file.write(b"\n" * (file.tell() > 0) + json.dumps(sealed(entry)).encode())
+            file.write(b"\n" * (file.tell() > 0) + line.encode())
             file.flush()
             os.fsync(file.fileno())
 

@@ -24,6 +24,7 @@ from ..reference_policy import (
     raw_log_ratio,
     reweighting,
 )
+from ..report.files import replaced_atomically
 from .config import ReweightedGRPOConfig
 from .drawing import draw_responses
 from .head import add_logp_head
@@ -395,10 +396,8 @@ class ReweightedGRPOTrainer(GRPOTrainer):
                 "buffered": self._buffered_inputs if self._step % self._steps_per_rollout() else None,
             }
             # The last file of a checkpoint: where it is, the checkpoint is complete.
-            path = directory / rollouts_file(self.accelerator.process_index)
-            temporary = path.with_suffix(".tmp")
-            torch.save(state, temporary)
-            temporary.replace(path)
+            with replaced_atomically(directory / rollouts_file(self.accelerator.process_index)) as temporary:
+                torch.save(state, temporary)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

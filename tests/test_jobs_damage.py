@@ -339,15 +339,23 @@ def test_a_grader_that_forks_makes_no_second_writer(pair, problems, tmp_path, mo
 
 
 def test_a_copy_that_lives_on_does_not_keep_the_directory(tmp_path):
-    directory = RunDirectory(tmp_path / "out", {})
-    with directory.claimed():
-        child = os.fork()
-        if child == 0:
+    """A run is killed whose grader had started a process of its own, which is left."""
+    read, write = os.pipe()
+    run = os.fork()
+    if run == 0:
+        directory = RunDirectory(tmp_path / "out", {})
+        with directory.claimed():
+            directory.begin()
+            if os.fork() == 0:
+                os.write(write, f"{os.getpid()}\n".encode())
             signal.pause()
-            os._exit(0)
+    os.close(write)
+    with open(read, encoding="ascii") as said:
+        copy = int(said.readline())
+    os.kill(run, signal.SIGKILL)
+    os.waitpid(run, 0)
     try:
         with RunDirectory(tmp_path / "out", {}).claimed():
             pass
     finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        os.kill(copy, signal.SIGKILL)

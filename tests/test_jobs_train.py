@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 
 from dlogp_kernels.cli.app import app
 from dlogp_kernels.hf import load_model, load_tokenizer
+from dlogp_kernels.jobs import train as train_job
 from dlogp_kernels.jobs.errors import JobError
 from dlogp_kernels.jobs.train import run_train
 from dlogp_kernels.jobs.training import Training, check_training
@@ -136,6 +137,51 @@ def test_a_killed_run_goes_on(run, tmp_path, monkeypatch):
     assert without_times(log(tmp_path / "killed")) == without_times(log(tmp_path / "whole"))
     weights = [load_model(tmp_path / name / "model", dtype=torch.float32).state_dict() for name in ("whole", "killed")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_damaged_checkpoints_and_logs_are_not_gone_on_from(run, tmp_path, monkeypatch):
+    run("whole", save_every=2)
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    on_step = train_job._Run._on_step
+
+    def stop_at_the_sixth(self, step, metrics, bar):
+        if step == 6:
+            raise InterruptedError("as if killed")
+        on_step(self, step, metrics, bar)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_job._Run, "_on_step", stop_at_the_sixth)
+        with pytest.raises(JobError, match="as if killed"):
+            run(save_every=2)
+    checkpoints = out / ".work" / "trainer"
+    assert {path.name for path in checkpoints.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
+    flip(checkpoints / "checkpoint-4" / "optimizer.pt")
+    flip(out / "log.jsonl")
+    with pytest.warns(UserWarning, match="checkpoint-4 is damaged: its steps are taken again"):
+        run(save_every=2)
+    assert without_times(log(out)) == without_times(log(whole))
+    assert (out / "model" / "model.safetensors").read_bytes() == (whole / "model" / "model.safetensors").read_bytes()
+    # The summary is made again, from the manifest; the rest would take the whole training.
+    summary = (out / "summary.json").read_bytes()
+    flip(out / "summary.json")
+    with pytest.warns(UserWarning, match=r"summary\.json is damaged: it is made again"):
+        run(save_every=2)
+    assert (out / "summary.json").read_bytes() == summary
+    for name in ("model/model.safetensors", "model/tokenizer.json", "log.jsonl", "log.csv"):
+        content = (out / name).read_bytes()
+        flip(out / name)
+        with pytest.raises(JobError, match=f"{name} is not what the run wrote, .*: put it back, or remove .*out to"):
+            run(save_every=2)
+        (out / name).write_bytes(content)
+    flip(out / "log.jsonl")
+    with pytest.raises(DatasetError, match=r"log\.jsonl is damaged"):
+        read_run(out)
 
 
 @pytest.mark.parametrize(

@@ -135,6 +135,8 @@ class RunDirectory:
         finally:
             if os.getpid() == self._owner:
                 _LOCKS.discard(descriptor)
+                # Let go by hand: a copy that has only just been forked holds it, too.
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
                 os.close(descriptor)
 
     def _lock(self, descriptor: int) -> None:

@@ -105,7 +105,7 @@ def count_rows(path: Path) -> int | None:
 def _explained_reads(path: Path) -> Iterator[None]:
     try:
         yield
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DatasetError(f"{path} is not a readable Parquet file: {error}") from error
 
 

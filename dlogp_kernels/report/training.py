@@ -64,9 +64,9 @@ def read_log(path: Path) -> Iterator[dict[str, Any]]:
 
     Raises DatasetError with the line's number for one that is not an entry.
     """
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            if not line.endswith("\n"):
+            if not line.endswith(b"\n"):
                 return
             try:
                 entry = json.loads(line)

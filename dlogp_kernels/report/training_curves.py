@@ -109,7 +109,7 @@ def grouped(runs: Sequence[TrainingRun]) -> list[Group]:
 
 def _label(settings: Mapping[str, Any]) -> str:
     method = settings.get("reweight", "none")
-    alpha = "" if method == "none" else f", α = {settings['alpha']:g}"
+    alpha = "" if method == "none" or "alpha" not in settings else f", α = {settings['alpha']:g}"
     return _METHODS.get(method, method) + alpha
 
 

@@ -79,6 +79,9 @@ def metrics(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the models.")
     ] = False,
+    max_line_size: Annotated[
+        str, typer.Option(help="Longest line of JSONL in --data; a longer one can not be used.")
+    ] = "16MiB",
 ) -> None:
     """Measure Δlog p, entropies and KLs of a pair of models at every response token.
 
@@ -101,6 +104,7 @@ def metrics(
         on_error=on_error.value,
         temperature=temperature,
         trust_remote_code=trust_remote_code,
+        max_line_size=max_line_size,
     )
     print_metrics(_console, summary, out)
 
@@ -145,6 +149,7 @@ _ChunkSize = Annotated[
     int | None,
     typer.Option(help="Responses between two writes to the disk.", show_default="4 × --batch-size"),
 ]
+_MaxLineSize = Annotated[str, typer.Option(help="Longest line of JSONL in --data; a longer one can not be used.")]
 _Dtype = Annotated[Dtype, typer.Option(help="Of the weights in memory.")]
 _Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:1.", show_default="cuda if there is one")]
 _Resume = Annotated[
@@ -187,11 +192,13 @@ def generate(
     device: _Device = None,
     resume: _Resume = False,
     trust_remote_code: _TrustRemoteCode = False,
+    max_line_size: _MaxLineSize = "16MiB",
 ) -> None:
     """Draw and grade responses to problems, with tokens replaced by the RL model or by extrapolation beyond it.
 
     Killed and started again with the same arguments, it goes on where it was.
     """
+    from ..jobs.data import line_limit
     from ..jobs.generate import run_generate
     from ..jobs.settings import Decoding, Setting
     from .tables import print_results
@@ -209,6 +216,7 @@ def generate(
         dtype=dtype.value,
         device=device,
         trust_remote_code=trust_remote_code,
+        max_line_size=line_limit(max_line_size),
     )
     setting = Setting(criterion, threshold, gamma, draft.value)
     summary = run_generate(
@@ -249,11 +257,13 @@ def sweep(
     device: _Device = None,
     resume: _Resume = False,
     trust_remote_code: _TrustRemoteCode = False,
+    max_line_size: _MaxLineSize = "16MiB",
 ) -> None:
     """Draw and grade responses under every criterion, threshold, γ and seed; `dlogp plot` draws the curves.
 
     Killed and started again with the same arguments, it goes on where it was.
     """
+    from ..jobs.data import line_limit
     from ..jobs.settings import Decoding, grid, parse_criteria, parse_numbers
     from ..jobs.sweep import run_sweep
     from .tables import print_results
@@ -271,6 +281,7 @@ def sweep(
         dtype=dtype.value,
         device=device,
         trust_remote_code=trust_remote_code,
+        max_line_size=line_limit(max_line_size),
     )
     settings = grid(
         parse_criteria(criterion), parse_numbers("--gamma", gamma, float), draft=draft.value, baselines=baselines
@@ -360,11 +371,13 @@ def train(
     device: _Device = None,
     resume: _Resume = False,
     trust_remote_code: _TrustRemoteCode = False,
+    max_line_size: _MaxLineSize = "16MiB",
 ) -> None:
     """Train a model on graded problems: DAPO with reweighted advantages; writes a checkpoint and a log.
 
     Killed and started again with the same arguments, it goes on from its last checkpoint.
     """
+    from ..jobs.data import line_limit
     from ..jobs.train import MODEL_DIRECTORY, run_train
     from ..jobs.training import Training
     from .tables import print_training
@@ -396,6 +409,7 @@ def train(
         dtype=dtype.value,
         device=device,
         trust_remote_code=trust_remote_code,
+        max_line_size=line_limit(max_line_size),
     )
     summary = run_train(base, data, out, training=training, grader=grader, eval_data=eval_data, resume=resume)
     print_training(_console, summary, out / MODEL_DIRECTORY)

@@ -43,19 +43,19 @@ class BodySize(NamedTuple):
     attention: int
 
 
-def as_bytes(limit: int | str) -> int:
-    """A number of bytes from an int or from text such as "512MiB" or "4 GB"; ValueError or TypeError."""
+def as_bytes(limit: int | str, name: str = "memory_limit") -> int:
+    """A number of bytes from an int or from text such as "512MiB" or "4 GB"; ValueError or TypeError with its name."""
     if isinstance(limit, bool) or not isinstance(limit, int | str):
-        raise TypeError(f"memory_limit is {limit!r}, expected bytes (int) or text such as '4GiB'")
+        raise TypeError(f"{name} is {limit!r}, expected bytes (int) or text such as '4GiB'")
     if isinstance(limit, int):
         value = limit
     else:
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", limit)
         if match is None or match[2].upper() not in _UNITS:
-            raise ValueError(f"memory_limit is {limit!r}, expected text such as '4GiB', '512MiB' or '2GB'")
+            raise ValueError(f"{name} is {limit!r}, expected text such as '4GiB', '512MiB' or '2GB'")
         value = int(float(match[1]) * _UNITS[match[2].upper()])
     if value <= 0:
-        raise ValueError(f"memory_limit is {limit!r}, expected more than 0 bytes")
+        raise ValueError(f"{name} is {limit!r}, expected more than 0 bytes")
     return value
 
 

@@ -1,36 +1,38 @@
 """Prompts and responses from JSONL or Parquet, checked and turned into token ids.
 
-A line has one of three forms, the first that it has all columns of:
+A line has one of three forms, the first that it has all columns of, with values in them (neither null nor NaN, nor an
+empty list):
 
     prompt_ids, response_ids   token ids, as the models read and wrote them
-    messages                   a conversation; the last message is the response, by the assistant
-    prompt, response           text; each is tokenized by itself, and nothing is appended to the response
+    messages                   a conversation; the last message is the response, by the assistant; with it optionally
+                               `tools` and `chat_template_kwargs`, which the chat template is given, too
+    prompt, response           text; the response continues the prompt, and nothing is appended to it
 
 and optionally `id` (a string or an integer) and `source` (a string: who wrote the response). Other columns are ignored,
 and so are blank lines.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jinja2.exceptions import TemplateError
 
+from ..hf.memory import as_bytes
+from ..report.jsonl import MAX_LINE_BYTES, bounded_lines
+from .encoding import RESPONSE_KEYS, ChatTemplate, Encoded, as_conversation, encode_pair
 from .errors import JobError
+from .values import BrokenLine, as_id_list, as_text, check_range, is_missing, kind_of, shown
 
 _FORMS = (("prompt_ids", "response_ids"), ("messages",), ("prompt", "response"))
+_BESIDE = ("id", "source", "tools", "chat_template_kwargs")
 _EXPECTED = "expected prompt and response, or messages, or prompt_ids and response_ids"
 _PARQUET_MAGIC = b"PAR1"
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_SHOWN = 60
-
-
-class BrokenLine(ValueError):
-    """A line of the data that can not be used; the message says why."""
 
 
 class Sample(NamedTuple):
@@ -41,6 +43,8 @@ class Sample(NamedTuple):
     source: str | None
     prompt_ids: np.ndarray
     response_ids: np.ndarray
+    #: On how text became token ids, if there is one to make.
+    remark: str | None = None
 
 
 class Record(NamedTuple):
@@ -50,8 +54,8 @@ class Record(NamedTuple):
     columns: Mapping[str, Any] | BrokenLine
 
 
-def read_records(path: Path) -> Iterator[Record]:
-    """The lines of a JSONL file, or the rows of a Parquet file, one at a time.
+def read_records(path: Path, max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[Record]:
+    """The lines of a JSONL file, or the rows of a Parquet file, one at a time; a longer line is a broken one.
 
     Raises JobError if the file is missing, empty, or a Parquet file without the columns of any form.
     """
@@ -61,13 +65,27 @@ def read_records(path: Path) -> Iterator[Record]:
         start = file.read(len(_PARQUET_MAGIC))
     if not start:
         raise JobError(f"--data {path}: the file is empty, expected one response a line")
-    return _read_parquet(path) if start == _PARQUET_MAGIC or path.suffix == ".parquet" else read_jsonl(path)
+    if start == _PARQUET_MAGIC or path.suffix == ".parquet":
+        return _read_parquet(path)
+    return read_jsonl(path, max_line_bytes)
 
 
-def read_jsonl(path: Path) -> Iterator[Record]:
-    """The lines of a JSONL file but blank ones."""
+def line_limit(size: int | str) -> int:
+    """Bytes that a line may have, from an int or from text such as "16MiB"; JobError for anything else."""
+    try:
+        return as_bytes(size, "--max-line-size")
+    except (ValueError, TypeError) as error:
+        raise JobError(str(error)) from error
+
+
+def read_jsonl(path: Path, max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[Record]:
+    """The lines of a JSONL file but blank ones; one of more than `max_line_bytes` is a broken one."""
     with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
+        for number, line in bounded_lines(file, max_line_bytes):
+            if line is None:
+                reason = f"longer than {max_line_bytes:,} bytes, the limit that --max-line-size sets"
+                yield Record(number, BrokenLine(reason))
+                continue
             if number == 1:
                 line = line.removeprefix(_BYTE_ORDER_MARK)
             if line.strip():
@@ -76,11 +94,13 @@ def read_jsonl(path: Path) -> Iterator[Record]:
 
 def _parse_json(line: bytes) -> Mapping[str, Any] | BrokenLine:
     try:
-        columns = json.loads(line.rstrip().decode("utf-8"))
+        columns = json.loads(line.rstrip().decode("utf-8"), object_pairs_hook=_without_double_keys)
     except UnicodeDecodeError as error:
         return BrokenLine(f"not UTF-8: byte {line[error.start]:#04x} at column {error.start + 1}")
     except json.JSONDecodeError as error:
         return BrokenLine(f"not JSON: {error.msg} at column {error.colno}")
+    except BrokenLine as error:
+        return error
     except (ValueError, RecursionError) as error:
         return BrokenLine(f"not JSON that can be read: {error}")
     if not isinstance(columns, dict):
@@ -88,20 +108,50 @@ def _parse_json(line: bytes) -> Mapping[str, Any] | BrokenLine:
     return columns
 
 
+def _without_double_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these pairs; BrokenLine if a key is given twice, of which JSON does not say which one counts."""
+    columns = dict(pairs)
+    if len(columns) < len(pairs):
+        (name, count), *_ = Counter(name for name, _ in pairs).most_common(1)
+        raise BrokenLine(f"the key {shown(name)} is there {count} times, expected each once")
+    return columns
+
+
 def _read_parquet(path: Path) -> Iterator[Record]:
     number = 0
     try:
         with pq.ParquetFile(path) as file:
-            names = set(file.schema_arrow.names)
-            if not any(names.issuperset(form) for form in _FORMS):
+            names = file.schema_arrow.names
+            if not any(set(names).issuperset(form) for form in _FORMS):
                 raise JobError(f"--data {path}: it has the columns {', '.join(sorted(names))}; {_EXPECTED}")
-            wanted = [name for name in ("id", "source", *(name for form in _FORMS for name in form)) if name in names]
+            wanted = [name for name in (*_BESIDE, *(name for form in _FORMS for name in form)) if name in names]
+            for name in wanted:
+                if names.count(name) > 1:
+                    raise JobError(f"--data {path}: it has the column {name} twice, expected each once")
             for batch in file.iter_batches(batch_size=256, columns=wanted):
                 for row in batch.to_pylist():
                     number += 1
-                    yield Record(number, {name: value for name, value in row.items() if value is not None})
+                    yield Record(number, _without_nulls(row))
     except (pa.ArrowException, OSError) as error:
         raise JobError(f"--data {path}: not a readable Parquet file (after row {number}): {error}") from error
+
+
+def _without_nulls(value: Any) -> Any:
+    """The same without keys whose value is null: a column of objects gives each of them the keys of all."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(entry) for name, entry in value.items() if entry is not None}
+    if isinstance(value, list) and value and isinstance(value[0], dict | list):
+        return [_without_nulls(entry) for entry in value]
+    return value
+
+
+def fullest_form(columns: Mapping[str, Any], forms: Sequence[tuple[str, ...]]) -> tuple[str, ...] | None:
+    """The first form whose columns all have values; else of those whose columns are there one with the most values."""
+
+    def share(form: tuple[str, ...]) -> float:
+        return sum(not is_missing(columns[name]) and columns[name] != [] for name in form) / len(form)
+
+    return max((form for form in forms if columns.keys() >= set(form)), key=share, default=None)
 
 
 class Encoder:
@@ -123,11 +173,13 @@ class Encoder:
         if isinstance(record.columns, BrokenLine):
             raise record.columns
         columns = record.columns
-        prompt_ids, response_ids = self._token_ids(columns)
+        prompt_ids, response_ids, remark = self._encode(columns)
         if not response_ids:
             raise BrokenLine("the response is empty")
         if not prompt_ids:
             raise BrokenLine("the prompt has no tokens: nothing precedes the first token of the response")
+        for name, ids in (("prompt", prompt_ids), ("response", response_ids)):
+            check_range(name, ids, self._vocabulary)
         length = len(prompt_ids) + len(response_ids)
         if self._context is not None and length > self._context:
             raise BrokenLine(
@@ -140,135 +192,39 @@ class Encoder:
             _source(columns),
             np.asarray(prompt_ids, np.int32),
             np.asarray(response_ids, np.int32),
+            remark,
         )
 
-    def _token_ids(self, columns: Mapping[str, Any]) -> tuple[list[int], list[int]]:
-        form = next((form for form in _FORMS if columns.keys() >= set(form)), None)
-        if form is None:
-            names = ", ".join(map(shown, columns)) or "none"
-            raise BrokenLine(f"missing columns: it has {names}; {_EXPECTED}")
-        if form == ("messages",):
-            prompt_ids, response_ids = self._encode_messages(columns["messages"])
-        elif form == ("prompt", "response"):
-            prompt, response = (as_text(name, columns[name]) for name in form)
-            prompt_ids = encode_text(self._tokenizer, prompt, beginning=True)
-            response_ids = encode_text(self._tokenizer, response, beginning=False)
-        else:
-            prompt_ids, response_ids = (as_id_list(name, columns[name]) for name in form)
-        for name, ids in zip(("prompt", "response"), (prompt_ids, response_ids), strict=True):
-            check_range(name, ids, self._vocabulary)
-        return prompt_ids, response_ids
+    def _encode(self, columns: Mapping[str, Any]) -> Encoded:
+        match fullest_form(columns, _FORMS):
+            case ("prompt_ids", "response_ids") as form:
+                prompt_ids, response_ids = (as_id_list(name, columns[name]) for name in form)
+                return Encoded(prompt_ids, response_ids)
+            case ("messages",):
+                return self._encode_messages(columns)
+            case ("prompt", "response") as form:
+                return encode_pair(self._tokenizer, *(as_text(name, columns[name]) for name in form))
+        names = ", ".join(map(shown, columns)) or "none"
+        raise BrokenLine(f"missing columns: it has {names}; {_EXPECTED}")
 
-    def _encode_messages(self, messages: Any) -> tuple[list[int], list[int]]:
-        """Prompt: the rendering of all messages but the last, as generation starts; response: what follows in full."""
+    def _encode_messages(self, columns: Mapping[str, Any]) -> Encoded:
         if not self._tokenizer.chat_template:
             raise BrokenLine("it has messages, but the tokenizer has no chat template: expected prompt and response")
-        conversation = _conversation(messages)
-        prompt_ids = render_conversation(self._tokenizer, conversation[:-1], add_generation_prompt=True)
-        whole = render_conversation(self._tokenizer, conversation, add_generation_prompt=False)
-        if whole[: len(prompt_ids)] != prompt_ids:
-            raise BrokenLine(
-                "the chat template does not render the response as a continuation of its prompt: give prompt_ids and "
-                "response_ids instead"
-            )
-        response_ids = whole[len(prompt_ids) :]
-        if self._tokenizer.eos_token_id in response_ids:
-            # A template may go on after the end of the turn, where no model has written.
-            last = len(response_ids) - response_ids[::-1].index(self._tokenizer.eos_token_id)
-            response_ids = response_ids[:last]
-        return prompt_ids, response_ids
-
-
-def encode_text(tokenizer: Any, text: str, *, beginning: bool) -> list[int]:
-    """Token ids; with the special tokens of a beginning, unless the text spells them out itself."""
-    special = tokenizer.bos_token
-    add_special = beginning and not (special and text.startswith(special))
-    return _guarded(lambda: tokenizer.encode(text, add_special_tokens=add_special), "the tokenizer")
-
-
-def render_conversation(
-    tokenizer: Any, conversation: list[dict[str, Any]], *, add_generation_prompt: bool
-) -> list[int]:
-    """Token ids of the messages, by the tokenizer's chat template."""
-    return _guarded(
-        lambda: tokenizer.apply_chat_template(
-            conversation, tokenize=True, return_dict=False, add_generation_prompt=add_generation_prompt
-        ),
-        "the chat template",
-    )
-
-
-def _guarded(encode: Callable[[], Any], what: str) -> list[int]:
-    """The result of `encode`, or a BrokenLine that says why `what` refused the line."""
-    try:
-        return list(encode())
-    except (TemplateError, ValueError, TypeError, KeyError) as error:
-        raise BrokenLine(f"{what} refuses it: {error}") from error
-    except Exception as error:
-        # The tokenizers library raises the bare class for a word that is not in a vocabulary without an unknown token.
-        if type(error) is not Exception:
-            raise
-        raise BrokenLine(f"{what} refuses it: {error}") from error
-
-
-def as_text(name: str, value: Any) -> str:
-    """`value` if it is a string of Unicode; else a BrokenLine with its name."""
-    if not isinstance(value, str):
-        raise BrokenLine(f"{name} is a {kind_of(value)}, expected a string")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise BrokenLine(
-            f"{name} has half a surrogate pair at character {error.start + 1}, expected Unicode"
-        ) from error
-    return value
-
-
-def as_id_list(name: str, value: Any) -> list[int]:
-    """`value` if it is a list of integers; else a BrokenLine with its name."""
-    if not isinstance(value, list):
-        raise BrokenLine(f"{name} is a {kind_of(value)}, expected a list of integers")
-    for position, token_id in enumerate(value):
-        if isinstance(token_id, bool) or not isinstance(token_id, int):
-            raise BrokenLine(f"{name}[{position}] is {shown(token_id)}, expected an integer")
-    return value
-
-
-def check_range(name: str, ids: list[int], vocabulary: int) -> None:
-    """BrokenLine for a token that the models do not have."""
-    for position, token_id in enumerate(ids):
-        if not 0 <= token_id < vocabulary:
-            raise BrokenLine(
-                f"token {position} of the {name} is {shown(token_id)}, outside the vocabulary [0, {vocabulary})"
-            )
-
-
-def _conversation(messages: Any) -> list[dict[str, Any]]:
-    check_messages(messages)
-    if len(messages) < 2:
-        raise BrokenLine(f"messages has {len(messages)} entries, expected a prompt and a response")
-    if messages[-1].get("role") != "assistant":
-        raise BrokenLine(f"the last message has the role {shown(messages[-1].get('role'))}, expected 'assistant'")
-    if not messages[-1].get("content"):
-        raise BrokenLine("the response is empty")
-    # Parquet gives every message every key.
-    return [{key: value for key, value in message.items() if value is not None} for message in messages]
-
-
-def check_messages(messages: Any) -> None:
-    """BrokenLine unless it is a list of objects whose texts are Unicode."""
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise BrokenLine(f"messages is a {kind_of(messages)}, expected a list of objects with role and content")
-    for message in messages:
-        for key in ("role", "content"):
-            if isinstance(message.get(key), str):
-                as_text(f"messages {key}", message[key])
+        conversation = as_conversation(columns["messages"])
+        if len(conversation) < 2:
+            raise BrokenLine(f"messages has {len(conversation)} entries, expected a prompt and a response")
+        last = conversation[-1]
+        if last["role"] != "assistant":
+            raise BrokenLine(f"the last message has the role {shown(last['role'])}, expected 'assistant'")
+        if not any(last.get(name) for name in RESPONSE_KEYS):
+            raise BrokenLine("the response is empty")
+        return ChatTemplate(self._tokenizer, columns).encode_pair(conversation)
 
 
 def sample_id(columns: Mapping[str, Any], line: int) -> str:
     """The column `id` as a string; the number of the line where there is none."""
     value = columns.get("id")
-    if value is None:
+    if is_missing(value):
         return str(line)
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise BrokenLine(f"id is {shown(value)}, expected a string or an integer")
@@ -277,16 +233,4 @@ def sample_id(columns: Mapping[str, Any], line: int) -> str:
 
 def _source(columns: Mapping[str, Any]) -> str | None:
     value = columns.get("source")
-    return None if value is None else as_text("source", value)
-
-
-def kind_of(value: Any) -> str:
-    """What JSON calls a value of this type."""
-    names = {dict: "object", list: "list", str: "string", bool: "boolean", int: "number", float: "number"}
-    return "null" if value is None else names.get(type(value), type(value).__name__)
-
-
-def shown(value: Any) -> str:
-    """A value in a message, cut to a length that a line bears."""
-    text = repr(value)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+    return None if is_missing(value) else as_text("source", value)

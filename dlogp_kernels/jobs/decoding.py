@@ -88,7 +88,11 @@ def run_decoding(
             return directory.summary()
         reading = read_pair(*places, trust_remote_code=decoding.trust_remote_code)
         problems = read_problems(
-            data, reading, max_new_tokens=decoding.max_new_tokens, needs_answer=grader.needs_answer
+            data,
+            reading,
+            max_new_tokens=decoding.max_new_tokens,
+            needs_answer=grader.needs_answer,
+            max_line_bytes=decoding.max_line_size,
         )
         if len(problems) * decoding.samples >= _NUM_ROW_IDS:
             raise JobError(

@@ -23,7 +23,7 @@ from ..hf import HiddenStore, LmHead, lm_head
 from ..hf.memory import as_bytes
 from ..report.dataset import TOKENS_DIRECTORY, ResponseRows, TokenDataset, part_path, to_table, write_part
 from .compute import Setting, measure, response_hidden
-from .data import Encoder, Sample, read_records
+from .data import MAX_LINE_BYTES, Encoder, Sample, line_limit, read_records
 from .errors import JobError
 from .identity import Fingerprints, versions
 from .models import DTYPES, ModelPlace, check_device, find_model, load_weights, read_pair
@@ -53,6 +53,7 @@ class Arguments(NamedTuple):
     on_error: str
     temperature: float
     trust_remote_code: bool
+    max_line_size: int
 
 
 def run_metrics(
@@ -70,6 +71,7 @@ def run_metrics(
     on_error: Literal["raise", "skip"] = "raise",
     temperature: float = 1.0,
     trust_remote_code: bool = False,
+    max_line_size: int | str = MAX_LINE_BYTES,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Compute the statistics of every response token of `data` and write them to the directory `out`.
@@ -91,6 +93,8 @@ def run_metrics(
             run, or "skip" it and list it in the summary.
         temperature: both models' logits are divided by it.
         trust_remote_code: run code that comes with the models.
+        max_line_size: bytes or text such as "16MiB" that a line of JSONL may have; a longer one can not be used, and is
+            never held in memory. Parsed, a line may take forty times its size.
         progress: show progress and broken lines on stderr.
 
     Returns:
@@ -100,13 +104,13 @@ def run_metrics(
         JobError: an argument, the data, a model or the directory can not be used, or the disk is full.
     """
     arguments = _check_arguments(
-        memory_limit, batch_tokens, dtype, device, sequential, on_error, temperature, trust_remote_code
+        memory_limit, batch_tokens, dtype, device, sequential, on_error, temperature, trust_remote_code, max_line_size
     )
     rl_place = find_model("--rl", rl, trust_remote_code=trust_remote_code)
     base_place = find_model("--base", base, trust_remote_code=trust_remote_code)
     data_path = Path(data)
     # Opened here for the errors of a file that is missing or empty, before anything else is looked at.
-    records = read_records(data_path)
+    records = read_records(data_path, arguments.max_line_size)
     fingerprints = Fingerprints(known_stamps(out), progress=progress)
     identity = {
         "arguments": arguments._asdict(),
@@ -135,6 +139,8 @@ def run_metrics(
                 )
         prepared = PreparedData(directory.work)
         _check_not_empty(data_path, prepared)
+        for remark in prepared.remarks() if progress else ():
+            tqdm.write(f"{data_path}: {remark}", sys.stderr)
         run = _Run(directory, arguments, prepared, TokenTexts(reading.tokenizer), rl_place, base_place, progress)
         run.compute()
         summary = run.summary({"rl": str(rl), "base": str(base), "data": str(data)}, identity)
@@ -153,6 +159,7 @@ def _check_arguments(
     on_error: str,
     temperature: float,
     trust_remote_code: bool,
+    max_line_size: int | str,
 ) -> Arguments:
     if batch_tokens < 1:
         raise JobError(f"--batch-tokens is {batch_tokens}, expected at least 1")
@@ -167,7 +174,15 @@ def _check_arguments(
     except ValueError as error:
         raise JobError(f"--memory-limit: {error}") from error
     return Arguments(
-        limit, batch_tokens, dtype, check_device(device), sequential, on_error, float(temperature), trust_remote_code
+        limit,
+        batch_tokens,
+        dtype,
+        check_device(device),
+        sequential,
+        on_error,
+        float(temperature),
+        trust_remote_code,
+        line_limit(max_line_size),
     )
 
 
@@ -238,6 +253,7 @@ class _Run:
             "tokens": num_tokens,
             "sources": describe(TokenDataset(self._directory.out, verify=False)),
             "broken_lines": [broken._asdict() for broken in self._data.broken],
+            "remarks": [remark._asdict() for remark in self._data.remarks()],
             "arguments": {**names, **self._arguments._asdict()},
             "versions": {"python": platform.python_version(), **identity["versions"]},
             "seconds": round(seconds, 3),

@@ -11,8 +11,9 @@ import pyarrow.compute as pc
 
 from ..report.files import replaced_atomically, write_atomically
 from ..report.ledger import Ledger
-from .data import BrokenLine, Encoder, Record, Sample
+from .data import Encoder, Record, Sample
 from .errors import JobError
+from .values import BrokenLine, shown
 
 _SCHEMA = pa.schema(
     [
@@ -21,6 +22,7 @@ _SCHEMA = pa.schema(
         ("source", pa.string()),
         ("prompt_ids", pa.list_(pa.int32())),
         ("response_ids", pa.list_(pa.int32())),
+        ("remark", pa.string()),
     ]
 )
 _SAMPLES_FILE = "samples.arrow"
@@ -33,6 +35,17 @@ class BrokenLineReport(NamedTuple):
 
     line: int
     reason: str
+
+
+class Remark(NamedTuple):
+    """Something to know about lines that are used: how many they are, and the number of the first."""
+
+    text: str
+    lines: int
+    first_line: int
+
+    def __str__(self) -> str:
+        return f"line {self.first_line} ({self.lines:,} {'line' if self.lines == 1 else 'lines'} in all): {self.text}"
 
 
 def prepare(
@@ -113,9 +126,33 @@ class PreparedData:
     def samples(self, begin: int, end: int) -> list[Sample]:
         """Samples `begin` to `end` − 1, in the order of the data."""
         piece = self._table.slice(begin, end - begin)
-        lines, sample_ids, sources = (piece[name].to_pylist() for name in ("line", "sample_id", "source"))
-        prompts, responses = (self._arrays(piece[name]) for name in ("prompt_ids", "response_ids"))
-        return [Sample(*fields) for fields in zip(lines, sample_ids, sources, prompts, responses, strict=True)]
+        columns = [
+            self._arrays(piece[name]) if name in ("prompt_ids", "response_ids") else piece[name].to_pylist()
+            for name in Sample._fields
+        ]
+        return [Sample(*fields) for fields in zip(*columns, strict=True)]
+
+    def remarks(self) -> list[Remark]:
+        """What there is to say of lines that are used: how their text became token ids, and ids that are not unique."""
+        lines = self._table["line"].to_numpy()
+        found: dict[str, list[int]] = {}
+        for line, text in zip(lines.tolist(), self._table["remark"].to_pylist(), strict=True):
+            if text is not None:
+                found.setdefault(text, []).append(line)
+        return [*self._repeated_ids(lines), *(Remark(text, len(at), at[0]) for text, at in found.items())]
+
+    def _repeated_ids(self, lines: np.ndarray) -> list[Remark]:
+        first, codes = np.unique(self._table["sample_id"].to_numpy(), return_index=True, return_inverse=True)[1:]
+        repeated = np.flatnonzero(first[codes] != np.arange(len(codes)))
+        if not len(repeated):
+            return []
+        place = repeated[0]
+        name = shown(self._table["sample_id"][int(place)].as_py())
+        text = (
+            f"the id is that of an earlier line (such as {name} of line {lines[first[codes[place]]]}): in the data set "
+            "`line` tells them apart, `sample_id` does not"
+        )
+        return [Remark(text, len(repeated), int(lines[place]))]
 
     @staticmethod
     def _arrays(column: pa.ChunkedArray) -> list[np.ndarray]:

@@ -1,32 +1,26 @@
 """Problems from JSONL, checked and turned into token ids.
 
-A line has `prompt` (text), `prompt_ids` (token ids) or `messages` (a conversation that the model is to go on with), the
-`answer` (a string or a number), and optionally `id`. Other columns are kept for the grader.
+A line has `prompt_ids` (token ids), `messages` (a conversation that the model is to go on with; with it optionally
+`tools` and `chat_template_kwargs`, which the chat template is given, too) or `prompt` (text), the first of these that
+has a value, the `answer` (a string or a number), and optionally `id`. Other columns are kept for the grader.
 """
 
+import itertools
 import json
+import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .data import (
-    BrokenLine,
-    Record,
-    as_id_list,
-    as_text,
-    check_messages,
-    check_range,
-    encode_text,
-    kind_of,
-    read_jsonl,
-    render_conversation,
-    sample_id,
-    shown,
-)
+from ..report.jsonl import MAX_LINE_BYTES
+from .data import Record, fullest_form, read_jsonl, sample_id
+from .encoding import ChatTemplate, as_conversation, encode_prompt
 from .errors import JobError
 from .models import Reading
+from .values import BrokenLine, as_id_list, as_text, check_range, kind_of, shown
 
-_FORMS = ("prompt_ids", "messages", "prompt")
+_FORMS = (("prompt_ids",), ("messages",), ("prompt",))
 
 
 class Problem(NamedTuple):
@@ -38,16 +32,32 @@ class Problem(NamedTuple):
     columns: Mapping[str, Any]
 
 
-def read_problems(path: Path, reading: Reading, *, max_new_tokens: int, needs_answer: bool) -> list[Problem]:
+def read_problems(
+    path: Path,
+    reading: Reading,
+    *,
+    max_new_tokens: int,
+    needs_answer: bool,
+    max_line_bytes: int = MAX_LINE_BYTES,
+) -> list[Problem]:
     """All problems of a file; JobError with the line's number for one that can not be used."""
     problems: list[Problem] = []
-    for record in read_jsonl(path):
+    lines: dict[str, list[int]] = {}
+    for record in read_jsonl(path, max_line_bytes):
         try:
             problems.append(_problem(len(problems), record, reading, max_new_tokens, needs_answer))
         except BrokenLine as error:
             raise JobError(f"--data: line {record.line}: {error}") from error
+        lines.setdefault(problems[-1].problem_id, []).append(record.line)
     if not problems:
         raise JobError(f"--data {path}: there is no line in it, expected one problem a line")
+    repeated = {name: at for name, at in lines.items() if len(at) > 1}
+    for name, at in itertools.islice(repeated.items(), 1):
+        warnings.warn(
+            f"--data: {len(repeated)} ids are those of several problems, such as {shown(name)} of lines {at[0]} and "
+            f"{at[1]}: in the responses `problem` tells them apart, `id` does not",
+            stacklevel=4,
+        )
     return problems
 
 
@@ -82,25 +92,26 @@ def _check_answer(columns: Mapping[str, Any]) -> None:
     answer = columns["answer"]
     if isinstance(answer, bool) or not isinstance(answer, str | int | float):
         raise BrokenLine(f"answer is a {kind_of(answer)}, expected a string or a number")
+    if isinstance(answer, float) and not math.isfinite(answer):
+        raise BrokenLine(f"answer is {answer}, expected a string or a finite number")
 
 
 def _prompt_ids(columns: Mapping[str, Any], tokenizer: Any) -> list[int]:
-    form = next((form for form in _FORMS if form in columns), None)
-    match form:
-        case "prompt_ids":
+    match fullest_form(columns, _FORMS):
+        case (("prompt_ids") as form,):
             return as_id_list(form, columns[form])
-        case "messages":
-            return _render(columns[form], tokenizer)
-        case "prompt":
-            return encode_text(tokenizer, as_text(form, columns[form]), beginning=True)
+        case ("messages",):
+            return _render(columns, tokenizer)
+        case (("prompt") as form,):
+            return encode_prompt(tokenizer, as_text(form, columns[form]))
     names = ", ".join(map(shown, columns)) or "none"
     raise BrokenLine(f"missing columns: it has {names}; expected prompt, or prompt_ids, or messages")
 
 
-def _render(messages: Any, tokenizer: Any) -> list[int]:
+def _render(columns: Mapping[str, Any], tokenizer: Any) -> list[int]:
     if not tokenizer.chat_template:
         raise BrokenLine("it has messages, but the tokenizer has no chat template: expected prompt")
-    check_messages(messages)
-    if not messages or messages[-1].get("role") == "assistant":
-        raise BrokenLine(f"messages is {shown(json.dumps(messages))}, expected a conversation that a user ends")
-    return render_conversation(tokenizer, messages, add_generation_prompt=True)
+    conversation = as_conversation(columns["messages"])
+    if not conversation or conversation[-1]["role"] == "assistant":
+        raise BrokenLine(f"messages is {shown(json.dumps(conversation))}, expected a conversation that a user ends")
+    return ChatTemplate(tokenizer, columns).encode_prompt(conversation)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ..reference_sample import CRITERIA, WITH_THRESHOLD
+from ..report.jsonl import MAX_LINE_BYTES
 from ..report.responses import BASE, RL, Setting
 from .errors import JobError
 from .models import DTYPES
@@ -32,6 +33,7 @@ class Decoding:
         dtype: of the weights in memory: bf16, fp16 or fp32.
         device: where the models run; CUDA if there is one, else the CPU.
         trust_remote_code: run code that comes with the models.
+        max_line_size: bytes that a line of the problems may have.
     """
 
     temperature: float = 1.0
@@ -46,6 +48,7 @@ class Decoding:
     dtype: str = "bf16"
     device: str | None = None
     trust_remote_code: bool = False
+    max_line_size: int = MAX_LINE_BYTES
 
     @property
     def filters(self) -> dict[str, Any]:
@@ -164,6 +167,7 @@ def check_decoding(decoding: Decoding) -> None:
         _check_integer(f"--{option.replace('_', '-')}", getattr(decoding, option), 1, 2**31)
     if decoding.chunk_size is not None:
         _check_integer("--chunk-size", decoding.chunk_size, 1, 2**31)
+    _check_integer("--max-line-size", decoding.max_line_size, 1, 2**40)
     for token_id in decoding.stop_token_ids or ():
         _check_integer("--stop-token-id", token_id, 0, 2**31)
     if decoding.dtype not in DTYPES:

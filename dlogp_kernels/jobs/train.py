@@ -101,7 +101,11 @@ def run_train(
         reading = read_pair(place, place, trust_remote_code=training.trust_remote_code)
         problems = [
             read_problems(
-                file, reading, max_new_tokens=training.max_new_tokens, needs_answer=loaded_grader.needs_answer
+                file,
+                reading,
+                max_new_tokens=training.max_new_tokens,
+                needs_answer=loaded_grader.needs_answer,
+                max_line_bytes=training.max_line_size,
             )
             for file in files
         ]

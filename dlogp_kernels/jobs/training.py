@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from ..reference_policy import REWEIGHT_SIGNS, REWEIGHTS
+from ..report.jsonl import MAX_LINE_BYTES
 from .errors import JobError
 
 
@@ -37,6 +38,7 @@ class Training:
         dtype: of the weights in memory: fp32 or bf16.
         device: where the model runs; CUDA if there is one, else the CPU.
         trust_remote_code: run code that comes with the model.
+        max_line_size: bytes that a line of the problems may have.
     """
 
     steps: int = 100
@@ -65,6 +67,7 @@ class Training:
     dtype: str = "fp32"
     device: str | None = None
     trust_remote_code: bool = False
+    max_line_size: int = MAX_LINE_BYTES
 
     @property
     def responses(self) -> int:
@@ -86,6 +89,7 @@ def check_training(training: Training) -> None:
     for name, least in (
         ("steps", 1), ("prompts", 1), ("samples", 2), ("minibatches", 1), ("max_new_tokens", 1), ("warmup_steps", 0),
         ("overlong_buffer", 0), ("eval_every", 0), ("eval_samples", 1), ("save_every", 1), ("seed", 0),
+        ("max_line_size", 1),
     ):  # fmt: skip
         _check(name, getattr(training, name), int, partial(operator.le, least), f"an integer ≥ {least}")
     for name, holds, expected in (

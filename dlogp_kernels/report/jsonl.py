@@ -1,0 +1,24 @@
+"""Lines of JSONL, none of which takes more memory than its limit allows."""
+
+import itertools
+from collections.abc import Iterator
+from typing import BinaryIO
+
+#: Of a line of the data, where no other limit is set: parsed, a line may take forty times its size in memory.
+MAX_LINE_BYTES = 16 * 2**20
+#: Of a line that a run wrote: a response of a million tokens, all of them replaced, fits.
+MAX_WRITTEN_LINE_BYTES = 128 * 2**20
+
+
+def bounded_lines(file: BinaryIO, limit: int) -> Iterator[tuple[int, bytes | None]]:
+    """Number, from 1, and bytes of each line; None for one of more than `limit` bytes, which is never held whole."""
+    for number in itertools.count(1):
+        line = file.readline(limit + 1)
+        if not line:
+            return
+        if len(line) <= limit or line.endswith(b"\n"):
+            yield number, line
+            continue
+        while (piece := file.readline(limit)) and not piece.endswith(b"\n"):
+            pass
+        yield number, None

@@ -1,14 +1,17 @@
 """Graders: what counts as the final answer, when two answers are the same, and graders of the user's that misbehave."""
 
-import builtins
+import os
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("transformers")
 pytest.importorskip("tqdm")
+pytest.importorskip("psutil")
 
-import numpy as np
+import psutil
 
 from dlogp_kernels.jobs.errors import JobError
 from dlogp_kernels.jobs.graders import final_answer, load_grader, same_answer
@@ -36,6 +39,22 @@ def test_final_answer(text):
     assert final_answer(text) == FINAL[text]
 
 
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"\boxed{7} " + r"\boxed{" * 6000, "7"),
+        (r"\boxed{" * 6000, r"\boxed{" * 6000),
+        (r"\boxed{" * 6000 + "7" + "}" * 6000, "7"),
+        ("}" * 6000 + r"\boxed{7}" + "{" * 6000, "7"),
+    ],
+    ids=["after one that closes", "never closed", "nested", "unmatched"],
+)
+def test_a_degenerate_response_takes_a_moment(text, answer):
+    begin = time.process_time()
+    assert final_answer(text) == answer
+    assert time.process_time() - begin < 1
+
+
 def test_same_answer():
     assert [pair for pair in SAME if not same_answer(*pair)] == []
     assert [pair for pair in DIFFERENT if same_answer(*pair)] == []
@@ -59,18 +78,6 @@ def test_math_verify():
     assert grade.identity["version"]
 
 
-def test_math_verify_that_is_missing_is_named_with_its_extra(monkeypatch):
-    def absent(name, *arguments, **options):
-        if name == "math_verify":
-            raise ModuleNotFoundError("No module named 'math_verify'", name="math_verify")
-        return original(name, *arguments, **options)
-
-    original = builtins.__import__
-    monkeypatch.setattr(builtins, "__import__", absent)
-    with pytest.raises(JobError, match=r"--grader math-verify: math_verify can not be imported.*dlogp_kernels\[math\]"):
-        load_grader("math-verify")
-
-
 @pytest.fixture
 def own_module(tmp_path, monkeypatch):
     """Write a module of the user's into the current directory; gives its name."""
@@ -83,6 +90,12 @@ def own_module(tmp_path, monkeypatch):
         return name
 
     return write
+
+
+def test_math_verify_that_is_missing_is_named_with_its_extra(own_module):
+    own_module("raise ModuleNotFoundError(\"No module named 'math_verify'\", name='math_verify')", "math_verify")
+    with pytest.raises(JobError, match=r"--grader math-verify: math_verify can not be imported.*dlogp_kernels\[math\]"):
+        load_grader("math-verify")
 
 
 def test_a_function_of_the_user(own_module):
@@ -112,10 +125,77 @@ def test_what_a_grader_raises_is_its_grade(own_module, body, message):
 
 
 def test_numpy_scores_are_scores(own_module):
-    name = own_module("def grade(response, problem):\n    return problem['value']\n")
+    name = own_module("import numpy\n\ndef grade(response, problem):\n    return getattr(numpy, problem['type'])(1)\n")
     grader = load_grader(f"{name}:grade")
-    for value in (np.bool_(True), np.float32(1), np.int64(1)):
-        assert grader("", {"value": value}) == (1.0, None)
+    for kind in ("bool_", "float32", "int64"):
+        assert grader("", {"type": kind}) == (1.0, None)
+
+
+HANGING = """
+import os, subprocess, sys, time
+
+def grade(response, problem):
+    print("a grader may print", flush=True)
+    if response == "sleep":
+        time.sleep(600)
+    while response == "spin":
+        try:
+            time.sleep(0.001)
+        except BaseException:
+            pass
+    if response == "child":
+        subprocess.run([sys.executable, "-c", "import time; time.sleep(600)"])
+    if response == "exit":
+        sys.exit("no more")
+    if response == "crash":
+        os.abort()
+    if response == "fork":
+        os.fork()
+    return problem["score"]
+"""
+
+
+@pytest.mark.parametrize(
+    ("response", "error"),
+    [
+        ("sleep", "TimeoutError: the grader took more than 1 s"),
+        ("spin", "TimeoutError: the grader took more than 1 s"),
+        ("child", "TimeoutError: the grader took more than 1 s"),
+        ("exit", "SystemExit: no more"),
+        ("crash", "the process of the grader ended, with status -6"),
+        ("fork", None),
+    ],
+)
+def test_a_grader_that_does_not_come_back_costs_one_grade(own_module, response, error):
+    grade = load_grader(f"{own_module(HANGING)}:grade", timeout=1)
+    scores = [grade(text, {"score": score}) for score, text in enumerate(["well", response, "well"])]
+    assert scores == [(0, None), (1, None) if error is None else (None, error), (2, None)]
+
+
+def test_the_process_of_a_grader_ends_with_it_and_its_children(own_module):
+    code = "import os, subprocess\n\ndef grade(response, problem):\n"
+    code += "    return subprocess.Popen(['sleep', '600']).pid if problem['child'] else os.getpid()\n"
+    grade = load_grader(f"{own_module(code)}:grade")
+    processes = [int(grade("", {"child": child}).score) for child in (False, True)]
+    assert os.getpid() not in processes and all(map(psutil.pid_exists, processes))
+    del grade
+    _, alive = psutil.wait_procs([psutil.Process(pid) for pid in processes if psutil.pid_exists(pid)], timeout=10)
+    assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def test_what_math_verify_does_not_finish_is_an_error(own_module):
+    pytest.importorskip("math_verify")
+    code = "import sys\nfrom math_verify.errors import TimeoutException\n\ndef parse(text, raise_on_error):\n"
+    code += "    if text == 'slow':\n        raise TimeoutException\n    return [text]\n\n"
+    code += "def verify(one, other, raise_on_error):\n    raise (TimeoutException if other == 'hard' else ValueError)\n"
+    own_module("class TimeoutException(BaseException):\n    pass\n", "errors")
+    Path("math_verify").mkdir()
+    Path("errors.py").rename("math_verify/errors.py")
+    own_module(code, "math_verify/__init__")
+    grade = load_grader("math-verify")
+    assert grade("slow", {"answer": 1}) == (None, "TimeoutError: math-verify took too long to read it")
+    assert grade("hard", {"answer": 1}) == (None, "TimeoutError: math-verify took too long to compare it")
+    assert grade("odd", {"answer": 1}) == (0.0, None)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """Data, models and arguments that can not be used: what is said, and that nothing is half-done."""
 
 import json
+import os
 import shutil
+import tracemalloc
 
 import pytest
 
@@ -14,6 +16,7 @@ import pyarrow.parquet as pq
 from pair_files import CONTEXT, VOCABULARY, WORDS, Pair, contents, random_rows, write_lines, write_pair
 
 from dlogp_kernels.hf.tiny import save_local, tiny_qwen3, word_tokenizer
+from dlogp_kernels.jobs.data import read_records
 from dlogp_kernels.jobs.errors import JobError
 from dlogp_kernels.jobs.metrics import run_metrics
 
@@ -42,6 +45,29 @@ BROKEN = {
     "sample id is a list": (GOOD | {"id": [1]}, "id is [1], expected a string or an integer"),
     "source is a number": (GOOD | {"source": 3}, "source is a number, expected a string"),
     "unknown word": ({"prompt": "w1", "response": "elephant"}, "the tokenizer refuses it"),
+    "a key twice": (
+        b'{"prompt": "w1", "response": "w2", "prompt": "w3"}',
+        "the key 'prompt' is there 2 times, expected each once",
+    ),
+    "a key of a message twice": (
+        b'{"messages": [{"role": "user", "role": "user"}, {"role": "assistant", "content": "w2"}]}',
+        "the key 'role' is there 2 times",
+    ),
+    "id beyond float": (b'{"prompt_ids": [5], "response_ids": [1e999]}', "response_ids[0] is inf, expected an integer"),
+    "sample id is infinite": (b'{"prompt": "w1", "response": "w2", "id": -Infinity}', "id is -inf, expected a string"),
+    "text is NaN": (b'{"prompt": "w1", "response": NaN}', "response is a number, expected a string"),
+    "nested text": (b'{"prompt": "w1", "response": ' + b"[" * 900 + b"]" * 900 + b"}", "response is a list"),
+    "nested call": (
+        b'{"messages": [{"role": "user"}, {"role": "assistant", "tool_calls": [{"a": %s}]}]}'
+        % (b"[" * 900 + b"]" * 900),
+        "the chat template",
+    ),
+    "no role": ({"messages": [{"content": "w1"}, {"role": "assistant"}]}, "messages role is a null, expected a string"),
+    "content is a number": ({"messages": [USER | {"content": 3}, USER]}, "messages content is a number"),
+    "half a character in a call": (
+        b'{"messages": [{"role": "user"}, {"role": "assistant", "tool_calls": [{"name": "\\ud83d"}]}]}',
+        "messages has half a surrogate pair at character",
+    ),
     "one message": ({"messages": [USER]}, "messages has 1 entries"),
     "user has the last word": ({"messages": [USER, USER]}, "the last message has the role 'user'"),
     "messages are text": ({"messages": "w1"}, "messages is a string, expected a list of objects"),
@@ -112,6 +138,64 @@ def test_data_files_that_can_not_be_used(pair, tmp_path):
         assert not (tmp_path / "out").exists()
 
 
+def test_a_line_may_have_so_many_bytes(pair, tmp_path):
+    long = {"prompt": "w1", "response": "w2", "other": "x" * 1000}
+    size = len(json.dumps(long))
+    data = write_lines(tmp_path / "data.jsonl", [GOOD, long, long | {"other": "x" * 1001}, GOOD])
+    with pytest.raises(JobError, match=f"line 3: longer than {size:,} bytes, the limit that --max-line-size sets"):
+        run(pair, tmp_path / "out", data, max_line_size=size)
+    summary = run(pair, tmp_path / "skipped", data, max_line_size=f"{size}B", on_error="skip")
+    assert summary["responses"] == 3 and [broken["line"] for broken in summary["broken_lines"]] == [3]
+    assert run(pair, tmp_path / "whole", data)["responses"] == 4
+
+
+def test_a_longer_line_is_never_held_in_memory(tmp_path):
+    path = tmp_path / "data.jsonl"
+    with open(path, "wb") as file:
+        file.truncate(200 * 2**20)
+        file.seek(0, os.SEEK_END)
+        file.write(b'\n{"prompt": "w1", "response": "w2"}')
+    tracemalloc.start()
+    long, good = read_records(path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 48 * 2**20
+    assert "longer than 16,777,216 bytes" in str(long.columns)
+    assert good == (2, {"prompt": "w1", "response": "w2"})
+
+
+def test_parquet_of_one_type_a_column(pair, tmp_path):
+    chats = [
+        [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2", "tool_calls": None}],
+        [
+            {"role": "user", "content": "w1"},
+            {"role": "assistant", "tool_calls": [{"function": {"name": "w3", "arguments": {"a": 1}}}]},
+            {"role": "tool", "tool_calls": [{"function": {"name": "w3", "arguments": {"b": 1}}}]},
+        ],
+    ]
+    table = pa.table({"messages": chats, "id": ["x", "y"]})
+    pq.write_table(table, tmp_path / "chats.parquet")
+    first, second = (record.columns["messages"] for record in read_records(tmp_path / "chats.parquet"))
+    assert first == [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
+    assert second[1] == chats[1][1]
+    pq.write_table(table.append_column("id", table["id"]), tmp_path / "twice.parquet")
+    with pytest.raises(JobError, match="it has the column id twice"):
+        run(pair, tmp_path / "out", tmp_path / "twice.parquet")
+
+
+def test_ids_that_are_not_unique_are_told(pair, tmp_path, capsys):
+    rows = [GOOD | {"id": "a"}, GOOD | {"id": 4}, GOOD | {"id": "a"}, GOOD, GOOD | {"id": "a"}, GOOD]
+    summary = run(pair, tmp_path / "out", write_lines(tmp_path / "data.jsonl", rows), progress=True)
+    [remark] = summary["remarks"]
+    assert (remark["lines"], remark["first_line"]) == (3, 3)
+    assert "such as 'a' of line 1" in remark["text"]
+    assert f"line 3 (3 lines in all): {remark['text']}" in capsys.readouterr().err
+    tokens = pq.read_table(tmp_path / "out" / "tokens").to_pylist()
+    assert {(row["sample_id"], row["line"]) for row in tokens} == {
+        ("a", 1), ("4", 2), ("a", 3), ("4", 4), ("a", 5), ("6", 6)
+    }  # fmt: skip
+
+
 def test_a_null_in_parquet_is_a_broken_row(pair, tmp_path):
     pq.write_table(pa.table({"prompt": ["w1", "w1"], "response": ["w2", None]}), tmp_path / "data.parquet")
     with pytest.raises(JobError, match="line 2: missing columns: it has 'prompt'"):
@@ -178,6 +262,8 @@ def test_the_smaller_vocabulary_and_context_count(pair, tmp_path):
         ({"dtype": "int8"}, "--dtype is 'int8', expected one of bf16, fp16, fp32"),
         ({"on_error": "ignore"}, "--on-error is 'ignore', expected raise or skip"),
         ({"memory_limit": "much"}, "--memory-limit: "),
+        ({"max_line_size": "much"}, "--max-line-size is 'much', expected text such as"),
+        ({"max_line_size": 0}, "--max-line-size is 0, expected more than 0 bytes"),
         ({"memory_limit": "1KiB"}, "memory_limit is 1024 bytes, expected at least"),
         ({"device": "abacus"}, "--device is 'abacus', which can not be used here"),
     ],

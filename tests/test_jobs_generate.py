@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -297,6 +298,8 @@ def test_a_grader_that_raises_is_recorded_and_counted(files, tmp_path, monkeypat
 
 
 BAD_DECODING = {
+    "--grader-timeout is 0, expected a number > 0": {"grader_timeout": 0},
+    "--max-line-size is 0, expected an integer": {"max_line_size": 0},
     "--temperature is -0.1": {"temperature": -0.1},
     "--temperature is nan": {"temperature": float("nan")},
     "--top-p is 0.0, expected a number in (0, 1]": {"top_p": 0.0},
@@ -385,6 +388,9 @@ BROKEN = {
     "no answer": ({"prompt": "w1"}, "missing columns: it has 'prompt'; expected answer"),
     "answer is a list": (GOOD | {"answer": ["w1"]}, "answer is a list, expected a string or a number"),
     "answer is a boolean": (GOOD | {"answer": True}, "answer is a boolean"),
+    "answer is infinite": (b'{"prompt": "w1", "answer": 1e999}', "answer is inf, expected a string or a finite number"),
+    "answer is NaN": (b'{"prompt": "w1", "answer": NaN}', "answer is nan, expected a string or a finite number"),
+    "a key twice": (b'{"prompt": "w1", "answer": 1, "answer": 2}', "the key 'answer' is there 2 times"),
     "empty prompt": (GOOD | {"prompt": ""}, "the prompt has no tokens"),
     "prompt is a number": (GOOD | {"prompt": 3}, "prompt is a number, expected a string"),
     "unknown word": (GOOD | {"prompt": "elephant"}, "the tokenizer refuses it"),
@@ -413,7 +419,7 @@ def test_all_forms_of_a_prompt_and_the_longest_that_fits(files, tmp_path):
     rows = [
         {"prompt": "<bos> w1 w2 <sep>", "answer": "w3"},
         {"prompt_ids": [1, 5, 6, 3], "answer": "w3"},
-        {"messages": [{"role": "user", "content": "w1 w2"}], "answer": "w3"},
+        {"messages": [{"role": "user", "content": "w1 w2"}], "answer": "w3", "prompt_ids": None, "prompt": None},
         {"prompt_ids": [5] * (CONTEXT - 9), "answer": 3},
     ]
     data = write_lines(tmp_path / "data.jsonl", rows)
@@ -423,6 +429,16 @@ def test_all_forms_of_a_prompt_and_the_longest_that_fits(files, tmp_path):
     assert found[0].token_ids == found[1].token_ids == found[2].token_ids
     assert [row.problem_id for row in found] == ["1", "2", "3", "4"]
     assert [len(row.token_ids) for row in found] == [9] * 4
+
+
+def test_ids_that_are_not_unique_and_lines_that_are_too_long_are_told(files, tmp_path):
+    data = write_lines(tmp_path / "data.jsonl", [GOOD | {"id": name} for name in ("a", "b", "a", "a")])
+    decoding = Decoding(max_new_tokens=1, dtype="fp32", device="cpu")
+    with pytest.warns(UserWarning, match=r"1 ids are those of several problems, such as 'a' of lines 1 and 3"):
+        run_generate(files.rl, files.base, data, tmp_path / "out", setting=RL, decoding=decoding, progress=False)
+    decoding = replace(decoding, max_line_size=20)
+    with pytest.raises(JobError, match="line 1: longer than 20 bytes"):
+        run_generate(files.rl, files.base, data, tmp_path / "other", setting=RL, decoding=decoding, progress=False)
 
 
 def test_files_and_models_that_can_not_be_used(files, tmp_path):

@@ -150,6 +150,9 @@ _ChunkSize = Annotated[
     typer.Option(help="Responses between two writes to the disk.", show_default="4 × --batch-size"),
 ]
 _MaxLineSize = Annotated[str, typer.Option(help="Longest line of JSONL in --data; a longer one can not be used.")]
+_GraderTimeout = Annotated[
+    float, typer.Option(help="Seconds for a response, after which a grader but exact is stopped, and counted.")
+]
 _Dtype = Annotated[Dtype, typer.Option(help="Of the weights in memory.")]
 _Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:1.", show_default="cuda if there is one")]
 _Resume = Annotated[
@@ -192,6 +195,7 @@ def generate(
     device: _Device = None,
     resume: _Resume = False,
     trust_remote_code: _TrustRemoteCode = False,
+    grader_timeout: _GraderTimeout = 60.0,
     max_line_size: _MaxLineSize = "16MiB",
 ) -> None:
     """Draw and grade responses to problems, with tokens replaced by the RL model or by extrapolation beyond it.
@@ -216,6 +220,7 @@ def generate(
         dtype=dtype.value,
         device=device,
         trust_remote_code=trust_remote_code,
+        grader_timeout=grader_timeout,
         max_line_size=line_limit(max_line_size),
     )
     setting = Setting(criterion, threshold, gamma, draft.value)
@@ -257,6 +262,7 @@ def sweep(
     device: _Device = None,
     resume: _Resume = False,
     trust_remote_code: _TrustRemoteCode = False,
+    grader_timeout: _GraderTimeout = 60.0,
     max_line_size: _MaxLineSize = "16MiB",
 ) -> None:
     """Draw and grade responses under every criterion, threshold, γ and seed; `dlogp plot` draws the curves.
@@ -281,6 +287,7 @@ def sweep(
         dtype=dtype.value,
         device=device,
         trust_remote_code=trust_remote_code,
+        grader_timeout=grader_timeout,
         max_line_size=line_limit(max_line_size),
     )
     settings = grid(
@@ -371,6 +378,7 @@ def train(
     device: _Device = None,
     resume: _Resume = False,
     trust_remote_code: _TrustRemoteCode = False,
+    grader_timeout: _GraderTimeout = 60.0,
     max_line_size: _MaxLineSize = "16MiB",
 ) -> None:
     """Train a model on graded problems: DAPO with reweighted advantages; writes a checkpoint and a log.
@@ -409,6 +417,7 @@ def train(
         dtype=dtype.value,
         device=device,
         trust_remote_code=trust_remote_code,
+        grader_timeout=grader_timeout,
         max_line_size=line_limit(max_line_size),
     )
     summary = run_train(base, data, out, training=training, grader=grader, eval_data=eval_data, resume=resume)

@@ -61,7 +61,7 @@ def run_decoding(
     check_settings(settings, seeds)
     check_decoding(decoding)
     device = check_device(decoding.device)
-    grader = load_grader(inputs.grader)
+    grader = load_grader(inputs.grader, timeout=decoding.grader_timeout)
     places = [
         find_model(option, name, trust_remote_code=decoding.trust_remote_code)
         for option, name in (("--rl", inputs.rl), ("--base", inputs.base))

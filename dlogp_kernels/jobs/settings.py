@@ -11,6 +11,7 @@ from ..reference_sample import CRITERIA, WITH_THRESHOLD
 from ..report.jsonl import MAX_LINE_BYTES
 from ..report.responses import BASE, RL, Setting
 from .errors import JobError
+from .graders import DEFAULT_GRADER_SECONDS
 from .models import DTYPES
 
 _Number = TypeVar("_Number", int, float)
@@ -33,6 +34,8 @@ class Decoding:
         dtype: of the weights in memory: bf16, fp16 or fp32.
         device: where the models run; CUDA if there is one, else the CPU.
         trust_remote_code: run code that comes with the models.
+        grader_timeout: seconds that the grader may take for a response, before it is stopped and counted as one that
+            raised; `exact` needs none.
         max_line_size: bytes that a line of the problems may have.
     """
 
@@ -48,6 +51,7 @@ class Decoding:
     dtype: str = "bf16"
     device: str | None = None
     trust_remote_code: bool = False
+    grader_timeout: float = DEFAULT_GRADER_SECONDS
     max_line_size: int = MAX_LINE_BYTES
 
     @property
@@ -167,6 +171,7 @@ def check_decoding(decoding: Decoding) -> None:
         _check_integer(f"--{option.replace('_', '-')}", getattr(decoding, option), 1, 2**31)
     if decoding.chunk_size is not None:
         _check_integer("--chunk-size", decoding.chunk_size, 1, 2**31)
+    _check_number("--grader-timeout", decoding.grader_timeout, lambda value: value > 0, "> 0")
     _check_integer("--max-line-size", decoding.max_line_size, 1, 2**40)
     for token_id in decoding.stop_token_ids or ():
         _check_integer("--stop-token-id", token_id, 0, 2**31)

@@ -77,7 +77,7 @@ def run_train(
     training = training or Training()
     check_training(training)
     device = check_device(training.device)
-    loaded_grader = load_grader(grader)
+    loaded_grader = load_grader(grader, timeout=training.grader_timeout)
     place = find_model("--base", base, trust_remote_code=training.trust_remote_code)
     files = [Path(data)] if eval_data is None else [Path(data), Path(eval_data)]
     for file in files:
@@ -153,6 +153,7 @@ class _Run:
         self._log = _Log(directory.out, directory.ledger)
         self._stopwatch = Stopwatch(directory.ledger)
         self._grader_errors = 0
+        self._told = False
 
     def train(self) -> None:
         """Take the steps that are missing, and write the model."""
@@ -269,8 +270,19 @@ class _Run:
         text = self._tokenizer.decode(ids, skip_special_tokens=True)
         result = self._grader(text, problem.columns)
         self._directory.end_copies()
-        self._grader_errors += result.error is not None
+        if result.error is not None:
+            self._grader_errors += 1
+            self._tell_once(problem, result.error)
         return result.score
+
+    def _tell_once(self, problem: Problem, error: str) -> None:
+        if not self._told:
+            self._told = True
+            warnings.warn(
+                f"the grader gave no score to a response to the problem {problem.problem_id}: {error}; such responses "
+                "teach nothing, and are counted in the log",
+                stacklevel=2,
+            )
 
     def _on_step(self, step: int, metrics: Mapping[str, Any], bar: "_Bar") -> None:
         entry = to_entry(step, metrics)

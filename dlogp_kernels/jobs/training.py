@@ -10,6 +10,7 @@ from typing import Any
 from ..reference_policy import REWEIGHT_SIGNS, REWEIGHTS
 from ..report.jsonl import MAX_LINE_BYTES
 from .errors import JobError
+from .graders import DEFAULT_GRADER_SECONDS
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Training:
         dtype: of the weights in memory: fp32 or bf16.
         device: where the model runs; CUDA if there is one, else the CPU.
         trust_remote_code: run code that comes with the model.
+        grader_timeout: seconds that the grader may take for a response, before it is stopped and counted as one that
+            raised; `exact` needs none.
         max_line_size: bytes that a line of the problems may have.
     """
 
@@ -67,6 +70,7 @@ class Training:
     dtype: str = "fp32"
     device: str | None = None
     trust_remote_code: bool = False
+    grader_timeout: float = DEFAULT_GRADER_SECONDS
     max_line_size: int = MAX_LINE_BYTES
 
     @property
@@ -100,6 +104,7 @@ def check_training(training: Training) -> None:
         ("dual_clip", lambda value: value > 1, "a number > 1"),
         ("kl_beta", lambda value: value >= 0, "a number ≥ 0"),
         ("temperature", lambda value: value > 0, "a number > 0"),
+        ("grader_timeout", lambda value: value > 0, "a number > 0"),
     ):
         _check(name, getattr(training, name), int | float, holds, expected)
     for name, choices in (("reweight", REWEIGHTS), ("reweight_sign", REWEIGHT_SIGNS), ("dtype", ("fp32", "bf16"))):

@@ -8,6 +8,7 @@ from typing import BinaryIO
 MAX_LINE_BYTES = 16 * 2**20
 #: Of a line that a run wrote: a response of a million tokens, all of them replaced, fits.
 MAX_WRITTEN_LINE_BYTES = 128 * 2**20
+_PIECE = 2**16
 
 
 def bounded_lines(file: BinaryIO, limit: int) -> Iterator[tuple[int, bytes | None]]:
@@ -19,6 +20,6 @@ def bounded_lines(file: BinaryIO, limit: int) -> Iterator[tuple[int, bytes | Non
         if len(line) <= limit or line.endswith(b"\n"):
             yield number, line
             continue
-        while (piece := file.readline(limit)) and not piece.endswith(b"\n"):
+        while (piece := file.readline(_PIECE)) and not piece.endswith(b"\n"):
             pass
         yield number, None

@@ -137,6 +137,12 @@ def test_a_response_has_no_space_that_stands_nowhere_in_the_text(scheme, prompt,
     assert both == tokenizer.encode(prompt + response) and sample.remark is None
 
 
+def test_nor_where_a_special_token_stands_before_it():
+    tokenizer = metaspace("normalizer")
+    sample = encode(tokenizer, {"prompt": "<|assistant|>", "response": " b"})
+    assert tokenizer.convert_ids_to_tokens(sample.response_ids.tolist()) == ["▁", "b"]
+
+
 def test_a_space_that_can_not_be_left_out_is_remarked_upon():
     sample = encode(sentencepiece_like(), {"prompt": "the cat", "response": "cat the"})
     assert "a space before the response that stands nowhere" in sample.remark

@@ -101,14 +101,16 @@ def _continue(
         in_context = rest(prompt_ids, encode(prompt + response))
         if in_context is not None:
             return in_context, None
-    if response.startswith((" ", *_SPACES)) or not _spelling(tokenizer, alone).startswith(_SPACES):
+    if not _spelling(tokenizer, alone).startswith(_SPACES):
         return alone, None
-    # The tokenizer begins every text with a space. Behind another text there is none.
+    # The tokenizer may begin every text with a space. Behind another text there is none.
     for before in ("\n", "a"):
         with contextlib.suppress(BrokenLine):
             without_space = rest(_plain(tokenizer, before), _plain(tokenizer, before + response))
             if without_space is not None:
                 return without_space, None
+    if response.startswith((" ", *_SPACES)):
+        return alone, None
     return alone, "the tokenizer puts a space before the response that stands nowhere in the text"
 
 

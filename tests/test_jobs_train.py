@@ -279,3 +279,7 @@ def test_the_command_draws_runs_and_refuses_others(tmp_path):
     (other / "log.jsonl").write_text("")
     with pytest.raises(DatasetError, match="has no step yet"):
         plot_training([other])
+    for log, message in (("[" * 100_000, "line 1 is not an entry"), (" " * 2**24 + "{}", "line 1 is longer than")):
+        (other / "log.jsonl").write_text(f"{log}\n")
+        with pytest.raises(DatasetError, match=message):
+            plot_training([other])

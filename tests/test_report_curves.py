@@ -16,6 +16,7 @@ pytest.importorskip("rich")
 from rich.console import Console
 
 from dlogp_kernels.cli.tables import print_sweep_plot, replaced_token_table
+from dlogp_kernels.report import responses
 from dlogp_kernels.report.curves import (
     bars,
     compare,
@@ -220,13 +221,19 @@ def test_plot_writes_what_there_is_to_draw(results, tmp_path):
     assert len(plot_sweep(one_problem).files) == 8
 
 
-def test_directories_without_responses(tmp_path):
+def test_directories_without_responses(tmp_path, monkeypatch):
     with pytest.raises(DatasetError, match=r"holds no responses.jsonl"):
         plot_sweep(tmp_path)
     with pytest.raises(DatasetError, match="holds no whole response"):
         plot_sweep(write(tmp_path / "half", [], tail=b'{"id"'))
     with pytest.raises(DatasetError, match="line 2: not a response"):
         list(read_responses(write(tmp_path / "broken", [response(RL, 0)], tail=b"{}\n")))
+    long = write(tmp_path / "long", [response(RL, 0), response(RL, 1)])
+    monkeypatch.setattr(responses, "MAX_WRITTEN_LINE_BYTES", (long / "responses.jsonl").read_bytes().index(b"\n"))
+    assert len(list(read_responses(long))) == 2
+    monkeypatch.setattr(responses, "MAX_WRITTEN_LINE_BYTES", 50)
+    with pytest.raises(DatasetError, match="line 1 is longer than 50 bytes"):
+        list(read_responses(long))
     with pytest.raises(DatasetError, match="min_count is 0"):
         plot_sweep(write(tmp_path / "count", [response(RL, 0)]), min_count=0)
 

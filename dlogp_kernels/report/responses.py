@@ -14,6 +14,7 @@ import numpy as np
 
 from .dataset import SUMMARY_FILE
 from .errors import DatasetError
+from .jsonl import MAX_WRITTEN_LINE_BYTES, bounded_lines
 from .ledger import Ledger, check
 
 RESPONSES_FILE = "responses.jsonl"
@@ -330,7 +331,9 @@ def read_responses(directory: str | Path) -> Iterator[Response]:
         raise DatasetError(f"{directory} holds no {RESPONSES_FILE}, as `dlogp generate` and `dlogp sweep` write it")
     check(Ledger.read(Path(directory)), path, [path])
     with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
+        for number, line in bounded_lines(file, MAX_WRITTEN_LINE_BYTES):
+            if line is None:
+                raise DatasetError(f"{path}: line {number} is longer than {MAX_WRITTEN_LINE_BYTES:,} bytes")
             if not line.endswith(b"\n"):
                 return
             try:

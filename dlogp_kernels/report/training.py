@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import DatasetError
+from .jsonl import MAX_LINE_BYTES, bounded_lines
 
 LOG_FILE, CSV_FILE = "log.jsonl", "log.csv"
 
@@ -65,13 +66,15 @@ def read_log(path: Path) -> Iterator[dict[str, Any]]:
     Raises DatasetError with the line's number for one that is not an entry.
     """
     with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
+        for number, line in bounded_lines(file, MAX_LINE_BYTES):
+            if line is None:
+                raise DatasetError(f"{path}: line {number} is longer than {MAX_LINE_BYTES:,} bytes")
             if not line.endswith(b"\n"):
                 return
             try:
                 entry = json.loads(line)
                 entry["step"] = int(entry["step"])
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise DatasetError(f"{path}: line {number} is not an entry of a log of training: {error!r}") from error
             yield entry
 

@@ -434,7 +434,7 @@ def test_all_forms_of_a_prompt_and_the_longest_that_fits(files, tmp_path):
 def test_ids_that_are_not_unique_and_lines_that_are_too_long_are_told(files, tmp_path):
     data = write_lines(tmp_path / "data.jsonl", [GOOD | {"id": name} for name in ("a", "b", "a", "a")])
     decoding = Decoding(max_new_tokens=1, dtype="fp32", device="cpu")
-    with pytest.warns(UserWarning, match=r"1 ids are those of several problems, such as 'a' of lines 1 and 3"):
+    with pytest.warns(UserWarning, match="ids that several problems have: 1, such as 'a' of lines 1 and 3"):
         run_generate(files.rl, files.base, data, tmp_path / "out", setting=RL, decoding=decoding, progress=False)
     decoding = replace(decoding, max_line_size=20)
     with pytest.raises(JobError, match="line 1: longer than 20 bytes"):

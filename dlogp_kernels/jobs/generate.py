@@ -33,8 +33,8 @@ def run_generate(
         setting: when a token of the draft is replaced, and from what.
         seed: of the noise, 64 bits. Runs of one seed share their noise: their accuracies can be compared in pairs.
         decoding: temperature and filters, samples, lengths, batches, device.
-        grader: `exact`, `math-verify` or `module:function`, see `jobs.graders`. One that raises is counted, and its
-            message is kept with the response.
+        grader: `exact`, `math-verify` or `module:function`, see `jobs.graders`. One that raises, ends its process or
+            takes longer than `decoding.grader_timeout` is counted, and the reason is kept with the response.
         resume: insist that `out` holds a run to go on with; without it a new run may begin.
         progress: show progress on stderr.
 

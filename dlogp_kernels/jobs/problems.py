@@ -5,7 +5,6 @@ A line has `prompt_ids` (token ids), `messages` (a conversation that the model i
 has a value, the `answer` (a string or a number), and optionally `id`. Other columns are kept for the grader.
 """
 
-import itertools
 import json
 import math
 import warnings
@@ -52,10 +51,11 @@ def read_problems(
     if not problems:
         raise JobError(f"--data {path}: there is no line in it, expected one problem a line")
     repeated = {name: at for name, at in lines.items() if len(at) > 1}
-    for name, at in itertools.islice(repeated.items(), 1):
+    if repeated:
+        name, (first, second, *_) = next(iter(repeated.items()))
         warnings.warn(
-            f"--data: {len(repeated)} ids are those of several problems, such as {shown(name)} of lines {at[0]} and "
-            f"{at[1]}: in the responses `problem` tells them apart, `id` does not",
+            f"--data: ids that several problems have: {len(repeated):,}, such as {shown(name)} of lines {first} and "
+            f"{second}; in the responses `problem` tells them apart, `id` does not",
             stacklevel=4,
         )
     return problems

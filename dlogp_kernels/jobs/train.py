@@ -62,7 +62,8 @@ def run_train(
             complete; a run of others is an error, and stays as it is.
         training: steps, batches, learning rate, loss, lengths, device.
         grader: `exact`, `math-verify` or `module:function`, see `jobs.graders`; its score is the reward. Responses at
-            which it raises teach nothing, and are counted.
+            which it raises, ends its process or takes longer than `training.grader_timeout` teach nothing, and are
+            counted; the first reason is told as a UserWarning.
         eval_data: held-out problems, whose accuracy is measured before the first step, every so many steps and at the
             end; None for none.
         resume: insist that `out` holds a run to go on with; without it a new run may begin.

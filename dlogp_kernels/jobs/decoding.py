@@ -248,7 +248,6 @@ class _Run:
     def _response(self, chunk: _Chunk, problem: Problem, sample: int, row: "_Row") -> Response:
         text = self._tokenizer.decode(row.tokens, skip_special_tokens=True)
         grade: Grade = self._grader(text, problem.columns)
-        self._directory.end_copies()
         return Response(
             problem.problem_id,
             problem.number,

@@ -270,7 +270,6 @@ class _Run:
     def _score(self, ids: Sequence[int], problem: Problem) -> float | None:
         text = self._tokenizer.decode(ids, skip_special_tokens=True)
         result = self._grader(text, problem.columns)
-        self._directory.end_copies()
         if result.error is not None:
             self._grader_errors += 1
             self._tell_once(problem, result.error)

@@ -127,6 +127,45 @@ def test_changed_logits_are_noticed():
         hf.lm_head_inputs(model, tokens(1, 8))
 
 
+def prepared(model, dtype):
+    """As accelerate prepares a model for mixed precision: its forward under autocast, the logits in float32."""
+    forward = model.forward
+
+    def forward_in(*args, **options):
+        with torch.autocast("cpu", dtype):
+            output = forward(*args, **options)
+        output.logits = output.logits.float()
+        return output
+
+    model.forward = forward_in
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["qwen3", "gemma2", "granite", "qwen3_moe"])
+def test_a_model_prepared_for_mixed_precision_passes_the_check(name, dtype):
+    model, input_ids = hf_models.tiny_model(name), tokens(1, 10)
+    with torch.no_grad():
+        expected = hf.lm_head_inputs(model, input_ids)
+        actual = hf.lm_head_inputs(prepared(hf_models.tiny_model(name), dtype), input_ids)
+    assert torch.equal(actual.hidden, expected.hidden)  # the wrapper stays outside
+
+
+def test_autocast_around_the_check_is_its_precision():
+    model, input_ids = hf_models.tiny_model("mamba"), tokens(1, 10)  # whose logits are float32 even then
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert model(input_ids).logits.dtype == torch.float32
+        assert hf.lm_head_inputs(model, input_ids).hidden.isfinite().all()
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.bfloat16, 1.05), (torch.float16, 1.01)])
+def test_changed_logits_are_noticed_in_mixed_precision(dtype, scale):
+    model = prepared(hf_models.tiny_model("qwen3"), dtype)
+    model.lm_head.register_forward_hook(lambda layer, inputs, output: output * scale)
+    with pytest.raises(ValueError, match="the log-probabilities of its logits differ"):
+        hf.lm_head_inputs(model, tokens(1, 8))
+
+
 def test_a_changed_config_is_verified_again():
     model = hf_models.tiny_model("granite")
     hf.lm_head_inputs(model, tokens(1, 8))

@@ -10,6 +10,7 @@ import torch
 import trl_runs
 from hf_models import one_thread, tiny_model  # noqa: F401
 from peft import LoraConfig
+from transformers import AutoModelForCausalLM
 
 from dlogp_kernels.hf.tiny import load_local
 from dlogp_kernels.trl import ReweightedGRPOConfig
@@ -150,6 +151,29 @@ def test_a_gpt2_sees_left_padding_as_nothing(tmp_path):
         expected, mask = exact_logps(trainer.model, rollouts, 1.0)
     logps = trainer._logps_without_gradient(rollouts)
     assert torch.allclose(logps[mask], expected[mask].float(), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("policy_dtype", "reference_dtype", "options"),
+    [
+        (torch.float32, torch.float32, {}),
+        (torch.float32, torch.float32, {"cast_lm_head_to_fp32": True}),
+        (torch.bfloat16, torch.bfloat16, {}),
+        (torch.float32, torch.bfloat16, {"model_init_kwargs": {"dtype": "bfloat16"}}),
+        (torch.float32, None, {"peft": LoraConfig(r=4, target_modules=["q_proj", "up_proj"])}),
+    ],
+    ids=["float32", "float32_head", "bfloat16", "two_dtypes", "adapters"],
+)
+def test_a_reference_model_in_mixed_precision(tmp_path, policy_dtype, reference_dtype, options):
+    """accelerate prepares the reference: its forward then runs under autocast and returns float32."""
+    model = AutoModelForCausalLM.from_pretrained(trl_runs.saved_policy(tmp_path / "model"), dtype=policy_dtype)
+    trainer = trl_runs.trainer(tmp_path / "run", model, beta=0.1, bf16=True, **options)
+    trainer.train()
+    first, *rest = trl_runs.logs(trainer)
+    if reference_dtype is not None:
+        assert trainer.ref_model.model.layers[0].mlp.up_proj.weight.dtype == reference_dtype
+    assert abs(first["delta_logp/mean"]) < 1e-2 and first["kl"] < 1e-2
+    assert all(entry["entropy"] > 1.0 for entry in (first, *rest)) and rest[-1]["kl"] > first["kl"]
 
 
 # DAPO's sampling

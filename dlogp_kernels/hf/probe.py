@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..functional import linear_logp
-from .bodies import run_body
+from .bodies import body_of, run_body
 from .heads import LmHead, lm_head, unwrapped
 
 _TOKENS = 8
@@ -55,7 +55,7 @@ def verify_in_chunks(model: PreTrainedModel, tokens: Tensor) -> None:
     with torch.no_grad(), evaluation(model):
         whole, chunked = run_body(model, input_ids), run_body(model, input_ids, _CHUNK)
     error = _hidden_error(chunked[:, _CHUNK:], whole[:, _CHUNK:])
-    if not error <= _HIDDEN_TOLERANCE[whole.dtype]:
+    if not error <= _tolerance(_HIDDEN_TOLERANCE, whole):
         raise ValueError(
             f"model is {type(model).__name__}: in chunks its hidden states differ by {error:.2g} of their size from "
             "those in one go, expected rounding only; its cache can not be used with prefill_chunk or a memory_limit "
@@ -92,7 +92,7 @@ def _check_causal(model: PreTrainedModel, input_ids: Tensor) -> None:
     half = _TOKENS // 2
     alone, together = run_body(model, input_ids[:, :half]), run_body(model, input_ids)[:, :half]
     error = _hidden_error(together, alone)
-    if not error <= _HIDDEN_TOLERANCE[alone.dtype]:
+    if not error <= _tolerance(_HIDDEN_TOLERANCE, alone):
         raise ValueError(
             f"model is {type(model).__name__}: a token's hidden state changes by {error:.2g} of its size with the "
             "tokens after it, expected a causal language model (a masked language model or an encoder is not)"
@@ -100,13 +100,15 @@ def _check_causal(model: PreTrainedModel, input_ids: Tensor) -> None:
 
 
 def _check_logits(model: PreTrainedModel, head: LmHead, input_ids: Tensor) -> None:
-    hidden = run_body(model, input_ids)
+    logits, autocast = _own_logits(model, input_ids)
+    with autocast:
+        hidden = run_body(model, input_ids)
+        tolerance = _tolerance(_LOGP_TOLERANCE, logits, hidden, head.weight)
     if hidden.shape[-1] != head.weight.shape[1]:
         raise ValueError(
             f"model is {type(model).__name__}: its hidden states have {hidden.shape[-1]} columns and its last layer "
             f"{head.weight.shape[1]}; expected nothing between the two. {_UNSUPPORTED}"
         )
-    logits = model(input_ids=input_ids, use_cache=False).logits
     if logits.shape[-1] != head.weight.shape[0]:
         raise ValueError(
             f"model is {type(model).__name__}: its logits have {logits.shape[-1]} columns and its last layer "
@@ -118,12 +120,43 @@ def _check_logits(model: PreTrainedModel, head: LmHead, input_ids: Tensor) -> No
         hidden, head.weight, candidates, bias=head.bias, softcap=head.softcap, logit_scale=head.logit_scale
     ).logp
     error = max(_logp_error(*row) for row in zip(actual[0], logits[0], candidates[0], strict=True))
-    if not error <= max(_LOGP_TOLERANCE[logits.dtype], _LOGP_TOLERANCE[hidden.dtype]):
+    if not error <= tolerance:
         raise ValueError(
             f"model is {type(model).__name__}: the log-probabilities of its logits differ by {error:.2g} of the "
             "largest logit from those of its body's hidden states and its last layer (softcap "
             f"{head.softcap}, logit_scale {head.logit_scale}); expected nothing else between the two. {_UNSUPPORTED}"
         )
+
+
+def _own_logits(model: PreTrainedModel, input_ids: Tensor) -> tuple[Tensor, torch.autocast]:
+    """The model's logits, and the autocast under which its forward computes them.
+
+    accelerate's wrapper around the forward of a prepared model switches autocast on and returns float32, so that the
+    logits' dtype does not tell.
+    """
+    device_type = input_ids.device.type
+    within = []
+
+    def look(*_: Any) -> None:
+        dtype = torch.get_autocast_dtype(device_type)
+        within.append(torch.autocast(device_type, dtype=dtype, enabled=torch.is_autocast_enabled(device_type)))
+
+    look()
+    handle = body_of(model).register_forward_pre_hook(look)
+    try:
+        logits = model(input_ids=input_ids, use_cache=False).logits
+    finally:
+        handle.remove()
+    return logits, within[-1]
+
+
+def _tolerance(tolerances: Mapping[torch.dtype, float], *tensors: Tensor) -> float:
+    """That of the coarsest dtype among the tensors, and of autocast where it is on."""
+    dtypes = {tensor.dtype for tensor in tensors}
+    device_type = tensors[0].device.type
+    if torch.is_autocast_enabled(device_type):
+        dtypes.add(torch.get_autocast_dtype(device_type))
+    return max(tolerances[dtype] for dtype in dtypes)
 
 
 def _logp_error(actual: Tensor, logits: Tensor, candidates: Tensor) -> float:

@@ -14,9 +14,6 @@ from ..results import PolicyMetrics
 LOWERED_BELOW, RAISED_ABOVE = -1.0, 0.25
 
 _NAMES = {
-    "clip_low": "clip_ratio/low_mean",
-    "clip_high": "clip_ratio/high_mean",
-    "clip_dual": "clip_ratio/dual_mean",
     "approx_kl": "approx_kl",
     "mean_ratio": "ratio/mean",
     "mean_weight": "reweight/mean_weight",
@@ -63,9 +60,25 @@ def policy_sums(metrics: PolicyMetrics, count: Tensor, *, reweighted: bool) -> T
     for field, name in _NAMES.items():
         if reweighted or field != "mean_weight":
             sums.add(name, getattr(metrics, field) * count, count)
-    sums.add("clip_ratio/region_mean", (metrics.clip_low + metrics.clip_high) * count, count)
     sums.add_largest("ratio/max", metrics.max_ratio)
     return sums
+
+
+def add_clip_ratios(sums: TokenSums, low: Tensor, high: Tensor, dual: Tensor, mask: Tensor, *, cispo: bool) -> None:
+    """The shares of tokens that a bound took the gradient from, over all tokens and in the sequence with the least or
+    most of them; (B, T) each. With a ratio of sequences (B, 1), the shares of sequences, empty ones among them, as TRL
+    has it."""
+    if low.shape[1] == 1:
+        mask = torch.ones_like(low)
+    total, lengths = mask.sum(), mask.sum(1)
+    shares = {"low": low & mask, "high": high & mask, "region": (low | high) & mask, "dual": dual & mask}
+    for name, places in shares.items():
+        sums.add(f"clip_ratio/{name}_mean", places.sum(), total)
+    if cispo:
+        sums.add("cispo_clip_ratio", shares["high"].sum(), total)
+    sums.add_least("clip_ratio/low_min", (shares["low"].sum(1) / lengths).masked_fill(lengths == 0, torch.inf).amin())
+    high_shares = (shares["high"].sum(1) / lengths).masked_fill(lengths == 0, -torch.inf)
+    sums.add_largest("clip_ratio/high_max", high_shares.amax())
 
 
 def add_delta_logp(sums: TokenSums, delta_logp: Tensor, mask: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from ..hf.heads import unwrapped
 from ..hf.probe import verified_lm_head
 from ..reference_policy import (
     PolicyOptions,
+    clipped_places,
     k3,
     log_perplexity,
     normalized_in_group,
@@ -28,7 +30,7 @@ from ..report.files import replaced_atomically
 from .config import ReweightedGRPOConfig
 from .drawing import draw_responses
 from .head import add_logp_head
-from .metrics import TokenSums, add_delta_logp, policy_sums
+from .metrics import TokenSums, add_clip_ratios, add_delta_logp, policy_sums
 from .rewards import OVERLONG_PENALTY, checked, informative_groups, overlong_penalty, without_scores_unpenalised
 from .rollouts import (
     TOKENS_IN_BATCH,
@@ -55,11 +57,11 @@ class ReweightedGRPOTrainer(GRPOTrainer):
     It takes what TRL's trainer takes, with a `ReweightedGRPOConfig`; with `reweight="none"` it trains as TRL's does.
     PEFT, gradient accumulation, gradient checkpointing, DDP and mixed precision work as there.
 
-    Beside TRL's metrics it logs, as means over tokens of all processes: `reweight/mean_weight`, `clip_ratio/low_mean`,
-    `clip_ratio/high_mean`, `clip_ratio/region_mean` and `clip_ratio/dual_mean`, `approx_kl`, `ratio/mean`, `ratio/max`,
-    and of Δlog p to the policy at the start of training `delta_logp/mean`, `delta_logp/min`, `delta_logp/max` and the
-    shares of tokens in the tails, `delta_logp/below_-1` and `delta_logp/above_0.25`. With dynamic sampling:
-    `dynamic_sampling/dropped`, the share of groups, and `dynamic_sampling/refills`.
+    It logs all that TRL's trainer logs, and `clip_ratio/*` whatever the loss. Beside that, as means over tokens of all
+    processes: `reweight/mean_weight`, `clip_ratio/dual_mean`, `approx_kl`, `ratio/mean`, `ratio/max`, and of Δlog p to
+    the policy at the start of training `delta_logp/mean`, `delta_logp/min`, `delta_logp/max` and the shares of tokens
+    in the tails, `delta_logp/below_-1` and `delta_logp/above_0.25`. With dynamic sampling: `dynamic_sampling/dropped`,
+    the share of groups, and `dynamic_sampling/refills`.
 
     A checkpoint also holds the responses that are still to be learned from, so that a run that was stopped at any
     step and resumed has the losses of one that was not.
@@ -325,7 +327,10 @@ class ReweightedGRPOTrainer(GRPOTrainer):
             bonus_mask = mask if entropy_mask is None else mask * entropy_mask
             bonus = (entropy * bonus_mask).sum() / bonus_mask.sum().clamp(min=1.0)
             loss = loss - self.entropy_coef * bonus / accumulated
+            if training and self.accelerator.sync_gradients:
+                self._metrics["train"]["entropy_coef"].append(self.entropy_coef)
         sums = policy_sums(result.metrics, mask.sum(), reweighted=self.args.reweight != "ppl")
+        self._add_clip_ratios(sums, logp.detach(), old_logp, inputs["advantages"], mask.bool())
         sums.add("entropy", (entropy.detach() * mask).sum(), mask.sum())
         if divergence is not None:
             sums.add("kl", (divergence.detach() * mask).sum(), mask.sum())
@@ -334,6 +339,19 @@ class ReweightedGRPOTrainer(GRPOTrainer):
             add_delta_logp(sums, logp.detach() - start, mask.bool() & ~start.isnan())
         self._log_means(sums)
         return loss
+
+    def _add_clip_ratios(
+        self, sums: TokenSums, logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor
+    ) -> None:
+        ratio = ratio_of(raw_log_ratio(logp, old_logp, mask, self.importance_sampling_level))
+        options = PolicyOptions(
+            loss_type=self.loss_type,
+            clip_low=self.epsilon_low,
+            clip_high=self.epsilon_high,
+            dual_clip=math.inf if self.args.dual_clip is None else self.args.dual_clip,
+        )
+        places = clipped_places(ratio, advantages[:, None].expand_as(ratio), options)
+        add_clip_ratios(sums, *places, mask, cispo=self.loss_type == "cispo")
 
     def _divergence(self, inputs: Rollouts, logp: Tensor, old_logp: Tensor, mask: Tensor) -> Tensor | None:
         """k3 of each token to the reference model (B, T), times the token's ratio as TRL's default has it."""

@@ -13,7 +13,7 @@ from .extrapolation_processor import ExtrapolationLogitsProcessor
 from .generation import Generation, generate
 from .heads import LmHead, lm_head
 from .loading import check_same_tokenizer, context_length, load_model, load_tokenizer
-from .metrics import LmHeadInputs, lm_head_inputs, token_metrics
+from .metrics import LmHeadInputs, lm_head_inputs, token_logp, token_metrics
 from .store import HiddenStore, store_base_hidden
 
 __all__ = [
@@ -32,5 +32,6 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "store_base_hidden",
+    "token_logp",
     "token_metrics",
 ]

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..functional import linear_delta_logp
+from ..functional import linear_delta_logp, linear_logp
 from ..ops import backends
-from ..results import DeltaLogpStats
+from ..results import DeltaLogpStats, LogpStats
 from .bodies import (
     Batch,
     Group,
@@ -46,6 +46,24 @@ class LmHeadInputs(NamedTuple):
     softcap: float | None
     logit_scale: float
 
+    def logp(self, target: Tensor, *, temperature: float = 1.0, ignore_index: int = _IGNORED) -> LogpStats:
+        """`linear_logp` of these hidden states and this last layer, whatever it does to its logits.
+
+        Args:
+            target: (B, T) or (B, T, K); entry t is what follows token t, or `ignore_index`.
+            temperature: > 0, divides the logits.
+        """
+        return linear_logp(
+            self.hidden,
+            self.weight,
+            target,
+            bias=self.bias,
+            temperature=temperature,
+            softcap=self.softcap,
+            logit_scale=self.logit_scale,
+            ignore_index=ignore_index,
+        )
+
 
 def lm_head_inputs(
     model: nn.Module,
@@ -69,7 +87,7 @@ def lm_head_inputs(
 
     Returns:
         LmHeadInputs: `hidden` (B, T, D) in the model's dtype, 0 where masked; `weight` (V, D), `bias`, `softcap`,
-        `logit_scale` as of `lm_head(model)`: pass them on to `linear_logp`.
+        `logit_scale` as of `lm_head(model)`. Its method `logp(target)` is `linear_logp` of all of them.
 
     Gradients: flow to the body through `hidden`, and to the last layer.
 
@@ -79,8 +97,11 @@ def lm_head_inputs(
             call with a model.
         RuntimeError: `prefill_chunk` while a gradient is needed.
     """
-    batch = as_batch(input_ids, attention_mask, position_ids)
-    causal_lm = unwrapped(model)
+    return _lm_head_inputs(model, as_batch(input_ids, attention_mask, position_ids), prefill_chunk)
+
+
+def _lm_head_inputs(model: nn.Module, batch: Batch, prefill_chunk: int | None) -> LmHeadInputs:
+    input_ids, causal_lm = batch.input_ids, unwrapped(model)
     check_tokens(batch, causal_lm)
     check_prefill_chunk(prefill_chunk, causal_lm)
     tokens = first_document(batch)
@@ -98,6 +119,41 @@ def lm_head_inputs(
     if hidden is None:
         hidden = head.weight.new_zeros(input_ids.numel(), head.weight.shape[1], dtype=causal_lm.dtype)
     return LmHeadInputs(hidden.view(*input_ids.shape, -1), *head)
+
+
+def token_logp(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    response_mask: Tensor | None = None,
+    *,
+    position_ids: Tensor | None = None,
+    temperature: float = 1.0,
+    prefill_chunk: int | None = None,
+) -> LogpStats:
+    """`model(input_ids).logits[:, :-1].log_softmax(-1)` at each next token, its entropy and lse; no logit is formed.
+
+    Args:
+        model: a causal language model of `transformers`, or a PeftModel of one.
+        input_ids, attention_mask, position_ids, prefill_chunk: as in `lm_head_inputs`.
+        response_mask: (B, T), entry t about token t, or (B, T − 1), entry t about token t + 1; bool or 0/1. Tokens
+            where it is 0 are not measured, and are not work for the op. None: all tokens.
+        temperature: > 0, divides the logits, as when responses were drawn with it.
+
+    Returns:
+        LogpStats: `logp`, `entropy` and `lse`, each (B, T − 1), entry t about predicting token t + 1; 0 where that
+        token is not measured, is masked, is the first of its row or of a packed document, or follows nothing. A loss
+        over the same tokens has the mask `response_mask[:, 1:]`.
+
+    Gradients: to the body and to the last layer, through every field, unless within `torch.no_grad()`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `lm_head_inputs`.
+    """
+    batch = as_batch(input_ids, attention_mask, position_ids)
+    target = _targets(batch, "response_mask", response_mask)
+    stats = _lm_head_inputs(model, batch, prefill_chunk).logp(target, temperature=temperature)
+    return LogpStats(*(field[:, :-1] for field in stats))
 
 
 def token_metrics(
@@ -146,7 +202,7 @@ def token_metrics(
     Source: arXiv 2603.22117, Eq. 1.
     """
     batch = as_batch(input_ids, attention_mask, position_ids)
-    target = _targets(batch, loss_mask)
+    target = _targets(batch, "loss_mask", loss_mask)
     pair = _Pair(unwrapped(model), _base_body(base_model, base_hidden, input_ids), base_hidden)
     for body in pair.bodies():
         check_tokens(batch, body)
@@ -256,12 +312,12 @@ def _output_dtype(head: LmHead, base_head: LmHead) -> torch.dtype:
     return torch.float64 if double else torch.float32
 
 
-def _targets(batch: Batch, loss_mask: Tensor | None) -> Tensor:
-    """(B, T): the token after each one, or `_IGNORED` where there is none to measure."""
+def _targets(batch: Batch, name: str, mask: Tensor | None) -> Tensor:
+    """(B, T): the token after each one, or `_IGNORED` where there is none to measure; `mask` came as `name`."""
     measured = predicted(batch)
-    if loss_mask is not None:
-        loss_mask = as_mask("loss_mask", loss_mask, [tuple(batch.input_ids.shape), tuple(measured.shape)])
-        measured = measured & loss_mask[:, loss_mask.shape[1] - measured.shape[1] :].to(measured.device)
+    if mask is not None:
+        mask = as_mask(name, mask, [tuple(batch.input_ids.shape), tuple(measured.shape)])
+        measured = measured & mask[:, mask.shape[1] - measured.shape[1] :].to(measured.device)
     target = torch.full_like(batch.input_ids, _IGNORED, dtype=torch.int64)
     target[:, :-1] = batch.input_ids[:, 1:].long().masked_fill(~measured, _IGNORED)
     return target

@@ -12,7 +12,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from ..functional import linear_logp
 from ..hf import lm_head_inputs
 
 _IGNORED = -100
@@ -65,16 +64,8 @@ def _token_logps(
             f"the model is called with {', '.join(given)}, expected input_ids, attention_mask and labels alone"
         )
     inputs = lm_head_inputs(model, input_ids, attention_mask)
-    hidden = inputs.hidden[:, :-1]
-    with torch.autocast(hidden.device.type, enabled=torch.is_autocast_enabled(hidden.device.type) and not float32_head):
-        stats = linear_logp(
-            hidden,
-            inputs.weight,
-            labels[:, 1:],
-            bias=inputs.bias,
-            temperature=temperature,
-            softcap=inputs.softcap,
-            logit_scale=inputs.logit_scale,
-            ignore_index=_IGNORED,
-        )
+    device_type = inputs.hidden.device.type
+    with torch.autocast(device_type, enabled=torch.is_autocast_enabled(device_type) and not float32_head):
+        shifted = inputs._replace(hidden=inputs.hidden[:, :-1])
+        stats = shifted.logp(labels[:, 1:], temperature=temperature, ignore_index=_IGNORED)
     return TokenLogps(stats.logp, stats.entropy)

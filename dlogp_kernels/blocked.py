@@ -366,7 +366,7 @@ def policy_loss_fwd(
     entropy: Tensor | None,
     kl: Tensor | None,
     token_weight: Tensor | None,
-    num_tokens: Tensor | None,
+    denominator: Tensor | None,
     choices: list[str],
     numbers: list[float],
     max_length: int | None,
@@ -385,7 +385,7 @@ def policy_loss_fwd(
         s = reference_policy.normalized_in_group(joined, group, counts > 0)
     longest = logp.shape[-1] if max_length is None else max_length
     scale = reference_policy.sequence_scale(
-        counts, counts.sum(), counts.shape[0], longest, num_tokens, options.loss_type
+        counts, counts.sum(), counts.shape[0], longest, denominator, options.loss_type
     )
     coefficient = torch.zeros_like(logp, dtype=sequences.dtype) if with_gradient else logp.new_empty(0)
     loss = torch.zeros((), dtype=torch.float64, device=logp.device)

@@ -432,6 +432,7 @@ def policy_loss(
     entropy_coef: float = 0.0,
     token_weight: Tensor | None = None,
     num_tokens: float | Tensor | None = None,
+    num_sequences: float | Tensor | None = None,
     max_length: int | None = None,
     offsets: Tensor | None = None,
     kl: Tensor | None = None,
@@ -461,7 +462,10 @@ def policy_loss(
         group: (B,) integers, the prompt of each response, for `ppl`; responses without tokens do not count.
         clip_low, clip_high: ≥ 0; r is clipped to [1 − clip_low, 1 + clip_high].
         dual_clip: > 1 or None; where Ã < 0 the loss is at most −Ã · dual_clip.
-        importance: "token", or "sequence": one ratio for a response, of the mean of its log-ratios (GSPO).
+        importance: "token", or "sequence": one ratio for a response, of the mean of its log-ratios (GSPO). Its gradient
+            goes through that mean, so that every token of a response gets the same and a reweighting of tokens makes no
+            difference between them. "sequence_token": the same ratio with the gradient of each token's own log p
+            (GSPO-token), which keeps it.
         ref_logp: the shape of logp, of a reference model; kl_beta · (eˣ − x − 1) with x = min(ref_logp − logp, 20) is
             added to a token's loss.
         kl_beta: ≥ 0.
@@ -472,6 +476,7 @@ def policy_loss(
         num_tokens: a number or a tensor of one element: the denominator of `dapo`, `bnpo` and `cispo`, instead of the
             mask's sum. With gradient accumulation over K batches or data parallelism over K processes whose gradients
             are averaged: the tokens of all K together ÷ K; where gradients are added up, the tokens of all.
+        num_sequences: likewise, of `grpo`, `sapo` and `dr_grpo`: the number of responses to divide by, instead of B.
         max_length: ≥ 1, of `dr_grpo`; T by default.
         offsets: (B + 1,) integers from 0 to N: response b is logp[offsets[b] : offsets[b + 1]].
         kl: the shape of logp, an exact divergence to a reference model (of `linear_delta_logp`, for example) that
@@ -518,7 +523,7 @@ def policy_loss(
         entropy,
         kl,
         token_weight,
-        _number_of_tokens(num_tokens, loss_type, like, dtype),
+        _denominator(num_tokens, num_sequences, loss_type, like, dtype),
         *options.arguments(),
         torch.is_grad_enabled() and logp.requires_grad,
     )
@@ -556,6 +561,7 @@ def linear_policy_loss(
     entropy_coef: float = 0.0,
     token_weight: Tensor | None = None,
     num_tokens: float | Tensor | None = None,
+    num_sequences: float | Tensor | None = None,
     max_length: int | None = None,
     offsets: Tensor | None = None,
     sapo_temperature_pos: float = 1.0,
@@ -564,8 +570,9 @@ def linear_policy_loss(
     """`policy_loss` of `linear_logp(hidden, weight, target)`, its gradients formed while the logits are at hand.
 
     With ratios of tokens that takes the three products of N · V · D that loss and gradients need, 6 N V D operations,
-    and no more; logits are computed once. A ratio of a response (`importance="sequence"`) is not known before all of
-    its tokens are: then it is the composition of both functions, whose backward computes the logits again.
+    and no more; logits are computed once. A ratio of a response (`importance="sequence"` or
+    `"sequence_token"`) is not known before all of its tokens are: then it is the composition of both functions, whose
+    backward computes the logits again.
 
     Args:
         hidden: (B, T, D), or (N, D) with `offsets`; hidden states that predict the tokens.
@@ -621,15 +628,15 @@ def linear_policy_loss(
     if _has_values(target):
         _check_target_range(targets, policy_rows.MASKED, weight.shape[0])
     dtype = reference.accumulation_dtype(hidden, weight, bias, base_hidden, base_weight, base_bias)
-    if importance == "sequence":
+    if importance != "token":
         return _composed_policy_loss(
             hidden, weight, targets, old_logp, advantage, given.mask, bias, base_hidden, base_weight, base_bias,
             heads, base_heads, options, group=group, ref_logp=ref_logp, token_weight=token_weight,
-            num_tokens=num_tokens, offsets=offsets,
+            num_tokens=num_tokens, num_sequences=num_sequences, offsets=offsets,
         )  # fmt: skip
     rows = policy_rows.policy_rows(
         old_logp, advantage, given.mask, given.offsets, given.group, ref_logp, token_weight,
-        _number_of_tokens(num_tokens, loss_type, like, dtype), options, dtype,
+        _denominator(num_tokens, num_sequences, loss_type, like, dtype), options, dtype,
     )  # fmt: skip
     choices, numbers, _ = options.arguments()
     loss, metrics, *_ = torch.ops.dlogp.linear_policy_loss_fwd(
@@ -1027,24 +1034,34 @@ def _check_divergence(
         raise ValueError(f"{exact_name} is given, expected None beside ref_logp: one divergence to one reference model")
 
 
-def _number_of_tokens(
-    num_tokens: float | Tensor | None, loss_type: str, like: _Like, dtype: torch.dtype
+def _denominator(
+    num_tokens: float | Tensor | None,
+    num_sequences: float | Tensor | None,
+    loss_type: str,
+    like: _Like,
+    dtype: torch.dtype,
 ) -> Tensor | None:
-    """As a tensor () of `dtype`."""
-    if num_tokens is None:
-        return None
+    """Whichever of the two numbers the loss divides by, as a tensor () of `dtype`."""
+    given, unused = ("num_tokens", num_tokens), ("num_sequences", num_sequences)
     if loss_type not in reference_policy.BY_TOKENS:
-        raise ValueError(f"num_tokens is given, expected None: loss_type {loss_type!r} does not divide by it")
-    if isinstance(num_tokens, Tensor):
-        if num_tokens.numel() != 1 or num_tokens.dtype not in (*_INTEGER, *_FLOATING):
-            raise ValueError(
-                f"num_tokens has dtype {num_tokens.dtype} and shape {tuple(num_tokens.shape)}, expected one number"
-            )
-        _check_same_device("num_tokens", num_tokens, like.name, like.tensor)
-        _check_constant("num_tokens", num_tokens)
-        return num_tokens.reshape(()).to(dtype)
-    _check_number("num_tokens", num_tokens, 0.0, math.inf)
-    return torch.full((), float(num_tokens), dtype=dtype, device=like.tensor.device)
+        given, unused = unused, given
+    if unused[1] is not None:
+        raise ValueError(f"{unused[0]} is given, expected None: loss_type {loss_type!r} does not divide by it")
+    return _one_number(*given, like, dtype)
+
+
+def _one_number(name: str, value: float | Tensor | None, like: _Like, dtype: torch.dtype) -> Tensor | None:
+    """As a tensor () of `dtype`."""
+    if value is None:
+        return None
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or value.dtype not in (*_INTEGER, *_FLOATING):
+            raise ValueError(f"{name} has dtype {value.dtype} and shape {tuple(value.shape)}, expected one number")
+        _check_same_device(name, value, like.name, like.tensor)
+        _check_constant(name, value)
+        return value.reshape(()).to(dtype)
+    _check_number(name, value, 0.0, math.inf)
+    return torch.full((), float(value), dtype=dtype, device=like.tensor.device)
 
 
 def _check_frozen_base(

@@ -138,6 +138,7 @@ class PolicyLossModule(_PolicyOptions):
         kl: Tensor | None = None,
         token_weight: Tensor | None = None,
         num_tokens: float | Tensor | None = None,
+        num_sequences: float | Tensor | None = None,
         offsets: Tensor | None = None,
     ) -> PolicyLoss:
         return functional.policy_loss(
@@ -151,6 +152,7 @@ class PolicyLossModule(_PolicyOptions):
             kl=kl,
             token_weight=token_weight,
             num_tokens=num_tokens,
+            num_sequences=num_sequences,
             offsets=offsets,
             **self.options,
         )
@@ -195,6 +197,7 @@ class LinearPolicyLoss(_PolicyOptions):
         ref_logp: Tensor | None = None,
         token_weight: Tensor | None = None,
         num_tokens: float | Tensor | None = None,
+        num_sequences: float | Tensor | None = None,
         offsets: Tensor | None = None,
     ) -> PolicyLoss:
         return functional.linear_policy_loss(
@@ -212,6 +215,7 @@ class LinearPolicyLoss(_PolicyOptions):
             ref_logp=ref_logp,
             token_weight=token_weight,
             num_tokens=num_tokens,
+            num_sequences=num_sequences,
             offsets=offsets,
             **self.options,
         )

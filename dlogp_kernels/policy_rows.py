@@ -32,7 +32,7 @@ def policy_rows(
     group: Tensor | None,
     ref_logp: Tensor | None,
     token_weight: Tensor | None,
-    num_tokens: Tensor | None,
+    denominator: Tensor | None,
     options: PolicyOptions,
     dtype: torch.dtype,
 ) -> PolicyRows:
@@ -47,7 +47,7 @@ def policy_rows(
     of_sequences = advantage.shape == counts.shape
     longest = mask.shape[-1] if options.max_length is None else options.max_length
     scale = reference_policy.sequence_scale(
-        counts, counts.sum(), counts.shape[0], longest, num_tokens, options.loss_type
+        counts, counts.sum(), counts.shape[0], longest, denominator, options.loss_type
     )
     score = None
     if options.reweight == "ppl":

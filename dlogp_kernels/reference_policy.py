@@ -17,7 +17,7 @@ from .results import PolicyLoss, PolicyMetrics
 LOSS_TYPES = ("dapo", "grpo", "bnpo", "dr_grpo", "cispo", "sapo")
 REWEIGHTS = ("low_prob", "dominate", "ppl", "none")
 REWEIGHT_SIGNS = ("both", "positive", "negative")
-IMPORTANCES = ("token", "sequence")
+IMPORTANCES = ("token", "sequence", "sequence_token")
 #: Of these types the denominator is a number of tokens.
 BY_TOKENS = ("dapo", "bnpo", "cispo")
 #: Log-ratios are clamped to ± this, and have no gradient beyond.
@@ -103,9 +103,15 @@ def reweighting(old_logp: Tensor, advantage: Tensor, s: Tensor | None, options: 
 
 
 def raw_log_ratio(logp: Tensor, old_logp: Tensor, mask: Tensor, importance: str) -> Tensor:
-    """log π − log π_old of each token (B, T), or of GSPO its mean over the response (B, 1), before it is clamped."""
+    """log π − log π_old of each token (B, T), or of GSPO its mean over the response (B, 1), before it is clamped.
+
+    Of GSPO-token it is that mean with the gradient of the token's own log π (B, T): mean + log π − sg(log π).
+    """
     log_ratio = logp - old_logp
-    return log_ratio if importance == "token" else _mean(log_ratio, mask)[:, None]
+    if importance == "token":
+        return log_ratio
+    mean = _mean(log_ratio, mask)[:, None]
+    return mean if importance == "sequence" else mean.detach() + (logp - logp.detach()).nan_to_num(0.0)
 
 
 def ratio_of(raw: Tensor) -> Tensor:
@@ -174,18 +180,19 @@ def k3_gradient(x: Tensor) -> Tensor:
 
 
 def sequence_scale(
-    counts: Tensor, total: Tensor, num_sequences: int, max_length: int, num_tokens: Tensor | None, loss_type: str
+    counts: Tensor, total: Tensor, num_sequences: int, max_length: int, instead: Tensor | None, loss_type: str
 ) -> Tensor:
     """1 / the denominator of each sequence's tokens (B,), float64; 0 where there is nothing to divide by.
 
-    `counts` (B,) are their numbers of tokens, `total` () that of the whole batch of `num_sequences`, which `num_tokens`
-    () stands in for where it is given.
+    `counts` (B,) are their numbers of tokens, `total` () that of the whole batch of `num_sequences`. Where it is given,
+    `instead` () stands in for whichever of the two the loss divides by.
     """
     if loss_type in BY_TOKENS:
-        return _inverse((total if num_tokens is None else num_tokens).double()).expand_as(counts)
+        return _inverse((total if instead is None else instead).double()).expand_as(counts)
+    sequences = torch.full_like(total, num_sequences, dtype=torch.float64) if instead is None else instead.double()
     if loss_type == "dr_grpo":
-        return _inverse(torch.full_like(counts, num_sequences * max_length, dtype=torch.float64))
-    return _inverse(counts.double() * num_sequences)
+        return _inverse(sequences * max_length).expand_as(counts)
+    return _inverse(counts.double() * sequences)
 
 
 def token_loss(tokens: PolicyTokens, ratio: Tensor, advantage: Tensor, options: PolicyOptions) -> Tensor:
@@ -221,10 +228,10 @@ def policy_loss(
     entropy: Tensor | None = None,
     kl: Tensor | None = None,
     token_weight: Tensor | None = None,
-    num_tokens: Tensor | None = None,
+    denominator: Tensor | None = None,
     options: PolicyOptions,
 ) -> PolicyLoss:
-    """`dlogp_kernels.policy_loss` in plain PyTorch."""
+    """`dlogp_kernels.policy_loss` in plain PyTorch; `denominator` is num_tokens or num_sequences."""
     dtype = accumulation_dtype(logp, old_logp, advantage, ref_logp, entropy, kl, token_weight)
     given = PolicyTokens(logp, old_logp, advantage, mask, ref_logp, entropy, kl, token_weight)
     num_sequences = logp.shape[0] if offsets is None else offsets.numel() - 1
@@ -240,7 +247,7 @@ def policy_loss(
     loss = token_loss(tokens, ratio, advantage, options)
     counts = tokens.mask.sum(-1)
     max_length = tokens.mask.shape[1] if options.max_length is None else options.max_length
-    scale = sequence_scale(counts, counts.sum(), counts.shape[0], max_length, num_tokens, options.loss_type).to(dtype)
+    scale = sequence_scale(counts, counts.sum(), counts.shape[0], max_length, denominator, options.loss_type).to(dtype)
     total = (loss.sum(-1) * scale).sum()
     with torch.no_grad():
         sums = metric_sums(tokens, ratio, weight, advantage, options)
@@ -276,8 +283,8 @@ def linear_policy_loss(
 def coefficient(tokens: PolicyTokens, raw: Tensor, ratio: Tensor, advantage: Tensor, options: PolicyOptions) -> Tensor:
     """The gradient of `policy_loss` by logp (B, T), not yet times `sequence_scale`; `advantage` is Ã.
 
-    Through the ratio of a token, dℓ/d log r where |log r| ≤ 20; the ratio of a response has that sum over its tokens
-    divided by their number.
+    Through the ratio of a token, and of GSPO-token, dℓ/d log r where |log r| ≤ 20; the ratio of a response has that sum
+    over its tokens divided by their number.
     """
     grad = surrogate_gradient(ratio, advantage, options)
     if tokens.token_weight is not None:

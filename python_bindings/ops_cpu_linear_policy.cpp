@@ -248,7 +248,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_policy_loss_fwd_cpu(
     double logit_scale, double base_logit_scale, int64_t ignore_index, std::array<bool, 3> output_mask,
     int64_t workspace) {
   const PolicyOptions options = policy_options(choices, numbers);
-  TORCH_CHECK_VALUE(!options.of_sequences, "importance is 'sequence', expected 'token'");
+  TORCH_CHECK_VALUE(options.importance == PolicyImportance::kToken, "importance is '", choices[3],
+                    "', expected 'token'");
   TORCH_CHECK_VALUE(options.reweight != PolicyReweight::kPerplexity || score.has_value(),
                     "score is missing, expected [N] for reweight 'ppl'");
   TORCH_CHECK_VALUE(base_hidden.has_value() == base_weight.has_value(),

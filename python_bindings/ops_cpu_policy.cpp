@@ -40,11 +40,12 @@ std::vector<PolicySequence> first_pass(const PolicyInputs& inputs, const PolicyS
 
 template <typename Real>
 void policy_forward(const PolicyOptions& options, const PolicyInputs& inputs, const PolicySpans& spans,
-                    const OptionalTensor& group, double num_tokens, int64_t max_length, const Tensor& loss,
+                    const OptionalTensor& group, double denominator, int64_t max_length, const Tensor& loss,
                     const Tensor& metrics, const Tensor& coefficient, const Tensor& scale) {
   const int64_t sequences = int64_t(spans.first.size()) - 1;
   std::vector<PolicySequence> common(sequences);
-  if (options.of_sequences || options.reweight == PolicyReweight::kPerplexity) common = first_pass<Real>(inputs, spans);
+  if (options.importance != PolicyImportance::kToken || options.reweight == PolicyReweight::kPerplexity)
+    common = first_pass<Real>(inputs, spans);
   if (options.reweight == PolicyReweight::kPerplexity) normalize_in_groups(group, common);
   Real* gradient = coefficient.numel() > 0 ? coefficient.mutable_data_ptr<Real>() : nullptr;
   std::vector<PolicySums> parts(spans.spans.size()), sums(sequences);
@@ -56,7 +57,7 @@ void policy_forward(const PolicyOptions& options, const PolicyInputs& inputs, co
     for (int64_t i = spans.first[b]; i < spans.first[b + 1]; ++i) sums[b].add(parts[i]);
     all.add(sums[b]);
   }
-  if (gradient != nullptr && options.of_sequences) {
+  if (gradient != nullptr && options.importance == PolicyImportance::kSequence) {
     for_spans(spans, [&](int64_t, const PolicySpan& span) {
       const PolicySequence& own = common[span.sequence];
       const double slope = slope_of_sequence(options, own.mean_log_ratio(), sums[span.sequence]);
@@ -65,7 +66,7 @@ void policy_forward(const PolicyOptions& options, const PolicyInputs& inputs, co
   }
   double total = 0;
   for (int64_t b = 0; b < sequences; ++b) {
-    const double own = policy_scale(options, sums[b].count, all.count, num_tokens, sequences, max_length);
+    const double own = policy_scale(options, sums[b].count, all.count, denominator, sequences, max_length);
     scale.mutable_data_ptr<Real>()[b] = Real(own);
     total += own == 0 ? 0 : own * sums[b].loss;
   }
@@ -77,7 +78,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss_fwd_cpu(
     const Tensor& logp, const Tensor& old_logp, const Tensor& advantage, const Tensor& mask,
     const OptionalTensor& offsets, const OptionalTensor& group, const OptionalTensor& ref_logp,
     const OptionalTensor& entropy, const OptionalTensor& kl, const OptionalTensor& token_weight,
-    const OptionalTensor& num_tokens, const std::vector<std::string>& choices, at::ArrayRef<double> numbers,
+    const OptionalTensor& denominator, const std::vector<std::string>& choices, at::ArrayRef<double> numbers,
     std::optional<int64_t> max_length, bool with_gradient, int64_t workspace) {
   const PolicyOptions options = policy_options(choices, numbers);
   const Sequences sequences(logp, offsets, "logp");
@@ -90,7 +91,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss_fwd_cpu(
                                sequences.tokens(kl, sizes, "kl"),
                                sequences.tokens(token_weight, sizes, "token_weight"),
                                sequences.mask(mask, sizes)};
-  bool use_double = num_tokens.has_value() && num_tokens->scalar_type() == at::kDouble;
+  bool use_double = denominator.has_value() && denominator->scalar_type() == at::kDouble;
   for (const Matrix* x : {&inputs.logp, &inputs.old_logp, &inputs.advantage, &inputs.ref_logp, &inputs.entropy,
                           &inputs.kl, &inputs.token_weight})
     use_double |= x->data != nullptr && x->dtype == Dtype::kDouble;
@@ -102,7 +103,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss_fwd_cpu(
                                                   : at::empty(sizes, like);
   const Tensor scale = at::empty({sequences.count}, like);
   const auto run = [&](auto type) {
-    policy_forward<decltype(type)>(options, inputs, sequences.spans(), group, number_of(num_tokens),
+    policy_forward<decltype(type)>(options, inputs, sequences.spans(), group, number_of(denominator),
                                    max_length.value_or(sequences.columns), loss, metrics, coefficient, scale);
   };
   use_double ? run(double()) : run(float());

@@ -38,12 +38,15 @@ inline PolicyOptions policy_options(const std::vector<std::string>& choices, at:
                                                                        {"ppl", PolicyReweight::kPerplexity}};
   constexpr std::pair<std::string_view, PolicySign> signs[] = {
       {"both", PolicySign::kBoth}, {"positive", PolicySign::kPositive}, {"negative", PolicySign::kNegative}};
-  constexpr std::pair<std::string_view, bool> importances[] = {{"token", false}, {"sequence", true}};
+  constexpr std::pair<std::string_view, PolicyImportance> importances[] = {
+      {"token", PolicyImportance::kToken},
+      {"sequence", PolicyImportance::kSequence},
+      {"sequence_token", PolicyImportance::kSequenceToken}};
   PolicyOptions options;
   std::tie(options.surrogate, options.denominator) = choice_of(losses, choices[0], "loss_type");
   options.reweight = choice_of(reweights, choices[1], "reweight");
   options.reweight_sign = choice_of(signs, choices[2], "reweight_sign");
-  options.of_sequences = choice_of(importances, choices[3], "importance");
+  options.importance = choice_of(importances, choices[3], "importance");
   double* const values[] = {&options.alpha,
                             &options.clip_low,
                             &options.clip_high,
@@ -117,11 +120,11 @@ struct Sequences {
   }
 };
 
-inline double number_of(const std::optional<at::Tensor>& num_tokens) {
-  if (!num_tokens.has_value()) return -1;
-  TORCH_CHECK_VALUE(num_tokens->numel() == 1 && num_tokens->device().is_cpu(), "num_tokens has shape ",
-                    num_tokens->sizes(), ", expected one number on the CPU");
-  return num_tokens->item<double>();
+inline double number_of(const std::optional<at::Tensor>& denominator) {
+  if (!denominator.has_value()) return -1;
+  TORCH_CHECK_VALUE(denominator->numel() == 1 && denominator->device().is_cpu(), "denominator has shape ",
+                    denominator->sizes(), ", expected one number on the CPU");
+  return denominator->item<double>();
 }
 
 // `score` of each sequence (policy_loss.h).

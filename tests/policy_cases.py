@@ -110,14 +110,14 @@ def options_of(dual_clip: float | None = None, **options: Any) -> PolicyOptions:
     return PolicyOptions(**options, dual_clip=math.inf if dual_clip is None else dual_clip)
 
 
-def _definition(options: PolicyOptions, num_tokens: float | None) -> Any:
-    tokens = None if num_tokens is None else torch.tensor(num_tokens, dtype=torch.float64)
-    return lambda **inputs: reference_policy.policy_loss(**inputs, options=options, num_tokens=tokens)
+def _definition(options: PolicyOptions, denominator: float | None) -> Any:
+    number = None if denominator is None else torch.tensor(denominator, dtype=torch.float64)
+    return lambda **inputs: reference_policy.policy_loss(**inputs, options=options, denominator=number)
 
 
-def truth(inputs: Inputs, *, upstream: float = 1.0, num_tokens: float | None = None, **options: Any) -> Outcome:
+def truth(inputs: Inputs, *, upstream: float = 1.0, denominator: float | None = None, **options: Any) -> Outcome:
     """The definition in float64, differentiated by autograd."""
-    return _outcome(_definition(options_of(**options), num_tokens), upcast(inputs), upstream)
+    return _outcome(_definition(options_of(**options), denominator), upcast(inputs), upstream)
 
 
 class Sizes(NamedTuple):
@@ -127,7 +127,7 @@ class Sizes(NamedTuple):
     grad_logp: Tensor
 
 
-def sizes(inputs: Inputs, *, upstream: float = 1.0, num_tokens: float | None = None, **options: Any) -> Sizes:
+def sizes(inputs: Inputs, *, upstream: float = 1.0, **options: Any) -> Sizes:
     """Absolute terms, times 1 + |log ratio|, which the exponential multiplies roundings by."""
     chosen, inputs = options_of(**options), upcast(inputs)
     offsets, advantage = inputs.get("offsets"), inputs["advantage"]
@@ -144,10 +144,13 @@ def sizes(inputs: Inputs, *, upstream: float = 1.0, num_tokens: float | None = N
     surrogate = surrogate if tokens.token_weight is None else surrogate * tokens.token_weight
     spread = 1.0 + (tokens.logp - tokens.old_logp).abs()
     loss, grad = surrogate * spread, slope * spread
-    if chosen.importance == "sequence":
+    if chosen.importance != "token":
         count = tokens.mask.sum(-1, keepdim=True).clamp_min(1)
-        loss = loss * spread.masked_fill(~tokens.mask, 0.0).sum(-1, keepdim=True) / count
-        if chosen.loss_type != "cispo":
+        of_sequence = spread.masked_fill(~tokens.mask, 0.0).sum(-1, keepdim=True) / count
+        loss = loss * of_sequence
+        if chosen.importance == "sequence_token":
+            grad = grad * of_sequence
+        elif chosen.loss_type != "cispo":
             grad = (grad.masked_fill(~tokens.mask, 0.0).sum(-1, keepdim=True) / count).expand_as(loss)
     if tokens.ref_logp is not None and chosen.kl_beta:
         x = (tokens.ref_logp - tokens.logp).clamp_max(reference_policy.LOG_RATIO_LIMIT)
@@ -158,8 +161,7 @@ def sizes(inputs: Inputs, *, upstream: float = 1.0, num_tokens: float | None = N
         loss = loss + abs(chosen.entropy_coef) * tokens.entropy.abs()
     counts = tokens.mask.sum(-1)
     longest = tokens.mask.shape[1] if chosen.max_length is None else chosen.max_length
-    total = None if num_tokens is None else torch.tensor(num_tokens, dtype=torch.float64)
-    scale = reference_policy.sequence_scale(counts, counts.sum(), sequences, longest, total, chosen.loss_type)
+    scale = reference_policy.sequence_scale(counts, counts.sum(), sequences, longest, None, chosen.loss_type)
     loss, grad = (x.masked_fill(~tokens.mask, 0.0) * scale[:, None] for x in (loss, grad))
     if offsets is not None:
         inside = torch.arange(grad.shape[1]) < offsets.diff()[:, None]

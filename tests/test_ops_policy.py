@@ -169,12 +169,41 @@ def test_very_long_responses(accuracy, importance):
 @pytest.mark.parametrize("tokens", [7, 33.5, "tensor", 0])
 def test_num_tokens_is_the_denominator(accuracy, loss_type, tokens):
     inputs = make_inputs()
-    expected = truth(inputs, loss_type=loss_type, num_tokens=33.5 if tokens == "tensor" else float(tokens))
+    expected = truth(inputs, loss_type=loss_type, denominator=33.5 if tokens == "tensor" else float(tokens))
     given = torch.tensor([33.5], device=cases.DEVICE) if tokens == "tensor" else tokens
     actual = call(inputs, loss_type=loss_type, num_tokens=given)
     torch.testing.assert_close(actual.loss.double(), expected.loss, rtol=1e-5, atol=1e-6)
     grads = actual.gradients["logp"].double(), expected.gradients["logp"]
     torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss_type", fewer(["grpo", "sapo", "dr_grpo"], ["grpo"]))
+@pytest.mark.parametrize("sequences", [7, 2.5, "tensor", 0])
+def test_num_sequences_is_the_denominator(accuracy, loss_type, sequences):
+    inputs = make_inputs()
+    inputs["mask"][1] = False
+    expected = truth(inputs, loss_type=loss_type, denominator=2.5 if sequences == "tensor" else float(sequences))
+    given = torch.tensor([2.5], device=cases.DEVICE) if sequences == "tensor" else sequences
+    actual = call(inputs, loss_type=loss_type, num_sequences=given)
+    torch.testing.assert_close(actual.loss.double(), expected.loss, rtol=1e-5, atol=1e-6)
+    grads = actual.gradients["logp"].double(), expected.gradients["logp"]
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-6)
+
+
+def test_a_ratio_of_sequences_with_the_gradients_of_tokens():
+    """GSPO-token: GSPO's loss; weights of tokens are within its gradients, where GSPO's are the same for a response."""
+    inputs = without_extras(make_inputs())
+    inputs["logp"] = inputs["old_logp"] + 0.05 * torch.randn(inputs["logp"].shape)
+    options = {"loss_type": "grpo", "reweight": "low_prob", "alpha": 0.5, "clip_low": 0.5, "clip_high": 0.5}
+    of_sequence, of_token = (call(inputs, importance=name, **options) for name in ("sequence", "sequence_token"))
+    torch.testing.assert_close(of_token.loss, of_sequence.loss)
+    p, one, other = inputs["old_logp"].exp(), of_sequence.gradients["logp"], of_token.gradients["logp"]
+    for row, kept in enumerate(inputs["mask"]):
+        same, weighted = one[row][kept], other[row][kept] / (1 + 0.5 * (1 - p[row][kept]))
+        for values in (same, weighted):
+            torch.testing.assert_close(values, values.mean().expand_as(values), rtol=1e-5, atol=1e-8)
+    assert p[inputs["mask"]].std() > 0.1
+    torch.testing.assert_close(other.sum(1), one.sum(1))
 
 
 def test_accumulation_over_batches_is_one_batch():
@@ -389,7 +418,7 @@ def test_without_gradients_none_is_formed():
         assert result[2].shape == shape
 
 
-@pytest.mark.parametrize("importance", reference_policy.IMPORTANCES)
+@pytest.mark.parametrize("importance", ["token", "sequence"])  # of sequence_token the gradient is not that of the value
 @pytest.mark.parametrize("loss_type", reference_policy.LOSS_TYPES)
 @pytest.mark.served_by("cpu", "reference")
 @pytest.mark.cpu_only

@@ -121,8 +121,12 @@ def test_denominators_by_hand():
         result = reference_policy.policy_loss(zeros, zeros, advantage, mask, options=options)
         assert result.loss.item() == pytest.approx(value), loss_type
     options, eight = PolicyOptions(reweight="none"), torch.tensor(8.0)
-    result = reference_policy.policy_loss(zeros, zeros, advantage, mask, options=options, num_tokens=eight)
+    result = reference_policy.policy_loss(zeros, zeros, advantage, mask, options=options, denominator=eight)
     assert result.loss.item() == pytest.approx(-7 / 8)
+    for loss_type, value in {"grpo": -3 / 8, "sapo": -6 / 8, "dr_grpo": -7 / 80}.items():
+        options = PolicyOptions(loss_type=loss_type, reweight="none", max_length=10, sapo_temperature_pos=1.0)
+        result = reference_policy.policy_loss(zeros, zeros, advantage, mask, options=options, denominator=eight)
+        assert result.loss.item() == pytest.approx(value), loss_type
     result = reference_policy.policy_loss(zeros, zeros, advantage, mask, options=PolicyOptions("dr_grpo", "none"))
     assert result.loss.item() == pytest.approx(-7 / 6)
 

@@ -64,6 +64,18 @@ def test_losses_are_those_of_trl(tmp_path, options):
     assert_same(*both(tmp_path, **options))
 
 
+def test_a_ratio_of_sequences_with_gradients_of_tokens(tmp_path):
+    """Without weights of tokens GSPO-token is GSPO, which TRL has."""
+    trained = []
+    for level, own in (("sequence_token", {"reweight": "none"}), ("sequence", {"trl": True})):
+        trainer = trl_runs.trainer(
+            tmp_path / level, loss_type="grpo", importance_sampling_level=level, max_steps=STEPS, **own
+        )
+        trainer.train()
+        trained.append(trainer)
+    assert_same(*trained)
+
+
 @pytest.mark.parametrize("corrected", [True, False])
 def test_with_a_reference_model(tmp_path, corrected):
     directory = trl_runs.saved_policy(tmp_path / "model")

@@ -380,6 +380,7 @@ def test_responses_without_a_reward_teach_nothing(tmp_path):
         ({"reweight_sign": "minus"}, "reweight_sign is 'minus', expected one of both"),
         ({"reweight_alpha": -0.1}, "reweight_alpha is -0.1, expected a finite number ≥ 0"),
         ({"loss_type": "vespo"}, "loss_type is 'vespo', expected one of dapo"),
+        ({"importance_sampling_level": "word"}, "importance_sampling_level is 'word', expected one of token, sequence"),
         ({"dual_clip": 1.0}, "dual_clip is 1.0, expected a number > 1"),
         ({"dual_clip": 3.0, "delta": 2.0}, "dual_clip and delta are both given"),
         ({"delta": 1.1}, "delta is 1.1, expected at least 1"),

@@ -11,6 +11,9 @@ namespace dlogp {
 enum class PolicySurrogate { kClipped, kCispo, kSapo };
 enum class PolicyReweight { kNone, kLowProb, kDominate, kPerplexity };
 enum class PolicySign { kBoth, kPositive, kNegative };
+// Whose ratio counts. Through that of a sequence, a token's gradient is the mean over the sequence; of kSequenceToken
+// it is the token's own.
+enum class PolicyImportance { kToken, kSequence, kSequenceToken };
 // What the sum of the token losses of a sequence is divided by.
 enum class PolicyDenominator { kTokens, kSequences, kMaxLength };
 
@@ -22,7 +25,7 @@ struct PolicyOptions {
   PolicyDenominator denominator = PolicyDenominator::kTokens;
   PolicyReweight reweight = PolicyReweight::kLowProb;
   PolicySign reweight_sign = PolicySign::kBoth;
-  bool of_sequences = false;  // one ratio for a sequence
+  PolicyImportance importance = PolicyImportance::kToken;
   double alpha = 0.1;
   double clip_low = 0.2, clip_high = 0.28;
   double dual_clip = std::numeric_limits<double>::infinity();

@@ -194,7 +194,7 @@ template <typename Real>
 void policy_span(const PolicyOptions& options, const PolicyInputs& inputs, const PolicySpan& span,
                  const PolicySequence& sequence, PolicySums& sums, Real* coefficient) {
   PolicyTokens<Real> tokens;
-  if (options.of_sequences) tokens.log_ratio = Real(sequence.mean_log_ratio());
+  if (options.importance != PolicyImportance::kToken) tokens.log_ratio = Real(sequence.mean_log_ratio());
   if (options.reweight == PolicyReweight::kPerplexity) std::fill_n(tokens.score, kPolicyTokens, Real(sequence.score));
   for_parts(span, [&](const PolicySpan& part) {
     if (!read_mask(inputs.mask, part, tokens.mask)) {
@@ -221,15 +221,16 @@ void add_slope(const BoolMatrix& mask, const PolicySpan& span, double slope, Rea
   });
 }
 
-double policy_scale(const PolicyOptions& options, double count, double total, double num_tokens, int64_t sequences,
+double policy_scale(const PolicyOptions& options, double count, double total, double instead, int64_t sequences,
                     int64_t max_length) {
+  const double batch = instead < 0 ? double(sequences) : instead;
   switch (options.denominator) {
     case PolicyDenominator::kTokens:
-      return inverse(num_tokens < 0 ? total : num_tokens);
+      return inverse(instead < 0 ? total : instead);
     case PolicyDenominator::kSequences:
-      return inverse(count * double(sequences));
+      return inverse(count * batch);
     case PolicyDenominator::kMaxLength:
-      return inverse(double(sequences) * double(max_length));
+      return inverse(batch * double(max_length));
   }
   return 0;
 }

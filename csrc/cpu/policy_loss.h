@@ -65,8 +65,9 @@ void policy_span(const PolicyOptions& options, const PolicyInputs& inputs, const
 template <typename Real>
 void add_slope(const BoolMatrix& mask, const PolicySpan& span, double slope, Real* coefficient);
 
-// 1 / the denominator of each sequence, 0 where there is nothing to divide by; `num_tokens` < 0 stands for `total`.
-double policy_scale(const PolicyOptions& options, double count, double total, double num_tokens, int64_t sequences,
+// 1 / the denominator of each sequence, 0 where there is nothing to divide by. `instead` ≥ 0 is taken instead of
+// `total` or of `sequences`, whichever the loss divides by.
+double policy_scale(const PolicyOptions& options, double count, double total, double instead, int64_t sequences,
                     int64_t max_length);
 
 // grad[i] = coefficient[i] · factor.

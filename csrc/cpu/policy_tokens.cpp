@@ -74,11 +74,17 @@ DLOGP_INLINE PolicyTerm<Real> term_of(const TermOptions<Real>& options, Real rat
   }
 }
 
-// The terms of the ratio and all sums but those of entropy and divergence, in one loop. Of a sequence's ratio the
-// slopes are summed up, and the coefficients get no part of them yet.
-template <PolicySurrogate surrogate, bool of_sequences, bool weighted, typename Real>
+// Whether the ratio of a sequence has no gradient, because its logarithm is that far.
+bool is_clamped(const PolicyOptions& options, double log_ratio) {
+  return options.surrogate != PolicySurrogate::kCispo && std::fabs(log_ratio) > kLogRatioLimit;
+}
+
+// The terms of the ratio and all sums but those of entropy and divergence, in one loop. Where the slopes of a
+// sequence are summed up, the coefficients get no part of them yet.
+template <PolicySurrogate surrogate, PolicyImportance importance, bool weighted, typename Real>
 DLOGP_INLINE void set_terms(const PolicyOptions& options, int64_t count, PolicyTokens<Real>& t, PolicySums& sums) {
-  constexpr bool by_logp = surrogate == PolicySurrogate::kCispo, summed = of_sequences && !by_logp;
+  constexpr bool by_logp = surrogate == PolicySurrogate::kCispo, of_sequences = importance != PolicyImportance::kToken;
+  constexpr bool summed = importance == PolicyImportance::kSequence && !by_logp;
   const TermOptions<Real> numbers = term_options<Real>(options);
   const Real limit = Real(kLogRatioLimit);
   const Real common_ratio = of_sequences ? exp_of(clamped(t.log_ratio)) : Real(0);
@@ -118,14 +124,24 @@ DLOGP_INLINE void set_terms(const PolicyOptions& options, int64_t count, PolicyT
   sums.weight += double(weights);
 }
 
+template <PolicySurrogate surrogate, PolicyImportance importance, typename Real>
+DLOGP_INLINE void set_terms(const PolicyOptions& options, int64_t count, PolicyTokens<Real>& t, PolicySums& sums) {
+  t.has_token_weight ? set_terms<surrogate, importance, true>(options, count, t, sums)
+                     : set_terms<surrogate, importance, false>(options, count, t, sums);
+  if (importance == PolicyImportance::kSequenceToken && is_clamped(options, double(t.log_ratio)))
+    std::fill_n(t.coefficient, count, Real(0));
+}
+
 template <PolicySurrogate surrogate, typename Real>
 DLOGP_INLINE void set_terms(const PolicyOptions& options, int64_t count, PolicyTokens<Real>& t, PolicySums& sums) {
-  if (options.of_sequences)
-    t.has_token_weight ? set_terms<surrogate, true, true>(options, count, t, sums)
-                       : set_terms<surrogate, true, false>(options, count, t, sums);
-  else
-    t.has_token_weight ? set_terms<surrogate, false, true>(options, count, t, sums)
-                       : set_terms<surrogate, false, false>(options, count, t, sums);
+  switch (options.importance) {
+    case PolicyImportance::kToken:
+      return set_terms<surrogate, PolicyImportance::kToken>(options, count, t, sums);
+    case PolicyImportance::kSequence:
+      return set_terms<surrogate, PolicyImportance::kSequence>(options, count, t, sums);
+    case PolicyImportance::kSequenceToken:
+      return set_terms<surrogate, PolicyImportance::kSequenceToken>(options, count, t, sums);
+  }
 }
 
 template <typename Real>
@@ -200,8 +216,9 @@ void PolicySums::add(const PolicySums& other) {
 }
 
 double slope_of_sequence(const PolicyOptions& options, double log_ratio, const PolicySums& sums) {
-  if (!options.of_sequences || options.surrogate == PolicySurrogate::kCispo || sums.count == 0) return 0;
-  return std::fabs(log_ratio) > kLogRatioLimit ? 0 : sums.slope / sums.count;
+  if (options.importance != PolicyImportance::kSequence || options.surrogate == PolicySurrogate::kCispo) return 0;
+  if (sums.count == 0) return 0;
+  return is_clamped(options, log_ratio) ? 0 : sums.slope / sums.count;
 }
 
 DLOGP_CLONES void policy_tokens(const PolicyOptions& options, int64_t count, PolicyTokens<float>& tokens,

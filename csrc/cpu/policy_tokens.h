@@ -34,8 +34,8 @@ struct PolicyTokens {
 };
 
 // Sets `loss`, and `coefficient`: the gradient of the unscaled loss by logp; both are 0 where `mask` is. Where a ratio
-// is that of a sequence, the latter lacks ∂/∂ log r, whose sum goes to sums.slope (`add_slope` puts it in), but for
-// CISPO. Adds to `sums`.
+// is that of a sequence (kSequence), the latter lacks ∂/∂ log r, whose sum goes to sums.slope (`add_slope` puts it in),
+// but for CISPO. Adds to `sums`.
 void policy_tokens(const PolicyOptions& options, int64_t count, PolicyTokens<float>& tokens, PolicySums& sums);
 void policy_tokens(const PolicyOptions& options, int64_t count, PolicyTokens<double>& tokens, PolicySums& sums);
 

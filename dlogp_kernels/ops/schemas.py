@@ -7,8 +7,9 @@ others come back empty. Sampling has no gradient; its seed (64 bits, as int64) a
 device as int64 tensors, seed (1,), step (1,) or (N,), which then count; row_id is (N,) int64, or None for 0 … N − 1.
 
 The policy loss takes tokens (B, T), or (N,) with the offsets (B + 1,) int64 of B sequences; advantage is of each token
-or (B,), mask bool, group (B,) int64, num_tokens () of the dtype of the loss; choices and numbers are those options of
-reference_policy.PolicyOptions, in its order (PyTorch's time for a call goes by the square of the number of arguments).
+or (B,), mask bool, group (B,) int64, denominator () of the dtype of the loss: num_tokens or num_sequences; choices and
+numbers are those options of reference_policy.PolicyOptions, in its order (PyTorch's time for a call goes by the square
+of the number of arguments).
 Its forward op leaves `coefficient`, the shape of logp, empty unless with_gradient, and `scale` (B,): the gradient by
 logp is their product. metrics are in the order of PolicyMetrics.
 
@@ -45,7 +46,7 @@ _SAMPLE_OPTIONS = (
 )
 _POLICY_TOKENS = (
     "Tensor logp, Tensor old_logp, Tensor advantage, Tensor mask, Tensor? offsets, Tensor? group, Tensor? ref_logp, "
-    "Tensor? entropy, Tensor? kl, Tensor? token_weight, Tensor? num_tokens"
+    "Tensor? entropy, Tensor? kl, Tensor? token_weight, Tensor? denominator"
 )
 _POLICY_OPTIONS = "str[] choices, float[] numbers, int? max_length"
 _POLICY_ROWS = (

@@ -36,12 +36,12 @@ class Kind(NamedTuple):
     surrogate: str
     reweight: str
     sign: str
-    of_sequences: bool
+    importance: str
 
 
 def kind_of(options: PolicyOptions) -> Kind:
     surrogate = options.loss_type if options.loss_type in ("cispo", "sapo") else "clipped"
-    return Kind(surrogate, options.reweight, options.reweight_sign, options.importance == "sequence")
+    return Kind(surrogate, options.reweight, options.reweight_sign, options.importance)
 
 
 def numbers_of(options: PolicyOptions) -> Numbers:

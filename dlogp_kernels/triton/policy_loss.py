@@ -184,13 +184,14 @@ def scaled(loss, scale):
 
 @triton.jit
 def finish(
-    parts_ptr, counts_ptr, num_tokens_ptr, loss_ptr, metrics_ptr, scale_ptr, B, splits, max_length,
+    parts_ptr, counts_ptr, denominator_ptr, loss_ptr, metrics_ptr, scale_ptr, B, splits, max_length,
     METRICS: tl.constexpr, DENOMINATOR: tl.constexpr,
 ):  # fmt: skip
     """loss = Σ_b scale[b] · loss of b, scale[b] = 1 / the denominator, metrics = sums / tokens; in float64.
 
     parts (B · splits, _PART) float32; counts (B,) int32, tokens of each sequence where that is the denominator. Other
-    programs have written both: what is read of them comes from the L2 cache.
+    programs have written both: what is read of them comes from the L2 cache. denominator (), unless it is None, stands
+    in for the number of all tokens, or for B.
     """
     num_parts = B.to(tl.int64) * splits
     column, lane = tl.arange(0, _PART), tl.arange(0, _PARTS).to(tl.int64)
@@ -206,24 +207,23 @@ def finish(
     total = tl.sum(tl.where(column == _COUNT, sums, 0.0), 0)
     metrics = tl.where(column == _LARGEST, largest, sums / tl.where(total > 0.0, total, 1.0))
     tl.store(metrics_ptr + column, metrics.to(tl.float32), mask=column < METRICS)
+    sequences = B.to(tl.float64)
+    if denominator_ptr is not None:
+        total = tl.load(denominator_ptr).to(tl.float64)
+        sequences = total
     if DENOMINATOR == "sequences":
         losses = tl.zeros([_PARTS], tl.float64)
         for start in range(0, num_parts, _PARTS):
             p = start + lane
             inside = p < num_parts
             count = tl.load(counts_ptr + p // splits, mask=inside, other=0, cache_modifier=".cg")
-            scale = inverse(count.to(tl.float64) * B)
+            scale = inverse(count.to(tl.float64) * sequences)
             loss = tl.load(parts_ptr + p * _PART + _LOSS, mask=inside, other=0.0, cache_modifier=".cg")
             losses += scaled(loss.to(tl.float64), scale)
             tl.store(scale_ptr + p // splits, scale.to(tl.float32), mask=inside & (p % splits == 0))
         loss = tl.sum(losses, 0)
     else:
-        denominator = total
-        if DENOMINATOR == "max_length":
-            denominator = B.to(tl.float64) * max_length
-        elif num_tokens_ptr is not None:
-            denominator = tl.load(num_tokens_ptr).to(tl.float64)
-        scale = inverse(denominator)
+        scale = inverse(sequences * max_length if DENOMINATOR == "max_length" else total)
         loss = scaled(tl.sum(tl.where(column == _LOSS, sums, 0.0), 0), scale)
         for start in range(0, B, _PARTS):
             b = start + lane
@@ -256,9 +256,9 @@ def four(a, b, c, d):
 @triton.jit(do_not_specialize=["B", "T", "max_length"])
 def _policy_loss_fwd_kernel(
     logp_tokens, old_logp_tokens, advantages, mask_tokens, ref_logps, entropies, kls, token_weights, offsets_ptr,
-    numbers, sequences_ptr, group_ptr, num_tokens_ptr, coefficient_ptr, parts_ptr, finished_ptr, loss_ptr, metrics_ptr,
+    numbers, sequences_ptr, group_ptr, denominator_ptr, coefficient_ptr, parts_ptr, finished_ptr, loss_ptr, metrics_ptr,
     scale_ptr, B, T, max_length,
-    SURROGATE: tl.constexpr, REWEIGHT: tl.constexpr, SIGN: tl.constexpr, OF_SEQUENCES: tl.constexpr,
+    SURROGATE: tl.constexpr, REWEIGHT: tl.constexpr, SIGN: tl.constexpr, IMPORTANCE: tl.constexpr,
     METRICS: tl.constexpr, DENOMINATOR: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
     TOGETHER: tl.constexpr,
 ):  # fmt: skip
@@ -274,13 +274,14 @@ def _policy_loss_fwd_kernel(
     begin, end = range_of(offsets_ptr, b, T)
     first, last = written_range_of(offsets_ptr, b, B, T, begin, end)
     row = row_of(offsets_ptr, b, T)
+    OF_SEQUENCES: tl.constexpr = IMPORTANCE != "token"
+    SUMS_SLOPES: tl.constexpr = IMPORTANCE == "sequence" and SURROGATE != "cispo"
     score, mean_ratio, length = 0.0, 0.0, 1.0
     if REWEIGHT == "ppl":
         score = score_of(sequences_ptr, group_ptr, b, B, TOGETHER)
     if OF_SEQUENCES:
         length = tl.maximum(tl.load(sequences_ptr + b), 1.0)
         mean_ratio = tl.load(sequences_ptr + 2 * B + b) / length
-    SUMS_SLOPES: tl.constexpr = OF_SEQUENCES and SURROGATE != "cispo"
     zero = tl.zeros([BLOCK // _EACH], tl.float32)
     loss_sum, count, slope_sum, low_sum, high_sum, dual_sum = zero, zero, zero, zero, zero, zero
     kl_sum, ratio_sum, largest, weight_sum, ref_kl_sum, entropy_sum = zero, zero, zero, zero, zero, zero
@@ -293,10 +294,11 @@ def _policy_loss_fwd_kernel(
         weight = _policy.weight_of(old_logp, advantage, score, numbers.alpha, REWEIGHT, SIGN)
         advantage *= weight
         log_ratio = logp - old_logp
-        ratio = _policy.ratio_of(tl.zeros_like(logp) + mean_ratio if OF_SEQUENCES else log_ratio)
+        judged = tl.zeros_like(logp) + mean_ratio if OF_SEQUENCES else log_ratio
+        ratio = _policy.ratio_of(judged)
         loss, slope, low, high, dual = _policy.term_of(ratio, advantage, logp, numbers, SURROGATE)
-        if SURROGATE != "cispo" and not OF_SEQUENCES:
-            slope = _policy.within_limit(slope, log_ratio)
+        if SURROGATE != "cispo" and not SUMS_SLOPES:
+            slope = _policy.within_limit(slope, judged)
         if token_weights is not None:
             token_weight = load_tokens(token_weights, b, t, inside)
             loss *= token_weight
@@ -362,7 +364,7 @@ def _policy_loss_fwd_kernel(
     tl.debug_barrier()
     if ended_before == tl.num_programs(0) * splits - 1:
         finish(
-            parts_ptr, finished_ptr + 1, num_tokens_ptr, loss_ptr, metrics_ptr, scale_ptr, B, splits, max_length,
+            parts_ptr, finished_ptr + 1, denominator_ptr, loss_ptr, metrics_ptr, scale_ptr, B, splits, max_length,
             METRICS, DENOMINATOR,
         )  # fmt: skip
 
@@ -420,7 +422,7 @@ def policy_loss_fwd(
     entropy: Tensor | None,
     kl: Tensor | None,
     token_weight: Tensor | None,
-    num_tokens: Tensor | None,
+    denominator: Tensor | None,
     choices: list[str],
     numbers: list[float],
     max_length: int | None,
@@ -441,15 +443,16 @@ def policy_loss_fwd(
     offsets = None if offsets is None else offsets.contiguous()
     given, old, counted = _tokens(logp, packed), _tokens(old_logp, packed), _tokens(mask, packed)
     unit = _unit_of(columns, packed)
-    splits = 1 if kind.of_sequences else _splits(sequences, columns, packed, _FWD_PROGRAMS)
-    by_sequence = kind.of_sequences or kind.reweight == "ppl"
+    ratio_of_sequence = kind.importance != "token"
+    splits = 1 if ratio_of_sequence else _splits(sequences, columns, packed, _FWD_PROGRAMS)
+    by_sequence = ratio_of_sequence or kind.reweight == "ppl"
     # What _sequences_kernel writes needs no zeros.
     allocate, of_sequences = (torch.empty if by_sequence else torch.zeros), None
     finished = allocate(1 + sequences, dtype=torch.int32, device=device)
     group = None if group is None else group.contiguous()
     launch = call_of(
         "policy_loss_fwd", device, logp, old_logp, advantage, mask, offsets, group, ref_logp, entropy, kl, token_weight,
-        num_tokens, *choices, max_length, with_gradient,
+        denominator, *choices, max_length, with_gradient,
     ).launch  # fmt: skip
     with on_device_of(logp):
         if by_sequence:
@@ -460,7 +463,7 @@ def policy_loss_fwd(
         arguments = (
             given, old, _advantages(advantage, sequences, packed), counted, _tokens_if_any(ref_logp, packed),
             _tokens_if_any(entropy, packed), _tokens_if_any(kl, packed), _tokens_if_any(token_weight, packed), offsets,
-            numbers_of(options), of_sequences, group, num_tokens,
+            numbers_of(options), of_sequences, group, denominator,
             coefficient if with_gradient else None, new(sequences * splits, _PART.value), finished, loss, metrics,
             scale, sequences, columns // unit, columns if max_length is None else max_length,
         )  # fmt: skip
@@ -468,7 +471,7 @@ def policy_loss_fwd(
             "SURROGATE": kind.surrogate,
             "REWEIGHT": kind.reweight,
             "SIGN": kind.sign,
-            "OF_SEQUENCES": kind.of_sequences,
+            "IMPORTANCE": kind.importance,
             "METRICS": _METRICS,
             "DENOMINATOR": _denominator(options),
             "UNIT": unit,

@@ -8,7 +8,7 @@ from typing import Any
 
 from trl import GRPOConfig
 
-from ..reference_policy import LOSS_TYPES, REWEIGHT_SIGNS, REWEIGHTS
+from ..reference_policy import IMPORTANCES, LOSS_TYPES, REWEIGHT_SIGNS, REWEIGHTS
 
 
 def _option(default: Any, text: str) -> Any:
@@ -44,6 +44,10 @@ class ReweightedGRPOConfig(GRPOConfig):
             at the start of training is logged. It costs their forward pass, and a copy of the trained parameters; 0 for
             neither.
 
+    `importance_sampling_level` may also be `sequence_token`: the ratios of `sequence` (GSPO), with the gradient of each
+    token's own log-probability (GSPO-token). Under `sequence` the gradient goes through the mean over the response, so
+    that `low_prob` and `dominate` make no difference between its tokens.
+
     Raises ValueError for a value that can not be, by name.
     """
 
@@ -60,12 +64,14 @@ class ReweightedGRPOConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.reweight not in REWEIGHTS:
-            raise ValueError(f"reweight is {self.reweight!r}, expected one of {', '.join(REWEIGHTS)}")
-        if self.reweight_sign not in REWEIGHT_SIGNS:
-            raise ValueError(f"reweight_sign is {self.reweight_sign!r}, expected one of {', '.join(REWEIGHT_SIGNS)}")
-        if self.loss_type not in LOSS_TYPES:
-            raise ValueError(f"loss_type is {self.loss_type!r}, expected one of {', '.join(LOSS_TYPES)}")
+        for name, choices in (
+            ("reweight", REWEIGHTS),
+            ("reweight_sign", REWEIGHT_SIGNS),
+            ("loss_type", LOSS_TYPES),
+            ("importance_sampling_level", IMPORTANCES),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(choices)}")
         for name in ("reweight_alpha", "overlong_penalty"):
             value = getattr(self, name)
             if not math.isfinite(value) or value < 0:

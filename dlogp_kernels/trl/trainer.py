@@ -343,7 +343,8 @@ class ReweightedGRPOTrainer(GRPOTrainer):
     def _add_clip_ratios(
         self, sums: TokenSums, logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor
     ) -> None:
-        ratio = ratio_of(raw_log_ratio(logp, old_logp, mask, self.importance_sampling_level))
+        level = "token" if self.importance_sampling_level == "token" else "sequence"
+        ratio = ratio_of(raw_log_ratio(logp, old_logp, mask, level))
         options = PolicyOptions(
             loss_type=self.loss_type,
             clip_low=self.epsilon_low,

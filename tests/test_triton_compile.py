@@ -126,6 +126,7 @@ POLICY = {
     "policy loss, every option": ({"reweight": "ppl", "importance": "sequence", "dual_clip": 3.0}, {"packed": True}),
     "policy loss, sapo": ({"loss_type": "sapo", "reweight": "dominate", "alpha": 0.5}, {"dtype": BF16}),
     "policy loss, cispo": ({"loss_type": "cispo", "importance": "sequence"}, {"dtype": FP16}),
+    "policy loss, gspo-token": ({"loss_type": "grpo", "importance": "sequence_token", "num_sequences": 7}, {}),
 }
 
 
@@ -138,7 +139,7 @@ def test_the_policy_loss_fits(gpu, name):
         inputs = policy_cases.pack(inputs, [4096, 1, 17])
     with pretend(GPUS[gpu]) as launched, launch_code_sees(GPUS[gpu]), backends.use_backend("triton"):
         policy_cases.call(inputs, **options, **policy_cases.ALL_EXTRAS)
-    before = ["_sequences_kernel"] if "sequence" in options.values() else []
+    before = ["_sequences_kernel"] if "importance" in options else []
     assert [x.compiled.name for x in launched] == [*before, "_policy_loss_fwd_kernel", "_policy_loss_bwd_kernel"]
     for kernel in kernels(launched):
         _assert_fits(gpu, kernel)

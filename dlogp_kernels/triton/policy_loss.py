@@ -294,11 +294,10 @@ def _policy_loss_fwd_kernel(
         weight = _policy.weight_of(old_logp, advantage, score, numbers.alpha, REWEIGHT, SIGN)
         advantage *= weight
         log_ratio = logp - old_logp
-        judged = tl.zeros_like(logp) + mean_ratio if OF_SEQUENCES else log_ratio
-        ratio = _policy.ratio_of(judged)
+        ratio = _policy.ratio_of(tl.zeros_like(logp) + mean_ratio if OF_SEQUENCES else log_ratio)
         loss, slope, low, high, dual = _policy.term_of(ratio, advantage, logp, numbers, SURROGATE)
-        if SURROGATE != "cispo" and not SUMS_SLOPES:
-            slope = _policy.within_limit(slope, judged)
+        if SURROGATE != "cispo" and not OF_SEQUENCES:
+            slope = _policy.within_limit(slope, log_ratio)
         if token_weights is not None:
             token_weight = load_tokens(token_weights, b, t, inside)
             loss *= token_weight
@@ -308,6 +307,8 @@ def _policy_loss_fwd_kernel(
             slope_sum += summed(slope, mask, UNIT)
         else:
             coefficient = slope
+            if IMPORTANCE == "sequence_token" and SURROGATE != "cispo":
+                coefficient = _policy.within_limit(slope, mean_ratio)
         if ref_logps is not None:
             k3, k3_slope = _policy.k3_of_reference(load_tokens(ref_logps, b, t, inside), logp)
             ref_kl_sum += summed(k3, mask, UNIT)

@@ -69,10 +69,9 @@ def test_the_plain_loop(name, padded):
     torch.manual_seed(0)
     input_ids = torch.randint(0, 160, (4, 12))
     response = torch.arange(12) >= torch.tensor([3, 4, 5, 6])[:, None]
-    attention_mask = None
+    attention_mask = torch.ones_like(input_ids)
     if padded:
         response[0, 9:] = False
-        attention_mask = torch.ones_like(input_ids)
         attention_mask[0, 9:] = 0
     advantage = torch.tensor([1.0, -1.0, 0.5, -0.5])
     kept = response[:, 1:]
@@ -87,9 +86,8 @@ def test_the_plain_loop(name, padded):
     expected = losses[kept].mean()
     expected.backward()
     optimizers = [torch.optim.SGD(x.parameters(), lr=0.1) for x in (model, torch_model)]
-    loss, metrics = namespace["train_step"](
-        model, optimizers[0], input_ids, response, old_logp, advantage, attention_mask
-    )
+    arguments = model, optimizers[0], input_ids, response, old_logp, advantage
+    loss, metrics = namespace["train_step"](*arguments, *([attention_mask] if padded else []))
     optimizers[1].step()
     assert loss == pytest.approx(float(expected), abs=1e-5)
     assert 1.0 < float(metrics.mean_weight) < 1.2

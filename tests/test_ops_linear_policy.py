@@ -77,6 +77,17 @@ def test_advantages_of_tokens_and_num_tokens(accuracy):
     torch.testing.assert_close(half.gradients["weight"] * 2.0, whole.gradients["weight"])
 
 
+@pytest.mark.parametrize("importance", fewer(["token", "sequence_token"], ["token"]))
+def test_num_sequences(importance):
+    inputs = make_inputs()
+    options = {"loss_type": "grpo", "importance": importance}
+    whole = call(inputs, **options)
+    half = call(inputs, num_sequences=2 * len(inputs["mask"]), **options)
+    torch.testing.assert_close(2 * half.loss, whole.loss)
+    for name, grad in whole.gradients.items():
+        torch.testing.assert_close(2 * half.gradients[name], grad)
+
+
 @pytest.mark.parametrize("base", [False, True])
 @pytest.mark.parametrize("dtype", fewer([BF16, FP32], [BF16]), ids=str)
 def test_many_blocks_of_rows(accuracy, monkeypatch, dtype, base):

@@ -94,7 +94,7 @@ def test_every_option_reaches_the_job(pair, dlogp, tmp_path, monkeypatch):
 
     monkeypatch.setattr("dlogp_kernels.jobs.metrics.run_metrics", record)
     options = ["--memory-limit", "4GiB", "--batch-tokens", 77, "--dtype", "fp16", "--sequential", "--resume"]
-    options += ["--on-error", "skip", "--temperature", 0.7, "--trust-remote-code"]
+    options += ["--on-error", "skip", "--temperature", 0.7, "--trust-remote-code", "--max-line-size", "1MiB"]
     status, _, errors = dlogp(*metrics_arguments(pair, tmp_path / "out"), *options)
     assert status == 0, errors
     assert received == {
@@ -108,6 +108,7 @@ def test_every_option_reaches_the_job(pair, dlogp, tmp_path, monkeypatch):
         "on_error": "skip",
         "temperature": 0.7,
         "trust_remote_code": True,
+        "max_line_size": "1MiB",
     }
 
 

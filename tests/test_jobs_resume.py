@@ -24,11 +24,15 @@ from dlogp_kernels.report import files
 SETTINGS = {"dtype": "fp32", "batch_tokens": 8, "device": "cpu", "progress": False}
 
 # One interpreter for all the attempts: importing the libraries takes longer than the run. It has one thread, so that
-# its copies may go on after fork. Prints how each attempt ended: −9 killed, 0 finished.
+# its copies may go on after fork, and tqdm's lock is one of a process: its own is shared by the copies, and one that is
+# killed while it holds the lock would stop all after it. Prints how each attempt ended: −9 killed, 0 finished.
 ATTEMPTS = """
-import json, os, random, signal, sys, time
+import json, os, random, signal, sys, threading, time
 import torch
+from tqdm.std import tqdm
 torch.set_num_threads(1)
+tqdm.monitor_interval = 0
+tqdm.set_lock(threading.RLock())
 from dlogp_kernels.hf.tiny import load_local
 from dlogp_kernels.jobs.metrics import run_metrics
 

@@ -1,11 +1,13 @@
 """Loading from directories, and comparing tokenizers."""
 
 import json
+import re
 
 import hf_models
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -124,8 +126,108 @@ def test_weights_of_other_shapes_are_an_error(saved):
     config = json.loads((saved / "config.json").read_text())
     config["vocab_size"] += 1
     (saved / "config.json").write_text(json.dumps(config))
-    with pytest.raises((ValueError, RuntimeError), match=r"lm_head|embed_tokens|mismatched"):
+    with pytest.raises(ValueError, match=r"2 weights have other shapes .*lm_head\.weight: \(160, 32\) for \(161, 32\)"):
         hf.load_model(saved)
+
+
+def add_weights(directory, tensors: dict[str, torch.Tensor]) -> None:
+    file = directory / "model.safetensors"
+    save_file(load_file(file) | tensors, file, metadata={"format": "pt"})
+
+
+UNUSED = {
+    "a scale of float8 weights": ("model.layers.0.mlp.up_proj.weight_scale_inv", torch.ones(1, 1)),
+    "a scale of int8 weights": ("model.layers.1.self_attn.q_proj.SCB", torch.ones(32)),
+    "the head's bias": ("lm_head.bias", torch.ones(160)),
+    "another layer": ("model.layers.2.mlp.up_proj.weight", torch.ones(48, 32)),
+    "a norm": ("model.layers.1.post_feedforward_layernorm.weight", torch.ones(32)),
+    "a head of another kind": ("score.weight", torch.ones(1, 32)),
+}
+
+
+@pytest.mark.parametrize("name", UNUSED)
+def test_weights_that_the_model_does_not_take_are_not_left_out(saved, name):
+    weight, tensor = UNUSED[name]
+    add_weights(saved, {weight: tensor})
+    with pytest.raises(
+        ValueError, match=rf"1 weights of the files have no place \({re.escape(weight)}\), expected only"
+    ):
+        hf.load_model(saved)
+
+
+def test_weights_of_a_shortened_config_are_named(saved):
+    config = json.loads((saved / "config.json").read_text())
+    config |= {"num_hidden_layers": 1, "layer_types": ["full_attention"]}
+    (saved / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"11 weights of the files have no place \(model\.layers\.1\..*, …\)"):
+        hf.load_model(saved)
+
+
+def test_integers_without_their_scales_are_not_taken_for_weights(saved):
+    add_weights(saved, {"model.layers.0.mlp.up_proj.weight": torch.ones(48, 32, dtype=torch.int8)})
+    with pytest.raises(ValueError, match=r"1 weights are integers .*\(model\.layers\.0\.mlp\.up_proj\.weight: I8\)"):
+        hf.load_model(saved)
+
+
+BENIGN = {
+    "frequencies of old versions": ("qwen3", "model.layers.0.self_attn.rotary_emb.inv_freq", torch.ones(4)),
+    "a tied head": ("gpt2_tied", "lm_head.weight", None),
+    "a mask of old versions": ("gpt2_tied", "transformer.h.0.attn.masked_bias", torch.tensor(-1e4)),
+    "a mask that the class declares": ("gpt2_tied", "transformer.h.0.attn.bias", torch.ones(1, 1, 64, 64)),
+    "layers for more tokens, which the class declares": ("qwen3_5", "mtp.layers.0.mlp.up_proj.weight", torch.ones(2)),
+}
+
+
+@pytest.mark.parametrize("name", BENIGN)
+def test_what_a_model_may_be_without_is_left_out(tmp_path, name):
+    architecture, weight, tensor = BENIGN[name]
+    model = hf_models.tiny_model(architecture)
+    model.save_pretrained(tmp_path)
+    add_weights(tmp_path, {weight: model.get_input_embeddings().weight.data.clone() if tensor is None else tensor})
+    expected = model.state_dict()
+    for key, value in hf.load_model(tmp_path).state_dict().items():
+        assert torch.equal(value, expected[key]), key
+
+
+def test_weights_of_a_base_are_checked_below_an_adapter(tmp_path):
+    plain = hf_models.tiny_model("qwen3")
+    plain.save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(target_modules=["q_proj"])
+    peft.get_peft_model(hf.load_model(tmp_path / "base"), config).save_pretrained(tmp_path / "adapter")
+    add_weights(tmp_path / "base", {"lm_head.bias": torch.ones(160)})
+    with pytest.raises(ValueError, match=r"base: 1 weights of the files have no place \(lm_head\.bias\)"):
+        hf.load_model(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": 3}', "{}"])
+def test_a_broken_index_is_named(saved, text):
+    (saved / "model.safetensors").rename(saved / "model-00001-of-00001.safetensors")
+    (saved / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json: is not an index"):
+        hf.load_model(saved)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_weights_keep_the_dtype_of_their_file(tmp_path, dtype):
+    model = hf_models.tiny_model("qwen3", dtype=dtype)
+    model.save_pretrained(tmp_path)
+    # What config.json says may have been true of the model that this one was trained from.
+    config = json.loads((tmp_path / "config.json").read_text()) | {"dtype": "bfloat16", "torch_dtype": "bfloat16"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = hf.load_model(tmp_path)
+    assert loaded.dtype == dtype
+    for name, value in loaded.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
+
+
+def test_float16_is_computed_in_float32_on_a_cpu(tmp_path):
+    model = hf_models.tiny_model("qwen3", dtype=torch.float16)
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=r"weights are float16, .* computed in float32"):
+        loaded = hf.load_model(tmp_path)
+    for name, value in loaded.state_dict().items():
+        assert value.dtype == torch.float32 and torch.equal(value, model.state_dict()[name].float()), name
+    assert hf.load_model(tmp_path, dtype=torch.float16).dtype == torch.float16
 
 
 def test_context_length():

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from pair_files import Pair, contents, random_rows, token_ids, write_lines, write_pair
+from safetensors.torch import load_file
 
-from dlogp_kernels.hf.tiny import load_local
+from dlogp_kernels.hf.tiny import load_local, save_local
 from dlogp_kernels.jobs.errors import JobError
 from dlogp_kernels.jobs.metrics import run_metrics
 from dlogp_kernels.jobs.plan import BATCHES_PER_PART, cut_batches, cut_parts
@@ -155,6 +158,63 @@ def test_messages_are_rendered_by_the_chat_template(pair, tmp_path):
     pq.write_table(pa.table({"messages": chats}), tmp_path / "chats.parquet")
     assert run(pair, tmp_path / "parquet", tmp_path / "chats.parquet").equals(expected)
     assert expected["sample_id"].to_pylist()[0] == "1" and expected["source"].null_count == len(expected)
+
+
+def test_each_model_is_computed_in_the_dtype_of_its_files(pair, table, tmp_path):
+    run_metrics(*pair, tmp_path / "default", batch_tokens=100, device="cpu", progress=False)
+    assert largest_difference(table, pq.read_table(tmp_path / "default" / "tokens")) == 0
+    rounded, tokenizer = load_local(pair.base)
+    save_local(rounded.bfloat16(), tokenizer, tmp_path / "base")
+    mixed = pair._replace(base=tmp_path / "base")
+    numbers = run(mixed, tmp_path / "mixed", dtype="auto")
+    assert np.abs(numbers["logp"].to_numpy() - table["logp"].to_numpy()).max() < ROUNDING
+    # The weights are the same, what is computed of them is rounded to bfloat16.
+    exact = run(mixed, tmp_path / "fp32")["base_logp"].to_numpy()
+    assert ROUNDING < np.abs(numbers["base_logp"].to_numpy() - exact).max() < 1
+    assert largest_difference(numbers, run(mixed, tmp_path / "sequential", dtype="auto", sequential=True)) == 0
+
+
+def nearby_pair(pair: Pair, directory: Path, step: float) -> Pair:
+    """A pair whose RL model is its base, each weight moved by up to `step`, as reinforcement learning does."""
+    model, tokenizer = load_local(pair.base)
+    save_local(model, tokenizer, directory / "base")
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data += step * (2 * torch.rand(parameter.shape, generator=generator) - 1)
+    save_local(model, tokenizer, directory / "rl")
+    return pair._replace(rl=directory / "rl", base=directory / "base")
+
+
+def test_a_rounding_that_drowns_the_update_is_told(pair, tmp_path):
+    near = nearby_pair(pair, tmp_path, step=1e-5)
+    weights = [load_file(place / "model.safetensors") for place in (near.rl, near.base)]
+    norms = []
+    for names in (weights[0].keys(), ["lm_head.weight"]):
+        update = torch.cat([(weights[0][name] - weights[1][name]).flatten() for name in names])
+        kept = torch.cat(
+            [(weights[0][name].bfloat16().float() - weights[1][name].bfloat16()).flatten() for name in names]
+        )
+        norms += [float((kept - update).norm()), float(update.norm())]
+    expected = "{:.3g} beside {:.3g} in all weights, {:.3g} beside {:.3g} in the last layer".format(*norms)
+    assert norms[0] > norms[1]
+    with pytest.warns(
+        UserWarning, match="--dtype bf16 rounds away some of what --rl .* and --base .* differ by"
+    ) as told:
+        run(near, tmp_path / "bf16", dtype="bf16")
+    assert len(told) == 1 and expected in str(told[0].message)
+
+
+@pytest.mark.parametrize(("step", "option"), [(1e-5, "auto"), (1e-5, "fp32"), (0.0, "bf16")])
+def test_a_rounding_that_changes_nothing_is_not_told(pair, tmp_path, step, option):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        run(nearby_pair(pair, tmp_path, step), tmp_path / "out", dtype=option)
+
+
+def test_an_old_run_in_another_dtype_says_how_to_go_on(pair, tmp_path):
+    run(pair, tmp_path / "out", dtype="bf16")
+    with pytest.raises(JobError, match='arguments dtype: "bf16" there, "auto" now'):
+        run(pair, tmp_path / "out", dtype="auto")
 
 
 def test_summary_counts_and_describes_the_rows(pair, table, tmp_path):

@@ -77,6 +77,13 @@ def without_times(entries):
     return [{name: value for name, value in entry.items() if name != "step_seconds"} for entry in entries]
 
 
+def test_a_training_that_begins_with_rounded_weights_says_so(run):
+    with pytest.warns(
+        UserWarning, match=r"--dtype bf16 rounds \d+ of the \d+ weights of --base .* before the first step"
+    ):
+        run(dtype="bf16", steps=1)
+
+
 def test_a_run_writes_a_checkpoint_and_a_log(run, tmp_path):
     summary = run()
     out = tmp_path / "out"

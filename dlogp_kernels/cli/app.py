@@ -25,9 +25,15 @@ _errors = Console(stderr=True, highlight=False, soft_wrap=True)
 class Dtype(StrEnum):
     """Of the weights in memory."""
 
+    AUTO = "auto"
     BF16 = "bf16"
     FP16 = "fp16"
     FP32 = "fp32"
+
+
+_Dtype = Annotated[
+    Dtype, typer.Option(help="Of the weights in memory; auto: of each model's files, so that none is rounded.")
+]
 
 
 class Draft(StrEnum):
@@ -64,7 +70,7 @@ def metrics(
         str | None, typer.Option(help="Memory beyond the models, such as 4GiB.", show_default="none")
     ] = None,
     batch_tokens: Annotated[int, typer.Option(help="Tokens at once, padding included.")] = 8192,
-    dtype: Annotated[Dtype, typer.Option(help="Of the weights in memory.")] = Dtype.BF16,
+    dtype: _Dtype = Dtype.AUTO,
     device: Annotated[
         str | None, typer.Option(help="Such as cpu or cuda:1.", show_default="cuda if there is one")
     ] = None,
@@ -153,7 +159,6 @@ _MaxLineSize = Annotated[str, typer.Option(help="Longest line of JSONL in --data
 _GraderTimeout = Annotated[
     float, typer.Option(help="Seconds for a response, after which a grader but exact is stopped, and counted.")
 ]
-_Dtype = Annotated[Dtype, typer.Option(help="Of the weights in memory.")]
 _Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:1.", show_default="cuda if there is one")]
 _Resume = Annotated[
     bool, typer.Option("--resume", help="Fail unless --out holds a run to go on with (one goes on without, too).")
@@ -191,7 +196,7 @@ def generate(
     stop_token_id: _StopTokenId = None,
     batch_size: _BatchSize = 64,
     chunk_size: _ChunkSize = None,
-    dtype: _Dtype = Dtype.BF16,
+    dtype: _Dtype = Dtype.AUTO,
     device: _Device = None,
     resume: _Resume = False,
     trust_remote_code: _TrustRemoteCode = False,
@@ -258,7 +263,7 @@ def sweep(
     stop_token_id: _StopTokenId = None,
     batch_size: _BatchSize = 64,
     chunk_size: _ChunkSize = None,
-    dtype: _Dtype = Dtype.BF16,
+    dtype: _Dtype = Dtype.AUTO,
     device: _Device = None,
     resume: _Resume = False,
     trust_remote_code: _TrustRemoteCode = False,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from .loading import context_length
 
@@ -23,9 +23,21 @@ def model_limits(name_or_path: str | Path, *, trust_remote_code: bool = False) -
 
     Raises OSError where there is no config, ValueError where it is not that of a causal language model.
     """
+    model = _without_weights(name_or_path, trust_remote_code)
+    rows = model.get_output_embeddings().weight.shape[0]
+    padded_from = getattr(model.config.get_text_config(decoder=True), "unpadded_vocab_size", None)
+    return Limits(min(rows, padded_from or rows), context_length(model))
+
+
+def last_layer_names(name_or_path: str | Path, *, trust_remote_code: bool = False) -> tuple[str, ...]:
+    """How the names of the last layer's weight end, those of tied embeddings among them."""
+    model = _without_weights(name_or_path, trust_remote_code)
+    weight = model.get_output_embeddings().weight
+    names = (name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter is weight)
+    return tuple(".".join(name.split(".")[-2:]) for name in names)
+
+
+def _without_weights(name_or_path: str | Path, trust_remote_code: bool) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    rows = model.get_output_embeddings().weight.shape[0]
-    padded_from = getattr(config.get_text_config(decoder=True), "unpadded_vocab_size", None)
-    return Limits(min(rows, padded_from or rows), context_length(model))
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import json
+import re
+import warnings
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from transformers import (
     AutoModelForCausalLM,
@@ -16,10 +18,15 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import find_adapter_config_file
+
+from .checkpoint import Stored, own_dtype, stored_tensors
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _LENGTH_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length")
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
+#: What old versions of `transformers` kept beside the weights: they follow from the config.
+_BUFFERS = re.compile(r"rotary_emb\.inv_freq$|(attn|attention)\.masked_bias$")
 #: Splits differ between tokenizers of one vocabulary where their rules for digits, case, spaces and scripts differ.
 _SAMPLE = (
     "Let x = 3.14159, y = -2; so f(x) = 1234567890 / y**2.\n\n\tThe café's  naïve WORDS don't split alike: it's "
@@ -30,7 +37,7 @@ _SAMPLE = (
 def load_model(
     name_or_path: str | Path,
     *,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | Literal["auto"] = "auto",
     device: str | torch.device = "cpu",
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
@@ -39,38 +46,100 @@ def load_model(
     Args:
         name_or_path: a directory with config.json and *.safetensors, or the name of a model on the Hub; or of a PEFT
             adapter (adapter_config.json), which is put into the model that it names.
-        dtype: of its weights in memory.
+        dtype: of its weights in memory. "auto": that of most weights in its files, whatever config.json says, so that
+            none is rounded; float16 on a CPU is computed in float32, with a UserWarning.
         device: where it is put.
         trust_remote_code: run code that comes with the model.
 
     Raises:
         FileNotFoundError: the directory is missing, or has no config.json or no *.safetensors.
-        ValueError: a file is truncated; the files lack weights that the model needs, or hold them in other shapes.
+        ValueError: a file is damaged; the files lack weights that the model needs, hold them in other shapes, or hold
+            weights that the model does not take (unless its class in `transformers` declares that it may be without).
     """
     _check_directory(name_or_path, ("config.json", "adapter_config.json"), "config.json and weights in *.safetensors")
     _check_directory(name_or_path, ("*.safetensors",), "weights in *.safetensors")
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name_or_path,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-        )
-    except SafetensorError as error:
-        raise ValueError(
-            f"{name_or_path}: a safetensors file is truncated or damaged ({error}), expected whole files: get it again"
-        ) from error
+    adapter = find_adapter_config_file(str(name_or_path))
+    if adapter is not None:
+        return _load_adapter(name_or_path, Path(adapter), dtype, device, trust_remote_code=trust_remote_code)
+    tensors = stored_tensors(name_or_path)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        name_or_path,
+        dtype=_dtype_in_memory(name_or_path, tensors, device) if dtype == "auto" else dtype,
+        use_safetensors=True,
+        trust_remote_code=trust_remote_code,
+        # They are told below, by name.
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
     model, loading = loaded
-    # Otherwise they would be random, with a warning.
-    for problem in ("missing_keys", "mismatched_keys"):
-        if loading[problem]:
-            names = ", ".join(sorted(map(str, loading[problem]))[:3])
-            raise ValueError(
-                f"{name_or_path}: {len(loading[problem])} weights are {problem.removesuffix('_keys')} ({names}, …), "
-                f"expected all that {type(model).__name__} of its config.json has"
-            )
+    _check_complete(name_or_path, model, loading)
+    if getattr(model.config, "quantization_config", None) is None:
+        _check_floating(name_or_path, model, tensors)
     return model.to(device).eval()
+
+
+def _load_adapter(
+    name_or_path: str | Path,
+    config_file: Path,
+    dtype: torch.dtype | Literal["auto"],
+    device: str | torch.device,
+    *,
+    trust_remote_code: bool,
+) -> PreTrainedModel:
+    """The model that the adapter names, with the adapter in it."""
+    base = json.loads(config_file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"{config_file}: has no base_model_name_or_path, expected the model that it was trained on")
+    model: Any = load_model(base, dtype=dtype, trust_remote_code=trust_remote_code)
+    loading = model.load_adapter(str(name_or_path))
+    if loading is not None:
+        _check_complete(name_or_path, model, loading.to_dict())
+    return model.to(device).eval()
+
+
+def _dtype_in_memory(
+    name_or_path: str | Path, tensors: Mapping[str, Stored], device: str | torch.device
+) -> torch.dtype | Literal["auto"]:
+    own = own_dtype(tensors)
+    if own == torch.float16 and torch.device(device).type == "cpu":
+        warnings.warn(
+            f"{name_or_path}: its weights are float16, which a CPU is slow at: they are computed in float32, which "
+            "rounds none of them and takes twice the memory",
+            stacklevel=3,
+        )
+        return torch.float32
+    # Quantised weights have their own way to a dtype.
+    return own or "auto"
+
+
+def _check_complete(name_or_path: str | Path, model: PreTrainedModel, loading: Mapping[str, Any]) -> None:
+    """ValueError unless the files have all weights of the model, in its shapes, and no others."""
+    # Otherwise they would be random, with a warning.
+    _refuse(name_or_path, model, loading["missing_keys"], "are missing", "all that {} of its config.json has")
+    shapes = (f"{name}: {tuple(there)} for {tuple(here)}" for name, there, here in loading["mismatched_keys"])
+    _refuse(name_or_path, model, shapes, "have other shapes (mismatched)", "those of {} with its config.json")
+    # Otherwise they would be left out, and with them a bias, a scale of quantised weights, whole layers.
+    unexpected = [name for name in loading["unexpected_keys"] if not _BUFFERS.search(name)]
+    _refuse(name_or_path, model, unexpected, "of the files have no place", "only those that {} of its config.json has")
+
+
+def _refuse(name_or_path: str | Path, model: PreTrainedModel, names: Iterable[str], what: str, expected: str) -> None:
+    found = sorted(map(str, names))
+    if found:
+        shown = ", ".join(found[:3]) + ", …" * (len(found) > 3)
+        raise ValueError(
+            f"{name_or_path}: {len(found)} weights {what} ({shown}), expected {expected.format(type(model).__name__)}"
+        )
+
+
+def _check_floating(name_or_path: str | Path, model: PreTrainedModel, tensors: Mapping[str, Stored]) -> None:
+    """ValueError for floating weights that the files hold as integers, which mean nothing without their scales."""
+    integers = [
+        f"{name}: {tensors[name].dtype}"
+        for name, parameter in model.named_parameters()
+        if name in tensors and parameter.is_floating_point() and tensors[name].dtype.startswith(("I", "U", "BOOL"))
+    ]
+    _refuse(name_or_path, model, integers, "are integers without a quantization_config", "floating weights of {}")
 
 
 def load_tokenizer(name_or_path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -23,7 +23,7 @@ from ..report.responses import RESPONSES_FILE, Collector, Response, Setting, Set
 from .errors import JobError
 from .graders import Grade, Grader, load_grader
 from .identity import Fingerprints, versions
-from .models import DTYPES, ModelPlace, Reading, check_device, find_model, load_weights, read_pair
+from .models import DTYPES, ModelPlace, Reading, check_device, find_model, load_weights, read_pair, warn_of_rounding
 from .problems import Problem, check_file, read_problems
 from .response_file import ResponseFile
 from .run_directory import RunDirectory, State, known_stamps
@@ -87,6 +87,7 @@ def run_decoding(
         if state is State.COMPLETE:
             return directory.summary()
         reading = read_pair(*places, trust_remote_code=decoding.trust_remote_code)
+        warn_of_rounding(places[0], places[1], decoding.dtype, trust_remote_code=decoding.trust_remote_code)
         problems = read_problems(
             data,
             reading,

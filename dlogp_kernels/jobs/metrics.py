@@ -26,7 +26,7 @@ from .compute import Setting, measure, response_hidden
 from .data import MAX_LINE_BYTES, Encoder, Sample, line_limit, read_records
 from .errors import JobError
 from .identity import Fingerprints, versions
-from .models import DTYPES, ModelPlace, check_device, find_model, load_weights, read_pair
+from .models import DTYPES, ModelPlace, check_device, find_model, load_weights, read_pair, warn_of_rounding
 from .plan import cut_batches, cut_parts
 from .prepared import BrokenLineReport, PreparedData, prepare
 from .run_directory import RunDirectory, State, known_stamps
@@ -64,7 +64,7 @@ def run_metrics(
     *,
     memory_limit: int | str | None = None,
     batch_tokens: int = DEFAULT_BATCH_TOKENS,
-    dtype: str = "bf16",
+    dtype: str = "auto",
     device: str | None = None,
     sequential: bool = False,
     resume: bool = False,
@@ -84,7 +84,8 @@ def run_metrics(
             an error, and stays as it is.
         memory_limit: bytes or text such as "4GiB" that may be allocated beyond the models.
         batch_tokens: tokens, padding included, that go through the models at once.
-        dtype: of the weights in memory: bf16, fp16 or fp32. The softmax is in float32 whatever it is.
+        dtype: of the weights in memory: auto (each checkpoint's own, so that none is rounded), bf16, fp16 or fp32. The
+            softmax is in float32 whatever it is.
         device: where the models run; CUDA if there is one, else the CPU.
         sequential: run the base model over all the data first, keep its hidden states on disk (below `out`), free it,
             then run the RL model. The numbers are the same; only one model is in memory at a time.
@@ -126,6 +127,7 @@ def run_metrics(
         if state is State.COMPLETE:
             return directory.summary()
         reading = read_pair(rl_place, base_place, trust_remote_code=trust_remote_code)
+        warn_of_rounding(rl_place, base_place, dtype, trust_remote_code=trust_remote_code)
         if not (state is State.PARTIAL and PreparedData.exists(directory.work, directory.ledger)):
             encoder = Encoder(reading.tokenizer, vocabulary=reading.vocabulary, context=reading.context)
             with directory.writing():

@@ -1,19 +1,29 @@
 """The two models of a run: where they lie, their limits and tokenizer, and loading them."""
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 
 from ..hf import check_same_tokenizer, load_model, load_tokenizer
-from ..hf.limits import model_limits
+from ..hf.checkpoint import Stored, is_rounded, own_dtype, stored_tensors, update_and_rounding
+from ..hf.limits import last_layer_names, model_limits
 from .errors import JobError
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+#: By the names that --dtype has for them; auto is each checkpoint's own.
+DTYPES: dict[str, torch.dtype | Literal["auto"]] = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "auto": "auto",
+}
+#: A rounding that changes W_RL − W_base by more than this share of its norm is told.
+_TOLD_ROUNDING = 0.02
 
 _Loaded = TypeVar("_Loaded")
 #: Of a repository on the Hub: its top level, without pickles and without weights for other frameworks.
@@ -98,7 +108,52 @@ def read_pair(rl: ModelPlace, base: ModelPlace, *, trust_remote_code: bool) -> R
     return Reading(tokenizer, min(limit.vocabulary for limit in limits), min(contexts, default=None))
 
 
-def load_weights(place: ModelPlace, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool) -> Any:
+def warn_of_rounding(rl: ModelPlace, base: ModelPlace, dtype: str, *, trust_remote_code: bool) -> None:
+    """UserWarning where weights that --dtype rounds lose some of what the two models differ by.
+
+    The weights are read only where the files hold more digits than that dtype, and a block of rows at a time.
+    """
+    pair = [_load(place, "the model", stored_tensors) for place in (rl, base)]
+    kept = [_kept_dtype(dtype, tensors) for tensors in pair]
+    if not any(is_rounded(stored, to) for tensors, to in zip(pair, kept, strict=True) for stored in tensors.values()):
+        return
+    last_layer = _load(rl, "the config", partial(last_layer_names, trust_remote_code=trust_remote_code))
+    updates = update_and_rounding(pair[0], pair[1], (kept[0], kept[1]), last_layer)
+    if all(update.rounding <= _TOLD_ROUNDING * update.norm for update in updates):
+        return
+    told = ", ".join(
+        f"{update.rounding:.3g} beside {update.norm:.3g} in {what}"
+        for what, update in zip(("all weights", "the last layer"), updates, strict=True)
+    )
+    remedy = "fp32" if dtype == "auto" else "auto"
+    warnings.warn(
+        f"--dtype {dtype} rounds away some of what {rl} and {base} differ by: ‖rounding‖ beside ‖W_RL − W_base‖ is "
+        f"{told}. Δlog p is off in that measure; --dtype {remedy} rounds no weight",
+        stacklevel=2,
+    )
+
+
+def warn_of_rounded_start(base: ModelPlace, dtype: str) -> None:
+    """UserWarning where a training in --dtype begins with rounded weights."""
+    tensors = _load(base, "the model", stored_tensors)
+    rounded = sum(is_rounded(stored, _kept_dtype(dtype, tensors)) for stored in tensors.values())
+    if rounded:
+        warnings.warn(
+            f"--dtype {dtype} rounds {rounded} of the {len(tensors)} weights of {base} before the first step, and "
+            "drops each update that is below half its step; --dtype fp32 does neither",
+            stacklevel=2,
+        )
+
+
+def _kept_dtype(dtype: str, tensors: Mapping[str, Stored]) -> torch.dtype:
+    chosen = DTYPES[dtype]
+    # Quantised weights are nothing to round: float64 keeps all that there is.
+    return (own_dtype(tensors) or torch.float64) if chosen == "auto" else chosen
+
+
+def load_weights(
+    place: ModelPlace, dtype: torch.dtype | Literal["auto"], device: torch.device, *, trust_remote_code: bool
+) -> Any:
     """The model in memory; JobError if its files can not be read or lack weights."""
     return _load(
         place, "the model", partial(load_model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
@@ -108,7 +163,9 @@ def load_weights(place: ModelPlace, dtype: torch.dtype, device: torch.device, *,
 def _load(place: ModelPlace, what: str, load: Callable[[Path], _Loaded]) -> _Loaded:
     try:
         return load(place.directory)
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise JobError(f"{place}: {what} can not be loaded: {_first_line(error)}") from error
 
 

@@ -31,7 +31,7 @@ class Decoding:
         stop_token_ids: tokens that end a response, itself included; those of both models if None.
         batch_size: responses decoded together at most.
         chunk_size: responses drawn between two writes to the disk, which a kill can cost; 4 · batch_size if None.
-        dtype: of the weights in memory: bf16, fp16 or fp32.
+        dtype: of the weights in memory: auto (each checkpoint's own), bf16, fp16 or fp32.
         device: where the models run; CUDA if there is one, else the CPU.
         trust_remote_code: run code that comes with the models.
         grader_timeout: seconds that the grader may take for a response, before it is stopped and counted as one that
@@ -48,7 +48,7 @@ class Decoding:
     stop_token_ids: Sequence[int] | None = None
     batch_size: int = DEFAULT_BATCH_SIZE
     chunk_size: int | None = None
-    dtype: str = "bf16"
+    dtype: str = "auto"
     device: str | None = None
     trust_remote_code: bool = False
     grader_timeout: float = DEFAULT_GRADER_SECONDS

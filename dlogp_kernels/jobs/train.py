@@ -27,7 +27,7 @@ from .decoding import pad_left
 from .errors import JobError
 from .graders import EXACT, Grader, load_grader
 from .identity import Fingerprints, versions
-from .models import DTYPES, Reading, check_device, find_model, load_weights, read_pair
+from .models import DTYPES, Reading, check_device, find_model, load_weights, read_pair, warn_of_rounded_start
 from .problems import Problem, check_file, read_problems
 from .response_file import PieceFile
 from .run_directory import RunDirectory, State, known_stamps
@@ -114,6 +114,7 @@ def run_train(
             raise JobError(
                 f"--prompts is {training.prompts}, expected at most {len(problems[0])}, the problems there are"
             )
+        warn_of_rounded_start(place, training.dtype)
         model = load_weights(
             place, DTYPES[training.dtype], torch.device(device), trust_remote_code=training.trust_remote_code
         )

@@ -119,6 +119,108 @@ _ARCHITECTURES: dict[str, tuple[str, str, dict]] = {
             "image_token_index": VOCABULARY - 1,
         },
     ),
+    # Rotary frequencies change at 8 tokens, and with each token beyond.
+    "phi3_longrope": (
+        "Phi3ForCausalLM",
+        "Phi3Config",
+        {
+            **_SIZES,
+            "pad_token_id": 0,
+            "original_max_position_embeddings": 8,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "short_factor": [1.0] * 4,
+                "long_factor": [1.0, 4.0, 7.0, 10.0],
+                "original_max_position_embeddings": 8,
+                "factor": 8.0,
+            },
+        },
+    ),
+    "llama_dynamic": (
+        "LlamaForCausalLM",
+        "LlamaConfig",
+        {
+            **_SIZES,
+            "max_position_embeddings": 8,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
+        },
+    ),
+    # Their bodies do not count what is in the cache.
+    "bamba": (
+        "BambaForCausalLM",
+        "BambaConfig",
+        {
+            **_SIZES,
+            "attn_layer_indices": [1],
+            "mamba_n_heads": 8,
+            "mamba_d_head": 8,
+            "mamba_d_state": 8,
+            "mamba_n_groups": 1,
+            "mamba_chunk_size": 8,
+        },
+    ),
+    "minimax": (
+        "MiniMaxForCausalLM",
+        "MiniMaxConfig",
+        {
+            **_SIZES,
+            "head_dim": 8,
+            "num_local_experts": 2,
+            "num_experts_per_tok": 1,
+            "layer_types": ["linear_attention", "full_attention"],
+        },
+    ),
+    # It counts masked padding as positions.
+    "bart": (
+        "BartForCausalLM",
+        "BartConfig",
+        {
+            "vocab_size": VOCABULARY,
+            "d_model": 32,
+            "decoder_layers": 2,
+            "decoder_attention_heads": 4,
+            "decoder_ffn_dim": 48,
+            "max_position_embeddings": 64,
+            "is_encoder_decoder": False,
+        },
+    ),
+    # Its attention sees all tokens, its cache those of the window alone.
+    "moshi": (
+        "MoshiForCausalLM",
+        "MoshiConfig",
+        {
+            **{name: size for name, size in _SIZES.items() if name != "intermediate_size"},
+            "ffn_dim": 48,
+            "head_dim": 8,
+            "sliding_window": 24,
+        },
+    ),
+    # Its index picks among equal scores by the length of a call.
+    "hy_v4": (
+        "HYV4ForCausalLM",
+        "HYV4Config",
+        {
+            **_SIZES,
+            "pad_token_id": 0,
+            "head_dim": 8,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_nope_head_dim": 8,
+            "qk_rope_head_dim": 8,
+            "v_head_dim": 8,
+            "index_topk": 4,
+            "index_n_heads": 2,
+            "index_head_dim": 8,
+            "layer_types": ["indexed_attention"] * 2,
+        },
+    ),
     "jamba": (
         "JambaForCausalLM",
         "JambaConfig",
@@ -145,7 +247,7 @@ _ARCHITECTURES: dict[str, tuple[str, str, dict]] = {
 REFUSED = ("bert", "roberta_masked", "t5")
 CAUSAL = tuple(name for name in _ARCHITECTURES if name not in REFUSED)
 #: Whose cache can not be fed several tokens at a time.
-WITHOUT_CHUNKS = ("mamba", "jamba")
+WITHOUT_CHUNKS = ("mamba", "jamba", "minimax", "hy_v4")
 
 
 def tiny_model(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **options: object) -> PreTrainedModel:

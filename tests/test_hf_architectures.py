@@ -82,6 +82,53 @@ def test_chunks_through_the_cache_give_the_numbers_of_one_go(model, request):
             assert relative_error(chunked, expected) < HF_HIDDEN_ERROR, chunk
 
 
+def test_a_cache_that_loses_little_is_noticed():
+    """Jamba's state is lost between chunks; here it is a ten-thousandth of what goes through."""
+    model = hf_models.tiny_model("jamba")
+    for name, parameter in model.named_parameters():
+        if "mamba.out_proj" in name:
+            parameter.data *= 1e-4
+    with pytest.raises(ValueError, match=r"in chunks its hidden states differ by .*, expected rounding only"):
+        hf.lm_head_inputs(model.requires_grad_(False), tokens(1, 13), prefill_chunk=5)
+
+
+def test_a_cache_is_looked_at_beyond_the_lengths_where_it_switches():
+    model = hf_models.tiny_model("moshi").requires_grad_(False)
+    input_ids = tokens(1, 60)
+    expected = hf.lm_head_inputs(model, input_ids[:, :24]).hidden
+    chunked = hf.lm_head_inputs(model, input_ids[:, :24], prefill_chunk=5).hidden
+    assert relative_error(chunked, expected) < HF_HIDDEN_ERROR
+    with pytest.raises(ValueError, match=r"in chunks its hidden states differ by .* at 40 tokens"):
+        hf.lm_head_inputs(model, input_ids, prefill_chunk=5)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("qwen3_moe", torch.bfloat16),
+        ("qwen3_moe", torch.float16),
+        ("mixtral", torch.bfloat16),
+        ("mixtral", torch.float16),
+        ("gemma3", torch.bfloat16),
+        ("bamba", torch.bfloat16),
+        ("bamba", torch.float64),
+        ("qwen3_5", torch.float64),
+    ],
+)
+def test_rounding_alone_is_not_taken_for_a_cache_that_loses_something(name, dtype):
+    model = hf_models.tiny_model(name, dtype=dtype).requires_grad_(False)
+    hf.lm_head_inputs(model, tokens(2, 40), prefill_chunk=7)
+
+
+def test_frequencies_do_not_follow_from_the_calls_before():
+    """Dynamic NTK scaling keeps the frequencies of the longest call."""
+    model = hf_models.tiny_model("llama_dynamic").requires_grad_(False)
+    fresh = hf.lm_head_inputs(model, tokens(1, 11)).hidden
+    hf.lm_head_inputs(model, tokens(1, 40))
+    assert relative_error(hf.lm_head_inputs(model, tokens(1, 11)).hidden, fresh) < HF_HIDDEN_ERROR
+    assert relative_error(hf.lm_head_inputs(model, tokens(1, 8)).hidden, fresh[:, :8]) > 1e-3
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -153,6 +153,7 @@ def test_a_prompt_is_run_once_for_all_its_samples(pair, max_batch_size, monkeypa
         ("falcon_h1", "mamba"),
         ("llama4", "jamba"),
         ("qwen2_5_vl", "mpt"),
+        ("bart", "minimax"),
     ],
 )
 def test_kinds_of_models_and_of_their_caches(name, base_name):
@@ -163,6 +164,83 @@ def test_kinds_of_models_and_of_their_caches(name, base_name):
     actual = hf.generate(*models, *padded(rows), max_new_tokens=7, max_batch_size=2, stop_token_ids=stop, **options)
     for row, prompt in enumerate(rows):
         assert_row(actual, row, slowly(*models, prompt, row, stop, 7, **options))
+
+
+@pytest.mark.parametrize("lengths", [(6,), (6, 6, 6), (6, 2, 9)])
+@pytest.mark.parametrize("name", ["bamba", "minimax", "bart"])
+def test_models_that_do_not_count_what_is_in_their_cache(name, lengths):
+    models = [hf_models.tiny_model(name, seed=seed) for seed in (0, 1)]
+    rows = prompts(*lengths)
+    stop = tuple(range(0, 160, 25))
+    actual = hf.generate(*models, *padded(rows), max_new_tokens=6, stop_token_ids=stop, **SAMPLING)
+    for row, prompt in enumerate(rows):
+        assert_row(actual, row, slowly(*models, prompt, row, stop, 6, **SAMPLING))
+
+
+def test_a_state_beside_the_layers_of_a_cache_comes_and_goes_with_its_row():
+    models = [hf_models.tiny_model("minimax", seed=seed) for seed in (0, 1)]
+    rows = prompts(4, 7, 2)
+    stop = tuple(range(0, 160, 9))
+    actual = hf.generate(
+        *models,
+        *padded(rows),
+        max_new_tokens=6,
+        stop_token_ids=stop,
+        num_return_sequences=2,
+        max_batch_size=3,
+        **SAMPLING,
+    )
+    assert actual.lengths.min() < actual.lengths.max()
+    for row in range(6):
+        assert_row(actual, row, slowly(*models, rows[row // 2], row, stop, 6, **SAMPLING))
+
+
+@pytest.mark.parametrize("max_batch_size", [None, 2])
+def test_rows_that_grow_beyond_a_change_of_frequencies(max_batch_size):
+    """Tokens are drawn as from whole forwards of the row so far; their log p is that of the row as it ends."""
+    models = [hf_models.tiny_model(name, seed=1) for name in ("phi3_longrope", "qwen3")]
+    for pair in (models, models[::-1], models[:1] * 2):
+        rows = prompts(3, 9, 7, 8, 1)
+        stop = tuple(range(0, 160, 25))
+        actual = hf.generate(
+            *pair, *padded(rows), max_new_tokens=9, stop_token_ids=stop, max_batch_size=max_batch_size, **SAMPLING
+        )
+        remeasured = 0
+        for row, prompt in enumerate(rows):
+            expected = slowly(*pair, prompt, row, stop, 9, **SAMPLING)
+            whole = torch.cat([prompt, expected.token])[None]
+            with torch.no_grad():
+                logp, base_logp = (
+                    x(whole).logits.log_softmax(-1)[0, len(prompt) - 1 : -1].gather(-1, expected.token[:, None])[:, 0]
+                    for x in pair
+                )
+            remeasured = max(remeasured, float((expected.logp - logp).abs().max()))
+            remeasured = max(remeasured, float((expected.base_logp - base_logp).abs().max()))
+            assert_row(actual, row, expected._replace(logp=logp, base_logp=base_logp))
+        assert remeasured > 1e-3
+
+
+def test_a_model_whose_cache_gives_other_numbers_is_refused():
+    model = hf_models.tiny_model("moshi")
+    hf.generate(model, model, prompts(6)[0][None], max_new_tokens=18, seed=0)
+    with pytest.raises(ValueError, match=r"fed one by one to its cache .* at 30 tokens, .* it can not generate"):
+        hf.generate(model, model, prompts(6)[0][None], max_new_tokens=24, seed=0)
+
+
+@pytest.mark.parametrize(("token", "expected"), [(-1, {0}), (None, {0}), (10**6, {0}), (7, {7})])
+def test_rows_that_end_are_padded_with_a_token(token, expected):
+    models = [hf_models.tiny_model("qwen3", seed=seed) for seed in (0, 1)]
+    for model in models:
+        for config in (model.config, model.generation_config):
+            config.pad_token_id, config.eos_token_id = token, [-1, 10**6]
+    inputs = padded(prompts(5, 3, 8, 2))
+    free = hf.generate(*models, *inputs, max_new_tokens=8, **SAMPLING)
+    assert free.lengths.tolist() == [8] * 4
+    models[0].generation_config.eos_token_id = [int(free.tokens[0, 2]), -1]
+    actual = hf.generate(*models, *inputs, max_new_tokens=8, **SAMPLING)
+    beyond = torch.arange(8) >= actual.lengths[:, None]
+    found = set(actual.tokens[beyond].tolist()) | set(actual.draft_tokens[beyond].tolist())
+    assert beyond.any() and found == (expected if expected == {7} else {int(free.tokens[0, 2])})
 
 
 def test_bfloat16(pair):

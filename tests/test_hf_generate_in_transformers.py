@@ -1,5 +1,7 @@
 """Extrapolation within `model.generate` of transformers: as a decoding loop and as a logits processor."""
 
+import copy
+
 import hf_models
 import pytest
 import torch
@@ -152,6 +154,32 @@ def test_a_processor_runs_the_base_model_on_new_tokens_only(pair):
         pair[0].generate(ids, attention_mask=mask, logits_processor=[processor], max_new_tokens=4, eos_token_id=3)
     handle.remove()
     assert seen == [9, 1, 1, 1] * 2
+
+
+@pytest.mark.parametrize("name", ["phi3_longrope", "llama_dynamic"])
+def test_a_processor_takes_the_frequencies_of_the_row_so_far(name):
+    base_model = hf_models.tiny_model(name, seed=1)
+    processor = hf.ExtrapolationLogitsProcessor(base_model, gamma=1.0, pad_token_id=0)
+    rows = torch.stack(prompts(14, 14))
+    rows[1, :5] = 0
+    for end in range(6, 15):
+        actual = processor(rows[:, :end], torch.zeros(2, hf_models.VOCABULARY))
+        base = torch.cat([without_cache(hf_models.tiny_model(name, seed=1), row[None, :end]) for row in rows])
+        expected = reference_sample.extrapolated_logits(torch.zeros_like(actual), base, 1.0)
+        assert (actual - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("token", [-1, 10**6])
+def test_no_padding_comes_out_that_is_no_token(pair, token):
+    ids, mask = padded(prompts(4, 9, 6))
+    free = pair[0].generate(ids, attention_mask=mask, custom_generate=hf.custom_generate(pair[1], seed=0))
+    config = copy.deepcopy(pair[0].generation_config)
+    config.pad_token_id, config.eos_token_id = token, [int(free[0, 11]), -1, 10**6]
+    config.max_new_tokens = 8
+    actual = pair[0].generate(
+        ids, attention_mask=mask, generation_config=config, custom_generate=hf.custom_generate(pair[1], seed=0)
+    )
+    assert actual.shape[1] > 12 and actual.min() >= 0 and actual.max() < hf_models.VOCABULARY
 
 
 def test_greedy_generation_with_a_processor_is_greedy_extrapolation(pair):

@@ -19,6 +19,31 @@ def tokens(rows: int, length: int, seed: int = 0) -> Tensor:
     return torch.randint(3, hf_models.VOCABULARY - 2, (rows, length), generator=generator)
 
 
+@pytest.mark.parametrize("name", ["phi3_longrope", "llama_dynamic"])
+@pytest.mark.parametrize("options", [{}, {"prefill_chunk": 3}, {"memory_limit": "52MiB"}])
+def test_rows_have_the_frequencies_of_their_own_length(name, options):
+    """These change at 8 tokens; rows and packed documents stand on both sides."""
+    models = [hf_models.tiny_model(name, seed=seed) for seed in (0, 1)]
+    input_ids, mask = tokens(5, 40), torch.ones(5, 40, dtype=torch.bool)
+    lengths = [40, 8, 9, 21, 5]
+    for row, length in enumerate(lengths):
+        mask[row, length:] = False
+    packed = torch.cat([input_ids[row, :length] for row, length in enumerate(lengths)])[None]
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    with torch.no_grad():
+        rows = hf.token_metrics(*models, input_ids, mask, **options)
+        documents = hf.token_metrics(*models, packed, position_ids=positions, **options)
+        begin = 0
+        for row, length in enumerate(lengths):
+            fresh = [hf_models.tiny_model(name, seed=seed) for seed in (0, 1)]
+            expected = plain_statistics(*fresh, input_ids[row : row + 1, :length])
+            for field in DeltaLogpStats._fields:
+                for actual in (getattr(rows, field)[row], getattr(documents, field)[0, begin:]):
+                    error = (actual[: length - 1] - getattr(expected, field)[0]).abs().max()
+                    assert error < HF_STATISTIC_ERROR, (field, length)
+            begin += length
+
+
 def plain_statistics(model, base_model, input_ids: Tensor, temperature: float = 1.0) -> DeltaLogpStats:
     """Every field (B, T − 1) from the two logit tensors, in float64."""
     z = model(input_ids).logits[:, :-1].double() / temperature

@@ -8,7 +8,8 @@ every architecture and with every attention implementation, and masked tokens co
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,12 @@ from transformers import PreTrainedModel
 
 from .cache_names import cache_name
 from .heads import body_of
+from .lengths import Side, reset_frequencies, rope_side
+
+_ONE_GO = (
+    "whose rotary frequencies follow from the length of a sequence: in chunks they can not be those of one go. "
+    "Expected prefill_chunk=None, or a memory_limit within which the sequence is run in one go"
+)
 
 
 class Batch(NamedTuple):
@@ -89,8 +96,11 @@ def longest_document(batch: Batch) -> int:
     return int(torch.bincount(kept).max()) if kept.numel() else 0
 
 
-def groups(batch: Batch, max_tokens: int) -> Iterator[Group]:
-    """The documents, longest first, in groups that hold at most `max_tokens` with their padding, or one document."""
+def groups(batch: Batch, max_tokens: int, side: Side) -> Iterator[Group]:
+    """The documents, longest first, in groups that hold at most `max_tokens` with their padding, or one document.
+
+    Documents share a group only where `side` of their lengths is the same.
+    """
     if batch.whole and batch.input_ids.numel() <= max_tokens:
         everywhere = torch.arange(batch.input_ids.numel(), device=batch.input_ids.device)
         yield Group(batch.input_ids, everywhere.view_as(batch.input_ids), whole=True)
@@ -104,38 +114,74 @@ def groups(batch: Batch, max_tokens: int) -> Iterator[Group]:
     while order:
         longest = length_of[order[0]]
         count = max(1, max_tokens // longest)
+        alike = [side(length_of[document]) == side(longest) for document in order[:count]]
+        count = alike.index(False) if False in alike else count
         members, order = order[:count], order[count:]
         yield _padded(batch, place, begins[members], lengths[members], longest)
 
 
 def run_body(model: PreTrainedModel, input_ids: Tensor, prefill_chunk: int | None = None) -> Tensor:
     """Hidden states (B, T, D) of tokens (B, T) without padding on the left, `prefill_chunk` tokens at a time."""
+    length = input_ids.shape[1]
+    if prefill_chunk is not None and prefill_chunk < length:
+        return run_body_in_chunks(model, input_ids, [*range(prefill_chunk, length, prefill_chunk), length])
+    body = body_of(model)
+    reset_frequencies(model)
+    options = {"use_cache": False} if _accepts(inspect.signature(body.forward).parameters, "use_cache") else {}
+    return _last_hidden(body(input_ids=input_ids, **options))
+
+
+def run_body_in_chunks(model: PreTrainedModel, input_ids: Tensor, ends: Sequence[int]) -> Tensor:
+    """Hidden states (B, T, D) of tokens (B, T), through the cache from each of `ends` to the next; the last is T."""
     body = body_of(model)
     accepted = inspect.signature(body.forward).parameters
-    length = input_ids.shape[1]
-    if prefill_chunk is None or prefill_chunk >= length:
-        options = {"use_cache": False} if _accepts(accepted, "use_cache") else {}
-        return _last_hidden(body(input_ids=input_ids, **options))
+    name, side, length = cache_name(accepted), rope_side(model), input_ids.shape[1]
+    reset_frequencies(model)
     cache: Any = None
-    name = cache_name(accepted)
-    hidden = torch.empty(0)
-    for begin in range(0, length, prefill_chunk):
-        output = body(
-            input_ids=input_ids[:, begin : begin + prefill_chunk],
-            use_cache=True,
-            **{name: cache},
-            **_chunk_positions(accepted, begin, min(begin + prefill_chunk, length), input_ids.device),
-        )
+    whole = torch.empty(0)
+    for begin, end in pairwise([0, *ends]):
+        # A token at the last position, which none of the others sees, shows the body how long the sequence is.
+        guide = side(end) != side(length)
+        output = body(use_cache=True, **{name: cache}, **_chunk(model, accepted, input_ids, begin, end, guide))
         cache = getattr(output, name, None)
         if cache is None:
             raise ValueError(
-                f"model is {type(model).__name__}, whose body gives no key-value cache: expected prefill_chunk=None"
+                f"model is {type(model).__name__}, whose body gives no key-value cache, expected one that does: "
+                "prefill_chunk and generate need it"
             )
+        if guide:
+            _drop_last(cache, model)
         chunk = _last_hidden(output)
         if begin == 0:
-            hidden = chunk.new_empty(*input_ids.shape, chunk.shape[-1])
-        hidden[:, begin : begin + chunk.shape[1]] = chunk
-    return hidden
+            whole = chunk.new_empty(*input_ids.shape, chunk.shape[-1])
+        whole[:, begin:end] = chunk[:, : end - begin]
+    return whole
+
+
+def _chunk(
+    model: PreTrainedModel, accepted: Any, input_ids: Tensor, begin: int, end: int, guide: bool
+) -> dict[str, Tensor]:
+    """Tokens `begin` to `end`, with their positions for the bodies that name them: the others count the cache's tokens
+    themselves. With a guide, the last token of all follows."""
+    options = {"input_ids": input_ids[:, begin:end]}
+    if "position_ids" in accepted:
+        options["position_ids"] = torch.arange(begin, end, device=input_ids.device)[None]
+    if guide:
+        if "position_ids" not in accepted or "attention_mask" not in accepted:
+            raise ValueError(f"model is {type(model).__name__}, {_ONE_GO}")
+        last = torch.full_like(options["position_ids"][:, :1], input_ids.shape[1] - 1)
+        options["input_ids"] = torch.cat([options["input_ids"], input_ids[:, -1:]], 1)
+        options["position_ids"] = torch.cat([options["position_ids"], last], 1)
+        # Without it, positions that leap would be taken for the next document of a packed row.
+        options["attention_mask"] = input_ids.new_ones(input_ids.shape[0], end + 1)
+    return options
+
+
+def _drop_last(cache: Any, model: PreTrainedModel) -> None:
+    try:
+        cache.crop(-1)
+    except (RuntimeError, ValueError, AttributeError, NotImplementedError) as error:
+        raise ValueError(f"model is {type(model).__name__}, {_ONE_GO}; its cache lets go of no token") from error
 
 
 def check_tokens(batch: Batch, model: PreTrainedModel) -> None:
@@ -232,11 +278,6 @@ def _padded(batch: Batch, place: Tensor, begins: Tensor, lengths: Tensor, longes
 
 def _accepts(parameters: Any, name: str) -> bool:
     return name in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-
-
-def _chunk_positions(parameters: Any, begin: int, end: int, device: torch.device) -> dict[str, Tensor]:
-    """Positions for the bodies that name them; the others count the cache's tokens themselves."""
-    return {"position_ids": torch.arange(begin, end, device=device)[None]} if "position_ids" in parameters else {}
 
 
 def _last_hidden(output: Any) -> Tensor:

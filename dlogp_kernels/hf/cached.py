@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +18,21 @@ from transformers import PreTrainedModel
 
 from .cache_names import cache_name
 from .heads import unwrapped
+from .lengths import reset_frequencies, rope_side
+from .loading import context_length
+from .probe import error_beyond_rounding, repeated
 
 #: Layers of a cache that can be taken apart by rows and put together; by name, as not every version has all of them.
 _GROWS = ("DynamicLayer", "LinearAttentionAndFullAttentionLayer")
 _SLIDES = ("DynamicSlidingWindowLayer", "LinearAttentionAndSlidingWindowAttentionLayer")
 _FIXED = ("LinearAttentionLayer", "DummyLayer")
 _STATES = ("conv_states", "recurrent_states")
+#: Beside its layers, a list with the state of some layers.
+_LISTS = ("linear_cache",)
+#: Tokens with which it is looked at what padding does, how many of them one by one, and beside how much padding.
+_PROBE, _STEPS, _PADDING = 16, 4, 3
+
+_known_padding: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 
 
 class CachedRows:
@@ -38,6 +49,9 @@ class CachedRows:
         cache = copy.copy(self.cache)
         cache.layers = [_copied(layer) for layer in self.cache.layers]
         cache.reorder_cache(index)
+        for name in _LISTS:
+            if hasattr(cache, name):
+                setattr(cache, name, [state[index] if _is_state(state) else state for state in getattr(cache, name)])
         return CachedRows(cache, self.width, self.logits.index_select(0, index))
 
     def resize(self, width: int) -> None:
@@ -62,6 +76,11 @@ class CachedRows:
         other.resize(width)
         for layer, joining in zip(self.cache.layers, other.cache.layers, strict=True):
             _append_layer(layer, joining)
+        for name in _LISTS:
+            states = zip(getattr(self.cache, name, ()), getattr(other.cache, name, ()), strict=True)
+            joined = [torch.cat(pair) if _is_state(pair[0]) else pair[0] for pair in states]
+            if joined:
+                setattr(self.cache, name, joined)
         self.logits = torch.cat([self.logits, other.logits])
 
 
@@ -76,32 +95,79 @@ class CachedModel:
         self._vocabulary = vocabulary
         self._accepted = inspect.signature(self.causal_lm.forward).parameters
         self._cache_name = cache_name(self._accepted)
+        self._rope_side = rope_side(self.causal_lm)
+        self._has_switches = bool(self._rope_side(1))
 
     def prefill(self, prompts: Sequence[Tensor]) -> CachedRows:
         """Rows for prompts, 1-dimensional tensors of tokens, each ≥ 1 of them."""
         lengths = [len(prompt) for prompt in prompts]
+        return _run_apart(
+            self._parts(lengths, prompts[0]), lambda places: self._prefill([prompts[place] for place in places])
+        )
+
+    def advance(self, rows: CachedRows, tokens: Tensor, lengths: Sequence[int], row: Callable[[int], Tensor]) -> None:
+        """Feed each row a token (b,); `lengths` are the tokens of each row, this one included, `row(place)` all of
+        them."""
+        crossing = [self.changes_within(length - 1, length) for length in lengths]
+        parts = self._parts(lengths, tokens)
+        if len(parts) == 1 and not any(crossing):
+            self._advance(rows, tokens, lengths)
+            return
+
+        def run(places: list[int]) -> CachedRows:
+            if crossing[places[0]]:
+                # Its keys have the frequencies of shorter rows.
+                return self._prefill([row(place) for place in places])
+            own = [lengths[place] for place in places]
+            part = rows.take(places)
+            part.resize(max(own) - 1)
+            self._advance(part, tokens[places], own)
+            return part
+
+        parts = [
+            [place for place in part if crossing[place] == crosses]
+            for part in parts
+            for crosses in sorted({crossing[place] for place in part})
+        ]
+        advanced = _run_apart(parts, run)
+        rows.cache, rows.width, rows.logits = advanced.cache, advanced.width, advanced.logits
+
+    def changes_within(self, begin: int, end: int) -> bool:
+        """Whether a row of `end` tokens has other rotary frequencies than its first `begin` tokens."""
+        return self._has_switches and self._rope_side(begin) != self._rope_side(end)
+
+    def _parts(self, lengths: Sequence[int], tokens: Tensor) -> list[list[int]]:
+        """Places of the rows that may be run together."""
+        alone = len(set(lengths)) > 1 and not _takes_padding(self.causal_lm, tokens)
+        parts: dict[Any, list[int]] = {}
+        for place, length in enumerate(lengths):
+            parts.setdefault((length if alone else 0, self._rope_side(length)), []).append(place)
+        return list(parts.values())
+
+    def _prefill(self, prompts: Sequence[Tensor]) -> CachedRows:
+        lengths = [len(prompt) for prompt in prompts]
         width = max(lengths)
         input_ids = torch.stack([nn.functional.pad(prompt, (width - len(prompt), 0)) for prompt in prompts])
+        reset_frequencies(self.causal_lm)
         cache, logits = self._forward(input_ids, None, lengths, width)
         return CachedRows(cache, width, logits)
 
-    def advance(self, rows: CachedRows, tokens: Tensor, lengths: Sequence[int]) -> None:
-        """Feed each row a token (b,); `lengths` are the tokens of each row, this one included."""
+    def _advance(self, rows: CachedRows, tokens: Tensor, lengths: Sequence[int]) -> None:
+        reset_frequencies(self.causal_lm)
         rows.cache, rows.logits = self._forward(tokens[:, None], rows.cache, lengths, rows.width + 1)
         rows.width += 1
 
     def _forward(self, input_ids: Tensor, cache: Any, lengths: Sequence[int], width: int) -> tuple[Any, Tensor]:
         """The cache, and logits (b, V) after the last column; `width` columns with those of the cache."""
         options: dict[str, Any] = {"use_cache": True, self._cache_name: cache}
-        # Without padding the models count positions themselves and need no mask, which is the faster way.
-        if min(lengths) < width:
-            device = input_ids.device
+        device, columns = input_ids.device, input_ids.shape[1]
+        if "position_ids" in self._accepted:
+            # Not all models count what is in their cache.
+            options["position_ids"] = _positions(lengths, columns, device)
+        # Without padding no mask is needed, which is the faster way.
+        if min(lengths) < width and "attention_mask" in self._accepted and _has_columns(cache):
             end = torch.tensor(lengths, device=device)[:, None]
-            if "position_ids" in self._accepted:
-                columns = torch.arange(-input_ids.shape[1], 0, device=device)
-                options["position_ids"] = (end + columns).clamp_min(0)
-            if "attention_mask" in self._accepted and _has_columns(cache):
-                options["attention_mask"] = (torch.arange(width, device=device) >= width - end).long()
+            options["attention_mask"] = (torch.arange(width, device=device) >= width - end).long()
         if "logits_to_keep" in self._accepted:
             options["logits_to_keep"] = 1
         output = self._call(input_ids=input_ids, **options)
@@ -114,6 +180,47 @@ class CachedModel:
         _check_layers(cache, self.causal_lm)
         logits = output.logits[:, -1]
         return cache, logits if self._vocabulary is None else logits[:, : self._vocabulary]
+
+
+def _takes_padding(model: PreTrainedModel, tokens: Tensor) -> bool:
+    """Whether padding on the left, which is masked, changes nothing: some models count it as positions, in some the
+    mask and the cache do not fit together. Looked at are 12 tokens and 4 one by one, three times, once."""
+    if model not in _known_padding:
+        cached = CachedModel(model)
+        longest = min(_PROBE, (context_length(model) or _PROBE + _PADDING) - _PADDING)
+        _known_padding[model] = longest <= _STEPS or not error_beyond_rounding(
+            model,
+            repeated(tokens, longest),
+            partial(_stepwise, cached, padding=0),
+            partial(_stepwise, cached, padding=_PADDING),
+        )
+    return _known_padding[model]
+
+
+def _stepwise(cached: CachedModel, input_ids: Tensor, padding: int) -> Tensor:
+    """Logits (1, 1 + steps, V) of a row after its first tokens and after each of the last, alone or padded beside a
+    longer one."""
+    prompt, last = input_ids[0, :-_STEPS], input_ids[0, -_STEPS:]
+    prompts = [prompt, torch.cat([prompt[:1].repeat(padding), prompt])] if padding else [prompt]
+    lengths = [len(prompt) for prompt in prompts]
+    rows = cached._prefill(prompts)
+    logits = [rows.logits[0]]
+    for token in last:
+        lengths = [length + 1 for length in lengths]
+        cached._advance(rows, token.repeat(len(prompts)), lengths)
+        logits.append(rows.logits[0])
+    return torch.stack(logits)[None]
+
+
+def _run_apart(parts: Sequence[list[int]], run: Callable[[list[int]], CachedRows]) -> CachedRows:
+    """The rows that `run` gives for the places of each part, put together in the order of their places."""
+    rows = run(parts[0])
+    if len(parts) == 1:
+        return rows
+    for part in parts[1:]:
+        rows.append(run(part))
+    order = [place for part in parts for place in part]
+    return rows.take(sorted(range(len(order)), key=order.__getitem__))
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
@@ -135,12 +242,31 @@ def vocabulary_of(model: PreTrainedModel) -> int:
     return min(rows, getattr(model.config.get_text_config(decoder=True), "unpadded_vocab_size", None) or rows)
 
 
+def _positions(lengths: Sequence[int], columns: int, device: torch.device) -> Tensor:
+    """(b, columns): the places in their rows of the last `columns` tokens; 0 for padding."""
+    if min(lengths) == max(lengths):
+        return torch.arange(lengths[0] - columns, lengths[0], device=device).expand(len(lengths), -1)
+    end = torch.tensor(lengths, device=device)[:, None]
+    return (end + torch.arange(-columns, 0, device=device)).clamp_min(0)
+
+
 def _has_columns(cache: Any) -> bool:
     """Whether earlier tokens can be looked at, one by one: there are none, or attention keeps their keys."""
     return cache is None or any(getattr(layer, "keys", None) is not None for layer in cache.layers)
 
 
+def _is_state(value: Any) -> bool:
+    return isinstance(value, Tensor)
+
+
 def _check_layers(cache: Any, model: PreTrainedModel) -> None:
+    for name, value in vars(cache).items():
+        values = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+        if name not in _LISTS and any(map(_is_state, values)):
+            raise ValueError(
+                f"model is {type(model).__name__}, whose {type(cache).__name__} keeps {name} beside its layers, "
+                f"expected at most {', '.join(_LISTS)}"
+            )
     for layer in cache.layers:
         kind = type(layer).__name__
         if kind not in _GROWS + _SLIDES + _FIXED:

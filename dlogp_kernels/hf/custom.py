@@ -12,6 +12,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from transformers.utils import ModelOutput
 
 from .cache_names import CACHE_NAMES
+from .cached import vocabulary_of
 from .generation import OnStep, Streamer, generate
 
 #: What the decoding loop does itself, by the config's numbers.
@@ -87,7 +88,7 @@ def custom_generate(
             **_sampling(generation_config),
             seed=given_seed if seed is None else seed,
             max_new_tokens=generation_config.max_length - input_ids.shape[1],
-            stop_token_ids=_tokens(generation_config.eos_token_id),
+            stop_token_ids=_tokens(generation_config.eos_token_id, vocabulary_of(model)),
             num_return_sequences=samples,
             max_batch_size=max_batch_size,
             streamer=streamer,
@@ -95,7 +96,8 @@ def custom_generate(
         )
         tokens = result.tokens.to(input_ids.device)
         padding = generation_config.pad_token_id
-        if padding is not None:
+        # Some configs write −1 for none.
+        if padding is not None and 0 <= padding < vocabulary_of(model):
             beyond = torch.arange(tokens.shape[1], device=tokens.device) >= result.lengths.to(tokens.device)[:, None]
             tokens = tokens.masked_fill(beyond, padding)
         sequences = torch.cat([input_ids, tokens], 1)
@@ -142,7 +144,7 @@ def _sampling(config: GenerationConfig) -> dict[str, Any]:
     }
 
 
-def _tokens(value: Any) -> list[int]:
-    if value is None:
-        return []
-    return list(value) if isinstance(value, list | tuple) else [int(value)]
+def _tokens(value: Any, vocabulary: int) -> list[int]:
+    """Those that can be drawn."""
+    values = value if isinstance(value, list | tuple) else [value]
+    return [int(token) for token in values if token is not None and 0 <= token < vocabulary]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessor
@@ -100,11 +103,10 @@ class ExtrapolationLogitsProcessor(LogitsProcessor):
         with evaluation(self._base):
             if self._rows is not None and self._goes_on(tokens):
                 self._lengths = [length + 1 for length in self._lengths]
-                self._cached.advance(self._rows, tokens[:, -1], self._lengths)
+                self._cached.advance(self._rows, tokens[:, -1], self._lengths, partial(_row, tokens, self._lengths))
             else:
                 self._lengths = self._row_lengths(tokens)
-                rows = [row[len(row) - length :] for row, length in zip(tokens, self._lengths, strict=True)]
-                self._rows = self._cached.prefill(rows)
+                self._rows = self._cached.prefill([_row(tokens, self._lengths, i) for i in range(len(tokens))])
         self._tokens = tokens
         return self._rows.logits
 
@@ -118,3 +120,7 @@ class ExtrapolationLogitsProcessor(LogitsProcessor):
             return [tokens.shape[1]] * len(tokens)
         kept = (tokens != self._padding).long().cummax(1).values
         return kept.sum(1).clamp_min(1).tolist()
+
+
+def _row(tokens: Tensor, lengths: Sequence[int], place: int) -> Tensor:
+    return tokens[place, tokens.shape[1] - lengths[place] :]

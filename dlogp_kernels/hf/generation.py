@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..functional import extrapolated_sample
+from ..functional import extrapolated_sample, linear_logp
 from ..results import Sample
 from .bodies import Batch, as_batch, check_tokens
 from .cached import CachedModel, CachedRows, uncompiled, vocabulary_of
 from .heads import unwrapped
 from .loading import context_length
-from .metrics import common_rows
-from .probe import evaluation
+from .metrics import common_rows, lm_head_inputs
+from .probe import evaluation, verify_decoding
 
 #: Places of finished rows are filled when they are this share of the batch: a prefill of each model fills them all.
 _REFILL_SHARE = 1 / 8
@@ -108,11 +108,19 @@ def generate(
 
     The logits are the models' own: those of a bfloat16 model are rounded to bfloat16, and Δlog p with them.
 
+    Where a row grows beyond a length at which a model changes its rotary frequencies (LongRoPE), it is run again there,
+    as `transformers` does. `logp` and `base_logp` of the tokens drawn before are those of the row as it ends, as of
+    `token_metrics`; `selected` and `delta_logp` are as they were when the tokens were drawn.
+
+    The first call with a model runs 16 tokens three times, to see that its cache gives what one go gives, and as often
+    16 tokens more than a length at which it may switch (a sliding window), if a row can come to that.
+
     Gradients: none.
 
     Raises:
         TypeError, ValueError: an argument that does not fit, by name; a prompt that is empty, or longer with
-            max_new_tokens than the context of a model; vocabularies that differ by more than padding.
+            max_new_tokens than the context of a model; vocabularies that differ by more than padding; a model whose
+            cache gives other numbers than one go.
         IndexError: a token outside the vocabulary.
         RuntimeError: a model gave NaN or no finite logit, with the row and the step.
 
@@ -151,6 +159,7 @@ def generate(
     with torch.no_grad(), contextlib.ExitStack() as stack:
         for x in pair:
             stack.enter_context(evaluation(x))
+            verify_decoding(x, prompts[0], max(map(len, prompts)) + max_new_tokens)
         if streamer is not None:
             streamer.put(prompts[0][None].cpu())
         for step in _steps(decoder, queue, max_batch_size or rows):
@@ -160,19 +169,41 @@ def generate(
                 on_step(decoder.log.tokens, decoder.log.selected(), rows - queue.remaining - len(decoder.rows))
         if streamer is not None:
             streamer.end()
-    return decoder.log.result(rows, _padding_token(pair, stop))
+        result = decoder.log.result(rows, _padding_token(pair, stop, vocabulary))
+        return _as_in_one_go(result, prompts, models, vocabulary)
+
+
+def _as_in_one_go(result: Generation, prompts: Sequence[Tensor], models: _Models, vocabulary: int) -> Generation:
+    """`logp` and `base_logp` of tokens drawn before the rotary frequencies of their rows changed: as they are now."""
+    for model, field in ((models.rl, result.logp), (models.base, result.base_logp)):
+        for row, length in enumerate(result.lengths.tolist()):
+            prompt = prompts[row // (len(field) // len(prompts))]
+            begin, end = len(prompt), len(prompt) + length
+            drawn = sum(model.changes_within(begin + step, end) for step in range(length))
+            if drawn:
+                tokens = torch.cat([prompt, result.tokens[row, :length]])
+                head = lm_head_inputs(model.causal_lm, tokens[None])
+                field[row, :drawn] = linear_logp(
+                    head.hidden[0, begin - 1 : begin - 1 + drawn],
+                    head.weight[:vocabulary],
+                    tokens[begin : begin + drawn],
+                    bias=None if head.bias is None else head.bias[:vocabulary],
+                    softcap=head.softcap,
+                    logit_scale=head.logit_scale,
+                ).logp
+    return result
 
 
 class _Row(NamedTuple):
-    """A row of the batch: its number among all, and its tokens of the prompt and generated."""
+    """A row of the batch: its number among all, its prompt, and how many tokens were generated."""
 
     number: int
-    prompt_length: int
+    prompt: Tensor
     generated: int
 
     @property
     def length(self) -> int:
-        return self.prompt_length + self.generated
+        return len(self.prompt) + self.generated
 
 
 class _States(NamedTuple):
@@ -201,9 +232,9 @@ class _Models(NamedTuple):
     def prefill(self, prompts: Sequence[Tensor]) -> _States:
         return _both(self, lambda model: model.prefill(prompts))
 
-    def advance(self, states: _States, tokens: Tensor, lengths: Sequence[int]) -> None:
+    def advance(self, states: _States, tokens: Tensor, lengths: Sequence[int], row: Callable[[int], Tensor]) -> None:
         for model, side in _distinct(self, states):
-            model.advance(side, tokens, lengths)
+            model.advance(side, tokens, lengths, row)
 
 
 def _both(pair: tuple[Any, Any], compute: Callable[[Any], CachedRows]) -> _States:
@@ -239,8 +270,7 @@ class _Queue:
         self._kept = states.take([prompt_of[-1] - prompt_of[0]]) if last_waits else None
         if self._samples > 1:
             states = states.take([prompt - prompt_of[0] for prompt in prompt_of])
-        lengths = (len(self._prompts[prompt]) for prompt in prompt_of)
-        return [_Row(number, length, 0) for number, length in zip(numbers, lengths, strict=True)], states
+        return [_Row(number, self._prompts[number // self._samples], 0) for number in numbers], states
 
     def _prefilled(self, begin: int, end: int) -> _States:
         """The states after prompts `begin` to `end`, a row each; the first may have been run before."""
@@ -268,6 +298,11 @@ class _Log:
         self._steps += [row.generated for row in rows]
         self._samples.append(sample)
         self.tokens += len(rows)
+
+    def tokens_of(self, number: int) -> Tensor:
+        """The tokens of a row so far."""
+        places = [place for place, row in enumerate(self._rows) if row == number]
+        return torch.cat([sample.token for sample in self._samples])[places]
 
     def selected(self) -> int:
         """How many tokens were selected so far."""
@@ -332,8 +367,13 @@ class _Decoder:
             if len(staying) < len(sample.token):
                 # The width is of what the cache holds, all tokens but this one.
                 self._rows_changed(missing=1)
-            self._models.advance(self._states, tokens, [row.length for row in self.rows])
+            self._models.advance(self._states, tokens, [row.length for row in self.rows], self._tokens)
         return sample
+
+    def _tokens(self, place: int) -> Tensor:
+        """All tokens of the row at that place of the batch."""
+        row = self.rows[place]
+        return torch.cat([row.prompt, self.log.tokens_of(row.number)])
 
     def _step(self) -> int | Tensor:
         """The place of the token to draw in each row: a number where it is the same in all."""
@@ -436,17 +476,20 @@ def _stop_tokens(
 
 
 def _special_tokens(model: PreTrainedModel, name: str) -> list[int]:
-    """Tokens of that name in the generation config, or else in the config."""
+    """Tokens of that name in the generation config, or else in the config; those below 0 stand for none."""
     for config in (getattr(model, "generation_config", None), model.config.get_text_config(decoder=True)):
         value: Any = getattr(config, name, None)
-        if value is not None:
-            return list(value) if isinstance(value, list | tuple) else [int(value)]
+        values = value if isinstance(value, list | tuple) else [value]
+        tokens = [int(token) for token in values if token is not None and token >= 0]
+        if tokens:
+            return tokens
     return []
 
 
-def _padding_token(pair: Sequence[PreTrainedModel], stop: Collection[int]) -> int:
+def _padding_token(pair: Sequence[PreTrainedModel], stop: Collection[int], vocabulary: int) -> int:
     """A token that a tokenizer knows, where there is one."""
-    return next(iter([*(token for x in pair for token in _special_tokens(x, "pad_token_id")), *sorted(stop), 0]))
+    known = [*(token for x in pair for token in _special_tokens(x, "pad_token_id")), *sorted(stop)]
+    return next((token for token in known if token < vocabulary), 0)
 
 
 def _row_ids(given: Sequence[int] | Tensor | None, rows: int) -> list[int]:

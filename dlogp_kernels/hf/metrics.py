@@ -29,6 +29,7 @@ from .bodies import (
     scatter,
 )
 from .heads import LmHead, unwrapped
+from .lengths import side_of
 from .memory import Plan, as_bytes, merged_bytes, plan_memory
 from .probe import verified_lm_head, verify_in_chunks
 
@@ -107,9 +108,9 @@ def _lm_head_inputs(model: nn.Module, batch: Batch, prefill_chunk: int | None) -
     tokens = first_document(batch)
     head = verified_lm_head(model, tokens)
     if prefill_chunk is not None:
-        verify_in_chunks(causal_lm, tokens)
+        verify_in_chunks(causal_lm, tokens, longest_document(batch), prefill_chunk)
     hidden = None
-    for group in groups(batch, input_ids.numel()):
+    for group in groups(batch, input_ids.numel(), side_of([causal_lm])):
         rows = run_body(causal_lm, group.input_ids, prefill_chunk)
         if group.whole:
             return LmHeadInputs(rows, *head)
@@ -216,7 +217,7 @@ def token_metrics(
         plan = _plan_within(memory_limit, prefill_chunk, pair, (head, base_head), batch)
     if plan.prefill_chunk is not None:
         for body in pair.bodies():
-            verify_in_chunks(body, tokens)
+            verify_in_chunks(body, tokens, longest_document(batch), plan.prefill_chunk)
     with contextlib.nullcontext() if plan.workspace is None else backends.workspace_limit(plan.workspace):
         return _measure(pair, head, base_head, batch, target, temperature, plan)
 
@@ -284,7 +285,7 @@ def _measure(
 ) -> DeltaLogpStats:
     """Statistics (B, T − 1), of as many tokens at once as the plan says."""
     fields: list[Tensor] | None = None
-    for group in groups(batch, plan.max_tokens):
+    for group in groups(batch, plan.max_tokens, side_of(pair.bodies())):
         # Within the call, so that a group's hidden states are gone before the next one's are made.
         stats = linear_delta_logp(
             *pair.op_inputs(group, head, base_head, plan.prefill_chunk),

@@ -100,7 +100,7 @@ def run_decoding(
                 f"--samples: {len(problems)} problems × {decoding.samples} are too many, expected below 2**32"
             )
         chunks = _cut_chunks(problems, settings, seeds, decoding)
-        run = _Run(directory, grader, reading, chunks, decoding, torch.device(device), progress)
+        run = _Run(directory, grader, reading, chunks, decoding, torch.device(device), fingerprints, progress)
         run.compute(places)
         names = {"rl": str(inputs.rl), "base": str(inputs.base), "data": str(inputs.data), "grader": inputs.grader}
         summary = run.summary() | {
@@ -149,6 +149,7 @@ class _Run:
         chunks: Sequence[_Chunk],
         decoding: Decoding,
         device: torch.device,
+        fingerprints: Fingerprints,
         progress: bool,
     ) -> None:
         self._directory = directory
@@ -158,6 +159,7 @@ class _Run:
         self._chunks = chunks
         self._decoding = decoding
         self._device = device
+        self._fingerprints = fingerprints
         self._progress = progress
         self._collector = Collector()
         self._stopwatch = Stopwatch(directory.ledger)
@@ -208,12 +210,14 @@ class _Run:
         }
 
     def _load(self, place: ModelPlace) -> Any:
-        return load_weights(
+        model = load_weights(
             place,
             DTYPES[self._decoding.dtype],
             self._device,
             trust_remote_code=self._decoding.trust_remote_code,
         )
+        self._fingerprints.check_loaded(place)
+        return model
 
     def _draw(self, chunk: _Chunk, models: Sequence[Any], on_step: Callable[[int, int, int], None]) -> list[Response]:
         """The graded responses of a chunk, samples of a problem one after another."""

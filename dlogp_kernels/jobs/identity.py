@@ -13,6 +13,7 @@ from tqdm import tqdm
 from .. import __version__
 from ..ops import backends
 from ..report.files import file_digest
+from .errors import JobError
 from .models import ModelPlace
 
 _MODEL_SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
@@ -50,8 +51,15 @@ class Fingerprints:
         directory = place.directory
         if not Path(place.name).exists() and _COMMIT.fullmatch(directory.name):
             return {"hub_name": place.name, "commit": directory.name}
-        files = sorted(path for path in directory.iterdir() if path.suffix in _MODEL_SUFFIXES and path.is_file())
+        files = _model_files(directory)
         return {path.name: found for path, found in zip(files, self.files(files), strict=True)}
+
+    def check_loaded(self, place: ModelPlace) -> None:
+        """JobError if a file of the model is not the one whose fingerprint was taken, perhaps hours ago."""
+        for path in _model_files(place.directory):
+            *stamp, digest = self.stamps.get(str(path.resolve()), [None])
+            if digest is not None and stamp != _stamp(path) and digest != file_digest(path):
+                raise JobError(f"{place}: {path.name} was changed since the run began; it is not the model of this run")
 
     def file(self, path: Path) -> dict[str, Any]:
         """Of one file."""
@@ -85,6 +93,10 @@ class Fingerprints:
             digest = file_digest(path, on_read=bar.update)
         self.stamps[key] = [*stamp, digest]
         return {"bytes": stamp[0], "sha256": digest}
+
+
+def _model_files(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.iterdir() if path.suffix in _MODEL_SUFFIXES and path.is_file())
 
 
 def _stamp(path: Path) -> list[int]:

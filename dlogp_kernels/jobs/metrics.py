@@ -143,7 +143,8 @@ def run_metrics(
         _check_not_empty(data_path, prepared)
         for remark in prepared.remarks() if progress else ():
             tqdm.write(f"{data_path}: {remark}", sys.stderr)
-        run = _Run(directory, arguments, prepared, TokenTexts(reading.tokenizer), rl_place, base_place, progress)
+        texts = TokenTexts(reading.tokenizer)
+        run = _Run(directory, arguments, prepared, texts, rl_place, base_place, fingerprints, progress)
         run.compute()
         summary = run.summary({"rl": str(rl), "base": str(base), "data": str(data)}, identity)
         _warn_of_nan(summary)
@@ -225,6 +226,7 @@ class _Run:
         texts: TokenTexts,
         rl: ModelPlace,
         base: ModelPlace,
+        fingerprints: Fingerprints,
         progress: bool,
     ) -> None:
         self._directory = directory
@@ -233,6 +235,7 @@ class _Run:
         self._texts = texts
         self._rl = rl
         self._base = base
+        self._fingerprints = fingerprints
         self._progress = progress
         self._parts = cut_parts(data.lengths, arguments.batch_tokens)
         self._setting = Setting(torch.device(arguments.device), arguments.temperature, arguments.memory_limit)
@@ -350,12 +353,14 @@ class _Run:
         return ResponseRows(sample.sample_id, sample.line, sample.source, sample.response_ids, texts, statistics)
 
     def _load(self, place: ModelPlace) -> Any:
-        return load_weights(
+        model = load_weights(
             place,
             DTYPES[self._arguments.dtype],
             self._setting.device,
             trust_remote_code=self._arguments.trust_remote_code,
         )
+        self._fingerprints.check_loaded(place)
+        return model
 
     def _bar(self, name: str, parts: Sequence[int]) -> tqdm:
         """A bar of tokens, prompts included; its rate and time left are of the parts that are computed now."""

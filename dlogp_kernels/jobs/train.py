@@ -118,6 +118,7 @@ def run_train(
         model = load_weights(
             place, DTYPES[training.dtype], torch.device(device), trust_remote_code=training.trust_remote_code
         )
+        fingerprints.check_loaded(place)
         run = _Run(directory, training, loaded_grader, reading, problems, model, progress)
         with directory.writing():
             run.train()

@@ -5,11 +5,14 @@ not this machine has a GPU. `DLOGP_BUILD=cpu` leaves the latter out, `DLOGP_BUIL
 `--no-build-isolation`, so that they are compiled against the installed torch.
 """
 
+import contextlib
+import importlib
 import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -45,16 +48,33 @@ ARCHITECTURES = {"80": (12, 0), "90a": (12, 0), "100a": (12, 8)}
 def why_not() -> str | None:
     """Why nothing can be compiled here; None if it can."""
     if os.environ.get("DLOGP_BUILD") == "none":
-        return "DLOGP_BUILD=none"
+        return "DLOGP_BUILD was none"
     if not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++")):
-        return "no C++ compiler was found"
-    if not shutil.which("ninja"):
-        return "ninja was not found"
+        return "no C++ compiler was found (Debian and Ubuntu: apt install g++)"
+    if not find_ninja():
+        return "ninja was not found (pip install ninja)"
     try:
         import torch  # noqa: F401
     except ImportError:
-        return "torch is not installed in the build environment (use --no-build-isolation)"
+        return "torch was not in the build environment (pip's option --no-build-isolation shows it the installed one)"
     return None
+
+
+def find_ninja() -> str | None:
+    """The program, on PATH or where its Python package lays it, which need not be there."""
+    folders = [os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent), sysconfig.get_path("scripts")]
+    with contextlib.suppress(ImportError, AttributeError):
+        folders.append(importlib.import_module("ninja").BIN_DIR)
+    return shutil.which("ninja", path=os.pathsep.join(folders))
+
+
+def keep_reason(problem: str | None) -> None:
+    """Write why there are no kernels where the installed package finds it: pip does not show what is printed here."""
+    path = ROOT / "dlogp_kernels" / "_no_kernels.txt"
+    if problem is None:
+        path.unlink(missing_ok=True)
+    else:
+        path.write_text(f"{problem}\n", encoding="utf-8")
 
 
 def why_not_cuda() -> str | None:
@@ -111,10 +131,14 @@ def link_stand_in(folder: Path) -> Path:
 
 def extensions() -> dict[str, Any]:
     problem = why_not()
+    keep_reason(problem)
     if problem is not None:
         print(f"dlogp_kernels: building without compiled kernels: {problem}", file=sys.stderr)
         return {}
     from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+    # torch looks for ninja on PATH alone.
+    os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), str(Path(find_ninja() or "").parent)])
 
     class Build(BuildExtension):
         def build_extension(self, extension: Extension) -> None:

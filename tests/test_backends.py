@@ -1,16 +1,21 @@
 """The choice of a backend: what is available, forcing one, what it says when it can not."""
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
+import types
+import warnings
+from pathlib import Path
 
 import cases
 import pytest
 import torch
 from cases import OPS, call, fewer, gradients, make_inputs, upstream_of
 
-from dlogp_kernels import backends
+import dlogp_kernels
+from dlogp_kernels import backends, installation
 from dlogp_kernels.ops import schemas
 
 
@@ -200,3 +205,67 @@ def test_allocations_are_poisoned():
             assert torch.empty_like(torch.zeros(size, **like)).isnan().all()
     integers = torch.empty(10_000, dtype=torch.int64, device=cases.DEVICE)
     assert (integers == -1).all() or torch.are_deterministic_algorithms_enabled()
+
+
+def test_missing_kernels_are_told_once_with_their_reason(monkeypatch, tmp_path):
+    reason = tmp_path / "reason.txt"
+    reason.write_text("ninja was not found (pip install ninja)\n")
+    monkeypatch.setattr(installation, "REASON_FILE", reason)
+    monkeypatch.setitem(backends._extension_problems, "cpu", installation.why_no_kernels())
+    monkeypatch.setattr(backends, "_checked_for_kernels", set())
+    logits, target = torch.randn(2, 5), torch.tensor([1, 2])
+    if backends.interpreting():
+        pytest.skip("Triton serves the CPU here")
+    with backends.use_backend("reference"), warnings.catch_warnings(action="error"):
+        dlogp_kernels.logp(logits, target)
+    with warnings.catch_warnings(record=True) as told:
+        for _ in range(2):
+            dlogp_kernels.logp(logits, target)
+        backends.warn_of_missing_kernels("cpu")
+    assert [str(warning.message) for warning in told] == [
+        "plain PyTorch serves the ops on the device cpu, many times slower than kernels would: the compiled extension "
+        "is missing: at installation, ninja was not found (pip install ninja). To build it: in a clone of "
+        'dlogp_kernels, pip install --no-build-isolation -e "."'
+    ]
+
+
+def test_nothing_is_told_where_kernels_serve(monkeypatch):
+    if backends.unavailable("cpu", "logp_fwd", "cpu"):
+        pytest.skip("no compiled kernels")
+    monkeypatch.setattr(backends, "_checked_for_kernels", set())
+    with warnings.catch_warnings(action="error"):
+        backends.warn_of_missing_kernels("cpu")
+
+
+def _setup(monkeypatch) -> dict:
+    """What setup.py defines, without its running."""
+    monkeypatch.delenv("DLOGP_BUILD", raising=False)
+    return runpy.run_path(str(Path(__file__).parents[1] / "setup.py"))
+
+
+def test_ninja_is_found_beside_python_and_as_a_package(monkeypatch, tmp_path):
+    setup = _setup(monkeypatch)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / "python"))
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    monkeypatch.setitem(sys.modules, "ninja", None)
+    assert setup["find_ninja"]() is None
+    for folder, package in (("bin", None), ("package", types.SimpleNamespace(BIN_DIR=str(tmp_path / "package")))):
+        (tmp_path / folder).mkdir()
+        program = tmp_path / folder / "ninja"
+        program.touch(mode=0o755)
+        monkeypatch.setitem(sys.modules, "ninja", package)
+        assert setup["find_ninja"]() == str(program)
+        program.unlink()
+
+
+def test_setup_keeps_its_reason_where_the_package_finds_it(monkeypatch, tmp_path):
+    setup = _setup(monkeypatch)
+    (tmp_path / "dlogp_kernels").mkdir()
+    monkeypatch.setitem(setup["keep_reason"].__globals__, "ROOT", tmp_path)
+    monkeypatch.setenv("DLOGP_BUILD", "none")
+    assert setup["extensions"]() == {}
+    kept = tmp_path / "dlogp_kernels" / installation.REASON_FILE.name
+    assert kept.read_text() == "DLOGP_BUILD was none\n"
+    setup["keep_reason"](None)
+    assert not kept.exists()

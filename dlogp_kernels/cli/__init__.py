@@ -3,6 +3,8 @@
 import importlib.util
 import sys
 
+from ..installation import how_to_install
+
 #: Of the extra `cli`: what is imported, and what it is for.
 _NEEDED = ("typer", "rich", "tqdm", "transformers", "safetensors", "pyarrow", "matplotlib", "psutil")
 
@@ -13,7 +15,7 @@ def main() -> None:
     if missing:
         sys.exit(
             f"error: {', '.join(missing)} can not be imported, expected the packages of the extra 'cli': "
-            'pip install "dlogp_kernels[cli]"'
+            f"{how_to_install('cli')}"
         )
     from .app import run
 

@@ -1,11 +1,13 @@
 """Causal language models of `transformers`: hidden states with their last layer, and the statistics of a pair."""
 
+from ..installation import how_to_install
+
 try:
     import safetensors  # noqa: F401
     import transformers  # noqa: F401
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        f"dlogp_kernels.hf needs {error.name}: pip install 'dlogp_kernels[hf]'", name=error.name
+        f"dlogp_kernels.hf needs {error.name}: {how_to_install('hf')}", name=error.name
     ) from error
 
 from .custom import ExtrapolationOutput, custom_generate

@@ -6,13 +6,14 @@ from decimal import Decimal, InvalidOperation
 from functools import partial
 from typing import Any, NamedTuple
 
+from ..installation import how_to_install
 from .errors import JobError
 from .grader_process import GraderFailure, GraderProcess
 
 EXACT, MATH_VERIFY = "exact", "math-verify"
 DEFAULT_GRADER_SECONDS = 60.0
 _EXPECTED = f"expected {EXACT}, {MATH_VERIFY} or module:function"
-_MATH_EXTRA = "expected the extra 'math': pip install \"dlogp_kernels[math]\""
+_MATH_EXTRA = f"expected the extra 'math': {how_to_install('math')}"
 _NUMBER_COMMA = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _BOXED, _BRACES = r"\boxed{", re.compile(r"[{}]")
 

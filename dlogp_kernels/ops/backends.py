@@ -9,12 +9,14 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from .. import installation
 from . import schemas
 
 #: In order of preference, but for what the table below says: C++ for the CPU, fused Triton kernels, CUDA C++, the
@@ -44,6 +46,8 @@ _HIDDEN_SIZE = 4096
 
 _Launcher = Callable[..., tuple[torch.Tensor, ...]]
 _extension_problems: dict[str, str] = {}
+#: Kinds of devices of which it was looked whether kernels are missing, and said.
+_checked_for_kernels: set[str] = set()
 _chosen: str | None = os.environ.get("DLOGP_BACKEND") or None
 _workspace = DEFAULT_WORKSPACE
 
@@ -109,12 +113,12 @@ def load_extensions() -> None:
     try:
         importlib.import_module("dlogp_kernels._cpu")
     except ModuleNotFoundError:
-        _extension_problems["cpu"] = (
-            "the compiled extension is missing: it is built at installation where a C++ compiler and ninja are found "
-            "(pip install --no-build-isolation, so that the build sees this torch)"
-        )
+        _extension_problems["cpu"] = installation.why_no_kernels()
     except ImportError as error:
-        _extension_problems["cpu"] = f"the compiled extension does not load with torch {torch.__version__}: {error}"
+        _extension_problems["cpu"] = (
+            f"the compiled extension does not load with torch {torch.__version__}: {error}. To build it anew: "
+            f"{installation.how_to_install()}"
+        )
     problem = _load_cuda_library()
     if problem is not None:
         _extension_problems["cuda"] = problem
@@ -205,6 +209,8 @@ def _triton_problem() -> str | None:
 def _device_problem(device: torch.device) -> str | None:
     if device.type == "cpu":
         return None if interpreting() else "it has kernels for GPUs only (TRITON_INTERPRET=1 runs them on the CPU)"
+    if device.type != "cuda":
+        return f"it has no kernels for the device {device.type}"
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         major, minor = torch.cuda.get_device_capability(device)
         return f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, expected 8.0 or later"
@@ -229,11 +235,32 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def warn_of_missing_kernels(device: torch.device | str) -> None:
+    """A UserWarning, once a process, where plain PyTorch serves a device because its kernels are missing.
+
+    Nothing is said of a backend that was asked for.
+    """
+    kind = torch.device(device).type
+    if _chosen is not None or kind in _checked_for_kernels:
+        return
+    _checked_for_kernels.add(kind)
+    # An op and a dtype that all kernels have.
+    if select("logp_fwd", device) == "reference":
+        problem = unavailable("cpu" if kind == "cpu" else "triton", "logp_fwd", device)
+        warnings.warn(
+            f"plain PyTorch serves the ops on the device {kind}, many times slower than kernels would: {problem}",
+            stacklevel=2,
+        )
+
+
 def launch(op: str, first: torch.Tensor, dtype: torch.dtype, *arguments: object) -> tuple[torch.Tensor, ...]:
     """Run `op` with the backend selected for inputs of this dtype, of which `first` is the first tensor."""
     hidden_size = first.shape[-1] if op in _BY_HIDDEN_SIZE else None
     with _without_autocast(first.device):
-        return _launcher(select(op, first.device, dtype, hidden_size), op)(*arguments, _workspace)
+        backend = select(op, first.device, dtype, hidden_size)
+        if backend == "reference":
+            warn_of_missing_kernels(first.device)
+        return _launcher(backend, op)(*arguments, _workspace)
 
 
 def launch_blocked(op: str, first: torch.Tensor, dtype: torch.dtype, *arguments: object) -> tuple[torch.Tensor, ...]:

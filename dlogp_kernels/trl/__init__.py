@@ -1,12 +1,14 @@
 """Trainers of TRL with the fused ops and the reweighted loss: the only place that imports `trl`."""
 
+from ..installation import how_to_install
+
 try:
     import accelerate  # noqa: F401
     import datasets  # noqa: F401
     import trl  # noqa: F401
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        f"dlogp_kernels.trl needs {error.name}: pip install 'dlogp_kernels[trl]'", name=error.name
+        f"dlogp_kernels.trl needs {error.name}: {how_to_install('trl')}", name=error.name
     ) from error
 
 from .callbacks import report_to

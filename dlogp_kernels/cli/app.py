@@ -1,16 +1,24 @@
 """The commands and their options. Heavy modules are imported by the command that needs them."""
 
+import io
 import json
+import logging
 import sys
+import traceback
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from types import TracebackType
+from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
+from typer.core import TyperCommand
+
+from ..report.terminal import Terminal
+from ..report.text import printable
 
 app = typer.Typer(
     help="Token log-probabilities of an RL model and its base: train one, measure a pair, sample from it, plot it all.",
@@ -18,8 +26,25 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-_console = Console(highlight=False)
-_errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+class _Command(TyperCommand):
+    """A command whose arguments are Unicode, and whose options are given once, but for those that are lists."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        for text in args:
+            # So Python hands over bytes that are no UTF-8, which neither JSON nor safetensors take in a name.
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                ctx.fail(f"{printable(text)} is not UTF-8, expected text that is.")
+        _, _, given = self.make_parser(ctx).parse_args(args=list(args))
+        for option, count in Counter(given).items():
+            if count > 1 and not option.multiple:
+                ctx.fail(f"{option.opts[0]} is given {count} times, expected once.")
+        return super().parse_args(ctx, args)
+
+
+_console = Terminal()
+_errors = Terminal(stderr=True)
 
 
 class Dtype(StrEnum):
@@ -50,7 +75,7 @@ class OnError(StrEnum):
     SKIP = "skip"
 
 
-@app.command()
+@app.command(cls=_Command)
 def metrics(
     rl: Annotated[str, typer.Option(help="The RL model: a directory, or a name on the Hub.", show_default=False)],
     base: Annotated[str, typer.Option(help="Its base model, likewise.", show_default=False)],
@@ -166,7 +191,7 @@ _Resume = Annotated[
 _TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the models.")]
 
 
-@app.command()
+@app.command(cls=_Command)
 def generate(
     rl: _Rl,
     base: _Base,
@@ -235,7 +260,7 @@ def generate(
     print_results(_console, summary, out)
 
 
-@app.command()
+@app.command(cls=_Command)
 def sweep(
     rl: _Rl,
     base: _Base,
@@ -329,7 +354,7 @@ class TrainingDtype(StrEnum):
     BF16 = "bf16"
 
 
-@app.command()
+@app.command(cls=_Command)
 def train(
     base: Annotated[
         str, typer.Option(help="The model to begin with: a directory, or a name on the Hub.", show_default=False)
@@ -429,7 +454,7 @@ def train(
     print_training(_console, summary, out / MODEL_DIRECTORY)
 
 
-@app.command()
+@app.command(cls=_Command)
 def plot(
     directories: Annotated[
         list[Path],
@@ -458,7 +483,7 @@ def plot(
     plot_any(_console, directories, out, min_count)
 
 
-@app.command()
+@app.command(cls=_Command)
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Show versions, devices, and which backend serves each op here, and why not another."""
     from ..jobs.doctor import examine
@@ -471,7 +496,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
         print_report(_console, report)
 
 
-@app.command()
+@app.command(cls=_Command)
 def demo(
     out: Annotated[Path, typer.Option(help="Directory for responses, data set and figures.")] = Path("demo_output"),
     problems: Annotated[int | None, typer.Option(help="Held-out problems for each model.", show_default="1000")] = None,
@@ -498,19 +523,40 @@ def demo(
 
 
 @contextmanager
-def _plain_warnings() -> Iterator[None]:
-    """Within this context a warning for users is one line, without the place in the code."""
+def _readable() -> Iterator[None]:
+    """Within this context warnings and logs go through `_errors`' eyes, and no character is too much for the terminal.
+
+    A warning for users is one line, without the place in the code.
+    """
+    record = logging.getLogRecordFactory()
     with warnings.catch_warnings():
-        show = warnings.showwarning
+        warnings.showwarning = _show_warning  # type: ignore[assignment]
+        logging.setLogRecordFactory(_PrintableRecord)
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
+        try:
+            yield
+        finally:
+            logging.setLogRecordFactory(record)
 
-        def show_plainly(message: Warning | str, category: type[Warning], *where: Any) -> None:
-            if category is UserWarning:
-                _errors.print(f"warning: {message}", markup=False, style="yellow")
-            else:
-                show(message, category, *where)
 
-        warnings.showwarning = show_plainly  # type: ignore[assignment]
-        yield
+def _show_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
+    shown = f"warning: {message}"
+    if category is not UserWarning:
+        shown = warnings.formatwarning(message, category, filename, lineno).rstrip()
+    _errors.print(shown, style="yellow")
+
+
+class _PrintableRecord(logging.LogRecord):
+    """Of libraries, which quote what files say."""
+
+    def getMessage(self) -> str:
+        return printable(super().getMessage())
+
+
+def _show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    _errors.print("".join(traceback.format_exception(kind, error, trace)).rstrip())
 
 
 def run() -> None:
@@ -518,9 +564,19 @@ def run() -> None:
     from ..jobs.errors import JobError
     from ..report.errors import DatasetError
 
-    try:
-        with _plain_warnings():
+    with _readable():
+        try:
             app()
-    except (JobError, DatasetError, OSError) as error:
-        _errors.print(f"error: {error}", markup=False, style="red")
-        sys.exit(1)
+        except (JobError, DatasetError, OSError) as error:
+            _fail(str(error))
+        except MemoryError:
+            _fail("the memory is full: give a smaller --batch-tokens or --batch-size")
+        except Exception:
+            # A fault of ours: Python shows where, by the hook, which typer has set to another one.
+            sys.excepthook = _show_traceback
+            raise
+
+
+def _fail(message: str) -> NoReturn:
+    _errors.print(f"error: {message}", style="red")
+    sys.exit(1)

@@ -7,6 +7,7 @@ from rich.console import Console
 
 from ..report.errors import DatasetError
 from ..report.responses import RESPONSES_FILE
+from ..report.terminal import print_files
 from ..report.training import LOG_FILE
 from .tables import print_plot, print_sweep_plot
 
@@ -16,8 +17,7 @@ def plot_any(console: Console, directories: Sequence[Path], out: Path | None, mi
     if all((directory / LOG_FILE).exists() for directory in directories):
         from ..report.training_curves import plot_training
 
-        for file in plot_training(directories, out):
-            console.print(str(file), markup=False, soft_wrap=True)
+        print_files(console, plot_training(directories, out))
         return
     if len(directories) > 1:
         without = next(directory for directory in directories if not (directory / LOG_FILE).exists())

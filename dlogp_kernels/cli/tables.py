@@ -1,19 +1,20 @@
 """What the commands print."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from ..jobs.doctor import Report
+from ..ops.backends import BACKENDS, Choice
 from ..report.curves import SweepPlot
 from ..report.figures import Plot, TopToken
 from ..report.replaced import replacements_text
 from ..report.responses import RESPONSES_FILE, ReplacedToken, Setting
-from ..report.text import visible
+from ..report.terminal import TextTable, print_files
+from ..report.text import one_line, visible
 
 #: Of each criterion, in the terminal; the files have more.
 _SHOWN_TOKENS = 8
@@ -21,28 +22,28 @@ _SHOWN_TOKENS = 8
 
 def print_metrics(console: Console, summary: Mapping[str, Any], out: Path) -> None:
     """The summary of a run: a line for each source, and where the files are."""
-    table = Table(title="Response tokens: means, and tails of Δlog p")
-    table.add_column("source", min_width=6)
-    for heading in ("tokens", "Δlog p", "< −1", "> 0.25", "KL", "entropy", "base entropy"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    columns = ("source", "tokens", "Δlog p", "< −1", "> 0.25", "KL", "entropy", "base entropy")
+    rows = []
     for source, described in summary["sources"].items():
         tails, statistics = described["delta_logp_tails"], described["statistics"]
         means = [_number(statistics[name]["mean"]) for name in ("delta_logp", "kl", "entropy", "base_entropy")]
-        table.add_row(
-            Text(visible(source) if source else "–"),
-            f"{described['response_tokens']:,}",
-            means[0],
-            f"{tails['below -1']:.2%}",
-            f"{tails['above 0.25']:.2%}",
-            *means[1:],
+        rows.append(
+            (
+                visible(source) if source else "–",
+                f"{described['response_tokens']:,}",
+                means[0],
+                f"{tails['below -1']:.2%}",
+                f"{tails['above 0.25']:.2%}",
+                *means[1:],
+            )
         )
-    console.print(table)
+    console.print(TextTable("Response tokens: means, and tails of Δlog p", columns, rows))
     skipped = len(summary["broken_lines"])
     console.print(
         f"{summary['responses']:,} responses, {summary['response_tokens']:,} response tokens, {skipped:,} lines "
         f"skipped; {summary['seconds']:.1f} s, {summary['tokens_per_second'] or 0:,.0f} tokens/s with prompts"
     )
-    console.print(f"data set and summary: {out}", markup=False, soft_wrap=True)
+    console.print(f"data set and summary: {out}")
 
 
 def _number(value: float | None) -> str:
@@ -54,21 +55,25 @@ def print_plot(console: Console, plot: Plot) -> None:
     if not plot.complete:
         console.print("The run is not complete: this shows the part that is written.", style="yellow")
     console.print(top_token_table(plot.top_tokens, plot.min_count))
-    for file in plot.files:
-        console.print(str(file), markup=False, soft_wrap=True)
+    print_files(console, plot.files)
 
 
-def top_token_table(tokens: list[TopToken], min_count: int) -> Table:
+def top_token_table(tokens: list[TopToken], min_count: int) -> TextTable:
     """The tokens with the largest mean Δlog p."""
-    table = Table(title=f"Largest mean Δlog p (tokens that occur at least {min_count} times)")
-    table.add_column("rank", justify="right")
-    table.add_column("token")
-    for heading in ("id", "count", "mean Δlog p", "log p, RL", "log p, base"):
-        table.add_column(heading, justify="right")
-    for rank, token in enumerate(tokens, 1):
-        means = [f"{value:+.4f}" for value in (token.delta_logp, token.logp, token.base_logp)]
-        table.add_row(str(rank), Text(visible(token.text)), str(token.token_id), f"{token.occurrences:,}", *means)
-    return table
+    rows = [
+        (
+            visible(token.text),
+            *map(str, (rank, token.token_id)),
+            f"{token.occurrences:,}",
+            *(f"{value:+.4f}" for value in (token.delta_logp, token.logp, token.base_logp)),
+        )
+        for rank, token in enumerate(tokens, 1)
+    ]
+    return TextTable(
+        f"Largest mean Δlog p (tokens that occur at least {min_count} times)",
+        ("token", "rank", "id", "count", "mean Δlog p", "log p, RL", "log p, base"),
+        rows,
+    )
 
 
 def print_results(console: Console, summary: Mapping[str, Any], out: Path) -> None:
@@ -79,22 +84,25 @@ def print_results(console: Console, summary: Mapping[str, Any], out: Path) -> No
         f"{summary['tokens_per_second'] or 0:,.0f} tokens/s"
     )
     _print_grader_errors(console, summary["settings"])
-    console.print(f"responses and summary: {out}", markup=False, soft_wrap=True)
+    console.print(f"responses and summary: {out}")
 
 
-def results_table(settings: Sequence[Mapping[str, Any]]) -> Table:
+def results_table(settings: Sequence[Mapping[str, Any]]) -> TextTable:
     """Of the settings of a summary, a line each."""
-    table = Table("replaced where", title="Accuracy and replaced tokens; ± one standard error over problems")
-    for heading in ("accuracy", "replaced [%]", "length"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in settings:
-        table.add_row(
-            str(Setting(*(row[name] for name in Setting._fields))),
+    rows = [
+        (
+            one_line(str(Setting(*(row[name] for name in Setting._fields)))),
             _with_error(row["accuracy"], row["accuracy_standard_error"], 1, 3),
             _with_error(row["replaced_share"], row["replaced_share_standard_error"], 100, 2),
             f"{row['mean_length']:,.1f}",
         )
-    return table
+        for row in settings
+    ]
+    return TextTable(
+        "Accuracy and replaced tokens; ± one standard error over problems",
+        ("replaced where", "accuracy", "replaced [%]", "length"),
+        rows,
+    )
 
 
 def _with_error(mean: float | None, error: float | None, factor: float, digits: int) -> str:
@@ -115,9 +123,7 @@ def _print_grader_errors(console: Console, settings: Sequence[Mapping[str, Any]]
 
 def print_training(console: Console, summary: Mapping[str, Any], model: Path) -> None:
     """What a training began and ended with, and where the model is."""
-    table = Table("", title=f"{summary['steps']:,} steps in {summary['seconds']:,.1f} s")
-    for heading in ("at first", "at last"):
-        table.add_column(heading, justify="right")
+    rows = []
     for name, title in (
         ("accuracy", "accuracy in training"),
         ("eval_accuracy", "accuracy, held out"),
@@ -129,13 +135,14 @@ def print_training(console: Console, summary: Mapping[str, Any], model: Path) ->
                 _with_error(summary[f"{when}_{name}"], summary.get(f"{when}_{name}_standard_error"), 1, 3)
                 for when in ("first", "last")
             ]
-            table.add_row(title, *cells)
-    console.print(table)
+            rows.append((title, *cells))
+    title = f"{summary['steps']:,} steps in {summary['seconds']:,.1f} s"
+    console.print(TextTable(title, ("", "at first", "at last"), rows))
     if summary["grader_errors"]:
         console.print(
             f"The grader raised at {summary['grader_errors']:,} responses, which taught nothing.", style="yellow"
         )
-    console.print(f"model: {model}", markup=False, soft_wrap=True)
+    console.print(f"model: {model}")
 
 
 def print_sweep_plot(console: Console, plot: SweepPlot) -> None:
@@ -147,68 +154,83 @@ def print_sweep_plot(console: Console, plot: SweepPlot) -> None:
     _print_grader_errors(console, settings)
     if plot.replaced_tokens:
         console.print(replaced_token_table(plot.replaced_tokens))
-    for file in plot.files:
-        console.print(str(file), markup=False, soft_wrap=True)
+    print_files(console, plot.files)
 
 
-def replaced_token_table(tokens: Sequence[ReplacedToken]) -> Table:
+def replaced_token_table(tokens: Sequence[ReplacedToken]) -> TextTable:
     """The tokens replaced most often, with what took their place; a few for each criterion."""
-    table = Table("criterion", "token", title="Tokens replaced most often")
-    for heading in ("id", "times", "share", "mean Δlog p"):
-        table.add_column(heading, justify="right")
-    table.add_column("replaced by")
+    rows = []
     shown: dict[str, int] = {}
     for token in tokens:
         shown[token.criterion] = shown.get(token.criterion, 0) + 1
         if shown[token.criterion] > _SHOWN_TOKENS:
             continue
-        table.add_row(
-            token.criterion,
-            Text(visible(token.text)),
-            str(token.token_id),
-            f"{token.occurrences:,}",
-            f"{token.share:.1%}",
-            f"{token.delta_logp:+.4f}",
-            Text(replacements_text(token)),
+        rows.append(
+            (
+                one_line(token.criterion),
+                visible(token.text),
+                replacements_text(token),
+                str(token.token_id),
+                f"{token.occurrences:,}",
+                f"{token.share:.1%}",
+                f"{token.delta_logp:+.4f}",
+            )
         )
-    return table
+    columns = ("criterion", "token", "replaced by", "id", "times", "share", "mean Δlog p")
+    return TextTable("Tokens replaced most often", columns, rows, text_columns=3)
 
 
 def print_report(console: Console, report: Report) -> None:
     """What `dlogp doctor` found."""
-    installation = Table("installed", "version", title="Installation")
-    installation.add_row("python", report.python)
-    for name, version in {**report.versions, **report.tools}.items():
-        installation.add_row(name, Text(version) if version else Text("not found", style="yellow"))
-    console.print(installation)
-    console.print(report.torch_trial, markup=False, soft_wrap=True)
-    console.print(_devices(report))
-    served = Table("op", "device", "backend", "why not another", title="Which backend serves each op")
-    for choice in report.backends:
-        reasons = [f"{name}: {reason}" for name, reason in choice.others.items()]
-        if choice.measured is not None:
-            reasons.append(f"{choice.backend} first: {choice.measured}")
-        others = "\n".join(reasons)
-        served.add_row(choice.op, choice.device, Text(choice.backend, style="bold"), Text(others))
-    console.print(served)
+    versions = {"python": report.python, **report.versions, **report.tools}
+    rows = [(name, version or "not found") for name, version in versions.items()]
+    console.print(TextTable("Installation", ("installed", "version"), rows, text_columns=2))
+    console.print(report.torch_trial)
+    console.print(TextTable("Devices", ("device", "properties"), _devices(report), text_columns=2))
+    for device in dict.fromkeys(choice.device for choice in report.backends):
+        _print_choices(console, device, [choice for choice in report.backends if choice.device == device])
 
 
-def _devices(report: Report) -> Table:
-    table = Table("device", "properties", title="Devices")
+def _devices(report: Report) -> list[tuple[str, str]]:
     cpu = report.processor
-    table.add_row(
-        "cpu",
-        Text(
+    instruction_sets = ", ".join(cpu.instruction_sets) or "none of the sets that matter"
+    rows = [
+        (
+            "cpu",
             f"{cpu.name}, {cpu.cores} cores, {cpu.torch_threads} threads in torch\n"
-            f"torch uses {cpu.capability}; it has {', '.join(cpu.instruction_sets) or 'none of the sets that matter'}"
-        ),
-    )
+            f"torch uses {cpu.capability}; it has {instruction_sets}",
+        )
+    ]
     for gpu in report.gpus:
-        table.add_row(
-            f"cuda:{gpu.number}",
-            Text(f"{gpu.name}, compute capability {gpu.compute_capability}, {gpu.memory_gib} GiB"),
+        rows.append(
+            (f"cuda:{gpu.number}", f"{gpu.name}, compute capability {gpu.compute_capability}, {gpu.memory_gib} GiB")
         )
     if not report.gpus:
         build = f"built with CUDA {report.cuda}" if report.cuda else "built without CUDA"
-        table.add_row("cuda", Text(f"none: torch sees no CUDA device (it is {build})"))
-    return table
+        rows.append(("cuda", f"none: torch sees no CUDA device (it is {build})"))
+    return rows
+
+
+def _print_choices(console: Console, device: str, choices: Sequence[Choice]) -> None:
+    """Which backends serve the ops on a device, and each reason why not another, once, with its ops."""
+    console.print(f"Which backend serves each op on {device}", style="italic")
+    served: dict[tuple[str, str], list[str]] = {}
+    for choice in choices:
+        served.setdefault((f"{choice.backend} serves", ""), []).append(choice.op)
+        if choice.measured is not None:
+            served.setdefault((f"{choice.backend} comes first for", choice.measured), []).append(choice.op)
+    for backend, choice in itertools.product(BACKENDS, choices):
+        if backend in choice.others:
+            served.setdefault((f"not {backend} for", choice.others[backend]), []).append(choice.op)
+    for (what, reason), ops in served.items():
+        console.print(f"  {what} {_op_names(ops, choices)}{': ' * bool(reason)}{reason}")
+
+
+def _op_names(ops: Sequence[str], choices: Sequence[Choice]) -> str:
+    """All of a device, or those that are missing where these are fewer, or each."""
+    missing = [choice.op for choice in choices if choice.op not in ops]
+    if not missing:
+        return f"all {len(ops)} ops" if len(ops) > 1 else ops[0]
+    if len(missing) < len(ops):
+        return f"all ops but {', '.join(missing)}"
+    return ", ".join(ops)

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from ..hf.tiny import load_local
 from ..jobs.errors import JobError
@@ -24,6 +23,7 @@ from ..report.curves import CRITERION_LABELS, Curve, SweepPlot, compare, curves,
 from ..report.dataset import TokenDataset
 from ..report.files import write_atomically
 from ..report.responses import BASE, RL, Estimate, Setting, SettingResult
+from ..report.terminal import Terminal, TextTable, print_files
 from . import task
 from .generate import generate_responses, response_rows, write_jsonl
 from .run import find_pair
@@ -78,7 +78,7 @@ def run_curves(
         console: where findings are printed.
         progress: show progress on stderr.
     """
-    console = console or Console(highlight=False)
+    console = console or Terminal()
     count = num_problems if num_problems is not None else QUICK_NUM_PROBLEMS if quick else NUM_PROBLEMS
     if count < 1:
         raise JobError(f"--problems is {count}, expected at least 1")
@@ -106,7 +106,7 @@ def run_curves(
     summary = directory / "summary.md"
     write_atomically(summary, summary_markdown(count, figures.results, findings).encode())
     _print(console, figures, findings)
-    console.print(f"{summary}\nThat took {time.monotonic() - started:.0f} s.", markup=False, soft_wrap=True)
+    console.print(f"{summary}\nThat took {time.monotonic() - started:.0f} s.")
     return CurvesResult(thresholds, figures, findings, summary)
 
 
@@ -254,18 +254,16 @@ def _ratio(finding: Finding) -> str:
 
 
 def _print(console: Console, figures: SweepPlot, findings: Sequence[Finding]) -> None:
-    table = Table("criterion", "replaced [%]", "accuracy", title="Replacement by the RL model (γ = 0)")
+    rows = []
     for name, setting in (("base model", BASE), ("RL model", RL)):
         result = find(figures.results, setting)
         if result is not None:
-            table.add_row(name, "–", str(result.accuracy))
+            rows.append((name, "–", str(result.accuracy)))
     for curve in curves(figures.results):
-        for result in curve.results:
-            table.add_row(str(result.setting), _percent(result), str(result.accuracy))
-    console.print(table)
-    table = Table("replaced where", "minus", "difference", title="Differences of accuracy, paired by problem")
-    for finding in findings:
-        table.add_row(str(finding.setting), _name(finding.other), _signed(finding.difference))
-    console.print(table)
-    for file in figures.files:
-        console.print(str(file), markup=False, soft_wrap=True)
+        rows += [(str(result.setting), _percent(result), str(result.accuracy)) for result in curve.results]
+    columns = ("criterion", "replaced [%]", "accuracy")
+    console.print(TextTable("Replacement by the RL model (γ = 0)", columns, rows))
+    rows = [(str(finding.setting), _name(finding.other), _signed(finding.difference)) for finding in findings]
+    columns = ("replaced where", "minus", "difference")
+    console.print(TextTable("Differences of accuracy, paired by problem", columns, rows, text_columns=2))
+    print_files(console, figures.files)

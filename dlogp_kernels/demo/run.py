@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
-from rich.table import Table
 
 from ..hf.tiny import load_local
+from ..installation import how_to_install
 from ..jobs.errors import JobError
 from ..jobs.metrics import run_metrics
 from ..report.figures import Plot, plot
+from ..report.terminal import Terminal, TextTable, print_files
 from ..report.text import visible
 from . import task
 from .generate import PAIR_DIRECTORY, Source, accuracy, generate_responses, response_rows, write_jsonl
@@ -63,7 +64,7 @@ def run_demo(
 
     Raises JobError if `out` holds the demo of another pair, or with `retrain` a pair already.
     """
-    console = console or Console(highlight=False)
+    console = console or Terminal()
     count = num_problems if num_problems is not None else QUICK_NUM_PROBLEMS if quick else NUM_PROBLEMS
     if count < 1:
         raise JobError(f"--problems is {count}, expected at least 1")
@@ -96,10 +97,10 @@ def _retrain(directory: Path, console: Console) -> Path:
         raise JobError(f"--out {directory.parent}: it holds a pair already, expected another directory to train into")
     # It imports trl, which a demo of the pair that comes along can do without.
     if importlib.util.find_spec("trl") is None:
-        raise JobError("--retrain: trl can not be imported; expected the extra 'trl', as in `dlogp_kernels[trl]`")
+        raise JobError(f"--retrain: trl can not be imported, expected the extra 'trl': {how_to_install('trl')}")
     from .train_pair import train_pair
 
-    console.print(f"training a pair into {directory}", markup=False, soft_wrap=True)
+    console.print(f"training a pair into {directory}")
     train_pair(directory)
     return directory
 
@@ -123,28 +124,27 @@ def _respond(pair: Path, num_problems: int, data: Path) -> dict[Source, Accuracy
 def _print_findings(
     console: Console, accuracies: Mapping[Source, Accuracy], summary: Mapping[str, Any], figures: Plot
 ) -> None:
-    table = Table(title="What RL changed: accuracy, tails of Δlog p, means over response tokens")
-    table.add_column("source", no_wrap=True, min_width=6)
-    for heading in ("accuracy", "tokens", "< −1", "> 0.25", "KL", "entropy"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    rows = []
     for source, graded in accuracies.items():
         described = summary["sources"][source]
         tails, statistics = described["delta_logp_tails"], described["statistics"]
-        table.add_row(
-            source,
-            f"{graded.mean:.3f} ± {graded.standard_error:.3f}",
-            f"{described['response_tokens']:,}",
-            f"{tails['below -1']:.2%}",
-            f"{tails['above 0.25']:.2%}",
-            f"{statistics['kl']['mean']:.4f}",
-            f"{statistics['entropy']['mean']:.4f}",
+        rows.append(
+            (
+                source,
+                f"{graded.mean:.3f} ± {graded.standard_error:.3f}",
+                f"{described['response_tokens']:,}",
+                f"{tails['below -1']:.2%}",
+                f"{tails['above 0.25']:.2%}",
+                f"{statistics['kl']['mean']:.4f}",
+                f"{statistics['entropy']['mean']:.4f}",
+            )
         )
-    console.print(table)
+    columns = ("source", "accuracy", "tokens", "< −1", "> 0.25", "KL", "entropy")
+    console.print(TextTable("What RL changed: accuracy, tails of Δlog p, means over response tokens", columns, rows))
     raised = figures.top_tokens[:_SHOWN_TOKENS]
     shown = ", ".join(f"{visible(token.text)} ({token.delta_logp:+.3f})" for token in raised)
-    console.print(f"tokens that RL raised most, by mean Δlog p: {shown}", markup=False)
-    for file in figures.files:
-        console.print(str(file), markup=False, soft_wrap=True)
+    console.print(f"tokens that RL raised most, by mean Δlog p: {shown}")
+    print_files(console, figures.files)
 
 
 def _print_memory(console: Console, memory: Measurement) -> None:

@@ -5,6 +5,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sysconfig
 from pathlib import Path
 from typing import NamedTuple
 
@@ -118,10 +119,15 @@ def _version(package: str) -> str | None:
 def _first_tool(candidates: tuple[str, ...]) -> str | None:
     """The first line that the first tool found prints about its version, and where it lies."""
     for candidate in candidates:
-        path = shutil.which(candidate)
+        path = shutil.which(candidate, path=_search_path())
         if path is not None:
             return f"{_tool_version(path)} ({path})"
     return None
+
+
+def _search_path() -> str:
+    """PATH, and where the packages of this Python lay their programs: there setup.py finds ninja, too."""
+    return os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
 
 
 def _tool_version(path: str) -> str:

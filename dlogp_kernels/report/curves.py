@@ -26,6 +26,7 @@ from .responses import (
     is_complete,
     read_responses,
 )
+from .text import csv_cell, escape_markdown
 
 REPLACED_TOKENS = 20
 
@@ -355,10 +356,10 @@ def _share_text(result: SettingResult) -> str:
 
 
 _COLUMNS = (
-    _Column("criterion", "criterion", lambda result: result.setting.criterion),
+    _Column("criterion", "criterion", lambda result: escape_markdown(result.setting.criterion)),
     _Column("τ", "threshold", lambda result: _optional(result.setting.threshold)),
     _Column("γ", "gamma", lambda result: f"{result.setting.gamma:g}"),
-    _Column("draft", "draft", lambda result: result.setting.draft),
+    _Column("draft", "draft", lambda result: escape_markdown(result.setting.draft)),
     _Column("accuracy", "accuracy", lambda result: "–" if result.accuracy is None else str(result.accuracy)),
     _Column("replaced [%]", "replaced_share", _share_text),
     _Column("mean length", "mean_length", lambda result: f"{result.mean_length:,.1f}"),
@@ -391,6 +392,7 @@ def results_csv(results: Sequence[SettingResult]) -> str:
     sink = io.StringIO()
     rows = [result.to_json() for result in results]
     for row in rows:
+        row["criterion"], row["draft"] = csv_cell(row["criterion"]), csv_cell(row["draft"])
         row["seeds"] = " ".join(map(str, row["seeds"]))
     writer = csv.DictWriter(sink, rows[0].keys(), lineterminator="\n")
     writer.writeheader()

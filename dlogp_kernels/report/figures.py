@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,11 +10,12 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from .dataset import TokenDataset
 from .errors import DatasetError
 from .files import write_atomically
-from .text import escape_markdown, quoted, visible
+from .text import escape_markdown, printable, quoted, visible
 
 FIGURES_DIRECTORY = "figures"
 TOP_TOKENS = 50
@@ -163,10 +164,7 @@ def draw_histograms(dataset: TokenDataset) -> Figure:
         _draw_panel(axes, panel, histograms(dataset, panel))
     handles, labels = all_axes[0].get_legend_handles_labels()
     columns = min(len(labels), 3)
-    legend = figure.legend(handles, labels, loc="outside upper center", ncols=columns, fontsize=12, frameon=False)
-    for text in legend.get_texts():
-        # A dollar sign in the name of a source is a dollar sign.
-        text.set_parse_math(False)
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns, fontsize=12, frameon=False)
     return figure
 
 
@@ -207,12 +205,25 @@ def _label_and_style(histogram: Histogram, index: int) -> tuple[str, int]:
 
 
 def render(figure: Figure, kind: str) -> bytes:
-    """The file of a picture, of the kind "png" or "svg"."""
+    """The file of a picture, of the kind "png" or "svg"; its texts are text, not formulas."""
+    for text in _texts(figure):
+        text.set_parse_math(False)
+        text.set_text(printable(text.get_text()))
     buffer = io.BytesIO()
     # Without the date and random ids the same data give the same file.
     with rc_context({"svg.hashsalt": "dlogp"}):
         figure.savefig(buffer, format=kind, dpi=160, metadata={"Date": None} if kind == "svg" else None)
     return buffer.getvalue()
+
+
+def _texts(figure: Figure) -> Iterator[Text]:
+    """All but the numbers of axes, which are formulas on a logarithmic one."""
+    legends = [*figure.legends, *(axes.get_legend() for axes in figure.axes)]
+    for legend in legends:
+        if legend is not None:
+            yield from (*legend.get_texts(), legend.get_title())
+    for axes in figure.axes:
+        yield from (*axes.texts, axes.title, axes.xaxis.label, axes.yaxis.label)
 
 
 def top_tokens(dataset: TokenDataset, *, limit: int = TOP_TOKENS, min_count: int = DEFAULT_MIN_COUNT) -> list[TopToken]:

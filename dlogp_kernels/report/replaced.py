@@ -6,7 +6,7 @@ import io
 from collections.abc import Iterator, Sequence
 
 from .responses import ReplacedToken
-from .text import escape_markdown, quoted, visible
+from .text import csv_cell, escape_markdown, quoted, visible
 
 _SPELT = "Spaces are shown as ␣; control and formatting characters are spelt out."
 # No script, no picture, nothing from elsewhere: a token's text is text.
@@ -68,7 +68,7 @@ def tokens_csv(tokens: Sequence[ReplacedToken]) -> str:
     for token in tokens:
         numbers = [token.token_id, token.occurrences, f"{token.share:.9g}", f"{token.delta_logp:.9g}"]
         for new, count in token.replacements:
-            writer.writerow([token.criterion, quoted(token.text), *numbers, quoted(new), count])
+            writer.writerow([csv_cell(token.criterion), quoted(token.text), *numbers, quoted(new), count])
     return sink.getvalue()
 
 
@@ -93,7 +93,7 @@ def _tables(tokens: Sequence[ReplacedToken]) -> Iterator[str]:
     for criterion in dict.fromkeys(token.criterion for token in tokens):
         mine = [token for token in tokens if token.criterion == criterion]
         widest = max(token.share for token in mine)
-        yield f"<h2>Replaced by the criterion <code>{html.escape(criterion)}</code></h2>"
+        yield f"<h2>Replaced by the criterion {_code(criterion)}</h2>"
         yield '<table><thead><tr><th>token</th><th class="number">id</th><th class="number">times</th>'
         yield '<th>share of the replacements</th><th class="number">mean Δlog p</th><th>replaced by</th></tr></thead>'
         yield "<tbody>"

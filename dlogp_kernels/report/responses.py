@@ -29,6 +29,17 @@ _SHOWN_CRITERIA = {
     "random": "u <",
 }
 
+#: What the columns of a line are, and what the entries of those that are lists are.
+_KINDS = {
+    "id": str, "problem": int, "sample": int, "criterion": str, "threshold": int | float | None, "gamma": int | float,
+    "draft": str, "seed": int, "correct": int | float | None, "error": str | None, "finished": bool, "text": str,
+}  # fmt: skip
+_LIST_KINDS = {
+    "token_ids": int, "selected": int, "delta_logp": int | float | str, "draft_ids": int, "draft_texts": str,
+    "new_texts": str,
+}  # fmt: skip
+_OF_REPLACED = ("selected", "delta_logp", "draft_ids", "draft_texts", "new_texts")
+
 
 class Setting(NamedTuple):
     """When a drafted token is replaced, and from what; the arguments of `extrapolated_sample` of the same names."""
@@ -101,6 +112,7 @@ def from_line(line: bytes) -> Response:
     """The response that `to_line` wrote; ValueError if it is none."""
     try:
         columns = json.loads(line)
+        _check_kinds(columns)
         return Response(
             columns["id"],
             columns["problem"],
@@ -120,6 +132,19 @@ def from_line(line: bytes) -> Response:
         )
     except (KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"not a response as this version writes it: {error!r}") from error
+
+
+def _check_kinds(columns: Mapping[str, Any]) -> None:
+    """TypeError for a value that `to_line` does not write; the file may come from anywhere."""
+    for name, kind in _KINDS.items():
+        value = columns[name]
+        if not isinstance(value, kind) or (isinstance(value, float) and not math.isfinite(value)):
+            raise TypeError(f"{name} is {value!r:.60}")
+    for name, kind in _LIST_KINDS.items():
+        if not isinstance(columns[name], list) or not all(isinstance(value, kind) for value in columns[name]):
+            raise TypeError(f"{name} is {columns[name]!r:.60}")
+    if len({len(columns[name]) for name in _OF_REPLACED}) > 1:
+        raise TypeError(f"{', '.join(_OF_REPLACED)} have different lengths")
 
 
 def _to_json(value: float) -> float | str:

@@ -1,10 +1,14 @@
-"""Token text that is safe to show: white space and control characters visible, no markup."""
+"""Text of models and files that is safe to show: control characters spelt out, no markup, no formula."""
 
 import json
+import re
 import string
 import unicodedata
 
 _NAMED = {" ": "␣", "\n": "\\n", "\r": "\\r", "\t": "\\t", "\\": "\\\\"}
+_FORMULA_STARTS = ("=", "+", "-", "@")
+#: Nothing that Markdown reads in a cell of a table; it makes links of some addresses.
+_PLAIN_WORDS = re.compile(r"(?!.*www\.)(?:[^\W_]|[ ,.=-])*", re.IGNORECASE)
 _MARKDOWN_ESCAPES = str.maketrans({character: f"\\{character}" for character in string.punctuation})
 
 
@@ -18,9 +22,25 @@ def visible(text: str) -> str:
     return f"◌{shown}" if shown and unicodedata.category(shown[0]).startswith("M") else shown or "∅"
 
 
+def printable(text: str) -> str:
+    """`text` for a terminal or a picture: what is not spaces, ends of lines or characters to see is spelt out.
+
+    Terminal escapes, right-to-left marks and halves of surrogate pairs do nothing any more; all else stays as it is.
+    """
+    return "".join(x if x == "\n" or unicodedata.category(x) == "Zs" else _spelt(x) for x in text)
+
+
+def one_line(text: str) -> str:
+    """`printable` text with the ends of its lines spelt out, too: a name, a cell of a table."""
+    return printable(text).replace("\n", "\\n")
+
+
 def _visible_character(character: str) -> str:
-    if character in _NAMED:
-        return _NAMED[character]
+    return _NAMED.get(character) or _spelt(character)
+
+
+def _spelt(character: str) -> str:
+    """The character, or its number where there is nothing to see of it."""
     if unicodedata.category(character)[0] not in "CZ":
         return character
     code = ord(character)
@@ -29,7 +49,14 @@ def _visible_character(character: str) -> str:
 
 def escape_markdown(text: str) -> str:
     """`text` as it stands, in Markdown: no pipe ends a table cell, no tag, entity, link or emphasis begins."""
-    return text.translate(_MARKDOWN_ESCAPES)
+    shown = one_line(text)
+    return shown if _PLAIN_WORDS.fullmatch(shown) else shown.translate(_MARKDOWN_ESCAPES)
+
+
+def csv_cell(text: str) -> str:
+    """`text` in one line, and nothing that a spreadsheet takes for a formula."""
+    shown = one_line(text)
+    return f"'{shown}" if shown.startswith(_FORMULA_STARTS) else shown
 
 
 def quoted(text: str) -> str:

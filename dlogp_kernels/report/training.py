@@ -74,7 +74,10 @@ def read_log(path: Path) -> Iterator[dict[str, Any]]:
             try:
                 entry = json.loads(line)
                 entry["step"] = int(entry["step"])
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                for name, value in entry.items():
+                    if not isinstance(value, int | float):
+                        raise TypeError(f"{name} is {value!r:.60}")
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
                 raise DatasetError(f"{path}: line {number} is not an entry of a log of training: {error!r}") from error
             yield entry
 

@@ -12,6 +12,7 @@ from .errors import DatasetError
 from .figures import FIGURES_DIRECTORY, PALETTE, render
 from .files import write_atomically
 from .ledger import MANIFEST_FILE, Ledger, check, read_manifest
+from .text import escape_markdown
 from .training import LOG_FILE, read_log
 
 #: A curve of measurements at every step is averaged over this share of its points, to show more than noise.
@@ -80,8 +81,11 @@ def read_run(directory: Path) -> TrainingRun:
     if not any(entry["step"] > 0 for entry in entries):
         raise DatasetError(f"{log} has no step yet")
     try:
-        settings = read_manifest(manifest)["identity"]["training"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        settings = dict(read_manifest(manifest)["identity"]["training"])
+        for name, kind in (("reweight", str), ("alpha", int | float)):
+            if name in settings and not isinstance(settings[name], kind):
+                raise TypeError(f"{name} is {settings[name]!r:.60}")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DatasetError(f"{manifest} is not the manifest of a training: {error!r}") from error
     return TrainingRun(directory.name, settings, entries)
 
@@ -188,7 +192,7 @@ def markdown(groups: Sequence[Group]) -> str:
         drawn = [line(group, name, smoothed=False) for name in names]
         cells = ["–" if one is None else _last(one) for one in drawn]
         steps = min(max(int(entry["step"]) for entry in run.entries) for run in group.runs)
-        lines.append(f"| {group.label} | {len(group.runs)} | {steps} | " + " | ".join(cells) + " |")
+        lines.append(f"| {escape_markdown(group.label)} | {len(group.runs)} | {steps} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 

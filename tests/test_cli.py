@@ -1,5 +1,6 @@
 """The command line: arguments reach the jobs, errors are one message on stderr, and `doctor` tells what there is."""
 
+import io
 import json
 import os
 import subprocess
@@ -18,6 +19,7 @@ pytest.importorskip("psutil")
 import pyarrow.parquet as pq
 import torch
 from pair_files import Pair, contents, write_lines, write_pair
+from tqdm import tqdm
 
 import dlogp_kernels
 from dlogp_kernels import backends, cli
@@ -132,6 +134,99 @@ def test_errors_are_one_message_on_stderr(pair, dlogp, tmp_path):
         assert status == expected_status, errors
         assert message in errors and "Traceback" not in errors and printed == ""
     assert not (tmp_path / "out").exists()
+
+
+#: What comes in place of a file: how it is made, and what is said of it.
+NO_FILES = {
+    "a directory": (Path.mkdir, "it is a directory, expected a file"),
+    "a pipe": (os.mkfifo, "it is a pipe or a device, expected a file that can be read again"),
+    "nothing": (lambda path: None, "there is no such file"),
+    "below a file": (lambda path: path.parent.with_suffix(".jsonl").touch(), "there is no such file"),
+    "a name too long": (lambda path: None, "it can not be read (File name too long)"),
+    "Parquet": (lambda path: path.write_bytes(b"PAR1"), "it is a Parquet file, expected JSONL"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_FILES)
+def test_what_is_no_file_of_data_is_named_with_its_option(pair, dlogp, tmp_path, kind):
+    make, said = NO_FILES[kind]
+    path = tmp_path / ("x" * 300 if kind == "a name too long" else "data.jsonl")
+    make(path)
+    good = write_problems(tmp_path / "good.jsonl", 2)
+    models = ["--rl", pair.rl, "--base", pair.base, "--out", tmp_path / "out", "--device", "cpu"]
+    commands = [
+        ("--data", ["generate", *models, "--data", path, "--threshold", "-1"]),
+        ("--data", ["train", *models[2:], "--data", path]),
+        ("--eval-data", ["train", *models[2:], "--data", good, "--eval-data", path]),
+    ]
+    if kind != "Parquet":
+        commands.append(("--data", ["metrics", *models, "--data", path]))
+    for option, arguments in commands:
+        status, _, errors = dlogp(*arguments)
+        assert status == 1 and errors.startswith(f"error: {option} {path}: {said}") and errors.count("\n") == 1
+
+
+#: Options that the demo pair is drawn from with, and what is said.
+BAD_OPTIONS = {
+    "generate --threshold=-inf": "--threshold is -inf, expected a number within the range of float32",
+    "generate --threshold=1e39": "--threshold is 1e+39, expected a number within the range of float32",
+    "generate --threshold=-1 --gamma=1e39": "--gamma is 1e+39, expected a number ≥ 0 within the range of float32",
+    "generate --threshold=2 --criterion=random": "--threshold is 2.0, expected a number in [0, 1], a probability",
+    "generate --threshold=-1 --device=meta": "--device is 'meta', expected cpu, cuda or cuda:N",
+    "generate --threshold=-1 --device=hpu": "--device is 'hpu', expected cpu, cuda or cuda:N",
+    "generate --threshold=-1 --device=cpu:-1": "--device is 'cpu:-1', which can not be used here",
+    "sweep --criterion=kl:inf": "--threshold is inf, expected a number within the range of float32",
+    "sweep --criterion=kl:nan": "--threshold is nan, expected a number within the range of float32",
+    "sweep --criterion=random:-0.1": "--threshold is -0.1, expected a number in [0, 1], a probability",
+    "sweep --criterion=kl:1,1": "--criterion kl is '1,1', in which a number is given twice, expected each once",
+    "sweep --criterion=all --gamma=0,0.0": "--gamma is '0,0.0', in which a number is given twice",
+    "metrics --device=mps": "--device is 'mps', expected cpu, cuda or cuda:N",
+    "train --seed=4294967296": "--seed is 4294967296, expected an integer in [0, 2**32)",
+    "train --eval-every=0": "--eval-every is 0, expected an integer ≥ 1",
+}
+
+
+@pytest.mark.parametrize("line", BAD_OPTIONS)
+def test_values_that_can_not_be_are_one_message(dlogp, tmp_path, line):
+    command, *options = line.split()
+    models = ["--base", PAIR_DIRECTORY / "base", *(["--rl", PAIR_DIRECTORY / "rl"] if command != "train" else [])]
+    data = write_problems(tmp_path / "problems.jsonl", 2)
+    status, _, errors = dlogp(command, *models, "--data", data, "--out", tmp_path / "out", *options)
+    assert status == 1 and errors.startswith(f"error: {BAD_OPTIONS[line]}") and errors.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_option_is_given_once_and_in_unicode(dlogp):
+    status, _, errors = dlogp("generate", "--rl", "a", "--base", "b", "--rl", "c")
+    assert status == 2 and "--rl is given 2 times, expected once" in errors
+    status, _, errors = dlogp("metrics", "--rl", os.fsdecode(b"\xff"))
+    assert status == 2 and "\\udcff is not UTF-8" in errors
+
+
+def test_characters_that_a_terminal_lacks_are_spelt_out(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "ascii"))
+    monkeypatch.setattr(sys, "argv", ["dlogp", "train", "--help"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    sys.stdout.flush()
+    assert not end.value.code and b"\\u03b1" in written.getvalue()
+
+
+@pytest.mark.parametrize("command", ["metrics", "sweep"])
+def test_progress_is_shown_while_the_first_prompts_run(dlogp, tmp_path, command):
+    data = write_problems(tmp_path / "problems.jsonl", 2)
+    data.write_text(data.read_text().replace("}", ', "response": "so a"}'))
+    models = ["--rl", PAIR_DIRECTORY / "rl", "--base", PAIR_DIRECTORY / "base", "--dtype", "fp32", "--device", "cpu"]
+    options = ["--criterion", "kl:0.1", "--no-baselines", "--max-new-tokens", 2] if command == "sweep" else []
+    heard = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tqdm, "set_postfix_str", lambda self, text, refresh=True: heard.append((self.n, text)))
+        status, _, errors = dlogp(command, *models, "--data", data, "--out", tmp_path / "out", *options)
+    assert status == 0, errors
+    assert heard[:6] == [(0, f"layer {number}/6") for number in range(1, 7)]
+    # Once a step is done, there is more to tell than layers.
+    assert command == "metrics" or not any("layer" in text for _, text in heard[12:])
 
 
 def write_problems(path: Path, count: int) -> Path:
@@ -263,7 +358,7 @@ def test_demo_curves(dlogp, tmp_path, monkeypatch):
 def test_a_missing_package_is_named_with_its_extra(dlogp, monkeypatch):
     monkeypatch.setattr(cli, "_NEEDED", ("rich", "no_such_package"))
     status, _, _ = dlogp("doctor")
-    assert "no_such_package can not be imported" in status and 'pip install "dlogp_kernels[cli]"' in status
+    assert "no_such_package can not be imported" in status and 'pip install --no-build-isolation -e ".[cli]"' in status
 
 
 def test_module_can_be_run_and_imports_nothing_heavy_for_help():

@@ -10,14 +10,16 @@ from torch import Tensor
 from ..hf import lm_head, lm_head_inputs, token_metrics
 from ..hf.memory import plan_memory
 from .data import Sample
+from .progress import OnLayer, layers_told
 
 
 class Setting(NamedTuple):
-    """What a computation depends on beside models and samples."""
+    """What a computation depends on beside models and samples; `on_layer` hears how far it is with a batch."""
 
     device: torch.device
     temperature: float
     memory_limit: int | None
+    on_layer: OnLayer | None = None
 
 
 class _Batch(NamedTuple):
@@ -37,7 +39,7 @@ def measure(
     """
     batch = _pad(samples, setting.device)
     padded_hidden = None if base_hidden is None else _pad_hidden(samples, base_hidden, batch)
-    with torch.inference_mode():
+    with torch.inference_mode(), layers_told((model, base), setting.on_layer):
         stats = token_metrics(
             model,
             base,
@@ -62,7 +64,7 @@ def response_hidden(samples: Sequence[Sample], base: Any, setting: Setting) -> l
     if setting.memory_limit is not None:
         num_rows, prefill_chunk = _fit(samples, base, batch, setting.memory_limit)
     hidden: list[Tensor] = []
-    with torch.inference_mode():
+    with torch.inference_mode(), layers_told((base,), setting.on_layer):
         for begin in range(0, len(samples), num_rows):
             rows = slice(begin, begin + num_rows)
             states = lm_head_inputs(

@@ -13,6 +13,7 @@ and so are blank lines.
 """
 
 import json
+import stat
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,7 +32,7 @@ from .values import BrokenLine, as_id_list, as_text, check_range, is_missing, ki
 _FORMS = (("prompt_ids", "response_ids"), ("messages",), ("prompt", "response"))
 _BESIDE = ("id", "source", "tools", "chat_template_kwargs")
 _EXPECTED = "expected prompt and response, or messages, or prompt_ids and response_ids"
-_PARQUET_MAGIC = b"PAR1"
+PARQUET_MAGIC = b"PAR1"
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -59,15 +60,28 @@ def read_records(path: Path, max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[R
 
     Raises JobError if the file is missing, empty, or a Parquet file without the columns of any form.
     """
-    if not path.is_file():
-        raise JobError(f"--data {path}: there is no such file")
-    with open(path, "rb") as file:
-        start = file.read(len(_PARQUET_MAGIC))
+    start = check_file("--data", path)
     if not start:
         raise JobError(f"--data {path}: the file is empty, expected one response a line")
-    if start == _PARQUET_MAGIC or path.suffix == ".parquet":
+    if start == PARQUET_MAGIC or path.suffix == ".parquet":
         return _read_parquet(path)
     return read_jsonl(path, max_line_bytes)
+
+
+def check_file(option: str, path: Path) -> bytes:
+    """The first bytes of a file that can be read, as many as tell its kind; JobError for anything else."""
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise JobError(f"{option} {path}: it is a directory, expected a file")
+        if not stat.S_ISREG(mode):
+            raise JobError(f"{option} {path}: it is a pipe or a device, expected a file that can be read again")
+        with open(path, "rb") as file:
+            return file.read(len(PARQUET_MAGIC))
+    except FileNotFoundError as error:
+        raise JobError(f"{option} {path}: there is no such file") from error
+    except OSError as error:
+        raise JobError(f"{option} {path}: it can not be read ({error.strerror or error})") from error
 
 
 def line_limit(size: int | str) -> int:

@@ -8,7 +8,7 @@ as many threads: how many share a matrix product shows in the last bit.)
 import platform
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..hf import Generation, generate
 from ..report.responses import RESPONSES_FILE, Collector, Response, Setting, SettingResult, describe
@@ -24,7 +23,9 @@ from .errors import JobError
 from .graders import Grade, Grader, load_grader
 from .identity import Fingerprints, versions
 from .models import DTYPES, ModelPlace, Reading, check_device, find_model, load_weights, read_pair, warn_of_rounding
-from .problems import Problem, check_file, read_problems
+from .problems import Problem, check_problems, read_problems
+from .progress import bar as progress_bar
+from .progress import layers_told, show_layer
 from .response_file import ResponseFile
 from .run_directory import RunDirectory, State, known_stamps
 from .settings import Decoding, check_decoding, check_settings
@@ -67,7 +68,7 @@ def run_decoding(
         for option, name in (("--rl", inputs.rl), ("--base", inputs.base))
     ]
     data = Path(inputs.data)
-    check_file(data)
+    check_problems("--data", data)
     fingerprints = Fingerprints(known_stamps(inputs.out), progress=progress)
     identity: dict[str, Any] = {
         "command": command,
@@ -176,7 +177,7 @@ class _Run:
         if damaged:
             warnings.warn(f"{file.path} is damaged: what is lost is drawn again", stacklevel=2)
         for index in (index for index in damaged if index < num_kept):
-            responses = self._draw(self._chunks[index], models, _ignore_step)
+            responses = self._draw(self._chunks[index], models)
             with self._directory.writing():
                 file.mend(index, responses, sum(lengths[:index]) + 1)
         for response in file.responses():
@@ -187,7 +188,7 @@ class _Run:
             self._stopwatch.start()
             for chunk in missing:
                 bar.begin(chunk.setting)
-                responses = self._draw(chunk, models, bar.on_step)
+                responses = self._draw(chunk, models, bar)
                 with self._directory.writing():
                     file.append(responses)
                     self._stopwatch.save_lap()
@@ -219,7 +220,7 @@ class _Run:
         self._fingerprints.check_loaded(place)
         return model
 
-    def _draw(self, chunk: _Chunk, models: Sequence[Any], on_step: Callable[[int, int, int], None]) -> list[Response]:
+    def _draw(self, chunk: _Chunk, models: Sequence[Any], bar: "_Bar | None" = None) -> list[Response]:
         """The graded responses of a chunk, samples of a problem one after another."""
         samples = self._decoding.samples
         input_ids, attention_mask = pad_left([problem.prompt_ids for problem in chunk.problems], self._device)
@@ -227,8 +228,15 @@ class _Run:
             [problem.number * samples + sample for problem in chunk.problems for sample in range(samples)],
             device=self._device,
         )
-        with _explained_generation():
+        on_layer = None if bar is None else bar.on_layer
+        with _explained_generation(), layers_told(models, on_layer) as enough:
             rl, base = models
+
+            def on_step(*counts: int) -> None:
+                enough()
+                if bar is not None:
+                    bar.on_step(*counts)
+
             generation = generate(
                 rl,
                 base,
@@ -272,10 +280,6 @@ class _Run:
         )
 
 
-def _ignore_step(tokens: int, selected: int, rows_done: int) -> None:
-    pass
-
-
 class _Row(NamedTuple):
     """One response on the CPU: its tokens; places, Δlog p and drafts of those that were replaced."""
 
@@ -311,7 +315,7 @@ class _Bar:
     """Progress in responses, with tokens a second, and the share of replaced tokens and the accuracy of the setting."""
 
     def __init__(self, total: int, done: int, enabled: bool) -> None:
-        self._tqdm = tqdm(total=total, initial=done, unit=" responses", dynamic_ncols=True, disable=not enabled)
+        self._tqdm = progress_bar(total=total, initial=done, unit=" responses", enabled=enabled)
         self._started = time.monotonic()
         self._setting: Setting | None = None
         self._tokens = self._chunk_tokens = self._chunk_rows = 0
@@ -330,6 +334,10 @@ class _Bar:
             self._setting = setting
             self._share = self._accuracy = "–"
             self._tqdm.set_description_str(str(setting), refresh=False)
+
+    def on_layer(self, done: int, total: int) -> None:
+        """The models run the first prompts of a chunk."""
+        show_layer(self._tqdm, done, total)
 
     def on_step(self, tokens: int, selected: int, rows_done: int) -> None:
         """A token of every row in the batch was drawn; all counts are of this chunk so far."""

@@ -8,7 +8,6 @@ bit.)
 
 import math
 import platform
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ from .identity import Fingerprints, versions
 from .models import DTYPES, ModelPlace, check_device, find_model, load_weights, read_pair, warn_of_rounding
 from .plan import cut_batches, cut_parts
 from .prepared import BrokenLineReport, PreparedData, prepare
+from .progress import bar, note, show_layer
 from .run_directory import RunDirectory, State, known_stamps
 from .stopwatch import Stopwatch
 from .summary import describe
@@ -142,7 +142,7 @@ def run_metrics(
         prepared = PreparedData(directory.work)
         _check_not_empty(data_path, prepared)
         for remark in prepared.remarks() if progress else ():
-            tqdm.write(f"{data_path}: {remark}", sys.stderr)
+            note(f"{data_path}: {remark}")
         texts = TokenTexts(reading.tokenizer)
         run = _Run(directory, arguments, prepared, texts, rl_place, base_place, fingerprints, progress)
         run.compute()
@@ -210,9 +210,9 @@ class _Announcer:
     def __call__(self, broken: BrokenLineReport) -> None:
         self._count += 1
         if self._enabled and self._count <= _SHOWN_BROKEN_LINES:
-            tqdm.write(f"skipped line {broken.line}: {broken.reason}", sys.stderr)
+            note(f"skipped line {broken.line}: {broken.reason}")
         if self._enabled and self._count == _SHOWN_BROKEN_LINES + 1:
-            tqdm.write("more lines are skipped; summary.json will list them all", sys.stderr)
+            note("more lines are skipped; summary.json will list them all")
 
 
 class _Run:
@@ -238,7 +238,10 @@ class _Run:
         self._fingerprints = fingerprints
         self._progress = progress
         self._parts = cut_parts(data.lengths, arguments.batch_tokens)
-        self._setting = Setting(torch.device(arguments.device), arguments.temperature, arguments.memory_limit)
+        self._setting = Setting(
+            torch.device(arguments.device), arguments.temperature, arguments.memory_limit, self._on_layer
+        )
+        self._shown: tqdm | None = None
         self._stopwatch = Stopwatch(directory.ledger)
 
     def compute(self) -> None:
@@ -301,7 +304,7 @@ class _Run:
         with self._directory.writing():
             self._directory.begin(TOKENS_DIRECTORY)
             store = HiddenStore.create(directory, lm_head(base))
-        with self._bar("base", parts) as bar:
+        with self._bar("base", parts) as shown:
             self._stopwatch.start()
             for index in parts:
                 computed = False
@@ -313,7 +316,7 @@ class _Run:
                         with self._directory.writing():
                             for sample, key, states in zip(samples, keys, hidden, strict=True):
                                 store.write(key, states, input_ids=_response(sample))
-                    bar.update(_count_tokens(samples))
+                    shown.update(_count_tokens(samples))
                 if computed:
                     with self._directory.writing():
                         self._stopwatch.save_lap()
@@ -324,7 +327,7 @@ class _Run:
         return all(store.has(key, input_ids=_response(sample)) for sample, key in zip(samples, keys, strict=True))
 
     def _write_parts(self, missing: Sequence[int], statistics: _Statistics) -> None:
-        with self._bar("rl" if self._arguments.sequential else "rl and base", missing) as bar:
+        with self._bar("rl" if self._arguments.sequential else "rl and base", missing) as shown:
             self._stopwatch.start()
             for index in missing:
                 rows: dict[str, ResponseRows] = {}
@@ -333,7 +336,7 @@ class _Run:
                         measured = statistics(samples, keys)
                         _check_numbers(samples, measured)
                     rows.update(zip(keys, map(self._rows, samples, measured), strict=True))
-                    bar.update(_count_tokens(samples))
+                    shown.update(_count_tokens(samples))
                 # Keys sort as the data do.
                 table = to_table([rows[key] for key in sorted(rows)])
                 with self._directory.writing():
@@ -365,15 +368,19 @@ class _Run:
     def _bar(self, name: str, parts: Sequence[int]) -> tqdm:
         """A bar of tokens, prompts included; its rate and time left are of the parts that are computed now."""
         total = int(self._data.lengths.sum())
-        return tqdm(
+        self._shown = bar(
             desc=name,
             total=total,
             initial=total - sum(int(self._data.lengths[slice(*self._parts[index])].sum()) for index in parts),
             unit=" tokens",
             unit_scale=True,
-            dynamic_ncols=True,
-            disable=not self._progress,
+            enabled=self._progress,
         )
+        return self._shown
+
+    def _on_layer(self, done: int, total: int) -> None:
+        if self._shown is not None:
+            show_layer(self._shown, done, total)
 
 
 @contextmanager

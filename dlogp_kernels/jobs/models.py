@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from ..hf import check_same_tokenizer, load_model, load_tokenizer
 from ..hf.checkpoint import Stored, is_rounded, own_dtype, stored_tensors, update_and_rounding
 from ..hf.limits import last_layer_names, model_limits
+from ..ops import backends
 from .errors import JobError
 
 #: By the names that --dtype has for them; auto is each checkpoint's own.
@@ -24,6 +25,7 @@ DTYPES: dict[str, torch.dtype | Literal["auto"]] = {
 }
 #: A rounding that changes W_RL − W_base by more than this share of its norm is told.
 _TOLD_ROUNDING = 0.02
+_DEVICES = ("cpu", "cuda")
 
 _Loaded = TypeVar("_Loaded")
 #: Of a repository on the Hub: its top level, without pickles and without weights for other frameworks.
@@ -52,7 +54,9 @@ class Reading(NamedTuple):
 def check_device(name: str | None) -> str:
     """The device of the option --device, CUDA if there is one by default; JobError if it can not be used here."""
     if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.partition(":")[0] not in _DEVICES:
+        raise JobError(f"--device is {name!r}, expected cpu, cuda or cuda:N: no other has kernels")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -60,6 +64,7 @@ def check_device(name: str | None) -> str:
         # PyTorch built without CUDA says so with an assertion.
         reason = str(error).splitlines()[0]
         raise JobError(f"--device is {name!r}, which can not be used here: {reason}") from error
+    backends.warn_of_missing_kernels(device)
     return str(device)
 
 

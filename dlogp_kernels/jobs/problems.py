@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..report.jsonl import MAX_LINE_BYTES
-from .data import Record, fullest_form, read_jsonl, sample_id
+from .data import PARQUET_MAGIC, Record, check_file, fullest_form, read_jsonl, sample_id
 from .encoding import ChatTemplate, as_conversation, encode_prompt
 from .errors import JobError
 from .models import Reading
@@ -38,33 +38,34 @@ def read_problems(
     max_new_tokens: int,
     needs_answer: bool,
     max_line_bytes: int = MAX_LINE_BYTES,
+    option: str = "--data",
 ) -> list[Problem]:
-    """All problems of a file; JobError with the line's number for one that can not be used."""
+    """All problems of a file; JobError with the option and the line's number for one that can not be used."""
     problems: list[Problem] = []
     lines: dict[str, list[int]] = {}
     for record in read_jsonl(path, max_line_bytes):
         try:
             problems.append(_problem(len(problems), record, reading, max_new_tokens, needs_answer))
         except BrokenLine as error:
-            raise JobError(f"--data: line {record.line}: {error}") from error
+            raise JobError(f"{option}: line {record.line}: {error}") from error
         lines.setdefault(problems[-1].problem_id, []).append(record.line)
     if not problems:
-        raise JobError(f"--data {path}: there is no line in it, expected one problem a line")
+        raise JobError(f"{option} {path}: there is no line in it, expected one problem a line")
     repeated = {name: at for name, at in lines.items() if len(at) > 1}
     if repeated:
         name, (first, second, *_) = next(iter(repeated.items()))
         warnings.warn(
-            f"--data: ids that several problems have: {len(repeated):,}, such as {shown(name)} of lines {first} and "
+            f"{option}: ids that several problems have: {len(repeated):,}, such as {shown(name)} of lines {first} and "
             f"{second}; in the responses `problem` tells them apart, `id` does not",
             stacklevel=4,
         )
     return problems
 
 
-def check_file(path: Path) -> None:
-    """JobError unless `path` is a file."""
-    if not path.is_file():
-        raise JobError(f"--data {path}: there is no such file")
+def check_problems(option: str, path: Path) -> None:
+    """JobError unless `path` is a file that may hold problems."""
+    if check_file(option, path) == PARQUET_MAGIC:
+        raise JobError(f"{option} {path}: it is a Parquet file, expected JSONL (dlogp metrics takes both)")
 
 
 def _problem(number: int, record: Record, reading: Reading, max_new_tokens: int, needs_answer: bool) -> Problem:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
+
 from ..reference_sample import CRITERIA, WITH_THRESHOLD
 from ..report.jsonl import MAX_LINE_BYTES
 from ..report.responses import BASE, RL, Setting
@@ -14,6 +16,8 @@ from .errors import JobError
 from .graders import DEFAULT_GRADER_SECONDS
 from .models import DTYPES
 
+#: Of float32, in which the ops compare.
+_LARGEST = torch.finfo(torch.float32).max
 _Number = TypeVar("_Number", int, float)
 DEFAULT_MAX_NEW_TOKENS = 1024
 DEFAULT_BATCH_SIZE = 64
@@ -119,9 +123,12 @@ def parse_criteria(texts: Sequence[str]) -> dict[str, list[float]]:
 def parse_numbers(option: str, text: str, kind: type[_Number]) -> list[_Number]:
     """Numbers with commas between them; JobError that names the option for anything else."""
     try:
-        return [kind(part) for part in text.split(",")]
+        numbers = [kind(part) for part in text.split(",")]
     except ValueError as error:
         raise JobError(f"{option} is {text!r}, expected numbers with commas between them, such as 0 or 0,1") from error
+    if len(set(numbers)) != len(numbers):
+        raise JobError(f"{option} is {text!r}, in which a number is given twice, expected each once")
+    return numbers
 
 
 def check_settings(settings: Sequence[Setting], seeds: Sequence[int]) -> None:
@@ -148,17 +155,35 @@ def _check_setting(setting: Setting) -> None:
         raise JobError(f"--threshold is {threshold:g}, but the criterion {criterion} has none")
     if criterion in WITH_THRESHOLD and threshold is None:
         raise JobError(f"--threshold is missing: the criterion {criterion} compares with it")
-    if threshold is not None and math.isnan(threshold):
-        raise JobError("--threshold is nan, expected a number")
-    if criterion == "delta_logp" and threshold is not None and threshold >= 0:
+    if threshold is not None:
+        _check_threshold(criterion, threshold)
+    _check_number("--gamma", gamma, lambda value: 0 <= value <= _LARGEST, "≥ 0 within the range of float32")
+    if draft not in ("base", "rl"):
+        raise JobError(f"--draft is {draft!r}, expected base or rl")
+
+
+def _check_threshold(criterion: str, threshold: float) -> None:
+    if criterion == "random":
+        _check_number("--threshold", threshold, lambda value: 0 <= value <= 1, "in [0, 1], a probability, for random")
+        return
+    _check_number(
+        "--threshold",
+        threshold,
+        lambda value: abs(value) <= _LARGEST,
+        "within the range of float32 (the criterion none replaces nowhere, all everywhere)",
+    )
+    if criterion == "delta_logp" and threshold >= 0:
         warnings.warn(
             f"--threshold is {threshold:g} for the criterion delta_logp: one that is not below 0 replaces nearly every "
             "token",
-            stacklevel=2,
+            stacklevel=3,
         )
-    _check_number("--gamma", gamma, lambda value: value >= 0, "≥ 0")
-    if draft not in ("base", "rl"):
-        raise JobError(f"--draft is {draft!r}, expected base or rl")
+    if criterion != "delta_logp" and threshold < 0:
+        warnings.warn(
+            f"--threshold is {threshold:g} for the criterion {criterion}, which is never below 0: every token is "
+            "replaced",
+            stacklevel=3,
+        )
 
 
 def check_decoding(decoding: Decoding) -> None:

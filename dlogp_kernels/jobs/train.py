@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from tqdm import tqdm
 
 from ..hf import generate
 from ..report.files import sync, sync_tree, temporary_path, write_atomically
@@ -28,7 +27,8 @@ from .errors import JobError
 from .graders import EXACT, Grader, load_grader
 from .identity import Fingerprints, versions
 from .models import DTYPES, Reading, check_device, find_model, load_weights, read_pair, warn_of_rounded_start
-from .problems import Problem, check_file, read_problems
+from .problems import Problem, check_problems, read_problems
+from .progress import bar as progress_bar
 from .response_file import PieceFile
 from .run_directory import RunDirectory, State, known_stamps
 from .stopwatch import Stopwatch
@@ -80,16 +80,16 @@ def run_train(
     device = check_device(training.device)
     loaded_grader = load_grader(grader, timeout=training.grader_timeout)
     place = find_model("--base", base, trust_remote_code=training.trust_remote_code)
-    files = [Path(data)] if eval_data is None else [Path(data), Path(eval_data)]
-    for file in files:
-        check_file(file)
+    files = {"--data": Path(data)} if eval_data is None else {"--data": Path(data), "--eval-data": Path(eval_data)}
+    for option, file in files.items():
+        check_problems(option, file)
     fingerprints = Fingerprints(known_stamps(out), progress=progress)
     identity: dict[str, Any] = {
         "command": "train",
         "training": asdict(training) | {"device": device},
         "grader": dict(loaded_grader.identity),
-        "data": fingerprints.file(files[0]),
-        "eval_data": None if eval_data is None else fingerprints.file(files[1]),
+        "data": fingerprints.file(files["--data"]),
+        "eval_data": None if eval_data is None else fingerprints.file(files["--eval-data"]),
         "base": fingerprints.model(place),
         "versions": versions(device, "policy_loss_fwd") | {"trl": version("trl")},
     }
@@ -107,8 +107,9 @@ def run_train(
                 max_new_tokens=training.max_new_tokens,
                 needs_answer=loaded_grader.needs_answer,
                 max_line_bytes=training.max_line_size,
+                option=option,
             )
-            for file in files
+            for option, file in files.items()
         ]
         if len(problems[0]) < training.prompts:
             raise JobError(
@@ -290,8 +291,7 @@ class _Run:
         entry = to_entry(step, metrics)
         if self._grader_errors:
             entry["grader_errors"], self._grader_errors = self._grader_errors, 0
-        every = self._training.eval_every
-        if step == self._training.steps or (every and step % every == 0):
+        if step == self._training.steps or step % self._training.eval_every == 0:
             entry |= self._evaluate()
         self._log.add(entry)
         bar.show(entry)
@@ -381,7 +381,7 @@ class _Bar:
     """Progress in steps, with the last accuracies and the loss."""
 
     def __init__(self, total: int, done: int, enabled: bool) -> None:
-        self._tqdm = tqdm(total=total, initial=done, unit=" steps", dynamic_ncols=True, disable=not enabled)
+        self._tqdm = progress_bar(total=total, initial=done, unit=" steps", enabled=enabled)
         self._shown: dict[str, str] = {}
 
     def __enter__(self) -> "_Bar":

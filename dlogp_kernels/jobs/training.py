@@ -32,7 +32,7 @@ class Training:
         overlong_buffer: tokens before max_new_tokens in which a penalty on the score grows from 0 to 1; 0 for none.
         temperature: > 0, of the draws and of the policy.
         seed: of the order of problems and of the draws.
-        eval_every: steps between two measurements on held-out problems; 0 for none but at the end.
+        eval_every: steps between two measurements on held-out problems; there is one at the end in any case.
         eval_samples: responses to each held-out problem.
         save_every: steps between two checkpoints, which a kill can cost.
         gradient_checkpointing: less memory, more time.
@@ -92,10 +92,11 @@ def check_training(training: Training) -> None:
     """JobError that names the option for a value that can not be."""
     for name, least in (
         ("steps", 1), ("prompts", 1), ("samples", 2), ("minibatches", 1), ("max_new_tokens", 1), ("warmup_steps", 0),
-        ("overlong_buffer", 0), ("eval_every", 0), ("eval_samples", 1), ("save_every", 1), ("seed", 0),
-        ("max_line_size", 1),
+        ("overlong_buffer", 0), ("eval_every", 1), ("eval_samples", 1), ("save_every", 1), ("max_line_size", 1),
     ):  # fmt: skip
         _check(name, getattr(training, name), int, partial(operator.le, least), f"an integer ≥ {least}")
+    # NumPy's generators, which the trainer seeds too, take no more.
+    _check("seed", training.seed, int, lambda value: 0 <= value < 2**32, "an integer in [0, 2**32)")
     for name, holds, expected in (
         ("learning_rate", lambda value: value > 0, "a number > 0"),
         ("alpha", lambda value: value >= 0, "a number ≥ 0"),

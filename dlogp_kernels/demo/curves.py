@@ -19,6 +19,7 @@ from ..jobs.errors import JobError
 from ..jobs.metrics import run_metrics
 from ..jobs.settings import Decoding, grid
 from ..jobs.sweep import run_sweep
+from ..ops import backends
 from ..report.curves import CRITERION_LABELS, Curve, SweepPlot, compare, curves, find, plot_sweep, results_markdown
 from ..report.dataset import TokenDataset
 from ..report.files import write_atomically
@@ -82,6 +83,7 @@ def run_curves(
     count = num_problems if num_problems is not None else QUICK_NUM_PROBLEMS if quick else NUM_PROBLEMS
     if count < 1:
         raise JobError(f"--problems is {count}, expected at least 1")
+    backends.warn_of_missing_kernels("cpu")
     started = time.monotonic()
     pair = find_pair(Path(out), retrain, console)
     directory = Path(out) / f"curves-{count}-problems"

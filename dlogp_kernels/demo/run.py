@@ -12,6 +12,7 @@ from ..hf.tiny import load_local
 from ..installation import how_to_install
 from ..jobs.errors import JobError
 from ..jobs.metrics import run_metrics
+from ..ops import backends
 from ..report.figures import Plot, plot
 from ..report.terminal import Terminal, TextTable, print_files
 from ..report.text import visible
@@ -68,6 +69,7 @@ def run_demo(
     count = num_problems if num_problems is not None else QUICK_NUM_PROBLEMS if quick else NUM_PROBLEMS
     if count < 1:
         raise JobError(f"--problems is {count}, expected at least 1")
+    backends.warn_of_missing_kernels("cpu")
     directory = Path(out)
     pair = find_pair(directory, retrain, console)
     directory = directory / f"{count}-problems"

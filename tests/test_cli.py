@@ -182,6 +182,8 @@ BAD_OPTIONS = {
     "sweep --criterion=all --gamma=0,0.0": "--gamma is '0,0.0', in which a number is given twice",
     "metrics --device=mps": "--device is 'mps', expected cpu, cuda or cuda:N",
     "train --seed=4294967296": "--seed is 4294967296, expected an integer in [0, 2**32)",
+    f"train --steps=1{400 * '0'}": f"--steps is 1{400 * '0'}, expected an integer ≥ 1, below 2**31",
+    "train --samples=2147483648": "--samples is 2147483648, expected an integer ≥ 2, below 2**31",
     "train --eval-every=0": "--eval-every is 0, expected an integer ≥ 1",
 }
 

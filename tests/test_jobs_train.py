@@ -221,6 +221,11 @@ def test_what_can_not_be_used(run, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_training_that_diverges_says_so(run, tmp_path):
+    with pytest.raises(JobError, match=r"step \d: \w+ is nan, expected a finite number: the training has diverged"):
+        run(learning_rate=1e38, warmup_steps=0)
+
+
 # Fig. 5
 
 

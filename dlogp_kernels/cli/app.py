@@ -567,8 +567,10 @@ def run() -> None:
     with _readable():
         try:
             app()
-        except (JobError, DatasetError, OSError) as error:
+        except (JobError, DatasetError) as error:
             _fail(str(error))
+        except OSError as error:
+            _fail(": ".join(str(part) for part in (error.filename, error.strerror or error) if part))
         except MemoryError:
             _fail("the memory is full: give a smaller --batch-tokens or --batch-size")
         except Exception:

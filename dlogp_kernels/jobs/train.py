@@ -1,6 +1,7 @@
 """Reinforcement learning from a file of problems and a grader; resumable, with a log to plot."""
 
 import importlib.util
+import math
 import os
 import platform
 import shutil
@@ -289,6 +290,12 @@ class _Run:
 
     def _on_step(self, step: int, metrics: Mapping[str, Any], bar: "_Bar") -> None:
         entry = to_entry(step, metrics)
+        for name, value in entry.items():
+            if not math.isfinite(value):
+                raise JobError(
+                    f"step {step}: {name} is {value}, expected a finite number: the training has diverged; give a "
+                    "smaller --learning-rate, with another --out"
+                )
         if self._grader_errors:
             entry["grader_errors"], self._grader_errors = self._grader_errors, 0
         if step == self._training.steps or step % self._training.eval_every == 0:

@@ -1,10 +1,8 @@
 """How a model is trained: the options of `dlogp train`, checked before anything is loaded."""
 
 import math
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from ..reference_policy import REWEIGHT_SIGNS, REWEIGHTS
@@ -94,7 +92,7 @@ def check_training(training: Training) -> None:
         ("steps", 1), ("prompts", 1), ("samples", 2), ("minibatches", 1), ("max_new_tokens", 1), ("warmup_steps", 0),
         ("overlong_buffer", 0), ("eval_every", 1), ("eval_samples", 1), ("save_every", 1), ("max_line_size", 1),
     ):  # fmt: skip
-        _check(name, getattr(training, name), int, partial(operator.le, least), f"an integer ≥ {least}")
+        _check(name, getattr(training, name), int, _within(least), f"an integer ≥ {least}, below 2**31")
     # NumPy's generators, which the trainer seeds too, take no more.
     _check("seed", training.seed, int, lambda value: 0 <= value < 2**32, "an integer in [0, 2**32)")
     for name, holds, expected in (
@@ -138,6 +136,11 @@ def _option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def _within(least: int) -> Callable[[int], bool]:
+    return lambda value: least <= value < 2**31
+
+
 def _check(name: str, value: Any, kind: Any, holds: Callable[[Any], bool], expected: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, kind) or not math.isfinite(value) or not holds(value):
+    infinite = isinstance(value, float) and not math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, kind) or infinite or not holds(value):
         raise JobError(f"{_option(name)} is {value}, expected {expected}")

@@ -186,7 +186,8 @@ def draw_curves(results: Sequence[SettingResult]) -> Figure:
             markersize=5.5,
             linewidth=1.6,
             capsize=2.5,
-            label=CRITERION_LABELS.get(curve.criterion, curve.criterion),
+            # A legend drops labels that begin with an underscore, hence the quotes.
+            label=CRITERION_LABELS.get(curve.criterion, f"“{curve.criterion}”"),
         )
     _draw_models(axes, results)
     axes.set_xlabel("replaced tokens [% of the response]", fontsize=12)

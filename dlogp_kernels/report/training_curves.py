@@ -114,7 +114,7 @@ def grouped(runs: Sequence[TrainingRun]) -> list[Group]:
 def _label(settings: Mapping[str, Any]) -> str:
     method = settings.get("reweight", "none")
     alpha = "" if method == "none" or "alpha" not in settings else f", α = {settings['alpha']:g}"
-    return _METHODS.get(method, method) + alpha
+    return _METHODS.get(method, f"“{method}”") + alpha
 
 
 def line(group: Group, quantity: str, *, smoothed: bool = True) -> Line | None:

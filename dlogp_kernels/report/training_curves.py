@@ -81,7 +81,9 @@ def read_run(directory: Path) -> TrainingRun:
     if not any(entry["step"] > 0 for entry in entries):
         raise DatasetError(f"{log} has no step yet")
     try:
-        settings = dict(read_manifest(manifest)["identity"]["training"])
+        settings = read_manifest(manifest)["identity"]["training"]
+        if not isinstance(settings, dict):
+            raise TypeError(f"training is {settings!r:.60}")
         for name, kind in (("reweight", str), ("alpha", int | float)):
             if name in settings and not isinstance(settings[name], kind):
                 raise TypeError(f"{name} is {settings[name]!r:.60}")

@@ -159,6 +159,7 @@ def test_a_broken_file_of_another_is_one_line(dlogp, tmp_path):
         ("log.jsonl", '{"step": 1, "entropy": "\x1b"}'),
         ("log.jsonl", '{"step": 1e999}'),
         ("manifest.json", '{"identity": {"training": []}}'),
+        ("manifest.json", "[" * 100_000),
         ("manifest.json", '{"identity": {"training": {"reweight": ["\x1b"], "alpha": 1}}}'),
         ("manifest.json", '{"identity": {"training": {"reweight": "ppl", "alpha": "much"}}}'),
     ):

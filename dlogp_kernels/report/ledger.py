@@ -45,7 +45,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
     Those of the first format have no digest that they could be checked by.
     """
-    found = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("it is nested without end") from error
     if isinstance(found, dict) and "check" not in found and found.get("format", 1) == 1:
         return found
     return unsealed(found)

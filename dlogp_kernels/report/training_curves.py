@@ -87,7 +87,7 @@ def read_run(directory: Path) -> TrainingRun:
         for name, kind in (("reweight", str), ("alpha", int | float)):
             if name in settings and not isinstance(settings[name], kind):
                 raise TypeError(f"{name} is {settings[name]!r:.60}")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise DatasetError(f"{manifest} is not the manifest of a training: {error!r}") from error
     return TrainingRun(directory.name, settings, entries)
 

@@ -79,7 +79,10 @@ def load(name: str) -> tuple[_Function, dict[str, Any]]:
 
 def _source_digest(module: Any) -> str | None:
     """Of the module's file: a grader that was edited is another one."""
-    file = inspect.getsourcefile(module)
+    try:
+        file = inspect.getsourcefile(module)
+    except TypeError:  # one that is built in
+        return None
     return None if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 

@@ -56,9 +56,7 @@ def check_device(name: str | None) -> str:
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.partition(":")[0] not in _DEVICES:
-        raise JobError(
-            f"--device is {name!r}, which can not be used here: expected cpu or cuda, such as cuda:1"
-        )
+        raise JobError(f"--device is {name!r}, which can not be used here: expected cpu or cuda, such as cuda:1")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -90,9 +90,10 @@ def check_training(training: Training) -> None:
     """JobError that names the option for a value that can not be."""
     for name, least in (
         ("steps", 1), ("prompts", 1), ("samples", 2), ("minibatches", 1), ("max_new_tokens", 1), ("warmup_steps", 0),
-        ("overlong_buffer", 0), ("eval_every", 1), ("eval_samples", 1), ("save_every", 1), ("max_line_size", 1),
+        ("overlong_buffer", 0), ("eval_every", 1), ("eval_samples", 1), ("save_every", 1),
     ):  # fmt: skip
         _check(name, getattr(training, name), int, _within(least), f"an integer ≥ {least}, below 2**31")
+    _check("max_line_size", training.max_line_size, int, lambda value: 1 <= value < 2**40, "an integer in [1, 2**40)")
     # NumPy's generators, which the trainer seeds too, take no more.
     _check("seed", training.seed, int, lambda value: 0 <= value < 2**32, "an integer in [0, 2**32)")
     for name, holds, expected in (

@@ -61,8 +61,30 @@ void with_product_type(const Head* heads, int models, Use use) {
   }
 }
 
-// Room for every thread that may take part, also where the op is called within a parallel region.
-inline size_t thread_slots() { return std::max(at::get_num_threads(), at::get_thread_num() + 1); }
+// Room for every thread that may take part, also where the op is called within a parallel region. The first
+// parallel_for of a thread sets the number of its threads, which torch::set_num_threads may have changed elsewhere, so
+// that is done before they are counted.
+inline int64_t thread_slots() {
+  at::internal::lazy_init_num_threads();
+  return std::max(at::get_num_threads(), at::get_thread_num() + 1);
+}
+
+// That of the calling thread, out of `slots`.
+inline int64_t own_slot(int64_t slots) {
+  const int64_t slot = at::get_thread_num();
+  TORCH_CHECK(slot < slots, "thread ", slot, " takes part, expected less than ", slots, " threads");
+  return slot;
+}
+
+// One for each thread.
+template <typename T>
+class PerThread {
+ public:
+  T& own() { return slots_[own_slot(int64_t(slots_.size()))]; }
+
+ private:
+  std::vector<T> slots_ = std::vector<T>(thread_slots());
+};
 
 template <typename T>
 void pack_hidden(const Head& head, const int64_t* rows, int64_t count, std::vector<T>& storage, PackedRows<T>& packed) {

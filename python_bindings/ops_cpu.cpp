@@ -59,7 +59,7 @@ void linear_forward(const Head* heads, const KeptRows& kept, int64_t ignore_inde
                             tiling.parts * int64_t(sizeof(State<Real, Models>));
   const int64_t max_rows = std::clamp(workspace / 8 / row_bytes / kRowBlock * kRowBlock, kRowBlock, kMaxRows);
 
-  std::vector<TileScratch<T>> scratch(thread_slots());
+  PerThread<TileScratch<T>> scratch;
   std::vector<T> storage[2];
   std::vector<Real> target_storage[2];
   std::vector<State<Real, Models>> states;
@@ -74,7 +74,7 @@ void linear_forward(const Head* heads, const KeptRows& kept, int64_t ignore_inde
     }
     states.resize(count * tiling.parts);
     at::parallel_for(0, tiling.parts, 1, [&](int64_t begin, int64_t end) {
-      TileScratch<T>& own = scratch[at::get_thread_num()];
+      TileScratch<T>& own = scratch.own();
       own.reserve(heads, Models, tiling, kRowBlock);
       for (int64_t part = begin; part < end; ++part)
         linear_logp_fwd<T, Models>(heads, hidden, count, kept.target_of(first), kept.candidates, tiling, part, own,
@@ -168,7 +168,6 @@ class LinearBackward {
     row_block_ = std::clamp<int64_t>(padded_rows((kept.count() + 7) / 8), 8, kRowBlock);
     const int64_t row_bytes = sizeof(T) * 2 * (sides_[0].stride + sides_[Models - 1].stride + Models * tiling_.columns);
     max_rows_ = std::clamp(workspace / 8 / row_bytes / kRowBlock * kRowBlock, kRowBlock, kMaxRows);
-    scratch_.resize(thread_slots());
   }
 
   void run() {
@@ -198,7 +197,10 @@ class LinearBackward {
 
   int64_t total(int64_t (Side::*wanted)() const) const {
     int64_t sum = 0;
-    for (int model = 0; model < Models; ++model) sum += (sides_[model].*wanted)();
+    for (int model = 0; model < Models; ++model) {
+      const Side& side = sides_[model];  // GCC's bounds sanitizer calls the method of another element otherwise
+      sum += (side.*wanted)();
+    }
     return sum;
   }
 
@@ -312,7 +314,7 @@ class LinearBackward {
   }
 
   TileScratch<T>& own_scratch() {
-    TileScratch<T>& own = scratch_[at::get_thread_num()];
+    TileScratch<T>& own = scratch_.own();
     own.reserve(heads_, Models, tiling_, row_block_);
     return own;
   }
@@ -359,7 +361,7 @@ class LinearBackward {
   Side sides_[Models];
   int64_t row_block_, max_rows_;
   bool with_hidden_ = false, with_weight_ = false;
-  std::vector<TileScratch<T>> scratch_;
+  PerThread<TileScratch<T>> scratch_;
 };
 
 // Upstream gradients and saved statistics as tensors that stay alive.

@@ -47,8 +47,6 @@ class LinearPolicy {
     for (int model = 0; model < Models; ++model) widest = std::max(widest, heads[model].width());
     tiling_ = tile_vocabulary(heads[0].vocabulary(), widest, sizeof(T), kBackwardTile<T>);
     max_rows_ = gradients.any() ? rows_in(workspace) : kMaxRows;
-    scratch_.resize(thread_slots());
-    transposed_.resize(thread_slots());
   }
 
   void run() {
@@ -186,14 +184,14 @@ class LinearPolicy {
     at::parallel_for(0, round_up(tile.width, kColumnBlock) / kColumnBlock, 1, [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block)
         add_weight_gradient<T>(tiling_, tile, block * kColumnBlock, std::min(tile.width, (block + 1) * kColumnBlock),
-                               width_, accumulate, buffers, packed_hidden_.data(), transposed_[at::get_thread_num()],
+                               width_, accumulate, buffers, packed_hidden_.data(), transposed_.own(),
                                gradients_.weight + tile.begin * width_);
       release_products<T>();
     });
   }
 
   TileScratch<T>& own_scratch(int64_t rows) {
-    TileScratch<T>& own = scratch_[at::get_thread_num()];
+    TileScratch<T>& own = scratch_.own();
     own.reserve(heads_, Models, tiling_, rows);
     return own;
   }
@@ -207,8 +205,8 @@ class LinearPolicy {
   const int64_t width_;
   Tiling tiling_;
   int64_t max_rows_;
-  std::vector<TileScratch<T>> scratch_;
-  std::vector<std::vector<T>> transposed_;
+  PerThread<TileScratch<T>> scratch_;
+  PerThread<std::vector<T>> transposed_;
   std::unique_ptr<Real[]> logits_[Models];
   // Of the block of rows at work:
   PackedRows<T> hidden_[Models];

@@ -29,7 +29,7 @@ void sample_rows(const Head* heads, const Identities& identities, const SampleOp
                             threads * int64_t(sizeof(RowDraws<Real>));
   const int64_t max_rows = std::clamp(workspace / 8 / row_bytes / kRowBlock * kRowBlock, kRowBlock, kMaxRows);
 
-  std::vector<DrawScratch<T>> scratch(threads);
+  PerThread<DrawScratch<T>> scratch;
   PackedHidden<T> hidden[2];
   std::vector<RowNoise> noise(std::min(max_rows, all));
   std::vector<PairState<Real>> states(noise.size() * tiling.parts);
@@ -40,9 +40,9 @@ void sample_rows(const Head* heads, const Identities& identities, const SampleOp
     for (int model = 0; model < 2; ++model) pack_hidden(heads[model].hidden, first, count, hidden[model]);
     draws.assign(threads * count, {});
     at::parallel_for(0, tiling.parts, 1, [&](int64_t begin, int64_t end) {
-      const int64_t thread = at::get_thread_num();
+      const int64_t thread = own_slot(threads);
       for (int64_t part = begin; part < end; ++part)
-        linear_extrapolated_sample(heads, hidden, noise.data(), options, tiling, part, scratch[thread], states.data(),
+        linear_extrapolated_sample(heads, hidden, noise.data(), options, tiling, part, scratch.own(), states.data(),
                                    draws.data() + thread * count);
     });
     at::parallel_for(0, count, 64, [&](int64_t begin, int64_t end) {

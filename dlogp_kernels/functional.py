@@ -17,6 +17,17 @@ import torch
 from torch import Tensor
 
 from . import policy_rows, reference, reference_policy, reference_sample
+from .checks import (
+    check_drawing_temperature,
+    check_factor,
+    check_integer,
+    check_no_tangent,
+    check_number,
+    check_quotient,
+    check_real,
+    check_scale,
+    check_storage,
+)
 from .results import DeltaLogpStats, LogpStats, PolicyLoss, PolicyMetrics, Sample
 
 _FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -66,10 +77,10 @@ def linear_logp(
 
     Source: entropy and log-probability of "On the Direction of RLVR Updates for LLM Reasoning", arXiv 2603.22117.
     """
-    hidden, weight, bias = _autocast(hidden, weight, bias)
     _check_head("", hidden, weight, bias)
+    hidden, weight, bias = _autocast(hidden, weight, bias)
     _check_target(target, "hidden", hidden, ignore_index, weight.shape[0])
-    _check_options(temperature=temperature, softcap=softcap, logit_scale=logit_scale)
+    _check_transform(temperature, softcap, logit_scale)
     stats = torch.ops.dlogp.linear_logp_fwd(
         _rows(hidden),
         weight,
@@ -122,17 +133,12 @@ def linear_delta_logp(
 
     Source: arXiv 2603.22117, Eq. 1 and Sec. 2.
     """
+    _check_pair_of_heads(hidden, weight, bias, base_hidden, base_weight, base_bias)
     hidden, weight, bias = _autocast(hidden, weight, bias)
     base_hidden, base_weight, base_bias = _autocast(base_hidden, base_weight, base_bias)
-    _check_pair_of_heads(hidden, weight, bias, base_hidden, base_weight, base_bias)
     _check_target(target, "hidden", hidden, ignore_index, weight.shape[0])
-    _check_options(
-        temperature=temperature,
-        softcap=softcap,
-        base_softcap=base_softcap,
-        logit_scale=logit_scale,
-        base_logit_scale=base_logit_scale,
-    )
+    _check_transform(temperature, softcap, logit_scale)
+    _check_transform(temperature, base_softcap, base_logit_scale, "base_")
     stats = torch.ops.dlogp.linear_delta_logp_fwd(
         _rows(hidden),
         weight,
@@ -176,7 +182,7 @@ def logp(
     """
     _check_logits("logits", logits)
     _check_target(target, "logits", logits, ignore_index, logits.shape[-1])
-    _check_options(temperature=temperature, softcap=softcap, logit_scale=logit_scale)
+    _check_transform(temperature, softcap, logit_scale)
     stats = torch.ops.dlogp.logp_fwd(
         _rows(logits),
         _candidates(target, logits),
@@ -224,13 +230,8 @@ def delta_logp(
         )
     _check_same_device("base_logits", base_logits, "logits", logits)
     _check_target(target, "logits", logits, ignore_index, logits.shape[-1])
-    _check_options(
-        temperature=temperature,
-        softcap=softcap,
-        base_softcap=base_softcap,
-        logit_scale=logit_scale,
-        base_logit_scale=base_logit_scale,
-    )
+    _check_transform(temperature, softcap, logit_scale)
+    _check_transform(temperature, base_softcap, base_logit_scale, "base_")
     stats = torch.ops.dlogp.delta_logp_fwd(
         _rows(logits),
         _rows(base_logits),
@@ -273,7 +274,7 @@ def extrapolated_sample(
         criterion: when to replace: `delta_logp` (Δlog p of the draft token < threshold), `kl`, `reverse_kl`, `avg_kl`,
             `entropy` (of the base), `rl_entropy` (> threshold), `random` (with probability threshold), `all`, `none`.
             At temperature 1 over the whole vocabulary; inequalities are strict.
-        threshold: τ of the criterion; None for `all` and `none`.
+        threshold: τ of the criterion, of `random` in [0, 1]; None for `all` and `none`.
         draft: who draws the draft token, "base" or "rl".
         temperature: ≥ 0; 0 takes the largest logit, the first one if there are several.
         top_k, top_p, min_p: filters of both draws, in this order, as `transformers` defines them, on logits / T. 0, 1
@@ -282,6 +283,7 @@ def extrapolated_sample(
             device, and not of the batch around the row.
         row_id: (…) int64 in [0, 2³²), the identity of each row's noise; 0, 1, … in order by default.
         step: in [0, 2³²): the position of the token in its sequence, for example. For all rows, or as a tensor (…).
+            Tensors with other numbers are refused on the CPU; on a GPU the lower 32 bits count.
             seed and step may be int64 tensors of one element on the device of the logits: a captured CUDA graph then
             draws anew at every replay.
 
@@ -378,12 +380,11 @@ def linear_extrapolated_sample(
 
     Source: arXiv 2603.22117, Algorithm 1, Sec. 4 (extrapolation).
     """
+    _check_pair_of_heads(hidden, weight, bias, base_hidden, base_weight, base_bias)
     hidden, weight, bias = _autocast(hidden, weight, bias)
     base_hidden, base_weight, base_bias = _autocast(base_hidden, base_weight, base_bias)
-    _check_pair_of_heads(hidden, weight, bias, base_hidden, base_weight, base_bias)
-    _check_options(
-        softcap=softcap, base_softcap=base_softcap, logit_scale=logit_scale, base_logit_scale=base_logit_scale
-    )
+    _check_transform(1.0, softcap, logit_scale)
+    _check_transform(1.0, base_softcap, base_logit_scale, "base_")
     _check_sampling(gamma, criterion, threshold, draft, temperature, top_k, top_p, min_p)
     noise = _noise("hidden", hidden, seed, row_id, step)
     with _no_grad():
@@ -450,6 +451,7 @@ def policy_loss(
         old_logp: the shape of logp; of the policy that generated the tokens, or from which the step started.
         advantage: (B,) of each response, or the shape of logp. With `offsets`, (B,) is read as of each response.
         mask: the shape of logp, bool or 0/1: which tokens count. Nothing is read where it is 0: NaN there stays there.
+            Anything else than 0 and 1 is refused on the CPU; on a GPU, where that would wait for it, it counts as 1.
         loss_type: how token losses become one. `dapo`: their mean over all tokens; `bnpo`: the same; `grpo`: the mean
             over responses of each one's mean, an empty response counting as 0; `dr_grpo`: their sum ÷ (B ·
             max_length). `cispo`: −Ã · min(r, clip_high) · logp, r without gradient, as a mean over all tokens; here
@@ -475,7 +477,8 @@ def policy_loss(
             correction of a rollout engine).
         num_tokens: a number or a tensor of one element: the denominator of `dapo`, `bnpo` and `cispo`, instead of the
             mask's sum. With gradient accumulation over K batches or data parallelism over K processes whose gradients
-            are averaged: the tokens of all K together ÷ K; where gradients are added up, the tokens of all.
+            are averaged: the tokens of all K together ÷ K; where gradients are added up, the tokens of all. 0 makes the
+            loss 0. What is negative or not finite is refused; of a tensor on a GPU it makes the loss NaN.
         num_sequences: likewise, of `grpo`, `sapo` and `dr_grpo`: the number of responses to divide by, instead of B.
         max_length: ≥ 1, of `dr_grpo`; T by default.
         offsets: (B + 1,) integers from 0 to N: response b is logp[offsets[b] : offsets[b + 1]].
@@ -601,14 +604,15 @@ def linear_policy_loss(
 
     Source: as `policy_loss`; forming gradients in the forward pass: Liger Kernel, arXiv 2410.10989.
     """
-    hidden, weight, bias = _autocast(hidden, weight, bias)
     _check_head("", hidden, weight, bias)
     _check_frozen_base(hidden, weight, base_hidden, base_weight, base_bias)
+    hidden, weight, bias = _autocast(hidden, weight, bias)
     if base_hidden is not None and base_weight is not None:
         base_hidden, base_weight, base_bias = _autocast(base_hidden, base_weight, base_bias)
     heads = {"temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
     base_heads = {"base_softcap": base_softcap, "base_logit_scale": base_logit_scale}
-    _check_options(**heads, **base_heads)
+    _check_transform(temperature, softcap, logit_scale)
+    _check_transform(temperature, base_softcap, base_logit_scale, "base_")
     options = _policy_options(
         loss_type, reweight, alpha, reweight_sign, clip_low, clip_high, dual_clip, importance, kl_beta, entropy_coef,
         sapo_temperature_pos, sapo_temperature_neg, max_length,
@@ -626,7 +630,8 @@ def linear_policy_loss(
     given = _policy_inputs(like, options, old_logp, advantage, mask, offsets, group, ref_logp, token_weight)
     targets = target.to(torch.int64).masked_fill(~given.mask, policy_rows.MASKED)
     if _has_values(target):
-        _check_target_range(targets, policy_rows.MASKED, weight.shape[0])
+        where = "where the mask is 1: there is no ignore_index here"
+        _check_target_range(target, given.mask, weight.shape[0], where)
     dtype = reference.accumulation_dtype(hidden, weight, bias, base_hidden, base_weight, base_bias)
     if importance != "token":
         return _composed_policy_loss(
@@ -692,14 +697,14 @@ def _optional_float(value: float | None) -> float | None:
 def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """What `torch.autocast` does to the inputs of a linear layer."""
     # Asked of other devices it may raise, and torch.compile of 2.11 can not trace the question whether it would.
-    if not isinstance(hidden, Tensor) or hidden.device.type not in ("cpu", "cuda"):
+    if hidden.device.type not in ("cpu", "cuda"):
         return hidden, weight, bias
     if not torch.is_autocast_enabled(hidden.device.type):
         return hidden, weight, bias
     dtype = torch.get_autocast_dtype(hidden.device.type)
 
     def convert(x: Tensor) -> Tensor:
-        return x.to(dtype) if isinstance(x, Tensor) and x.dtype == torch.float32 else x
+        return x.to(dtype) if x.dtype == torch.float32 else x
 
     return convert(hidden), convert(weight), None if bias is None else convert(bias)
 
@@ -711,10 +716,12 @@ def _check_tensor(name: str, x: object, dtypes: tuple[torch.dtype, ...], kind: s
         raise TypeError(f"{name} is a sharded DTensor, expected a whole tensor: pass {name}.full_tensor()")
     if x.dtype not in dtypes:
         raise TypeError(f"{name} has dtype {x.dtype}, expected {kind}")
+    check_storage(name, x)
 
 
-def _check_floating(name: str, x: object) -> None:
+def _check_floating(name: str, x: Any) -> None:
     _check_tensor(name, x, _FLOATING, "bfloat16, float16, float32 or float64")
+    check_no_tangent(name, x)
 
 
 def _check_head(prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -778,6 +785,8 @@ def _check_target(target: Tensor, rows_name: str, rows: Tensor, ignore_index: in
     _check_tensor("target", target, _INTEGER, "an integer dtype")
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index is {ignore_index!r}, expected an integer")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index is {ignore_index}, expected an integer of 64 bits")
     leading = rows.shape[:-1]
     with_candidates = target.dim() == rows.dim() and target.shape[:-1] == leading and target.shape[-1] > 0
     if target.shape != leading and not with_candidates:
@@ -787,7 +796,7 @@ def _check_target(target: Tensor, rows_name: str, rows: Tensor, ignore_index: in
         )
     _check_same_device("target", target, rows_name, rows)
     if _has_values(target):
-        _check_target_range(target.to(torch.int64), ignore_index, vocabulary)
+        _check_target_range(target, target != ignore_index, vocabulary, f"or ignore_index ({ignore_index})")
 
 
 def _has_values(x: Tensor) -> bool:
@@ -796,47 +805,33 @@ def _has_values(x: Tensor) -> bool:
     return has_values and (x.device.type == "cpu" or (_CHECK and x.device.type == "cuda"))
 
 
-def _check_target_range(target: Tensor, ignore_index: int, vocabulary: int) -> None:
-    outside = ((target < 0) | (target >= vocabulary)) & (target != ignore_index)
+def _check_target_range(target: Tensor, counted: Tensor, vocabulary: int, otherwise: str) -> None:
+    """IndexError for one that counts outside of the vocabulary; `otherwise` says what else may stand in its place."""
+    target = target.to(torch.int64)  # of fewer bits it may not hold the size of the vocabulary
+    outside = ((target < 0) | (target >= vocabulary)) & counted
     if outside.any():
         position = tuple(outside.nonzero()[0].tolist())
         index = ", ".join(map(str, position))
         raise IndexError(
-            f"target[{index}] is {int(target[position])}, expected a token in [0, {vocabulary}) or ignore_index "
-            f"({ignore_index})"
+            f"target[{index}] is {int(target[position])}, expected a token in [0, {vocabulary}) {otherwise}"
         )
 
 
-def _check_options(**options: float | None) -> None:
-    for name, value in options.items():
-        if value is None and name.endswith("softcap"):
-            continue
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise TypeError(f"{name} is {value!r}, expected a Python number")
-        if not 0 < value < math.inf:
-            raise ValueError(f"{name} is {value}, expected a finite number > 0")
+def _check_transform(temperature: float, softcap: float | None, logit_scale: float, prefix: str = "") -> None:
+    """Of one model's logits; `prefix` is that of the names of its own options."""
+    check_scale("temperature", temperature)
+    check_scale(f"{prefix}logit_scale", logit_scale)
+    if softcap is None:
+        check_quotient(f"{prefix}logit_scale", logit_scale, "temperature", temperature)
+        return
+    check_scale(f"{prefix}softcap", softcap)
+    check_quotient(f"{prefix}logit_scale", logit_scale, f"{prefix}softcap", softcap)
+    check_quotient(f"{prefix}softcap", softcap, "temperature", temperature)
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} is {value!r}, expected one of {', '.join(choices)}")
-
-
-def _check_number(name: str, value: object, low: float, high: float, low_included: bool = True) -> None:
-    """A finite number in [low, high], or in (low, high]."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} is {value!r}, expected a Python number")
-    inside = low <= value <= high and (low_included or value > low) and math.isfinite(value)
-    if not inside:
-        bracket, end = "[" if low_included else "(", "∞)" if high == math.inf else f"{high:g}]"
-        raise ValueError(f"{name} is {value}, expected a number in {bracket}{low:g}, {end}")
-
-
-def _check_integer(name: str, value: object, low: int, end: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} is {value!r}, expected an integer")
-    if not low <= value < end:
-        raise ValueError(f"{name} is {value}, expected an integer in [{low}, 2**{end.bit_length() - 1})")
 
 
 def _check_sampling(
@@ -851,11 +846,13 @@ def _check_sampling(
 ) -> None:
     _check_criterion(criterion, threshold)
     _check_choice("draft", draft, ("base", "rl"))
-    _check_number("gamma", gamma, 0.0, math.inf)
-    _check_number("temperature", temperature, 0.0, math.inf)
-    _check_number("top_p", top_p, 0.0, 1.0, low_included=False)
-    _check_number("min_p", min_p, 0.0, 1.0)
-    _check_integer("top_k", top_k, 0, 2**63)
+    check_factor("gamma", gamma)
+    check_drawing_temperature("temperature", temperature)
+    if temperature != 0:
+        check_quotient("gamma", gamma, "temperature", temperature)
+    check_number("top_p", top_p, 0.0, 1.0, low_included=False)
+    check_number("min_p", min_p, 0.0, 1.0)
+    check_integer("top_k", top_k, 0, 2**63)
 
 
 def _check_criterion(criterion: str, threshold: float | None) -> None:
@@ -866,10 +863,11 @@ def _check_criterion(criterion: str, threshold: float | None) -> None:
         return
     if threshold is None:
         raise ValueError(f"threshold is None, expected a number: the criterion {criterion!r} compares with it")
-    if isinstance(threshold, bool) or not isinstance(threshold, int | float):
-        raise TypeError(f"threshold is {threshold!r}, expected a Python number")
+    check_real("threshold", threshold)
     if math.isnan(threshold):
         raise ValueError("threshold is nan, expected a number")
+    if criterion == "random":
+        check_number("threshold", threshold, 0.0, 1.0)
     if criterion == "delta_logp" and threshold >= 0:
         warnings.warn(
             f"threshold is {threshold}: one that is not below 0 replaces nearly every token (criterion 'delta_logp')",
@@ -895,19 +893,32 @@ def _per_row(name: str, value: Tensor, rows_name: str, rows: Tensor) -> Tensor:
     if value.shape != rows.shape[:-1]:
         raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {tuple(rows.shape[:-1])}")
     _check_same_device(name, value, rows_name, rows)
-    return value.reshape(-1).to(torch.int64)
+    numbers = value.reshape(-1).to(torch.int64)
+    if _has_values(value):
+        _check_counters(name, numbers)
+    return numbers
+
+
+def _check_counters(name: str, numbers: Tensor) -> None:
+    """Of 32 bits, as the noise counts rows and steps."""
+    outside = (numbers < 0) | (numbers >= 2**32)
+    if outside.any():
+        raise ValueError(f"{name} has {numbers[outside][0].item()}, expected integers in [0, 2**32)")
 
 
 def _counter(name: str, value: int | Tensor, end: int, rows_name: str, rows: Tensor) -> tuple[int, Tensor | None]:
     """A number as signed 64 bits, and None; or 0 and the tensor (1,) that holds it."""
     if not isinstance(value, Tensor):
-        _check_integer(name, value, 0, end)
+        check_integer(name, value, 0, end)
         return value - 2**64 if value >= 2**63 else value, None
     if value.dtype != torch.int64 or value.numel() != 1:
         raise ValueError(
             f"{name} has dtype {value.dtype} and shape {tuple(value.shape)}, expected an int64 tensor of one element"
         )
     _check_same_device(name, value, rows_name, rows)
+    check_storage(name, value)
+    if end == 2**32 and _has_values(value):
+        _check_counters(name, value.reshape(1))
     return 0, value.reshape(1)
 
 
@@ -1013,7 +1024,16 @@ def _mask_of(mask: Tensor, like: _Like) -> Tensor:
     if mask.shape != like.shape:
         raise ValueError(f"mask has shape {tuple(mask.shape)}, expected that of {like.name}, {tuple(like.shape)}")
     _check_same_device("mask", mask, like.name, like.tensor)
-    return mask if mask.dtype == torch.bool else mask != 0
+    if mask.dtype == torch.bool:
+        return mask
+    counted = mask != 0
+    if _has_values(mask):
+        wrong = counted & (mask != 1)
+        if wrong.any():
+            position = tuple(wrong.nonzero()[0].tolist())
+            index = ", ".join(map(str, position))
+            raise ValueError(f"mask[{index}] is {mask[position].item():g}, expected 0 or 1")
+    return counted
 
 
 def _group_of(group: Tensor, sequences: int, like: _Like) -> Tensor:
@@ -1059,9 +1079,19 @@ def _one_number(name: str, value: float | Tensor | None, like: _Like, dtype: tor
             raise ValueError(f"{name} has dtype {value.dtype} and shape {tuple(value.shape)}, expected one number")
         _check_same_device(name, value, like.name, like.tensor)
         _check_constant(name, value)
+        check_storage(name, value)
+        if _has_values(value):
+            _check_denominator(name, value.item())
         return value.reshape(()).to(dtype)
-    _check_number(name, value, 0.0, math.inf)
+    _check_denominator(name, value)
     return torch.full((), float(value), dtype=dtype, device=like.tensor.device)
+
+
+def _check_denominator(name: str, value: float) -> None:
+    """0 where there is nothing to divide."""
+    check_number(name, value, 0.0, math.inf)
+    if value != 0:
+        check_scale(name, value)
 
 
 def _check_frozen_base(
@@ -1143,16 +1173,19 @@ def _policy_options(
     _check_choice("reweight", reweight, reference_policy.REWEIGHTS)
     _check_choice("reweight_sign", reweight_sign, reference_policy.REWEIGHT_SIGNS)
     _check_choice("importance", importance, reference_policy.IMPORTANCES)
-    _check_number("alpha", alpha, 0.0, 1.0 if reweight == "dominate" else math.inf)
-    _check_number("clip_low", clip_low, 0.0, math.inf)
-    _check_number("clip_high", clip_high, 0.0, math.inf)
+    if reweight == "dominate":
+        check_number("alpha", alpha, 0.0, 1.0)
+    check_factor("alpha", alpha)
+    check_number("clip_low", clip_low, 0.0, math.inf)
+    check_number("clip_high", clip_high, 0.0, math.inf)
     if dual_clip is not None:
-        _check_number("dual_clip", dual_clip, 1.0, math.inf, low_included=False)
-    _check_number("kl_beta", kl_beta, 0.0, math.inf)
-    _check_number("entropy_coef", entropy_coef, -math.inf, math.inf)
-    _check_options(sapo_temperature_pos=sapo_temperature_pos, sapo_temperature_neg=sapo_temperature_neg)
+        check_number("dual_clip", dual_clip, 1.0, math.inf, low_included=False)
+    check_factor("kl_beta", kl_beta)
+    check_factor("entropy_coef", entropy_coef, -math.inf)
+    check_scale("sapo_temperature_pos", sapo_temperature_pos)
+    check_scale("sapo_temperature_neg", sapo_temperature_neg)
     if max_length is not None:
-        _check_integer("max_length", max_length, 1, 2**63)
+        check_integer("max_length", max_length, 1, 2**63)
     return reference_policy.PolicyOptions(
         loss_type,
         reweight,

@@ -2,6 +2,7 @@
 // functional.py.
 #pragma once
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
 #include <c10/core/ScalarType.h>
 #include <c10/util/Exception.h>
@@ -30,6 +31,20 @@ inline Dtype dtype_of(const at::Tensor& x) {
   }
 }
 
+// Before anything of x is read: a model whose weights are sharded leaves tensors behind whose storage was taken away,
+// and a view of a file may begin anywhere.
+inline const at::Tensor& checked(const at::Tensor& x, const char* name) {
+  TORCH_CHECK_VALUE(x.device().is_cpu(), name, " is on ", x.device(), ", expected cpu");
+  const size_t needed = at::detail::computeStorageNbytes(x.sizes(), x.strides(), x.itemsize(), x.storage_offset());
+  TORCH_CHECK_VALUE(x.numel() == 0 || needed <= x.storage().nbytes(), name, " has a storage of ", x.storage().nbytes(),
+                    " bytes, expected the ", needed, " of its shape ", x.sizes(),
+                    " (a tensor that ZeRO-3 or FSDP sharded has to be gathered first)");
+  TORCH_CHECK_VALUE(reinterpret_cast<uintptr_t>(x.const_data_ptr()) % x.itemsize() == 0, name,
+                    " begins at an address that is no multiple of its elements' ", x.itemsize(), " bytes: pass ", name,
+                    ".clone()");
+  return x;
+}
+
 // x (…, columns) seen as rows; for leading dimensions that are no single stride apart it holds where each row begins.
 struct Rows {
   Matrix matrix;
@@ -37,10 +52,9 @@ struct Rows {
 
   Rows(const at::Tensor& x, const char* name) {
     TORCH_CHECK_VALUE(x.dim() >= 2, name, " has ", x.dim(), " dimensions, expected at least 2");
-    TORCH_CHECK_VALUE(x.device().is_cpu(), name, " is on ", x.device(), ", expected cpu");
     const int64_t columns = x.size(-1), leading = x.dim() - 1;
     const int64_t rows = c10::multiply_integers(x.sizes().slice(0, leading));
-    matrix = {x.const_data_ptr(), dtype_of(x), rows, columns, 0, x.stride(-1)};
+    matrix = {checked(x, name).const_data_ptr(), dtype_of(x), rows, columns, 0, x.stride(-1)};
     if (leading == 1) {
       matrix.row_stride = x.stride(0);
       return;
@@ -64,16 +78,14 @@ struct Rows {
 
 inline Matrix matrix_of(const at::Tensor& x, const char* name) {
   TORCH_CHECK_VALUE(x.dim() == 2, name, " has ", x.dim(), " dimensions, expected 2");
-  TORCH_CHECK_VALUE(x.device().is_cpu(), name, " is on ", x.device(), ", expected cpu");
-  return {x.const_data_ptr(), dtype_of(x), x.size(0), x.size(1), x.stride(0), x.stride(1)};
+  return {checked(x, name).const_data_ptr(), dtype_of(x), x.size(0), x.size(1), x.stride(0), x.stride(1)};
 }
 
 inline Matrix row_of(const std::optional<at::Tensor>& x, int64_t columns, const char* name) {
   if (!x.has_value()) return {};
   TORCH_CHECK_VALUE(x->dim() == 1 && x->size(0) == columns, name, " has shape ", x->sizes(), ", expected [", columns,
                     "]");
-  TORCH_CHECK_VALUE(x->device().is_cpu(), name, " is on ", x->device(), ", expected cpu");
-  return {x->const_data_ptr(), dtype_of(*x), 1, columns, 0, x->stride(0)};
+  return {checked(*x, name).const_data_ptr(), dtype_of(*x), 1, columns, 0, x->stride(0)};
 }
 
 inline void check_rows(const Matrix& x, int64_t rows, const char* name) {
@@ -87,8 +99,7 @@ class Values {
   Values(const std::optional<at::Tensor>& x, at::IntArrayRef sizes, const char* name) {
     if (!x.has_value() || !x->defined()) return;
     TORCH_CHECK_VALUE(x->sizes() == sizes, name, " has shape ", x->sizes(), ", expected ", sizes);
-    TORCH_CHECK_VALUE(x->device().is_cpu(), name, " is on ", x->device(), ", expected cpu");
-    tensor_ = x->to(c10::CppTypeToScalarType<Real>::value).contiguous();
+    tensor_ = checked(*x, name).to(c10::CppTypeToScalarType<Real>::value).contiguous();
   }
   const Real* get() const { return tensor_.defined() ? tensor_.template const_data_ptr<Real>() : nullptr; }
 
@@ -109,8 +120,7 @@ inline KeptRows keep_rows(const at::Tensor& target, int64_t rows, int64_t vocabu
   TORCH_CHECK_VALUE(target.dim() == 2 && target.size(0) == rows, "target has shape ", target.sizes(), ", expected [",
                     rows, ", candidates]");
   TORCH_CHECK_TYPE(target.scalar_type() == at::kLong, "target has dtype ", target.scalar_type(), ", expected int64");
-  TORCH_CHECK_VALUE(target.device().is_cpu(), "target is on ", target.device(), ", expected cpu");
-  const at::Tensor contiguous = target.contiguous();
+  const at::Tensor contiguous = checked(target, "target").contiguous();
   const int64_t* values = contiguous.const_data_ptr<int64_t>();
   KeptRows kept;
   kept.candidates = target.size(1);

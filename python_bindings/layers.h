@@ -16,20 +16,26 @@ namespace dlogp {
 // Rows that a pass through the vocabulary takes at most.
 constexpr int64_t kMaxRows = 1024;
 
+// Of arguments, for errors.
+struct LayerNames {
+  const char *hidden = "hidden", *weight = "weight", *bias = "bias";
+};
+constexpr LayerNames kBaseNames = {"base_hidden", "base_weight", "base_bias"};
+
 // One model's last layer as the kernels take it.
 struct Layer {
   Rows hidden;
   Head head;
 
   Layer(const at::Tensor& hidden_states, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-        double temperature, std::optional<double> softcap, double logit_scale)
-      : hidden(hidden_states, "hidden"),
+        double temperature, std::optional<double> softcap, double logit_scale, const LayerNames& names = {})
+      : hidden(hidden_states, names.hidden),
         head{hidden.matrix,
-             matrix_of(weight, "weight"),
-             row_of(bias, weight.size(0), "bias"),
+             matrix_of(weight, names.weight),
+             row_of(bias, weight.size(0), names.bias),
              {logit_scale, softcap.value_or(0), temperature}} {
     TORCH_CHECK_VALUE(head.hidden.columns == head.weight.columns && head.weight.rows > 0 && head.weight.columns > 0,
-                      "weight has shape ", weight.sizes(), ", expected [V, ", head.hidden.columns, "]");
+                      names.weight, " has shape ", weight.sizes(), ", expected [V, ", head.hidden.columns, "]");
   }
 };
 

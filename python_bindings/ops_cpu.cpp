@@ -107,7 +107,7 @@ auto linear_delta_logp_fwd_cpu(const Tensor& hidden, const Tensor& weight, const
                                std::optional<double> base_softcap, double logit_scale, double base_logit_scale,
                                int64_t ignore_index, int64_t workspace) {
   const Layer model(hidden, weight, bias, temperature, softcap, logit_scale);
-  const Layer base(base_hidden, base_weight, base_bias, temperature, base_softcap, base_logit_scale);
+  const Layer base(base_hidden, base_weight, base_bias, temperature, base_softcap, base_logit_scale, kBaseNames);
   check_pair(model, base);
   const Head heads[2] = {model.head, base.head};
   const KeptRows kept = keep_rows(target, model.head.hidden.rows, weight.size(0), ignore_index);
@@ -439,7 +439,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_delta_logp_bwd
     std::optional<double> softcap, std::optional<double> base_softcap, double logit_scale, double base_logit_scale,
     int64_t ignore_index, std::array<bool, 6> output_mask, int64_t workspace) {
   const Layer model(hidden, weight, bias, temperature, softcap, logit_scale);
-  const Layer base(base_hidden, base_weight, base_bias, temperature, base_softcap, base_logit_scale);
+  const Layer base(base_hidden, base_weight, base_bias, temperature, base_softcap, base_logit_scale, kBaseNames);
   check_pair(model, base);
   const Head heads[2] = {model.head, base.head};
   const KeptRows kept = keep_rows(target, model.head.hidden.rows, weight.size(0), ignore_index);

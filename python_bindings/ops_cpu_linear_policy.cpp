@@ -256,7 +256,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_policy_loss_fwd_cpu(
   const Layer model(hidden, weight, bias, temperature, softcap, logit_scale);
   std::optional<Layer> base;
   if (base_hidden.has_value()) {
-    base.emplace(*base_hidden, *base_weight, base_bias, temperature, base_softcap, base_logit_scale);
+    base.emplace(*base_hidden, *base_weight, base_bias, temperature, base_softcap, base_logit_scale, kBaseNames);
     check_pair(model, *base);
   }
   const int64_t rows = model.head.hidden.rows;
@@ -304,7 +304,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_policy_loss_fwd_cpu(
 Tensor scaled(const Tensor& gradient, double factor, at::ScalarType dtype, bool wanted) {
   const at::TensorOptions options = gradient.options().dtype(dtype);
   if (!wanted) return at::empty({0}, options);
-  const Tensor result = at::empty(gradient.sizes(), options), from = gradient.contiguous();
+  const Tensor result = at::empty(gradient.sizes(), options);
+  const Tensor from = checked(gradient, "a gradient").contiguous();
   if (result.numel() == 0) return result;
   const Output output{result.mutable_data_ptr(), dtype_of(result), 0};
   const auto run = [&](auto type) {
@@ -329,7 +330,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_policy_loss_bwd_cpu(const Tensor& grad
                                                               at::ScalarType hidden_dtype, at::ScalarType weight_dtype,
                                                               at::ScalarType bias_dtype,
                                                               std::array<bool, 3> output_mask, int64_t workspace) {
-  const double factor = grad_loss.item<double>();
+  const double factor = checked(grad_loss, "grad_loss").item<double>();
   for (const Tensor* x : {&grad_hidden, &grad_weight, &grad_bias})
     TORCH_CHECK_TYPE(x->scalar_type() == at::kFloat || x->scalar_type() == at::kDouble, "a gradient has dtype ",
                      x->scalar_type(), ", expected float32 or float64");

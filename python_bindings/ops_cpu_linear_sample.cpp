@@ -61,7 +61,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_extrapolated_s
     std::string_view criterion, std::optional<double> threshold, std::string_view draft, double temperature,
     int64_t top_k, double top_p, double min_p, int64_t workspace) {
   const Layer model(hidden, weight, bias, 1, softcap, logit_scale);
-  const Layer base(base_hidden, base_weight, base_bias, 1, base_softcap, base_logit_scale);
+  const Layer base(base_hidden, base_weight, base_bias, 1, base_softcap, base_logit_scale, kBaseNames);
   check_pair(model, base);
   const Head heads[2] = {model.head, base.head};
   const int64_t count = model.head.hidden.rows;

@@ -120,6 +120,7 @@ std::tuple<Tensor, Tensor, Tensor> policy_loss_bwd_cpu(const Tensor& grad_loss, 
   const BoolMatrix counted = sequences.mask(mask, sizes);
   TORCH_CHECK_VALUE(!output_mask[0] || (coefficient.sizes() == sizes && coefficient.is_contiguous()),
                     "coefficient has shape ", coefficient.sizes(), ", expected ", sizes, ", contiguous");
+  checked(coefficient, "coefficient");
   TORCH_CHECK_TYPE(coefficient.scalar_type() == scale.scalar_type(), "coefficient has dtype ",
                    coefficient.scalar_type(), ", expected ", scale.scalar_type());
   const auto allocate = [&](bool wanted) {
@@ -128,7 +129,7 @@ std::tuple<Tensor, Tensor, Tensor> policy_loss_bwd_cpu(const Tensor& grad_loss, 
   };
   const Tensor grad_logp = allocate(output_mask[0]), grad_entropy = allocate(output_mask[1]),
                grad_kl = allocate(output_mask[2]);
-  const double upstream = grad_loss.item<double>();
+  const double upstream = checked(grad_loss, "grad_loss").item<double>();
   const PolicySpans spans = sequences.spans();
   const auto run = [&](auto type) {
     using Real = decltype(type);

@@ -37,6 +37,16 @@ LogitType type_of(const Tensor& x, const char* name) {
   }
 }
 
+// Before its pointer is taken: a model whose weights are sharded leaves tensors behind whose storage was taken away.
+void check_storage(const Tensor& x, const char* name) {
+  if (x.numel() == 0) return;
+  int64_t bytes = 0, last = x.storage_offset();
+  STD_TORCH_CHECK(aoti_torch_get_storage_size(x.get(), &bytes) == AOTI_TORCH_SUCCESS, name, " has no storage");
+  for (int64_t d = 0; d < x.dim(); ++d) last += (x.size(d) - 1) * x.stride(d);
+  const int64_t needed = (last + 1) * int64_t(x.element_size());
+  STD_TORCH_CHECK(needed <= bytes, name, " has a storage of ", bytes, " bytes, expected the ", needed, " of its shape");
+}
+
 // A tensor (…, columns) seen as rows, and what keeps it alive: a copy where two strides do not reach every row.
 struct Rows {
   Tensor tensor;
@@ -45,6 +55,7 @@ struct Rows {
   Rows(const Tensor& x, const char* name) : tensor(x) {
     STD_TORCH_CHECK(x.is_cuda(), name, " is not on a CUDA device");
     STD_TORCH_CHECK(x.dim() >= 2, name, " has ", x.dim(), " dimensions, expected at least 2");
+    check_storage(x, name);
     rows.type = type_of(x, name);
     if (describe()) return;
     tensor = torch::stable::contiguous(x);
@@ -97,6 +108,7 @@ const int64_t* numbers(OptionalTensor& x, int64_t rows, const Tensor& like, cons
   STD_TORCH_CHECK(x->scalar_type() == ScalarType::Long, name, " is not int64");
   STD_TORCH_CHECK(x->is_cuda() && x->get_device() == like.get_device(), name, " is not on the device of logits");
   STD_TORCH_CHECK(x->numel() == 1 || x->numel() == rows, name, " has ", x->numel(), " elements, expected ", rows);
+  check_storage(*x, name);
   x = torch::stable::contiguous(*x);
   return static_cast<const int64_t*>(x->const_data_ptr());
 }

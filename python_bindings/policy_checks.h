@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <cmath>
 #include <string>
 #include <string_view>
 #include <tuple>
@@ -77,7 +78,7 @@ struct Sequences {
                       "offsets has shape ", given_offsets->sizes(), ", expected [B + 1], on the CPU");
     TORCH_CHECK_TYPE(given_offsets->scalar_type() == at::kLong, "offsets has dtype ", given_offsets->scalar_type(),
                      ", expected int64");
-    offsets = given_offsets->contiguous();
+    offsets = checked(*given_offsets, "offsets").contiguous();
     count = offsets.size(0) - 1;
     columns = tokens.size(0);
     for (int64_t b = 0; b <= count; ++b) {
@@ -110,13 +111,13 @@ struct Sequences {
   BoolMatrix mask(const at::Tensor& x, at::IntArrayRef sizes) const {
     check(x, sizes, "mask");
     TORCH_CHECK_TYPE(x.scalar_type() == at::kBool, "mask has dtype ", x.scalar_type(), ", expected bool");
-    return {x.const_data_ptr<bool>(), packed() ? 0 : x.stride(0), x.stride(-1)};
+    return {static_cast<const uint8_t*>(x.const_data_ptr()), packed() ? 0 : x.stride(0), x.stride(-1)};
   }
 
  private:
   static void check(const at::Tensor& x, at::IntArrayRef sizes, const char* name) {
     TORCH_CHECK_VALUE(x.sizes() == sizes, name, " has shape ", x.sizes(), ", expected ", sizes);
-    TORCH_CHECK_VALUE(x.device().is_cpu(), name, " is on ", x.device(), ", expected cpu");
+    checked(x, name);
   }
 };
 
@@ -124,7 +125,9 @@ inline double number_of(const std::optional<at::Tensor>& denominator) {
   if (!denominator.has_value()) return -1;
   TORCH_CHECK_VALUE(denominator->numel() == 1 && denominator->device().is_cpu(), "denominator has shape ",
                     denominator->sizes(), ", expected one number on the CPU");
-  return denominator->item<double>();
+  const double number = checked(*denominator, "denominator").item<double>();
+  TORCH_CHECK_VALUE(number >= 0 && std::isfinite(number), "denominator is ", number, ", expected a number in [0, ∞)");
+  return number;
 }
 
 // `score` of each sequence (policy_loss.h).
@@ -133,7 +136,7 @@ inline void normalize_in_groups(const std::optional<at::Tensor>& group, std::vec
   TORCH_CHECK_VALUE(group->dim() == 1 && group->size(0) == int64_t(sequences.size()) && group->device().is_cpu(),
                     "group has shape ", group->sizes(), ", expected [", sequences.size(), "]");
   TORCH_CHECK_TYPE(group->scalar_type() == at::kLong, "group has dtype ", group->scalar_type(), ", expected int64");
-  const at::Tensor contiguous = group->contiguous();
+  const at::Tensor contiguous = checked(*group, "group").contiguous();
   normalize_in_groups(contiguous.const_data_ptr<int64_t>(), sequences);
 }
 

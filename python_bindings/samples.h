@@ -27,8 +27,7 @@ class RowNumbers {
     if (!x.has_value()) return;
     TORCH_CHECK_VALUE(x->numel() == 1 || x->numel() == rows, name, " has ", x->numel(), " elements, expected ", rows);
     TORCH_CHECK_TYPE(x->scalar_type() == at::kLong, name, " has dtype ", x->scalar_type(), ", expected int64");
-    TORCH_CHECK_VALUE(x->device().is_cpu(), name, " is on ", x->device(), ", expected cpu");
-    tensor_ = x->contiguous();
+    tensor_ = checked(*x, name).contiguous();
     stride_ = x->numel() == 1 ? 0 : 1;
   }
 

@@ -25,7 +25,8 @@ _MEASURED = "error against float64"
 _OP_TESTS = (
     "test_backends.py", "test_functional_fuzz.py", "test_ops_accuracy.py", "test_ops_gradients.py",
     "test_ops_ignored.py", "test_ops_invariance.py", "test_ops_layout.py", "test_ops_linear_policy.py",
-    "test_ops_linear_sample.py", "test_ops_policy.py", "test_ops_registration.py", "test_ops_sample.py",
+    "test_ops_linear_sample.py", "test_ops_policy.py", "test_ops_registration.py", "test_ops_safety.py",
+    "test_ops_sample.py",
 )  # fmt: skip
 _COLLECTED = {
     "interpreter": (*_OP_TESTS, "test_triton_interpreter.py", "test_triton_no_sync.py", "test_gpu_only.py"),

@@ -1,6 +1,8 @@
 """What does not fit is refused by name: the argument, what was given, what was expected."""
 
+import linear_policy_cases
 import numpy as np
+import policy_cases
 import pytest
 import torch
 from cases import LINEAR_OPS, OPS, PAIR_OPS, call, is_pair, make_inputs
@@ -154,3 +156,134 @@ def test_numbers_of_other_kinds_are_accepted(op):
     for value in (2, np.float64(2.0)):
         for x, other in zip(call(op, inputs, temperature=value), expected, strict=True):
             assert torch.equal(x, other)
+
+
+#: At the edge of float32: what it has no inverse of, and what overflows it.
+_TINY, _HUGE = (1e-46, 1e-40, 2e-39), (1e38, 1e39, 1e300, 10**400)
+
+
+@pytest.mark.parametrize("value", [*_TINY, *_HUGE], ids=lambda value: f"{float(min(value, 1e308)):g}")
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("op", OPS)
+def test_options_must_be_numbers_that_float32_computes_with(op, name, value):
+    _refused(op, ValueError, rf"^{name} is .*, expected a number (in \[1e-30, 1e\+30\]|that a float)", **{name: value})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"logit_scale": 1e20, "temperature": 1e-20},
+        {"softcap": 1e20, "temperature": 1e-20},
+        {"softcap": 1e-25, "logit_scale": 1e25},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("op", OPS)
+def test_quotients_of_options_must_be_numbers_that_float32_computes_with(op, options):
+    _refused(op, ValueError, r"^\w+ / \w+ is \S+ / \S+, expected at most 1e\+30", **options)
+
+
+@pytest.mark.parametrize("options", [{"temperature": 1e-30}, {"temperature": 1e30}, {"softcap": 1e-30}], ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_the_last_options_that_are_allowed_give_numbers(op, options):
+    assert all(x.isfinite().all() for x in call(op, make_inputs(op, 5), **options))
+
+
+@pytest.mark.parametrize("value", [2**63, -(2**63) - 1, 10**30])
+@pytest.mark.parametrize("op", OPS)
+def test_ignore_index_must_have_64_bits(op, value):
+    _refused(op, ValueError, rf"^ignore_index is {value}, expected an integer of 64 bits", ignore_index=value)
+
+
+def _sample(**options):
+    z = 5 * torch.randn(3, 50)
+    return dlogp_kernels.extrapolated_sample(z, z + 1, **({"seed": 1} | options)), z
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": 1e-40}, r"temperature is 1e-40, expected a number in \[1e-30, 1e\+30\]"),
+        ({"temperature": 1e39}, r"temperature is 1e\+39, expected a number in \[1e-30"),
+        ({"gamma": 1e39}, r"gamma is 1e\+39, expected a size of at most 1e\+30"),
+        ({"gamma": 1e20, "temperature": 1e-20}, r"gamma / temperature is 1e\+20 / 1e-20, expected at most 1e\+30"),
+        ({"criterion": "random", "threshold": 2}, r"threshold is 2, expected a number in \[0, 1\]"),
+        ({"criterion": "kl", "threshold": 10**400}, r"threshold is an integer of 1329 bits, expected a number that a"),
+        ({"row_id": torch.tensor([0, 2**32, 1])}, r"row_id has 4294967296, expected integers in \[0, 2\*\*32\)"),
+        (
+            {"row_id": torch.tensor([0, -1, 1], dtype=torch.int32)},
+            r"row_id has -1, expected integers in \[0, 2\*\*32\)",
+        ),
+        ({"step": torch.tensor([2**32])}, r"step has 4294967296, expected integers in \[0, 2\*\*32\)"),
+        ({"step": torch.tensor([0, 1, -(2**40)])}, r"step has -1099511627776, expected integers in"),
+        ({"step": 2**32}, r"step is 4294967296, expected an integer in \[0, 2\*\*32\)"),
+        ({"seed": 2**64}, r"seed is 18446744073709551616, expected an integer in \[0, 2\*\*64\)"),
+    ],
+    ids=str,
+)
+def test_options_of_draws_that_their_numbers_can_not_hold(options, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        _sample(**options)
+
+
+def test_the_lowest_temperature_that_is_allowed_draws_the_largest_logit():
+    drawn, z = _sample(temperature=1e-30)
+    assert torch.equal(drawn.token, z.argmax(-1))
+
+
+def _tangents():
+    for op in OPS:
+        for name in make_inputs(op, 3):
+            if name != "target":
+                yield op, name
+    yield from (("policy_loss", name) for name in ("logp", "old_logp", "entropy", "ref_logp", "token_weight"))
+    yield from (("linear_policy_loss", name) for name in ("hidden", "weight", "bias", "old_logp"))
+    yield from (("extrapolated_sample", name) for name in ("logits", "base_logits"))
+
+
+def _function_of(op: str, name: str):
+    """Of one tensor, and that tensor."""
+    if op == "policy_loss":
+        inputs = policy_cases.make_inputs(2, 5)
+    elif op == "linear_policy_loss":
+        inputs = linear_policy_cases.make_inputs(2, 5, v=30, d=4)
+    elif op == "extrapolated_sample":
+        inputs = {"logits": torch.randn(3, 30), "base_logits": torch.randn(3, 30), "seed": 1}
+    else:
+        inputs = make_inputs(op, (2, 3), v=30, d=4)
+
+    def function(x):
+        return getattr(dlogp_kernels, op)(**(inputs | {name: x}))[0].sum()
+
+    return function, inputs[name]
+
+
+@pytest.mark.parametrize(("op", "name"), list(_tangents()))
+def test_tangents_of_forward_mode_are_refused_and_not_dropped(op, name):
+    function, x = _function_of(op, name)
+    tangents = {
+        "jvp": lambda: torch.func.jvp(function, (x,), (torch.ones_like(x),)),
+        "jacfwd": lambda: torch.func.jacfwd(function)(x),
+        "jvp of grad": lambda: torch.func.jvp(torch.func.grad(function), (x,), (torch.ones_like(x),)),
+    }
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(NotImplementedError, match=f"^{name} has a tangent, expected none"):
+            function(dual)
+        function(x)  # without one
+    for transform in tangents.values():
+        with pytest.raises(NotImplementedError, match=f"^{name} has a tangent, expected none"):
+            transform()
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_tangent_of_the_gradient_is_refused_and_not_dropped(op):
+    inputs = make_inputs(op, 3)
+    for name, x in inputs.items():
+        if name != "target":
+            x.requires_grad_()
+    logp = call(op, inputs)[0]
+    with torch.autograd.forward_ad.dual_level():
+        grad = torch.autograd.forward_ad.make_dual(torch.ones_like(logp), torch.ones_like(logp))
+        with pytest.raises(NotImplementedError, match="a gradient has a tangent"):
+            logp.backward(grad)

@@ -49,6 +49,18 @@ X = torch.zeros(5, 36)
         ({"entropy_coef": 0.1, "entropy": None}, r"entropy is None, expected a tensor: entropy_coef is 0.1"),
         ({"entropy_coef": float("inf")}, r"entropy_coef is inf"),
         ({"num_tokens": -1}, r"num_tokens is -1, expected a number in \[0, ∞\)"),
+        ({"num_tokens": torch.tensor(-3)}, r"num_tokens is -3, expected a number in \[0, ∞\)"),
+        ({"num_tokens": torch.tensor([float("nan")])}, r"num_tokens is nan, expected a number in \[0, ∞\)"),
+        ({"num_tokens": torch.tensor(float("inf"))}, r"num_tokens is inf, expected a number in \[0, ∞\)"),
+        ({"num_tokens": 1e-40}, r"num_tokens is 1e-40, expected a number in \[1e-30, 1e\+30\]"),
+        ({"mask": torch.full((5, 37), 0.5)}, r"mask\[0, 0\] is 0.5, expected 0 or 1"),
+        ({"mask": torch.eye(5, 37) * float("nan")}, r"mask\[0, 0\] is nan, expected 0 or 1"),
+        ({"mask": -100 * torch.eye(5, 37, dtype=torch.int64)}, r"mask\[0, 0\] is -100, expected 0 or 1"),
+        ({"alpha": 1e35}, r"alpha is 1e\+35, expected a size of at most 1e\+30"),
+        ({"kl_beta": 1e35}, r"kl_beta is 1e\+35, expected a size of at most 1e\+30"),
+        ({"entropy_coef": -1e35}, r"entropy_coef is -1e\+35, expected a size of at most 1e\+30"),
+        ({"clip_high": 10**400}, r"clip_high is an integer of 1329 bits, expected a number that a float holds"),
+        ({"sapo_temperature_pos": 1e-40}, r"sapo_temperature_pos is 1e-40, expected a number in \[1e-30"),
         ({"num_tokens": torch.ones(2)}, r"num_tokens has dtype torch.float32 and shape \(2,\), expected one number"),
         ({"num_tokens": 5, "loss_type": "grpo"}, r"num_tokens is given, expected None: loss_type 'grpo'"),
         ({"num_sequences": 5}, r"num_sequences is given, expected None: loss_type 'dapo' does not divide by it"),
@@ -133,6 +145,21 @@ def test_what_does_not_fit_hidden_states(change, message):
     inputs["weight"].requires_grad_()
     with pytest.raises((ValueError, TypeError), match=message):
         linear_policy_loss(**(inputs | change))
+
+
+@pytest.mark.parametrize("importance", ["token", "sequence"])
+@pytest.mark.parametrize("label", [-100, -1, 301, -(2**63)])
+def test_a_target_outside_of_the_vocabulary_under_the_mask(label, importance):
+    inputs = linear_policy_cases.make_inputs()
+    inputs["mask"][0] = True
+    inputs["target"][0, 1] = label
+    message = (
+        rf"target\[0, 1\] is {label}, expected a token in \[0, 301\) where the mask is 1: there is no ignore_index"
+    )
+    with pytest.raises(IndexError, match=message):
+        linear_policy_loss(**inputs, importance=importance)
+    inputs["mask"][0, 1] = False
+    assert linear_policy_loss(**inputs, importance=importance).loss.isfinite()
 
 
 @pytest.mark.parametrize(

@@ -165,8 +165,8 @@ int64_t padded_columns(int64_t rows) {
 template <typename T>
 WeightRows<T> weight_rows(const Matrix& weight, int64_t begin, int64_t padded, int64_t width, std::vector<T>& copy) {
   const int64_t count = std::clamp<int64_t>(weight.rows - begin, 0, padded);
-  if (count == padded && width == weight.columns && weight.row_stride % kGroup<T> == 0) {
-    const T* in_place = row_in_place<T>(weight, begin, 0);
+  if (count == padded && width == weight.columns) {
+    const T* in_place = groups_in_place<T>(weight, begin);
     if (in_place != nullptr) return {in_place, weight.row_stride};
   }
   copy.resize(padded * width);

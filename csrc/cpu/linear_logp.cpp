@@ -58,8 +58,8 @@ template <typename T>
 WeightRows<T> weight_rows(const Matrix& weight, int64_t begin, int64_t padded, TileScratch<T>& scratch) {
   const int64_t width = packed_width<T>(weight.columns);
   const int64_t count = std::clamp<int64_t>(weight.rows - begin, 0, padded);
-  if (count == padded && width == weight.columns && weight.row_stride % kGroup<T> == 0) {
-    const T* in_place = row_in_place<T>(weight, begin, 0);
+  if (count == padded && width == weight.columns) {
+    const T* in_place = groups_in_place<T>(weight, begin);
     if (in_place != nullptr) return {in_place, weight.row_stride};
   }
   T* copy = scratch.weight_copy.data();

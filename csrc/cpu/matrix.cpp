@@ -90,6 +90,12 @@ const T* row_in_place(const Matrix& matrix, int64_t row, int64_t begin) {
 }
 
 template <typename T>
+const T* groups_in_place(const Matrix& matrix, int64_t row) {
+  const T* begin = matrix.row_stride % kGroup<T> == 0 ? row_in_place<T>(matrix, row, 0) : nullptr;
+  return reinterpret_cast<uintptr_t>(begin) % (kGroup<T> * sizeof(T)) == 0 ? begin : nullptr;
+}
+
+template <typename T>
 void write_row(const Output& output, int64_t row, int64_t begin, int64_t count, const T* from) {
   with_type(output.dtype, [&](auto* type) {
     using To = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
@@ -145,6 +151,7 @@ void pack_columns(int64_t first, int64_t count, const T* from, int64_t from_stri
 #define DLOGP_INSTANTIATE(T)                                                         \
   template void read_row<T>(const Matrix&, int64_t, int64_t, int64_t, T*);           \
   template const T* row_in_place<T>(const Matrix&, int64_t, int64_t);                \
+  template const T* groups_in_place<T>(const Matrix&, int64_t);                      \
   template void write_row<T>(const Output&, int64_t, int64_t, int64_t, const T*);    \
   template void transpose<T>(int64_t, int64_t, const T*, int64_t, T*, int64_t);      \
   template void pack_rows<T>(int64_t, int64_t, const T*, int64_t, const Packed<T>&); \

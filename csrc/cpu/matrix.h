@@ -42,16 +42,20 @@ void read_row(const Matrix& matrix, int64_t row, int64_t begin, int64_t count, T
 template <typename T>
 const T* row_in_place(const Matrix& matrix, int64_t row, int64_t begin);
 
+// Elements that a product consumes together along its inner dimension: 2 of bfloat16, else 1.
+template <typename T>
+constexpr int64_t kGroup = sizeof(T) == 2 ? 2 : 1;
+
+// Rows from `row` on likewise, where each begins at a whole group, which is read at once: a view may begin within one.
+template <typename T>
+const T* groups_in_place(const Matrix& matrix, int64_t row);
+
 template <typename T>
 void write_row(const Output& output, int64_t row, int64_t begin, int64_t count, const T* from);
 
 // to[c][r] = from[r][c].
 template <typename T>
 void transpose(int64_t rows, int64_t columns, const T* from, int64_t from_stride, T* to, int64_t to_stride);
-
-// Elements that a product consumes together along its inner dimension: 2 of bfloat16, else 1.
-template <typename T>
-constexpr int64_t kGroup = sizeof(T) == 2 ? 2 : 1;
 
 int64_t round_up(int64_t value, int64_t multiple);
 

@@ -42,9 +42,9 @@ void mask_row(int64_t count, const uint8_t* from, double* to) { mask_body(count,
 // Of a part, unless none of its tokens counts: then it returns false.
 template <typename Real>
 bool read_mask(const BoolMatrix& mask, const PolicySpan& part, Real* to) {
-  const bool* from = mask.data + part.sequence * mask.row_stride + part.begin * mask.column_stride;
+  const uint8_t* from = mask.data + part.sequence * mask.row_stride + part.begin * mask.column_stride;
   uint8_t copy[kPolicyTokens];
-  const uint8_t* adjacent = reinterpret_cast<const uint8_t*>(from);
+  const uint8_t* adjacent = from;
   if (mask.column_stride != 1) {
     for (int64_t i = 0; i < part.count; ++i) copy[i] = from[i * mask.column_stride];
     adjacent = copy;

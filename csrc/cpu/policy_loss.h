@@ -10,8 +10,9 @@
 
 namespace dlogp {
 
+// Of bytes: one that another type wrote may be neither 0 nor 1.
 struct BoolMatrix {
-  const bool* data = nullptr;
+  const uint8_t* data = nullptr;
   int64_t row_stride = 0, column_stride = 0;
 };
 

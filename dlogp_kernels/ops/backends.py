@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 
 from .. import installation
+from ..checks import check_storage
 from . import schemas
 
 #: In order of preference, but for what the table below says: C++ for the CPU, fused Triton kernels, CUDA C++, the
@@ -256,8 +257,10 @@ def warn_of_missing_kernels(device: torch.device | str) -> None:
 def launch(op: str, first: torch.Tensor, dtype: torch.dtype, *arguments: object) -> tuple[torch.Tensor, ...]:
     """Run `op` with the backend selected for inputs of this dtype, of which `first` is the first tensor."""
     hidden_size = first.shape[-1] if op in _BY_HIDDEN_SIZE else None
+    backend = select(op, first.device, dtype, hidden_size)
+    if backend not in COMPILED:
+        _check_storages(op, arguments)
     with _without_autocast(first.device):
-        backend = select(op, first.device, dtype, hidden_size)
         if backend == "reference":
             warn_of_missing_kernels(first.device)
         return _launcher(backend, op)(*arguments, _workspace)
@@ -265,8 +268,21 @@ def launch(op: str, first: torch.Tensor, dtype: torch.dtype, *arguments: object)
 
 def launch_blocked(op: str, first: torch.Tensor, dtype: torch.dtype, *arguments: object) -> tuple[torch.Tensor, ...]:
     """Run blocked.py's form of `op`, which calls other ops: those are served by the backend selected for them."""
+    _check_storages(op, arguments)
     with _without_autocast(first.device):
         return _launcher("reference", op)(*arguments, _workspace)
+
+
+def _check_storages(op: str, arguments: tuple[object, ...]) -> None:
+    """Those of every tensor; the bindings of compiled backends do it themselves, where they take a pointer."""
+    for name, x in zip(_argument_names(op), arguments, strict=True):
+        if isinstance(x, torch.Tensor):
+            check_storage(name, x)
+
+
+@functools.cache
+def _argument_names(op: str) -> tuple[str, ...]:
+    return tuple(argument.name for argument in getattr(torch.ops.dlogp, op).default._schema.arguments)
 
 
 def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:

@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from ..checks import check_no_tangent
 from . import backends
 
 LIBRARY = torch.library.Library("dlogp", "DEF")
@@ -35,7 +36,13 @@ def register_autograd(op: str, setup_context: Callable[..., None], backward: Cal
     def no_second_derivative(ctx: Any, *grads: Any) -> NoReturn:
         raise RuntimeError(f"dlogp_kernels: {op} has no second derivative")
 
-    torch.library.register_autograd(f"dlogp::{op}_fwd", backward, setup_context=setup_context, lib=LIBRARY)
+    def backward_alone(ctx: Any, *grads: Tensor | None) -> Any:
+        for grad in grads:
+            if grad is not None:
+                check_no_tangent("a gradient", grad)
+        return backward(ctx, *grads)
+
+    torch.library.register_autograd(f"dlogp::{op}_fwd", backward_alone, setup_context=setup_context, lib=LIBRARY)
     torch.library.register_autograd(f"dlogp::{op}_bwd", no_second_derivative, lib=LIBRARY)
 
 

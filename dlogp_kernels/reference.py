@@ -112,7 +112,8 @@ def logits_gradient(
     if other_logp_all is not None:
         assert kl is not None and grad_kl is not None and grad_reverse_kl is not None
         excess = (finite_logp - other_logp_all - kl[:, None]).masked_fill((p == 0) | (grad_kl == 0)[:, None], 0.0)
-        grad = grad + grad_kl[:, None] * p * excess + grad_reverse_kl[:, None] * (p - other_logp_all.exp())
+        difference = (p - other_logp_all.exp()).masked_fill_((grad_reverse_kl == 0)[:, None], 0.0)
+        grad = grad + grad_kl[:, None] * p * excess + grad_reverse_kl[:, None] * difference
     return grad
 
 

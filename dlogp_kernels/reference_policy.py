@@ -188,11 +188,17 @@ def sequence_scale(
     `instead` () stands in for whichever of the two the loss divides by.
     """
     if loss_type in BY_TOKENS:
-        return _inverse((total if instead is None else instead).double()).expand_as(counts)
-    sequences = torch.full_like(total, num_sequences, dtype=torch.float64) if instead is None else instead.double()
+        return _inverse(total.double() if instead is None else given_number(instead)).expand_as(counts)
+    sequences = torch.full_like(total, num_sequences, dtype=torch.float64) if instead is None else given_number(instead)
     if loss_type == "dr_grpo":
         return _inverse(sequences * max_length).expand_as(counts)
     return _inverse(counts.double() * sequences)
+
+
+def given_number(x: Tensor) -> Tensor:
+    """In float64; NaN where it is negative or not finite, as no number of tokens or responses is."""
+    x = x.double()
+    return x.masked_fill(~(x.isfinite() & (x >= 0)), math.nan)
 
 
 def token_loss(tokens: PolicyTokens, ratio: Tensor, advantage: Tensor, options: PolicyOptions) -> Tensor:
@@ -202,13 +208,18 @@ def token_loss(tokens: PolicyTokens, ratio: Tensor, advantage: Tensor, options: 
     """
     loss = surrogate(ratio, tokens.logp, advantage, options)
     if tokens.token_weight is not None:
-        loss = loss * tokens.token_weight
+        loss = weighted(loss, tokens.token_weight)
     divergence = divergence_of(tokens)
     if divergence is not None and options.kl_beta != 0.0:  # an infinite divergence may be looked at without it
         loss = loss + options.kl_beta * divergence
     if tokens.entropy is not None and options.entropy_coef != 0.0:
         loss = loss - options.entropy_coef * tokens.entropy
     return loss.masked_fill(~tokens.mask, 0.0)
+
+
+def weighted(x: Tensor, token_weight: Tensor) -> Tensor:
+    """x · token_weight; 0 where that is, whatever x."""
+    return (x * token_weight).masked_fill(token_weight == 0, 0.0)
 
 
 def divergence_of(tokens: PolicyTokens) -> Tensor | None:
@@ -288,7 +299,7 @@ def coefficient(tokens: PolicyTokens, raw: Tensor, ratio: Tensor, advantage: Ten
     """
     grad = surrogate_gradient(ratio, advantage, options)
     if tokens.token_weight is not None:
-        grad = grad * tokens.token_weight
+        grad = weighted(grad, tokens.token_weight)
     grad = grad.masked_fill(~tokens.mask, 0.0)
     if options.loss_type != "cispo":
         grad = grad.masked_fill(raw.abs() > LOG_RATIO_LIMIT, 0.0)
@@ -371,4 +382,5 @@ def _largest(x: Tensor) -> Tensor:
 
 
 def _inverse(x: Tensor) -> Tensor:
-    return torch.where(x > 0, 1.0 / x, 0.0)
+    """Of a number ≥ 0, or NaN; 0 of 0."""
+    return torch.where(x == 0, 0.0, 1.0 / x)

@@ -236,3 +236,20 @@ def test_delta_logp_is_the_difference_of_two_models(exact, op):
             torch.testing.assert_close(value, stats[i])
         for name, value in gradients(alone, own, [upstream[i] for i in indices]).items():
             torch.testing.assert_close(value, both[prefix + name])
+
+
+@pytest.mark.parametrize("op", PAIR_OPS)
+def test_a_base_model_without_numbers_where_no_divergence_has_a_gradient(op):
+    inputs = make_inputs(op, 5)
+    upstream = upstream_of(call(op, inputs))
+    for i, name in enumerate(call(op, inputs)._fields):
+        if "base" in name or "delta" in name or "kl" in name:
+            upstream[i][2] = 0.0
+    model = [name for name in floating(inputs) if not name.startswith("base_")]
+    expected = gradients(op, inputs, upstream, wanted=model)
+    for name, x in inputs.items():
+        if name in ("base_hidden", "base_logits"):
+            x[2] = torch.nan
+    actual = gradients(op, inputs, upstream, wanted=model)
+    for name in model:
+        torch.testing.assert_close(actual[name], expected[name])

@@ -338,3 +338,19 @@ def test_autocast_converts_as_linear_does():
     assert torch.equal(loss.detach().cpu(), expected.loss)
     for name, grad in zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True):
         assert grad.dtype == FP32 and torch.equal(grad, expected.gradients[name].float())
+
+
+@pytest.mark.parametrize("value", fewer([torch.nan, torch.inf, -torch.inf], [torch.nan]))
+def test_a_reference_model_without_a_part_in_the_loss_may_be_anything(value):
+    inputs = make_inputs()
+    given = {name: x for name, x in inputs.items() if name not in ("ref_logp", "token_weight")}
+    expected = call(given)
+    by_score = call(given | {"ref_logp": torch.full_like(inputs["old_logp"], value)})
+    base = make_inputs(base=True)
+    base["base_hidden"] = torch.full_like(base["base_hidden"], value)
+    by_model = call({name: x for name, x in base.items() if name != "token_weight"})
+    for actual in (by_score, by_model):
+        assert actual.loss.isfinite()
+        assert all(x.isfinite().all() for x in actual.gradients.values())
+    assert torch.equal(by_score.loss, expected.loss)
+    assert all(torch.equal(by_score.gradients[name], x) for name, x in expected.gradients.items())

@@ -21,7 +21,7 @@ from policy_cases import (
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import dlogp_kernels
-from dlogp_kernels import backends, reference_policy
+from dlogp_kernels import backends, functional, reference_policy
 from dlogp_kernels.reference_policy import PolicyOptions
 from dlogp_kernels.results import PolicyMetrics
 
@@ -509,3 +509,49 @@ def test_inputs_are_not_modified():
     call(inputs, reweight="ppl", importance="sequence", **ALL_EXTRAS)
     for name, x in before.items():
         assert torch.equal(inputs[name], x)
+
+
+@pytest.mark.parametrize("value", fewer([torch.nan, torch.inf, -torch.inf], [torch.nan, torch.inf]))
+@pytest.mark.parametrize("loss_type", fewer(["dapo", "cispo"], ["dapo"]))
+@pytest.mark.parametrize("importance", ["token", "sequence"])
+@pytest.mark.parametrize("name", ["ref_logp", "kl", "entropy"])
+def test_what_has_no_part_in_the_loss_may_be_anything(name, importance, loss_type, value):
+    """A score that could not be had, where its coefficient is 0: the loss and the gradients are those without it."""
+    inputs = make_inputs()
+    options = {"importance": importance, "loss_type": loss_type}
+    expected = call(without_extras(inputs), **options)
+    given = without_extras(inputs) | {name: torch.full_like(inputs["logp"], value)}
+    actual = call(given, **options)
+    assert torch.equal(actual.loss, expected.loss)
+    assert torch.equal(actual.gradients["logp"], expected.gradients["logp"])
+    for other in actual.gradients.values():
+        assert other.isfinite().all()
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "cispo", "sapo"])
+@pytest.mark.parametrize("importance", ["token", "sequence"])
+def test_a_token_of_weight_0_has_no_part_in_the_term_of_the_ratio(importance, loss_type):
+    inputs = without_extras(make_inputs())
+    weight = inputs["mask"].new_ones(inputs["logp"].shape, dtype=torch.float32)
+    weight[0, :5] = 0.0
+    options = {"importance": importance, "loss_type": loss_type, "reweight": "none"}
+    clean = call(inputs | {"token_weight": weight}, **options)
+    advantage = inputs["advantage"][:, None].expand_as(weight).clone()
+    advantage[0, :5] = torch.nan
+    actual = call(inputs | {"token_weight": weight, "advantage": advantage}, **options)
+    assert torch.equal(actual.loss, clean.loss)
+    assert torch.equal(actual.gradients["logp"], clean.gradients["logp"])
+
+
+@pytest.mark.parametrize("value", [-3.0, torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("loss_type", fewer(["dapo", "cispo"], ["dapo"]))
+def test_an_impossible_number_of_tokens_that_nobody_looked_at_gives_nan(backend, loss_type, value, monkeypatch):
+    """As on a GPU, where to look would be to wait; the kernels of the CPU look."""
+    monkeypatch.setattr(functional, "_has_values", lambda x: False)
+    inputs = without_extras(make_inputs())
+    if backend == "cpu":
+        with pytest.raises(ValueError, match="num_tokens is"):
+            call(inputs, loss_type=loss_type, num_tokens=torch.tensor(value))
+        return
+    result = call(inputs, loss_type=loss_type, num_tokens=torch.tensor(value, device=cases.DEVICE))
+    assert result.loss.isnan() and result.gradients["logp"][inputs["mask"]].isnan().all()

@@ -43,7 +43,8 @@ template <typename Real>
 void logits_gradient(const Upstream<Real>& upstream, int model, int64_t row, const int64_t* target,
                      const LogitTransform& transform, const GradientTerms<Real>& terms, int64_t begin, int64_t count,
                      const Real* z, const Real* other_z, Real* grad) {
-  if (other_z == nullptr)
+  // The other model's logits may be anything where no divergence has a gradient.
+  if (other_z == nullptr || (terms.ratio_term == 0 && terms.other_term == 0))
     gradient_row(terms, count, z, grad);
   else
     gradient_row(terms, count, z, other_z, grad);

@@ -97,8 +97,10 @@ DLOGP_INLINE void set_terms(const PolicyOptions& options, int64_t count, PolicyT
     const Real own_ratio = exp_of(log_ratio), ratio = of_sequences ? common_ratio : own_ratio;
     const PolicyTerm<Real> term = term_of<surrogate>(numbers, ratio, t.advantage[i], t.logp[i]);
     const Real share = weighted ? mask * t.token_weight[i] : mask;
-    const Real own_loss = term.loss * share;
-    const Real slope = !of_sequences && !by_logp && std::fabs(full) > limit ? Real(0) : term.slope * share;
+    const bool without = weighted && share == 0;  // a part; then it may be anything
+    const Real own_loss = without ? Real(0) : term.loss * share;
+    const bool limited = !of_sequences && !by_logp && std::fabs(full) > limit;
+    const Real slope = without || limited ? Real(0) : term.slope * share;
     t.loss[i] = own_loss;
     t.coefficient[i] = summed ? Real(0) : slope;
     tokens += mask;
@@ -184,7 +186,8 @@ DLOGP_INLINE void add_reference(const PolicyOptions& options, int64_t count, Pol
     const Real k3 = k3_of(x, exponential);
     const Real slope = std::fabs(x) < Real(0.3) ? k3 + x : exponential - 1;  // eˣ − 1
     divergence[i] = k3;
-    t.coefficient[i] -= full > limit ? Real(0) : beta * slope * t.mask[i];
+    // Without a part in the loss a divergence may be anything.
+    t.coefficient[i] -= full > limit || beta == 0 ? Real(0) : beta * slope * t.mask[i];
   }
   sums.ref_kl += add_to_loss(options.kl_beta, count, divergence, t, sums);
 }

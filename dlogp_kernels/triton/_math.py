@@ -317,7 +317,8 @@ def divergence_gradient(logp_all, other_logp_all, kl, grad_kl, grad_reverse_kl):
     excess = tl.where(p == 0.0, 0.0, logp_all) - other_logp_all - kl
     excess = tl.where(p == 0.0, 0.0, excess)
     excess = tl.where(grad_kl == 0.0, 0.0, excess)
-    return grad_kl * p * excess + grad_reverse_kl * (p - exp(other_logp_all))
+    difference = tl.where(grad_reverse_kl == 0.0, 0.0, p - exp(other_logp_all))
+    return grad_kl * p * excess + grad_reverse_kl * difference
 
 
 @triton.jit

@@ -110,6 +110,12 @@ def term_of(ratio, advantage, logp, numbers, SURROGATE: tl.constexpr):
 
 
 @triton.jit
+def times(factor, x):
+    """0 where the factor is: what has no part in the loss may be infinite, or no number."""
+    return tl.where(factor == 0.0, 0.0, factor * x)
+
+
+@triton.jit
 def k3_of(x):
     """eˣ − x − 1 and eˣ − 1 for x ≤ 20; near 0, where both cancel, by the series."""
     exponential = _math.exp(x)

@@ -119,18 +119,17 @@ def _policy_rows_kernel(
         slope = _policy.within_limit(slope, log_ratio)
     if known.token_weight is not None:
         token_weight = load_known(known.token_weight, n, mask)
-        loss *= token_weight
-        slope *= token_weight
+        loss = _policy.times(token_weight, loss)
+        slope = _policy.times(token_weight, slope)
     divergence = zero
     if known.ref_logp is not None:
         divergence, k3_slope = _policy.k3_of_reference(load_known(known.ref_logp, n, mask), logp)
-        slope += numbers.kl_beta * k3_slope
+        slope += _policy.times(numbers.kl_beta, k3_slope)
     if known.kl is not None:
         divergence = load_known(known.kl, n, mask)
         tl.store(out.grad_kl + n, numbers.kl_beta * scale, mask=inside)
-    # An infinite divergence may be looked at without it.
-    loss += tl.where(numbers.kl_beta == 0.0, 0.0, numbers.kl_beta * divergence)
-    loss -= tl.where(numbers.entropy_coef == 0.0, 0.0, numbers.entropy_coef * entropy)
+    loss += _policy.times(numbers.kl_beta, divergence)
+    loss -= _policy.times(numbers.entropy_coef, entropy)
     tl.store(out.grad_logp + n, tl.where(mask, slope * scale, 0.0), mask=inside)
     tl.store(out.grad_entropy + n, -numbers.entropy_coef * scale, mask=inside)
     # In the order of PolicyMetrics; then loss, count.

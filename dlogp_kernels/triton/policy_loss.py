@@ -173,13 +173,15 @@ def score_of(sequences_ptr, group_ptr, b, B, BLOCK: tl.constexpr):
 
 @triton.jit
 def inverse(x):
-    return tl.where(x > 0.0, 1.0 / tl.where(x > 0.0, x, 1.0), 0.0)
+    """Of a number ≥ 0, or NaN; 0 of 0."""
+    return tl.where(x == 0.0, 0.0, 1.0 / tl.where(x == 0.0, 1.0, x))
 
 
 @triton.jit
-def scaled(loss, scale):
-    """0 where the scale is, whatever the loss."""
-    return tl.where(scale > 0.0, scale * loss, 0.0)
+def given_number(pointer):
+    """In float64; NaN where it is negative or not finite, as no number of tokens or responses is."""
+    x = tl.load(pointer).to(tl.float64)
+    return tl.where((x >= 0.0) & (x < float("inf")), x, float("nan"))
 
 
 @triton.jit
@@ -209,7 +211,7 @@ def finish(
     tl.store(metrics_ptr + column, metrics.to(tl.float32), mask=column < METRICS)
     sequences = B.to(tl.float64)
     if denominator_ptr is not None:
-        total = tl.load(denominator_ptr).to(tl.float64)
+        total = given_number(denominator_ptr)
         sequences = total
     if DENOMINATOR == "sequences":
         losses = tl.zeros([_PARTS], tl.float64)
@@ -219,12 +221,12 @@ def finish(
             count = tl.load(counts_ptr + p // splits, mask=inside, other=0, cache_modifier=".cg")
             scale = inverse(count.to(tl.float64) * sequences)
             loss = tl.load(parts_ptr + p * _PART + _LOSS, mask=inside, other=0.0, cache_modifier=".cg")
-            losses += scaled(loss.to(tl.float64), scale)
+            losses += _policy.times(scale, loss.to(tl.float64))
             tl.store(scale_ptr + p // splits, scale.to(tl.float32), mask=inside & (p % splits == 0))
         loss = tl.sum(losses, 0)
     else:
         scale = inverse(sequences * max_length if DENOMINATOR == "max_length" else total)
-        loss = scaled(tl.sum(tl.where(column == _LOSS, sums, 0.0), 0), scale)
+        loss = _policy.times(scale, tl.sum(tl.where(column == _LOSS, sums, 0.0), 0))
         for start in range(0, B, _PARTS):
             b = start + lane
             tl.store(scale_ptr + b, scale.to(tl.float32), mask=b < B)
@@ -300,8 +302,8 @@ def _policy_loss_fwd_kernel(
             slope = _policy.within_limit(slope, log_ratio)
         if token_weights is not None:
             token_weight = load_tokens(token_weights, b, t, inside)
-            loss *= token_weight
-            slope *= token_weight
+            loss = _policy.times(token_weight, loss)
+            slope = _policy.times(token_weight, slope)
         coefficient = tl.zeros_like(logp)
         if SUMS_SLOPES:
             slope_sum += summed(slope, mask, UNIT)
@@ -312,17 +314,16 @@ def _policy_loss_fwd_kernel(
         if ref_logps is not None:
             k3, k3_slope = _policy.k3_of_reference(load_tokens(ref_logps, b, t, inside), logp)
             ref_kl_sum += summed(k3, mask, UNIT)
-            # An infinite divergence may be looked at without it.
-            loss += tl.where(numbers.kl_beta == 0.0, 0.0, numbers.kl_beta * k3)
-            coefficient += numbers.kl_beta * k3_slope
+            loss += _policy.times(numbers.kl_beta, k3)
+            coefficient += _policy.times(numbers.kl_beta, k3_slope)
         if kls is not None:
             kl = load_tokens(kls, b, t, inside)
             ref_kl_sum += summed(kl, mask, UNIT)
-            loss += tl.where(numbers.kl_beta == 0.0, 0.0, numbers.kl_beta * kl)
+            loss += _policy.times(numbers.kl_beta, kl)
         if entropies is not None:
             entropy = load_tokens(entropies, b, t, inside)
             entropy_sum += summed(entropy, mask, UNIT)
-            loss -= tl.where(numbers.entropy_coef == 0.0, 0.0, numbers.entropy_coef * entropy)
+            loss -= _policy.times(numbers.entropy_coef, entropy)
         if coefficient_ptr is not None:
             tl.store(coefficient_ptr + row + t, tl.where(mask, coefficient, 0.0), mask=t < last)
         one = tl.full([BLOCK], 1.0, tl.float32)
@@ -354,7 +355,7 @@ def _policy_loss_fwd_kernel(
             if ref_logps is not None:
                 ref_logp, logp = load_tokens(ref_logps, b, t, inside), load_tokens(logp_tokens, b, t, inside)
                 _, k3_slope = _policy.k3_of_reference(ref_logp, logp)
-                coefficient += numbers.kl_beta * k3_slope
+                coefficient += _policy.times(numbers.kl_beta, k3_slope)
             tl.store(coefficient_ptr + row + t, tl.where(mask, coefficient, 0.0), mask=t < last)
     if DENOMINATOR == "sequences":
         # A sum of integers: in any order the same.

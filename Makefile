@@ -9,7 +9,7 @@ OLDEST_TRITON := $(VENV)/triton-3.6.0
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 SOURCES := $(wildcard csrc/*/* python_bindings/*)
 
-.PHONY: demo test lint setup benchmarks clean
+.PHONY: demo test lint sanitize setup benchmarks clean
 
 demo: setup
 	$(BIN)/dlogp demo
@@ -29,6 +29,13 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(SOURCES) $(wildcard tests/*/*.h tests/*/*.c tests/*/*.cpp)
+
+# The CPU's kernels under AddressSanitizer and UndefinedBehaviorSanitizer; longer with CALLS=20000, otherwise with SEED=1.
+CALLS := 2000
+SEED := 0
+sanitize: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" DLOGP_BUILD=asan $(BIN)/python setup.py --quiet build_ext
+	$(BIN)/python tests/sanitized_fuzz.py --calls $(CALLS) --seed $(SEED)
 
 benchmarks: setup
 	$(BIN)/python -m benchmarks

@@ -2,7 +2,8 @@
 
 The CPU's wherever there is a C++ compiler; the one for CUDA, a library of its own, where nvcc is found too, whether or
 not this machine has a GPU. `DLOGP_BUILD=cpu` leaves the latter out, `DLOGP_BUILD=none` both. Build with
-`--no-build-isolation`, so that they are compiled against the installed torch.
+`--no-build-isolation`, so that they are compiled against the installed torch. `DLOGP_BUILD=asan` builds the CPU's with
+sanitizers, in build/asan, where only what looks for it there finds it.
 """
 
 import contextlib
@@ -33,6 +34,10 @@ CUDA_SOURCES = [
     *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cuda/*.cu")),
 ]
 COMPILE_FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
+#: What a sanitizer finds ends the process.
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
+SANITIZED_FLAGS = [*COMPILE_FLAGS, "-O1", "-g1", "-fno-omit-frame-pointer", *SANITIZERS]
+SANITIZED_BUILD = ROOT / "build" / "asan"
 #: The stable ABI of torch 2.11: what is built against a later torch runs with every one from there on.
 NVCC_FLAGS = [
     "-O3", "-std=c++20", "--expt-relaxed-constexpr", "--threads=2", "-DUSE_CUDA",
@@ -78,8 +83,8 @@ def keep_reason(problem: str | None) -> None:
 
 
 def why_not_cuda() -> str | None:
-    if os.environ.get("DLOGP_BUILD") == "cpu":
-        return "DLOGP_BUILD=cpu"
+    if os.environ.get("DLOGP_BUILD") in ("cpu", "asan"):
+        return f"DLOGP_BUILD={os.environ['DLOGP_BUILD']}"
     if not shutil.which("nvcc"):
         return "nvcc was not found"
     if not architectures():
@@ -139,8 +144,15 @@ def extensions() -> dict[str, Any]:
 
     # torch looks for ninja on PATH alone.
     os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), str(Path(find_ninja() or "").parent)])
+    sanitized = os.environ.get("DLOGP_BUILD") == "asan"
 
     class Build(BuildExtension):
+        def finalize_options(self) -> None:
+            super().finalize_options()
+            if sanitized:
+                self.inplace, self.build_lib = False, str(SANITIZED_BUILD)
+                self.build_temp = str(SANITIZED_BUILD / "objects")
+
         def build_extension(self, extension: Extension) -> None:
             if extension.name == CUDA:
                 build_cuda(Path(self.get_ext_fullpath(CUDA)).absolute())
@@ -148,7 +160,9 @@ def extensions() -> dict[str, Any]:
                 super().build_extension(extension)
 
     # OpenMP is not linked: the symbols come with torch, so that both share one pool of threads.
-    modules = [CppExtension("dlogp_kernels._cpu", CPU_SOURCES, extra_compile_args=COMPILE_FLAGS)]
+    flags = SANITIZED_FLAGS if sanitized else COMPILE_FLAGS
+    links = SANITIZERS if sanitized else []
+    modules = [CppExtension("dlogp_kernels._cpu", CPU_SOURCES, extra_compile_args=flags, extra_link_args=links)]
     problem = why_not_cuda()
     if problem is None:
         # Its .cu files would make torch look for a CUDA build of itself.

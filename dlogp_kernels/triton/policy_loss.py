@@ -315,7 +315,8 @@ def _policy_loss_fwd_kernel(
             k3, k3_slope = _policy.k3_of_reference(load_tokens(ref_logps, b, t, inside), logp)
             ref_kl_sum += summed(k3, mask, UNIT)
             loss += _policy.times(numbers.kl_beta, k3)
-            coefficient += _policy.times(numbers.kl_beta, k3_slope)
+            if not SUMS_SLOPES:
+                coefficient += _policy.times(numbers.kl_beta, k3_slope)
         if kls is not None:
             kl = load_tokens(kls, b, t, inside)
             ref_kl_sum += summed(kl, mask, UNIT)
@@ -324,7 +325,7 @@ def _policy_loss_fwd_kernel(
             entropy = load_tokens(entropies, b, t, inside)
             entropy_sum += summed(entropy, mask, UNIT)
             loss -= _policy.times(numbers.entropy_coef, entropy)
-        if coefficient_ptr is not None:
+        if coefficient_ptr is not None and not SUMS_SLOPES:
             tl.store(coefficient_ptr + row + t, tl.where(mask, coefficient, 0.0), mask=t < last)
         one = tl.full([BLOCK], 1.0, tl.float32)
         loss_sum += summed(loss, mask, UNIT)

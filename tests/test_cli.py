@@ -170,7 +170,7 @@ def test_what_is_no_file_of_data_is_named_with_its_option(pair, dlogp, tmp_path,
 BAD_OPTIONS = {
     "generate --threshold=-inf": "--threshold is -inf, expected a number within the range of float32",
     "generate --threshold=1e39": "--threshold is 1e+39, expected a number within the range of float32",
-    "generate --threshold=-1 --gamma=1e39": "--gamma is 1e+39, expected a number ≥ 0 within the range of float32",
+    "generate --threshold=-1 --gamma=1e39": "--gamma is 1e+39, expected a size of at most 1e+30",
     "generate --threshold=2 --criterion=random": "--threshold is 2.0, expected a number in [0, 1], a probability",
     "generate --threshold=-1 --device=meta": "--device is 'meta', which can not be used here: expected cpu or cuda",
     "generate --threshold=-1 --device=hpu": "--device is 'hpu', which can not be used here: expected cpu or cuda",

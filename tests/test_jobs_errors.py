@@ -259,6 +259,8 @@ def test_the_smaller_vocabulary_and_context_count(pair, tmp_path):
         ({"batch_tokens": 0}, "--batch-tokens is 0, expected at least 1"),
         ({"temperature": 0.0}, "--temperature is 0.0, expected a finite number > 0"),
         ({"temperature": float("nan")}, "--temperature is nan"),
+        ({"temperature": 1e-40}, "--temperature is 1e-40, expected a number in [1e-30, 1e+30]"),
+        ({"temperature": 1e39}, "--temperature is 1e+39, expected a number in [1e-30, 1e+30]"),
         ({"dtype": "int8"}, "--dtype is 'int8', expected one of bf16, fp16, fp32"),
         ({"on_error": "ignore"}, "--on-error is 'ignore', expected raise or skip"),
         ({"memory_limit": "much"}, "--memory-limit: "),

@@ -302,6 +302,7 @@ BAD_DECODING = {
     "--max-line-size is 0, expected an integer": {"max_line_size": 0},
     "--temperature is -0.1": {"temperature": -0.1},
     "--temperature is nan": {"temperature": float("nan")},
+    "--temperature is 1e-40": {"temperature": 1e-40},
     "--top-p is 0.0, expected a number in (0, 1]": {"top_p": 0.0},
     "--top-p is 1.5": {"top_p": 1.5},
     "--min-p is 1.5, expected a number in [0, 1]": {"min_p": 1.5},
@@ -322,6 +323,7 @@ BAD_SETTINGS = {
     "--criterion is 'magic', expected one of delta_logp": Setting("magic", 1.0),
     "--gamma is -0.1, expected a number ≥ 0": Setting("all", None, -0.1),
     "--gamma is inf": Setting("all", None, float("inf")),
+    "--gamma is 1e+39": Setting("all", None, 1e39),
     "--draft is 'both', expected base or rl": Setting("all", None, 0.0, "both"),
 }
 

@@ -204,6 +204,8 @@ def test_damaged_checkpoints_and_logs_are_not_gone_on_from(run, tmp_path, monkey
         ({"overlong_buffer": 9}, "--overlong-buffer is 9, expected at most --max-new-tokens"),
         ({"dual_clip": 1.0}, "--dual-clip is 1.0, expected a number > 1"),
         ({"dtype": "fp16"}, "--dtype is 'fp16', expected one of fp32, bf16"),
+        ({"temperature": 1e-40}, r"--temperature is 1e-40, expected a number in \[1e-30, 1e\+30\]"),
+        ({"kl_beta": 1e35}, r"--kl-beta is 1e\+35, expected a size of at most 1e\+30"),
     ],
 )
 def test_options_that_can_not_be(options, message):

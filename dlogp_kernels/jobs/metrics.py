@@ -6,7 +6,6 @@ appear whole or not at all. (On the same machine with as many threads: how many 
 bit.)
 """
 
-import math
 import platform
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,12 +17,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from ..checks import check_scale
 from ..hf import HiddenStore, LmHead, lm_head
 from ..hf.memory import as_bytes
 from ..report.dataset import TOKENS_DIRECTORY, ResponseRows, TokenDataset, part_path, to_table, write_part
 from .compute import Setting, measure, response_hidden
 from .data import MAX_LINE_BYTES, Encoder, Sample, line_limit, read_records
-from .errors import JobError
+from .errors import JobError, check_option
 from .identity import Fingerprints, versions
 from .models import DTYPES, ModelPlace, check_device, find_model, load_weights, read_pair, warn_of_rounding
 from .plan import cut_batches, cut_parts
@@ -166,8 +166,7 @@ def _check_arguments(
 ) -> Arguments:
     if batch_tokens < 1:
         raise JobError(f"--batch-tokens is {batch_tokens}, expected at least 1")
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise JobError(f"--temperature is {temperature}, expected a finite number > 0")
+    check_option(check_scale, "--temperature", temperature)
     if dtype not in DTYPES:
         raise JobError(f"--dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
     if on_error not in ("raise", "skip"):

@@ -9,10 +9,11 @@ from typing import Any, TypeVar
 
 import torch
 
+from ..checks import check_drawing_temperature, check_factor
 from ..reference_sample import CRITERIA, WITH_THRESHOLD
 from ..report.jsonl import MAX_LINE_BYTES
 from ..report.responses import BASE, RL, Setting
-from .errors import JobError
+from .errors import JobError, check_option
 from .graders import DEFAULT_GRADER_SECONDS
 from .models import DTYPES
 
@@ -157,7 +158,8 @@ def _check_setting(setting: Setting) -> None:
         raise JobError(f"--threshold is missing: the criterion {criterion} compares with it")
     if threshold is not None:
         _check_threshold(criterion, threshold)
-    _check_number("--gamma", gamma, lambda value: 0 <= value <= _LARGEST, "≥ 0 within the range of float32")
+    _check_number("--gamma", gamma, lambda value: value >= 0, "≥ 0")
+    check_option(check_factor, "--gamma", gamma)
     if draft not in ("base", "rl"):
         raise JobError(f"--draft is {draft!r}, expected base or rl")
 
@@ -189,6 +191,7 @@ def _check_threshold(criterion: str, threshold: float) -> None:
 def check_decoding(decoding: Decoding) -> None:
     """JobError that names the option for a value that can not be."""
     _check_number("--temperature", decoding.temperature, lambda value: value >= 0, "≥ 0")
+    check_option(check_drawing_temperature, "--temperature", decoding.temperature)
     _check_number("--top-p", decoding.top_p, lambda value: 0 < value <= 1, "in (0, 1]")
     _check_number("--min-p", decoding.min_p, lambda value: 0 <= value <= 1, "in [0, 1]")
     _check_integer("--top-k", decoding.top_k, 0, 2**31)

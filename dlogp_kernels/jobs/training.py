@@ -5,9 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ..checks import check_factor, check_scale
 from ..reference_policy import REWEIGHT_SIGNS, REWEIGHTS
 from ..report.jsonl import MAX_LINE_BYTES
-from .errors import JobError
+from .errors import JobError, check_option
 from .graders import DEFAULT_GRADER_SECONDS
 
 
@@ -107,6 +108,9 @@ def check_training(training: Training) -> None:
         ("grader_timeout", lambda value: value > 0, "a number > 0"),
     ):
         _check(name, getattr(training, name), int | float, holds, expected)
+    for name in ("alpha", "kl_beta"):
+        check_option(check_factor, _option(name), getattr(training, name))
+    check_option(check_scale, "--temperature", training.temperature)
     for name, choices in (("reweight", REWEIGHTS), ("reweight_sign", REWEIGHT_SIGNS), ("dtype", ("fp32", "bf16"))):
         value = getattr(training, name)
         if value not in choices:

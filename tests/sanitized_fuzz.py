@@ -181,11 +181,11 @@ class Call:
             "reweight_sign": self.draw.choice(("both", "positive", "negative")),
             "group": self.integers(3, sequences),
             "dual_clip": self.perhaps(lambda: 1.5),
-            "importance": self.draw.choice(("token", "sequence")),
+            "importance": self.draw.choice(("token", "sequence", "sequence_token")),
             "entropy_coef": self.draw.choice((0.0, 0.1)),
             "kl_beta": self.draw.choice((0.0, 0.2)),
             "token_weight": self.perhaps(lambda: self.floating(*shape)),
-            "num_tokens": self.perhaps(lambda: self.draw.choice(numbers)) if by_tokens else None,
+            "num_tokens" if by_tokens else "num_sequences": self.perhaps(lambda: self.draw.choice(numbers)),
             "max_length": 50 if loss_type == "dr_grpo" or self.draw.random() < 0.3 else None,
             "offsets": self.offsets(shape[0], sequences) if packed else None,
         }

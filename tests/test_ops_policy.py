@@ -544,14 +544,16 @@ def test_a_token_of_weight_0_has_no_part_in_the_term_of_the_ratio(importance, lo
 
 
 @pytest.mark.parametrize("value", [-3.0, torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("loss_type", fewer(["dapo", "cispo"], ["dapo"]))
-def test_an_impossible_number_of_tokens_that_nobody_looked_at_gives_nan(backend, loss_type, value, monkeypatch):
+@pytest.mark.parametrize("loss_type", fewer(["dapo", "cispo", "grpo", "dr_grpo"], ["dapo", "grpo"]))
+def test_an_impossible_denominator_that_nobody_looked_at_gives_nan(backend, loss_type, value, monkeypatch):
     """As on a GPU, where to look would be to wait; the kernels of the CPU look."""
     monkeypatch.setattr(functional, "_has_values", lambda x: False)
     inputs = without_extras(make_inputs())
+    name = "num_tokens" if loss_type in reference_policy.BY_TOKENS else "num_sequences"
+    options = {"loss_type": loss_type, name: torch.tensor(value, device=cases.DEVICE)}
     if backend == "cpu":
-        with pytest.raises(ValueError, match="num_tokens is"):
-            call(inputs, loss_type=loss_type, num_tokens=torch.tensor(value))
+        with pytest.raises(ValueError, match="denominator is"):
+            call(inputs, **options)
         return
-    result = call(inputs, loss_type=loss_type, num_tokens=torch.tensor(value, device=cases.DEVICE))
+    result = call(inputs, **options)
     assert result.loss.isnan() and result.gradients["logp"][inputs["mask"]].isnan().all()

@@ -53,6 +53,11 @@ X = torch.zeros(5, 36)
         ({"num_tokens": torch.tensor([float("nan")])}, r"num_tokens is nan, expected a number in \[0, ∞\)"),
         ({"num_tokens": torch.tensor(float("inf"))}, r"num_tokens is inf, expected a number in \[0, ∞\)"),
         ({"num_tokens": 1e-40}, r"num_tokens is 1e-40, expected a number in \[1e-30, 1e\+30\]"),
+        (
+            {"num_sequences": torch.tensor(-3), "loss_type": "grpo"},
+            r"num_sequences is -3, expected a number in \[0, ∞\)",
+        ),
+        ({"num_sequences": 1e-40, "loss_type": "grpo"}, r"num_sequences is 1e-40, expected a number in \[1e-30"),
         ({"mask": torch.full((5, 37), 0.5)}, r"mask\[0, 0\] is 0.5, expected 0 or 1"),
         ({"mask": torch.eye(5, 37) * float("nan")}, r"mask\[0, 0\] is nan, expected 0 or 1"),
         ({"mask": -100 * torch.eye(5, 37, dtype=torch.int64)}, r"mask\[0, 0\] is -100, expected 0 or 1"),

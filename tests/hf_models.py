@@ -266,10 +266,10 @@ def tiny_model(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, 
     return model.to(dtype).eval()
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """For every test of a module that imports this: tiny models are slower on several threads, the more so where
-    other processes use them too."""
+    """For all of a module that imports this: tiny models are slower on several threads, the more so where other
+    processes use them too, and how many share a matrix product shows in the last bit."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -17,6 +17,7 @@ pytest.importorskip("pyarrow")
 pytest.importorskip("tqdm")
 
 import torch
+from hf_models import one_thread  # noqa: F401
 from pair_files import CONTEXT, VOCABULARY, WORDS, contents, token_ids, write_lines, write_pair
 
 from dlogp_kernels.hf import generate, load_model, load_tokenizer
@@ -89,15 +90,6 @@ class Files(NamedTuple):
     data: Path
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As the attempts have: how many threads share a matrix product shows in the last bit."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Files:
     directory = tmp_path_factory.mktemp("pair")
@@ -110,7 +102,7 @@ def files(tmp_path_factory) -> Files:
 
 
 @pytest.fixture(scope="module")
-def whole(files, one_thread, tmp_path_factory) -> Path:
+def whole(files, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("whole") / "out"
     run_sweep(*files, out, settings=SETTINGS, seeds=SEEDS, decoding=DECODING, progress=False)
     return out

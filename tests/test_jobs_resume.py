@@ -14,7 +14,7 @@ pytest.importorskip("pyarrow")
 pytest.importorskip("tqdm")
 
 import pyarrow.parquet as pq
-import torch
+from hf_models import one_thread  # noqa: F401
 from pair_files import Pair, contents, write_pair
 
 from dlogp_kernels.jobs.errors import JobError
@@ -75,22 +75,13 @@ for step in plan:
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As the attempts have: how many threads share a matrix product shows in the last bit."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory) -> Pair:
     return write_pair(tmp_path_factory.mktemp("pair"))
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(pair, one_thread, tmp_path_factory) -> dict[bool, Path]:
+def uninterrupted(pair, tmp_path_factory) -> dict[bool, Path]:
     directories = {}
     for sequential in (False, True):
         out = tmp_path_factory.mktemp("whole") / "out"

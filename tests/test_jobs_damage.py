@@ -178,6 +178,24 @@ def test_what_a_disk_may_do_to_a_file_does_not_show(pair, whole, killed, tmp_pat
     assert result(out) == result(whole)
 
 
+def test_a_kill_while_a_complete_run_is_tidied_changes_nothing(pair, whole, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+
+    def killed_after_one(self, created):
+        (self.work / "samples.arrow").unlink()
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, "_tidy", killed_after_one)
+        with pytest.raises(Killed):
+            measured(pair, out)
+    assert (out / ".work").exists()
+    # Nothing is computed again.
+    monkeypatch.setattr(metrics._Run, "compute", lambda self: pytest.fail("it was complete"))
+    measured(pair, out)
+    assert result(out) == result(whole)
+
+
 def test_a_damaged_manifest_is_refused_with_what_to_remove(pair, whole, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(whole, out)

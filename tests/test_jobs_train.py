@@ -25,6 +25,7 @@ from dlogp_kernels.cli.app import app
 from dlogp_kernels.hf import load_model, load_tokenizer
 from dlogp_kernels.jobs import train as train_job
 from dlogp_kernels.jobs.errors import JobError
+from dlogp_kernels.jobs.run_directory import RunDirectory
 from dlogp_kernels.jobs.train import run_train
 from dlogp_kernels.jobs.training import Training, check_training
 from dlogp_kernels.report.errors import DatasetError
@@ -154,8 +155,12 @@ def flip(path):
 
 
 def test_damaged_checkpoints_and_logs_are_not_gone_on_from(run, tmp_path, monkeypatch):
-    run("whole", save_every=2)
     out, whole = tmp_path / "out", tmp_path / "whole"
+    with monkeypatch.context() as patch:
+        # As if it were killed after the summary, when a part of what the run no longer needs is gone.
+        patch.setattr(RunDirectory, "_tidy", lambda self, created: next(self.work.rglob("config.json")).unlink())
+        finished = run("whole", save_every=2)
+    assert run("whole", save_every=2) == finished and not (whole / ".work").exists()
     on_step = train_job._Run._on_step
 
     def stop_at_the_sixth(self, step, metrics, bar):

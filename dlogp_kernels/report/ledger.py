@@ -161,18 +161,20 @@ class Ledger:
         return sorted(path for path in paths if path.is_relative_to(directory))
 
     def damaged(self) -> Iterator[Path]:
-        """The finished files that are not as they were, or gone."""
-        return (path for path in sorted(self.out / name for name in self._files) if not self.holds(path))
+        """The finished files of those that stay that are not as they were, or gone."""
+        return (path for path in map(self.out.joinpath, self._staying()) if not self.holds(path))
 
     def to_json(self) -> dict[str, Any]:
         """All that stays when the run is complete."""
-        begin = f"{WORK_DIRECTORY}/"
-        files = {
-            name: [{"bytes": pieces[index].length, "sha256": pieces[index].sha256} for index in sorted(pieces)]
-            for name, pieces in sorted(self._files.items())
-            if not name.startswith(begin)
-        }
+        files = {}
+        for name in self._staying():
+            pieces = self._files[name]
+            files[name] = [{"bytes": pieces[i].length, "sha256": pieces[i].sha256} for i in sorted(pieces)]
         return {"files": files, "seconds": self.seconds}
+
+    def _staying(self) -> list[str]:
+        """Names of files but those in the work directory, of which a kill may leave a part when the run is complete."""
+        return sorted(name for name in self._files if not name.startswith(f"{WORK_DIRECTORY}/"))
 
     def _name(self, path: Path) -> str:
         return path.relative_to(self.out).as_posix()

@@ -161,6 +161,17 @@ def test_damaged_checkpoints_and_logs_are_not_gone_on_from(run, tmp_path, monkey
         patch.setattr(RunDirectory, "_tidy", lambda self, created: next(self.work.rglob("config.json")).unlink())
         finished = run("whole", save_every=2)
     assert run("whole", save_every=2) == finished and not (whole / ".work").exists()
+
+    with monkeypatch.context() as patch:
+        # As if it were killed when all steps are taken, and the model is not written.
+        patch.setattr(train_job._Run, "_write_model", lambda self, target: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run("stepped", save_every=2)
+    run("stepped", save_every=2)
+    assert without_times(log(tmp_path / "stepped")) == without_times(log(whole))
+    weights = (whole / "model" / "model.safetensors").read_bytes()
+    assert (tmp_path / "stepped" / "model" / "model.safetensors").read_bytes() == weights
+
     on_step = train_job._Run._on_step
 
     def stop_at_the_sixth(self, step, metrics, bar):
@@ -179,7 +190,7 @@ def test_damaged_checkpoints_and_logs_are_not_gone_on_from(run, tmp_path, monkey
     with pytest.warns(UserWarning, match="checkpoint-4 is damaged: its steps are taken again"):
         run(save_every=2)
     assert without_times(log(out)) == without_times(log(whole))
-    assert (out / "model" / "model.safetensors").read_bytes() == (whole / "model" / "model.safetensors").read_bytes()
+    assert (out / "model" / "model.safetensors").read_bytes() == weights
     # The summary is made again, from the manifest; the rest would take the whole training.
     summary = (out / "summary.json").read_bytes()
     flip(out / "summary.json")

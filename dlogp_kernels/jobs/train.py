@@ -181,7 +181,11 @@ class _Run:
                 self._log.add({"step": 0} | self._evaluate())
             with _Bar(self._training.steps, first, self._progress) as bar:
                 report_to(trainer, lambda step, metrics: self._on_step(step, metrics, bar), self._on_save)
-                trainer.train(resume_from_checkpoint=str(checkpoints[first]) if first else None)
+                if first < self._training.steps:
+                    trainer.train(resume_from_checkpoint=str(checkpoints[first]) if first else None)
+                else:
+                    # From the checkpoint of the last step the trainer would take one step more.
+                    trainer._load_from_checkpoint(str(checkpoints[first]))
         self._stopwatch.save_lap()
         self._log.write_csv()
         self._write_model(self._directory.out / MODEL_DIRECTORY)

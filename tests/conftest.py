@@ -7,6 +7,7 @@ under TRITON_INTERPRET=1 (Triton's kernels on the CPU) and, on a machine with a 
 import ctypes
 import functools
 import platform
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -236,3 +237,18 @@ class _MeasuredErrors:
             terminalreporter.section("largest error against float64, in units of tolerances.py (measured/limit)")
             for key, errors in lines.items():
                 terminalreporter.write_line(" ".join(key) + ": " + ", ".join(errors))
+
+
+@pytest.fixture
+def dlogp(monkeypatch, capsys):
+    """Run a command in this process; gives its exit status, stdout and stderr."""
+    from dlogp_kernels import cli
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["dlogp", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return (end.value.code or 0, *capsys.readouterr())
+
+    return call

@@ -1,5 +1,6 @@
 """The command line: arguments reach the jobs, errors are one message on stderr, and `doctor` tells what there is."""
 
+import inspect
 import io
 import json
 import os
@@ -24,13 +25,16 @@ from tqdm import tqdm
 
 import dlogp_kernels
 from dlogp_kernels import backends, cli
+from dlogp_kernels.cli import app
 from dlogp_kernels.demo import curves as demo_curves
 from dlogp_kernels.demo import memory, task
 from dlogp_kernels.demo import run as demo_run
 from dlogp_kernels.demo.generate import PAIR_DIRECTORY
+from dlogp_kernels.jobs.data import line_limit
 from dlogp_kernels.jobs.errors import JobError
 from dlogp_kernels.jobs.metrics import run_metrics
 from dlogp_kernels.jobs.settings import Decoding
+from dlogp_kernels.jobs.training import Training
 from dlogp_kernels.report.responses import RL, Setting, collect, read_responses
 
 
@@ -39,20 +43,15 @@ def pair(tmp_path_factory) -> Pair:
     return write_pair(tmp_path_factory.mktemp("pair"))
 
 
-@pytest.fixture
-def dlogp(monkeypatch, capsys):
-    """Run a command in this process; gives its exit status, stdout and stderr."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["dlogp", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        captured = capsys.readouterr()
-        code = end.value.code
-        return (0 if code is None else code), captured.out, captured.err
-
-    return call
+def test_defaults_are_those_of_the_jobs():
+    for command, job in ((app.generate, Decoding()), (app.sweep, Decoding()), (app.train, Training())):
+        parameters = inspect.signature(command).parameters
+        shared = [name for name in parameters if hasattr(job, name)]
+        assert {"dtype", "max_line_size", "grader_timeout"} <= set(shared)
+        for name in shared:
+            default = parameters[name].default
+            default = line_limit(default) if name == "max_line_size" else getattr(default, "value", default)
+            assert default == getattr(job, name), name
 
 
 def metrics_arguments(pair: Pair, out: Path) -> list[object]:

@@ -24,7 +24,7 @@ from test_report import response as token_rows
 from test_report import write as write_dataset
 from training_files import write_run
 
-from dlogp_kernels import backends, cli
+from dlogp_kernels import backends
 from dlogp_kernels.cli import app
 from dlogp_kernels.jobs.progress import note
 from dlogp_kernels.report.figures import render
@@ -37,20 +37,6 @@ from dlogp_kernels.report.training_curves import draw_training, grouped, read_ru
 HOSTILE = "\x1b[2J\x9b31m\u202e[red]x[/red]:smile:|<b>*$\\frac$"
 SPELT = "\\x1b[2J\\x9b31m\\u202e[red]x[/red]:smile:|<b>*$\\frac$"
 UNSHOWN = "\x1b\x9b\u202e"
-
-
-@pytest.fixture
-def dlogp(monkeypatch, capsys):
-    """Run a command in this process; gives its exit status, stdout and stderr."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["dlogp", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        return (end.value.code or 0, *capsys.readouterr())
-
-    return call
 
 
 def assert_harmless(text: str) -> None:

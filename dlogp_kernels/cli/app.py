@@ -56,6 +56,7 @@ class Dtype(StrEnum):
     FP32 = "fp32"
 
 
+_MaxLineSize = Annotated[str, typer.Option(help="Longest line of JSONL in --data; a longer one can not be used.")]
 _Dtype = Annotated[
     Dtype, typer.Option(help="Of the weights in memory; auto: of each model's files, so that none is rounded.")
 ]
@@ -110,9 +111,7 @@ def metrics(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the models.")
     ] = False,
-    max_line_size: Annotated[
-        str, typer.Option(help="Longest line of JSONL in --data; a longer one can not be used.")
-    ] = "16MiB",
+    max_line_size: _MaxLineSize = "16MiB",
 ) -> None:
     """Measure Δlog p, entropies and KLs of a pair of models at every response token.
 
@@ -180,7 +179,6 @@ _ChunkSize = Annotated[
     int | None,
     typer.Option(help="Responses between two writes to the disk.", show_default="4 × --batch-size"),
 ]
-_MaxLineSize = Annotated[str, typer.Option(help="Longest line of JSONL in --data; a longer one can not be used.")]
 _GraderTimeout = Annotated[
     float, typer.Option(help="Seconds for a response, after which a grader but exact is stopped, and counted.")
 ]

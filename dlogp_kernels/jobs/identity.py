@@ -15,6 +15,7 @@ from ..ops import backends
 from ..report.files import file_digest
 from .errors import JobError
 from .models import ModelPlace
+from .progress import bar
 
 _MODEL_SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -69,28 +70,27 @@ class Fingerprints:
         """Of each of the files."""
         total = sum(path.stat().st_size for path in paths)
         with (
-            tqdm(
+            bar(
                 desc="fingerprint",
                 total=total,
                 unit="B",
                 unit_scale=True,
-                dynamic_ncols=True,
                 delay=_SHOWN_AFTER_SECONDS,
-                disable=not self._progress,
+                enabled=self._progress,
                 leave=False,
-            ) as bar,
+            ) as shown,
             ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool,
         ):
-            return list(pool.map(lambda path: self._file(path, bar), paths))
+            return list(pool.map(lambda path: self._file(path, shown), paths))
 
-    def _file(self, path: Path, bar: tqdm) -> dict[str, Any]:
+    def _file(self, path: Path, shown: tqdm) -> dict[str, Any]:
         key, stamp = str(path.resolve()), _stamp(path)
         known = self._known.get(key)
         if known is not None and known[:-1] == stamp:
             digest = known[-1]
-            bar.update(stamp[0])
+            shown.update(stamp[0])
         else:
-            digest = file_digest(path, on_read=bar.update)
+            digest = file_digest(path, on_read=shown.update)
         self.stamps[key] = [*stamp, digest]
         return {"bytes": stamp[0], "sha256": digest}
 

@@ -134,7 +134,7 @@ def run_metrics(
                 prepare(
                     directory.work,
                     directory.ledger,
-                    tqdm(records, "reading", unit=" lines", disable=not progress, leave=False),
+                    bar(enabled=progress, iterable=records, desc="reading", unit=" lines", leave=False),
                     encoder,
                     skip_broken=arguments.on_error == "skip",
                     on_broken=_Announcer(progress),

@@ -22,13 +22,13 @@ test: setup $(OLDEST_TRITON)/triton
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m pytest --numprocesses 2 --dist worksteal \
-		-k "launch or sm_90" tests/test_triton_launch.py tests/test_triton_compile.py
+		-k "launch or sm_90" tests/offline_gpu/test_launch.py tests/offline_gpu/test_compile.py
 
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(SOURCES) $(wildcard tests/*/*.h tests/*/*.c tests/*/*.cpp)
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES) $(wildcard tests/helpers/*/*.h tests/helpers/*/*.c tests/helpers/*/*.cpp)
 
 # The CPU's kernels under AddressSanitizer and UndefinedBehaviorSanitizer; longer with CALLS=20000, otherwise with SEED=1.
 CALLS := 2000

@@ -19,37 +19,18 @@ from tolerances import Accuracy
 
 from dlogp_kernels import backends
 
+_TESTS = Path(__file__).resolve().parent
 _M_PERTURB = -6  # of <malloc.h>
 _MEASURED = "error against float64"
 
-#: Test files by the kind of process that collects them; the ordinary one has those of no other kind, and the op tests.
-_OP_TESTS = (
-    "test_backends.py", "test_functional_fuzz.py", "test_ops_accuracy.py", "test_ops_gradients.py",
-    "test_ops_ignored.py", "test_ops_invariance.py", "test_ops_layout.py", "test_ops_linear_policy.py",
-    "test_ops_linear_sample.py", "test_ops_policy.py", "test_ops_registration.py", "test_ops_safety.py",
-    "test_ops_sample.py",
-)  # fmt: skip
-_COLLECTED = {
-    "interpreter": (*_OP_TESTS, "test_triton_interpreter.py", "test_triton_no_sync.py", "test_gpu_only.py"),
-    "cuda": (*_OP_TESTS, "test_gpu_only.py"),
-}
+#: The folders that each kind of process collects; the ordinary one has all but these kernels' own.
+_FOLDERS = {"interpreter": ("ops", "interpreter"), "cuda": ("ops",)}
+_NOT_ORDINARY = ("interpreter",)
 _BACKENDS = {
     "ordinary": ("cpu", "reference"),
     "interpreter": ("triton", "gemm"),
     "cuda": ("triton", "gemm", "reference"),
 }
-#: A backend that has one op takes the tests of that op.
-_CUDA_TESTS, _CUDA_OP = "test_ops_sample", "extrapolated_sample"
-
-
-#: Tests that "gemm" takes under the interpreter: there it is slow, and its kernels are those of the other backend.
-_GEMM_INTERPRETED = (
-    "test_dtypes_and_options", "test_candidates_some_ignored", "test_mixed_dtypes_of_linear_inputs",
-    "test_strides_of_inputs_and_upstream_gradients", "test_poison_in_ignored_rows_reaches_nothing",
-    "test_a_target_out_of_range_makes_its_row_nan_and_no_other", "test_ignored_rows_do_not_change_the_others",
-    "test_a_row_alone_is_the_row_among_4096", "test_no_rows", "test_each_backend_serves_every_op",
-    "test_launchers_do_not_wait",
-)  # fmt: skip
 
 
 def _kind_of_process() -> str:
@@ -68,6 +49,8 @@ def pytest_configure(config: pytest.Config) -> None:
         "cpu_only: of what is so on the CPU only",
         "needs_gpu: of what is so on a GPU only",
         "served_by(*backends): of what is so with these backends only",
+        "also_by(*backends): on a GPU, of what backends do that have this op only",
+        "gemm_interpreted: what the backend gemm takes under the interpreter, where it is slow",
         "not_interpreted(reason): not for Triton's interpreter, because it is too slow or can not",
     ):
         config.addinivalue_line("markers", marker)
@@ -88,20 +71,20 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
-    if not collection_path.name.startswith("test_"):
+    if collection_path.parent != _TESTS or not collection_path.is_dir():
         return None
     kind = _kind_of_process()
     if kind == "ordinary":
-        special = {name for names in _COLLECTED.values() for name in names}.difference(_OP_TESTS)
-        return collection_path.name in special or None
-    return collection_path.name not in _COLLECTED[kind] or None
+        return collection_path.name in _NOT_ORDINARY or None
+    return collection_path.name not in _FOLDERS[kind] or None
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames:
         names = _BACKENDS[_kind_of_process()]
-        if _kind_of_process() == "cuda" and metafunc.module.__name__ == _CUDA_TESTS:
-            names = (*names, "cuda")
+        also = metafunc.definition.get_closest_marker("also_by")
+        if also is not None and _kind_of_process() == "cuda":
+            names = (*names, *also.args)
         metafunc.parametrize("backend", names, indirect=True)
 
 
@@ -128,7 +111,7 @@ def _out_of_scope(item: pytest.Item) -> bool:
     backend = parameters.get("backend")
     if backend == "gemm" and parameters.get("op", "linear") in ("logp", "delta_logp"):
         return True  # those ops are served by "triton" then, which has its own turn
-    if backend == "gemm" and backends.interpreting() and item.originalname not in _GEMM_INTERPRETED:
+    if backend == "gemm" and backends.interpreting() and item.get_closest_marker("gemm_interpreted") is None:
         return True
     served_by = item.get_closest_marker("served_by")
     if served_by is not None and backend not in served_by.args:
@@ -188,7 +171,7 @@ def seeded() -> None:
 @pytest.fixture
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each backend of this kind of process (`pytest_generate_tests`), selected for the test."""
-    op = _CUDA_OP if request.param == "cuda" else "linear_logp_fwd"
+    op = "extrapolated_sample" if request.param == "cuda" else "linear_logp_fwd"
     problem = backends.unavailable(request.param, op, cases.DEVICE)
     if problem is not None:
         pytest.skip(f"backend {request.param}: {problem}")

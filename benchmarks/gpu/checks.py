@@ -15,11 +15,12 @@ from .children import ROOT, run_command
 
 #: When time runs out, the last ones are missing: the first are those that no GPU has run to their end.
 _FILES = (
-    "test_gpu_only.py", "test_ops_accuracy.py", "test_ops_gradients.py", "test_ops_ignored.py", "test_ops_layout.py",
-    "test_ops_invariance.py", "test_ops_linear_policy.py", "test_ops_linear_sample.py", "test_ops_policy.py",
-    "test_ops_sample.py", "test_ops_registration.py", "test_functional_fuzz.py", "test_backends.py",
+    "ops/test_gpu_only.py", "ops/test_accuracy.py", "ops/test_gradients.py", "ops/test_ignored.py",
+    "ops/test_layout.py", "ops/test_invariance.py", "ops/test_linear_policy_loss.py", "ops/test_linear_sample.py",
+    "ops/test_policy_loss.py", "ops/test_sample.py", "ops/test_registration.py", "ops/test_fuzz.py",
+    "ops/test_backends.py",
 )  # fmt: skip
-_TINY_FILES = ("test_lemma.py",)
+_TINY_FILES = ("functional/test_lemma.py",)
 _WORKERS, _TEST_SECONDS = 12, 90
 _MOST_FAILURES = 40
 _OUTCOMES = "DLOGP_TEST_OUTCOMES"

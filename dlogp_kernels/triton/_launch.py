@@ -26,7 +26,7 @@ class Call:
     """What calls of an op have in common whose arguments are alike: a plan, for its launcher, and compiled kernels.
 
     A kernel that is launched more than once may differ in tensors that are as aligned, in floats, and in integers that
-    are not specialised and of one type. tests/test_triton_launch.py holds every launch against Triton's own choice.
+    are not specialised and of one type. tests/offline_gpu/test_launch.py holds every launch against Triton's choice.
     """
 
     def __init__(self, keeps_kernels: bool) -> None:

@@ -22,8 +22,8 @@ class Config(NamedTuple):
 
 
 #: (architecture, models, bytes of an element) → the default, then alternatives. Chosen so that nothing spills to local
-#: memory (tests/test_triton_compile.py) and the tile is as large as that allows. Those of (90, …, 2) are in the order
-#: that an H100 measured (benchmarks/results); nobody has measured the others. A pair holds two tiles of logits in
+#: memory (tests/offline_gpu/test_compile.py) and the tile is as large as that allows. Those of (90, …, 2) are in the
+#: order that an H100 measured (benchmarks/results); nobody has measured the others. A pair holds two tiles of logits in
 #: registers at once.
 _CONFIGS: dict[tuple[int, int, int], list[Config]] = {
     (80, 1, 2): [Config(128, 128, 64, 8, 3), Config(64, 256, 64, 8, 3), Config(64, 128, 64, 4, 3)],

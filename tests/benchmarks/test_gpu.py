@@ -1,0 +1,150 @@
+"""`python -m benchmarks gpu` without a GPU: both visits as a whole, tiny, and what goes wrong in them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from paths import ROOT
+
+from benchmarks.gpu import checks, profile, table
+from benchmarks.gpu.children import Job, run_jobs
+
+pytestmark = pytest.mark.cpu_only
+
+
+def visit(number: int, folder: Path, *options: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "benchmarks", "gpu", "--visit", str(number), "--out", str(folder)]
+    command += ["--tiny", "--device", "cpu", "--commit", "0123abc", *options]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_visit_of_each_kind_goes_through_all_of_it(tmp_path):
+    pytest.importorskip("triton")
+    for number, parts in ((1, "machine smoke timing ncu"), (2, "machine smoke tests headline")):
+        process = visit(number, tmp_path)
+        printed, problems = process.communicate(timeout=600)
+        assert process.returncode == 0, problems
+        document = json.loads((tmp_path / f"cpu_visit{number}.json").read_text())
+        assert document["stopped"] is None and [*document["parts"]] == parts.split()
+        assert document["environment"]["commit"] == "0123abc"
+        failed = [entry for entry in document["entries"] if entry["status"] == "failed"]
+        assert not failed, failed
+        assert printed == (tmp_path / f"cpu_visit{number}.txt").read_text()
+        assert len(printed.splitlines()) <= table.MOST_LINES
+        timed = [entry for entry in document["entries"] if "ms" in entry]
+        assert {"linear_logp D 16", "policy_loss", "delta_logp"} <= {entry["case"] for entry in timed}
+        if number == 1:
+            assert "best, linear_delta_logp D 16: Config(" in printed
+            assert document["ncu"]["status"] in ("passed", "skipped", "failed")
+        else:
+            assert document["tests"]["counts"] == {"passed": 4} and document["tests"]["whole"]
+    assert len(list(tmp_path.iterdir())) == 5
+
+
+def test_a_visit_that_is_ended_prints_what_it_has(tmp_path):
+    process = visit(1, tmp_path)
+    path = tmp_path / "cpu_visit1.json"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (path.exists() and '"served"' in path.read_text()):
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "NOT WHOLE: KeyboardInterrupt" in printed and "backends: " in printed
+    assert json.loads(path.read_text())["stopped"].startswith("KeyboardInterrupt")
+
+
+def test_a_visit_ends_within_its_time(tmp_path):
+    start = time.monotonic()
+    printed, _ = visit(1, tmp_path, "--seconds", "12").communicate(timeout=60)
+    assert time.monotonic() - start < 25
+    assert "cut off: " in printed
+
+
+def test_faults_are_named_and_the_rest_goes_on():
+    entries: list[dict[str, Any]] = []
+
+    def record(job: str, entry: dict[str, Any]) -> None:
+        entries.append(entry)
+
+    jobs = [Job("faults", "tests.helpers.gpu_faults:cases", hang=12.0)]
+    run_jobs(jobs, {"device": "cpu", "tiny": True}, time.monotonic() + 150, record, threading.Event(), 1)
+    by_name = {(entry["case"], entry.get("candidate")): entry for entry in entries}
+    reasons = {
+        ("raises", None): ("failed", "ValueError: the first line"),
+        ("hangs", None): ("failed", "no progress for 12 s, its process was ended"),
+        ("crashes", None): ("failed", f"its process ended with exit status {-signal.SIGABRT}"),
+        ("is missing", None): ("skipped", "not installed"),
+        ("candidates", "nan"): ("failed", "WrongResultError: nan: logp is off by nan, expected at most 1.00e+00"),
+        ("candidates", "hanging"): ("failed", "no progress for 12 s, its process was ended"),
+        ("candidates", "crashing"): ("failed", f"its process ended with exit status {-signal.SIGABRT}"),
+    }
+    for where, reason in reasons.items():
+        assert (by_name[where]["status"], by_name[where]["error"]) == reason
+    assert "ms" in by_name["candidates", "right"]
+    assert by_name["passes", None]["status"] == "passed"
+    assert "_raises" in by_name["raises", None]["traceback"]
+
+
+def test_a_process_that_does_not_start_is_named():
+    entries: list[dict[str, Any]] = []
+    jobs = [Job("no module", "benchmarks.gpu.nothing:cases"), Job("none", "tests.helpers.gpu_faults:nothing")]
+    request, deadline = {"device": "cpu", "tiny": True}, time.monotonic() + 60
+    run_jobs(jobs, request, deadline, lambda job, entry: entries.append(entry), threading.Event(), 2)
+    assert [entry["status"] for entry in entries] == ["failed", "failed"]
+    assert any("No module named 'benchmarks.gpu.nothing'" in entry["log"] for entry in entries)
+
+
+def test_without_ncu_its_part_says_so(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    found = profile.run(1.0, True, "cpu")
+    assert found == {"status": "skipped", "error": "ncu is not on PATH"}
+
+
+def test_ncu_that_fails_and_ncu_that_hangs(tmp_path, monkeypatch):
+    ncu = tmp_path / "ncu"
+    ncu.write_text("#!/bin/sh\necho '==ERROR== no permission'\nexit 1\n")
+    ncu.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    found = profile.run(20.0, True, "cpu")
+    assert (found["status"], found["error"]) == ("failed", "ncu ended with exit status 1 ==ERROR== no permission")
+    ncu.write_text("#!/bin/sh\nsleep 60\n")
+    found = profile.run(1.0, True, "cpu")
+    assert found["error"] == "ncu was ended: out of time"
+
+
+def test_metrics_of_ncu():
+    output = """==PROF== Connected
+"ID","Kernel Name","sm__throughput.avg.pct_of_peak_sustained_elapsed","launch__registers_per_thread",\
+"smsp__average_warps_issue_stalled_wait_per_issue_active.ratio","smsp__average_warps_issue_stalled_barrier_per_issue_active.ratio"
+"","","%","register/thread","inst","inst"
+"0","_linear_logp_fwd_kernel","81.5","248","1.25","2.5"
+"1","_linear_delta_logp_fwd_kernel","62.0","255","3.5","0.5"
+"""
+    found = dict(profile.read(output))
+    assert [*found] == ["1 _linear_logp_fwd_kernel", "2 _linear_delta_logp_fwd_kernel"]
+    summary = profile.summary(found["1 _linear_logp_fwd_kernel"])
+    assert summary == {"SM %": "81.5", "registers": "248", "stalls": "barrier 2.50, wait 1.25"}
+
+
+def test_tests_that_are_cut_off_count(tmp_path, monkeypatch):
+    test = tmp_path / "test_slow.py"
+    test.write_text(
+        "import time\ndef test_a(record_property): record_property('error', ['logp', 1e-5, 2e-5])\n"
+        "def test_b(): assert 1 == 2\ndef test_c(): time.sleep(60)\n"
+    )
+    (tmp_path / "conftest.py").write_text("def pytest_addoption(parser): parser.addoption('--device')\n")
+    monkeypatch.setattr(checks, "_TINY_FILES", (test,))
+    found = checks.run("cpu", True, 15.0, tmp_path / "outcomes")
+    assert found["counts"] == {"passed": 1, "failed": 1} and not found["whole"]
+    assert [failure["test"].split("::")[1] for failure in found["failures"]] == ["test_b"]
+    assert found["failures"][0]["message"].startswith("assert 1 == 2")
+    outcomes = [json.loads(line) for line in (tmp_path / "outcomes").read_text().splitlines()]
+    assert [outcome["measured"] for outcome in outcomes] == [[["logp", 1e-5, 2e-5]], []]

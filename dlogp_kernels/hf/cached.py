@@ -20,7 +20,7 @@ from .cache_names import cache_name
 from .heads import unwrapped
 from .lengths import reset_frequencies, rope_side
 from .loading import context_length
-from .probe import error_beyond_rounding, repeated
+from .verify_head import error_beyond_rounding, repeated
 
 #: Layers of a cache that can be taken apart by rows and put together; by name, as not every version has all of them.
 _GROWS = ("DynamicLayer", "LinearAttentionAndFullAttentionLayer")

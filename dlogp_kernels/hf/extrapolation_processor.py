@@ -12,7 +12,7 @@ from transformers import LogitsProcessor
 from .. import functional, reference_sample
 from .cached import CachedModel, CachedRows, uncompiled
 from .heads import unwrapped
-from .probe import evaluation
+from .verify_head import evaluation
 
 #: Of those that need no token that was drawn before.
 _CRITERIA = ("kl", "reverse_kl", "avg_kl", "entropy", "rl_entropy", "all")

@@ -13,12 +13,12 @@ from transformers import PreTrainedModel
 
 from ..functional import extrapolated_sample, linear_logp
 from ..results import Sample
-from .bodies import Batch, as_batch, check_tokens
+from .backbone import Batch, as_batch, check_tokens
 from .cached import CachedModel, CachedRows, uncompiled, vocabulary_of
 from .heads import unwrapped
 from .loading import context_length
 from .metrics import common_rows, lm_head_inputs
-from .probe import evaluation, verify_decoding
+from .verify_head import evaluation, verify_decoding
 
 #: Places of finished rows are filled when they are this share of the batch: a prefill of each model fills them all.
 _REFILL_SHARE = 1 / 8

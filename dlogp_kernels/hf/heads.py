@@ -58,17 +58,17 @@ def unwrapped(model: nn.Module) -> PreTrainedModel:
     return model
 
 
-def body_of(model: PreTrainedModel) -> nn.Module:
+def backbone_of(model: PreTrainedModel) -> nn.Module:
     """The part of a causal language model that ends with the hidden states which the last layer reads."""
-    # Some classes name another attribute than the one that holds their body.
-    body = model.base_model if model.base_model is not model else getattr(model, "model", model)
-    if body is model:
+    # Some classes name another attribute than the one that holds their backbone.
+    backbone = model.base_model if model.base_model is not model else getattr(model, "model", model)
+    if backbone is model:
         raise TypeError(
             f"model is {type(model).__name__}, which has no body apart from itself (base_model_prefix is "
             f"{model.base_model_prefix!r}): expected a causal language model with a last layer, such as "
             "AutoModelForCausalLM gives"
         )
-    return body
+    return backbone
 
 
 def lm_head(model: nn.Module) -> LmHead:

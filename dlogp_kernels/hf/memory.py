@@ -29,8 +29,8 @@ class Plan(NamedTuple):
     workspace: int | None
 
 
-class BodySize(NamedTuple):
-    """What running a body takes, in bytes.
+class BackboneSize(NamedTuple):
+    """What running a backbone takes, in bytes.
 
     For a token of a call: its hidden state and its activations; for a token that it sees: its keys and values in the
     cache, and one layer's of them, one for each head; for a pair of both: its share of the attention.
@@ -61,7 +61,7 @@ def as_bytes(limit: int | str, name: str = "memory_limit") -> int:
 
 def plan_memory(
     limit: int,
-    bodies: Sequence[PreTrainedModel],
+    backbones: Sequence[PreTrainedModel],
     heads: Sequence[LmHead],
     longest: int,
     tokens: int,
@@ -75,7 +75,7 @@ def plan_memory(
 
     Raises ValueError where not even a few tokens at a time fit, with the least limit that would do.
     """
-    sizes = [body_size(body) for body in bodies]
+    sizes = [backbone_size(backbone) for backbone in backbones]
     fixed = (longest, beside, gathered)
     vocabulary = heads[0].weight.shape[0]
     # The plain PyTorch backend needs full rows of logits for at least one row.
@@ -91,7 +91,7 @@ def plan_memory(
     )
 
 
-def body_size(model: PreTrainedModel) -> BodySize:
+def backbone_size(model: PreTrainedModel) -> BackboneSize:
     """Estimated from the config and the dtype of a model, generously."""
     config: Any = model.config.get_text_config(decoder=True)
     width = config.hidden_size
@@ -102,7 +102,7 @@ def body_size(model: PreTrainedModel) -> BodySize:
     inner = _inner_size(config)
     item = model.dtype.itemsize
     queries, keys = heads * head_dim, kv_heads * head_dim
-    return BodySize(
+    return BackboneSize(
         hidden=width * item,
         # Residual, norm (in float32), projections with rotated copies; or residual, norm, gate, up and product.
         activations=width * (4 * item + 8) + max(4 * queries + 4 * keys, 3 * inner) * item,
@@ -137,8 +137,8 @@ def _halvings(tokens: int) -> list[int]:
     return sizes
 
 
-def _needed(sizes: Sequence[BodySize], max_tokens: int, longest: int, beside: int, gathered: int) -> int:
-    """Beside the ops' workspace: both models' hidden states, and the larger body's run."""
+def _needed(sizes: Sequence[BackboneSize], max_tokens: int, longest: int, beside: int, gathered: int) -> int:
+    """Beside the ops' workspace: both models' hidden states, and the larger backbone's run."""
     held = max(max_tokens, longest)
     run = 0
     for size in sizes:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ..functional import linear_delta_logp, linear_logp
 from ..ops import backends
 from ..results import DeltaLogpStats, LogpStats
-from .bodies import (
+from .backbone import (
     Batch,
     Group,
     as_batch,
@@ -25,13 +25,13 @@ from .bodies import (
     longest_document,
     needs_gradient,
     predicted,
-    run_body,
+    run_backbone,
     scatter,
 )
 from .heads import LmHead, unwrapped
 from .lengths import side_of
 from .memory import Plan, as_bytes, merged_bytes, plan_memory
-from .probe import verified_lm_head, verify_in_chunks
+from .verify_head import verified_lm_head, verify_in_chunks
 
 _IGNORED = -100
 #: Vocabularies that differ by fewer rows than this differ by padding (rows are padded to a multiple of up to 1024).
@@ -111,7 +111,7 @@ def _lm_head_inputs(model: nn.Module, batch: Batch, prefill_chunk: int | None) -
         verify_in_chunks(causal_lm, tokens, longest_document(batch), prefill_chunk)
     hidden = None
     for group in groups(batch, input_ids.numel(), side_of([causal_lm])):
-        rows = run_body(causal_lm, group.input_ids, prefill_chunk)
+        rows = run_backbone(causal_lm, group.input_ids, prefill_chunk)
         if group.whole:
             return LmHeadInputs(rows, *head)
         if hidden is None:
@@ -204,10 +204,10 @@ def token_metrics(
     """
     batch = as_batch(input_ids, attention_mask, position_ids)
     target = _targets(batch, "loss_mask", loss_mask)
-    pair = _Pair(unwrapped(model), _base_body(base_model, base_hidden, input_ids), base_hidden)
-    for body in pair.bodies():
-        check_tokens(batch, body)
-        check_prefill_chunk(prefill_chunk, body)
+    pair = _Pair(unwrapped(model), _base_backbone(base_model, base_hidden, input_ids), base_hidden)
+    for backbone in pair.backbones():
+        check_tokens(batch, backbone)
+        check_prefill_chunk(prefill_chunk, backbone)
     tokens = first_document(batch)
     head = verified_lm_head(model, tokens)
     base_head = base_model if isinstance(base_model, LmHead) else verified_lm_head(base_model, tokens)
@@ -216,20 +216,20 @@ def token_metrics(
     if memory_limit is not None:
         plan = _plan_within(memory_limit, prefill_chunk, pair, (head, base_head), batch)
     if plan.prefill_chunk is not None:
-        for body in pair.bodies():
-            verify_in_chunks(body, tokens, longest_document(batch), plan.prefill_chunk)
+        for backbone in pair.backbones():
+            verify_in_chunks(backbone, tokens, longest_document(batch), plan.prefill_chunk)
     with contextlib.nullcontext() if plan.workspace is None else backends.workspace_limit(plan.workspace):
         return _measure(pair, head, base_head, batch, target, temperature, plan)
 
 
 class _Pair(NamedTuple):
-    """The model, and the base model's body or its hidden states (B, T, D_base)."""
+    """The model, and the base model's backbone or its hidden states (B, T, D_base)."""
 
     model: PreTrainedModel
     base: PreTrainedModel | None
     base_hidden: Tensor | None
 
-    def bodies(self) -> list[PreTrainedModel]:
+    def backbones(self) -> list[PreTrainedModel]:
         return [self.model] if self.base is None else [self.model, self.base]
 
     def op_inputs(
@@ -237,10 +237,10 @@ class _Pair(NamedTuple):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """hidden, weight, base_hidden and base_weight of a group's documents."""
         if self.base is not None:
-            base_hidden = run_body(self.base, group.input_ids, prefill_chunk)
+            base_hidden = run_backbone(self.base, group.input_ids, prefill_chunk)
         elif self.base_hidden is not None:
             base_hidden = gather(self.base_hidden.flatten(0, 1), group)
-        hidden = run_body(self.model, group.input_ids, prefill_chunk)
+        hidden = run_backbone(self.model, group.input_ids, prefill_chunk)
         return hidden, head.weight, base_hidden, base_head.weight
 
 
@@ -253,7 +253,7 @@ def _plan_within(
 ) -> Plan:
     if prefill_chunk is not None:
         raise ValueError("prefill_chunk is given together with memory_limit, which chooses it: expected one of them")
-    if any(needs_gradient(body) for body in pair.bodies()):
+    if any(needs_gradient(backbone) for backbone in pair.backbones()):
         raise RuntimeError(
             "memory_limit bounds the memory of inference; expected a call within torch.no_grad() or "
             "torch.inference_mode()"
@@ -265,7 +265,7 @@ def _plan_within(
     gathered = 0 if pair.base_hidden is None else pair.base_hidden.shape[-1] * pair.base_hidden.element_size()
     return plan_memory(
         as_bytes(memory_limit),
-        pair.bodies(),
+        pair.backbones(),
         heads,
         longest_document(batch),
         tokens,
@@ -285,7 +285,7 @@ def _measure(
 ) -> DeltaLogpStats:
     """Statistics (B, T − 1), of as many tokens at once as the plan says."""
     fields: list[Tensor] | None = None
-    for group in groups(batch, plan.max_tokens, side_of(pair.bodies())):
+    for group in groups(batch, plan.max_tokens, side_of(pair.backbones())):
         # Within the call, so that a group's hidden states are gone before the next one's are made.
         stats = linear_delta_logp(
             *pair.op_inputs(group, head, base_head, plan.prefill_chunk),
@@ -324,8 +324,10 @@ def _targets(batch: Batch, name: str, mask: Tensor | None) -> Tensor:
     return target
 
 
-def _base_body(base_model: nn.Module | LmHead, base_hidden: Tensor | None, input_ids: Tensor) -> PreTrainedModel | None:
-    """The base model if its body has to run; None if its hidden states are given."""
+def _base_backbone(
+    base_model: nn.Module | LmHead, base_hidden: Tensor | None, input_ids: Tensor
+) -> PreTrainedModel | None:
+    """The base model if its backbone has to run; None if its hidden states are given."""
     if base_hidden is None:
         if isinstance(base_model, LmHead):
             raise ValueError("base_model is an LmHead and base_hidden is None: expected base_hidden, or a model")

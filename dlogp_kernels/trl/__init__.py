@@ -13,7 +13,7 @@ except ModuleNotFoundError as error:
 
 from .callbacks import report_to
 from .config import ReweightedGRPOConfig
-from .simple import grpo_trainer, sft_trainer
+from .offline_trainers import grpo_trainer, sft_trainer
 from .trainer import ReweightedGRPOTrainer, complete_checkpoints
 
 __all__ = [

@@ -15,7 +15,7 @@ from trl import GRPOTrainer
 
 from ..functional import policy_loss
 from ..hf.heads import unwrapped
-from ..hf.probe import verified_lm_head
+from ..hf.verify_head import verified_lm_head
 from ..reference_policy import (
     PolicyOptions,
     clipped_places,
@@ -28,10 +28,11 @@ from ..reference_policy import (
 )
 from ..report.files import replaced_atomically
 from .config import ReweightedGRPOConfig
-from .drawing import draw_responses
 from .head import add_logp_head
+from .initial_policy import InitialPolicy
 from .metrics import TokenSums, add_clip_ratios, add_delta_logp, policy_sums
 from .rewards import OVERLONG_PENALTY, checked, informative_groups, overlong_penalty, without_scores_unpenalised
+from .rollout_generation import draw_responses
 from .rollouts import (
     TOKENS_IN_BATCH,
     PromptOrder,
@@ -44,7 +45,6 @@ from .rollouts import (
     repeated,
     rows,
 )
-from .start import StartingParameters
 
 _OLD, _REFERENCE, _START = "old_per_token_logps", "ref_per_token_logps", "start_per_token_logps"
 #: Loss types whose denominator is the number of tokens of the whole optimiser step.
@@ -122,9 +122,9 @@ class ReweightedGRPOTrainer(GRPOTrainer):
             self._refill_order = PromptOrder(len(self.train_dataset), args.seed)
         # With a reference model that stays as it is, its log-probabilities serve.
         self._reference_is_start = self.beta != 0.0 and not args.sync_ref_model
-        self._start: StartingParameters | None = None
+        self._start: InitialPolicy | None = None
         if args.delta_logp_responses and not self._reference_is_start:
-            self._start = StartingParameters(self.model)
+            self._start = InitialPolicy(self.model)
 
     def _check_supported(self) -> None:
         if self._is_vlm:
@@ -201,7 +201,7 @@ class ReweightedGRPOTrainer(GRPOTrainer):
             rollouts[_START] = self._start_logps(rollouts, self._start)
         return rollouts
 
-    def _start_logps(self, rollouts: Rollouts, start: StartingParameters) -> Tensor:
+    def _start_logps(self, rollouts: Rollouts, start: InitialPolicy) -> Tensor:
         """(B, T): log-probabilities at the start of training, of responses spread over the batch; NaN of others."""
         count = _num_rows(rollouts)
         some = torch.linspace(0, count - 1, min(count, self.args.delta_logp_responses)).round().long()

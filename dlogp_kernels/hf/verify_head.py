@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..functional import linear_logp
-from .bodies import run_body, run_body_in_chunks
-from .heads import LmHead, body_of, lm_head, unwrapped
+from .backbone import run_backbone, run_backbone_in_chunks
+from .heads import LmHead, backbone_of, lm_head, unwrapped
 from .lengths import picks_by_length, switch_lengths
 from .loading import context_length
 
@@ -73,7 +73,7 @@ def verify_in_chunks(model: PreTrainedModel, tokens: Tensor, longest: int, prefi
         )
     for length, sizes in _probes(model, longest, (None, _CHUNK), (prefill_chunk, prefill_chunk // 2 or 2)):
         if tokens.numel() and length > _verified_in_chunks.get(model, 0):
-            whole, chunked = (partial(run_body, model, prefill_chunk=size) for size in sizes)
+            whole, chunked = (partial(run_backbone, model, prefill_chunk=size) for size in sizes)
             error = error_beyond_rounding(model, repeated(tokens, length), whole, chunked)
             if error:
                 raise ValueError(
@@ -91,7 +91,7 @@ def verify_decoding(model: PreTrainedModel, tokens: Tensor, longest: int) -> Non
     each, once.
     """
     if model.base_model is model and not hasattr(model, "model"):
-        # It has no body that could be looked at apart from its logits.
+        # It has no backbone that could be looked at apart from its logits.
         return
     for length, _ in _probes(model, longest, None, None):
         if tokens.numel() and length > _verified_decoding.get(model, 0):
@@ -99,8 +99,8 @@ def verify_decoding(model: PreTrainedModel, tokens: Tensor, longest: int) -> Non
             error = error_beyond_rounding(
                 model,
                 repeated(tokens, length),
-                partial(run_body, model),
-                partial(run_body_in_chunks, model, ends=ends),
+                partial(run_backbone, model),
+                partial(run_backbone_in_chunks, model, ends=ends),
             )
             if error:
                 raise ValueError(
@@ -169,7 +169,7 @@ def _disturbed(model: PreTrainedModel, seed: int) -> Iterator[None]:
         uniform = torch.rand(output.shape, dtype=kind, device=output.device, generator=generators[output.device])
         return (output * (1 + _spacing(output.dtype) * (2 * uniform - 1))).to(output.dtype)
 
-    hooks = [module.register_forward_hook(disturb) for module in body_of(model).modules()]
+    hooks = [module.register_forward_hook(disturb) for module in backbone_of(model).modules()]
     try:
         yield
     finally:
@@ -207,7 +207,7 @@ def _hidden_error(hidden: Tensor, expected: Tensor) -> float:
 
 def _check_causal(model: PreTrainedModel, input_ids: Tensor) -> None:
     half = _TOKENS // 2
-    alone, together = run_body(model, input_ids[:, :half]), run_body(model, input_ids)[:, :half]
+    alone, together = run_backbone(model, input_ids[:, :half]), run_backbone(model, input_ids)[:, :half]
     error = _hidden_error(together, alone)
     if not error <= _tolerance(_HIDDEN_TOLERANCE, alone):
         raise ValueError(
@@ -219,7 +219,7 @@ def _check_causal(model: PreTrainedModel, input_ids: Tensor) -> None:
 def _check_logits(model: PreTrainedModel, head: LmHead, input_ids: Tensor) -> None:
     logits, autocast = _own_logits(model, input_ids)
     with autocast:
-        hidden = run_body(model, input_ids)
+        hidden = run_backbone(model, input_ids)
         tolerance = _tolerance(_LOGP_TOLERANCE, logits, hidden, head.weight)
     if hidden.shape[-1] != head.weight.shape[1]:
         raise ValueError(
@@ -259,7 +259,7 @@ def _own_logits(model: PreTrainedModel, input_ids: Tensor) -> tuple[Tensor, torc
         within.append(torch.autocast(device_type, dtype=dtype, enabled=torch.is_autocast_enabled(device_type)))
 
     look()
-    handle = body_of(model).register_forward_pre_hook(look)
+    handle = backbone_of(model).register_forward_pre_hook(look)
     try:
         logits = model(input_ids=input_ids, use_cache=False).logits
     finally:

@@ -1,4 +1,4 @@
-"""Hidden states of a model's body for batches with padding on either side and for packed rows.
+"""Hidden states of a model's backbone for batches with padding on either side and for packed rows.
 
 Every row is cut into documents: its tokens that are not masked, parted where positions restart. Documents are run from
 position 0 on, padded on the right, where a causal model does not look; so each gives the numbers it gives alone, in
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .cache_names import cache_name
-from .heads import body_of
+from .heads import backbone_of
 from .lengths import Side, reset_frequencies, rope_side
 
 _ONE_GO = (
@@ -120,29 +120,29 @@ def groups(batch: Batch, max_tokens: int, side: Side) -> Iterator[Group]:
         yield _padded(batch, place, begins[members], lengths[members], longest)
 
 
-def run_body(model: PreTrainedModel, input_ids: Tensor, prefill_chunk: int | None = None) -> Tensor:
+def run_backbone(model: PreTrainedModel, input_ids: Tensor, prefill_chunk: int | None = None) -> Tensor:
     """Hidden states (B, T, D) of tokens (B, T) without padding on the left, `prefill_chunk` tokens at a time."""
     length = input_ids.shape[1]
     if prefill_chunk is not None and prefill_chunk < length:
-        return run_body_in_chunks(model, input_ids, [*range(prefill_chunk, length, prefill_chunk), length])
-    body = body_of(model)
+        return run_backbone_in_chunks(model, input_ids, [*range(prefill_chunk, length, prefill_chunk), length])
+    backbone = backbone_of(model)
     reset_frequencies(model)
-    options = {"use_cache": False} if _accepts(inspect.signature(body.forward).parameters, "use_cache") else {}
-    return _last_hidden(body(input_ids=input_ids, **options))
+    options = {"use_cache": False} if _accepts(inspect.signature(backbone.forward).parameters, "use_cache") else {}
+    return _last_hidden(backbone(input_ids=input_ids, **options))
 
 
-def run_body_in_chunks(model: PreTrainedModel, input_ids: Tensor, ends: Sequence[int]) -> Tensor:
+def run_backbone_in_chunks(model: PreTrainedModel, input_ids: Tensor, ends: Sequence[int]) -> Tensor:
     """Hidden states (B, T, D) of tokens (B, T), through the cache from each of `ends` to the next; the last is T."""
-    body = body_of(model)
-    accepted = inspect.signature(body.forward).parameters
+    backbone = backbone_of(model)
+    accepted = inspect.signature(backbone.forward).parameters
     name, side, length = cache_name(accepted), rope_side(model), input_ids.shape[1]
     reset_frequencies(model)
     cache: Any = None
     whole = torch.empty(0)
     for begin, end in pairwise([0, *ends]):
-        # A token at the last position, which none of the others sees, shows the body how long the sequence is.
+        # A token at the last position, which none of the others sees, shows the backbone how long the sequence is.
         guide = side(end) != side(length)
-        output = body(use_cache=True, **{name: cache}, **_chunk(model, accepted, input_ids, begin, end, guide))
+        output = backbone(use_cache=True, **{name: cache}, **_chunk(model, accepted, input_ids, begin, end, guide))
         cache = getattr(output, name, None)
         if cache is None:
             raise ValueError(
@@ -161,8 +161,8 @@ def run_body_in_chunks(model: PreTrainedModel, input_ids: Tensor, ends: Sequence
 def _chunk(
     model: PreTrainedModel, accepted: Any, input_ids: Tensor, begin: int, end: int, guide: bool
 ) -> dict[str, Tensor]:
-    """Tokens `begin` to `end`, with their positions for the bodies that name them: the others count the cache's tokens
-    themselves. With a guide, the last token of all follows."""
+    """Tokens `begin` to `end`, with their positions for the backbones that name them: the others count the
+    cache's tokens themselves. With a guide, the last token of all follows."""
     options = {"input_ids": input_ids[:, begin:end]}
     if "position_ids" in accepted:
         options["position_ids"] = torch.arange(begin, end, device=input_ids.device)[None]

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 
-class StartingParameters:
+class InitialPolicy:
     """The trained parameters of a model as they are now; all others do not change.
 
     They take as much memory as the trained parameters themselves: little with adapters.

@@ -1,7 +1,6 @@
 """`python -m benchmarks`: measure, print the acceptance table, keep the results."""
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -13,7 +12,6 @@ from . import table
 from .case import MODES
 from .plans import PLANS
 from .records import RESULTS, Record, Run, environment, read
-from .reweighting import options as reweighting
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -35,11 +33,6 @@ def _parser() -> argparse.ArgumentParser:
 
     commands = parser.add_subparsers(title="commands")
     commands.add_parser("gpu", help="a visit to a GPU: python -m benchmarks gpu --help")
-    on_task = commands.add_parser(
-        "reweighting", help="train the demo's base model with and without reweighting, over seeds"
-    )
-    on_task.set_defaults(command=_reweighting)
-    reweighting.add_arguments(on_task)
     readme = commands.add_parser("readme", help="write stored results between the markers of a README")
     readme.set_defaults(command=_readme)
     plot = commands.add_parser("plot", help="draw time and memory over N")
@@ -124,21 +117,7 @@ def _stored(given: Sequence[Run]) -> list[Run]:
 
 
 def _readme(options: argparse.Namespace) -> None:
-    given = [read(path) for path in options.results]
-    table.put_into(options.readme, table.section(_stored(given)))
-    stored = reweighting.FOLDER / "reweighting.json"
-    if not given and stored.exists():
-        # What it draws on comes with the extra `report`.
-        from .reweighting import summary
-
-        table.put_into(options.readme, summary.section(json.loads(stored.read_text())), summary.MARKERS)
-
-
-def _reweighting(options: argparse.Namespace) -> None:
-    # trl is not needed to measure.
-    from .reweighting import command
-
-    command.command(options)
+    table.put_into(options.readme, table.section(_stored([read(path) for path in options.results])))
 
 
 def _plot(options: argparse.Namespace) -> None:

@@ -77,11 +77,12 @@ def grpo_trainer(
     reweight: str = "none",
     reweight_alpha: float = 0.1,
     show_progress: bool = True,
+    **options: Any,
 ) -> ReweightedGRPOTrainer:
     """Group-relative policy optimisation with DAPO's loss: token mean, clip .2/.28, no KL term.
 
     One rollout samples `prompts_per_rollout` × `samples_per_prompt` responses at temperature 1, and is then
-    spent in `minibatches` optimiser steps of equal size.
+    spent in `minibatches` optimiser steps of equal size. `options` are further ones of ReweightedGRPOConfig.
     """
     samples = prompts_per_rollout * samples_per_prompt
     if samples % minibatches:
@@ -106,6 +107,7 @@ def grpo_trainer(
         beta=0.0,
         reweight=reweight,
         reweight_alpha=reweight_alpha,
+        **options,
     )
 
     def answer_reward(prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float | None]:

@@ -1,4 +1,4 @@
-"""`python -m benchmarks reweighting`, in miniature: runs, resumption, what is summed up. No method has to win."""
+"""`python -m dlogp_kernels.demo.reweighting`, small: runs, resumption, what is summed up. No method has to win."""
 
 import functools
 import json
@@ -10,8 +10,9 @@ import torch
 
 pytest.importorskip("trl")
 
-from benchmarks.reweighting import command, lemma, summary, training
-from benchmarks.reweighting.training import Budget
+from dlogp_kernels.demo.reweighting import __main__ as command
+from dlogp_kernels.demo.reweighting import lemma, summary, training
+from dlogp_kernels.demo.reweighting.training import Budget
 
 MINIATURE = Budget(
     rollouts=2,
@@ -74,14 +75,14 @@ def test_a_finished_run_is_not_done_again(runs: Path, monkeypatch: pytest.Monkey
 
 def test_what_is_written_of_runs(runs: Path, tmp_path: Path):
     results = command.collect(runs)
-    paths = summary.write(results, tmp_path)
+    paths = command.write(results, tmp_path)
     assert [path.name for path in paths] == ["reweighting.json", "reweighting.md", "reweighting.png"]
     assert json.loads(paths[0].read_text()) == results
     assert results["settings"]["rollouts"] == 2 and "method" not in results["settings"]
     assert results["environment"]["versions"]["trl"]
     assert summary.table(results) in paths[1].read_text()
-    section = summary.section(results)
-    assert section.splitlines()[0] == "| method | α | seeds | avg@2 | minus DAPO | pass@2 | minus DAPO |"
+    head = "| method | α | seeds | avg@2 | minus DAPO | pass@2 | minus DAPO | accuracy in training | minus DAPO |"
+    assert summary.table(results).splitlines()[0] == head
     assert paths[2].read_bytes().startswith(b"\x89PNG")
 
 
@@ -103,7 +104,7 @@ def test_differences_are_paired_by_seed():
         "runs": [_run("none", seed, avg) for seed, avg in enumerate(dapo)]
         + [_run("low_prob", seed, avg) for seed, avg in reversed(list(enumerate(low_prob)))],
     }
-    assert summary.differences(results, "low_prob", summary.avg) == pytest.approx([0.1, 0.2, 0.3])
+    assert list(summary.differences(results, "low_prob", "avg")) == pytest.approx([0.1, 0.2, 0.3])
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in summary.table(results).splitlines()[2:]]
     assert [row[0] for row in rows] == ["base model", "DAPO", "low_prob"]
     # Standard deviations 0.4 and 0.1 over √3.

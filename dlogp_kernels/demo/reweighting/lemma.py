@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dlogp_kernels import logp, policy_loss
+from ...functional import logp, policy_loss
 
 _IGNORED = -100
 

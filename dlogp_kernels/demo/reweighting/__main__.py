@@ -1,4 +1,4 @@
-"""`python -m benchmarks reweighting`: train each method with each seed, then sum up.
+"""`python -m dlogp_kernels.demo.reweighting`: train each method with each seed, then sum up.
 
 A run that has ended leaves a JSON of its own and is never done again: what was stopped goes on with the next one.
 """
@@ -6,30 +6,44 @@ A run that has ended leaves a JSON of its own and is never done again: what was 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
+import datetime
 import json
+import os
+import platform
 import sys
 import time
+from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils import collect_env
 
-from dlogp_kernels.report.files import write_atomically
+from ...jobs import doctor
+from ...report.files import write_atomically
+from . import figure, summary, training
+from .training import METHODS, Budget
 
-from ..records import environment
-from . import summary, training
-from .options import METHODS
-from .training import Budget
+#: The settings that differ between runs.
+_OWN = ("method", "alpha", "seed")
 
 
-def command(options: argparse.Namespace) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m dlogp_kernels.demo.reweighting", description=__doc__)
+    parser.add_argument("--seeds", type=int, default=5, help="of each method (default %(default)s)")
+    parser.add_argument("--rollouts", type=int, default=14, help="of each run (default %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="default 1: the model is too small for more")
+    runs, out = Path("build/reweighting"), Path("benchmarks/results/reweighting")
+    parser.add_argument("--runs", type=Path, default=runs, metavar="DIR", help="a JSON for each finished run")
+    parser.add_argument("--out", type=Path, default=out, metavar="DIR", help="folder for JSON, table and figure")
+    parser.add_argument("--only-summary", action="store_true", help="train nothing: sum up the runs that there are")
+    options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    budget = Budget(rollouts=options.rollouts)
     if not options.only_summary:
-        run_all(options.runs, range(options.seeds), budget)
+        run_all(options.runs, range(options.seeds), Budget(rollouts=options.rollouts))
     results = collect(options.runs)
-    for path in summary.write(results, options.out):
+    for path in write(results, options.out):
         _progress(f"wrote {path}")
     print(summary.table(results))
 
@@ -69,8 +83,14 @@ def collect(directory: Path) -> dict[str, Any]:
     return {"environment": environments[0], "settings": shared, "base": base, "runs": runs}
 
 
-#: The settings that differ between runs.
-_OWN = ("method", "alpha", "seed")
+def write(results: dict[str, Any], directory: Path) -> list[Path]:
+    """Write `reweighting.json`, `.md` and `.png`; their paths."""
+    directory.mkdir(parents=True, exist_ok=True)
+    paths = [directory / f"reweighting.{kind}" for kind in ("json", "md", "png")]
+    write_atomically(paths[0], (_json(results) + "\n").encode())
+    write_atomically(paths[1], summary.markdown(results).encode())
+    figure.draw(results, paths[2])
+    return paths
 
 
 def _missing(path: Path, wanted: dict[str, Any]) -> bool:
@@ -85,9 +105,27 @@ def _missing(path: Path, wanted: dict[str, Any]) -> bool:
 
 
 def _environment() -> dict[str, Any]:
-    where = environment(torch.device("cpu"))
-    where["versions"] |= {name: importlib.metadata.version(name) for name in ("transformers", "trl")}
-    return where
+    """Machine, versions, commit (with "-dirty" where files are changed) and date."""
+    failed, commit, _ = collect_env.run(f"git -C {Path(__file__).parent} describe --always --abbrev=10 --dirty")
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": doctor.examine().processor.name,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average_at_start": os.getloadavg()[0],
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "transformers", "trl", "dlogp_kernels")},
+        },
+        "commit": None if failed else commit,
+    }
+
+
+def _json(results: dict[str, Any]) -> str:
+    """A run a line: a diff shows which."""
+    head = {name: value for name, value in results.items() if name != "runs"}
+    runs = ",\n".join(json.dumps(run, ensure_ascii=False) for run in results["runs"])
+    return json.dumps(head, indent=1, ensure_ascii=False).removesuffix("\n}") + f',\n "runs": [\n{runs}\n]}}'
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
@@ -96,3 +134,7 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 
 def _progress(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

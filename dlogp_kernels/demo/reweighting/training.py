@@ -9,19 +9,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from datasets import Dataset
 
-from dlogp_kernels.demo import task
-from dlogp_kernels.demo.generate import PAIR_DIRECTORY
-from dlogp_kernels.demo.train_pair import answer_rewards
-from dlogp_kernels.hf import generate
-from dlogp_kernels.hf.tiny import PreTrainedModel, PreTrainedTokenizerFast, load_local
-from dlogp_kernels.trl import ReweightedGRPOConfig, ReweightedGRPOTrainer
-
+from ...hf import generate
+from ...hf.tiny import PreTrainedModel, PreTrainedTokenizerFast, load_local
+from ...trl import ReweightedGRPOTrainer, grpo_trainer
+from .. import task
+from ..generate import PAIR_DIRECTORY
+from ..train_pair import answer_rewards
 from . import lemma
-from .options import METHODS
 
-_CLIP_LOW, _CLIP_HIGH, _DUAL_CLIP = 0.2, 0.28, 10.0
+#: By α. `none` is DAPO. The others share one α and none was tuned: `low_prob` weighs 1 to 1.2, `dominate` 0.8 to 1.
+METHODS = {"none": 0.0, "low_prob": 0.2, "dominate": 0.2, "ppl": 0.2}
+_DUAL_CLIP = 10.0
 #: All models are graded on the same problems with the same noise.
 _EVALUATION_SEED = 4
 _EVALUATION_ROWS = 256
@@ -69,18 +68,28 @@ def train(method: str, seed: int, budget: Budget) -> dict[str, Any]:
     model, tokenizer = load_local(PAIR_DIRECTORY / "base")
     problems = task.generate_problems(budget.rollouts * budget.prompts_per_rollout, seed, "reinforcement")
 
-    def answer_reward(prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
-        return answer_rewards(prompts, tokenizer.batch_decode(completion_ids, skip_special_tokens=False))
-
     with tempfile.TemporaryDirectory() as scratch:
-        trainer = _Trainer(
+        trainer = grpo_trainer(
             model,
-            reward_funcs=answer_reward,
-            args=_config(method, seed, budget, scratch),
-            train_dataset=Dataset.from_dict({"prompt": [problem.prompt for problem in problems]}),
-            processing_class=tokenizer,
+            tokenizer,
+            [problem.prompt for problem in problems],
+            answer_rewards,
+            output_dir=scratch,
+            rollouts=budget.rollouts,
+            prompts_per_rollout=budget.prompts_per_rollout,
+            samples_per_prompt=budget.samples_per_prompt,
+            minibatches=budget.minibatches,
+            max_response_tokens=task.MAX_RESPONSE_WORDS,
+            learning_rate=budget.learning_rate,
+            warmup_steps=budget.warmup_steps,
+            seed=seed,
+            reweight=method,
+            reweight_alpha=METHODS[method],
+            # The same noise for all methods: their first rollouts are the same responses.
+            rollout_seed=seed,
+            dual_clip=_DUAL_CLIP,
         )
-        trainer.check_every = budget.lemma_every * budget.minibatches
+        lemmas = _check_lemma_while_training(trainer, every=budget.lemma_every * budget.minibatches)
         trainer.train()
     trained = time.monotonic()
     logged = [entry for entry in trainer.state.log_history if "reward" in entry]
@@ -94,7 +103,7 @@ def train(method: str, seed: int, budget: Budget) -> dict[str, Any]:
                 if all(key in entry for entry in logged)
             },
         },
-        "lemma": [{"step": step, **found._asdict()} for step, found in trainer.found.items()],
+        "lemma": [{"step": step, **found._asdict()} for step, found in lemmas.items()],
         "evaluation": evaluate(model, tokenizer, budget),
         "seconds": {"training": round(trained - started, 1), "all": round(time.monotonic() - started, 1)},
     }
@@ -139,77 +148,36 @@ def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, budget:
     }
 
 
-class _Trainer(ReweightedGRPOTrainer):
-    """Also looks at Lemma 3.1 in some steps, before they are done; `found` by step."""
+def _check_lemma_while_training(trainer: ReweightedGRPOTrainer, every: int) -> dict[int, lemma.Lemma]:
+    """Lemma 3.1 by optimiser step, looked at before every so many steps; it fills while `trainer` trains."""
+    found: dict[int, lemma.Lemma] = {}
+    compute_loss = trainer._compute_loss
 
-    def __init__(self, *args: Any, **named: Any) -> None:
-        super().__init__(*args, **named)
-        self.check_every = 0
-        self.found: dict[int, lemma.Lemma] = {}
+    def compute_and_check(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        step = trainer.state.global_step + 1
+        if step % every == 0:
+            found[step] = _check_lemma(trainer.args, model, inputs)
+        return compute_loss(model, inputs)
 
-    def _compute_loss(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        step = self.state.global_step + 1
-        if step % self.check_every == 0:
-            self.found[step] = self._check_lemma(model, inputs)
-        return super()._compute_loss(model, inputs)
-
-    def _check_lemma(self, model: Any, inputs: dict[str, torch.Tensor]) -> lemma.Lemma:
-        target, mask = inputs["completion_ids"], inputs["completion_mask"]
-        with torch.no_grad():
-            logits = model(
-                torch.cat([inputs["prompt_ids"], target], 1), torch.cat([inputs["prompt_mask"], mask], 1)
-            ).logits
-        args = self.args
-        assert args.epsilon_high is not None and args.dual_clip is not None
-        return lemma.check(
-            # Position t of the logits is about token t + 1.
-            logits[:, -target.shape[1] - 1 : -1],
-            target,
-            inputs["old_per_token_logps"],
-            inputs["advantages"],
-            mask,
-            # The trainer has it in the advantages already.
-            reweight="none" if args.reweight == "ppl" else args.reweight,
-            alpha=args.reweight_alpha,
-            clip_low=args.epsilon,
-            clip_high=args.epsilon_high,
-            dual_clip=args.dual_clip,
-        )
+    trainer._compute_loss = compute_and_check  # type: ignore[method-assign]
+    return found
 
 
-def _config(method: str, seed: int, budget: Budget, directory: str) -> ReweightedGRPOConfig:
-    samples = budget.prompts_per_rollout * budget.samples_per_prompt
-    return ReweightedGRPOConfig(
-        output_dir=directory,
-        seed=seed,
-        # The same noise for all methods: their first rollouts are the same responses.
-        rollout_seed=seed,
-        reweight=method,
-        reweight_alpha=METHODS[method],
-        dual_clip=_DUAL_CLIP,
-        epsilon=_CLIP_LOW,
-        epsilon_high=_CLIP_HIGH,
-        beta=0.0,
-        loss_type="dapo",
-        max_steps=budget.rollouts * budget.minibatches,
-        per_device_train_batch_size=samples // budget.minibatches,
-        generation_batch_size=samples,
-        num_generations=budget.samples_per_prompt,
-        max_completion_length=task.MAX_RESPONSE_WORDS,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=0,
-        learning_rate=budget.learning_rate,
-        lr_scheduler_type="constant_with_warmup",
-        warmup_steps=budget.warmup_steps,
-        adam_beta2=0.95,
-        max_grad_norm=1.0,
-        logging_steps=budget.minibatches,
-        disable_tqdm=True,
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        dataloader_pin_memory=False,
-        report_to=[],
-        save_strategy="no",
+def _check_lemma(args: Any, model: Any, inputs: dict[str, torch.Tensor]) -> lemma.Lemma:
+    target, mask = inputs["completion_ids"], inputs["completion_mask"]
+    with torch.no_grad():
+        logits = model(torch.cat([inputs["prompt_ids"], target], 1), torch.cat([inputs["prompt_mask"], mask], 1)).logits
+    return lemma.check(
+        # Position t of the logits is about token t + 1.
+        logits[:, -target.shape[1] - 1 : -1],
+        target,
+        inputs["old_per_token_logps"],
+        inputs["advantages"],
+        mask,
+        # The trainer has it in the advantages already.
+        reweight="none" if args.reweight == "ppl" else args.reweight,
+        alpha=args.reweight_alpha,
+        clip_low=args.epsilon,
+        clip_high=args.epsilon_high,
+        dual_clip=args.dual_clip,
     )

@@ -1,1 +1,0 @@
-"""Does reweighting help on the demo task? DAPO beside three reweightings, over seeds."""

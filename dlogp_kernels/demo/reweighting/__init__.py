@@ -1,0 +1,1 @@
+"""DAPO beside three reweightings on the demo task: `python -m dlogp_kernels.demo.reweighting`."""

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dlogp_kernels import Sample, backends, extrapolated_sample, linear_extrapolated_sample, reference, reference_sample
+from dlogp_kernels import Sample, backends, extrapolated_sample, linear_extrapolated_sample
+from dlogp_kernels.reference import sampling as reference_sample
+from dlogp_kernels.reference import statistics as reference
 
 from .harness import Budget, Candidate, Clock, Timings, WrongResultError, measure
 from .problem import build

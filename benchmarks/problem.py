@@ -7,7 +7,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from dlogp_kernels import reference
+from dlogp_kernels.reference import statistics as reference
 
 from .harness import Candidate, absolute_error, relative_error
 from .shapes import DTYPES, Workload

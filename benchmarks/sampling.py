@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dlogp_kernels import Sample, extrapolated_sample, reference_sample
+from dlogp_kernels import Sample, extrapolated_sample
+from dlogp_kernels.reference import sampling as reference_sample
 
 from .harness import NotMeasuredError, WrongResultError, verify
 from .shapes import DTYPES, Workload

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import policy_rows, reference, reference_policy, reference_sample
 from .checks import (
     check_drawing_temperature,
     check_factor,
@@ -28,6 +27,10 @@ from .checks import (
     check_scale,
     check_storage,
 )
+from .reference import policy as reference_policy
+from .reference import rows as policy_rows
+from .reference import sampling as reference_sample
+from .reference import statistics as reference
 from .results import DeltaLogpStats, LogpStats, PolicyLoss, PolicyMetrics, Sample
 
 _FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)

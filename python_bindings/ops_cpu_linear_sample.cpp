@@ -69,7 +69,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_extrapolated_s
   const SampleOptions options =
       sample_options(seed, seed_tensor, gamma, criterion, threshold, draft, temperature, {top_k, top_p, min_p});
   TORCH_CHECK_VALUE(temperature == 0 || !options.filters.any(weight.size(0)),
-                    "top_k, top_p and min_p need a row of logits, which blocked.py forms");
+                    "top_k, top_p and min_p need a row of logits, which eager/sampling.py forms");
   const SampleOutputs outputs(count, is_double(heads[0]) || is_double(heads[1]) ? at::kDouble : at::kFloat);
   with_product_type(heads, 2,
                     [&](auto type) { sample_rows<decltype(type)>(heads, identities, options, workspace, outputs); });

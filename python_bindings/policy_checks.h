@@ -18,7 +18,7 @@ template <typename Choice, size_t count>
 Choice choice_of(const std::pair<std::string_view, Choice> (&choices)[count], std::string_view name, const char* what) {
   for (const auto& [known, choice] : choices)
     if (name == known) return choice;
-  TORCH_CHECK_VALUE(false, what, " is '", name, "', expected one of those of reference_policy.py");
+  TORCH_CHECK_VALUE(false, what, " is '", name, "', expected one of those of reference/policy.py");
 }
 
 // Of reference_policy.PolicyOptions.arguments().

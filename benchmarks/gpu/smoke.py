@@ -17,7 +17,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 import dlogp_kernels
-from dlogp_kernels import Sample, backends, reference, reference_policy
+from dlogp_kernels import Sample, backends
+from dlogp_kernels.reference import policy as reference_policy
+from dlogp_kernels.reference import statistics as reference
 
 from .. import bench_linear_policy_loss as policy_step
 from .. import policy

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 import dlogp_kernels
-from dlogp_kernels import Sample, backends, reference_sample
+from dlogp_kernels import Sample, backends
+from dlogp_kernels.reference import sampling as reference_sample
 
 from .. import bench_linear_policy_loss as policy_step
 from .. import bench_policy_loss as given_policy

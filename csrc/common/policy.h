@@ -1,4 +1,4 @@
-// The formulas of the policy loss of one token (the definition: dlogp_kernels/reference_policy.py), with r the
+// The formulas of the policy loss of one token (the definition: dlogp_kernels/reference/policy.py), with r the
 // importance ratio, A the reweighted advantage.
 #pragma once
 

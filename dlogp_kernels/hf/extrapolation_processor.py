@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessor
 
-from .. import functional, reference_sample
+from .. import functional
+from ..reference import sampling as reference_sample
 from .cached import CachedModel, CachedRows, uncompiled
 from .heads import unwrapped
 from .verify_head import evaluation

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 from ..checks import check_drawing_temperature, check_factor
-from ..reference_sample import CRITERIA, WITH_THRESHOLD
+from ..reference.sampling import CRITERIA, WITH_THRESHOLD
 from ..report.jsonl import MAX_LINE_BYTES
 from ..report.responses import BASE, RL, Setting
 from .errors import JobError, check_option

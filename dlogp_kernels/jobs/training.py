@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..checks import check_factor, check_scale
-from ..reference_policy import REWEIGHT_SIGNS, REWEIGHTS
+from ..reference.policy import REWEIGHT_SIGNS, REWEIGHTS
 from ..report.jsonl import MAX_LINE_BYTES
 from .errors import JobError, check_option
 from .graders import DEFAULT_GRADER_SECONDS

@@ -29,7 +29,7 @@ COMPILED = ("cpu", "cuda")
 _MODULES = {
     "triton": "dlogp_kernels.triton",
     "gemm": "dlogp_kernels.triton.gemm",
-    "reference": "dlogp_kernels.blocked",
+    "reference": "dlogp_kernels.eager",
 }
 #: Ops of the backends that do not have all. The others are served by "triton" when such a backend is asked for.
 _ONLY = {"gemm": ("linear_logp_fwd", "linear_delta_logp_fwd"), "cuda": ("extrapolated_sample",)}
@@ -267,7 +267,7 @@ def launch(op: str, first: torch.Tensor, dtype: torch.dtype, *arguments: object)
 
 
 def launch_blocked(op: str, first: torch.Tensor, dtype: torch.dtype, *arguments: object) -> tuple[torch.Tensor, ...]:
-    """Run blocked.py's form of `op`, which calls other ops: those are served by the backend selected for them."""
+    """Run plain PyTorch's form of `op`, which calls other ops: those are served by the backend selected for them."""
     _check_storages(op, arguments)
     with _without_autocast(first.device):
         return _launcher("reference", op)(*arguments, _workspace)

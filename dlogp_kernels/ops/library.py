@@ -16,7 +16,7 @@ LIBRARY = torch.library.Library("dlogp", "DEF")
 def register(op: str, fake: Callable[..., Any], in_blocks: Callable[..., bool] | None = None) -> None:
     """Give `op` its fake, and a kernel that runs the backend selected at the time of the call.
 
-    For arguments of which `in_blocks` holds no backend has a kernel of its own: blocked.py serves them, by other ops.
+    For arguments of which `in_blocks` holds no backend has a kernel of its own: eager/ serves them, by other ops.
     """
 
     def run(*arguments: Any) -> Any:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..reference_policy import options_of
+from ..reference.policy import options_of
 from ..results import PolicyMetrics
 from . import library
 

@@ -13,7 +13,7 @@ of the number of arguments).
 Its forward op leaves `coefficient`, the shape of logp, empty unless with_gradient, and `scale` (B,): the gradient by
 logp is their product. metrics are in the order of PolicyMetrics.
 
-The linear policy loss takes target (N, 1) and the rows of policy_rows.PolicyRows, (N,) of the dtype of the loss. Its
+The linear policy loss takes target (N, 1) and the rows of reference.rows.PolicyRows, (N,) of the dtype of the loss. Its
 forward op leaves the gradients of the loss that output_mask asks for in that dtype, float32 or float64, whatever the
 inputs' is: they are rounded once, when backward has multiplied them.
 

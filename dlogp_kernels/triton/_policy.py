@@ -1,4 +1,4 @@
-"""Device functions of the policy loss: each formula of reference_policy.py once, in float32, and its options.
+"""Device functions of the policy loss: each formula of reference/policy.py once, in float32, and its options.
 
 r is the importance ratio, A the reweighted advantage. A number that is not finite arrives as it is in the definition.
 """
@@ -8,8 +8,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .. import reference_policy
-from ..reference_policy import PolicyOptions
+from ..reference import policy as reference_policy
+from ..reference.policy import PolicyOptions
 from . import _math
 
 _LIMIT = tl.constexpr(reference_policy.LOG_RATIO_LIMIT)
@@ -31,7 +31,7 @@ class Numbers(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """The options that choose code: surrogate "clipped", "cispo" or "sapo", and the names of reference_policy.py."""
+    """The options that choose code: surrogate "clipped", "cispo" or "sapo", and the names of reference/policy.py."""
 
     surrogate: str
     reweight: str

@@ -1,4 +1,4 @@
-"""What both sampling kernels share: the noise of a token, the criteria. The definition is reference_sample.py."""
+"""What both sampling kernels share: the noise of a token, the criteria. The definition is reference/sampling.py."""
 
 import functools
 import math
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import reference_sample
+from ..reference import sampling as reference_sample
 from ..results import Sample
 from . import _math
 

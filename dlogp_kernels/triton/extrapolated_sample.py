@@ -1,6 +1,6 @@
 """`extrapolated_sample` on GPUs: draft, criterion and replacement of a row by one program, without sorting.
 
-The definition is reference_sample.py; the noise is the same bit for bit. What a filter drops is found by narrowing an
+The definition is reference/sampling.py; the noise is the same bit for bit. What a filter drops is found by narrowing an
 interval of float32 numbers: a walk over the row weighs what lies above seven numbers in it, and an eighth is left.
 """
 

@@ -384,7 +384,7 @@ def linear_extrapolated_sample(
     min_p: float,
     workspace: int,
 ) -> Sample:
-    """Without the filters, which blocked.py serves."""
+    """Without the filters, which eager/ serves."""
     n, v = hidden.shape[:-1].numel(), weight.shape[0]
     out = new_sample(n, hidden)
     if n == 0:

@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import reference_policy
-from ..policy_rows import PolicyRows
+from ..reference import policy as reference_policy
+from ..reference.rows import PolicyRows
 from ..results import DeltaLogpStats, LogpStats, PolicyMetrics
 from . import _math, _policy, _rows
 from ._device import on_device_of

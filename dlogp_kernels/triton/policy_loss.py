@@ -2,7 +2,7 @@
 
 A program takes one sequence, or where a sequence's tokens do not depend on one another every SPLITS-th block of it. The
 number of programs a sequence is a function of the shapes, and so is the order of the sums. The definition is
-reference_policy.py.
+reference/policy.py.
 """
 
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference_policy import BY_TOKENS, PolicyOptions, options_of
+from ..reference.policy import BY_TOKENS, PolicyOptions, options_of
 from ..results import PolicyMetrics
 from . import _policy
 from ._device import on_device_of

@@ -8,7 +8,7 @@ from typing import Any
 
 from trl import GRPOConfig
 
-from ..reference_policy import IMPORTANCES, LOSS_TYPES, REWEIGHT_SIGNS, REWEIGHTS
+from ..reference.policy import IMPORTANCES, LOSS_TYPES, REWEIGHT_SIGNS, REWEIGHTS
 
 
 def _option(default: Any, text: str) -> Any:

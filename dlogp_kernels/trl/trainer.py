@@ -16,7 +16,7 @@ from trl import GRPOTrainer
 from ..functional import policy_loss
 from ..hf.heads import unwrapped
 from ..hf.verify_head import verified_lm_head
-from ..reference_policy import (
+from ..reference.policy import (
     PolicyOptions,
     clipped_places,
     k3,

@@ -6,8 +6,8 @@ import pytest
 import torch
 from policy_cases import DIFFERENTIABLE, make_inputs, upcast
 
-from dlogp_kernels import reference_policy
-from dlogp_kernels.reference_policy import PolicyOptions
+from dlogp_kernels.reference import policy as reference_policy
+from dlogp_kernels.reference.policy import PolicyOptions
 
 FP64 = torch.float64
 

@@ -6,7 +6,7 @@ import torch
 from policy_cases import make_inputs, pack, without_extras
 
 from dlogp_kernels import LinearPolicyLoss, PolicyLossModule, backends, linear_policy_loss, policy_loss
-from dlogp_kernels.reference_policy import PolicyOptions
+from dlogp_kernels.reference.policy import PolicyOptions
 
 X = torch.zeros(5, 36)
 

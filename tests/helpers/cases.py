@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 import dlogp_kernels
-from dlogp_kernels import backends, reference
+from dlogp_kernels import backends
+from dlogp_kernels.reference import statistics as reference
 
 OPS = ("linear_logp", "linear_delta_logp", "logp", "delta_logp")
 LINEAR_OPS, PAIR_OPS = OPS[:2], OPS[1::2]

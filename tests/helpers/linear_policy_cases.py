@@ -10,7 +10,7 @@ from policy_cases import Inputs, Outcome, Sizes
 from torch import Tensor
 
 import dlogp_kernels
-from dlogp_kernels import reference_policy
+from dlogp_kernels.reference import policy as reference_policy
 
 #: Of both models' last layers; those of the base count where there is one.
 HEADS = {"temperature": 0.7, "softcap": 6.0, "logit_scale": 1.3}

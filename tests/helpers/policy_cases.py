@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 import dlogp_kernels
-from dlogp_kernels import reference_policy
-from dlogp_kernels.reference_policy import PolicyOptions
+from dlogp_kernels.reference import policy as reference_policy
+from dlogp_kernels.reference.policy import PolicyOptions
 
 Inputs = dict[str, Tensor]
 #: Optional arguments, and what makes each of them count.

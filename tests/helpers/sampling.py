@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 import dlogp_kernels
-from dlogp_kernels import Sample, reference_sample
-from dlogp_kernels.reference_sample import DRAFT, REPLACEMENT
+from dlogp_kernels import Sample
+from dlogp_kernels.reference import sampling as reference_sample
+from dlogp_kernels.reference.sampling import DRAFT, REPLACEMENT
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 THRESHOLDS = {

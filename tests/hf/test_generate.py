@@ -10,7 +10,8 @@ from hf_prompts import Recorder, padded, prompts
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
-from dlogp_kernels import hf, reference_sample
+from dlogp_kernels import hf
+from dlogp_kernels.reference import sampling as reference_sample
 from dlogp_kernels.results import Sample
 
 SAMPLING = {"gamma": 0.3, "criterion": "delta_logp", "threshold": -0.2, "top_p": 0.9, "seed": 11}

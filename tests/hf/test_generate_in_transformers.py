@@ -10,7 +10,8 @@ from hf_prompts import Recorder, padded, prompts
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from dlogp_kernels import delta_logp, hf, reference_sample
+from dlogp_kernels import delta_logp, hf
+from dlogp_kernels.reference import sampling as reference_sample
 
 OPTIONS = {"gamma": 0.3, "criterion": "delta_logp", "threshold": -0.2, "seed": 11}
 

@@ -27,7 +27,7 @@ from tolerances import CUDA_REGISTERS, CUDA_STACK_BYTES, Accuracy
 
 import dlogp_kernels
 from dlogp_kernels import backends
-from dlogp_kernels.reference_sample import CRITERIA
+from dlogp_kernels.reference.sampling import CRITERIA
 
 emulation = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 LAUNCHES = (Launch(1), Launch(2, backwards=True), Launch(4), Launch(1, kept=False), Launch(8, kept=False))

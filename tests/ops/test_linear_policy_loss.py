@@ -8,7 +8,8 @@ from cases import fewer
 from linear_policy_cases import BASE_HEADS, DIFFERENTIABLE, HEADS, call, check_against_truth, flat, make_inputs, near
 
 import dlogp_kernels
-from dlogp_kernels import backends, reference_policy
+from dlogp_kernels import backends
+from dlogp_kernels.reference import policy as reference_policy
 
 pytestmark = pytest.mark.usefixtures("backend")
 

@@ -26,8 +26,9 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import dlogp_kernels
-from dlogp_kernels import Sample, backends, reference
-from dlogp_kernels.reference_sample import CRITERIA
+from dlogp_kernels import Sample, backends
+from dlogp_kernels.reference import statistics as reference
+from dlogp_kernels.reference.sampling import CRITERIA
 
 pytestmark = pytest.mark.usefixtures("serves_sampling")
 

@@ -21,8 +21,9 @@ from policy_cases import (
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import dlogp_kernels
-from dlogp_kernels import backends, functional, reference_policy
-from dlogp_kernels.reference_policy import PolicyOptions
+from dlogp_kernels import backends, functional
+from dlogp_kernels.reference import policy as reference_policy
+from dlogp_kernels.reference.policy import PolicyOptions
 from dlogp_kernels.results import PolicyMetrics
 
 pytestmark = pytest.mark.usefixtures("backend")

@@ -29,9 +29,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import dlogp_kernels
 from benchmarks import frequencies
-from dlogp_kernels import Sample, backends, reference_sample
+from dlogp_kernels import Sample, backends
 from dlogp_kernels.ops import schemas
-from dlogp_kernels.reference_sample import CRITERIA, RANDOM
+from dlogp_kernels.reference import sampling as reference_sample
+from dlogp_kernels.reference.sampling import CRITERIA, RANDOM
 
 pytestmark = [pytest.mark.usefixtures("serves_sampling", "few_walks"), pytest.mark.also_by("cuda")]
 

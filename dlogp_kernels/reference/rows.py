@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import reference_policy
-from .reference_policy import PolicyOptions
+from . import policy as reference_policy
+from .policy import PolicyOptions
 
 #: Instead of the targets of tokens that do not count; no token has this id.
 MASKED = -(2**63)

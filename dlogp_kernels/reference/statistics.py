@@ -7,7 +7,7 @@ holds full logits. `logits_gradient` is the derivative that all backward kernels
 import torch
 from torch import Tensor
 
-from .results import DeltaLogpStats, LogpStats
+from ..results import DeltaLogpStats, LogpStats
 
 
 def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:

@@ -7,8 +7,8 @@ backend computes the same bits of it.
 import torch
 from torch import Tensor
 
-from . import reference
-from .results import Sample
+from ..results import Sample
+from . import statistics as reference
 
 #: Streams of noise.
 DRAFT, REPLACEMENT, RANDOM = 0, 1, 2

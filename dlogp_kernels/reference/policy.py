@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import reference
-from .reference import accumulation_dtype
-from .results import PolicyLoss, PolicyMetrics
+from ..results import PolicyLoss, PolicyMetrics
+from . import statistics as reference
+from .statistics import accumulation_dtype
 
 LOSS_TYPES = ("dapo", "grpo", "bnpo", "dr_grpo", "cispo", "sapo")
 REWEIGHTS = ("low_prob", "dominate", "ppl", "none")

@@ -1,0 +1,270 @@
+"""The policy losses in plain PyTorch: the definition, in blocks of sequences or rows."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..reference import policy as reference_policy
+from ..reference import statistics as reference
+from ..reference.policy import PolicyTokens
+from ..reference.rows import PolicyRows
+from ..reference.statistics import accumulation_dtype
+from ..results import PolicyMetrics
+from ._blocks import Head, row_blocks, rows_of, slabbed_logits, slabs
+from .statistics import check_target
+
+# Of 8 bytes, a token of the policy loss.
+_POLICY_TEMPORARIES = 24
+
+
+# An ignore_index that none of the targets left has.
+_NO_TARGET = -1
+
+
+def policy_loss_fwd(
+    logp: Tensor,
+    old_logp: Tensor,
+    advantage: Tensor,
+    mask: Tensor,
+    offsets: Tensor | None,
+    group: Tensor | None,
+    ref_logp: Tensor | None,
+    entropy: Tensor | None,
+    kl: Tensor | None,
+    token_weight: Tensor | None,
+    denominator: Tensor | None,
+    choices: list[str],
+    numbers: list[float],
+    max_length: int | None,
+    with_gradient: bool,
+    workspace: int,
+) -> tuple[Tensor, ...]:
+    options = reference_policy.options_of(choices, numbers, max_length)
+    sequences = _Sequences(
+        PolicyTokens(logp, old_logp, advantage, mask, ref_logp, entropy, kl, token_weight), offsets, workspace
+    )
+    counts, s = sequences.counts(), None
+    if options.reweight == "ppl":
+        assert group is not None
+        perplexity = [reference_policy.log_perplexity(x.old_logp, x.mask) for _, x in sequences.blocks()]
+        joined = torch.cat([logp.new_zeros(0, dtype=sequences.dtype), *perplexity])
+        s = reference_policy.normalized_in_group(joined, group, counts > 0)
+    longest = logp.shape[-1] if max_length is None else max_length
+    scale = reference_policy.sequence_scale(
+        counts, counts.sum(), counts.shape[0], longest, denominator, options.loss_type
+    )
+    coefficient = torch.zeros_like(logp, dtype=sequences.dtype) if with_gradient else logp.new_empty(0)
+    loss = torch.zeros((), dtype=torch.float64, device=logp.device)
+    sums = torch.zeros(len(PolicyMetrics._fields), dtype=torch.float64, device=logp.device)
+    for block, tokens in sequences.blocks():
+        weight = reference_policy.reweighting(
+            tokens.old_logp, tokens.advantage, None if s is None else s[block, None], options
+        )
+        reweighted = weight * tokens.advantage
+        raw = reference_policy.raw_log_ratio(tokens.logp, tokens.old_logp, tokens.mask, options.importance)
+        ratio = reference_policy.ratio_of(raw).expand_as(tokens.logp)
+        of_tokens = reference_policy.token_loss(tokens, ratio, reweighted, options)
+        loss += (of_tokens.sum(-1, dtype=torch.float64) * scale[block]).sum()
+        sums = reference_policy.merged(sums, reference_policy.metric_sums(tokens, ratio, weight, reweighted, options))
+        if with_gradient:
+            grad = reference_policy.coefficient(tokens, raw, ratio, reweighted, options)
+            sequences.write(coefficient, block, grad)
+    metrics = reference_policy.finished_metrics(sums, counts.sum())
+    return loss.to(sequences.dtype), metrics.to(sequences.dtype), coefficient, scale.to(sequences.dtype, copy=True)
+
+
+def policy_loss_bwd(
+    grad_loss: Tensor,
+    coefficient: Tensor,
+    scale: Tensor,
+    mask: Tensor,
+    offsets: Tensor | None,
+    entropy_coef: float,
+    kl_beta: float,
+    output_mask: list[bool],
+    workspace: int,
+) -> tuple[Tensor, ...]:
+    scale = scale * grad_loss
+    of_tokens = scale[:, None] if offsets is None else scale.repeat_interleave(offsets.diff(), output_size=mask.numel())
+    wants_logp, *wants_constant = output_mask
+    grad_logp = coefficient * of_tokens if wants_logp else scale.new_empty(0)
+    constants = (
+        (factor * of_tokens).masked_fill(~mask, 0.0) if wanted else scale.new_empty(0)
+        for factor, wanted in zip((-entropy_coef, kl_beta), wants_constant, strict=True)
+    )
+    return grad_logp, *constants
+
+
+def linear_policy_loss_fwd(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    base_hidden: Tensor | None,
+    base_weight: Tensor | None,
+    base_bias: Tensor | None,
+    old_logp: Tensor,
+    advantage: Tensor,
+    scale: Tensor,
+    score: Tensor | None,
+    ref_logp: Tensor | None,
+    token_weight: Tensor | None,
+    choices: list[str],
+    numbers: list[float],
+    temperature: float,
+    softcap: float | None,
+    base_softcap: float | None,
+    logit_scale: float,
+    base_logit_scale: float,
+    ignore_index: int,
+    output_mask: list[bool],
+    workspace: int,
+) -> tuple[Tensor, ...]:
+    target, bad_rows = check_target(target, weight.shape[0], ignore_index)
+    options, dtype = reference_policy.options_of(choices, numbers, None), scale.dtype
+    known = PolicyRows(old_logp, advantage, scale, score, ref_logp, token_weight)
+    head = Head(hidden, weight, bias, temperature, softcap, logit_scale, output_mask, dtype)
+    base = None
+    if base_hidden is not None and base_weight is not None:
+        base = Head(
+            base_hidden, base_weight, base_bias, temperature, base_softcap, base_logit_scale, [False] * 3, dtype
+        )
+    loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
+    sums = torch.zeros(len(PolicyMetrics._fields), dtype=torch.float64, device=hidden.device)
+    count = 0
+    for rows in row_blocks(target, ignore_index, weight.shape[0], dtype, 1 if base is None else 2, workspace):
+        block = _PolicyBlock(head, base, rows, target[rows], known, options)
+        loss, sums = loss + block.loss, reference_policy.merged(sums, block.sums)
+        count += rows.numel()
+        if any(output_mask):
+            block.accumulate()
+        del block  # before there is the next one
+    if bad_rows is not None:
+        loss = loss.masked_fill(bad_rows.any(), torch.nan)
+    metrics = reference_policy.finished_metrics(sums, torch.tensor(count, device=hidden.device))
+    gradients = (hidden.new_zeros(0, dtype=dtype) if grad is None else grad for grad in head.grads)
+    return loss.to(dtype), metrics.to(dtype), *gradients
+
+
+def linear_policy_loss_bwd(
+    grad_loss: Tensor,
+    grad_hidden: Tensor,
+    grad_weight: Tensor,
+    grad_bias: Tensor,
+    hidden_dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    bias_dtype: torch.dtype,
+    output_mask: list[bool],
+    workspace: int,
+) -> tuple[Tensor, ...]:
+    gradients, dtypes = (grad_hidden, grad_weight, grad_bias), (hidden_dtype, weight_dtype, bias_dtype)
+    scaled = []
+    for gradient, dtype, wanted in zip(gradients, dtypes, output_mask, strict=True):
+        out = gradient.new_empty(gradient.shape if wanted else (0,), dtype=dtype)
+        if wanted:
+            for part, out_part in zip(gradient.view(-1).split(2**20), out.view(-1).split(2**20), strict=True):
+                out_part.copy_(part * grad_loss)
+        scaled.append(out)
+    return tuple(scaled)
+
+
+class _Sequences:
+    """The sequences of a policy loss, brought into the form of its definition a block of them at a time."""
+
+    def __init__(self, tokens: PolicyTokens, offsets: Tensor | None, workspace: int) -> None:
+        self.tokens, self.offsets = tokens, offsets
+        self.dtype = accumulation_dtype(*tokens)
+        self.number = tokens.logp.shape[0] if offsets is None else offsets.shape[0] - 1
+        longest = tokens.logp.shape[-1] if offsets is None else int(offsets.diff().max()) if self.number else 0
+        self.size = max(1, workspace // (max(1, longest) * 8 * _POLICY_TEMPORARIES))
+        self.of_sequences = tokens.advantage.shape == (self.number,)
+
+    def counts(self) -> Tensor:
+        """Tokens of each sequence (B,)."""
+        mask = self.tokens.mask
+        if self.offsets is None:
+            return mask.sum(-1)
+        sums = torch.cat([mask.new_zeros(1, dtype=torch.int64), mask.cumsum(0)])
+        return sums[self.offsets].diff()
+
+    def blocks(self) -> Iterator[tuple[slice, PolicyTokens]]:
+        for begin in range(0, self.number, self.size):
+            block = slice(begin, min(begin + self.size, self.number))
+            yield block, self._block(block)
+
+    def _block(self, block: slice) -> PolicyTokens:
+        tokens, offsets = self.tokens, self.offsets
+        if offsets is None:
+            some = {name: x[block] for name, x in tokens._asdict().items() if x is not None}
+            tokens = tokens._replace(**some)
+        else:
+            offsets = offsets[block.start : block.stop + 1]
+            if self.of_sequences:
+                tokens = tokens._replace(advantage=tokens.advantage[block])
+        return reference_policy.as_padded(tokens, offsets, self.dtype, of_sequences=self.of_sequences)
+
+    def write(self, out: Tensor, block: slice, values: Tensor) -> None:
+        """Of a block (b, t) to their places in `out`, which has the shape of logp."""
+        if self.offsets is None:
+            out[block] = values
+            return
+        offsets = self.offsets[block.start : block.stop + 1]
+        inside = torch.arange(values.shape[1], device=out.device) < offsets.diff()[:, None]
+        out[offsets[0] : offsets[-1]] = values[inside]
+
+
+class _PolicyBlock:
+    """A block of rows of a policy loss with its logits in full: the loss, sums for the metrics, and the gradient."""
+
+    def __init__(
+        self,
+        head: Head,
+        base: Head | None,
+        rows: Tensor,
+        target: Tensor,
+        known: PolicyRows,
+        options: reference_policy.PolicyOptions,
+    ) -> None:
+        self.head, self.rows, self.target, self.options = head, rows, target, options
+        self.base_z, stats, kl = None, None, None
+        self.raw = slabbed_logits(rows_of(head.hidden, rows), head.weight, head.bias, head.dtype)
+        self.z = head.transform(self.raw)
+        if base is None:
+            stats = reference.logp_of_rows(self.z, target, _NO_TARGET)
+        else:
+            base_raw = slabbed_logits(rows_of(base.hidden, rows), base.weight, base.bias, base.dtype)
+            self.base_z = base.transform(base_raw)
+            pair = reference.delta_logp_of_rows(self.z, self.base_z, target, _NO_TARGET)
+            stats, kl = reference.LogpStats(pair.logp, pair.entropy, pair.lse), pair.kl
+            self.base_lse = pair.base_lse
+        self.entropy, self.lse, self.kl = stats.entropy, stats.lse, kl
+        old_logp, advantage, self.scale = (x[rows, None] for x in known[:3])
+        score, ref_logp, token_weight = (None if x is None else x[rows, None] for x in known[3:])
+        tokens = PolicyTokens(
+            stats.logp, old_logp, advantage, torch.ones_like(target, dtype=torch.bool), ref_logp,
+            self.entropy[:, None], None if kl is None else kl[:, None], token_weight,
+        )  # fmt: skip
+        weight = reference_policy.reweighting(old_logp, advantage, score, options)
+        raw_ratio = reference_policy.raw_log_ratio(tokens.logp, old_logp, tokens.mask, options.importance)
+        ratio, reweighted = reference_policy.ratio_of(raw_ratio), weight * advantage
+        of_tokens = reference_policy.token_loss(tokens, ratio, reweighted, options)
+        self.loss = (of_tokens * self.scale).sum(dtype=torch.float64)
+        self.sums = reference_policy.metric_sums(tokens, ratio, weight, reweighted, options)
+        self.coefficient = reference_policy.coefficient(tokens, raw_ratio, ratio, reweighted, options)
+
+    def accumulate(self) -> None:
+        """Add to the gradients of the head."""
+        scale, options, logp_all = self.scale[:, 0], self.options, self.z - self.lse[:, None]
+        grad_logp, zero = self.coefficient * self.scale, torch.zeros_like(scale)
+        pair = (
+            ()
+            if self.base_z is None
+            else (self.base_z - self.base_lse[:, None], self.kl, options.kl_beta * scale, zero)
+        )
+        grad = reference.logits_gradient(
+            logp_all, self.entropy, grad_logp[:, 0], -options.entropy_coef * scale, zero, *pair
+        )
+        grad.scatter_add_(1, self.target, grad_logp)
+        for slab in slabs(self.z.shape[1]):
+            self.head.accumulate(self.rows, slab, self.raw[:, slab], grad[:, slab])

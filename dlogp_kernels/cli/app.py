@@ -230,8 +230,8 @@ def generate(
 
     Killed and started again with the same arguments, it goes on where it was.
     """
-    from ..jobs.data import line_limit
     from ..jobs.generate import run_generate
+    from ..jobs.inputs.records import line_limit
     from ..jobs.settings import Decoding, Setting
     from .tables import print_results
 
@@ -297,7 +297,7 @@ def sweep(
 
     Killed and started again with the same arguments, it goes on where it was.
     """
-    from ..jobs.data import line_limit
+    from ..jobs.inputs.records import line_limit
     from ..jobs.settings import Decoding, grid, parse_criteria, parse_numbers
     from ..jobs.sweep import run_sweep
     from .tables import print_results
@@ -413,7 +413,7 @@ def train(
 
     Killed and started again with the same arguments, it goes on from its last checkpoint.
     """
-    from ..jobs.data import line_limit
+    from ..jobs.inputs.records import line_limit
     from ..jobs.train import MODEL_DIRECTORY, run_train
     from ..jobs.training import Training
     from .tables import print_training

@@ -21,15 +21,24 @@ from ..hf import Generation, generate
 from ..report.responses import RESPONSES_FILE, Collector, Response, Setting, SettingResult, describe
 from .errors import JobError
 from .graders import Grade, Grader, load_grader
-from .identity import Fingerprints, versions
-from .models import DTYPES, ModelPlace, Reading, check_device, find_model, load_weights, read_pair, warn_of_rounding
-from .problems import Problem, check_problems, read_problems
+from .inputs.models import (
+    DTYPES,
+    ModelPlace,
+    Reading,
+    check_device,
+    find_model,
+    load_weights,
+    read_pair,
+    warn_of_rounding,
+)
+from .inputs.problems import Problem, check_problems, read_problems
 from .progress import bar as progress_bar
 from .progress import layers_told, show_layer
-from .response_file import ResponseFile
-from .run_directory import RunDirectory, State, known_stamps
+from .resume.fingerprint import Fingerprints, versions
+from .resume.response_file import ResponseFile
+from .resume.run_directory import RunDirectory, State, known_stamps
+from .resume.stopwatch import Stopwatch
 from .settings import Decoding, check_decoding, check_settings
-from .stopwatch import Stopwatch
 from .token_text import TokenTexts
 
 _NUM_ROW_IDS = 2**32

@@ -26,7 +26,7 @@ def run_generate(
 
     Args:
         rl, base: directories of the two models, or their names on the Hub; safetensors only.
-        data: a JSONL file; its columns are described in `jobs.problems`.
+        data: a JSONL file; its columns are described in `jobs.inputs.problems`.
         out: receives `responses.jsonl` (`report.responses`), `manifest.json` and `summary.json`. Where it holds a run
             of the same arguments, data and models, that run goes on, or nothing is done if it is complete; a run of
             others is an error, and stays as it is.

@@ -1,9 +1,9 @@
 """Δlog p, entropies and KLs of a pair of models at every token of a file of responses; resumable.
 
 A run killed at any moment and started again with the same arguments goes on where it was, and its data set is that of a
-run that was not interrupted: what is computed together depends on the data and the arguments alone (`plan`), and parts
-appear whole or not at all. (On the same machine with as many threads: how many share a matrix product shows in the last
-bit.)
+run that was not interrupted: what is computed together depends on the data and the arguments alone (`resume.plan`), and
+parts appear whole or not at all. (On the same machine with as many threads: how many share a matrix product shows in
+the last bit.)
 """
 
 import platform
@@ -21,17 +21,17 @@ from ..checks import check_scale
 from ..hf import HiddenStore, LmHead, lm_head
 from ..hf.memory import as_bytes
 from ..report.dataset import TOKENS_DIRECTORY, ResponseRows, TokenDataset, part_path, to_table, write_part
-from .compute import Setting, measure, response_hidden
-from .data import MAX_LINE_BYTES, Encoder, Sample, line_limit, read_records
 from .errors import JobError, check_option
-from .identity import Fingerprints, versions
-from .models import DTYPES, ModelPlace, check_device, find_model, load_weights, read_pair, warn_of_rounding
-from .plan import cut_batches, cut_parts
-from .prepared import BrokenLineReport, PreparedData, prepare
+from .inputs.models import DTYPES, ModelPlace, check_device, find_model, load_weights, read_pair, warn_of_rounding
+from .inputs.records import MAX_LINE_BYTES, Encoder, Sample, line_limit, read_records
 from .progress import bar, note, show_layer
-from .run_directory import RunDirectory, State, known_stamps
-from .stopwatch import Stopwatch
+from .resume.fingerprint import Fingerprints, versions
+from .resume.plan import cut_batches, cut_parts
+from .resume.prepared import BrokenLineReport, PreparedData, prepare
+from .resume.run_directory import RunDirectory, State, known_stamps
+from .resume.stopwatch import Stopwatch
 from .summary import describe
+from .token_statistics import Setting, measure, response_hidden
 from .token_text import TokenTexts
 
 DEFAULT_BATCH_TOKENS = 8192
@@ -78,7 +78,7 @@ def run_metrics(
 
     Args:
         rl, base: directories of the two models, or their names on the Hub; safetensors only.
-        data: a JSONL or Parquet file; its columns are described in `jobs.data`.
+        data: a JSONL or Parquet file; its columns are described in `jobs.inputs.records`.
         out: receives the data set (`report.dataset`), `manifest.json` and `summary.json`. Where it holds a run of the
             same arguments, data and models, that run goes on, or nothing is done if it is complete; a run of others is
             an error, and stays as it is.

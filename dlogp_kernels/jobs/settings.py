@@ -15,7 +15,7 @@ from ..report.jsonl import MAX_LINE_BYTES
 from ..report.responses import BASE, RL, Setting
 from .errors import JobError, check_option
 from .graders import DEFAULT_GRADER_SECONDS
-from .models import DTYPES
+from .inputs.models import DTYPES
 
 #: Of float32, in which the ops compare.
 _LARGEST = torch.finfo(torch.float32).max

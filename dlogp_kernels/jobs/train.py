@@ -26,13 +26,13 @@ from ..trl import ReweightedGRPOConfig, ReweightedGRPOTrainer, complete_checkpoi
 from .decoding import pad_left
 from .errors import JobError
 from .graders import EXACT, Grader, load_grader
-from .identity import Fingerprints, versions
-from .models import DTYPES, Reading, check_device, find_model, load_weights, read_pair, warn_of_rounded_start
-from .problems import Problem, check_problems, read_problems
+from .inputs.models import DTYPES, Reading, check_device, find_model, load_weights, read_pair, warn_of_rounded_start
+from .inputs.problems import Problem, check_problems, read_problems
 from .progress import bar as progress_bar
-from .response_file import PieceFile
-from .run_directory import RunDirectory, State, known_stamps
-from .stopwatch import Stopwatch
+from .resume.fingerprint import Fingerprints, versions
+from .resume.response_file import PieceFile
+from .resume.run_directory import RunDirectory, State, known_stamps
+from .resume.stopwatch import Stopwatch
 from .training import Training, check_training
 
 MODEL_DIRECTORY = "model"
@@ -56,7 +56,7 @@ def run_train(
 
     Args:
         base: directory of the model to begin with, or its name on the Hub; safetensors only.
-        data: a JSONL file; its columns are described in `jobs.problems`.
+        data: a JSONL file; its columns are described in `jobs.inputs.problems`.
         out: receives `model/` (the RL checkpoint with its tokenizer), `log.jsonl` and `log.csv` (`report.training`),
             `tensorboard/` where that package is installed, `manifest.json` and `summary.json`. Where it holds a run of
             the same arguments, data and model, that run goes on from its last checkpoint, or nothing is done if it is

@@ -31,8 +31,8 @@ from dlogp_kernels.demo import curves as demo_curves
 from dlogp_kernels.demo import memory, task
 from dlogp_kernels.demo import run as demo_run
 from dlogp_kernels.demo.generate import PAIR_DIRECTORY
-from dlogp_kernels.jobs.data import line_limit
 from dlogp_kernels.jobs.errors import JobError
+from dlogp_kernels.jobs.inputs.records import line_limit
 from dlogp_kernels.jobs.metrics import run_metrics
 from dlogp_kernels.jobs.settings import Decoding
 from dlogp_kernels.jobs.training import Training

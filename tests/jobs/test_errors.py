@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 from pair_files import CONTEXT, VOCABULARY, WORDS, Pair, contents, random_rows, write_lines, write_pair
 
 from dlogp_kernels.hf.tiny import save_local, tiny_qwen3, word_tokenizer
-from dlogp_kernels.jobs.data import read_records
 from dlogp_kernels.jobs.errors import JobError
+from dlogp_kernels.jobs.inputs.records import read_records
 from dlogp_kernels.jobs.metrics import run_metrics
 
 GOOD = {"prompt": "w1 w2", "response": "w3 w4"}

@@ -43,7 +43,7 @@ import json, os, signal, sys
 import torch
 torch.set_num_threads(1)
 from dlogp_kernels.hf.tiny import load_local
-from dlogp_kernels.jobs import response_file
+from dlogp_kernels.jobs.resume import response_file
 from dlogp_kernels.jobs.settings import Decoding
 from dlogp_kernels.jobs.sweep import run_sweep
 from dlogp_kernels.report.responses import Setting

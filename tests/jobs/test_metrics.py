@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from dlogp_kernels.hf.tiny import load_local, save_local
 from dlogp_kernels.jobs.errors import JobError
 from dlogp_kernels.jobs.metrics import run_metrics
-from dlogp_kernels.jobs.plan import BATCHES_PER_PART, cut_batches, cut_parts
+from dlogp_kernels.jobs.resume.plan import BATCHES_PER_PART, cut_batches, cut_parts
 from dlogp_kernels.report.dataset import SCHEMA, STATISTICS
 
 # float32 of the whole model against float64 of its logits: a few roundings of logits of a size of about 10.

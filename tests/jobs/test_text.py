@@ -11,10 +11,10 @@ pytest.importorskip("pyarrow")
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from dlogp_kernels.jobs import encoding
-from dlogp_kernels.jobs.data import BrokenLine, Encoder, Record
-from dlogp_kernels.jobs.models import Reading
-from dlogp_kernels.jobs.problems import read_problems
+from dlogp_kernels.jobs.inputs import messages
+from dlogp_kernels.jobs.inputs.models import Reading
+from dlogp_kernels.jobs.inputs.problems import read_problems
+from dlogp_kernels.jobs.inputs.records import BrokenLine, Encoder, Record
 from dlogp_kernels.jobs.token_text import TokenTexts
 
 
@@ -332,13 +332,13 @@ BAD_TEMPLATES = {
 @pytest.mark.parametrize("kind", BAD_TEMPLATES)
 def test_templates_that_can_not_be_right_are_named(kind, monkeypatch):
     template, reason = BAD_TEMPLATES[kind]
-    monkeypatch.setattr(encoding, "TEMPLATE_SECONDS", 0.1)
+    monkeypatch.setattr(messages, "TEMPLATE_SECONDS", 0.1)
     tokenizer = byte_level("</s>", template=template, eos_token="</s>")
-    messages = [{"role": "user", "content": "say it"}, {"role": "assistant", "content": "four"}]
-    assert reason in texts(tokenizer, {"messages": messages})
+    turns = [{"role": "user", "content": "say it"}, {"role": "assistant", "content": "four"}]
+    assert reason in texts(tokenizer, {"messages": turns})
     if kind != "without the response":
         return
-    assert texts(tokenizer, {"messages": [*messages[:1], {"role": "system", "content": "be kind"}, messages[1]]}) == (
+    assert texts(tokenizer, {"messages": [*turns[:1], {"role": "system", "content": "be kind"}, turns[1]]}) == (
         "the chat template leaves out or changes 'be kind' of the role system"
     )
 

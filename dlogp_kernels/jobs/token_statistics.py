@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..hf import lm_head, lm_head_inputs, token_metrics
 from ..hf.memory import plan_memory
-from .data import Sample
+from .inputs.records import Sample
 from .progress import OnLayer, layers_told
 
 

@@ -2,7 +2,7 @@
 
 import time
 
-from ..report.ledger import Ledger
+from ...report.ledger import Ledger
 
 
 class Stopwatch:

@@ -23,10 +23,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..hf.memory import as_bytes
-from ..report.jsonl import MAX_LINE_BYTES, bounded_lines
-from .encoding import RESPONSE_KEYS, ChatTemplate, Encoded, as_conversation, encode_pair
-from .errors import JobError
+from ...hf.memory import as_bytes
+from ...report.jsonl import MAX_LINE_BYTES, bounded_lines
+from ..errors import JobError
+from .encoding import Encoded, encode_pair
+from .messages import RESPONSE_KEYS, ChatTemplate, as_conversation
 from .values import BrokenLine, as_id_list, as_text, check_range, is_missing, kind_of, shown
 
 _FORMS = (("prompt_ids", "response_ids"), ("messages",), ("prompt", "response"))

@@ -1,9 +1,4 @@
-"""Text and conversations as token ids that hold what was given, once and in its place, and nothing that nobody wrote.
-
-A response is what a model wrote after it had read the prompt: its tokens continue those of the prompt, and end with the
-token that ends a turn. What a chat template or a tokenizer adds around it is no part of it; what they leave out of it
-can not be measured, and the line is refused.
-"""
+"""Conversations and tools, checked, and as the chat template of a tokenizer renders them."""
 
 import contextlib
 import inspect
@@ -11,11 +6,12 @@ import json
 import re
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from types import FrameType
 from typing import Any, NamedTuple
 
+from .encoding import GIVE_IDS, Encoded, encode_after, plain_ids
 from .values import BrokenLine, as_text, is_missing, kind_of, shown
 
 #: Seconds of CPU time that a chat template may take for a conversation; one takes less than a millisecond.
@@ -28,112 +24,6 @@ _REASONING = ("reasoning_content", "reasoning", "thinking")
 RESPONSE_KEYS = ("content", "tool_calls", *_REASONING)
 #: What a model is told; a template may shorten earlier turns of the assistant, but not these.
 _TOLD_BY = ("system", "developer", "user")
-#: Of a prompt, to see what a response after it reads like.
-_TOKENS_OF_CONTEXT = 8
-#: How byte-level and SentencePiece vocabularies spell the space at the beginning of a word.
-_SPACES = ("▁", "Ġ")
-_GIVE_IDS = "give prompt_ids and response_ids instead"
-
-_Encode = Callable[[str], list[int]]
-
-
-class Encoded(NamedTuple):
-    """A prompt and a response to it as token ids, and a remark on how they came about, if there is one to make."""
-
-    prompt_ids: list[int]
-    response_ids: list[int]
-    remark: str | None = None
-
-
-def encode_prompt(tokenizer: Any, text: str) -> list[int]:
-    """Token ids after the special tokens of a beginning, which the text may spell out itself, and none of an end."""
-    plain, wrapped = _plain(tokenizer, text), _ids(lambda: tokenizer.encode(text, add_special_tokens=True))
-    opening = _opening(tokenizer, plain, wrapped)
-    spelt_out = next(n for n in range(len(opening), -1, -1) if plain[:n] == opening[len(opening) - n :])
-    return opening + plain[spelt_out:]
-
-
-def _opening(tokenizer: Any, plain: list[int], wrapped: list[int]) -> list[int]:
-    """What stands before `plain` in `wrapped`."""
-    if not plain:
-        end = tokenizer.eos_token_id
-        return wrapped[: wrapped.index(end)] if end in wrapped and end != tokenizer.bos_token_id else wrapped
-    for begin in range(len(wrapped) - len(plain) + 1):
-        if wrapped[begin : begin + len(plain)] == plain:
-            return wrapped[:begin]
-    raise BrokenLine(f"the tokenizer splits the prompt otherwise beside special tokens: {_GIVE_IDS}")
-
-
-def encode_pair(tokenizer: Any, prompt: str, response: str) -> Encoded:
-    """Token ids of two texts."""
-    return _encode_pair(tokenizer, prompt, response, partial(encode_prompt, tokenizer))
-
-
-def _encode_pair(tokenizer: Any, prompt: str, response: str, encode: _Encode) -> Encoded:
-    """The prompt as it is when it stands alone, as generation reads it, and the response as it continues it."""
-    prompt_ids = encode(prompt)
-    response_ids, remark = _continue(tokenizer, prompt, prompt_ids, response, encode) if response else ([], None)
-    unknown = tokenizer.unk_token_id
-    if unknown is not None and unknown in response_ids and tokenizer.unk_token not in response:
-        raise BrokenLine(
-            f"the tokenizer has no token for some of the response ({tokenizer.unk_token} stands for it), so no model "
-            f"with it wrote this: {_GIVE_IDS}"
-        )
-    return Encoded(prompt_ids, response_ids, remark)
-
-
-def _continue(
-    tokenizer: Any, prompt: str, prompt_ids: list[int], response: str, encode: _Encode
-) -> tuple[list[int], str | None]:
-    """Tokens of the response in its context; by itself where its first token would reach into the prompt."""
-    alone = _plain(tokenizer, response)
-    spaces = len(response) - len(response.lstrip(" "))
-    # As the tokenizer spells it; whether it shows a space at the beginning depends on its kind.
-    spelt = " " * spaces + _text(tokenizer, alone).lstrip(" ")
-
-    def rest(before: Sequence[int], both: Sequence[int]) -> list[int] | None:
-        """What follows `before` in `both`, if that is the response: a special token may swallow spaces behind it."""
-        ids, end = list(both[len(before) :]), list(before[-_TOKENS_OF_CONTEXT:])
-        same = both[: len(before)] == before and _text(tokenizer, end + ids) == _text(tokenizer, end) + spelt
-        return ids if same and (tokenizer.unk_token_id in alone or tokenizer.unk_token_id not in ids) else None
-
-    with contextlib.suppress(BrokenLine):  # the two may meet in a word that has no tokens
-        in_context = rest(prompt_ids, encode(prompt + response))
-        if in_context is not None:
-            return in_context, None
-    if not _spelling(tokenizer, alone).startswith(_SPACES):
-        return alone, None
-    # The tokenizer may begin every text with a space. Behind another text there is none.
-    for before in ("\n", "a"):
-        with contextlib.suppress(BrokenLine):
-            without_space = rest(_plain(tokenizer, before), _plain(tokenizer, before + response))
-            if without_space is not None:
-                return without_space, None
-    if response.startswith((" ", *_SPACES)):
-        return alone, None
-    return alone, "the tokenizer puts a space before the response that stands nowhere in the text"
-
-
-def _spelling(tokenizer: Any, ids: Sequence[int]) -> str:
-    return (tokenizer.convert_ids_to_tokens(ids[0]) or "") if ids else ""
-
-
-def _text(tokenizer: Any, ids: Sequence[int]) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-
-def _plain(tokenizer: Any, text: str) -> list[int]:
-    return _ids(lambda: tokenizer.encode(text, add_special_tokens=False))
-
-
-def _ids(encode: Callable[[], Any]) -> list[int]:
-    try:
-        return list(encode())
-    except Exception as error:
-        # The tokenizers library raises the bare class for a word that is not in a vocabulary without an unknown token.
-        if type(error) is not Exception and not isinstance(error, ValueError | TypeError | KeyError):
-            raise
-        raise BrokenLine(f"the tokenizer refuses it: {error}") from error
 
 
 class ChatTemplate:
@@ -146,7 +36,7 @@ class ChatTemplate:
 
     def encode_prompt(self, conversation: list[dict[str, Any]]) -> list[int]:
         """Token ids of a conversation that the assistant is to go on with."""
-        return _plain(self._tokenizer, self._prompt(conversation))
+        return plain_ids(self._tokenizer, self._prompt(conversation))
 
     def encode_pair(self, conversation: list[dict[str, Any]]) -> Encoded:
         """Prompt: all messages but the last, as generation starts; response: the last one, to the end of the turn."""
@@ -155,7 +45,7 @@ class ChatTemplate:
         whole = self._render(conversation, add_generation_prompt=False)
         if not whole.startswith(prompt):
             raise BrokenLine(
-                f"the chat template does not render the response as a continuation of its prompt: {_GIVE_IDS}"
+                f"the chat template does not render the response as a continuation of its prompt: {GIVE_IDS}"
             )
         around = self._around(before, last, whole, len(prompt))
         turn = whole[len(prompt) : around.end]
@@ -165,7 +55,7 @@ class ChatTemplate:
             remark = f"the chat template writes {shown(whole[len(prompt) : around.begin])} before the response, which "
             remark += "is read as part of the prompt"
             prompt, turn = whole[: around.begin], whole[around.begin : around.end]
-        encoded = _encode_pair(self._tokenizer, prompt, turn, partial(_plain, self._tokenizer))
+        encoded = encode_after(self._tokenizer, prompt, turn, partial(plain_ids, self._tokenizer))
         return encoded._replace(remark=encoded.remark or remark)
 
     def _prompt(self, conversation: list[dict[str, Any]]) -> str:
@@ -190,16 +80,14 @@ class ChatTemplate:
         probe = self._render([*before, last | {"content": _PLACEHOLDER}], add_generation_prompt=False)
         head, found, tail = probe.rpartition(_PLACEHOLDER)
         if _PLACEHOLDER in head:
-            raise BrokenLine(f"the chat template renders the response more than once: {_GIVE_IDS}")
+            raise BrokenLine(f"the chat template renders the response more than once: {GIVE_IDS}")
         end = len(whole) - len(tail)
         begin = end - len(content)
         changed = not found or begin < 0 or whole[begin:] != content + tail
         # Where it begins in the prompt, such as with an opening that the template writes, that is not by chance.
         beside = whole[:begin] != head if begin > start else begin < start and not whole[begin:start].strip()
         if changed or beside:
-            raise BrokenLine(
-                f"the chat template does not render the response as it was given, but changed: {_GIVE_IDS}"
-            )
+            raise BrokenLine(f"the chat template does not render the response as it was given, but changed: {GIVE_IDS}")
         reasoning = _reasoning(last)
         _check_held(reasoning, whole[start:begin], "the reasoning")
         ending = self._ending(tail)
@@ -216,7 +104,7 @@ class ChatTemplate:
             places = [(whole.find(text, begin), text) for begin in (end, start) for text in spellings]
             place, text = next((found for found in places if found[0] >= 0), (-1, ""))
             if place < 0:
-                raise BrokenLine(f"the chat template leaves {shown(spellings[0])} of the tool calls out: {_GIVE_IDS}")
+                raise BrokenLine(f"the chat template leaves {shown(spellings[0])} of the tool calls out: {GIVE_IDS}")
             end = max(end, place + len(text))
         # What ends a turn of text ends a turn of calls, too.
         probe = self._render([*before, {"role": "assistant", "content": _PLACEHOLDER}], add_generation_prompt=False)
@@ -262,7 +150,7 @@ def _reasoning(message: Mapping[str, Any]) -> list[str]:
 def _check_held(texts: Sequence[str], rendered: str, what: str) -> None:
     for text in texts:
         if text not in rendered:
-            raise BrokenLine(f"the chat template leaves {what} {shown(text)} out, or changes it: {_GIVE_IDS}")
+            raise BrokenLine(f"the chat template leaves {what} {shown(text)} out, or changes it: {GIVE_IDS}")
 
 
 def _all_spellings(calls: Any) -> list[list[str]]:

@@ -10,11 +10,11 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 
-from ..hf import check_same_tokenizer, load_model, load_tokenizer
-from ..hf.checkpoint import Stored, is_rounded, own_dtype, stored_tensors, update_and_rounding
-from ..hf.limits import last_layer_names, model_limits
-from ..ops import backends
-from .errors import JobError
+from ...hf import check_same_tokenizer, load_model, load_tokenizer
+from ...hf.checkpoint import Stored, is_rounded, own_dtype, stored_tensors, update_and_rounding
+from ...hf.limits import last_layer_names, model_limits
+from ...ops import backends
+from ..errors import JobError
 
 #: By the names that --dtype has for them; auto is each checkpoint's own.
 DTYPES: dict[str, torch.dtype | Literal["auto"]] = {

@@ -4,10 +4,10 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ..report.files import sync, write_atomically
-from ..report.ledger import Ledger, Piece, is_there, piece_of
-from ..report.responses import Response, from_line, to_line
-from .errors import JobError
+from ...report.files import sync, write_atomically
+from ...report.ledger import Ledger, Piece, is_there, piece_of
+from ...report.responses import Response, from_line, to_line
+from ..errors import JobError
 
 
 class PieceFile:

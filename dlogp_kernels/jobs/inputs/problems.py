@@ -12,11 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..report.jsonl import MAX_LINE_BYTES
-from .data import PARQUET_MAGIC, Record, check_file, fullest_form, read_jsonl, sample_id
-from .encoding import ChatTemplate, as_conversation, encode_prompt
-from .errors import JobError
+from ...report.jsonl import MAX_LINE_BYTES
+from ..errors import JobError
+from .encoding import encode_prompt
+from .messages import ChatTemplate, as_conversation
 from .models import Reading
+from .records import PARQUET_MAGIC, Record, check_file, fullest_form, read_jsonl, sample_id
 from .values import BrokenLine, as_id_list, as_text, check_range, kind_of, shown
 
 _FORMS = (("prompt_ids",), ("messages",), ("prompt",))

@@ -20,10 +20,10 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from ..report.dataset import SUMMARY_FILE, TOKENS_DIRECTORY
-from ..report.files import TEMPORARY_SUFFIX, sealed, write_atomically
-from ..report.ledger import MANIFEST_FILE, WORK_DIRECTORY, Ledger, read_manifest
-from .errors import JobError, explained_writes
+from ...report.dataset import SUMMARY_FILE, TOKENS_DIRECTORY
+from ...report.files import TEMPORARY_SUFFIX, sealed, write_atomically
+from ...report.ledger import MANIFEST_FILE, WORK_DIRECTORY, Ledger, read_manifest
+from ..errors import JobError, explained_writes
 
 _FORMAT = 2
 _GO_ON = "what is finished stays: make room and start again with the same arguments to go on"

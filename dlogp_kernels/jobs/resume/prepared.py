@@ -9,11 +9,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..report.files import replaced_atomically, write_atomically
-from ..report.ledger import Ledger
-from .data import Encoder, Record, Sample
-from .errors import JobError
-from .values import BrokenLine, shown
+from ...report.files import replaced_atomically, write_atomically
+from ...report.ledger import Ledger
+from ..errors import JobError
+from ..inputs.records import Encoder, Record, Sample
+from ..inputs.values import BrokenLine, shown
 
 _SCHEMA = pa.schema(
     [

@@ -10,12 +10,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .. import __version__
-from ..ops import backends
-from ..report.files import file_digest
-from .errors import JobError
-from .models import ModelPlace
-from .progress import bar
+from ... import __version__
+from ...ops import backends
+from ...report.files import file_digest
+from ..errors import JobError
+from ..inputs.models import ModelPlace
+from ..progress import bar
 
 _MODEL_SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
 _COMMIT = re.compile(r"[0-9a-f]{40}")

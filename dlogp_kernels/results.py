@@ -1,8 +1,25 @@
-"""What the functions return. `base_` marks the base model; the unmarked one is the RL model or the policy."""
+"""What the functions return. `base_` marks the base model; the unmarked one is the RL model or the policy.
 
-from typing import NamedTuple
+LogpStats and DeltaLogpStats are also the table by which ops declare, allocate and save their statistics.
+"""
+
+import functools
+from collections.abc import Callable
+from enum import Enum
+from typing import Annotated, Any, NamedTuple, get_type_hints
 
 from torch import Tensor
+
+
+class Shape(Enum):
+    """Of a statistic inside an op, for target (N, K)."""
+
+    TARGET = "(N, K)"
+    ROW = "(N,)"
+
+
+PerTarget = Annotated[Tensor, Shape.TARGET]
+PerRow = Annotated[Tensor, Shape.ROW]
 
 
 class LogpStats(NamedTuple):
@@ -11,9 +28,9 @@ class LogpStats(NamedTuple):
     `logp` has the shape of the target; `entropy` and `lse` have its leading shape (without candidates).
     """
 
-    logp: Tensor
-    entropy: Tensor
-    lse: Tensor
+    logp: PerTarget
+    entropy: PerRow
+    lse: PerRow
 
 
 class DeltaLogpStats(NamedTuple):
@@ -23,15 +40,27 @@ class DeltaLogpStats(NamedTuple):
     `kl` is KL(model ‖ base), `reverse_kl` is KL(base ‖ model).
     """
 
-    delta_logp: Tensor
-    logp: Tensor
-    base_logp: Tensor
-    entropy: Tensor
-    base_entropy: Tensor
-    kl: Tensor
-    reverse_kl: Tensor
-    lse: Tensor
-    base_lse: Tensor
+    delta_logp: PerTarget
+    logp: PerTarget
+    base_logp: PerTarget
+    entropy: PerRow
+    base_entropy: PerRow
+    kl: PerRow
+    reverse_kl: PerRow
+    lse: PerRow
+    base_lse: PerRow
+
+
+@functools.cache
+def shapes(kind: Any) -> tuple[Shape, ...]:
+    """Of each field of LogpStats or DeltaLogpStats."""
+    return tuple(hint.__metadata__[0] for hint in get_type_hints(kind, include_extras=True).values())
+
+
+def allocated(kind: Any, target: Tensor, new: Callable[..., Tensor], **options: Any) -> Any:
+    """A `kind` of tensors, each from new(its shape, **options), for target (N, K)."""
+    per_target, per_row = target.shape, target.shape[:1]
+    return kind(*[new(per_target if shape is Shape.TARGET else per_row, **options) for shape in shapes(kind)])
 
 
 class Sample(NamedTuple):

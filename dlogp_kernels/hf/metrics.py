@@ -304,7 +304,8 @@ def _measure(
         for value, field in zip(stats, fields, strict=True):
             scatter(value, group, field)
     if fields is None:
-        fields = [head.weight.new_zeros(target.numel(), dtype=_output_dtype(head, base_head))] * 9
+        zeros = head.weight.new_zeros(target.numel(), dtype=_output_dtype(head, base_head))
+        fields = [zeros] * len(DeltaLogpStats._fields)
     return DeltaLogpStats(*(field.view(target.shape)[:, :-1] for field in fields))
 
 

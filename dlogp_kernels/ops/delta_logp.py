@@ -5,11 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..results import DeltaLogpStats
 from . import library
 
 
 def _fake_fwd(logits: Tensor, base_logits: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, ...]:
-    return library.fake_stats(target, library.output_dtype(logits, base_logits), 3, 6)
+    return library.fake_stats(DeltaLogpStats, target, logits, base_logits)
 
 
 def _fake_bwd(*arguments: Any) -> tuple[Tensor, ...]:

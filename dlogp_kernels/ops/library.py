@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_no_tangent
+from ..results import allocated
 from . import backends
 
 LIBRARY = torch.library.Library("dlogp", "DEF")
@@ -50,11 +51,8 @@ def output_dtype(*inputs: Tensor | None) -> torch.dtype:
     return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in inputs) else torch.float32
 
 
-def fake_stats(target: Tensor, dtype: torch.dtype, with_candidates: int, without: int) -> tuple[Tensor, ...]:
-    """`with_candidates` tensors of the shape of target (N, K), then `without` tensors (N,)."""
-    per_candidate = [target.new_empty(target.shape, dtype=dtype) for _ in range(with_candidates)]
-    per_row = [target.new_empty(target.shape[:1], dtype=dtype) for _ in range(without)]
-    return (*per_candidate, *per_row)
+def fake_stats(kind: Any, target: Tensor, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+    return tuple(allocated(kind, target, target.new_empty, dtype=output_dtype(*inputs)))
 
 
 def fake_sample(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..results import DeltaLogpStats
 from . import library
 
 
@@ -18,8 +19,9 @@ def _fake_fwd(
     base_bias: Tensor | None,
     *options: Any,
 ) -> tuple[Tensor, ...]:
-    dtype = library.output_dtype(hidden, weight, base_hidden, base_weight, bias, base_bias)
-    return library.fake_stats(target, dtype, 3, 6)
+    return library.fake_stats(
+        DeltaLogpStats, target, hidden, weight, base_hidden, base_weight, bias, base_bias
+    )  # fmt: skip
 
 
 def _fake_bwd(*arguments: Any) -> tuple[Tensor, ...]:

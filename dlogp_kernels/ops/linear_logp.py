@@ -5,11 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..results import LogpStats
 from . import library
 
 
 def _fake_fwd(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, *options: Any) -> tuple[Tensor, ...]:
-    return library.fake_stats(target, library.output_dtype(hidden, weight, bias), 1, 2)
+    return library.fake_stats(LogpStats, target, hidden, weight, bias)
 
 
 def _fake_bwd(*arguments: Any) -> tuple[Tensor, ...]:

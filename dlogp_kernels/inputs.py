@@ -1,0 +1,125 @@
+"""What the ops take, as structures. An op's flat list of arguments is their fields in order, made and read here alone.
+
+Backends in Python are handed the structures; C++ reads the flat list, in which the base model's names begin with
+`base_` and a Transform is one argument.
+"""
+
+import functools
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple, get_type_hints
+
+from torch import Tensor
+
+
+class Transform(NamedTuple):
+    """z = softcap_c(logit_scale · raw) / temperature with softcap_c(x) = c·tanh(x / c), or x if the softcap is None."""
+
+    temperature: float = 1.0
+    softcap: float | None = None
+    logit_scale: float = 1.0
+
+    def flat(self) -> list[float]:
+        """As an op takes it (`float[]`; a named tuple would take a microsecond longer), 0 for no softcap."""
+        return [self.temperature, self.softcap or 0.0, self.logit_scale]
+
+    @classmethod
+    def of(cls, flat: list[float]) -> "Transform":
+        temperature, softcap, logit_scale = flat
+        return cls(temperature, softcap or None, logit_scale)
+
+
+class Head(NamedTuple):
+    """One model's last layer: hidden (…, D), weight (V, D), bias (V,)."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    transform: Transform
+
+
+class Logits(NamedTuple):
+    """One model's given logits (…, V)."""
+
+    logits: Tensor
+    transform: Transform
+
+
+class Targets(NamedTuple):
+    """target (N, K) int64."""
+
+    target: Tensor
+    ignore_index: int
+
+
+class Gradients(NamedTuple):
+    """Upstream gradients by one model's statistics: by log p (N, K), by the others (N,); None counts as 0."""
+
+    logp: Tensor | None
+    entropy: Tensor | None
+    lse: Tensor | None
+
+
+class PairGradients(NamedTuple):
+    """Those of a pair, by the divergences too; that by delta_logp is part of those by both log p."""
+
+    model: Gradients
+    base: Gradients
+    kl: Tensor | None
+    reverse_kl: Tensor | None
+
+
+class Saved(NamedTuple):
+    """One model's statistics that backward has from forward, (N,) each."""
+
+    entropy: Tensor
+    lse: Tensor
+
+
+class PairSaved(NamedTuple):
+    """Those of a pair."""
+
+    model: Saved
+    base: Saved
+    kl: Tensor
+    reverse_kl: Tensor
+
+
+class Argument(NamedTuple):
+    """One of an op's flat list, with its type in the schema."""
+
+    type: str
+    name: str
+
+
+#: Types of fields that are one argument; a field of another type is a structure of its own.
+_ARGUMENT_TYPES: dict[Any, str] = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", Transform: "float[]"}
+_PREFIXES = {"model": "", "base": "base_"}
+
+
+def arguments(structure: Any, prefix: str = "") -> tuple[Argument, ...]:
+    """Of the flat list that holds `structure`."""
+    found: list[Argument] = []
+    for name, kind in get_type_hints(structure).items():
+        if kind in _ARGUMENT_TYPES:
+            found.append(Argument(_ARGUMENT_TYPES[kind], prefix + name))
+        else:
+            found += arguments(kind, prefix + _PREFIXES[name])
+    return tuple(found)
+
+
+def rebuilt(structures: Iterable[Any], flat: Iterator[Any]) -> list[Any]:
+    """The structures that a flat list begins with; the rest of it stays in `flat`."""
+    return [_rebuild(structure, flat) for structure in structures]
+
+
+def _rebuild(structure: Any, flat: Iterator[Any]) -> Any:
+    if structure is Transform:
+        return Transform.of(next(flat))
+    return structure._make([next(flat) if kind is None else _rebuild(kind, flat) for kind in _parts(structure)])
+
+
+@functools.cache
+def _parts(structure: Any) -> tuple[Any, ...]:
+    """Of each field: the structure that it is, or None."""
+    kinds = get_type_hints(structure).values()
+    return tuple(None if kind in _ARGUMENT_TYPES and kind is not Transform else kind for kind in kinds)

@@ -1,8 +1,8 @@
 """Triton kernels and their launchers: the backends "triton" and "gemm" of ops/backends.py."""
 
-from ._backward import linear_delta_logp_bwd, linear_logp_bwd
 from .delta_logp import delta_logp_bwd, delta_logp_fwd
 from .extrapolated_sample import extrapolated_sample
+from .linear_backward import linear_delta_logp_bwd, linear_logp_bwd
 from .linear_delta_logp import linear_delta_logp_fwd
 from .linear_extrapolated_sample import linear_extrapolated_sample
 from .linear_logp import linear_logp_fwd

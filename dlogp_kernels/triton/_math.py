@@ -1,14 +1,15 @@
 """Device functions shared by the kernels: the logit transform, the softmax states, the gradient. Each formula once.
 
-Kernels hold a model's logits as z = slope · x: x = raw + bias and slope = logit_scale / temperature, or with a softcap
-c, x = tanh((raw + bias) · logit_scale / c) and slope = c / temperature. A state is centred on the maximum m of x, and
-d = x − m, so that a common offset of the logits costs no accuracy:
+Kernels hold a model's logits as z = output_scale · x: x = raw + bias and output_scale = logit_scale / temperature, or
+with a softcap c, x = tanh((raw + bias) · tanh_scale), tanh_scale = logit_scale / c and output_scale = c / temperature.
+A state is centred on the maximum m of x, and d = x − m, so that a common offset of the logits costs no accuracy. With s
+the output_scale:
 
-    sum = Σ e^{slope·d}        weighted = Σ e^{slope·d}·d
-    cross = Σ e^{slope·d}·u    base_cross = −Σ e^{base_slope·base_d}·u    with u = slope·d − base_slope·base_d
+    sum = Σ e^{s·d}        weighted = Σ e^{s·d}·d
+    cross = Σ e^{s·d}·u    base_cross = −Σ e^{base_s·base_d}·u    with u = s·d − base_s·base_d
 
-All in float32. A token that is impossible (logit −inf), and a column beyond the vocabulary, has x = IMPOSSIBLE: finite,
-so that nothing here makes 0 · inf, and so small that its terms are exactly 0 next to any other token's.
+All in float32. A token that is impossible (logit −inf), and a column beyond the vocabulary, has x = MASKED_LOGIT:
+finite, so that nothing here makes 0 · inf, and so small that its terms are exactly 0 next to any other token's.
 """
 
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-IMPOSSIBLE = tl.constexpr(-1e25)
+MASKED_LOGIT = tl.constexpr(-1e25)
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2_HIGH = tl.constexpr(0.693145751953125)  # exact in 16 bits: its product with an exponent is too
 _LN2_LOW = tl.constexpr(1.4286068203094172e-06)
@@ -33,15 +34,16 @@ class State(NamedTuple):
 class PairState(NamedTuple):
     """Both models' states, a row each, and their cross terms.
 
-    `alone` is 1 where some token is possible for the model and impossible for the base, `base_alone` the reverse.
+    `unsupported` is 1 where some token is possible for the model and impossible for the base, so that KL is infinite;
+    `base_unsupported` the reverse.
     """
 
     model: Any
     base: Any
     cross: Any
     base_cross: Any
-    alone: Any
-    base_alone: Any
+    unsupported: Any
+    base_unsupported: Any
 
 
 #: Numbers that a state has in memory, a row and part of the vocabulary.
@@ -80,20 +82,20 @@ def tanh(x):
 
 
 @triton.jit
-def transform(raw, bias, inner):
-    """x of raw logits; `bias` broadcasts to them or is None, `inner` is logit_scale / softcap or None."""
+def transform(raw, bias, tanh_scale):
+    """x of raw logits; `bias` broadcasts to them or is None, `tanh_scale` is logit_scale / softcap or None."""
     x = raw
     if bias is not None:
         x += bias
-    if inner is not None:
-        x = tanh(x * inner)
+    if tanh_scale is not None:
+        x = tanh(x * tanh_scale)
     return x
 
 
 @triton.jit
 def empty_state(BLOCK_N: tl.constexpr):
     zero = tl.zeros([BLOCK_N], tl.float32)
-    return State(zero + IMPOSSIBLE, zero, zero)
+    return State(zero + MASKED_LOGIT, zero, zero)
 
 
 @triton.jit
@@ -106,7 +108,7 @@ def empty_pair_state(BLOCK_N: tl.constexpr):
 def state_unless(reset, state):
     """`state`, or an empty one where the scalar `reset` is true."""
     return State(
-        tl.where(reset, IMPOSSIBLE, state.m), tl.where(reset, 0.0, state.sum), tl.where(reset, 0.0, state.weighted)
+        tl.where(reset, MASKED_LOGIT, state.m), tl.where(reset, 0.0, state.sum), tl.where(reset, 0.0, state.weighted)
     )
 
 
@@ -117,117 +119,117 @@ def pair_state_unless(reset, state):
         state_unless(reset, state.base),
         tl.where(reset, 0.0, state.cross),
         tl.where(reset, 0.0, state.base_cross),
-        tl.where(reset, 0.0, state.alone),
-        tl.where(reset, 0.0, state.base_alone),
+        tl.where(reset, 0.0, state.unsupported),
+        tl.where(reset, 0.0, state.base_unsupported),
     )
 
 
 @triton.jit
-def rebase(state, m, slope):
+def rebase(state, m, output_scale):
     """The same state, centred on a larger m."""
     shift = state.m - m
-    factor = exp(slope * shift)
+    factor = exp(output_scale * shift)
     return State(m, factor * state.sum, factor * (state.weighted + shift * state.sum))
 
 
 @triton.jit
-def rebase_pair(state, m, base_m, slope, base_slope):
-    shift, base_shift = slope * (state.model.m - m), base_slope * (state.base.m - base_m)
+def rebase_pair(state, m, base_m, output_scale, base_output_scale):
+    shift, base_shift = output_scale * (state.model.m - m), base_output_scale * (state.base.m - base_m)
     change = shift - base_shift
     return PairState(
-        rebase(state.model, m, slope),
-        rebase(state.base, base_m, base_slope),
+        rebase(state.model, m, output_scale),
+        rebase(state.base, base_m, base_output_scale),
         exp(shift) * (state.cross + change * state.model.sum),
         exp(base_shift) * (state.base_cross - change * state.base.sum),
-        state.alone,
-        state.base_alone,
+        state.unsupported,
+        state.base_unsupported,
     )
 
 
 @triton.jit
-def fold(state, x, slope):
+def fold(state, x, output_scale):
     """`state` with the columns of the tile x (rows, columns)."""
-    state = rebase(state, tl.maximum(state.m, tl.max(x, 1)), slope)
+    state = rebase(state, tl.maximum(state.m, tl.max(x, 1)), output_scale)
     d = x - state.m[:, None]
-    e = tl.exp2(d * (slope * _LOG2E))
+    e = tl.exp2(d * (output_scale * _LOG2E))
     return State(state.m, state.sum + tl.sum(e, 1), state.weighted + tl.sum(e * d, 1))
 
 
 @triton.jit
-def fold_pair(state, x, base_x, slope, base_slope):
+def fold_pair(state, x, base_x, output_scale, base_output_scale):
     """`state` with the columns of both models' tiles."""
     m = tl.maximum(state.model.m, tl.max(x, 1))
     base_m = tl.maximum(state.base.m, tl.max(base_x, 1))
-    state = rebase_pair(state, m, base_m, slope, base_slope)
+    state = rebase_pair(state, m, base_m, output_scale, base_output_scale)
     d, base_d = x - m[:, None], base_x - base_m[:, None]
-    e, base_e = tl.exp2(d * (slope * _LOG2E)), tl.exp2(base_d * (base_slope * _LOG2E))
-    u = slope * d - base_slope * base_d
+    e, base_e = tl.exp2(d * (output_scale * _LOG2E)), tl.exp2(base_d * (base_output_scale * _LOG2E))
+    u = output_scale * d - base_output_scale * base_d
     model, base = state.model, state.base
     return PairState(
         State(m, model.sum + tl.sum(e, 1), model.weighted + tl.sum(e * d, 1)),
         State(base_m, base.sum + tl.sum(base_e, 1), base.weighted + tl.sum(base_e * base_d, 1)),
         state.cross + tl.sum(e * u, 1),
         state.base_cross - tl.sum(base_e * u, 1),
-        state.alone,
-        state.base_alone,
+        state.unsupported,
+        state.base_unsupported,
     )
 
 
 @triton.jit
-def with_alone(state, x, base_x):
+def with_unsupported(state, x, base_x):
     """`state` with what tiles of x (or of biases, one row for all) say of tokens that one model alone can give."""
-    possible, base_possible = x > IMPOSSIBLE, base_x > IMPOSSIBLE
-    alone = tl.max((possible & (base_x <= IMPOSSIBLE)).to(tl.float32), 1)
-    base_alone = tl.max((base_possible & (x <= IMPOSSIBLE)).to(tl.float32), 1)
+    possible, base_possible = x > MASKED_LOGIT, base_x > MASKED_LOGIT
+    unsupported = tl.max((possible & (base_x <= MASKED_LOGIT)).to(tl.float32), 1)
+    base_unsupported = tl.max((base_possible & (x <= MASKED_LOGIT)).to(tl.float32), 1)
     return PairState(
         state.model,
         state.base,
         state.cross,
         state.base_cross,
-        tl.maximum(state.alone, alone),
-        tl.maximum(state.base_alone, base_alone),
+        tl.maximum(state.unsupported, unsupported),
+        tl.maximum(state.base_unsupported, base_unsupported),
     )
 
 
 @triton.jit
-def merge_rows(state, slope):
+def merge_rows(state, output_scale):
     """One state, (1,), of those of all rows."""
-    return merge(State(state.m[:, None], state.sum[:, None], state.weighted[:, None]), slope)
+    return merge(State(state.m[:, None], state.sum[:, None], state.weighted[:, None]), output_scale)
 
 
 @triton.jit
-def merge_pair_rows(state, slope, base_slope):
+def merge_pair_rows(state, output_scale, base_output_scale):
     model, base = state.model, state.base
-    parts = PairState(
+    splits = PairState(
         State(model.m[:, None], model.sum[:, None], model.weighted[:, None]),
         State(base.m[:, None], base.sum[:, None], base.weighted[:, None]),
         state.cross[:, None],
         state.base_cross[:, None],
-        state.alone[:, None],
-        state.base_alone[:, None],
+        state.unsupported[:, None],
+        state.base_unsupported[:, None],
     )
-    return merge_pair(parts, slope, base_slope)
+    return merge_pair(splits, output_scale, base_output_scale)
 
 
 @triton.jit
-def merge(parts, slope):
-    """One state of `parts`, whose fields are (parts, rows)."""
-    m = tl.max(parts.m, 0)
-    parts = rebase(parts, m[None, :], slope)
-    return State(m, tl.sum(parts.sum, 0), tl.sum(parts.weighted, 0))
+def merge(splits, output_scale):
+    """One state of `splits`, whose fields are (splits, rows)."""
+    m = tl.max(splits.m, 0)
+    splits = rebase(splits, m[None, :], output_scale)
+    return State(m, tl.sum(splits.sum, 0), tl.sum(splits.weighted, 0))
 
 
 @triton.jit
-def merge_pair(parts, slope, base_slope):
-    m, base_m = tl.max(parts.model.m, 0), tl.max(parts.base.m, 0)
-    parts = rebase_pair(parts, m[None, :], base_m[None, :], slope, base_slope)
+def merge_pair(splits, output_scale, base_output_scale):
+    m, base_m = tl.max(splits.model.m, 0), tl.max(splits.base.m, 0)
+    splits = rebase_pair(splits, m[None, :], base_m[None, :], output_scale, base_output_scale)
     return PairState(
-        State(m, tl.sum(parts.model.sum, 0), tl.sum(parts.model.weighted, 0)),
-        State(base_m, tl.sum(parts.base.sum, 0), tl.sum(parts.base.weighted, 0)),
-        tl.sum(parts.cross, 0),
-        tl.sum(parts.base_cross, 0),
-        tl.max(parts.alone, 0),
-        tl.max(parts.base_alone, 0),
+        State(m, tl.sum(splits.model.sum, 0), tl.sum(splits.model.weighted, 0)),
+        State(base_m, tl.sum(splits.base.sum, 0), tl.sum(splits.base.weighted, 0)),
+        tl.sum(splits.cross, 0),
+        tl.sum(splits.base_cross, 0),
+        tl.max(splits.unsupported, 0),
+        tl.max(splits.base_unsupported, 0),
     )
 
 
@@ -245,15 +247,15 @@ def store_pair_state(pointer, stride, state, mask):
     store_state(pointer + 3 * stride, stride, state.base, mask)
     tl.store(pointer + 6 * stride, state.cross, mask=mask)
     tl.store(pointer + 7 * stride, state.base_cross, mask=mask)
-    tl.store(pointer + 8 * stride, state.alone, mask=mask)
-    tl.store(pointer + 9 * stride, state.base_alone, mask=mask)
+    tl.store(pointer + 8 * stride, state.unsupported, mask=mask)
+    tl.store(pointer + 9 * stride, state.base_unsupported, mask=mask)
 
 
 @triton.jit
 def load_state(pointer, stride, mask):
     """Empty where masked out."""
     return State(
-        tl.load(pointer, mask=mask, other=IMPOSSIBLE),
+        tl.load(pointer, mask=mask, other=MASKED_LOGIT),
         tl.load(pointer + stride, mask=mask, other=0.0),
         tl.load(pointer + 2 * stride, mask=mask, other=0.0),
     )
@@ -272,31 +274,31 @@ def load_pair_state(pointer, stride, mask):
 
 
 @triton.jit
-def logp_of(x, state, slope):
+def logp_of(x, state, output_scale):
     """log p of the token with this x."""
-    logp = slope * (x - state.m) - log(state.sum)
-    logp = tl.where(x <= IMPOSSIBLE, float("-inf"), logp)
-    return tl.where(state.m <= IMPOSSIBLE, float("nan"), logp)
+    logp = output_scale * (x - state.m) - log(state.sum)
+    logp = tl.where(x <= MASKED_LOGIT, float("-inf"), logp)
+    return tl.where(state.m <= MASKED_LOGIT, float("nan"), logp)
 
 
 @triton.jit
-def entropy_of(state, slope):
-    entropy = log(state.sum) - slope * state.weighted / state.sum
-    return tl.where(state.m <= IMPOSSIBLE, float("nan"), entropy)
+def entropy_of(state, output_scale):
+    entropy = log(state.sum) - output_scale * state.weighted / state.sum
+    return tl.where(state.m <= MASKED_LOGIT, float("nan"), entropy)
 
 
 @triton.jit
-def lse_of(state, slope):
-    lse = slope * state.m + log(state.sum)
-    return tl.where(state.m <= IMPOSSIBLE, float("-inf"), lse)
+def lse_of(state, output_scale):
+    lse = output_scale * state.m + log(state.sum)
+    return tl.where(state.m <= MASKED_LOGIT, float("-inf"), lse)
 
 
 @triton.jit
-def divergence_of(state, other, cross, alone):
+def divergence_of(state, other, cross, unsupported):
     """KL from `state` to `other`: ≥ 0, NaN kept, +inf where a token is possible for `state` alone."""
     kl = cross / state.sum - log(state.sum) + log(other.sum)
     kl = tl.where(kl < 0.0, 0.0, kl)
-    return tl.where(alone > 0.0, float("inf"), kl)
+    return tl.where(unsupported > 0.0, float("inf"), kl)
 
 
 @triton.jit
@@ -322,9 +324,9 @@ def divergence_gradient(logp_all, other_logp_all, kl, grad_kl, grad_reverse_kl):
 
 
 @triton.jit
-def raw_gradient(grad_z, x, inner, slope):
+def raw_gradient(grad_z, x, tanh_scale, output_scale):
     """By the raw logits, given that by z."""
-    grad = grad_z * slope
-    if inner is not None:
-        grad = grad * (inner * (1.0 - x * x))
+    grad = grad_z * output_scale
+    if tanh_scale is not None:
+        grad = grad * (tanh_scale * (1.0 - x * x))
     return grad

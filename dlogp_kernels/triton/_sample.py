@@ -98,8 +98,8 @@ def is_selected(state, delta_logp, threshold, bits, limit, CRITERION: tl.constex
     elif CRITERION == "rl_entropy":
         selected = _math.entropy_of(state.model, 1.0) > threshold
     else:
-        kl = _math.divergence_of(state.model, state.base, state.cross, state.alone)
-        reverse_kl = _math.divergence_of(state.base, state.model, state.base_cross, state.base_alone)
+        kl = _math.divergence_of(state.model, state.base, state.cross, state.unsupported)
+        reverse_kl = _math.divergence_of(state.base, state.model, state.base_cross, state.base_unsupported)
         if CRITERION == "kl":
             selected = kl > threshold
         elif CRITERION == "reverse_kl":

@@ -11,7 +11,7 @@ from ..results import DeltaLogpStats
 from . import _math
 from ._device import on_device_of
 from ._launch import Launch, call_of, launch_anew
-from ._math import IMPOSSIBLE
+from ._math import MASKED_LOGIT
 from ._rows import Matrix, Rows, matrix
 from ._sizes import ceil_div, next_power_of_2
 from .logp import (
@@ -26,18 +26,18 @@ from .logp import (
     load_or_zero,
     load_raw,
     load_x,
+    mask_ignored_and_invalid,
     model_gradient,
     new_states,
     new_stats,
     num_warps,
     pick,
     row_of,
-    segment_of,
-    settle,
     split_of,
     store_raw_gradient,
     target_gradient,
     tile_of,
+    tile_width,
     transform_of,
 )
 
@@ -64,19 +64,20 @@ class PairSaved(NamedTuple):
 
 @triton.jit(do_not_specialize=["first", "raw_first", "R", "column", "split", "num_splits", "ignore_index"])
 def _delta_logp_fwd_kernel(
-    raw, transform, base_raw, base_transform, target_ptr, index_ptr, count_ptr, state_ptr, picked_ptr, first, raw_first,
-    R, width, column, K, ignore_index, split, num_splits, SPLIT: tl.constexpr, BLOCK: tl.constexpr, EACH: tl.constexpr,
+    raw, transform, base_raw, base_transform, target_ptr, index_ptr, count_ptr, state_ptr, target_logits_ptr, first,
+    raw_first, R, width, column, K, ignore_index, split, num_splits, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
+    EACH: tl.constexpr,
 ):  # fmt: skip
     """Pair states (_math.py) of splits of both models' tiles, and both x at the targets.
 
-    As `_logp_fwd_kernel`, with state (10, num_splits, R) and picked (2·K, R), the base's K last. Deterministic.
+    As `_logp_fwd_kernel`, with state (10, num_splits, R) and target_logits (2·K, R), the base's K last. Deterministic.
     """
     i, s = tl.program_id(0), tl.program_id(1)
     kept = first + i < tl.load(count_ptr) if count_ptr is not None else True
     if kept:
         n = row_of(index_ptr, first, i)
         if is_kept(target_ptr, n, K, ignore_index):
-            raw_row, begin, base_picked = raw_first + i, s * SPLIT, picked_ptr + K * R
+            raw_row, begin, base_target_logits = raw_first + i, s * SPLIT, target_logits_ptr + K * R
             end = tl.minimum(begin + SPLIT, width)
             local = begin + tl.arange(0, BLOCK)
             values = load_raw(raw, raw_row, local, local < end)
@@ -88,12 +89,12 @@ def _delta_logp_fwd_kernel(
                 base_following = load_raw(base_raw, raw_row, local + BLOCK, local + BLOCK < end)
                 x = tile_of(values, transform, column + local, local < end, EACH)
                 base_x = tile_of(base_values, base_transform, column + local, local < end, EACH)
-                state = _math.fold_pair(state, x, base_x, transform.slope, base_transform.slope)
+                state = _math.fold_pair(state, x, base_x, transform.output_scale, base_transform.output_scale)
                 least = tl.minimum(least, tl.minimum(tl.min(x, 1), tl.min(base_x, 1)))
                 values, base_values = following, base_following
                 local += BLOCK
             # Few logits are −inf: only where some are, another walk asks which model they belong to.
-            if tl.min(least, 0) <= IMPOSSIBLE:
+            if tl.min(least, 0) <= MASKED_LOGIT:
                 local = begin + tl.arange(0, BLOCK)
                 for _ in range(0, end - begin, BLOCK):
                     inside = local < end
@@ -101,22 +102,22 @@ def _delta_logp_fwd_kernel(
                     base_values = load_raw(base_raw, raw_row, local, inside)
                     x = tile_of(values, transform, column + local, inside, EACH)
                     base_x = tile_of(base_values, base_transform, column + local, inside, EACH)
-                    state = _math.with_alone(state, x, base_x)
+                    state = _math.with_unsupported(state, x, base_x)
                     local += BLOCK
-            state = _math.merge_pair_rows(state, transform.slope, base_transform.slope)
+            state = _math.merge_pair_rows(state, transform.output_scale, base_transform.output_scale)
             one = tl.arange(0, 1)
             place = state_ptr + (split + s) * R + i + one
             _math.store_pair_state(place, num_splits * R, state, one == 0)
-            pick(raw, transform, picked_ptr, target_ptr, n, i, raw_row, begin, end, column, K, R)
-            pick(base_raw, base_transform, base_picked, target_ptr, n, i, raw_row, begin, end, column, K, R)
+            pick(raw, transform, target_logits_ptr, target_ptr, n, i, raw_row, begin, end, column, K, R)
+            pick(base_raw, base_transform, base_target_logits, target_ptr, n, i, raw_row, begin, end, column, K, R)
 
 
 @triton.jit(do_not_specialize=["first", "N", "R", "V", "num_splits", "ignore_index"])
 def _finish_delta_logp_kernel(
-    state_ptr, picked_ptr, target_ptr, index_ptr, count_ptr, out, first, N, R, V, K, num_splits, slope, base_slope,
-    ignore_index, SPLITS: tl.constexpr, ROWS: tl.constexpr,
+    state_ptr, target_logits_ptr, target_ptr, index_ptr, count_ptr, out, first, N, R, V, K, num_splits, output_scale,
+    base_output_scale, ignore_index, SPLITS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """DeltaLogpStats `out` (float32) of rows index[first + i], i < R, from their states and picked x.
+    """DeltaLogpStats `out` (float32) of rows index[first + i], i < R, from their states and target_logits x.
 
     Shapes as in `_delta_logp_fwd_kernel`; a program finishes ROWS rows, merging in one fixed order. Deterministic.
     """
@@ -127,36 +128,47 @@ def _finish_delta_logp_kernel(
     if index_ptr is not None:
         n = tl.load(index_ptr + n, mask=mask, other=0)
     splits = tl.arange(0, SPLITS)[:, None]
-    parts = _math.load_pair_state(
+    states = _math.load_pair_state(
         state_ptr + splits * R + i[None, :],
         num_splits * R,
         (splits < num_splits) & mask[None, :],
     )
-    state = _math.merge_pair(parts, slope, base_slope)
+    state = _math.merge_pair(states, output_scale, base_output_scale)
     kept, bad = check_targets(target_ptr, n, mask, K, V, ignore_index)
     for k in range(K):
         valid = tl.load(target_ptr + n * K + k, mask=mask, other=0) != ignore_index
-        x = tl.load(picked_ptr + k * R + i, mask=mask, other=0.0)
-        base_x = tl.load(picked_ptr + (K + k) * R + i, mask=mask, other=0.0)
-        logp, base_logp = _math.logp_of(x, state.model, slope), _math.logp_of(base_x, state.base, base_slope)
-        tl.store(out.logp + n * K + k, settle(logp, valid, bad), mask=mask)
-        tl.store(out.base_logp + n * K + k, settle(base_logp, valid, bad), mask=mask)
-        tl.store(out.delta_logp + n * K + k, settle(logp - base_logp, valid, bad), mask=mask)
-    tl.store(out.entropy + n, settle(_math.entropy_of(state.model, slope), kept, bad), mask=mask)
-    tl.store(out.base_entropy + n, settle(_math.entropy_of(state.base, base_slope), kept, bad), mask=mask)
-    kl = _math.divergence_of(state.model, state.base, state.cross, state.alone)
-    reverse_kl = _math.divergence_of(state.base, state.model, state.base_cross, state.base_alone)
-    tl.store(out.kl + n, settle(kl, kept, bad), mask=mask)
-    tl.store(out.reverse_kl + n, settle(reverse_kl, kept, bad), mask=mask)
-    tl.store(out.lse + n, settle(_math.lse_of(state.model, slope), kept, bad), mask=mask)
-    tl.store(out.base_lse + n, settle(_math.lse_of(state.base, base_slope), kept, bad), mask=mask)
+        x = tl.load(target_logits_ptr + k * R + i, mask=mask, other=0.0)
+        base_x = tl.load(target_logits_ptr + (K + k) * R + i, mask=mask, other=0.0)
+        logp, base_logp = (
+            _math.logp_of(x, state.model, output_scale),
+            _math.logp_of(base_x, state.base, base_output_scale),
+        )
+        tl.store(out.logp + n * K + k, mask_ignored_and_invalid(logp, valid, bad), mask=mask)
+        tl.store(out.base_logp + n * K + k, mask_ignored_and_invalid(base_logp, valid, bad), mask=mask)
+        tl.store(out.delta_logp + n * K + k, mask_ignored_and_invalid(logp - base_logp, valid, bad), mask=mask)
+    tl.store(
+        out.entropy + n, mask_ignored_and_invalid(_math.entropy_of(state.model, output_scale), kept, bad), mask=mask
+    )
+    tl.store(
+        out.base_entropy + n,
+        mask_ignored_and_invalid(_math.entropy_of(state.base, base_output_scale), kept, bad),
+        mask=mask,
+    )
+    kl = _math.divergence_of(state.model, state.base, state.cross, state.unsupported)
+    reverse_kl = _math.divergence_of(state.base, state.model, state.base_cross, state.base_unsupported)
+    tl.store(out.kl + n, mask_ignored_and_invalid(kl, kept, bad), mask=mask)
+    tl.store(out.reverse_kl + n, mask_ignored_and_invalid(reverse_kl, kept, bad), mask=mask)
+    tl.store(out.lse + n, mask_ignored_and_invalid(_math.lse_of(state.model, output_scale), kept, bad), mask=mask)
+    tl.store(
+        out.base_lse + n, mask_ignored_and_invalid(_math.lse_of(state.base, base_output_scale), kept, bad), mask=mask
+    )
 
 
 @triton.jit(do_not_specialize=["first", "column", "ignore_index"])
 def _delta_logp_bwd_kernel(
     raw, transform, base_raw, base_transform, out, base_out, target_ptr, saved, base_saved, kl_ptr, reverse_kl_ptr,
     grads, base_grads, grad_kl_ptr, grad_reverse_kl_ptr, scale_ptr, first, width, column, K, ignore_index,
-    IN_PLACE: tl.constexpr, BASE_IN_PLACE: tl.constexpr, SEGMENT: tl.constexpr,
+    IN_PLACE: tl.constexpr, BASE_IN_PLACE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Gradients by both models' raw logits of a tile's rows, 0 for an ignored row.
 
@@ -164,25 +176,23 @@ def _delta_logp_bwd_kernel(
     """
     i, s = tl.program_id(0), tl.program_id(1)
     n = (first + i).to(tl.int64)
-    local = s * SEGMENT + tl.arange(0, SEGMENT)
+    local = s * TILE + tl.arange(0, TILE)
     inside = local < width
-    begin = column + s * SEGMENT
+    begin = column + s * TILE
     if is_kept(target_ptr, n, K, ignore_index):
         x = load_x(raw, transform, i, local, column, inside)
         base_x = load_x(base_raw, base_transform, i, local, column, inside)
-        logp_all = transform.slope * x - tl.load(saved.lse + n)
-        base_logp_all = base_transform.slope * base_x - tl.load(base_saved.lse + n)
+        logp_all = transform.output_scale * x - tl.load(saved.lse + n)
+        base_logp_all = base_transform.output_scale * base_x - tl.load(base_saved.lse + n)
         grad_kl, grad_reverse_kl = load_or_zero(grad_kl_ptr, n), load_or_zero(grad_reverse_kl_ptr, n)
         if out is not None:
-            total, at_target = target_gradient(
-                grads.logp, target_ptr, n, column + local, begin, K, ignore_index, SEGMENT
-            )
+            total, at_target = target_gradient(grads.logp, target_ptr, n, column + local, begin, K, ignore_index, TILE)
             grad_z = model_gradient(logp_all, at_target, total, grads, saved, n)
             grad_z += _math.divergence_gradient(logp_all, base_logp_all, tl.load(kl_ptr + n), grad_kl, grad_reverse_kl)
             store_raw_gradient(out, i, local, inside, grad_z, x, raw, transform, scale_ptr, IN_PLACE)
         if base_out is not None:
             total, at_target = target_gradient(
-                base_grads.logp, target_ptr, n, column + local, begin, K, ignore_index, SEGMENT
+                base_grads.logp, target_ptr, n, column + local, begin, K, ignore_index, TILE
             )
             grad_z = model_gradient(base_logp_all, at_target, total, base_grads, base_saved, n)
             grad_z += _math.divergence_gradient(
@@ -192,7 +202,7 @@ def _delta_logp_bwd_kernel(
                 base_out, i, local, inside, grad_z, base_x, base_raw, base_transform, scale_ptr, BASE_IN_PLACE
             )
     else:
-        zero = tl.zeros([SEGMENT], tl.float32)
+        zero = tl.zeros([TILE], tl.float32)
         if out is not None:
             store_raw_gradient(out, i, local, inside, zero, zero, raw, transform, None, IN_PLACE)
         if base_out is not None:
@@ -207,7 +217,7 @@ def fold_pair_tile(
     rows: Rows,
     ignore_index: int,
     state: Tensor,
-    picked: Tensor,
+    target_logits: Tensor,
     first: int = 0,
     column: int = 0,
     split: int = 0,
@@ -217,7 +227,7 @@ def fold_pair_tile(
     """States of both tiles of `shape` into state (10, splits, R) from `split` on; raw_first as for one model."""
     columns = split_of(shape[1])
     arguments = (
-        *logits, *base_logits, target, *rows, state, picked, first, raw_first, state.shape[2], shape[1], column,
+        *logits, *base_logits, target, *rows, state, target_logits, first, raw_first, state.shape[2], shape[1], column,
         target.shape[1], ignore_index, split, state.shape[1],
     )  # fmt: skip
     grid = shape[0], ceil_div(shape[1], columns)
@@ -226,13 +236,13 @@ def fold_pair_tile(
 
 def finish_delta_logp(
     state: Tensor,
-    picked: Tensor,
+    target_logits: Tensor,
     target: Tensor,
     rows: Rows,
     out: DeltaLogpStats,
     vocabulary: int,
-    slope: float,
-    base_slope: float,
+    output_scale: float,
+    base_output_scale: float,
     ignore_index: int,
     first: int = 0,
     launch: Launch = launch_anew,
@@ -240,8 +250,8 @@ def finish_delta_logp(
     """Write the statistics of the rows whose states are in state (10, splits, R)."""
     _, num_splits, num_rows = state.shape
     arguments = (
-        state, picked, target, *rows, out, first, target.shape[0], num_rows, vocabulary, target.shape[1], num_splits,
-        slope, base_slope, ignore_index,
+        state, target_logits, target, *rows, out, first, target.shape[0], num_rows, vocabulary, target.shape[1],
+        num_splits, output_scale, base_output_scale, ignore_index,
     )  # fmt: skip
     constants = {"SPLITS": next_power_of_2(num_splits), "ROWS": _FINISH_ROWS}
     launch(_finish_delta_logp_kernel, (ceil_div(num_rows, _FINISH_ROWS),), arguments, constants)
@@ -268,15 +278,16 @@ def delta_logp_fwd(
     v, tile = logits.shape[-1], Logits(matrix(logits), transform_of(None, temperature, softcap, logit_scale))
     base_tile = Logits(matrix(base_logits), transform_of(None, temperature, base_softcap, base_logit_scale))
     with on_device_of(logits):
-        state, picked = new_states(target, v, _math.PAIR_STATE_SIZE.value, 2, workspace)
+        state, target_logits = new_states(target, v, _math.PAIR_STATE_SIZE.value, 2, workspace)
         for first in range(0, target.shape[0], state.shape[2]):
             shape = (min(state.shape[2], target.shape[0] - first), v)
             fold_pair_tile(
-                tile, base_tile, shape, target, EVERY_ROW, ignore_index, state, picked, first, raw_first=first,
+                tile, base_tile, shape, target, EVERY_ROW, ignore_index, state, target_logits, first, raw_first=first,
                 launch=launch,
             )  # fmt: skip
             finish_delta_logp(
-                state, picked, target, EVERY_ROW, out, v, tile.slope, base_tile.slope, ignore_index, first, launch
+                state, target_logits, target, EVERY_ROW, out, v, tile.output_scale, base_tile.output_scale,
+                ignore_index, first, launch
             )  # fmt: skip
     return out
 
@@ -297,10 +308,10 @@ def pair_tile_gradient(
     in_place: tuple[bool, bool] = (False, False),
 ) -> None:
     """Gradients by the raw logits of both tiles of `shape`, into out and base_out; `in_place` as for one model."""
-    segment = segment_of(shape[1])
-    _delta_logp_bwd_kernel[(shape[0], ceil_div(shape[1], segment))](
+    width = tile_width(shape[1])
+    _delta_logp_bwd_kernel[(shape[0], ceil_div(shape[1], width))](
         *logits, *base_logits, out, base_out, target, *saved, *grads, scale, first, shape[1], column, target.shape[1],
-        ignore_index, IN_PLACE=in_place[0], BASE_IN_PLACE=in_place[1], SEGMENT=segment, num_warps=num_warps(segment),
+        ignore_index, IN_PLACE=in_place[0], BASE_IN_PLACE=in_place[1], TILE=width, num_warps=num_warps(width),
     )  # fmt: skip
 
 

@@ -178,7 +178,7 @@ def pair_statistics(pair, row, V, BLOCK: tl.constexpr):
         least_base = tl.minimum(least_base, tl.min(tl.where(base_z > float("-inf"), base_z, float("inf")), 0))
         x, base_x = possible(z), possible(base_z)
         state = _math.fold_pair(state, x[None, :], base_x[None, :], 1.0, 1.0)
-        state = _math.with_alone(state, x[None, :], base_x[None, :])
+        state = _math.with_unsupported(state, x[None, :], base_x[None, :])
     return state, least_base, (bad > 0) | (finite == 0) | (base_finite == 0)
 
 

@@ -11,12 +11,12 @@ from torch import Tensor
 from ..results import DeltaLogpStats, LogpStats
 from . import _math, _rows
 from ._device import on_device_of
-from ._fused import Model, one_model
-from ._products import product
+from ._gemm import product
 from ._rows import Rows, matrix
 from ._sizes import ceil_div
 from .configs import gemm_tile
 from .delta_logp import finish_delta_logp, fold_pair_tile
+from .linear_forward import Model, one_model
 from .logp import Logits, finish_logp, fold_tile, new_stats, transform_of
 
 
@@ -38,13 +38,15 @@ def linear_logp_fwd(
         rows = _rows.kept_rows(target, ignore_index)
         out = new_stats(target, rows, LogpStats, 1)
         tiles = _Tiles(model, rows)
-        state, picked = _states(target, weight.shape[0], _math.STATE_SIZE.value, 1)
+        state, target_logits = _states(target, weight.shape[0], _math.STATE_SIZE.value, 1)
         for first in range(0, target.shape[0], num_rows):
             tiles.gather(first)
             for split, column in enumerate(range(0, weight.shape[0], num_tokens)):
                 tile, shape = tiles.logits(column)
-                fold_tile(tile, shape, target, rows, ignore_index, state, picked, first, column, split)
-            finish_logp(state, picked, target, rows, out, weight.shape[0], tile.slope, ignore_index, first)
+                fold_tile(tile, shape, target, rows, ignore_index, state, target_logits, first, column, split)
+            finish_logp(
+                state, target_logits, target, rows, out, weight.shape[0], tile.output_scale, ignore_index, first
+            )
     return out
 
 
@@ -72,17 +74,18 @@ def linear_delta_logp_fwd(
         rows = _rows.kept_rows(target, ignore_index)
         out = new_stats(target, rows, DeltaLogpStats, 3)
         tiles, base_tiles = _Tiles(model, rows), _Tiles(base, rows)
-        state, picked = _states(target, weight.shape[0], _math.PAIR_STATE_SIZE.value, 2)
+        state, target_logits = _states(target, weight.shape[0], _math.PAIR_STATE_SIZE.value, 2)
         for first in range(0, target.shape[0], num_rows):
             tiles.gather(first)
             base_tiles.gather(first)
             for split, column in enumerate(range(0, weight.shape[0], num_tokens)):
                 (tile, shape), (base_tile, _) = tiles.logits(column), base_tiles.logits(column)
                 fold_pair_tile(
-                    tile, base_tile, shape, target, rows, ignore_index, state, picked, first, column, split
+                    tile, base_tile, shape, target, rows, ignore_index, state, target_logits, first, column, split
                 )  # fmt: skip
             finish_delta_logp(
-                state, picked, target, rows, out, weight.shape[0], tile.slope, base_tile.slope, ignore_index, first
+                state, target_logits, target, rows, out, weight.shape[0], tile.output_scale, base_tile.output_scale,
+                ignore_index, first
             )  # fmt: skip
     return out
 
@@ -111,9 +114,9 @@ class _Tiles:
 
 
 def _states(target: Tensor, vocabulary: int, state_size: int, models: int) -> tuple[Tensor, Tensor]:
-    """state (size, splits, R) and picked (models · K, R) of one block of rows, a split for every tile."""
+    """state (size, splits, R) and target_logits (models · K, R) of one block of rows, a split for every tile."""
     num_rows, num_tokens = gemm_tile(target.device)
     shape = (state_size, ceil_div(vocabulary, num_tokens), num_rows)
     state = torch.empty(shape, dtype=torch.float32, device=target.device)
-    picked = torch.empty((models * target.shape[1], num_rows), dtype=torch.float32, device=target.device)
-    return state, picked
+    target_logits = torch.empty((models * target.shape[1], num_rows), dtype=torch.float32, device=target.device)
+    return state, target_logits

@@ -10,7 +10,10 @@ from torch import Tensor
 from ..results import DeltaLogpStats
 from . import _math
 from ._device import on_device_of, precision, properties
-from ._fused import (
+from ._launch import call_of
+from ._math import MASKED_LOGIT
+from .delta_logp import finish_delta_logp
+from .linear_forward import (
     Model,
     Plan,
     bias_of,
@@ -26,23 +29,20 @@ from ._fused import (
     stages_of_one_weight,
     unit_of,
 )
-from ._launch import call_of
-from ._math import IMPOSSIBLE
-from .delta_logp import finish_delta_logp
 from .logp import new_stats
 
 
 @triton.jit(do_not_specialize=["first", "N", "R"])
 def _linear_delta_logp_fwd_kernel(
-    hidden, weight, head, base_hidden, base_weight, base_head, target_ptr, index_ptr, count_ptr, state_ptr, picked_ptr,
-    first, N, R, V, K, blocks_per_split, num_splits, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
+    hidden, weight, head, base_hidden, base_weight, base_head, target_ptr, index_ptr, count_ptr, state_ptr,
+    target_logits_ptr, first, N, R, V, K, blocks_per_split, num_splits, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr, GROUP: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
     MASKED: tl.constexpr, ONE_TARGET: tl.constexpr, ONE_WEIGHT: tl.constexpr,
 ):  # fmt: skip
     """Pair states (_math.py) of rows × splits of the vocabulary from both models' x, and both x at the targets.
 
-    As `_linear_logp_fwd_kernel`, with state (10, num_splits, R) and picked (2·K, R), the base's K last. Accumulates in
-    float32; deterministic, and a row's bits do not depend on others.
+    As `_linear_logp_fwd_kernel`, with state (10, num_splits, R) and target_logits (2·K, R), the base's K last.
+    Accumulates in float32; deterministic, and a row's bits do not depend on others.
     """
     count = tl.load(count_ptr) if count_ptr is not None else N
     num_rows = tl.minimum(count - first, R)
@@ -65,24 +65,24 @@ def _linear_delta_logp_fwd_kernel(
             bias, base_bias = bias_of(head, tokens, V), bias_of(base_head, tokens, V)
             x += bias[None, :]
             base_x += base_bias[None, :]
-            if head.inner is not None:  # a softcap makes every token possible
-                bias = tl.where(tokens < V, 0.0, IMPOSSIBLE)
-            if base_head.inner is not None:
-                base_bias = tl.where(tokens < V, 0.0, IMPOSSIBLE)
-            state = _math.with_alone(state, bias[None, :], base_bias[None, :])
-        if head.inner is not None:
-            x = tl.where((tokens < V)[None, :], _math.transform(x, None, head.inner), IMPOSSIBLE)
-        if base_head.inner is not None:
-            base_x = tl.where((tokens < V)[None, :], _math.transform(base_x, None, base_head.inner), IMPOSSIBLE)
-        state = _math.fold_pair(state, x, base_x, head.slope, base_head.slope)
+            if head.tanh_scale is not None:  # a softcap makes every token possible
+                bias = tl.where(tokens < V, 0.0, MASKED_LOGIT)
+            if base_head.tanh_scale is not None:
+                base_bias = tl.where(tokens < V, 0.0, MASKED_LOGIT)
+            state = _math.with_unsupported(state, bias[None, :], base_bias[None, :])
+        if head.tanh_scale is not None:
+            x = tl.where((tokens < V)[None, :], _math.transform(x, None, head.tanh_scale), MASKED_LOGIT)
+        if base_head.tanh_scale is not None:
+            base_x = tl.where((tokens < V)[None, :], _math.transform(base_x, None, base_head.tanh_scale), MASKED_LOGIT)
+        state = _math.fold_pair(state, x, base_x, head.output_scale, base_head.output_scale)
         i = row + tl.arange(0, BLOCK_N)
         mask = i < num_rows
         n = first + i.to(tl.int64)
         if index_ptr is not None:
             n = tl.load(index_ptr + n, mask=mask, other=0)
-        pick_targets(x, picked_ptr, target_ptr, n, i, mask, column, K, R, BLOCK_V, ONE_TARGET)
-        base_picked_ptr = picked_ptr + K * R
-        pick_targets(base_x, base_picked_ptr, target_ptr, n, i, mask, column, K, R, BLOCK_V, ONE_TARGET)
+        pick_targets(x, target_logits_ptr, target_ptr, n, i, mask, column, K, R, BLOCK_V, ONE_TARGET)
+        base_target_logits_ptr = target_logits_ptr + K * R
+        pick_targets(base_x, base_target_logits_ptr, target_ptr, n, i, mask, column, K, R, BLOCK_V, ONE_TARGET)
         place = state_ptr + split * R + i
         _math.store_pair_state(place, num_splits * R, state, mask & (block == blocks_per_split - 1))
 
@@ -127,18 +127,18 @@ def linear_delta_logp_fwd(
         rows = rows_of(target, cut, ignore_index)
         out = new_stats(target, rows, DeltaLogpStats, 3)
         state = hidden.new_empty((_math.PAIR_STATE_SIZE.value, cut.num_splits, cut.num_rows), dtype=torch.float32)
-        picked = hidden.new_empty((2 * target.shape[1], cut.num_rows), dtype=torch.float32)
+        target_logits = hidden.new_empty((2 * target.shape[1], cut.num_rows), dtype=torch.float32)
         gathered, base_gathered = gather_buffer(model, cut, rows), gather_buffer(base, cut, rows)
         for first in range(0, target.shape[0], cut.num_rows):
             layer = layer_of(model, cut, rows, gathered, first)
             base_layer = layer_of(base, cut, rows, base_gathered, first)
             arguments = (
-                *layer, *base_layer, target, *rows, state, picked, first, target.shape[0], cut.num_rows,
+                *layer, *base_layer, target, *rows, state, target_logits, first, target.shape[0], cut.num_rows,
                 weight.shape[0], target.shape[1], cut.blocks_per_split, cut.num_splits,
             )  # fmt: skip
             call.launch(_linear_delta_logp_fwd_kernel, (cut.programs,), arguments, constants)
             finish_delta_logp(
-                state, picked, target, rows, out, weight.shape[0], layer.head.slope, base_layer.head.slope,
-                ignore_index, first, call.launch,
+                state, target_logits, target, rows, out, weight.shape[0], layer.head.output_scale,
+                base_layer.head.output_scale, ignore_index, first, call.launch,
             )  # fmt: skip
     return out

@@ -14,21 +14,8 @@ from torch import Tensor
 from ..results import Sample
 from . import _math
 from ._device import on_device_of, precision, properties
-from ._fused import (
-    Model,
-    Plan,
-    bias_of,
-    is_masked,
-    layer_of,
-    one_model,
-    pair_of_logits_tiles,
-    plan_of,
-    share_weight,
-    stages_of_one_weight,
-    unit_of,
-)
 from ._launch import call_of
-from ._math import IMPOSSIBLE
+from ._math import MASKED_LOGIT
 from ._sample import (
     DRAFT,
     MOST_NOISE,
@@ -46,6 +33,19 @@ from ._sample import (
 )
 from ._sizes import ceil_div, next_power_of_2
 from .configs import sample_config
+from .linear_forward import (
+    Model,
+    Plan,
+    bias_of,
+    is_masked,
+    layer_of,
+    one_model,
+    pair_of_logits_tiles,
+    plan_of,
+    share_weight,
+    stages_of_one_weight,
+    unit_of,
+)
 from .logp import EVERY_ROW
 
 _FINISH_ROWS = 4
@@ -61,7 +61,7 @@ class Pair(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What is known of rows from the tiles so far: the models' states (slope 1), and the best score of each draw.
+    """What is known of rows from the tiles so far: the models' states (of z itself), and the best score of each draw.
 
     `unlikely` is that of the tokens with z_B = −inf, without the stand-in for it, `least` the least finite z_B, and
     `bad` is 1 where a logit is NaN or +inf.
@@ -123,12 +123,12 @@ def seen_unless(reset, seen, DIVERGENCE: tl.constexpr):
 
 @triton.jit
 def z_of(head, x, tokens, V, MASKED: tl.constexpr):
-    """Logits at temperature 1 of a tile of products; IMPOSSIBLE for −inf and outside the vocabulary."""
+    """Logits at temperature 1 of a tile of products; MASKED_LOGIT for −inf and outside the vocabulary."""
     if MASKED:
         x += bias_of(head, tokens, V)[None, :]
-    if head.inner is not None:  # a softcap makes every token possible
-        x = tl.where((tokens < V)[None, :], _math.transform(x, None, head.inner), IMPOSSIBLE)
-    return tl.where(x <= IMPOSSIBLE, IMPOSSIBLE, head.slope * x)
+    if head.tanh_scale is not None:  # a softcap makes every token possible
+        x = tl.where((tokens < V)[None, :], _math.transform(x, None, head.tanh_scale), MASKED_LOGIT)
+    return tl.where(x <= MASKED_LOGIT, MASKED_LOGIT, head.output_scale * x)
 
 
 @triton.jit
@@ -170,7 +170,7 @@ def better(best, score, z, base_z, memory, mask, column, PLACE: tl.constexpr, BL
 def fold_state(state, z, base_z, DIVERGENCE: tl.constexpr):
     """The states with a tile; cross terms only where a criterion needs them."""
     if DIVERGENCE:
-        return _math.with_alone(_math.fold_pair(state, z, base_z, 1.0, 1.0), z, base_z)
+        return _math.with_unsupported(_math.fold_pair(state, z, base_z, 1.0, 1.0), z, base_z)
     else:
         return Pair(_math.fold(state.model, z, 1.0), _math.fold(state.base, base_z, 1.0))
 
@@ -186,7 +186,7 @@ def look_at(
     wrong = (z != z) | (base_z != base_z) | (z == infinity) | (base_z == infinity)
     bad = tl.maximum(seen.bad, tl.max(wrong.to(tl.float32), 1))
     state = fold_state(seen.state, z, base_z, DIVERGENCE)
-    possible, base_possible = z > IMPOSSIBLE, base_z > IMPOSSIBLE
+    possible, base_possible = z > MASKED_LOGIT, base_z > MASKED_LOGIT
     draft, replacement, unlikely, least = seen.draft, seen.replacement, seen.unlikely, seen.least
     score = scores(base_z, temperature, base_possible) if BASE_DRAFTS else scores(z, temperature, possible)
     if may_win(score, draft, mask, GREEDY):
@@ -196,7 +196,7 @@ def look_at(
     if REPLACES:
         if EXTRAPOLATES:
             least = tl.minimum(least, tl.min(tl.where(base_possible, base_z, infinity), 1))
-            score = scores((1.0 + gamma) * z, temperature, possible & (base_z <= IMPOSSIBLE))
+            score = scores((1.0 + gamma) * z, temperature, possible & (base_z <= MASKED_LOGIT))
             if may_win(score, unlikely, mask, GREEDY):
                 if not GREEDY:
                     score += noise_of_tile(noise, row_id, step, column, REPLACEMENT, BLOCK_V)
@@ -306,7 +306,7 @@ def _finish_linear_sample_kernel(
     memory = Memory(state_ptr + place, token_ptr + place, num_splits * R)
     state = _math.merge_pair(_math.load_pair_state(memory.state_ptr, memory.stride, mask), 1.0, 1.0)
     bad = tl.max(tl.load(memory.state_ptr + _BAD * memory.stride, mask=mask, other=0.0), 0) > 0.0
-    bad = bad | (state.model.m <= IMPOSSIBLE) | (state.base.m <= IMPOSSIBLE)
+    bad = bad | (state.model.m <= MASKED_LOGIT) | (state.base.m <= MASKED_LOGIT)
     row_id, step = row_noise(noise, n, tl.zeros([ROWS], tl.int32))
     _, draft_token, z, base_z = load_winner(memory, mask, _DRAFT_PLACE)
     token = draft_token

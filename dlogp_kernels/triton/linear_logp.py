@@ -8,7 +8,9 @@ from torch import Tensor
 from ..results import LogpStats
 from . import _math
 from ._device import on_device_of, precision, properties
-from ._fused import (
+from ._launch import call_of
+from ._math import MASKED_LOGIT
+from .linear_forward import (
     bias_of,
     gather_buffer,
     is_masked,
@@ -20,23 +22,22 @@ from ._fused import (
     rows_of,
     unit_of,
 )
-from ._launch import call_of
-from ._math import IMPOSSIBLE
 from .logp import finish_logp, new_stats
 
 
 @triton.jit(do_not_specialize=["first", "N", "R"])
 def _linear_logp_fwd_kernel(
-    hidden, weight, head, target_ptr, index_ptr, count_ptr, state_ptr, picked_ptr, first, N, R, V, K, blocks_per_split,
-    num_splits, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr, ONE_TARGET: tl.constexpr,
+    hidden, weight, head, target_ptr, index_ptr, count_ptr, state_ptr, target_logits_ptr, first, N, R, V, K,
+    blocks_per_split, num_splits, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    ONE_TARGET: tl.constexpr,
 ):  # fmt: skip
     """Softmax states (_math.py) of rows × splits of the vocabulary, and x = transform(hidden · weightᵀ) at the targets.
 
     hidden, weight, head: as Layer, hidden (R, D) holding rows index[first + i]; target (N, K), index (N,) int64, count
-    (1,) int32 as in Rows; state (3, num_splits, R) and picked (K, R) float32. A program takes units (row tile, split)
-    in turn, each of `blocks_per_split` tiles of logits. Accumulates in float32; deterministic, and a row's bits do not
-    depend on others.
+    (1,) int32 as in Rows; state (3, num_splits, R) and target_logits (K, R) float32. A program takes units (row tile,
+    split) in turn, each of `blocks_per_split` tiles of logits. Accumulates in float32; deterministic, and a row's bits
+    do not depend on others.
     """
     count = tl.load(count_ptr) if count_ptr is not None else N
     num_rows = tl.minimum(count - first, R)
@@ -56,16 +57,16 @@ def _linear_logp_fwd_kernel(
         tokens = column + tl.arange(0, BLOCK_V)
         if MASKED:
             x += bias_of(head, tokens, V)[None, :]
-        if head.inner is not None:
-            x = tl.where((tokens < V)[None, :], _math.transform(x, None, head.inner), IMPOSSIBLE)
+        if head.tanh_scale is not None:
+            x = tl.where((tokens < V)[None, :], _math.transform(x, None, head.tanh_scale), MASKED_LOGIT)
         state = _math.state_unless(block == 0, state)
-        state = _math.fold(state, x, head.slope)
+        state = _math.fold(state, x, head.output_scale)
         i = row + tl.arange(0, BLOCK_N)
         mask = i < num_rows
         n = first + i.to(tl.int64)
         if index_ptr is not None:
             n = tl.load(index_ptr + n, mask=mask, other=0)
-        pick_targets(x, picked_ptr, target_ptr, n, i, mask, column, K, R, BLOCK_V, ONE_TARGET)
+        pick_targets(x, target_logits_ptr, target_ptr, n, i, mask, column, K, R, BLOCK_V, ONE_TARGET)
         place = state_ptr + split * R + i
         _math.store_state(place, num_splits * R, state, mask & (block == blocks_per_split - 1))
 
@@ -93,16 +94,17 @@ def linear_logp_fwd(
         rows = rows_of(target, cut, ignore_index)
         out = new_stats(target, rows, LogpStats, 1)
         state = hidden.new_empty((_math.STATE_SIZE.value, cut.num_splits, cut.num_rows), dtype=torch.float32)
-        picked = hidden.new_empty((target.shape[1], cut.num_rows), dtype=torch.float32)
+        target_logits = hidden.new_empty((target.shape[1], cut.num_rows), dtype=torch.float32)
         gathered = gather_buffer(model, cut, rows)
         for first in range(0, target.shape[0], cut.num_rows):
             layer = layer_of(model, cut, rows, gathered, first)
             arguments = (
-                *layer, target, *rows, state, picked, first, target.shape[0], cut.num_rows, weight.shape[0],
+                *layer, target, *rows, state, target_logits, first, target.shape[0], cut.num_rows, weight.shape[0],
                 target.shape[1], cut.blocks_per_split, cut.num_splits,
             )  # fmt: skip
             call.launch(_linear_logp_fwd_kernel, (cut.programs,), arguments, constants)
             finish_logp(
-                state, picked, target, rows, out, weight.shape[0], layer.head.slope, ignore_index, first, call.launch
+                state, target_logits, target, rows, out, weight.shape[0], layer.head.output_scale, ignore_index, first,
+                call.launch
             )  # fmt: skip
     return out

@@ -21,9 +21,8 @@ from ..reference.rows import PolicyRows
 from ..results import DeltaLogpStats, LogpStats, PolicyMetrics
 from . import _math, _policy, _rows
 from ._device import on_device_of
-from ._fused import Model, one_model
+from ._gemm import add_product, product
 from ._policy import Kind, Numbers, kind_of, numbers_of
-from ._products import add_product, product
 from ._rows import matrix
 from ._sizes import ceil_div, round_up
 from .delta_logp import (
@@ -34,6 +33,7 @@ from .delta_logp import (
     pair_tile_gradient,
 )
 from .linear_delta_logp import linear_delta_logp_fwd
+from .linear_forward import Model, one_model
 from .linear_logp import linear_logp_fwd
 from .logp import (
     EVERY_ROW,
@@ -330,7 +330,7 @@ def _in_blocks(
     stats = new_stats(target, EVERY_ROW, DeltaLogpStats if pair else LogpStats, 3 if pair else 1)
     size = _math.PAIR_STATE_SIZE if pair else _math.STATE_SIZE
     state = policy.new(size.value, ceil_div(vocabulary, split_of(vocabulary)), cut.slice)
-    picked = policy.new(len(models), cut.slice)
+    target_logits = policy.new(len(models), cut.slice)
     for first in range(0, target.shape[0], cut.block):
         num_rows = min(cut.block, target.shape[0] - first)
         for block in blocks:
@@ -339,7 +339,7 @@ def _in_blocks(
             row, count = first + begin, min(cut.slice, num_rows - begin)
             shape = (count, vocabulary)
             tiles = [block.logits(begin, count) for block in blocks]
-            _fold(tiles, shape, target, ignore_index, state, picked, stats, row)
+            _fold(tiles, shape, target, ignore_index, state, target_logits, stats, row)
             policy.rows(stats, row, row + count, ignore_index)
             grad_logits = accumulators.grad_logits[begin : begin + count]
             _logits_gradient(tiles, shape, policy, stats, accumulators, grad_logits, ignore_index, row)
@@ -368,19 +368,21 @@ def _fold(
     target: Tensor,
     ignore_index: int,
     state: Tensor,
-    picked: Tensor,
+    target_logits: Tensor,
     stats: Any,
     first: int,
 ) -> None:
     """Statistics of a block of rows."""
     if len(tiles) == 1:
-        fold_tile(tiles[0], shape, target, EVERY_ROW, ignore_index, state, picked, first)
-        finish_logp(state, picked, target, EVERY_ROW, stats, shape[1], tiles[0].slope, ignore_index, first)
+        fold_tile(tiles[0], shape, target, EVERY_ROW, ignore_index, state, target_logits, first)
+        finish_logp(
+            state, target_logits, target, EVERY_ROW, stats, shape[1], tiles[0].output_scale, ignore_index, first
+        )
         return
     tile, base_tile = tiles
-    fold_pair_tile(tile, base_tile, shape, target, EVERY_ROW, ignore_index, state, picked, first)
-    slopes = (tile.slope, base_tile.slope)
-    finish_delta_logp(state, picked, target, EVERY_ROW, stats, shape[1], *slopes, ignore_index, first)
+    fold_pair_tile(tile, base_tile, shape, target, EVERY_ROW, ignore_index, state, target_logits, first)
+    slopes = (tile.output_scale, base_tile.output_scale)
+    finish_delta_logp(state, target_logits, target, EVERY_ROW, stats, shape[1], *slopes, ignore_index, first)
 
 
 def _logits_gradient(

@@ -11,7 +11,7 @@ from ..results import LogpStats
 from . import _math
 from ._device import on_device_of
 from ._launch import Launch, call_of, launch_anew
-from ._math import IMPOSSIBLE
+from ._math import MASKED_LOGIT
 from ._rows import Matrix, Rows, matrix, row_offset
 from ._sizes import ceil_div, next_power_of_2
 
@@ -20,7 +20,7 @@ _SPLIT = 16384
 #: Threads of a program, each with two loads of 16 bytes a block.
 _THREADS, _LOADS = 128, 2
 #: Columns of a program of backward, which has nothing to reduce.
-_SEGMENT = 2048
+_TILE = 2048
 _FINISH_ROWS = 16
 #: States take this part of the workspace at most.
 _STATE_SHARE = 8
@@ -31,8 +31,8 @@ class Transform(NamedTuple):
     """What makes x of raw logits, see _math.py: bias (V,) or None, and two numbers."""
 
     bias: Any
-    inner: float | None
-    slope: float
+    tanh_scale: float | None
+    output_scale: float
 
 
 class Logits(NamedTuple):
@@ -42,8 +42,8 @@ class Logits(NamedTuple):
     transform: Transform
 
     @property
-    def slope(self) -> float:
-        return self.transform.slope
+    def output_scale(self) -> float:
+        return self.transform.output_scale
 
 
 class Gradients(NamedTuple):
@@ -74,7 +74,7 @@ def x_of(values, transform, tokens, mask):
     bias = transform.bias
     if bias is not None:
         bias = tl.load(transform.bias + tokens, mask=mask, other=0.0).to(tl.float32)
-    return _math.transform(values.to(tl.float32), bias, transform.inner)
+    return _math.transform(values.to(tl.float32), bias, transform.tanh_scale)
 
 
 @triton.jit
@@ -85,20 +85,20 @@ def load_x(raw, transform, i, local, column, mask):
 
 @triton.jit
 def tile_of(values, transform, tokens, mask, EACH: tl.constexpr):
-    """x, IMPOSSIBLE where masked out or −inf, in rows of EACH columns: those of one load of a thread.
+    """x, MASKED_LOGIT where masked out or −inf, in rows of EACH columns: those of one load of a thread.
 
     A row then has a state of its own, and no thread waits for another before the last block.
     """
     x = x_of(values, transform, tokens, mask)
     # A softcap makes every token possible.
-    x = possible(x) if transform.inner is None else tl.where(mask, x, IMPOSSIBLE)
+    x = possible(x) if transform.tanh_scale is None else tl.where(mask, x, MASKED_LOGIT)
     return tl.reshape(x, [x.shape[0] // EACH, EACH])
 
 
 @triton.jit
 def possible(x):
-    """x with IMPOSSIBLE for −inf; NaN stays."""
-    return tl.maximum(x, IMPOSSIBLE, propagate_nan=tl.PropagateNan.ALL)
+    """x with MASKED_LOGIT for −inf; NaN stays."""
+    return tl.maximum(x, MASKED_LOGIT, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -120,25 +120,28 @@ def is_kept(target_ptr, n, K, ignore_index):
 
 
 @triton.jit
-def pick(raw, transform, picked_ptr, target_ptr, n, i, raw_row, begin, end, column, K, R):
-    """x of `raw_row` at the targets of row n that lie in the columns from `begin` to `end`, to picked (K, R)."""
+def pick(raw, transform, target_logits_ptr, target_ptr, n, i, raw_row, begin, end, column, K, R):
+    """x of `raw_row` at the targets of row n that lie in the columns from `begin` to `end`, to target_logits (K, R)."""
     for k in range(K):
         local = tl.load(target_ptr + n * K + k) - column
         if (local >= begin) & (local < end):
-            tl.store(picked_ptr + k * R + i, possible(load_x(raw, transform, raw_row, local, column, local >= 0)))
+            tl.store(
+                target_logits_ptr + k * R + i, possible(load_x(raw, transform, raw_row, local, column, local >= 0))
+            )
 
 
 @triton.jit(do_not_specialize=["first", "raw_first", "R", "column", "split", "num_splits", "ignore_index"])
 def _logp_fwd_kernel(
-    raw, transform, target_ptr, index_ptr, count_ptr, state_ptr, picked_ptr, first, raw_first, R, width, column, K,
-    ignore_index, split, num_splits, SPLIT: tl.constexpr, BLOCK: tl.constexpr, EACH: tl.constexpr,
+    raw, transform, target_ptr, index_ptr, count_ptr, state_ptr, target_logits_ptr, first, raw_first, R, width, column,
+    K, ignore_index, split, num_splits, SPLIT: tl.constexpr, BLOCK: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
     """Softmax states (_math.py) of splits of a tile's rows, and x at their targets.
 
     raw: rows raw_first … raw_first + R are the tile (R, width), of any floating dtype, whose columns are the tokens
     from `column` on; target (N, K) int64; index (N,) int64 and count (1,) as in Rows; state (3, num_splits, R) and
-    picked (K, R) float32. Program (i, s) reduces columns s·SPLIT … of row i, the row index[first + i], to the state of
-    split + s, BLOCK columns at a time, each in rows of EACH; an ignored row is not read. float32, deterministic.
+    target_logits (K, R) float32. Program (i, s) reduces columns s·SPLIT … of row i, the row index[first + i], to the
+    state of split + s, BLOCK columns at a time, each in rows of EACH; an ignored row is not read. float32,
+    deterministic.
     """
     i, s = tl.program_id(0), tl.program_id(1)
     kept = first + i < tl.load(count_ptr) if count_ptr is not None else True
@@ -153,14 +156,14 @@ def _logp_fwd_kernel(
             for _ in range(0, end - begin, BLOCK):
                 following = load_raw(raw, raw_row, local + BLOCK, local + BLOCK < end)
                 x = tile_of(values, transform, column + local, local < end, EACH)
-                state = _math.fold(state, x, transform.slope)
+                state = _math.fold(state, x, transform.output_scale)
                 values = following
                 local += BLOCK
-            state = _math.merge_rows(state, transform.slope)
+            state = _math.merge_rows(state, transform.output_scale)
             one = tl.arange(0, 1)
             place = state_ptr + (split + s) * R + i + one
             _math.store_state(place, num_splits * R, state, one == 0)
-            pick(raw, transform, picked_ptr, target_ptr, n, i, raw_row, begin, end, column, K, R)
+            pick(raw, transform, target_logits_ptr, target_ptr, n, i, raw_row, begin, end, column, K, R)
 
 
 @triton.jit
@@ -177,17 +180,17 @@ def check_targets(target_ptr, n, mask, K, V, ignore_index):
 
 
 @triton.jit
-def settle(value, kept, bad):
+def mask_ignored_and_invalid(value, kept, bad):
     """0 where ignored, NaN where a target is outside the vocabulary."""
     return tl.where(bad, float("nan"), tl.where(kept, value, 0.0))
 
 
 @triton.jit(do_not_specialize=["first", "N", "R", "V", "num_splits", "ignore_index"])
 def _finish_logp_kernel(
-    state_ptr, picked_ptr, target_ptr, index_ptr, count_ptr, out, first, N, R, V, K, num_splits, slope, ignore_index,
-    SPLITS: tl.constexpr, ROWS: tl.constexpr,
+    state_ptr, target_logits_ptr, target_ptr, index_ptr, count_ptr, out, first, N, R, V, K, num_splits, output_scale,
+    ignore_index, SPLITS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """LogpStats `out` (float32) of rows index[first + i], i < R, from their states and picked x.
+    """LogpStats `out` (float32) of rows index[first + i], i < R, from their states and target_logits x.
 
     Shapes as in `_logp_fwd_kernel`; a program merges the states of ROWS rows in one fixed order. Deterministic.
     """
@@ -198,16 +201,18 @@ def _finish_logp_kernel(
     if index_ptr is not None:
         n = tl.load(index_ptr + n, mask=mask, other=0)
     splits = tl.arange(0, SPLITS)[:, None]
-    parts_mask = (splits < num_splits) & mask[None, :]
-    parts = _math.load_state(state_ptr + splits * R + i[None, :], num_splits * R, parts_mask)
-    state = _math.merge(parts, slope)
+    splits_mask = (splits < num_splits) & mask[None, :]
+    states = _math.load_state(state_ptr + splits * R + i[None, :], num_splits * R, splits_mask)
+    state = _math.merge(states, output_scale)
     kept, bad = check_targets(target_ptr, n, mask, K, V, ignore_index)
     for k in range(K):
         valid = tl.load(target_ptr + n * K + k, mask=mask, other=0) != ignore_index
-        x = tl.load(picked_ptr + k * R + i, mask=mask, other=0.0)
-        tl.store(out.logp + n * K + k, settle(_math.logp_of(x, state, slope), valid, bad), mask=mask)
-    tl.store(out.entropy + n, settle(_math.entropy_of(state, slope), kept, bad), mask=mask)
-    tl.store(out.lse + n, settle(_math.lse_of(state, slope), kept, bad), mask=mask)
+        x = tl.load(target_logits_ptr + k * R + i, mask=mask, other=0.0)
+        tl.store(
+            out.logp + n * K + k, mask_ignored_and_invalid(_math.logp_of(x, state, output_scale), valid, bad), mask=mask
+        )
+    tl.store(out.entropy + n, mask_ignored_and_invalid(_math.entropy_of(state, output_scale), kept, bad), mask=mask)
+    tl.store(out.lse + n, mask_ignored_and_invalid(_math.lse_of(state, output_scale), kept, bad), mask=mask)
 
 
 @triton.jit
@@ -219,16 +224,16 @@ def load_or_zero(pointer, n):
 
 
 @triton.jit
-def target_gradient(grad_ptr, target_ptr, n, tokens, begin, K, ignore_index, SEGMENT: tl.constexpr):
+def target_gradient(grad_ptr, target_ptr, n, tokens, begin, K, ignore_index, TILE: tl.constexpr):
     """Σ_k of the gradients by log p of row n's targets, and at each of `tokens` (from `begin` on) that of its own."""
     total = tl.full([], 0.0, tl.float32)
-    at_target = tl.zeros([SEGMENT], tl.float32)
+    at_target = tl.zeros([TILE], tl.float32)
     if grad_ptr is not None:
         for k in range(K):
             target = tl.load(target_ptr + n * K + k)
             grad = tl.where(target != ignore_index, tl.load(grad_ptr + n * K + k), 0.0)
             total += grad
-            if (target >= begin) & (target < begin + SEGMENT):
+            if (target >= begin) & (target < begin + TILE):
                 at_target += tl.where(tokens == target, grad, 0.0)
     return total, at_target
 
@@ -245,7 +250,7 @@ def model_gradient(logp_all, at_target, total, grads, saved, n):
 @triton.jit
 def store_raw_gradient(out, i, local, mask, grad_z, x, raw, transform, scale_ptr, IN_PLACE: tl.constexpr):
     """Into the Matrix `out`, in its dtype; with IN_PLACE also over the raw logits, in full."""
-    grad = _math.raw_gradient(grad_z, x, transform.inner, transform.slope)
+    grad = _math.raw_gradient(grad_z, x, transform.tanh_scale, transform.output_scale)
     if IN_PLACE:
         pointers = raw.data + row_offset(raw, i) + local.to(tl.int64) * raw.stride_column
         tl.store(pointers, grad.to(raw.data.dtype.element_ty), mask=mask)
@@ -258,28 +263,28 @@ def store_raw_gradient(out, i, local, mask, grad_z, x, raw, transform, scale_ptr
 @triton.jit(do_not_specialize=["first", "column", "ignore_index"])
 def _logp_bwd_kernel(
     raw, transform, out, target_ptr, saved, grads, scale_ptr, first, width, column, K, ignore_index,
-    IN_PLACE: tl.constexpr, SEGMENT: tl.constexpr,
+    IN_PLACE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Gradient by the raw logits of a tile's rows, 0 for an ignored row.
 
     raw: tile (R, width) as in `_logp_fwd_kernel`, whose row i is the row first + i; out: a Matrix of the same shape,
     in its own dtype, times scale (1,) float32 if there is one; with IN_PLACE the tile itself also becomes the gradient,
     unscaled; saved, grads: as in Saved and Gradients.
-    Program (i, s) does columns s·SEGMENT … of row i. float32, deterministic.
+    Program (i, s) does columns s·TILE … of row i. float32, deterministic.
     """
     i, s = tl.program_id(0), tl.program_id(1)
     n = (first + i).to(tl.int64)
-    local = s * SEGMENT + tl.arange(0, SEGMENT)
+    local = s * TILE + tl.arange(0, TILE)
     inside = local < width
     if is_kept(target_ptr, n, K, ignore_index):
         x = load_x(raw, transform, i, local, column, inside)
-        begin = column + s * SEGMENT
-        total, at_target = target_gradient(grads.logp, target_ptr, n, column + local, begin, K, ignore_index, SEGMENT)
-        logp_all = transform.slope * x - tl.load(saved.lse + n)
+        begin = column + s * TILE
+        total, at_target = target_gradient(grads.logp, target_ptr, n, column + local, begin, K, ignore_index, TILE)
+        logp_all = transform.output_scale * x - tl.load(saved.lse + n)
         grad_z = model_gradient(logp_all, at_target, total, grads, saved, n)
         store_raw_gradient(out, i, local, inside, grad_z, x, raw, transform, scale_ptr, IN_PLACE)
     else:
-        zero = tl.zeros([SEGMENT], tl.float32)
+        zero = tl.zeros([TILE], tl.float32)
         store_raw_gradient(out, i, local, inside, zero, zero, raw, transform, None, IN_PLACE)
 
 
@@ -300,9 +305,9 @@ def fold_constants(raw: Matrix, split: int) -> dict[str, int]:
     return {"SPLIT": split, "BLOCK": block, "EACH": each, "num_warps": max(1, block // (32 * _LOADS * each))}
 
 
-def segment_of(width: int) -> int:
+def tile_width(width: int) -> int:
     """Of backward."""
-    return min(_SEGMENT, max(128, next_power_of_2(width)))
+    return min(_TILE, max(128, next_power_of_2(width)))
 
 
 def num_warps(columns: int) -> int:
@@ -320,13 +325,13 @@ def new_stats(target: Tensor, rows: Rows, kind: Any, with_candidates: int) -> An
 
 
 def new_states(target: Tensor, vocabulary: int, state_size: int, models: int, workspace: int) -> tuple[Tensor, Tensor]:
-    """For given logits: state (size, splits, R) and picked (models · K, R), R as many rows as the workspace allows."""
+    """State (size, splits, R) and target_logits (models · K, R), R as many rows as the workspace allows."""
     num_splits = ceil_div(vocabulary, split_of(vocabulary))
     row_bytes = 4 * (state_size * num_splits + models * target.shape[1])
     num_rows = max(1, min(target.shape[0], workspace // _STATE_SHARE // row_bytes))
     state = torch.empty((state_size, num_splits, num_rows), dtype=torch.float32, device=target.device)
-    picked = torch.empty((models * target.shape[1], num_rows), dtype=torch.float32, device=target.device)
-    return state, picked
+    target_logits = torch.empty((models * target.shape[1], num_rows), dtype=torch.float32, device=target.device)
+    return state, target_logits
 
 
 def fold_tile(
@@ -336,7 +341,7 @@ def fold_tile(
     rows: Rows,
     ignore_index: int,
     state: Tensor,
-    picked: Tensor,
+    target_logits: Tensor,
     first: int = 0,
     column: int = 0,
     split: int = 0,
@@ -346,8 +351,8 @@ def fold_tile(
     """States of a tile of `shape`, which begins at the row raw_first of the logits, to state (3, splits, R)."""
     columns = split_of(shape[1])
     arguments = (
-        *logits, target, *rows, state, picked, first, raw_first, state.shape[2], shape[1], column, target.shape[1],
-        ignore_index, split, state.shape[1],
+        *logits, target, *rows, state, target_logits, first, raw_first, state.shape[2], shape[1], column,
+        target.shape[1], ignore_index, split, state.shape[1],
     )  # fmt: skip
     grid = shape[0], ceil_div(shape[1], columns)
     launch(_logp_fwd_kernel, grid, arguments, fold_constants(logits.raw, columns))
@@ -355,12 +360,12 @@ def fold_tile(
 
 def finish_logp(
     state: Tensor,
-    picked: Tensor,
+    target_logits: Tensor,
     target: Tensor,
     rows: Rows,
     out: LogpStats,
     vocabulary: int,
-    slope: float,
+    output_scale: float,
     ignore_index: int,
     first: int = 0,
     launch: Launch = launch_anew,
@@ -368,8 +373,8 @@ def finish_logp(
     """Write the statistics of the rows whose states are in state (3, splits, R)."""
     _, num_splits, num_rows = state.shape
     arguments = (
-        state, picked, target, *rows, out, first, target.shape[0], num_rows, vocabulary, target.shape[1], num_splits,
-        slope, ignore_index,
+        state, target_logits, target, *rows, out, first, target.shape[0], num_rows, vocabulary, target.shape[1],
+        num_splits, output_scale, ignore_index,
     )  # fmt: skip
     constants = {"SPLITS": next_power_of_2(num_splits), "ROWS": _FINISH_ROWS}
     launch(_finish_logp_kernel, (ceil_div(num_rows, _FINISH_ROWS),), arguments, constants)
@@ -389,13 +394,14 @@ def logp_fwd(
     out = new_stats(target, EVERY_ROW, LogpStats, 1)
     v, tile = logits.shape[-1], Logits(matrix(logits), transform_of(None, temperature, softcap, logit_scale))
     with on_device_of(logits):
-        state, picked = new_states(target, v, _math.STATE_SIZE.value, 1, workspace)
+        state, target_logits = new_states(target, v, _math.STATE_SIZE.value, 1, workspace)
         for first in range(0, target.shape[0], state.shape[2]):
             shape = (min(state.shape[2], target.shape[0] - first), v)
             fold_tile(
-                tile, shape, target, EVERY_ROW, ignore_index, state, picked, first, raw_first=first, launch=launch
+                tile, shape, target, EVERY_ROW, ignore_index, state, target_logits, first, raw_first=first,
+                launch=launch
             )  # fmt: skip
-            finish_logp(state, picked, target, EVERY_ROW, out, v, tile.slope, ignore_index, first, launch)
+            finish_logp(state, target_logits, target, EVERY_ROW, out, v, tile.output_scale, ignore_index, first, launch)
     return out
 
 
@@ -413,10 +419,10 @@ def tile_gradient(
     in_place: bool = False,
 ) -> None:
     """Gradient by the raw logits of a tile of `shape`, into `out`; `in_place`: also over the tile, in float32."""
-    segment = segment_of(shape[1])
-    _logp_bwd_kernel[(shape[0], ceil_div(shape[1], segment))](
+    width = tile_width(shape[1])
+    _logp_bwd_kernel[(shape[0], ceil_div(shape[1], width))](
         *logits, out, target, saved, grads, scale, first, shape[1], column, target.shape[1], ignore_index,
-        IN_PLACE=in_place, SEGMENT=segment, num_warps=num_warps(segment),
+        IN_PLACE=in_place, TILE=width, num_warps=num_warps(width),
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import _rows
 from ._device import precision, properties
-from ._math import IMPOSSIBLE
+from ._math import MASKED_LOGIT
 from ._rows import Rows
 from ._sizes import ceil_div, round_up
 from .configs import Config, config
@@ -29,15 +29,15 @@ _TILE_BYTES = 224 * 2**10
 
 
 class Head(NamedTuple):
-    """What a kernel needs to know of a last layer besides hidden and weight; bias, inner and slope as in Transform."""
+    """What a kernel needs to know of a last layer besides hidden and weight; bias and both scales as in Transform."""
 
     bias: Any
     D: int
     stride_hidden: int
     stride_token: int
     stride_weight: int
-    inner: float | None
-    slope: float
+    tanh_scale: float | None
+    output_scale: float
 
 
 class Layer(NamedTuple):
@@ -148,12 +148,12 @@ def pair_of_logits_tiles(
 
 @triton.jit
 def bias_of(head, tokens, V):
-    """The bias of `tokens`, IMPOSSIBLE where it is −inf and outside the vocabulary; 0 without a bias."""
+    """The bias of `tokens`, MASKED_LOGIT where it is −inf and outside the vocabulary; 0 without a bias."""
     bias = tl.zeros(tokens.shape, tl.float32)
     if head.bias is not None:
         bias = tl.load(head.bias + tokens, mask=tokens < V, other=0.0).to(tl.float32)
-        bias = tl.where(bias < IMPOSSIBLE, IMPOSSIBLE, bias)
-    return tl.where(tokens < V, bias, IMPOSSIBLE)
+        bias = tl.where(bias < MASKED_LOGIT, MASKED_LOGIT, bias)
+    return tl.where(tokens < V, bias, MASKED_LOGIT)
 
 
 @triton.jit
@@ -166,24 +166,26 @@ def unit_of(unit, row_tiles, num_splits, GROUP: tl.constexpr):
 
 
 @triton.jit
-def pick_from_tile(x, picked_ptr, target_ptr, n, i, mask, column, k, K, R, BLOCK_V: tl.constexpr):
-    """x at the k-th target of rows n, where the tile has it, to picked (K, R)."""
+def pick_from_tile(x, target_logits_ptr, target_ptr, n, i, mask, column, k, K, R, BLOCK_V: tl.constexpr):
+    """x at the k-th target of rows n, where the tile has it, to target_logits (K, R)."""
     local = tl.load(target_ptr + n * K + k, mask=mask, other=-1) - column
     here = (local >= 0) & (local < BLOCK_V) & mask
     # Few tiles hold a target of their rows: the others skip the search.
     if tl.max(here.to(tl.int32), 0) > 0:
         hit = local[:, None] == tl.arange(0, BLOCK_V)[None, :]
-        tl.store(picked_ptr + k * R + i, tl.sum(tl.where(hit, x, 0.0), 1), mask=here)
+        tl.store(target_logits_ptr + k * R + i, tl.sum(tl.where(hit, x, 0.0), 1), mask=here)
 
 
 @triton.jit
-def pick_targets(x, picked_ptr, target_ptr, n, i, mask, column, K, R, BLOCK_V: tl.constexpr, ONE_TARGET: tl.constexpr):
+def pick_targets(
+    x, target_logits_ptr, target_ptr, n, i, mask, column, K, R, BLOCK_V: tl.constexpr, ONE_TARGET: tl.constexpr
+):
     """As `pick_from_tile`, of all targets."""
     if ONE_TARGET:  # a second loop in the kernel would keep the compiler from prefetching the next tile
-        pick_from_tile(x, picked_ptr, target_ptr, n, i, mask, column, 0, 1, R, BLOCK_V)
+        pick_from_tile(x, target_logits_ptr, target_ptr, n, i, mask, column, 0, 1, R, BLOCK_V)
     else:
         for k in range(K):
-            pick_from_tile(x, picked_ptr, target_ptr, n, i, mask, column, k, K, R, BLOCK_V)
+            pick_from_tile(x, target_logits_ptr, target_ptr, n, i, mask, column, k, K, R, BLOCK_V)
 
 
 class Plan(NamedTuple):
@@ -268,8 +270,8 @@ def layer_of(model: Model, plan: Plan, rows: Rows, gathered: Tensor | None, firs
     else:
         hidden = gathered[:, :d]
         _rows.gather_rows(model.hidden, rows, first, gathered, zero_rest=False)
-    bias, inner, slope = transform_of(model.bias, model.temperature, model.softcap, model.logit_scale)
-    head = Head(bias, d, hidden.stride(0), weight.stride(0), weight.stride(1), inner, slope)
+    bias, tanh_scale, output_scale = transform_of(model.bias, model.temperature, model.softcap, model.logit_scale)
+    head = Head(bias, d, hidden.stride(0), weight.stride(0), weight.stride(1), tanh_scale, output_scale)
     if not plan.descriptors:
         return Layer(hidden, weight, head)
     tile = plan.tile

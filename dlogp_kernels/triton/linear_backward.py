@@ -16,12 +16,12 @@ from torch import Tensor
 
 from . import _rows
 from ._device import on_device_of
-from ._fused import Model, one_model
-from ._products import add_product, product
+from ._gemm import add_product, product
 from ._rows import Matrix, Rows, matrix
 from ._sizes import round_up
 from .configs import backward_tile
 from .delta_logp import PairGradients, PairSaved, pair_tile_gradient
+from .linear_forward import Model, one_model
 from .logp import Gradients, Logits, Saved, contiguous, tile_gradient, transform_of
 
 #: Backward takes this many times the workspace at most: 512 MiB by default.

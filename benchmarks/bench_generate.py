@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dlogp_kernels import backends
 from dlogp_kernels.demo import task
-from dlogp_kernels.hf.cache_names import cache_name
+from dlogp_kernels.hf.backbone import cache_name
 
 from .case import Case, case_of
 from .harness import NotMeasuredError, Sample, Timings, verify

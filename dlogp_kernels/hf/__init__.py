@@ -13,9 +13,9 @@ except ModuleNotFoundError as error:
 from .custom import ExtrapolationOutput, custom_generate
 from .extrapolation_processor import ExtrapolationLogitsProcessor
 from .generation import Generation, generate
-from .heads import LmHead, lm_head
+from .heads import LmHead, LmHeadInputs, lm_head
 from .loading import check_same_tokenizer, context_length, load_model, load_tokenizer
-from .metrics import LmHeadInputs, lm_head_inputs, token_logp, token_metrics
+from .metrics import lm_head_inputs, token_logp, token_metrics
 from .store import HiddenStore, store_base_hidden
 
 __all__ = [

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .cache_names import cache_name
-from .heads import unwrapped
+from .backbone import cache_name
+from .heads import uncompiled, unwrapped
 from .lengths import reset_frequencies, rope_side
 from .loading import context_length
-from .verify_head import error_beyond_rounding, repeated
+from .verify_cache import error_beyond_rounding, repeated
 
 #: Layers of a cache that can be taken apart by rows and put together; by name, as not every version has all of them.
 _GROWS = ("DynamicLayer", "LinearAttentionAndFullAttentionLayer")
@@ -221,25 +221,6 @@ def _run_apart(parts: Sequence[list[int]], run: Callable[[list[int]], CachedRows
         rows.append(run(part))
     order = [place for part in parts for place in part]
     return rows.take(sorted(range(len(order)), key=order.__getitem__))
-
-
-def uncompiled(model: nn.Module) -> nn.Module:
-    """The model that was given to `torch.compile`, or the model itself."""
-    original = getattr(model, "_orig_mod", None)
-    return original if isinstance(original, nn.Module) else model
-
-
-def vocabulary_of(model: PreTrainedModel) -> int:
-    """Columns of the model's logits.
-
-    Raises TypeError where the model has no last layer.
-    """
-    layer = model.get_output_embeddings()
-    if layer is None:
-        raise TypeError(f"model is {type(model).__name__}, which has no last layer (get_output_embeddings is None)")
-    # A quantised weight has another shape.
-    rows = getattr(layer, "out_features", None) or layer.weight.shape[0]
-    return min(rows, getattr(model.config.get_text_config(decoder=True), "unpadded_vocab_size", None) or rows)
 
 
 def _positions(lengths: Sequence[int], columns: int, device: torch.device) -> Tensor:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.utils import ModelOutput
 
-from .cache_names import CACHE_NAMES
-from .cached import vocabulary_of
-from .generation import OnStep, Streamer, generate
+from .backbone import CACHE_NAMES
+from .generation import OnStep, Streamer, as_tokens, generate
+from .heads import vocabulary_of
 
 #: What the decoding loop does itself, by the config's numbers.
 _PROCESSORS = ("TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "MinPLogitsWarper")
@@ -88,7 +88,8 @@ def custom_generate(
             **_sampling(generation_config),
             seed=given_seed if seed is None else seed,
             max_new_tokens=generation_config.max_length - input_ids.shape[1],
-            stop_token_ids=_tokens(generation_config.eos_token_id, vocabulary_of(model)),
+            # Those that can be drawn.
+            stop_token_ids=[x for x in as_tokens(generation_config.eos_token_id) if x < vocabulary_of(model)],
             num_return_sequences=samples,
             max_batch_size=max_batch_size,
             streamer=streamer,
@@ -142,9 +143,3 @@ def _sampling(config: GenerationConfig) -> dict[str, Any]:
         "top_p": 1.0 if top_p is None else float(top_p),
         "min_p": min_p or 0.0,
     }
-
-
-def _tokens(value: Any, vocabulary: int) -> list[int]:
-    """Those that can be drawn."""
-    values = value if isinstance(value, list | tuple) else [value]
-    return [int(token) for token in values if token is not None and 0 <= token < vocabulary]

@@ -11,9 +11,9 @@ from transformers import LogitsProcessor
 
 from .. import functional
 from ..reference import sampling as reference_sample
-from .cached import CachedModel, CachedRows, uncompiled
-from .heads import unwrapped
-from .verify_head import evaluation
+from .backbone import evaluation
+from .cached import CachedModel, CachedRows
+from .heads import uncompiled, unwrapped
 
 #: Of those that need no token that was drawn before.
 _CRITERIA = ("kl", "reverse_kl", "avg_kl", "entropy", "rl_entropy", "all")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -11,17 +11,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..functional import extrapolated_sample, linear_logp
+from ..functional import extrapolated_sample
 from ..results import Sample
-from .backbone import Batch, as_batch, check_tokens
-from .cached import CachedModel, CachedRows, uncompiled, vocabulary_of
-from .heads import unwrapped
+from .backbone import check_tokens, evaluation
+from .cached import CachedModel
+from .decoding import Decoder, Drawn
+from .documents import Batch, as_batch, common_vocabulary
+from .heads import LmHeadInputs, first_rows, lm_head, uncompiled, unwrapped, vocabulary_of
 from .loading import context_length
-from .metrics import common_rows, lm_head_inputs
-from .verify_head import evaluation, verify_decoding
-
-#: Places of finished rows are filled when they are this share of the batch: a prefill of each model fills them all.
-_REFILL_SHARE = 1 / 8
+from .metrics import lm_head_inputs
+from .verify_cache import verify_decoding
 
 #: Called after every step with the tokens generated so far, those of them that were selected, and the rows done.
 OnStep = Callable[[int, int, int], object]
@@ -152,277 +151,61 @@ def generate(
     # Errors of the options, before a model runs.
     zeros = prompts[0].new_zeros(1, 1, dtype=torch.float32)
     draw(zeros, zeros)
-    rl = CachedModel(model, vocabulary)
-    models = _Models(rl, rl if base_model is model else CachedModel(base_model, vocabulary))
-    queue = _Queue(models, prompts, num_return_sequences)
-    decoder = _Decoder(models, draw, _row_ids(row_id, rows), stop, max_new_tokens)
+    models = [CachedModel(x, vocabulary) for x in ((model,) if base_model is model else (model, base_model))]
+    decoder = Decoder(models, prompts, num_return_sequences, draw, _row_ids(row_id, rows), stop, max_new_tokens)
     with torch.no_grad(), contextlib.ExitStack() as stack:
         for x in pair:
             stack.enter_context(evaluation(x))
             verify_decoding(x, prompts[0], max(map(len, prompts)) + max_new_tokens)
         if streamer is not None:
             streamer.put(prompts[0][None].cpu())
-        for step in _steps(decoder, queue, max_batch_size or rows):
+        for sample in decoder.steps(max_batch_size or rows):
             if streamer is not None:
-                streamer.put(step.token.cpu())
+                streamer.put(sample.token.cpu())
             if on_step is not None:
-                on_step(decoder.log.tokens, decoder.log.selected(), rows - queue.remaining - len(decoder.rows))
+                on_step(len(decoder.drawn.rows), decoder.drawn.selected(), rows - decoder.remaining)
         if streamer is not None:
             streamer.end()
-        result = decoder.log.result(rows, _padding_token(pair, stop, vocabulary))
+        result = _generation(decoder.drawn, rows, _padding_token(pair, stop, vocabulary))
         return _as_in_one_go(result, prompts, models, vocabulary)
 
 
-def _as_in_one_go(result: Generation, prompts: Sequence[Tensor], models: _Models, vocabulary: int) -> Generation:
+def _generation(drawn: Drawn, rows: int, padding: int) -> Generation:
+    """What was drawn, row by row, with padding at their ends."""
+    device = drawn.samples[0].token.device
+    row, place = torch.tensor(drawn.rows, device=device), torch.tensor(drawn.places, device=device)
+    lengths = torch.bincount(row, minlength=rows)
+    finished = torch.zeros(rows, dtype=torch.bool, device=device)
+    finished[drawn.finished] = True
+    fields = []
+    for name, values in zip(Sample._fields, zip(*drawn.samples, strict=True), strict=True):
+        value = torch.cat(values)
+        field = value.new_full((rows, int(lengths.max())), padding if name.endswith("token") else 0)
+        field[row, place] = value
+        fields.append(field)
+    return Generation(fields[0], lengths, finished, *fields[1:])
+
+
+def _as_in_one_go(
+    result: Generation, prompts: Sequence[Tensor], models: Sequence[CachedModel], vocabulary: int
+) -> Generation:
     """`logp` and `base_logp` of tokens drawn before the rotary frequencies of their rows changed: as they are now."""
-    for model, field in ((models.rl, result.logp), (models.base, result.base_logp)):
+    for model, field in ((models[0], result.logp), (models[-1], result.base_logp)):
         for row, length in enumerate(result.lengths.tolist()):
             prompt = prompts[row // (len(field) // len(prompts))]
             begin, end = len(prompt), len(prompt) + length
             drawn = sum(model.changes_within(begin + step, end) for step in range(length))
             if drawn:
                 tokens = torch.cat([prompt, result.tokens[row, :length]])
-                head = lm_head_inputs(model.causal_lm, tokens[None])
-                field[row, :drawn] = linear_logp(
-                    head.hidden[0, begin - 1 : begin - 1 + drawn],
-                    head.weight[:vocabulary],
-                    tokens[begin : begin + drawn],
-                    bias=None if head.bias is None else head.bias[:vocabulary],
-                    softcap=head.softcap,
-                    logit_scale=head.logit_scale,
-                ).logp
+                hidden = lm_head_inputs(model.causal_lm, tokens[None]).hidden[0, begin - 1 : begin - 1 + drawn]
+                inputs = LmHeadInputs(hidden, *first_rows(lm_head(model.causal_lm), vocabulary))
+                field[row, :drawn] = inputs.logp(tokens[begin : begin + drawn]).logp
     return result
-
-
-class _Row(NamedTuple):
-    """A row of the batch: its number among all, its prompt, and how many tokens were generated."""
-
-    number: int
-    prompt: Tensor
-    generated: int
-
-    @property
-    def length(self) -> int:
-        return len(self.prompt) + self.generated
-
-
-class _States(NamedTuple):
-    """Rows in mid-sequence, of both models: the same object twice where they are one model."""
-
-    rl: CachedRows
-    base: CachedRows
-
-    def take(self, rows: Sequence[int]) -> _States:
-        return _both(self, lambda side: side.take(rows))
-
-    def append(self, other: _States) -> _States:
-        for side, joining in _distinct(self, other):
-            side.append(joining)
-        return self
-
-    def resize(self, width: int) -> None:
-        for (side,) in _distinct(self):
-            side.resize(width)
-
-
-class _Models(NamedTuple):
-    rl: CachedModel
-    base: CachedModel
-
-    def prefill(self, prompts: Sequence[Tensor]) -> _States:
-        return _both(self, lambda model: model.prefill(prompts))
-
-    def advance(self, states: _States, tokens: Tensor, lengths: Sequence[int], row: Callable[[int], Tensor]) -> None:
-        for model, side in _distinct(self, states):
-            model.advance(side, tokens, lengths, row)
-
-
-def _both(pair: tuple[Any, Any], compute: Callable[[Any], CachedRows]) -> _States:
-    """What is computed of both sides; once where they are one."""
-    rl = compute(pair[0])
-    return _States(rl, rl if pair[1] is pair[0] else compute(pair[1]))
-
-
-def _distinct(*pairs: tuple[Any, Any]) -> list[tuple[Any, ...]]:
-    """The two sides of all pairs, side by side; the first alone where both are one."""
-    sides = list(zip(*pairs, strict=True))
-    return sides[:1] if pairs[0][0] is pairs[0][1] else sides
-
-
-class _Queue:
-    """Rows that wait, in order. A prompt is run when its first sample leaves, and its state is kept for the others."""
-
-    def __init__(self, models: _Models, prompts: Sequence[Tensor], samples: int) -> None:
-        self.remaining = len(prompts) * samples
-        self._models = models
-        self._prompts = prompts
-        self._samples = samples
-        self._kept: _States | None = None
-
-    def pop(self, count: int) -> tuple[list[_Row], _States]:
-        """The next `count` rows, ready to draw their first token."""
-        begin = len(self._prompts) * self._samples - self.remaining
-        numbers = range(begin, begin + count)
-        prompt_of = [number // self._samples for number in numbers]
-        states = self._prefilled(prompt_of[0], prompt_of[-1] + 1)
-        self.remaining -= count
-        last_waits = numbers.stop % self._samples > 0
-        self._kept = states.take([prompt_of[-1] - prompt_of[0]]) if last_waits else None
-        if self._samples > 1:
-            states = states.take([prompt - prompt_of[0] for prompt in prompt_of])
-        return [_Row(number, self._prompts[number // self._samples], 0) for number in numbers], states
-
-    def _prefilled(self, begin: int, end: int) -> _States:
-        """The states after prompts `begin` to `end`, a row each; the first may have been run before."""
-        if self._kept is None:
-            return self._models.prefill(self._prompts[begin:end])
-        if end == begin + 1:
-            return self._kept
-        return self._kept.append(self._models.prefill(self._prompts[begin + 1 : end]))
-
-
-class _Log:
-    """What was drawn, step by step."""
-
-    def __init__(self) -> None:
-        self.tokens = 0
-        self.finished: list[int] = []
-        self._selected = 0
-        self._counted = 0
-        self._rows: list[int] = []
-        self._steps: list[int] = []
-        self._samples: list[Sample] = []
-
-    def add(self, rows: Sequence[_Row], sample: Sample) -> None:
-        self._rows += [row.number for row in rows]
-        self._steps += [row.generated for row in rows]
-        self._samples.append(sample)
-        self.tokens += len(rows)
-
-    def tokens_of(self, number: int) -> Tensor:
-        """The tokens of a row so far."""
-        places = [place for place, row in enumerate(self._rows) if row == number]
-        return torch.cat([sample.token for sample in self._samples])[places]
-
-    def selected(self) -> int:
-        """How many tokens were selected so far."""
-        self._selected += sum(int(sample.selected.sum()) for sample in self._samples[self._counted :])
-        self._counted = len(self._samples)
-        return self._selected
-
-    def result(self, rows: int, padding: int) -> Generation:
-        device = self._samples[0].token.device
-        row, step = torch.tensor(self._rows, device=device), torch.tensor(self._steps, device=device)
-        lengths = torch.bincount(row, minlength=rows)
-        finished = torch.zeros(rows, dtype=torch.bool, device=device)
-        finished[self.finished] = True
-        fields = []
-        for name, values in zip(Sample._fields, zip(*self._samples, strict=True), strict=True):
-            value = torch.cat(values)
-            field = value.new_full((rows, int(lengths.max())), padding if name.endswith("token") else 0)
-            field[row, step] = value
-            fields.append(field)
-        return Generation(fields[0], lengths, finished, *fields[1:])
-
-
-class _Decoder:
-    """The rows that are in the batch, with the states of both models; always ready to draw."""
-
-    def __init__(
-        self,
-        models: _Models,
-        draw: Callable[..., Sample],
-        row_ids: Sequence[int],
-        stop: frozenset[int],
-        max_new_tokens: int,
-    ) -> None:
-        self.rows: list[_Row] = []
-        self.log = _Log()
-        self._models = models
-        self._draw = draw
-        self._row_ids = row_ids
-        self._stop = stop
-        self._max_new_tokens = max_new_tokens
-        self._states: _States | None = None
-        self._row_id = torch.empty(0)
-
-    def enter(self, rows: Sequence[_Row], states: _States) -> None:
-        self._states = states if self._states is None else self._states.append(states)
-        self.rows = [*self.rows, *rows]
-        self._rows_changed()
-
-    def step(self) -> Sample:
-        """Draw a token for every row, let go of the rows that are done, and run the models for the others."""
-        assert self._states is not None
-        sample = self._draw(self._states.rl.logits, self._states.base.logits, row_id=self._row_id, step=self._step())
-        self.log.add(self.rows, sample)
-        staying = self._staying(sample.token.tolist())
-        tokens = sample.token
-        if len(staying) < len(self.rows):
-            tokens = tokens[staying]
-            self._states = self._states.take(staying) if staying else None
-            self.rows = [self.rows[place] for place in staying]
-        self.rows = [row._replace(generated=row.generated + 1) for row in self.rows]
-        if self._states is not None:
-            if len(staying) < len(sample.token):
-                # The width is of what the cache holds, all tokens but this one.
-                self._rows_changed(missing=1)
-            self._models.advance(self._states, tokens, [row.length for row in self.rows], self._tokens)
-        return sample
-
-    def _tokens(self, place: int) -> Tensor:
-        """All tokens of the row at that place of the batch."""
-        row = self.rows[place]
-        return torch.cat([row.prompt, self.log.tokens_of(row.number)])
-
-    def _step(self) -> int | Tensor:
-        """The place of the token to draw in each row: a number where it is the same in all."""
-        steps = [row.generated for row in self.rows]
-        return steps[0] if min(steps) == max(steps) else torch.tensor(steps, device=self._row_id.device)
-
-    def _staying(self, tokens: Sequence[int]) -> list[int]:
-        """Places of the rows that go on after these tokens."""
-        staying = []
-        for place, (row, token) in enumerate(zip(self.rows, tokens, strict=True)):
-            if token < 0:
-                raise RuntimeError(self._no_token(row, place))
-            if token in self._stop:
-                self.log.finished.append(row.number)
-            elif row.generated + 1 < self._max_new_tokens:
-                staying.append(place)
-        return staying
-
-    def _rows_changed(self, missing: int = 0) -> None:
-        assert self._states is not None
-        self._states.resize(max(row.length for row in self.rows) - missing)
-        row_ids = [self._row_ids[row.number] for row in self.rows]
-        self._row_id = torch.tensor(row_ids, device=self._states.rl.logits.device)
-
-    def _no_token(self, row: _Row, place: int) -> str:
-        assert self._states is not None
-        name = "model" if _is_bad(self._states.rl.logits[place]) else "base_model"
-        return (
-            f"row {row.number}, step {row.generated}: {name} gives logits with NaN or +inf, or no finite one, expected "
-            "some from which a token can be drawn"
-        )
-
-
-def _is_bad(logits: Tensor) -> bool:
-    return bool(logits.isnan().any() or (logits == torch.inf).any() or not logits.isfinite().any())
 
 
 def _draw(logits: Tensor, base_logits: Tensor, **options: Any) -> Sample:
     # A single place that calls, so that a warning about the options is shown once.
     return extrapolated_sample(logits, base_logits, **options)
-
-
-def _steps(decoder: _Decoder, queue: _Queue, max_batch_size: int) -> Iterator[Sample]:
-    """What is drawn at each step until no row is left."""
-    while decoder.rows or queue.remaining:
-        free = min(max_batch_size - len(decoder.rows), queue.remaining)
-        if free and (not decoder.rows or free >= max_batch_size * _REFILL_SHARE):
-            decoder.enter(*queue.pop(free))
-        yield decoder.step()
 
 
 def _check_counts(**counts: int) -> None:
@@ -440,7 +223,7 @@ def _check_pair(pair: Sequence[PreTrainedModel], batch: Batch) -> int:
         raise ValueError(f"base_model is on {base_model.device}, expected {model.device}, the device of model")
     for x in pair:
         check_tokens(batch, x)
-    return common_rows(vocabulary_of(model), vocabulary_of(base_model), batch)
+    return common_vocabulary(vocabulary_of(model), vocabulary_of(base_model), batch)
 
 
 def _prompts(batch: Batch, pair: Sequence[PreTrainedModel], max_new_tokens: int) -> list[Tensor]:
@@ -475,15 +258,16 @@ def _stop_tokens(
     return frozenset(tokens)
 
 
+def as_tokens(value: Any) -> list[int]:
+    """Tokens that a config names, one or several; those below 0 stand for none."""
+    values = value if isinstance(value, list | tuple) else [value]
+    return [int(token) for token in values if token is not None and token >= 0]
+
+
 def _special_tokens(model: PreTrainedModel, name: str) -> list[int]:
-    """Tokens of that name in the generation config, or else in the config; those below 0 stand for none."""
-    for config in (getattr(model, "generation_config", None), model.config.get_text_config(decoder=True)):
-        value: Any = getattr(config, name, None)
-        values = value if isinstance(value, list | tuple) else [value]
-        tokens = [int(token) for token in values if token is not None and token >= 0]
-        if tokens:
-            return tokens
-    return []
+    """Tokens of that name in the generation config, or else in the config."""
+    configs = (getattr(model, "generation_config", None), model.config.get_text_config(decoder=True))
+    return next(filter(None, (as_tokens(getattr(config, name, None)) for config in configs)), [])
 
 
 def _padding_token(pair: Sequence[PreTrainedModel], stop: Collection[int], vocabulary: int) -> int:

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import sys
+from operator import mul, truediv
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..functional import linear_logp
+from ..results import LogpStats
+
+IGNORED = -100
 #: Fields of a config that multiply the logits, and those that divide the logits (or, the same, the hidden states).
-_MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
-_DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
+_SCALES = {
+    "logit_scale": mul,
+    "lm_head_multiplier": mul,
+    "output_multiplier": mul,
+    "logits_scaling": truediv,
+    "logits_mup_width_multiplier": truediv,
+}
+#: Model types whose code does not use a field as the others do; None: not at all.
+_OTHER_SCALES: dict[str, dict[str, Any]] = {"hyperclovax": {"logits_scaling": mul}, "mpt": {"logit_scale": None}}
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-#: Model types whose code does not use a field as the others do.
-_MULTIPLIES_BY_LOGITS_SCALING = ("hyperclovax",)
-_IGNORES_LOGIT_SCALE = ("mpt",)
 
 
 class LmHead(NamedTuple):
@@ -28,6 +37,34 @@ class LmHead(NamedTuple):
     bias: Tensor | None = None
     softcap: float | None = None
     logit_scale: float = 1.0
+
+
+class LmHeadInputs(NamedTuple):
+    """What the ops take of a model: hidden (B, T, D), and the fields of `LmHead`."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    softcap: float | None
+    logit_scale: float
+
+    def logp(self, target: Tensor, *, temperature: float = 1.0, ignore_index: int = IGNORED) -> LogpStats:
+        """`linear_logp` of these hidden states and this last layer, whatever it does to its logits.
+
+        Args:
+            target: (B, T) or (B, T, K); entry t is what follows token t, or `ignore_index`.
+            temperature: > 0, divides the logits.
+        """
+        return linear_logp(
+            self.hidden,
+            self.weight,
+            target,
+            bias=self.bias,
+            temperature=temperature,
+            softcap=self.softcap,
+            logit_scale=self.logit_scale,
+            ignore_index=ignore_index,
+        )
 
 
 def unwrapped(model: nn.Module) -> PreTrainedModel:
@@ -58,19 +95,6 @@ def unwrapped(model: nn.Module) -> PreTrainedModel:
     return model
 
 
-def backbone_of(model: PreTrainedModel) -> nn.Module:
-    """The part of a causal language model that ends with the hidden states which the last layer reads."""
-    # Some classes name another attribute than the one that holds their backbone.
-    backbone = model.base_model if model.base_model is not model else getattr(model, "model", model)
-    if backbone is model:
-        raise TypeError(
-            f"model is {type(model).__name__}, which has no body apart from itself (base_model_prefix is "
-            f"{model.base_model_prefix!r}): expected a causal language model with a last layer, such as "
-            "AutoModelForCausalLM gives"
-        )
-    return backbone
-
-
 def lm_head(model: nn.Module) -> LmHead:
     """The last layer of a causal language model, as the ops take it.
 
@@ -88,36 +112,49 @@ def lm_head(model: nn.Module) -> LmHead:
             on other devices, an adapter that can not be merged).
     """
     causal_lm = unwrapped(model)
-    layer = causal_lm.get_output_embeddings()
-    if layer is None:
-        raise TypeError(f"model is {type(causal_lm).__name__}, which has no last layer (get_output_embeddings is None)")
-    weight, bias = _linear_parameters(layer)
+    weight, bias = _linear_parameters(_last_layer(causal_lm))
     config = causal_lm.config.get_text_config(decoder=True)
-    rows = getattr(config, "unpadded_vocab_size", None) or weight.shape[0]
-    if rows < weight.shape[0]:
-        weight, bias = weight[:rows], None if bias is None else bias[:rows]
-    return LmHead(weight, bias, _softcap(config), _logit_scale(config))
+    return first_rows(LmHead(weight, bias, _softcap(config), _logit_scale(config)), vocabulary_of(causal_lm))
+
+
+def vocabulary_of(model: PreTrainedModel) -> int:
+    """Columns of the model's logits; TypeError where it has no last layer."""
+    layer = _last_layer(model)
+    # A quantised weight has another shape.
+    rows = getattr(layer, "out_features", None) or layer.weight.shape[0]
+    return min(rows, getattr(model.config.get_text_config(decoder=True), "unpadded_vocab_size", None) or rows)
+
+
+def first_rows(head: LmHead, rows: int) -> LmHead:
+    """The last layer of the first tokens of its vocabulary."""
+    if head.weight.shape[0] == rows:
+        return head
+    return head._replace(weight=head.weight[:rows], bias=None if head.bias is None else head.bias[:rows])
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model that was given to `torch.compile`, or the model itself."""
+    original = getattr(model, "_orig_mod", None)
+    return original if isinstance(original, nn.Module) else model
+
+
+def _last_layer(model: PreTrainedModel) -> Any:
+    layer = model.get_output_embeddings()
+    if layer is None:
+        raise TypeError(f"model is {type(model).__name__}, which has no last layer (get_output_embeddings is None)")
+    return layer
 
 
 def _softcap(config: Any) -> float | None:
-    values = [float(getattr(config, name)) for name in _SOFTCAPS if getattr(config, name, None)]
-    return values[0] if values else None
+    return next((float(getattr(config, name)) for name in _SOFTCAPS if getattr(config, name, None)), None)
 
 
 def _logit_scale(config: Any) -> float:
-    multipliers, divisors = list(_MULTIPLIERS), list(_DIVISORS)
-    if config.model_type in _MULTIPLIES_BY_LOGITS_SCALING:
-        divisors.remove("logits_scaling")
-        multipliers.append("logits_scaling")
-    if config.model_type in _IGNORES_LOGIT_SCALE:
-        multipliers.remove("logit_scale")
     scale = 1.0
-    for name in multipliers:
+    for name, apply in (_SCALES | _OTHER_SCALES.get(config.model_type, {})).items():
         value = getattr(config, name, None)
-        scale *= 1.0 if value is None else float(value)
-    for name in divisors:
-        value = getattr(config, name, None)
-        scale /= 1.0 if value is None else float(value)
+        if apply is not None and value is not None:
+            scale = apply(scale, float(value))
     return scale
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from .heads import vocabulary_of
 from .loading import context_length
 
 
@@ -24,9 +25,7 @@ def model_limits(name_or_path: str | Path, *, trust_remote_code: bool = False) -
     Raises OSError where there is no config, ValueError where it is not that of a causal language model.
     """
     model = _without_weights(name_or_path, trust_remote_code)
-    rows = model.get_output_embeddings().weight.shape[0]
-    padded_from = getattr(model.config.get_text_config(decoder=True), "unpadded_vocab_size", None)
-    return Limits(min(rows, padded_from or rows), context_length(model))
+    return Limits(vocabulary_of(model), context_length(model))
 
 
 def last_layer_names(name_or_path: str | Path, *, trust_remote_code: bool = False) -> tuple[str, ...]:

@@ -9,61 +9,28 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..functional import linear_delta_logp, linear_logp
+from ..functional import linear_delta_logp
 from ..ops import backends
 from ..results import DeltaLogpStats, LogpStats
-from .backbone import (
+from .backbone import check_prefill_chunk, check_tokens, needs_gradient, run_backbone
+from .documents import (
     Batch,
     Group,
     as_batch,
     as_mask,
-    check_prefill_chunk,
-    check_tokens,
+    common_vocabulary,
     first_document,
     gather,
     groups,
     longest_document,
-    needs_gradient,
     predicted,
-    run_backbone,
     scatter,
 )
-from .heads import LmHead, unwrapped
+from .heads import IGNORED, LmHead, LmHeadInputs, first_rows, unwrapped
 from .lengths import side_of
 from .memory import Plan, as_bytes, merged_bytes, plan_memory
-from .verify_head import verified_lm_head, verify_in_chunks
-
-_IGNORED = -100
-#: Vocabularies that differ by fewer rows than this differ by padding (rows are padded to a multiple of up to 1024).
-_MAX_PADDING_ROWS = 1024
-
-
-class LmHeadInputs(NamedTuple):
-    """What the ops take of a model: hidden (B, T, D), and the fields of `LmHead`."""
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    softcap: float | None
-    logit_scale: float
-
-    def logp(self, target: Tensor, *, temperature: float = 1.0, ignore_index: int = _IGNORED) -> LogpStats:
-        """`linear_logp` of these hidden states and this last layer, whatever it does to its logits.
-
-        Args:
-            target: (B, T) or (B, T, K); entry t is what follows token t, or `ignore_index`.
-            temperature: > 0, divides the logits.
-        """
-        return linear_logp(
-            self.hidden,
-            self.weight,
-            target,
-            bias=self.bias,
-            temperature=temperature,
-            softcap=self.softcap,
-            logit_scale=self.logit_scale,
-            ignore_index=ignore_index,
-        )
+from .verify_cache import verify_in_chunks
+from .verify_head import verified_lm_head
 
 
 def lm_head_inputs(
@@ -204,35 +171,36 @@ def token_metrics(
     """
     batch = as_batch(input_ids, attention_mask, position_ids)
     target = _targets(batch, "loss_mask", loss_mask)
-    pair = _Pair(unwrapped(model), _base_backbone(base_model, base_hidden, input_ids), base_hidden)
-    for backbone in pair.backbones():
-        check_tokens(batch, backbone)
-        check_prefill_chunk(prefill_chunk, backbone)
+    given = _Backbones(unwrapped(model), _base_to_run(base_model, base_hidden, input_ids), base_hidden)
+    for causal_lm in given.to_run():
+        check_tokens(batch, causal_lm)
+        check_prefill_chunk(prefill_chunk, causal_lm)
     tokens = first_document(batch)
     head = verified_lm_head(model, tokens)
     base_head = base_model if isinstance(base_model, LmHead) else verified_lm_head(base_model, tokens)
-    head, base_head = _common_vocabulary(head, base_head, batch)
+    rows = common_vocabulary(head.weight.shape[0], base_head.weight.shape[0], batch)
+    heads = first_rows(head, rows), first_rows(base_head, rows)
     plan = Plan(input_ids.numel(), prefill_chunk, None)
     if memory_limit is not None:
-        plan = _plan_within(memory_limit, prefill_chunk, pair, (head, base_head), batch)
+        plan = _plan_within(memory_limit, prefill_chunk, given, heads, batch)
     if plan.prefill_chunk is not None:
-        for backbone in pair.backbones():
-            verify_in_chunks(backbone, tokens, longest_document(batch), plan.prefill_chunk)
+        for causal_lm in given.to_run():
+            verify_in_chunks(causal_lm, tokens, longest_document(batch), plan.prefill_chunk)
     with contextlib.nullcontext() if plan.workspace is None else backends.workspace_limit(plan.workspace):
-        return _measure(pair, head, base_head, batch, target, temperature, plan)
+        return _measure(given, *heads, batch, target, temperature, plan)
 
 
-class _Pair(NamedTuple):
-    """The model, and the base model's backbone or its hidden states (B, T, D_base)."""
+class _Backbones(NamedTuple):
+    """What gives the hidden states of both: the model, and the base model or its hidden states (B, T, D_base)."""
 
     model: PreTrainedModel
     base: PreTrainedModel | None
     base_hidden: Tensor | None
 
-    def backbones(self) -> list[PreTrainedModel]:
+    def to_run(self) -> list[PreTrainedModel]:
         return [self.model] if self.base is None else [self.model, self.base]
 
-    def op_inputs(
+    def inputs(
         self, group: Group, head: LmHead, base_head: LmHead, prefill_chunk: int | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """hidden, weight, base_hidden and base_weight of a group's documents."""
@@ -245,37 +213,29 @@ class _Pair(NamedTuple):
 
 
 def _plan_within(
-    memory_limit: int | str,
-    prefill_chunk: int | None,
-    pair: _Pair,
-    heads: tuple[LmHead, LmHead],
-    batch: Batch,
+    memory_limit: int | str, prefill_chunk: int | None, given: _Backbones, heads: tuple[LmHead, LmHead], batch: Batch
 ) -> Plan:
     if prefill_chunk is not None:
         raise ValueError("prefill_chunk is given together with memory_limit, which chooses it: expected one of them")
-    if any(needs_gradient(backbone) for backbone in pair.backbones()):
+    if any(map(needs_gradient, given.to_run())):
         raise RuntimeError(
             "memory_limit bounds the memory of inference; expected a call within torch.no_grad() or "
             "torch.inference_mode()"
         )
-    tokens = int((batch.document >= 0).sum())
-    beside = merged_bytes(pair.model, heads[0])
-    if pair.base is not None:
-        beside += merged_bytes(pair.base, heads[1])
-    gathered = 0 if pair.base_hidden is None else pair.base_hidden.shape[-1] * pair.base_hidden.element_size()
+    gathered = 0 if given.base_hidden is None else given.base_hidden.shape[-1] * given.base_hidden.element_size()
     return plan_memory(
         as_bytes(memory_limit),
-        pair.backbones(),
+        given.to_run(),
         heads,
         longest_document(batch),
-        tokens,
-        beside=beside,
+        int((batch.document >= 0).sum()),
+        beside=sum(map(merged_bytes, given.to_run(), heads)),
         gathered=gathered,
     )
 
 
 def _measure(
-    pair: _Pair,
+    given: _Backbones,
     head: LmHead,
     base_head: LmHead,
     batch: Batch,
@@ -284,12 +244,12 @@ def _measure(
     plan: Plan,
 ) -> DeltaLogpStats:
     """Statistics (B, T − 1), of as many tokens at once as the plan says."""
-    fields: list[Tensor] | None = None
-    for group in groups(batch, plan.max_tokens, side_of(pair.backbones())):
+    fields: list[Tensor] = []
+    for group in groups(batch, plan.max_tokens, side_of(given.to_run())):
         # Within the call, so that a group's hidden states are gone before the next one's are made.
         stats = linear_delta_logp(
-            *pair.op_inputs(group, head, base_head, plan.prefill_chunk),
-            gather(target.flatten(), group).masked_fill(group.place < 0, _IGNORED),
+            *given.inputs(group, head, base_head, plan.prefill_chunk),
+            gather(target.flatten(), group).masked_fill(group.place < 0, IGNORED),
             bias=head.bias,
             base_bias=base_head.bias,
             temperature=temperature,
@@ -297,35 +257,29 @@ def _measure(
             base_softcap=base_head.softcap,
             logit_scale=head.logit_scale,
             base_logit_scale=base_head.logit_scale,
-            ignore_index=_IGNORED,
+            ignore_index=IGNORED,
         )
-        if fields is None:
-            fields = [value.new_zeros(target.numel()) for value in stats]
+        fields = fields or [value.new_zeros(target.numel()) for value in stats]
         for value, field in zip(stats, fields, strict=True):
             scatter(value, group, field)
-    if fields is None:
-        zeros = head.weight.new_zeros(target.numel(), dtype=_output_dtype(head, base_head))
-        fields = [zeros] * len(DeltaLogpStats._fields)
+    if not fields:  # all is masked
+        dtype = torch.promote_types(torch.promote_types(head.weight.dtype, base_head.weight.dtype), torch.float32)
+        fields = [head.weight.new_zeros(target.numel(), dtype=dtype)] * len(DeltaLogpStats._fields)
     return DeltaLogpStats(*(field.view(target.shape)[:, :-1] for field in fields))
 
 
-def _output_dtype(head: LmHead, base_head: LmHead) -> torch.dtype:
-    double = torch.float64 in (head.weight.dtype, base_head.weight.dtype)
-    return torch.float64 if double else torch.float32
-
-
 def _targets(batch: Batch, name: str, mask: Tensor | None) -> Tensor:
-    """(B, T): the token after each one, or `_IGNORED` where there is none to measure; `mask` came as `name`."""
+    """(B, T): the token after each one, or `IGNORED` where there is none to measure; `mask` came as `name`."""
     measured = predicted(batch)
     if mask is not None:
         mask = as_mask(name, mask, [tuple(batch.input_ids.shape), tuple(measured.shape)])
         measured = measured & mask[:, mask.shape[1] - measured.shape[1] :].to(measured.device)
-    target = torch.full_like(batch.input_ids, _IGNORED, dtype=torch.int64)
-    target[:, :-1] = batch.input_ids[:, 1:].long().masked_fill(~measured, _IGNORED)
+    target = torch.full_like(batch.input_ids, IGNORED, dtype=torch.int64)
+    target[:, :-1] = batch.input_ids[:, 1:].long().masked_fill(~measured, IGNORED)
     return target
 
 
-def _base_backbone(
+def _base_to_run(
     base_model: nn.Module | LmHead, base_hidden: Tensor | None, input_ids: Tensor
 ) -> PreTrainedModel | None:
     """The base model if its backbone has to run; None if its hidden states are given."""
@@ -341,36 +295,3 @@ def _base_backbone(
             f"of shape {tuple(input_ids.shape)}"
         )
     return None
-
-
-def _common_vocabulary(head: LmHead, base_head: LmHead, batch: Batch) -> tuple[LmHead, LmHead]:
-    """Both last layers cut to the rows that both have, where they differ by padding only."""
-    common = common_rows(head.weight.shape[0], base_head.weight.shape[0], batch)
-    return _first_rows(head, common), _first_rows(base_head, common)
-
-
-def common_rows(rows: int, base_rows: int, batch: Batch) -> int:
-    """Rows of the vocabulary that both models have; an error where they differ by more than padding, or the batch has
-    tokens beyond them."""
-    if rows == base_rows:
-        return rows
-    if abs(rows - base_rows) >= _MAX_PADDING_ROWS:
-        raise ValueError(
-            f"base_model has a vocabulary of {base_rows} rows and model one of {rows}: expected the same, or a "
-            f"difference of less than {_MAX_PADDING_ROWS} rows of padding"
-        )
-    common = min(rows, base_rows)
-    beyond = (batch.input_ids >= common) & (batch.document >= 0)
-    if beyond.any():
-        row, column = beyond.nonzero()[0].tolist()
-        raise IndexError(
-            f"input_ids[{row}, {column}] is {int(batch.input_ids[row, column])}, expected a token in [0, {common}), "
-            "the vocabulary that both models have"
-        )
-    return common
-
-
-def _first_rows(head: LmHead, rows: int) -> LmHead:
-    if head.weight.shape[0] == rows:
-        return head
-    return head._replace(weight=head.weight[:rows], bias=None if head.bias is None else head.bias[:rows])

@@ -1,10 +1,8 @@
-"""A check of each model, once, on a few tokens: that what is taken from it is all there is to its logits."""
+"""A check of each model, once, on a few tokens: its logits are those of its hidden states and its last layer."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -12,20 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..functional import linear_logp
-from .backbone import run_backbone, run_backbone_in_chunks
-from .heads import LmHead, backbone_of, lm_head, unwrapped
-from .lengths import picks_by_length, switch_lengths
-from .loading import context_length
+from .backbone import backbone_of, evaluation, run_backbone
+from .heads import LmHead, LmHeadInputs, lm_head, unwrapped
+from .verify_cache import repeated, token_errors
 
 _TOKENS = 8
-#: Tokens through the cache, how many at a time, and how many of them one by one.
-_PROBE, _CHUNK, _STEPS = 16, 3, 4
-#: How often an error of hidden states may be what rounding does, for the worst and for the median token. In float32,
-#: bfloat16 and float16 rounding alone makes it 3.4 and 2.1 of 130 architectures (9 where a router flips), and a cache
-#: that loses something 1e5, at least 4 in the median where it drowns in bfloat16.
-_WORST, _MEDIAN = 12.0, 3.0
-_DISTURBANCES = 4
 _CANDIDATES = 256
 #: What rounding may do to a log-probability, over the largest logit of its row: a few roundings of the logits' dtype.
 _LOGP_TOLERANCE = {torch.bfloat16: 2**-5, torch.float16: 2**-8, torch.float32: 1e-4, torch.float64: 1e-8}
@@ -34,9 +23,6 @@ _HIDDEN_TOLERANCE = {torch.bfloat16: 0.05, torch.float16: 0.01, torch.float32: 1
 _UNSUPPORTED = "Such a model is not supported: use dlogp_kernels.delta_logp on its logits"
 
 _verified: WeakKeyDictionary[PreTrainedModel, tuple[Any, ...]] = WeakKeyDictionary()
-#: Up to how many tokens.
-_verified_in_chunks: WeakKeyDictionary[PreTrainedModel, int] = WeakKeyDictionary()
-_verified_decoding: WeakKeyDictionary[PreTrainedModel, int] = WeakKeyDictionary()
 
 
 def verified_lm_head(model: nn.Module, tokens: Tensor) -> LmHead:
@@ -52,163 +38,17 @@ def verified_lm_head(model: nn.Module, tokens: Tensor) -> LmHead:
     signature = (type(layer), tuple(head.weight.shape), head.bias is None, head.softcap, head.logit_scale)
     if tokens.numel() and _verified.get(causal_lm) != signature:
         with torch.no_grad(), evaluation(causal_lm):
-            _check_causal(causal_lm, _probe_ids(tokens))
-            _check_logits(causal_lm, head, _probe_ids(tokens))
+            _check_causal(causal_lm, repeated(tokens, _TOKENS))
+            _check_logits(causal_lm, head, repeated(tokens, _TOKENS))
         _verified[causal_lm] = signature
     return head
-
-
-def verify_in_chunks(model: PreTrainedModel, tokens: Tensor, longest: int, prefill_chunk: int) -> None:
-    """ValueError unless the model's key-value cache gives in chunks what it gives in one go (not all do).
-
-    Looked at are 16 tokens, in one go and 3 at a time, and, where sequences of up to `longest` tokens go beyond a
-    length at which the model may switch (a sliding window, …), 16 tokens more than that, `prefill_chunk` and half as
-    many at a time: three runs of each, once.
-    """
-    if picks_by_length(model, longest):
-        raise ValueError(
-            f"model is {type(model).__name__}, whose attention picks among tokens of equal scores by the length of a "
-            f"call: in chunks the numbers of {longest} tokens are not those of one go, expected prefill_chunk=None, or "
-            "a memory_limit within which the sequence is run in one go"
-        )
-    for length, sizes in _probes(model, longest, (None, _CHUNK), (prefill_chunk, prefill_chunk // 2 or 2)):
-        if tokens.numel() and length > _verified_in_chunks.get(model, 0):
-            whole, chunked = (partial(run_backbone, model, prefill_chunk=size) for size in sizes)
-            error = error_beyond_rounding(model, repeated(tokens, length), whole, chunked)
-            if error:
-                raise ValueError(
-                    f"model is {type(model).__name__}: in chunks its hidden states differ by {error:.2g} of their size "
-                    f"from those in one go, at {length} tokens, expected rounding only; its cache can not be used with "
-                    "prefill_chunk or a memory_limit below what the sequence takes in one go"
-                )
-            _verified_in_chunks[model] = length
-
-
-def verify_decoding(model: PreTrainedModel, tokens: Tensor, longest: int) -> None:
-    """ValueError unless tokens that are fed one by one to the model's cache get what they get in one go.
-
-    Looked at are 16 tokens, and 16 more than a length below `longest` at which the model may switch: three runs of
-    each, once.
-    """
-    if model.base_model is model and not hasattr(model, "model"):
-        # It has no backbone that could be looked at apart from its logits.
-        return
-    for length, _ in _probes(model, longest, None, None):
-        if tokens.numel() and length > _verified_decoding.get(model, 0):
-            ends = range(max(1, length - _STEPS), length + 1)
-            error = error_beyond_rounding(
-                model,
-                repeated(tokens, length),
-                partial(run_backbone, model),
-                partial(run_backbone_in_chunks, model, ends=ends),
-            )
-            if error:
-                raise ValueError(
-                    f"model is {type(model).__name__}: tokens that are fed one by one to its cache get hidden states "
-                    f"that differ by {error:.2g} of their size from those in one go, at {length} tokens, expected "
-                    "rounding only: it can not generate"
-                )
-            _verified_decoding[model] = length
-
-
-def _probes(model: PreTrainedModel, longest: int, short: Any, long: Any) -> Iterator[tuple[int, Any]]:
-    """Lengths to look at, with what is to be done there."""
-    context = context_length(model)
-    yield min(_PROBE, longest, context or _PROBE), short
-    crossed = [length for length in switch_lengths(model) if _PROBE <= length < longest]
-    if crossed:
-        yield min(longest, crossed[-1] + _PROBE), long
-
-
-def error_beyond_rounding(
-    model: PreTrainedModel, input_ids: Tensor, expected: Callable[[Tensor], Tensor], actual: Callable[[Tensor], Tensor]
-) -> float:
-    """The relative error of the worst token if rounding does not explain it, else 0.
-
-    `expected` and `actual` give hidden states or logits (1, T, D) for tokens (1, T'). What rounding does to them in
-    this model is seen in a run in which the output of each module is disturbed by the spacing of its dtype. The worst
-    token may be off by a few times that, the median token, which a state that is lost along the way shows, by less.
-    Before it is said that they are off by more, other disturbances are tried: a router sends tokens to other experts in
-    some of them.
-    """
-    with torch.no_grad(), evaluation(model):
-        truth = expected(input_ids)
-        error = _errors(actual(input_ids), truth)
-        worst = median = _spacing(truth.dtype)
-        for seed in range(_DISTURBANCES):
-            with _disturbed(model, seed):
-                rounding = _errors(expected(input_ids), truth)
-            worst, median = max(worst, float(rounding.amax())), max(median, float(rounding.median()))
-            if error.amax() <= _WORST * worst and error.median() <= _MEDIAN * median:
-                return 0.0
-    return float(error.amax())
-
-
-def _errors(hidden: Tensor, expected: Tensor) -> Tensor:
-    """Relative errors of hidden states, token by token."""
-    expected = expected.double()
-    return ((hidden.double() - expected).norm(dim=-1) / expected.norm(dim=-1)).flatten()
-
-
-def _spacing(dtype: torch.dtype) -> float:
-    """Of float32 for wider ones: parts of a model compute in float32 whatever its dtype."""
-    return max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
-
-
-@contextlib.contextmanager
-def _disturbed(model: PreTrainedModel, seed: int) -> Iterator[None]:
-    """Within this context each module's output is multiplied by 1 + ε u, u in [−1, 1], ε the spacing of its dtype."""
-    generators: dict[torch.device, torch.Generator] = {}
-
-    def disturb(module: nn.Module, inputs: Any, output: Any) -> Tensor | None:
-        if not isinstance(output, Tensor) or not output.is_floating_point():
-            return None
-        if output.device not in generators:
-            generators[output.device] = torch.Generator(output.device).manual_seed(seed)
-        kind = torch.promote_types(output.dtype, torch.float32)
-        uniform = torch.rand(output.shape, dtype=kind, device=output.device, generator=generators[output.device])
-        return (output * (1 + _spacing(output.dtype) * (2 * uniform - 1))).to(output.dtype)
-
-    hooks = [module.register_forward_hook(disturb) for module in backbone_of(model).modules()]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-@contextlib.contextmanager
-def evaluation(model: nn.Module) -> Iterator[None]:
-    """Within this context the model is in evaluation mode; each module's own mode is restored after it."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def _probe_ids(tokens: Tensor) -> Tensor:
-    return repeated(tokens, _TOKENS)
-
-
-def repeated(tokens: Tensor, length: int) -> Tensor:
-    """(1, length): the first tokens, repeated where there are fewer."""
-    repeats = -(-length // tokens.numel())
-    return tokens[:length].repeat(repeats)[None, :length]
-
-
-def _hidden_error(hidden: Tensor, expected: Tensor) -> float:
-    """Relative error of the median token: a few tokens may be sent to other experts by a rounding."""
-    error = (hidden.double() - expected.double()).norm(dim=-1) / expected.double().norm(dim=-1)
-    return float(error.median())
 
 
 def _check_causal(model: PreTrainedModel, input_ids: Tensor) -> None:
     half = _TOKENS // 2
     alone, together = run_backbone(model, input_ids[:, :half]), run_backbone(model, input_ids)[:, :half]
-    error = _hidden_error(together, alone)
+    # Of the median token: a few may be sent to other experts by a rounding.
+    error = float(token_errors(together, alone).median())
     if not error <= _tolerance(_HIDDEN_TOLERANCE, alone):
         raise ValueError(
             f"model is {type(model).__name__}: a token's hidden state changes by {error:.2g} of its size with the "
@@ -233,9 +73,7 @@ def _check_logits(model: PreTrainedModel, head: LmHead, input_ids: Tensor) -> No
         )
     columns = torch.linspace(0, logits.shape[-1] - 1, _CANDIDATES, device=logits.device).long()
     candidates = torch.cat([columns.expand(*logits.shape[:2], -1), logits.argmax(-1, keepdim=True)], -1)
-    actual = linear_logp(
-        hidden, head.weight, candidates, bias=head.bias, softcap=head.softcap, logit_scale=head.logit_scale
-    ).logp
+    actual = LmHeadInputs(hidden, *head).logp(candidates).logp
     error = max(_logp_error(*row) for row in zip(actual[0], logits[0], candidates[0], strict=True))
     if not error <= tolerance:
         raise ValueError(

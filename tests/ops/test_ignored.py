@@ -1,5 +1,6 @@
 """ignore_index and targets out of range: nothing is read, nothing leaks, nothing is garbage."""
 
+import cases
 import pytest
 import torch
 from cases import (
@@ -139,6 +140,18 @@ def test_a_target_out_of_range_makes_its_row_nan_and_no_other(op, bad):
     for value, expected in zip(_unvalidated(op, target), clean, strict=True):
         assert value[spoilt].isnan().all()
         assert torch.equal(value[good], expected[good])
+
+
+@pytest.mark.served_by("triton")
+def test_ignored_rows_are_left_out_of_the_products():
+    """Of more rows than are looked at together those remain, in order, that have a candidate which counts."""
+    from dlogp_kernels.triton import _rows
+
+    target = torch.where(torch.rand(2_500, 3) < 0.7, -100, 5)
+    expected = (target != -100).any(-1).nonzero()[:, 0]
+    index, count = (x.cpu() for x in _rows.kept_rows(target.to(cases.DEVICE), -100))
+    assert count.tolist() == [len(expected)]
+    assert torch.equal(index[: len(expected)], expected)
 
 
 @pytest.mark.gemm_interpreted

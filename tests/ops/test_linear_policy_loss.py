@@ -66,13 +66,14 @@ def test_packed(accuracy, base, importance):
     torch.testing.assert_close(result.gradients["weight"], padded.gradients["weight"], rtol=1e-4, atol=1e-6)
 
 
-def test_advantages_of_tokens_and_num_tokens(accuracy):
+@pytest.mark.parametrize("importance", fewer(reference_policy.IMPORTANCES, ["token"]))
+def test_advantages_of_tokens_and_num_tokens(accuracy, importance):
     inputs = make_inputs()
     inputs["advantage"] = torch.randn(3, 11, generator=torch.Generator().manual_seed(1))
-    check_against_truth(accuracy, inputs, **EXTRAS)
+    check_against_truth(accuracy, inputs, importance=importance, **EXTRAS)
     whole, half = (
-        call(inputs, num_tokens=inputs["mask"].sum().item()),
-        call(inputs, num_tokens=(2 * inputs["mask"].sum()).to(cases.DEVICE)),
+        call(inputs, importance=importance, num_tokens=inputs["mask"].sum().item()),
+        call(inputs, importance=importance, num_tokens=(2 * inputs["mask"].sum()).to(cases.DEVICE)),
     )
     torch.testing.assert_close(half.loss * 2.0, whole.loss)
     torch.testing.assert_close(half.gradients["weight"] * 2.0, whole.gradients["weight"])

@@ -74,15 +74,19 @@ def assert_same_rows(drawn: Sample, other: Sample) -> None:
 
 @pytest.mark.served_by("reference")
 def test_philox_known_answers():
-    """Random123's known answers, by which every implementation of Philox4x32-10 is checked."""
+    """Random123's known answers, by which every implementation of Philox4x32-10 is checked; a token has its word."""
     zeros, ones = (torch.tensor([value]) for value in (0, 0xFFFFFFFF))
     answers = {
         (zeros, 0): "6627e8d5 e169c58d bc57ac4c 9b00dbd8",
         (ones, -1): "408f276d 41c83b0e a20bc7c6 6d5451fd",
     }
     for (counter, seed), answer in answers.items():
-        words = reference_sample.philox((counter,) * 4, torch.tensor([seed]))
+        key = torch.tensor([seed])
+        words = reference_sample.philox((counter,) * 4, key)
         assert " ".join(f"{int(word):08x}" for word in words) == answer
+        block = 4 * counter + torch.arange(4)  # of four tokens, with this counter
+        bits = reference_sample.noise_bits(block, counter, key, counter, int(counter))
+        assert bits.tolist() == [[int(word) for word in words]]
 
 
 def uniforms(row_ids: Tensor, seed: int, step: int, low: float = 0.0, high: float = 1.0) -> Tensor:
@@ -210,6 +214,10 @@ def test_kept_tokens_are_those_of_transformers(backend, name, temperature):
     assert counts[expected_often].all() and expected_often[kept].float().mean() > 0.5
 
 
+#: Logits about as large as each other.
+SIX = torch.tensor([0.0, 0.3, 0.1, 0.4, 0.2, 0.5])
+
+
 @pytest.mark.usefixtures("walks_as_on_a_gpu")
 @pytest.mark.parametrize(
     "filters",
@@ -218,12 +226,21 @@ def test_kept_tokens_are_those_of_transformers(backend, name, temperature):
 )
 def test_the_last_token_that_a_filter_keeps(filters):
     """Of six tokens about as likely as each other, few draws show one too many and one too few."""
-    logits = torch.tensor([0.0, 0.3, 0.1, 0.4, 0.2, 0.5])
-    kept = warped(logits, 1.0, filters)
+    assert torch.equal(tokens_drawn(SIX, **filters), warped(SIX, 1.0, filters))
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.75}], ids=str)
+def test_the_end_of_a_vocabulary(filters):
+    """Half of those six tokens lie behind the last whole block of a row, and of 1021 others none ever comes up."""
+    logits = torch.cat([torch.full((1021,), -30.0), SIX])
+    assert torch.equal(tokens_drawn(logits, **filters), warped(logits, 1.0, filters) & (logits >= 0.0))
+
+
+def tokens_drawn(logits: Tensor, **filters: Any) -> Tensor:
+    """Which tokens came up in a few rows of these logits, (V,) bool."""
     rows = logits.expand(cases.fewer(200, 12), -1)
     drawn = sample(rows, rows, seed=9, **filters)
-    counts = torch.stack([drawn.token, drawn.draft_token]).flatten().bincount(minlength=6)
-    assert torch.equal(counts > 0, kept)
+    return torch.stack([drawn.token, drawn.draft_token]).flatten().bincount(minlength=logits.shape[0]) > 0
 
 
 def warped(logits: Tensor, temperature: float, filters: dict[str, Any]) -> Tensor:

@@ -12,9 +12,10 @@ except ModuleNotFoundError as error:
     ) from error
 
 from .callbacks import report_to
+from .checkpoints import complete_checkpoints
 from .config import ReweightedGRPOConfig
 from .offline_trainers import grpo_trainer, sft_trainer
-from .trainer import ReweightedGRPOTrainer, complete_checkpoints
+from .trainer import ReweightedGRPOTrainer
 
 __all__ = [
     "ReweightedGRPOConfig",

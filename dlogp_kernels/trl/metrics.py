@@ -17,6 +17,8 @@ _NAMES = {
     "approx_kl": "approx_kl",
     "mean_ratio": "ratio/mean",
     "mean_weight": "reweight/mean_weight",
+    "ref_kl": "kl",
+    "entropy": "entropy",
 }
 
 
@@ -25,8 +27,8 @@ class TokenSums:
 
     def __init__(self) -> None:
         self._sums: dict[str, tuple[Tensor, Tensor]] = {}
-        self._largest: dict[str, Tensor] = {}
-        self._least: set[str] = set()
+        #: The largest of a quantity times a sign.
+        self._extremes: dict[str, tuple[Tensor, float]] = {}
 
     def add(self, name: str, total: Tensor, count: Tensor) -> None:
         """The sum of a quantity over `count` tokens."""
@@ -34,31 +36,31 @@ class TokenSums:
 
     def add_largest(self, name: str, value: Tensor) -> None:
         """The largest value of a quantity; −inf where there are no tokens."""
-        self._largest[name] = value.float()
+        self._extremes[name] = value.float(), 1.0
 
     def add_least(self, name: str, value: Tensor) -> None:
         """The least value of a quantity; +inf where there are no tokens."""
-        self.add_largest(name, -value)
-        self._least.add(name)
+        self._extremes[name] = -value.float(), -1.0
 
     def means(self, accelerator: Accelerator) -> dict[str, float]:
         """Means and extremes over the tokens of all processes, of what there are tokens of."""
         pairs = torch.stack([torch.stack(pair) for pair in self._sums.values()])
         totals = accelerator.reduce(pairs, reduction="sum").tolist()
         values = {name: total / count for name, (total, count) in zip(self._sums, totals, strict=True) if count}
-        if self._largest:
-            largest = accelerator.gather(torch.stack([*self._largest.values()])[None]).amax(0).tolist()
-            for name, value in zip(self._largest, largest, strict=True):
+        if self._extremes:
+            largest = torch.stack([value for value, _ in self._extremes.values()])[None]
+            all_largest = accelerator.gather(largest).amax(0).tolist()
+            for (name, (_, sign)), value in zip(self._extremes.items(), all_largest, strict=True):
                 if math.isfinite(value):
-                    values[name] = -value if name in self._least else value
+                    values[name] = sign * value
         return values
 
 
-def policy_sums(metrics: PolicyMetrics, count: Tensor, *, reweighted: bool) -> TokenSums:
-    """What the loss says about its `count` tokens; its mean weight only if it has `reweighted` the advantages."""
+def policy_sums(metrics: PolicyMetrics, count: Tensor, *, reweighted: bool, kl: bool) -> TokenSums:
+    """What the loss says about its `count` tokens; of its weights only if it has `reweighted` the advantages."""
     sums = TokenSums()
     for field, name in _NAMES.items():
-        if reweighted or field != "mean_weight":
+        if {"mean_weight": reweighted, "ref_kl": kl}.get(field, True):
             sums.add(name, getattr(metrics, field) * count, count)
     sums.add_largest("ratio/max", metrics.max_ratio)
     return sums

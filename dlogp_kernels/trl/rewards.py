@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import math
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..reference import grpo
 
 OVERLONG_PENALTY = "overlong_penalty"
 
@@ -22,39 +25,32 @@ def checked(function: Callable[..., Any]) -> Callable[..., Any]:
     RuntimeError for what the function raises, TypeError or ValueError for what it returns instead.
     """
     name = getattr(function, "__name__", type(function).__name__)
-
+    wrapper: Any
     if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
 
-        @functools.wraps(function)
-        async def checked_async(**columns: Any) -> list[float | None]:
-            try:
+        async def wrapper(**columns: Any) -> list[float | None]:
+            with _errors_named(name):
                 rewards = await function(**columns)
-            except Exception as error:  # a user's code may raise anything
-                raise _raised(name, error) from error
             return _as_rewards(name, rewards, len(columns["completions"]))
 
-        return _named(checked_async, name)
+    else:
 
-    @functools.wraps(function)
-    def checked_sync(**columns: Any) -> list[float | None]:
-        try:
-            rewards = function(**columns)
-        except Exception as error:  # a user's code may raise anything
-            raise _raised(name, error) from error
-        return _as_rewards(name, rewards, len(columns["completions"]))
+        def wrapper(**columns: Any) -> list[float | None]:
+            with _errors_named(name):
+                rewards = function(**columns)
+            return _as_rewards(name, rewards, len(columns["completions"]))
 
-    return _named(checked_sync, name)
+    functools.update_wrapper(wrapper, function)
+    # TRL names the logged rewards so.
+    wrapper.__name__ = name
+    return wrapper
 
 
 def overlong_penalty(max_tokens: int, buffer: int, penalty: float) -> Callable[..., list[float]]:
-    """A reward function: 0 up to `max_tokens` − `buffer` tokens, then down in a line to −`penalty` at `max_tokens`.
-
-    Source: DAPO, arXiv 2503.14476, Eq. 13.
-    """
+    """DAPO's overlong penalty (`grpo.overlong_penalty`) as a reward function."""
 
     def overlong_penalty(completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
-        excess = (len(ids) - (max_tokens - buffer) for ids in completion_ids)
-        return [-penalty * min(max(tokens, 0), buffer) / buffer for tokens in excess]
+        return [-grpo.overlong_penalty(len(ids), max_tokens, buffer, penalty) for ids in completion_ids]
 
     return overlong_penalty
 
@@ -83,14 +79,12 @@ def informative_groups(rewards: Tensor, weights: Tensor, group_size: int) -> Ten
     return highest > lowest
 
 
-def _named(function: Any, name: str) -> Any:
-    # TRL names the logged rewards so.
-    function.__name__ = name
-    return function
-
-
-def _raised(name: str, error: Exception) -> RuntimeError:
-    return RuntimeError(f"the reward function {name} raised {type(error).__name__}: {error}")
+@contextlib.contextmanager
+def _errors_named(name: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # a user's code may raise anything
+        raise RuntimeError(f"the reward function {name} raised {type(error).__name__}: {error}") from error
 
 
 def _as_rewards(name: str, rewards: Any, count: int) -> list[float | None]:

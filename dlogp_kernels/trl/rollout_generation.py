@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from trl.models import unwrap_model_for_generation
 
 from ..hf import generate
 
-if TYPE_CHECKING:
-    from .trainer import ReweightedGRPOTrainer
-
 _NUM_ROW_IDS = 2**32
 
 
-def draw_responses(
-    trainer: ReweightedGRPOTrainer, prompt_ids: Sequence[Sequence[int]], samples: int, first: int
-) -> list[list[int]]:
+def draw_responses(trainer: Any, prompt_ids: Sequence[Sequence[int]], samples: int, first: int) -> list[list[int]]:
     """The token ids of a response to each prompt, with its end-of-sequence token.
 
     Args:
+        trainer: a `ReweightedGRPOTrainer`, whose model draws.
         prompt_ids: of the rows of this process; a prompt stands there once for each of its `samples` responses.
         first: the number of the first row among all rows of all processes since the training began.
     """
-    args: Any = trainer.args
-    once = prompt_ids
+    args, once = trainer.args, prompt_ids
     # Where this process has whole groups a prompt is run once for all its samples.
     groups = [prompt_ids[begin : begin + samples] for begin in range(0, len(prompt_ids), samples)]
     if all(len(group) == samples and all(prompt == group[0] for prompt in group) for group in groups):

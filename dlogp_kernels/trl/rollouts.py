@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -13,24 +13,17 @@ from torch import Tensor
 TOKENS_IN_BATCH = "num_items_in_batch"
 
 
-class _Column(NamedTuple):
-    """How a tensor (B, L) is widened: on which side, and with what."""
-
-    left: bool
-    fill: float | None
-
-
-# None stands for the padding token.
-_COLUMNS = {
-    "prompt_ids": _Column(True, None),
-    "prompt_mask": _Column(True, 0),
-    "completion_ids": _Column(False, None),
-    "completion_mask": _Column(False, 0),
-    "tool_mask": _Column(False, 1),
-    "old_per_token_logps": _Column(False, 0),
-    "ref_per_token_logps": _Column(False, 0),
-    "sampling_per_token_logps": _Column(False, 0),
-    "importance_sampling_ratio": _Column(False, 1),
+#: What a tensor (B, L) is widened with, one of prompts on the left; None stands for the padding token.
+_FILL = {
+    "prompt_ids": None,
+    "prompt_mask": 0,
+    "completion_ids": None,
+    "completion_mask": 0,
+    "tool_mask": 1,
+    "old_per_token_logps": 0,
+    "ref_per_token_logps": 0,
+    "sampling_per_token_logps": 0,
+    "importance_sampling_ratio": 1,
 }
 
 Rollouts = dict[str, Tensor]
@@ -42,20 +35,26 @@ def loss_mask(rollouts: Rollouts) -> Tensor:
     return mask * rollouts["tool_mask"] if "tool_mask" in rollouts else mask
 
 
+def num_rows(rollouts: Rollouts) -> int:
+    return len(rollouts["completion_ids"])
+
+
+def model_inputs(rollouts: Rollouts) -> tuple[Tensor, Tensor, int]:
+    """Token ids and attention mask of prompts and responses (B, P + T), and T."""
+    input_ids = torch.cat([rollouts["prompt_ids"], rollouts["completion_ids"]], 1)
+    attention_mask = torch.cat([rollouts["prompt_mask"], rollouts["completion_mask"]], 1)
+    return input_ids, attention_mask, rollouts["completion_ids"].shape[1]
+
+
 def gathered(rollouts: Rollouts, accelerator: Accelerator, pad_token_id: int) -> Rollouts:
     """The rows of all processes, in the order of the processes."""
-    if accelerator.num_processes == 1:
-        return {name: value for name, value in rollouts.items() if value.dim()}
     result = {}
     for name, value in rollouts.items():
-        if value.dim() == 0:
-            continue
-        if name in _COLUMNS:
-            left, fill = _COLUMNS[name]
-            value = accelerator.pad_across_processes(
-                value, dim=1, pad_index=pad_token_id if fill is None else fill, pad_first=left
-            )
-        result[name] = accelerator.gather(value)
+        if name in _FILL:
+            left, fill = _padding(name, pad_token_id)
+            value = accelerator.pad_across_processes(value, dim=1, pad_index=fill, pad_first=left)
+        if value.dim():
+            result[name] = accelerator.gather(value)
     return result
 
 
@@ -66,22 +65,22 @@ def rows(rollouts: Rollouts, index: Tensor | slice) -> Rollouts:
 
 def joined(batches: Sequence[Rollouts], pad_token_id: int) -> Rollouts:
     """The rows of several batches, which differ in width."""
-    return {
-        name: torch.cat(_of_one_width(name, [batch[name] for batch in batches], pad_token_id)) for name in batches[0]
-    }
+    result = {}
+    for name in batches[0]:
+        values = [batch[name] for batch in batches]
+        if name in _FILL:
+            left, fill = _padding(name, pad_token_id)
+            missing = [max(value.shape[1] for value in values) - value.shape[1] for value in values]
+            sides = [(n, 0) if left else (0, n) for n in missing]
+            values = [torch.nn.functional.pad(x, side, value=fill) for x, side in zip(values, sides, strict=True)]
+        result[name] = torch.cat(values)
+    return result
 
 
-def _of_one_width(name: str, values: list[Tensor], pad_token_id: int) -> list[Tensor]:
-    if name not in _COLUMNS:
-        return values
-    left, fill = _COLUMNS[name]
-    width = max(value.shape[1] for value in values)
-    return [_widened(value, width, left, pad_token_id if fill is None else fill) for value in values]
-
-
-def _widened(value: Tensor, width: int, left: bool, fill: float) -> Tensor:
-    missing = width - value.shape[1]
-    return torch.nn.functional.pad(value, (missing, 0) if left else (0, missing), value=fill)
+def _padding(name: str, pad_token_id: int) -> tuple[bool, int]:
+    """Whether a column is widened on the left, and with what."""
+    fill = _FILL[name]
+    return name.startswith("prompt"), pad_token_id if fill is None else fill
 
 
 def masked_out(rollouts: Rollouts) -> Rollouts:

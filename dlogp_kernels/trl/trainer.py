@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
 from ..functional import policy_loss
 from ..hf.heads import unwrapped
 from ..hf.verify_head import verified_lm_head
-from ..reference.policy import (
-    PolicyOptions,
-    clipped_places,
-    k3,
-    log_perplexity,
-    normalized_in_group,
-    ratio_of,
-    raw_log_ratio,
-    reweighting,
-)
-from ..report.files import replaced_atomically
+from ..reference import grpo
+from ..reference.policy import PolicyOptions
+from .checkpoints import read_rollouts, write_rollouts
 from .config import ReweightedGRPOConfig
 from .head import add_logp_head
 from .initial_policy import InitialPolicy
@@ -41,7 +32,9 @@ from .rollouts import (
     joined,
     loss_mask,
     masked_out,
+    model_inputs,
     num_groups_to_draw,
+    num_rows,
     repeated,
     rows,
 )
@@ -203,7 +196,7 @@ class ReweightedGRPOTrainer(GRPOTrainer):
 
     def _start_logps(self, rollouts: Rollouts, start: InitialPolicy) -> Tensor:
         """(B, T): log-probabilities at the start of training, of responses spread over the batch; NaN of others."""
-        count = _num_rows(rollouts)
+        count = num_rows(rollouts)
         some = torch.linspace(0, count - 1, min(count, self.args.delta_logp_responses)).round().long()
         some = some.to(rollouts["completion_ids"].device)
         with start.restored():
@@ -214,18 +207,18 @@ class ReweightedGRPOTrainer(GRPOTrainer):
 
     def _refilled(self, rollouts: Rollouts, order: PromptOrder) -> Rollouts:
         """The rows of this process out of a batch of informative groups, as far as they could be found."""
-        batch_size, processes = self._batch_size, self.accelerator.num_processes
+        batch_size = self._batch_size
         wanted = batch_size // self.num_generations
         kept, left = self._sorted_out(rollouts)
-        found, drawn, refills = _num_rows(kept) // self.num_generations, wanted, 0
+        found, drawn, refills = num_rows(kept) // self.num_generations, wanted, 0
         batches, rest = [kept], [left]
         while found < wanted and refills < self.args.max_refills:
-            count = num_groups_to_draw(wanted - found, self.num_generations, processes)
+            count = num_groups_to_draw(wanted - found, self.num_generations, self.accelerator.num_processes)
             more = super()._generate_and_score_completions(self._further_examples(order.take(count)))
             kept, left = self._sorted_out(more)
             batches.append(kept)
             rest.append(left)
-            found += _num_rows(kept) // self.num_generations
+            found += num_rows(kept) // self.num_generations
             drawn += count
             refills += 1
         self._metrics["train"]["dynamic_sampling/dropped"].append(1 - found / drawn)
@@ -239,9 +232,7 @@ class ReweightedGRPOTrainer(GRPOTrainer):
         padding = self._tokenizer.pad_token_id
         everyone = joined([*batches, masked_out(joined(rest, padding))], padding)
         everyone = rows(everyone, slice(batch_size))
-        local = batch_size // processes
-        begin = self.accelerator.process_index * local
-        return rows(everyone, slice(begin, begin + local)) | {TOKENS_IN_BATCH: loss_mask(everyone).sum()}
+        return rows(everyone, self._own_rows(batch_size)) | {TOKENS_IN_BATCH: loss_mask(everyone).sum()}
 
     def _sorted_out(self, rollouts: Rollouts) -> tuple[Rollouts, Rollouts]:
         """The rows of all processes whose group is informative, and the others."""
@@ -253,34 +244,34 @@ class ReweightedGRPOTrainer(GRPOTrainer):
     def _further_examples(self, numbers: list[int]) -> list[dict[str, Any]]:
         """The rows that this process draws of further groups, as the data loader would give them."""
         examples = repeated([self.train_dataset[number] for number in numbers], self.num_generations)
-        local = len(examples) // self.accelerator.num_processes
+        return examples[self._own_rows(len(examples))]
+
+    def _own_rows(self, count: int) -> slice:
+        """Those of this process among `count` rows of all."""
+        local = count // self.accelerator.num_processes
         begin = self.accelerator.process_index * local
-        return examples[begin : begin + local]
+        return slice(begin, begin + local)
 
     def _reweight_by_perplexity(self, rollouts: Rollouts) -> None:
         """`ppl` compares whole groups, which are parted among the optimiser's batches: it is done to all at once."""
         mask = loss_mask(rollouts).bool()
         if _OLD not in rollouts:
             rollouts[_OLD] = self._logps_without_gradient(rollouts)
-        local = torch.stack([log_perplexity(rollouts[_OLD], mask), mask.sum(1).to(torch.float32)], 1)
-        everyone = self.accelerator.gather(local)
-        group = torch.arange(len(everyone), device=everyone.device) // self.num_generations
-        s = normalized_in_group(everyone[:, 0], group, everyone[:, 1] > 0)
-        begin = self.accelerator.process_index * len(local)
-        options = PolicyOptions(reweight="ppl", alpha=self.args.reweight_alpha, reweight_sign=self.args.reweight_sign)
-        advantages = rollouts["advantages"]
-        weight = reweighting(
-            rollouts[_OLD][:, :1], advantages[:, None], s[begin : begin + len(local), None], options
-        ).squeeze(1)
+        advantages, counts = rollouts["advantages"], mask.sum(1)
+        local = torch.stack([grpo.log_perplexity(rollouts[_OLD], mask), advantages, counts.float()], 1)
+        perplexity, advantage, count = self.accelerator.gather(local).unbind(1)
+        group = torch.arange(len(count), device=count.device) // self.num_generations
+        alpha, sign = self.args.reweight_alpha, self.args.reweight_sign
+        weight = grpo.perplexity_weight(perplexity, advantage, count, group, alpha, sign)[self._own_rows(len(count))]
         rollouts["advantages"] = weight * advantages
         sums = TokenSums()
-        sums.add("reweight/mean_weight", (weight * local[:, 1]).sum(), local[:, 1].sum())
+        sums.add("reweight/mean_weight", (weight * counts).sum(), counts.sum())
         self._log_means(sums)
 
     @torch.no_grad()
     def _logps_without_gradient(self, rollouts: Rollouts) -> Tensor:
         logps, _, _ = self._get_per_token_logps_and_entropies(
-            self.model, *_model_inputs(rollouts), batch_size=self.args.per_device_train_batch_size
+            self.model, *model_inputs(rollouts), batch_size=self.args.per_device_train_batch_size
         )
         return logps
 
@@ -288,81 +279,65 @@ class ReweightedGRPOTrainer(GRPOTrainer):
 
     def _compute_loss(self, model: Any, inputs: Rollouts) -> Tensor:
         mask = loss_mask(inputs)
-        logp, entropy, _ = self._get_per_token_logps_and_entropies(model, *_model_inputs(inputs), compute_entropy=True)
+        logp, entropy, _ = self._get_per_token_logps_and_entropies(model, *model_inputs(inputs), compute_entropy=True)
         old_logp = inputs.get(_OLD, logp.detach())
         entropy_mask = None
         if self.top_entropy_quantile < 1.0:
             entropy_mask = self.get_high_entropy_mask(entropy, mask, 1 - self.top_entropy_quantile)
-        divergence = self._divergence(inputs, logp, old_logp, mask)
-        training = self.model.training
-        accumulated = self.current_gradient_accumulation_steps if training else 1
+        advantages, counts, options = inputs["advantages"], mask.bool(), self._options()
+        accumulated = self.current_gradient_accumulation_steps if self.model.training else 1
         by_step = self.loss_type in _BY_STEP
         result = policy_loss(
             logp,
             old_logp,
-            inputs["advantages"],
-            mask.bool(),
-            loss_type=self.loss_type,
-            reweight="none" if self.args.reweight == "ppl" else self.args.reweight,
-            alpha=self.args.reweight_alpha,
-            reweight_sign=self.args.reweight_sign,
-            clip_low=self.epsilon_low,
-            clip_high=self.epsilon_high,
-            dual_clip=self.args.dual_clip,
-            importance=self.importance_sampling_level,
-            kl=divergence,
-            kl_beta=self.beta,
+            advantages,
+            counts,
+            entropy=entropy.detach(),
             token_weight=self._token_weight(inputs, logp, old_logp, mask, entropy_mask),
             num_tokens=self._tokens_of_step(inputs, accumulated) if by_step else None,
-            max_length=self.max_completion_length,
-            sapo_temperature_pos=self.args.sapo_temperature_pos,
-            sapo_temperature_neg=self.args.sapo_temperature_neg,
+            **self._divergence(inputs, logp, old_logp, counts),
+            **options._asdict() | {"dual_clip": self.args.dual_clip},
         )
         loss = result.loss if by_step else result.loss / accumulated
         if self.entropy_coef:
-            self._metrics["train" if training else "eval"]["policy_loss"].append(
-                self.accelerator.gather(result.loss.detach()).mean().item()
-            )
             # As TRL: the mean over this batch, whatever the loss divides by.
-            bonus_mask = mask if entropy_mask is None else mask * entropy_mask
-            bonus = (entropy * bonus_mask).sum() / bonus_mask.sum().clamp(min=1.0)
+            bonus = grpo.masked_mean(entropy, mask if entropy_mask is None else mask * entropy_mask)
             loss = loss - self.entropy_coef * bonus / accumulated
-            if training and self.accelerator.sync_gradients:
-                self._metrics["train"]["entropy_coef"].append(self.entropy_coef)
-        sums = policy_sums(result.metrics, mask.sum(), reweighted=self.args.reweight != "ppl")
-        self._add_clip_ratios(sums, logp.detach(), old_logp, inputs["advantages"], mask.bool())
-        sums.add("entropy", (entropy.detach() * mask).sum(), mask.sum())
-        if divergence is not None:
-            sums.add("kl", (divergence.detach() * mask).sum(), mask.sum())
+            self._log_entropy_bonus(result.loss)
+        sums = policy_sums(result.metrics, mask.sum(), reweighted=self.args.reweight != "ppl", kl=self.beta != 0.0)
+        clipped = grpo.clipped(logp.detach(), old_logp, advantages, counts, options)
+        add_clip_ratios(sums, *clipped, counts, cispo=self.loss_type == "cispo")
         if _START in inputs:
             start = inputs[_START]
-            add_delta_logp(sums, logp.detach() - start, mask.bool() & ~start.isnan())
+            add_delta_logp(sums, logp.detach() - start, counts & ~start.isnan())
         self._log_means(sums)
         return loss
 
-    def _add_clip_ratios(
-        self, sums: TokenSums, logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor
-    ) -> None:
-        level = "token" if self.importance_sampling_level == "token" else "sequence"
-        ratio = ratio_of(raw_log_ratio(logp, old_logp, mask, level))
-        options = PolicyOptions(
+    def _options(self) -> PolicyOptions:
+        return PolicyOptions(
             loss_type=self.loss_type,
+            # Responses were reweighted when they were drawn.
+            reweight="none" if self.args.reweight == "ppl" else self.args.reweight,
+            reweight_sign=self.args.reweight_sign,
+            importance=self.importance_sampling_level,
+            alpha=self.args.reweight_alpha,
             clip_low=self.epsilon_low,
             clip_high=self.epsilon_high,
             dual_clip=math.inf if self.args.dual_clip is None else self.args.dual_clip,
+            kl_beta=self.beta,
+            sapo_temperature_pos=self.args.sapo_temperature_pos,
+            sapo_temperature_neg=self.args.sapo_temperature_neg,
+            max_length=self.max_completion_length,
         )
-        places = clipped_places(ratio, advantages[:, None].expand_as(ratio), options)
-        add_clip_ratios(sums, *places, mask, cispo=self.loss_type == "cispo")
 
-    def _divergence(self, inputs: Rollouts, logp: Tensor, old_logp: Tensor, mask: Tensor) -> Tensor | None:
-        """k3 of each token to the reference model (B, T), times the token's ratio as TRL's default has it."""
+    def _divergence(self, inputs: Rollouts, logp: Tensor, old_logp: Tensor, mask: Tensor) -> dict[str, Any]:
+        """What the loss is told of the reference model: by TRL's default a divergence that the ratio corrects."""
         if self.beta == 0.0:
-            return None
-        divergence = k3(inputs[_REFERENCE] - logp)
-        if self.args.use_bias_correction_kl:
-            ratio = ratio_of(raw_log_ratio(logp, old_logp, mask.bool(), self.importance_sampling_level))
-            divergence = divergence * ratio
-        return divergence
+            return {}
+        if not self.args.use_bias_correction_kl:
+            return {"ref_logp": inputs[_REFERENCE]}
+        importance = self.importance_sampling_level
+        return {"kl": grpo.divergence(logp, inputs[_REFERENCE], old_logp, mask, importance)}
 
     def _tokens_of_step(self, inputs: Rollouts, accumulated: int) -> Tensor:
         """Tokens of an optimiser step over the number of processes, whose gradients are averaged."""
@@ -386,12 +361,13 @@ class ReweightedGRPOTrainer(GRPOTrainer):
             )
         if self.use_vllm and self.vllm_importance_sampling_correction:
             factors.append(inputs["importance_sampling_ratio"])
-        if not factors:
-            return None
-        weight = torch.ones_like(logp)
-        for factor in factors:
-            weight = weight * factor
-        return weight.detach()
+        return functools.reduce(torch.mul, factors, torch.ones_like(logp)).detach() if factors else None
+
+    def _log_entropy_bonus(self, loss: Tensor) -> None:
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        metrics["policy_loss"].append(self.accelerator.gather(loss.detach()).mean().item())
+        if self.model.training and self.accelerator.sync_gradients:
+            metrics["entropy_coef"].append(self.entropy_coef)
 
     def _log_means(self, sums: TokenSums) -> None:
         metrics = self._metrics["train" if self.model.training else "eval"]
@@ -407,16 +383,14 @@ class ReweightedGRPOTrainer(GRPOTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         if not self.args.save_only_model:
-            directory = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             state = {
                 "step": self._step,
                 "rows_drawn": self._rows_drawn,
                 "refill_position": 0 if self._refill_order is None else self._refill_order.position,
-                "buffered": self._buffered_inputs if self._step % self._steps_per_rollout() else None,
+                "buffered": self._buffered_inputs if self._step % (self._steps * self.num_iterations) else None,
             }
-            # The last file of a checkpoint: where it is, the checkpoint is complete.
-            with replaced_atomically(directory / rollouts_file(self.accelerator.process_index)) as temporary:
-                torch.save(state, temporary)
+            directory = self._get_output_dir(trial=trial)
+            write_rollouts(directory, self.state.global_step, self.accelerator.process_index, state)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -426,44 +400,15 @@ class ReweightedGRPOTrainer(GRPOTrainer):
             # The sampler shuffles anew in every epoch, from a generator that begins anew with this process.
             for _ in range(int(self.state.epoch)):
                 torch.randperm(len(self.train_dataset), generator=self._sampler.generator)
-        path = Path(checkpoint) / rollouts_file(self.accelerator.process_index)
-        if not path.exists():  # a checkpoint of TRL's own trainer
+        state = read_rollouts(checkpoint, self.accelerator.process_index, self.accelerator.device)
+        if state is None:
             return
-        state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
         self._step, self._rows_drawn = state["step"], state["rows_drawn"]
         self._buffered_inputs = state["buffered"]
         if self._refill_order is not None:
             self._refill_order.position = state["refill_position"]
 
-    def _steps_per_rollout(self) -> int:
-        return self._steps * self.num_iterations
-
-
-def rollouts_file(process_index: int) -> str:
-    """In a checkpoint: the responses that this process has still to learn from."""
-    return f"rollouts_{process_index}.pt"
-
-
-def complete_checkpoints(directory: str | Path) -> dict[int, Path]:
-    """The checkpoints in a trainer's output directory that were written to their end, by step."""
-    found = {}
-    for path in Path(directory).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        if (path / rollouts_file(0)).exists():
-            found[int(path.name.rpartition("-")[2])] = path
-    return found
-
 
 def _is_function(reward: Any) -> bool:
     """Not a reward model, nor the name of one."""
     return callable(reward) and not isinstance(reward, torch.nn.Module)
-
-
-def _num_rows(rollouts: Rollouts) -> int:
-    return len(rollouts["completion_ids"])
-
-
-def _model_inputs(rollouts: Rollouts) -> tuple[Tensor, Tensor, int]:
-    """Token ids and attention mask of prompts and responses (B, P + T), and T."""
-    input_ids = torch.cat([rollouts["prompt_ids"], rollouts["completion_ids"]], 1)
-    attention_mask = torch.cat([rollouts["prompt_mask"], rollouts["completion_mask"]], 1)
-    return input_ids, attention_mask, rollouts["completion_ids"].shape[1]

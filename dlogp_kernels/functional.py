@@ -27,6 +27,7 @@ from .checks import (
     check_scale,
     check_storage,
 )
+from .inputs import flat_transform
 from .reference import policy as reference_policy
 from .reference import rows as policy_rows
 from .reference import sampling as reference_sample
@@ -84,16 +85,8 @@ def linear_logp(
     hidden, weight, bias = _autocast(hidden, weight, bias)
     _check_target(target, "hidden", hidden, ignore_index, weight.shape[0])
     _check_transform(temperature, softcap, logit_scale)
-    stats = torch.ops.dlogp.linear_logp_fwd(
-        _rows(hidden),
-        weight,
-        _candidates(target, hidden),
-        bias,
-        float(temperature),
-        _optional_float(softcap),
-        float(logit_scale),
-        ignore_index,
-    )
+    head = _rows(hidden), weight, bias, flat_transform(temperature, softcap, logit_scale)
+    stats = torch.ops.dlogp.linear_logp_fwd(*head, _candidates(target, hidden), ignore_index)
     return LogpStats(*_shaped(stats, target, hidden))
 
 
@@ -142,21 +135,9 @@ def linear_delta_logp(
     _check_target(target, "hidden", hidden, ignore_index, weight.shape[0])
     _check_transform(temperature, softcap, logit_scale)
     _check_transform(temperature, base_softcap, base_logit_scale, "base_")
-    stats = torch.ops.dlogp.linear_delta_logp_fwd(
-        _rows(hidden),
-        weight,
-        _rows(base_hidden),
-        base_weight,
-        _candidates(target, hidden),
-        bias,
-        base_bias,
-        float(temperature),
-        _optional_float(softcap),
-        _optional_float(base_softcap),
-        float(logit_scale),
-        float(base_logit_scale),
-        ignore_index,
-    )
+    head = _rows(hidden), weight, bias, flat_transform(temperature, softcap, logit_scale)
+    base_head = _rows(base_hidden), base_weight, base_bias, flat_transform(temperature, base_softcap, base_logit_scale)
+    stats = torch.ops.dlogp.linear_delta_logp_fwd(*head, *base_head, _candidates(target, hidden), ignore_index)
     return DeltaLogpStats(*_shaped(stats, target, hidden))
 
 
@@ -186,14 +167,8 @@ def logp(
     _check_logits("logits", logits)
     _check_target(target, "logits", logits, ignore_index, logits.shape[-1])
     _check_transform(temperature, softcap, logit_scale)
-    stats = torch.ops.dlogp.logp_fwd(
-        _rows(logits),
-        _candidates(target, logits),
-        float(temperature),
-        _optional_float(softcap),
-        float(logit_scale),
-        ignore_index,
-    )
+    model = _rows(logits), flat_transform(temperature, softcap, logit_scale)
+    stats = torch.ops.dlogp.logp_fwd(*model, _candidates(target, logits), ignore_index)
     return LogpStats(*_shaped(stats, target, logits))
 
 
@@ -235,17 +210,9 @@ def delta_logp(
     _check_target(target, "logits", logits, ignore_index, logits.shape[-1])
     _check_transform(temperature, softcap, logit_scale)
     _check_transform(temperature, base_softcap, base_logit_scale, "base_")
-    stats = torch.ops.dlogp.delta_logp_fwd(
-        _rows(logits),
-        _rows(base_logits),
-        _candidates(target, logits),
-        float(temperature),
-        _optional_float(softcap),
-        _optional_float(base_softcap),
-        float(logit_scale),
-        float(base_logit_scale),
-        ignore_index,
-    )
+    model = _rows(logits), flat_transform(temperature, softcap, logit_scale)
+    base = _rows(base_logits), flat_transform(temperature, base_softcap, base_logit_scale)
+    stats = torch.ops.dlogp.delta_logp_fwd(*model, *base, _candidates(target, logits), ignore_index)
     return DeltaLogpStats(*_shaped(stats, target, logits))
 
 

@@ -8,6 +8,7 @@ import functools
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, get_type_hints
 
+import torch
 from torch import Tensor
 
 
@@ -18,14 +19,15 @@ class Transform(NamedTuple):
     softcap: float | None = None
     logit_scale: float = 1.0
 
-    def flat(self) -> list[float]:
-        """As an op takes it (`float[]`; a named tuple would take a microsecond longer), 0 for no softcap."""
-        return [self.temperature, self.softcap or 0.0, self.logit_scale]
-
     @classmethod
     def of(cls, flat: list[float]) -> "Transform":
         temperature, softcap, logit_scale = flat
         return cls(temperature, softcap or None, logit_scale)
+
+
+def flat_transform(temperature: float, softcap: float | None, logit_scale: float) -> list[float]:
+    """A Transform as an op takes it, 0 for no softcap. (A named tuple in place of the list takes PyTorch longer.)"""
+    return [float(temperature), 0.0 if softcap is None else float(softcap), float(logit_scale)]
 
 
 class Head(NamedTuple):
@@ -35,6 +37,11 @@ class Head(NamedTuple):
     weight: Tensor
     bias: Tensor | None
     transform: Transform
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What multiplies: the wider of both."""
+        return torch.promote_types(self.hidden.dtype, self.weight.dtype)
 
 
 class Logits(NamedTuple):

@@ -1,18 +1,22 @@
-"""Blocks of rows and slabs of the vocabulary, in which plain PyTorch forms logits and their gradients."""
+"""Blocks of rows and tiles of the vocabulary, in which plain PyTorch forms logits and their gradients."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..inputs import Head, Targets
 from ..reference import statistics as reference
 from ..reference.statistics import transform_gradient, transform_logits
 
 # Temporaries of the size of a block of logits that are alive at once, per model, at most.
 _TEMPORARIES = 8
-
-
-SLAB = 4096
+#: Tokens and rows at a time where memory allows more: enough for a product to run at its full speed.
+_TILE = 4096
+_ROWS = 1024
+#: The fewest of each, however small the workspace.
+_FEWEST = 16
 
 
 def rows_of(x: Tensor, rows: Tensor) -> Tensor:
@@ -24,76 +28,107 @@ def rows_of(x: Tensor, rows: Tensor) -> Tensor:
     return x[rows, *index]
 
 
-def row_blocks(
-    target: Tensor, ignore_index: int, vocabulary: int, dtype: torch.dtype, models: int, workspace: int
-) -> Iterator[Tensor]:
+def row_blocks(targets: Targets, vocabulary: int, dtype: torch.dtype, models: int, workspace: int) -> Iterator[Tensor]:
     row_bytes = vocabulary * dtype.itemsize * _TEMPORARIES * models
-    return kept_blocks(target, ignore_index, max(1, workspace // row_bytes))
+    return kept_blocks(targets, max(1, workspace // row_bytes))
 
 
-def kept_blocks(target: Tensor, ignore_index: int, size: int) -> Iterator[Tensor]:
-    rows = reference.kept_rows(target, ignore_index)
+def kept_blocks(targets: Targets, size: int) -> Iterator[Tensor]:
+    rows = reference.kept_rows(*targets)
     return iter(rows.split(size) if rows.numel() else ())
 
 
-def slabs(vocabulary: int) -> Iterator[slice]:
-    for begin in range(0, vocabulary, SLAB):
-        yield slice(begin, min(begin + SLAB, vocabulary))
+def tiles(vocabulary: int, size: int = _TILE) -> Iterator[slice]:
+    for begin in range(0, vocabulary, size):
+        yield slice(begin, min(begin + size, vocabulary))
 
 
-def slabbed_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """`reference.linear_logits` without a converted copy of the whole weight."""
-    raw = torch.empty((hidden.shape[0], weight.shape[0]), dtype=dtype, device=hidden.device)
-    for slab in slabs(weight.shape[0]):
-        slab_bias = None if bias is None else bias[slab]
-        raw[:, slab] = reference.linear_logits(hidden, weight[slab], slab_bias, dtype)
+def tile_of(head: Head, tile: slice, dtype: torch.dtype) -> Head:
+    """The head of these tokens alone, converted."""
+    bias = None if head.bias is None else head.bias[tile].to(dtype)
+    return head._replace(weight=head.weight[tile].to(dtype), bias=bias)
+
+
+def tiled_logits(head: Head, rows: Tensor, dtype: torch.dtype, tile: int = _TILE) -> Tensor:
+    """`reference.linear_logits` of some rows, without a converted copy of the whole weight."""
+    hidden = rows_of(head.hidden, rows).to(dtype)
+    raw = hidden.new_empty(rows.shape[0], head.weight.shape[0])
+    for columns in tiles(head.weight.shape[0], tile):
+        part = tile_of(head, columns, dtype)
+        raw[:, columns] = reference.linear_logits(hidden, part.weight, part.bias, dtype)
     return raw
 
 
-class Head:
-    """One model's last layer: recomputes slabs of logits and accumulates the gradients that are wanted."""
+class ForwardBlocks(NamedTuple):
+    """Rows whose logits are formed at once, those of them whose statistics are computed at once, and tokens of a tile.
 
-    def __init__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        temperature: float,
-        softcap: float | None,
-        logit_scale: float,
-        wanted: list[bool],
-        dtype: torch.dtype,
-    ) -> None:
-        self.hidden, self.weight, self.bias = hidden, weight, bias
-        self.options = (temperature, softcap, logit_scale)
-        self.dtype = dtype
-        self.inputs = (hidden, weight, bias)
-        self.grads = [
-            x.new_zeros(x.shape, dtype=dtype) if want and x is not None else None
-            for x, want in zip(self.inputs, wanted, strict=True)
-        ]
+    One product of many rows with the weight is far cheaper than several of a few; the statistics of a row take most of
+    the memory, and gain nothing from company.
+    """
 
-    def logits(self, rows: Tensor, slab: slice) -> Tensor:
-        bias = None if self.bias is None else self.bias[slab]
-        return reference.linear_logits(rows_of(self.hidden, rows), self.weight[slab], bias, self.dtype)
+    rows: int
+    rows_of_statistics: int
+    tile: int
+
+
+def forward_blocks(heads: Sequence[Head], dtype: torch.dtype, workspace: int) -> ForwardBlocks:
+    """That fit: a tile of the weight in a quarter of the workspace, statistics in another, logits in the rest."""
+    width = max(head.hidden.shape[-1] for head in heads)
+    logits_bytes = heads[0].weight.shape[0] * dtype.itemsize * len(heads)
+    of_statistics = max(1, workspace // 4 // (logits_bytes * _TEMPORARIES))
+    rows = workspace // 2 // (logits_bytes + width * dtype.itemsize)
+    tile = _within(workspace // 4 // (2 * width * dtype.itemsize), _TILE)
+    return ForwardBlocks(min(max(of_statistics, rows), _ROWS), of_statistics, tile)
+
+
+class BackwardBlocks(NamedTuple):
+    """Rows and tokens at a time; `once`: sums for all hidden states fit beside, and one walk makes all gradients."""
+
+    rows: int
+    tile: int
+    once: bool
+
+
+def backward_blocks(heads: Sequence[Head], num_rows: int, dtype: torch.dtype, workspace: int) -> BackwardBlocks:
+    """That fit, by the shapes alone: what is asked for must not change the order of a sum."""
+    width_bytes = sum(head.hidden.shape[-1] for head in heads) * dtype.itemsize
+    once = num_rows * width_bytes <= workspace // 4
+    tile = _within(workspace // 4 // (2 * width_bytes), _TILE)  # of the weight, and of its gradient
+    row_bytes = 2 * width_bytes + tile * dtype.itemsize * _TEMPORARIES * len(heads)
+    return BackwardBlocks(_within(workspace // 2 // row_bytes, _ROWS), tile, once)
+
+
+def _within(fitting: int, most: int) -> int:
+    return max(_FEWEST, min(fitting // _FEWEST * _FEWEST, most))
+
+
+def zero_gradients(head: Head, output_mask: Sequence[bool], dtype: torch.dtype | None = None) -> list[Tensor | None]:
+    """By hidden, weight and bias, of their dtypes or the given one; None where not wanted."""
+    return [
+        x.new_zeros(x.shape, dtype=dtype) if want and x is not None else None
+        for x, want in zip(head[:3], output_mask, strict=True)
+    ]
+
+
+class HeadGradients:
+    """One model's head: recomputes logits, and adds to the gradients by hidden, weight and bias that are not None."""
+
+    def __init__(self, head: Head, grads: list[Tensor | None], dtype: torch.dtype) -> None:
+        self.head, self.grads, self.dtype = head, grads, dtype
+
+    def logits(self, rows: Tensor) -> Tensor:
+        hidden, weight, bias, _ = self.head
+        return reference.linear_logits(rows_of(hidden, rows), weight, bias, self.dtype)
 
     def transform(self, raw: Tensor) -> Tensor:
-        return transform_logits(raw, *self.options)
+        return transform_logits(raw, *self.head.transform)
 
-    def accumulate(self, rows: Tensor, slab: slice, raw: Tensor, grad_z: Tensor) -> None:
-        grad = transform_gradient(grad_z, raw, *self.options)
+    def accumulate(self, rows: Tensor, tile: slice, raw: Tensor, grad_z: Tensor) -> None:
+        grad = transform_gradient(grad_z, raw, *self.head.transform)
         grad_hidden, grad_weight, grad_bias = self.grads
         if grad_hidden is not None:
-            grad_hidden.view(-1, grad_hidden.shape[-1])[rows] += grad @ self.weight[slab].to(self.dtype)
+            grad_hidden.view(-1, grad_hidden.shape[-1])[rows] += grad @ self.head.weight[tile].to(self.dtype)
         if grad_weight is not None:
-            grad_weight[slab] += grad.t() @ rows_of(self.hidden, rows).to(self.dtype)
+            grad_weight[tile] += grad.t() @ rows_of(self.head.hidden, rows).to(self.dtype)
         if grad_bias is not None:
-            grad_bias[slab] += grad.sum(0)
-
-    def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
-        """In the dtype of each input; empty where not wanted."""
-        hidden, weight, bias = (
-            self.hidden.new_zeros(0) if grad is None or x is None else grad.to(x.dtype)
-            for x, grad in zip(self.inputs, self.grads, strict=True)
-        )
-        return hidden, weight, bias
+            grad_bias[tile] += grad.sum(0)

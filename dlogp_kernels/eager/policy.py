@@ -5,13 +5,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..inputs import Head, Targets, Transform
 from ..reference import policy as reference_policy
 from ..reference import statistics as reference
 from ..reference.policy import PolicyTokens
 from ..reference.rows import PolicyRows
 from ..reference.statistics import accumulation_dtype
 from ..results import PolicyMetrics
-from ._blocks import Head, row_blocks, rows_of, slabbed_logits, slabs
+from ._blocks import HeadGradients, row_blocks, tiled_logits, tiles, zero_gradients
 from .statistics import check_target
 
 # Of 8 bytes, a token of the policy loss.
@@ -124,16 +125,16 @@ def linear_policy_loss_fwd(
     target, bad_rows = check_target(target, weight.shape[0], ignore_index)
     options, dtype = reference_policy.options_of(choices, numbers, None), scale.dtype
     known = PolicyRows(old_logp, advantage, scale, score, ref_logp, token_weight)
-    head = Head(hidden, weight, bias, temperature, softcap, logit_scale, output_mask, dtype)
+    policy_head = Head(hidden, weight, bias, Transform(temperature, softcap, logit_scale))
+    head = HeadGradients(policy_head, zero_gradients(policy_head, output_mask, dtype), dtype)
     base = None
     if base_hidden is not None and base_weight is not None:
-        base = Head(
-            base_hidden, base_weight, base_bias, temperature, base_softcap, base_logit_scale, [False] * 3, dtype
-        )
+        base_head = Head(base_hidden, base_weight, base_bias, Transform(temperature, base_softcap, base_logit_scale))
+        base = HeadGradients(base_head, [None] * 3, dtype)
     loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
     sums = torch.zeros(len(PolicyMetrics._fields), dtype=torch.float64, device=hidden.device)
     count = 0
-    for rows in row_blocks(target, ignore_index, weight.shape[0], dtype, 1 if base is None else 2, workspace):
+    for rows in row_blocks(Targets(target, ignore_index), weight.shape[0], dtype, 1 if base is None else 2, workspace):
         block = _PolicyBlock(head, base, rows, target[rows], known, options)
         loss, sums = loss + block.loss, reference_policy.merged(sums, block.sums)
         count += rows.numel()
@@ -219,8 +220,8 @@ class _PolicyBlock:
 
     def __init__(
         self,
-        head: Head,
-        base: Head | None,
+        head: HeadGradients,
+        base: HeadGradients | None,
         rows: Tensor,
         target: Tensor,
         known: PolicyRows,
@@ -228,12 +229,12 @@ class _PolicyBlock:
     ) -> None:
         self.head, self.rows, self.target, self.options = head, rows, target, options
         self.base_z, stats, kl = None, None, None
-        self.raw = slabbed_logits(rows_of(head.hidden, rows), head.weight, head.bias, head.dtype)
+        self.raw = tiled_logits(head.head, rows, head.dtype)
         self.z = head.transform(self.raw)
         if base is None:
             stats = reference.logp_of_rows(self.z, target, _NO_TARGET)
         else:
-            base_raw = slabbed_logits(rows_of(base.hidden, rows), base.weight, base.bias, base.dtype)
+            base_raw = tiled_logits(base.head, rows, base.dtype)
             self.base_z = base.transform(base_raw)
             pair = reference.delta_logp_of_rows(self.z, self.base_z, target, _NO_TARGET)
             stats, kl = reference.LogpStats(pair.logp, pair.entropy, pair.lse), pair.kl
@@ -266,5 +267,5 @@ class _PolicyBlock:
             logp_all, self.entropy, grad_logp[:, 0], -options.entropy_coef * scale, zero, *pair
         )
         grad.scatter_add_(1, self.target, grad_logp)
-        for slab in slabs(self.z.shape[1]):
-            self.head.accumulate(self.rows, slab, self.raw[:, slab], grad[:, slab])
+        for tile in tiles(self.z.shape[1]):
+            self.head.accumulate(self.rows, tile, self.raw[:, tile], grad[:, tile])

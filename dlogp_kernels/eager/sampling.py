@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
+from ..inputs import Head, Transform
 from ..reference import sampling as reference_sample
 from ..reference.statistics import accumulation_dtype, transform_logits
-from ._blocks import rows_of, slabbed_logits
+from ._blocks import rows_of, tiled_logits
 
 # Of 8 bytes, while sampling: the noise is computed in 64-bit integers.
 _SAMPLE_TEMPORARIES = 24
@@ -81,12 +82,11 @@ def linear_extrapolated_sample(
     row_id = torch.arange(n, device=device) if row_id is None else row_id
     per_row = step_tensor is not None and step_tensor.numel() > 1
     options = (gamma, criterion, threshold, draft, temperature, top_k, top_p, min_p)
+    head = Head(hidden, weight, bias, Transform(1.0, softcap, logit_scale))
+    base_head = Head(base_hidden, base_weight, base_bias, Transform(1.0, base_softcap, base_logit_scale))
     blocks = []
     for rows in torch.arange(n, device=device).split(max(1, workspace // (v * dtype.itemsize * _PAIR_OF_LOGITS))):
-        raw = slabbed_logits(rows_of(hidden, rows), weight, bias, dtype)
-        base_raw = slabbed_logits(rows_of(base_hidden, rows), base_weight, base_bias, dtype)
-        z = transform_logits(raw, 1.0, softcap, logit_scale)
-        base_z = transform_logits(base_raw, 1.0, base_softcap, base_logit_scale)
+        z, base_z = (transform_logits(tiled_logits(x, rows, dtype), *x.transform) for x in (head, base_head))
         steps = step_tensor[rows] if per_row and step_tensor is not None else step_tensor
         block = torch.ops.dlogp.extrapolated_sample(z, base_z, row_id[rows], seed, step, seed_tensor, steps, *options)
         blocks.append(block)

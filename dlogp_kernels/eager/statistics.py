@@ -1,316 +1,292 @@
-"""The statistics ops in plain PyTorch: the definition, in blocks of rows and slabs of the vocabulary.
+"""The statistics ops in plain PyTorch: the definition, in blocks of rows and tiles of the vocabulary.
 
-Forward holds full rows of logits for as many rows as the workspace allows; backward recomputes logits slab by slab.
+Forward holds full rows of logits, for as many rows as the workspace allows; backward recomputes logits tile by tile.
 float32 accumulation (float64 for float64 inputs); deterministic as far as the device's matmul is.
 """
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from ..inputs import Gradients, Head, Logits, PairGradients, PairSaved, Saved, Targets
 from ..reference import statistics as reference
 from ..reference.statistics import accumulation_dtype, transform_gradient, transform_logits
-from ._blocks import Head, kept_blocks, row_blocks, rows_of, slabbed_logits, slabs
+from ..results import DeltaLogpStats, LogpStats, allocated
+from ._blocks import (
+    BackwardBlocks,
+    HeadGradients,
+    backward_blocks,
+    forward_blocks,
+    kept_blocks,
+    row_blocks,
+    rows_of,
+    tile_of,
+    tiled_logits,
+    tiles,
+    zero_gradients,
+)
 
-_BACKWARD_ROWS = 1024
-
-
-def linear_logp_fwd(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    logit_scale: float,
-    ignore_index: int,
-    workspace: int,
-) -> tuple[Tensor, ...]:
-    target, bad_rows = check_target(target, weight.shape[0], ignore_index)
-    dtype = accumulation_dtype(hidden, weight, bias)
-    logp, entropy, lse = _zeros_like_target(target, dtype, ("K", "", ""))
-    for rows in row_blocks(target, ignore_index, weight.shape[0], dtype, 1, workspace):
-        raw = slabbed_logits(rows_of(hidden, rows), weight, bias, dtype)
-        z = transform_logits(raw, temperature, softcap, logit_scale)
-        stats = reference.logp_of_rows(z, target[rows], ignore_index)
-        logp[rows], entropy[rows], lse[rows] = stats
-    return _poisoned((logp, entropy, lse), bad_rows)
+#: reference.logp_of_rows or reference.delta_logp_of_rows.
+_Definition = Callable[..., Sequence[Tensor]]
 
 
-def linear_delta_logp_fwd(
-    hidden: Tensor,
-    weight: Tensor,
-    base_hidden: Tensor,
-    base_weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    base_bias: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    base_softcap: float | None,
-    logit_scale: float,
-    base_logit_scale: float,
-    ignore_index: int,
-    workspace: int,
-) -> tuple[Tensor, ...]:
-    target, bad_rows = check_target(target, weight.shape[0], ignore_index)
-    dtype = accumulation_dtype(hidden, weight, bias, base_hidden, base_weight, base_bias)
-    outputs = _zeros_like_target(target, dtype, _PAIR_SHAPES)
-    for rows in row_blocks(target, ignore_index, weight.shape[0], dtype, 2, workspace):
-        raw = slabbed_logits(rows_of(hidden, rows), weight, bias, dtype)
-        base_raw = slabbed_logits(rows_of(base_hidden, rows), base_weight, base_bias, dtype)
-        z = transform_logits(raw, temperature, softcap, logit_scale)
-        base_z = transform_logits(base_raw, temperature, base_softcap, base_logit_scale)
-        stats = reference.delta_logp_of_rows(z, base_z, target[rows], ignore_index)
-        for output, value in zip(outputs, stats, strict=True):
-            output[rows] = value
-    return _poisoned(outputs, bad_rows)
+class _Rows(Protocol):
+    """What backward needs of one model or of a pair at a block of rows."""
+
+    def gradients(self, z: Sequence[Tensor], tile: slice, wanted: Sequence[bool]) -> list[Tensor | None]:
+        """∂/∂z of each model in a tile of the vocabulary, given every model's z there; None where not wanted."""
 
 
-def logp_fwd(
-    logits: Tensor,
-    target: Tensor,
-    temperature: float,
-    softcap: float | None,
-    logit_scale: float,
-    ignore_index: int,
-    workspace: int,
-) -> tuple[Tensor, ...]:
-    target, bad_rows = check_target(target, logits.shape[-1], ignore_index)
-    dtype = accumulation_dtype(logits)
-    outputs = _zeros_like_target(target, dtype, ("K", "", ""))
-    for rows in row_blocks(target, ignore_index, logits.shape[-1], dtype, 1, workspace):
-        z = transform_logits(rows_of(logits, rows).to(dtype), temperature, softcap, logit_scale)
-        stats = reference.logp_of_rows(z, target[rows], ignore_index)
-        for output, value in zip(outputs, stats, strict=True):
-            output[rows] = value
-    return _poisoned(outputs, bad_rows)
+_OfRows = Callable[[Tensor], _Rows]
+#: Of each model, by hidden, weight and bias, where wanted.
+_Gradients = Sequence[Sequence[Tensor | None]]
 
 
-def delta_logp_fwd(
-    logits: Tensor,
-    base_logits: Tensor,
-    target: Tensor,
-    temperature: float,
-    softcap: float | None,
-    base_softcap: float | None,
-    logit_scale: float,
-    base_logit_scale: float,
-    ignore_index: int,
-    workspace: int,
-) -> tuple[Tensor, ...]:
-    target, bad_rows = check_target(target, logits.shape[-1], ignore_index)
-    dtype = accumulation_dtype(logits, base_logits)
-    outputs = _zeros_like_target(target, dtype, _PAIR_SHAPES)
-    for rows in row_blocks(target, ignore_index, logits.shape[-1], dtype, 2, workspace):
-        z = transform_logits(rows_of(logits, rows).to(dtype), temperature, softcap, logit_scale)
-        base_z = transform_logits(rows_of(base_logits, rows).to(dtype), temperature, base_softcap, base_logit_scale)
-        stats = reference.delta_logp_of_rows(z, base_z, target[rows], ignore_index)
-        for output, value in zip(outputs, stats, strict=True):
-            output[rows] = value
-    return _poisoned(outputs, bad_rows)
+def linear_logp_fwd(head: Head, targets: Targets, workspace: int) -> LogpStats:
+    return _forward_of_heads(LogpStats, reference.logp_of_rows, [head], targets, workspace)
+
+
+def linear_delta_logp_fwd(head: Head, base_head: Head, targets: Targets, workspace: int) -> DeltaLogpStats:
+    return _forward_of_heads(DeltaLogpStats, reference.delta_logp_of_rows, [head, base_head], targets, workspace)
+
+
+def logp_fwd(logits: Logits, targets: Targets, workspace: int) -> LogpStats:
+    return _forward_of_logits(LogpStats, reference.logp_of_rows, [logits], targets, workspace)
+
+
+def delta_logp_fwd(logits: Logits, base_logits: Logits, targets: Targets, workspace: int) -> DeltaLogpStats:
+    return _forward_of_logits(DeltaLogpStats, reference.delta_logp_of_rows, [logits, base_logits], targets, workspace)
 
 
 def linear_logp_bwd(
-    grad_logp: Tensor | None,
-    grad_entropy: Tensor | None,
-    grad_lse: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    entropy: Tensor,
-    lse: Tensor,
-    temperature: float,
-    softcap: float | None,
-    logit_scale: float,
-    ignore_index: int,
-    output_mask: list[bool],
-    workspace: int,
+    grads: Gradients, head: Head, targets: Targets, saved: Saved, output_mask: list[bool], workspace: int
 ) -> tuple[Tensor, ...]:
-    head = Head(hidden, weight, bias, temperature, softcap, logit_scale, output_mask, lse.dtype)
-    for rows in kept_blocks(target, ignore_index, _BACKWARD_ROWS):
-        row_stats = _ModelRows(rows, target, ignore_index, grad_logp, grad_entropy, grad_lse, entropy, lse)
-        for slab in slabs(weight.shape[0]):
-            raw = head.logits(rows, slab)
-            logp_all = head.transform(raw) - row_stats.lse[:, None]
-            head.accumulate(rows, slab, raw, row_stats.gradient(logp_all, slab))
-    return head.gradients()
+    return _backward_of_heads(
+        lambda rows: _ModelRows(rows, targets, grads, saved), [head], [output_mask], targets, saved.lse.dtype, workspace
+    )
 
 
 def linear_delta_logp_bwd(
-    grad_logp: Tensor | None,
-    grad_base_logp: Tensor | None,
-    grad_entropy: Tensor | None,
-    grad_base_entropy: Tensor | None,
-    grad_kl: Tensor | None,
-    grad_reverse_kl: Tensor | None,
-    grad_lse: Tensor | None,
-    grad_base_lse: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    base_hidden: Tensor,
-    base_weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    base_bias: Tensor | None,
-    entropy: Tensor,
-    base_entropy: Tensor,
-    kl: Tensor,
-    reverse_kl: Tensor,
-    lse: Tensor,
-    base_lse: Tensor,
-    temperature: float,
-    softcap: float | None,
-    base_softcap: float | None,
-    logit_scale: float,
-    base_logit_scale: float,
-    ignore_index: int,
+    grads: PairGradients,
+    head: Head,
+    base_head: Head,
+    targets: Targets,
+    saved: PairSaved,
     output_mask: list[bool],
     workspace: int,
 ) -> tuple[Tensor, ...]:
-    wanted = [output_mask[i] for i in (0, 1, 4)]
-    base_wanted = [output_mask[i] for i in (2, 3, 5)]
-    head = Head(hidden, weight, bias, temperature, softcap, logit_scale, wanted, lse.dtype)
-    base_head = Head(
-        base_hidden, base_weight, base_bias, temperature, base_softcap, base_logit_scale, base_wanted, lse.dtype
+    masks = [output_mask[:3], output_mask[3:]]
+    return _backward_of_heads(
+        lambda rows: _PairRows(rows, targets, grads, saved),
+        [head, base_head],
+        masks,
+        targets,
+        saved.kl.dtype,
+        workspace,
     )
-    for rows in kept_blocks(target, ignore_index, _BACKWARD_ROWS):
-        pair = _PairRows(
-            _ModelRows(rows, target, ignore_index, grad_logp, grad_entropy, grad_lse, entropy, lse),
-            _ModelRows(
-                rows, target, ignore_index, grad_base_logp, grad_base_entropy, grad_base_lse, base_entropy, base_lse
-            ),
-            *(_rows_or_zero(x, rows, lse) for x in (kl, reverse_kl, grad_kl, grad_reverse_kl)),
-        )
-        for slab in slabs(weight.shape[0]):
-            raw, base_raw = head.logits(rows, slab), base_head.logits(rows, slab)
-            logp_all = head.transform(raw) - pair.model.lse[:, None]
-            base_logp_all = base_head.transform(base_raw) - pair.base.lse[:, None]
-            if any(wanted):
-                head.accumulate(rows, slab, raw, pair.gradient(logp_all, base_logp_all, slab))
-            if any(base_wanted):
-                base_grad = pair.base_gradient(logp_all, base_logp_all, slab)
-                base_head.accumulate(rows, slab, base_raw, base_grad)
-    gradients, base_gradients = head.gradients(), base_head.gradients()
-    return (*gradients[:2], *base_gradients[:2], gradients[2], base_gradients[2])
 
 
 def logp_bwd(
-    grad_logp: Tensor | None,
-    grad_entropy: Tensor | None,
-    grad_lse: Tensor | None,
-    logits: Tensor,
-    target: Tensor,
-    entropy: Tensor,
-    lse: Tensor,
-    temperature: float,
-    softcap: float | None,
-    logit_scale: float,
-    ignore_index: int,
-    workspace: int,
-) -> Tensor:
-    grad_logits = torch.zeros(logits.shape, dtype=logits.dtype, device=logits.device)
-    for rows in row_blocks(target, ignore_index, logits.shape[-1], lse.dtype, 1, workspace):
-        row_stats = _ModelRows(rows, target, ignore_index, grad_logp, grad_entropy, grad_lse, entropy, lse)
-        grad = _logp_gradient(row_stats, rows, logits, (temperature, softcap, logit_scale))
-        grad_logits.view(-1, logits.shape[-1])[rows] = grad
-    return grad_logits
-
-
-def _logp_gradient(
-    row_stats: "_ModelRows", rows: Tensor, logits: Tensor, options: tuple[float, float | None, float]
-) -> Tensor:
-    """Of a block of rows. What it needs besides is gone before the next block begins."""
-    raw = rows_of(logits, rows).to(row_stats.lse.dtype)
-    logp_all = transform_logits(raw, *options) - row_stats.lse[:, None]
-    grad_z = row_stats.gradient(logp_all, slice(0, logits.shape[-1]))
-    return transform_gradient(grad_z, raw, *options).to(logits.dtype)
+    grads: Gradients, logits: Logits, targets: Targets, saved: Saved, output_mask: list[bool], workspace: int
+) -> tuple[Tensor, ...]:
+    return _backward_of_logits(
+        lambda rows: _ModelRows(rows, targets, grads, saved), [logits], output_mask, targets, saved.lse.dtype, workspace
+    )
 
 
 def delta_logp_bwd(
-    grad_logp: Tensor | None,
-    grad_base_logp: Tensor | None,
-    grad_entropy: Tensor | None,
-    grad_base_entropy: Tensor | None,
-    grad_kl: Tensor | None,
-    grad_reverse_kl: Tensor | None,
-    grad_lse: Tensor | None,
-    grad_base_lse: Tensor | None,
-    logits: Tensor,
-    base_logits: Tensor,
-    target: Tensor,
-    entropy: Tensor,
-    base_entropy: Tensor,
-    kl: Tensor,
-    reverse_kl: Tensor,
-    lse: Tensor,
-    base_lse: Tensor,
-    temperature: float,
-    softcap: float | None,
-    base_softcap: float | None,
-    logit_scale: float,
-    base_logit_scale: float,
-    ignore_index: int,
+    grads: PairGradients,
+    logits: Logits,
+    base_logits: Logits,
+    targets: Targets,
+    saved: PairSaved,
     output_mask: list[bool],
     workspace: int,
 ) -> tuple[Tensor, ...]:
-    vocabulary = logits.shape[-1]
-    gradients = [
-        torch.zeros(x.shape if wanted else (0,), dtype=x.dtype, device=x.device)
-        for x, wanted in zip((logits, base_logits), output_mask, strict=True)
-    ]
-    for rows in row_blocks(target, ignore_index, vocabulary, lse.dtype, 2, workspace):
-        pair = _PairRows(
-            _ModelRows(rows, target, ignore_index, grad_logp, grad_entropy, grad_lse, entropy, lse),
-            _ModelRows(
-                rows, target, ignore_index, grad_base_logp, grad_base_entropy, grad_base_lse, base_entropy, base_lse
-            ),
-            *(_rows_or_zero(x, rows, lse) for x in (kl, reverse_kl, grad_kl, grad_reverse_kl)),
-        )
-        found = _delta_logp_gradients(
-            pair,
-            rows,
-            logits,
-            base_logits,
-            (temperature, softcap, logit_scale),
-            (temperature, base_softcap, base_logit_scale),
-            output_mask,
-        )
-        for gradient, of_rows in zip(gradients, found, strict=True):
-            if of_rows is not None:
-                gradient.view(-1, vocabulary)[rows] = of_rows
-    return tuple(gradients)
+    return _backward_of_logits(
+        lambda rows: _PairRows(rows, targets, grads, saved),
+        [logits, base_logits],
+        output_mask,
+        targets,
+        saved.kl.dtype,
+        workspace,
+    )
 
 
-def _delta_logp_gradients(
-    pair: "_PairRows",
+def _forward_of_heads(
+    kind: Any, definition: _Definition, heads: Sequence[Head], targets: Targets, workspace: int
+) -> Any:
+    """A `kind` of statistics, by their definition for transformed logits of one model or of a pair."""
+    dtype, vocabulary = accumulation_dtype(*(x for head in heads for x in head[:3])), heads[0].weight.shape[0]
+    targets, bad_rows = _checked(targets, vocabulary)
+    out = allocated(kind, targets.target, targets.target.new_zeros, dtype=dtype)
+    blocks = forward_blocks(heads, dtype, workspace)
+    for rows in kept_blocks(targets, blocks.rows):
+        raw = [tiled_logits(head, rows, dtype, blocks.tile) for head in heads]
+        for some, *values in zip(*(x.split(blocks.rows_of_statistics) for x in (rows, *raw)), strict=True):
+            _write(out, definition, values, heads, targets, some)
+        del raw, values  # before there are the next ones
+    return _mask_invalid(out, bad_rows)
+
+
+def _forward_of_logits(
+    kind: Any, definition: _Definition, models: Sequence[Logits], targets: Targets, workspace: int
+) -> Any:
+    dtype, vocabulary = accumulation_dtype(*(model.logits for model in models)), models[0].logits.shape[-1]
+    targets, bad_rows = _checked(targets, vocabulary)
+    out = allocated(kind, targets.target, targets.target.new_zeros, dtype=dtype)
+    for rows in row_blocks(targets, vocabulary, dtype, len(models), workspace):
+        _write(out, definition, [rows_of(x.logits, rows).to(dtype) for x in models], models, targets, rows)
+    return _mask_invalid(out, bad_rows)
+
+
+def _write(
+    out: Sequence[Tensor],
+    definition: _Definition,
+    raw: Sequence[Tensor],
+    models: Sequence[Head | Logits],
+    targets: Targets,
     rows: Tensor,
-    logits: Tensor,
-    base_logits: Tensor,
-    options: tuple[float, float | None, float],
-    base_options: tuple[float, float | None, float],
-    wanted: list[bool],
-) -> tuple[Tensor | None, Tensor | None]:
-    """Of a block of rows, likewise."""
-    dtype, vocabulary = pair.model.lse.dtype, slice(0, logits.shape[-1])
-    raw, base_raw = rows_of(logits, rows).to(dtype), rows_of(base_logits, rows).to(dtype)
-    logp_all = transform_logits(raw, *options) - pair.model.lse[:, None]
-    base_logp_all = transform_logits(base_raw, *base_options) - pair.base.lse[:, None]
-    grad = base_grad = None
-    if wanted[0]:
-        grad_z = pair.gradient(logp_all, base_logp_all, vocabulary)
-        grad = transform_gradient(grad_z, raw, *options).to(logits.dtype)
-    if wanted[1]:
-        grad_z = pair.base_gradient(logp_all, base_logp_all, vocabulary)
-        base_grad = transform_gradient(grad_z, base_raw, *base_options).to(base_logits.dtype)
-    return grad, base_grad
+) -> None:
+    """Statistics of a block of rows. What they need besides is gone before the next block begins."""
+    z = (transform_logits(x, *model.transform) for x, model in zip(raw, models, strict=True))
+    for field, value in zip(out, definition(*z, targets.target[rows], targets.ignore_index), strict=True):
+        field[rows] = value
+
+
+def _backward_of_heads(
+    of_rows: _OfRows,
+    heads: Sequence[Head],
+    masks: Sequence[list[bool]],
+    targets: Targets,
+    dtype: torch.dtype,
+    workspace: int,
+) -> tuple[Tensor, ...]:
+    """Gradients by every head's hidden, weight and bias, empty where not wanted.
+
+    A walk through the tiles of the vocabulary, each with all rows, completes the gradients by a tile of the weight. The
+    sums for hidden wait beside it where they fit; else they take a walk of their own, block of rows by block.
+    """
+    found = [zero_gradients(head, mask) for head, mask in zip(heads, masks, strict=True)]
+    blocks = backward_blocks(heads, targets.target.shape[0], dtype, workspace)
+    if blocks.once:
+        totals = [None if by_hidden is None else by_hidden.to(dtype) for by_hidden, *_ in found]
+        _walk_tiles(found, totals, of_rows, heads, targets, blocks, dtype)
+        for total, (by_hidden, *_) in zip(totals, found, strict=True):
+            if total is not None and by_hidden is not None:
+                by_hidden.copy_(total)
+    else:
+        if any(any(mask[1:]) for mask in masks):
+            _walk_tiles(found, [None for _ in heads], of_rows, heads, targets, blocks, dtype)
+        if any(mask[0] for mask in masks):
+            _walk_rows(found, of_rows, heads, targets, blocks, dtype)
+    return tuple(
+        head.hidden.new_zeros(0, dtype=(head.hidden if x is None else x).dtype) if grad is None else grad
+        for head, grads in zip(heads, found, strict=True)
+        for x, grad in zip(head[:3], grads, strict=True)
+    )
+
+
+def _walk_tiles(
+    found: _Gradients,
+    totals: Sequence[Tensor | None],
+    of_rows: _OfRows,
+    heads: Sequence[Head],
+    targets: Targets,
+    blocks: BackwardBlocks,
+    dtype: torch.dtype,
+) -> None:
+    """Gradients by weight and bias; those by hidden are added to the totals, if there are any."""
+    for tile in tiles(heads[0].weight.shape[0], blocks.tile):
+        parts = []
+        for head, total, (_, *grads) in zip(heads, totals, found, strict=True):
+            part = tile_of(head, tile, dtype)
+            sums = zero_gradients(part, [False, *(grad is not None for grad in grads)])
+            parts.append(HeadGradients(part, [total, *sums[1:]], dtype))
+        for rows in kept_blocks(targets, blocks.rows):
+            _accumulate(parts, of_rows(rows), rows, tile)
+        for complete, (_, *grads) in zip(parts, found, strict=True):
+            for grad, of_tile in zip(grads, complete.grads[1:], strict=True):
+                if grad is not None and of_tile is not None:
+                    grad[tile] = of_tile
+
+
+def _walk_rows(
+    found: _Gradients,
+    of_rows: _OfRows,
+    heads: Sequence[Head],
+    targets: Targets,
+    blocks: BackwardBlocks,
+    dtype: torch.dtype,
+) -> None:
+    """Gradients by hidden."""
+    for rows in kept_blocks(targets, blocks.rows):
+        gathered = [head._replace(hidden=rows_of(head.hidden, rows).to(dtype)) for head in heads]
+        sums = [
+            zero_gradients(head, [by_hidden is not None, False, False])
+            for head, (by_hidden, *_) in zip(gathered, found, strict=True)
+        ]
+        row_stats, places = of_rows(rows), torch.arange(rows.shape[0], device=rows.device)
+        for tile in tiles(heads[0].weight.shape[0], blocks.tile):
+            of_tile = zip(gathered, sums, strict=True)
+            parts = [HeadGradients(tile_of(head, tile, dtype), grads, dtype) for head, grads in of_tile]
+            _accumulate(parts, row_stats, places, tile)
+        for (total, *_), (by_hidden, *_) in zip(sums, found, strict=True):
+            if total is not None and by_hidden is not None:
+                by_hidden.view(-1, total.shape[-1])[rows] = total.to(by_hidden.dtype)
+
+
+def _accumulate(parts: Sequence[HeadGradients], row_stats: _Rows, rows: Tensor, tile: slice) -> None:
+    """Add what a block of rows gives to the gradients of the heads, whose weights are the tile's."""
+    raw = [part.logits(rows) for part in parts]
+    z = [part.transform(x) for part, x in zip(parts, raw, strict=True)]
+    wanted = [any(grad is not None for grad in part.grads) for part in parts]
+    for part, x, grad_z in zip(parts, raw, row_stats.gradients(z, tile, wanted), strict=True):
+        if grad_z is not None:
+            part.accumulate(rows, slice(0, x.shape[1]), x, grad_z)
+
+
+def _backward_of_logits(
+    of_rows: _OfRows,
+    models: Sequence[Logits],
+    output_mask: list[bool],
+    targets: Targets,
+    dtype: torch.dtype,
+    workspace: int,
+) -> tuple[Tensor, ...]:
+    found = tuple(
+        x.logits.new_zeros(x.logits.shape if want else 0) for x, want in zip(models, output_mask, strict=True)
+    )
+    if any(output_mask):
+        for rows in row_blocks(targets, models[0].logits.shape[-1], dtype, len(models), workspace):
+            _write_gradients(found, of_rows(rows), models, output_mask, rows, dtype)
+    return found
+
+
+def _write_gradients(
+    found: Sequence[Tensor],
+    row_stats: _Rows,
+    models: Sequence[Logits],
+    output_mask: list[bool],
+    rows: Tensor,
+    dtype: torch.dtype,
+) -> None:
+    """Of a block of rows. What they need besides is gone before the next block begins."""
+    raw = [rows_of(model.logits, rows).to(dtype) for model in models]
+    z = [transform_logits(x, *model.transform) for x, model in zip(raw, models, strict=True)]
+    vocabulary = slice(0, raw[0].shape[1])
+    for grad, model, x, grad_z in zip(found, models, raw, row_stats.gradients(z, vocabulary, output_mask), strict=True):
+        if grad_z is not None:
+            grad.view(-1, x.shape[1])[rows] = transform_gradient(grad_z, x, *model.transform).to(grad.dtype)
 
 
 def check_target(target: Tensor, vocabulary: int, ignore_index: int) -> tuple[Tensor, Tensor | None]:
     """A target that can be looked up, and the rows (N,) whose outputs have to become NaN, or None.
 
     On the CPU, IndexError naming the first target that is neither in [0, V) nor ignored. Elsewhere that would mean to
-    wait for the device; such a target becomes 0, and its row is poisoned.
+    wait for the device; such a target becomes 0, and its row NaN.
     """
     bad = ((target < 0) | (target >= vocabulary)) & (target != ignore_index)
     if target.device.type != "cpu":
@@ -324,22 +300,16 @@ def check_target(target: Tensor, vocabulary: int, ignore_index: int) -> tuple[Te
     return target, None
 
 
-def _poisoned(outputs: tuple[Tensor, ...], bad_rows: Tensor | None) -> tuple[Tensor, ...]:
+def _checked(targets: Targets, vocabulary: int) -> tuple[Targets, Tensor | None]:
+    target, bad_rows = check_target(targets.target, vocabulary, targets.ignore_index)
+    return Targets(target, targets.ignore_index), bad_rows
+
+
+def _mask_invalid(outputs: Any, bad_rows: Tensor | None) -> Any:
     if bad_rows is not None:
         for output in outputs:
             output.masked_fill_(bad_rows if output.dim() == 1 else bad_rows[:, None], torch.nan)
     return outputs
-
-
-_PAIR_SHAPES = ("K", "K", "K", "", "", "", "", "", "")
-
-
-def _zeros_like_target(target: Tensor, dtype: torch.dtype, shapes: tuple[str, ...]) -> tuple[Tensor, ...]:
-    """One zero tensor an output, of the shape of target (N, K) where "K" stands, else (N,)."""
-    return tuple(
-        torch.zeros(target.shape if shape == "K" else target.shape[:1], dtype=dtype, device=target.device)
-        for shape in shapes
-    )
 
 
 def _rows_or_zero(value: Tensor | None, rows: Tensor, like: Tensor) -> Tensor:
@@ -349,52 +319,42 @@ def _rows_or_zero(value: Tensor | None, rows: Tensor, like: Tensor) -> Tensor:
 class _ModelRows:
     """What backward needs of one model at a block of rows."""
 
-    def __init__(
-        self,
-        rows: Tensor,
-        target: Tensor,
-        ignore_index: int,
-        grad_logp: Tensor | None,
-        grad_entropy: Tensor | None,
-        grad_lse: Tensor | None,
-        entropy: Tensor,
-        lse: Tensor,
-    ) -> None:
-        self.target = target[rows]
-        grad = torch.zeros_like(self.target, dtype=lse.dtype) if grad_logp is None else grad_logp[rows]
-        self.grad_logp = grad.masked_fill(self.target == ignore_index, 0.0)
-        self.grad_entropy = _rows_or_zero(grad_entropy, rows, lse)
-        self.grad_lse = _rows_or_zero(grad_lse, rows, lse)
-        self.entropy, self.lse = entropy[rows], lse[rows]
+    def __init__(self, rows: Tensor, targets: Targets, grads: Gradients, saved: Saved) -> None:
+        self.target = targets.target[rows]
+        grad = torch.zeros_like(self.target, dtype=saved.lse.dtype) if grads.logp is None else grads.logp[rows]
+        self.grad_logp = grad.masked_fill(self.target == targets.ignore_index, 0.0)
+        self.grad_entropy = _rows_or_zero(grads.entropy, rows, saved.lse)
+        self.grad_lse = _rows_or_zero(grads.lse, rows, saved.lse)
+        self.entropy, self.lse = saved.entropy[rows], saved.lse[rows]
 
-    def gradient(self, logp_all: Tensor, slab: slice, *pair: Tensor) -> Tensor:
-        """∂/∂z in a slab of the vocabulary, the 1-hot term of `logp` included."""
+    def gradients(self, z: Sequence[Tensor], tile: slice, wanted: Sequence[bool]) -> list[Tensor | None]:
+        return [self.gradient(z[0] - self.lse[:, None], tile) if wanted[0] else None]
+
+    def gradient(self, logp_all: Tensor, tile: slice, *pair: Tensor) -> Tensor:
+        """∂/∂z in a tile of the vocabulary, the 1-hot term of `logp` included."""
         grad = reference.logits_gradient(
             logp_all, self.entropy, self.grad_logp.sum(-1), self.grad_entropy, self.grad_lse, *pair
         )
-        inside = (self.target >= slab.start) & (self.target < slab.stop)
-        column = (self.target - slab.start).masked_fill(~inside, 0)
+        inside = (self.target >= tile.start) & (self.target < tile.stop)
+        column = (self.target - tile.start).masked_fill(~inside, 0)
         return grad.scatter_add(1, column, self.grad_logp.masked_fill(~inside, 0.0))
 
 
 class _PairRows:
     """What backward needs of both models at a block of rows."""
 
-    def __init__(
-        self,
-        model: _ModelRows,
-        base: _ModelRows,
-        kl: Tensor,
-        reverse_kl: Tensor,
-        grad_kl: Tensor,
-        grad_reverse_kl: Tensor,
-    ) -> None:
-        self.model, self.base = model, base
-        self.kl, self.reverse_kl = kl, reverse_kl
-        self.grad_kl, self.grad_reverse_kl = grad_kl, grad_reverse_kl
+    def __init__(self, rows: Tensor, targets: Targets, grads: PairGradients, saved: PairSaved) -> None:
+        self.model = _ModelRows(rows, targets, grads.model, saved.model)
+        self.base = _ModelRows(rows, targets, grads.base, saved.base)
+        self.kl, self.reverse_kl = saved.kl[rows], saved.reverse_kl[rows]
+        self.grad_kl = _rows_or_zero(grads.kl, rows, saved.kl)
+        self.grad_reverse_kl = _rows_or_zero(grads.reverse_kl, rows, saved.kl)
 
-    def gradient(self, logp_all: Tensor, base_logp_all: Tensor, slab: slice) -> Tensor:
-        return self.model.gradient(logp_all, slab, base_logp_all, self.kl, self.grad_kl, self.grad_reverse_kl)
-
-    def base_gradient(self, logp_all: Tensor, base_logp_all: Tensor, slab: slice) -> Tensor:
-        return self.base.gradient(base_logp_all, slab, logp_all, self.reverse_kl, self.grad_reverse_kl, self.grad_kl)
+    def gradients(self, z: Sequence[Tensor], tile: slice, wanted: Sequence[bool]) -> list[Tensor | None]:
+        logp_all, base_logp_all = z[0] - self.model.lse[:, None], z[1] - self.base.lse[:, None]
+        pair = base_logp_all, self.kl, self.grad_kl, self.grad_reverse_kl
+        base_pair = logp_all, self.reverse_kl, self.grad_reverse_kl, self.grad_kl
+        return [
+            self.model.gradient(logp_all, tile, *pair) if wanted[0] else None,
+            self.base.gradient(base_logp_all, tile, *base_pair) if wanted[1] else None,
+        ]

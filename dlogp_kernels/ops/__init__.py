@@ -1,36 +1,30 @@
 """The ops `torch.ops.dlogp.*`: schema, fake, autograd and the choice of a backend."""
 
-from . import backends, schemas
+from . import _cpu_order, backends, schemas
 from .library import LIBRARY
 
 for _op in schemas.SCHEMAS:
     LIBRARY.define(schemas.public_schema(_op))
     for _backend in backends.COMPILED:
         if backends.has(_backend, _op):
-            LIBRARY.define(schemas.backend_schema(_backend, _op))
+            LIBRARY.define(_cpu_order.backend_schema(_backend, _op))
 
 backends.load_extensions()
 
 from . import (  # noqa: E402
-    delta_logp,
     extrapolated_sample,
-    linear_delta_logp,
     linear_extrapolated_sample,
-    linear_logp,
     linear_policy_loss,
-    logp,
     policy_loss,
+    statistics,
 )
 
 __all__ = [
     "backends",
-    "delta_logp",
     "extrapolated_sample",
-    "linear_delta_logp",
     "linear_extrapolated_sample",
-    "linear_logp",
     "linear_policy_loss",
-    "logp",
     "policy_loss",
     "schemas",
+    "statistics",
 ]

@@ -1,6 +1,7 @@
 """Which backend serves an op on a device, and why not another.
 
-A backend supplies launchers: functions with the arguments of the op's schema plus the workspace in bytes.
+A backend supplies launchers: functions with the arguments of the op's schema plus the workspace in bytes. Those in
+Python take structures (inputs.py) where schemas.STRUCTURES has them.
 """
 
 import contextlib
@@ -12,13 +13,14 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from .. import installation
 from ..checks import check_storage
-from . import schemas
+from ..inputs import rebuilt
+from . import _cpu_order, schemas
 
 #: In order of preference, but for what the table below says: C++ for the CPU, fused Triton kernels, CUDA C++, the
 #: vendor's GEMM with Triton kernels around it, and plain PyTorch.
@@ -295,8 +297,15 @@ def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager
 @functools.cache
 def _launcher(backend: str, op: str) -> _Launcher:
     if backend in COMPILED:
-        return getattr(torch.ops.dlogp, f"_{backend}_{op}")
-    return getattr(importlib.import_module(_MODULES[backend]), op)
+        kernel = getattr(torch.ops.dlogp, f"_{backend}_{op}")
+        return _cpu_order.in_old_order(op, kernel) if op in _cpu_order.SCHEMAS else kernel
+    launcher, structures = getattr(importlib.import_module(_MODULES[backend]), op), schemas.STRUCTURES.get(op)
+    return launcher if structures is None else functools.partial(_with_structures, launcher, structures)
+
+
+def _with_structures(launcher: _Launcher, structures: tuple[Any, ...], *flat: object) -> tuple[torch.Tensor, ...]:
+    rest = iter(flat)
+    return launcher(*rebuilt(structures, rest), *rest)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ..checks import check_no_tangent
-from ..results import allocated
 from . import backends
 
 LIBRARY = torch.library.Library("dlogp", "DEF")
@@ -24,7 +23,7 @@ def register(op: str, fake: Callable[..., Any], in_blocks: Callable[..., bool] |
         tensors = [x for x in arguments if isinstance(x, Tensor)]
         launch = backends.launch_blocked if in_blocks is not None and in_blocks(*arguments) else backends.launch
         exact = output_dtype(*tensors) == torch.float64
-        return launch(op, tensors[0], torch.float64 if exact else tensors[0].dtype, *arguments)
+        return one_or_all(launch(op, tensors[0], torch.float64 if exact else tensors[0].dtype, *arguments))
 
     for dispatch_key in ("CPU", "CUDA"):
         LIBRARY.impl(op, run, dispatch_key)
@@ -47,12 +46,13 @@ def register_autograd(op: str, setup_context: Callable[..., None], backward: Cal
     torch.library.register_autograd(f"dlogp::{op}_bwd", no_second_derivative, lib=LIBRARY)
 
 
+def one_or_all(outputs: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+    """An op with one output returns it alone."""
+    return outputs[0] if isinstance(outputs, tuple) and len(outputs) == 1 else outputs
+
+
 def output_dtype(*inputs: Tensor | None) -> torch.dtype:
     return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in inputs) else torch.float32
-
-
-def fake_stats(kind: Any, target: Tensor, *inputs: Tensor | None) -> tuple[Tensor, ...]:
-    return tuple(allocated(kind, target, target.new_empty, dtype=output_dtype(*inputs)))
 
 
 def fake_sample(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -79,11 +79,3 @@ def total(*gradients: Tensor | None) -> Tensor | None:
     """Sum of those that exist."""
     present = [gradient for gradient in gradients if gradient is not None]
     return sum(present[1:], start=present[0]) if present else None
-
-
-def per_model(
-    grad_delta_logp: Tensor | None, grad_logp: Tensor | None, grad_base_logp: Tensor | None, *grads: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    """Gradients of a pair's outputs as the backward op takes them: delta_logp = logp − base_logp is folded in."""
-    negative = None if grad_delta_logp is None else -grad_delta_logp
-    return total(grad_logp, grad_delta_logp), total(grad_base_logp, negative), *grads

@@ -1,10 +1,15 @@
-"""Every schema string of the library, once.
+"""Every schema string of the library, once. Those of the statistics follow from results.py and inputs.py:
+
+    linear_logp_fwd(Tensor hidden, Tensor weight, Tensor? bias, float[] transform, Tensor target, int ignore_index)
+        -> (Tensor logp, Tensor entropy, Tensor lse)
+    linear_logp_bwd(Tensor? grad_logp, Tensor? grad_entropy, Tensor? grad_lse, <as forward>, Tensor entropy, Tensor lse,
+        bool[3] output_mask) -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)
 
 N tokens lie in the leading dimensions, at least one, of hidden (…, D) and logits (…, V); weight is (V, D). Targets
-are flat, (N, K) int64, and so are outputs: `logp`-like ones are (N, K), the others (N,). In a backward op a gradient
-that is None counts as zero, and `output_mask` says which gradients to compute, in the order of the floating inputs; the
-others come back empty. Sampling has no gradient; its seed (64 bits, as int64) and step come as numbers, or from the
-device as int64 tensors, seed (1,), step (1,) or (N,), which then count; row_id is (N,) int64, or None for 0 … N − 1.
+are flat, (N, K) int64, and so are outputs, (N, K) or (N,) as results.py says. In a backward op `output_mask` says which
+gradients to compute, in the order of the floating inputs; the others come back empty. Sampling has no gradient; its
+seed (64 bits, as int64) and step come as numbers, or from the device as int64 tensors, seed (1,), step (1,) or (N,),
+which then count; row_id is (N,) int64, or None for 0 … N − 1.
 
 The policy loss takes tokens (B, T), or (N,) with the offsets (B + 1,) int64 of B sequences; advantage is of each token
 or (B,), mask bool, group (B,) int64, denominator () of the dtype of the loss: num_tokens or num_sequences; choices and
@@ -21,21 +26,62 @@ A backend other than plain PyTorch implements a private copy of each schema, `_<
 the workspace in bytes; `backends.py` chooses between them.
 """
 
-_ONE_MODEL_OPTIONS = "float temperature, float? softcap, float logit_scale, int ignore_index"
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from ..inputs import Argument, Gradients, Head, Logits, PairGradients, PairSaved, Saved, Targets, arguments
+from ..results import DeltaLogpStats, LogpStats
+
+
+class Statistics(NamedTuple):
+    """An op of statistics: what it returns, what it takes of each model, and what its backward takes besides."""
+
+    stats: type[Any]
+    models: tuple[type[Any], ...]
+    grads: type[Any]
+    saved: type[Any]
+
+    def inputs(self) -> tuple[Argument, ...]:
+        """Of forward; in backward they stand between the upstream gradients and what was saved."""
+        models = (arguments(model, prefix) for model, prefix in zip(self.models, ("", "base_"), strict=False))
+        return (*(argument for model in models for argument in model), *arguments(Targets))
+
+    def upstream(self) -> tuple[Argument, ...]:
+        return tuple(Argument(x.type, f"grad_{x.name}") for x in arguments(self.grads))
+
+    def differentiable(self) -> list[int]:
+        """Places among the inputs of those that have a gradient."""
+        return [i for i, x in enumerate(self.inputs()) if x.type.startswith("Tensor") and x.name != "target"]
+
+    def forward(self) -> tuple[str, str]:
+        return _joined(self.inputs()), _tuple_of(self.stats._fields)
+
+    def backward(self) -> tuple[str, str]:
+        takes = _joined((*self.upstream(), *self.inputs(), *arguments(self.saved)))
+        returns = [f"grad_{self.inputs()[i].name}" for i in self.differentiable()]
+        return f"{takes}, bool[{len(returns)}] output_mask", _tuple_of(returns)
+
+
+def _joined(some: Iterable[Argument]) -> str:
+    return ", ".join(f"{x.type} {x.name}" for x in some)
+
+
+def _tuple_of(names: Iterable[str]) -> str:
+    return "(" + ", ".join(f"Tensor {name}" for name in names) + ")"
+
+
+STATISTICS = {
+    "linear_logp": Statistics(LogpStats, (Head,), Gradients, Saved),
+    "linear_delta_logp": Statistics(DeltaLogpStats, (Head, Head), PairGradients, PairSaved),
+    "logp": Statistics(LogpStats, (Logits,), Gradients, Saved),
+    "delta_logp": Statistics(DeltaLogpStats, (Logits, Logits), PairGradients, PairSaved),
+}
+
 _PAIR_OPTIONS = (
     "float temperature, float? softcap, float? base_softcap, float logit_scale, float base_logit_scale, "
     "int ignore_index"
 )
 _LINEAR_INPUTS = "Tensor hidden, Tensor weight, Tensor target, Tensor? bias"
-_LINEAR_PAIR_INPUTS = (
-    "Tensor hidden, Tensor weight, Tensor base_hidden, Tensor base_weight, Tensor target, "
-    "Tensor? bias, Tensor? base_bias"
-)
-_ONE_MODEL_GRADIENTS = "Tensor? grad_logp, Tensor? grad_entropy, Tensor? grad_lse"
-_PAIR_GRADIENTS = (
-    "Tensor? grad_logp, Tensor? grad_base_logp, Tensor? grad_entropy, Tensor? grad_base_entropy, "
-    "Tensor? grad_kl, Tensor? grad_reverse_kl, Tensor? grad_lse, Tensor? grad_base_lse"
-)
 _LINEAR_SAMPLE_INPUTS = (
     "Tensor hidden, Tensor weight, Tensor base_hidden, Tensor base_weight, Tensor? bias, Tensor? base_bias, "
     "float? softcap, float? base_softcap, float logit_scale, float base_logit_scale"
@@ -53,39 +99,11 @@ _POLICY_ROWS = (
     "Tensor old_logp, Tensor advantage, Tensor scale, Tensor? score, Tensor? ref_logp, Tensor? token_weight, "
     "str[] choices, float[] numbers"
 )
-_ONE_MODEL_SAVED = "Tensor entropy, Tensor lse"
-_PAIR_SAVED = "Tensor entropy, Tensor base_entropy, Tensor kl, Tensor reverse_kl, Tensor lse, Tensor base_lse"
 _SAMPLE = "(Tensor token, Tensor draft_token, Tensor selected, Tensor delta_logp, Tensor logp, Tensor base_logp)"
-_ONE_MODEL_STATS = "(Tensor logp, Tensor entropy, Tensor lse)"
-_PAIR_STATS = (
-    "(Tensor delta_logp, Tensor logp, Tensor base_logp, Tensor entropy, Tensor base_entropy, "
-    "Tensor kl, Tensor reverse_kl, Tensor lse, Tensor base_lse)"
-)
-
 #: op name → (arguments, returns)
 SCHEMAS: dict[str, tuple[str, str]] = {
-    "linear_logp_fwd": (f"{_LINEAR_INPUTS}, {_ONE_MODEL_OPTIONS}", _ONE_MODEL_STATS),
-    "linear_logp_bwd": (
-        f"{_ONE_MODEL_GRADIENTS}, {_LINEAR_INPUTS}, {_ONE_MODEL_SAVED}, {_ONE_MODEL_OPTIONS}, bool[3] output_mask",
-        "(Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
-    ),
-    "linear_delta_logp_fwd": (f"{_LINEAR_PAIR_INPUTS}, {_PAIR_OPTIONS}", _PAIR_STATS),
-    "linear_delta_logp_bwd": (
-        f"{_PAIR_GRADIENTS}, {_LINEAR_PAIR_INPUTS}, {_PAIR_SAVED}, {_PAIR_OPTIONS}, bool[6] output_mask",
-        "(Tensor grad_hidden, Tensor grad_weight, Tensor grad_base_hidden, Tensor grad_base_weight, "
-        "Tensor grad_bias, Tensor grad_base_bias)",
-    ),
-    "logp_fwd": (f"Tensor logits, Tensor target, {_ONE_MODEL_OPTIONS}", _ONE_MODEL_STATS),
-    "logp_bwd": (
-        f"{_ONE_MODEL_GRADIENTS}, Tensor logits, Tensor target, {_ONE_MODEL_SAVED}, {_ONE_MODEL_OPTIONS}",
-        "Tensor grad_logits",
-    ),
-    "delta_logp_fwd": (f"Tensor logits, Tensor base_logits, Tensor target, {_PAIR_OPTIONS}", _PAIR_STATS),
-    "delta_logp_bwd": (
-        f"{_PAIR_GRADIENTS}, Tensor logits, Tensor base_logits, Tensor target, {_PAIR_SAVED}, {_PAIR_OPTIONS}, "
-        "bool[2] output_mask",
-        "(Tensor grad_logits, Tensor grad_base_logits)",
-    ),
+    **{f"{name}_fwd": op.forward() for name, op in STATISTICS.items()},
+    **{f"{name}_bwd": op.backward() for name, op in STATISTICS.items()},
     "extrapolated_sample": (f"Tensor logits, Tensor base_logits, {_SAMPLE_OPTIONS}", _SAMPLE),
     "linear_extrapolated_sample": (f"{_LINEAR_SAMPLE_INPUTS}, {_SAMPLE_OPTIONS}", _SAMPLE),
     "policy_loss_fwd": (
@@ -107,6 +125,12 @@ SCHEMAS: dict[str, tuple[str, str]] = {
         "ScalarType weight_dtype, ScalarType bias_dtype, bool[3] output_mask",
         "(Tensor scaled_hidden, Tensor scaled_weight, Tensor scaled_bias)",
     ),
+}
+
+#: op name → the structures that its flat list begins with, for the ops whose launchers in Python take structures
+STRUCTURES: dict[str, tuple[type[Any], ...]] = {
+    **{f"{name}_fwd": (*op.models, Targets) for name, op in STATISTICS.items()},
+    **{f"{name}_bwd": (op.grads, *op.models, Targets, op.saved) for name, op in STATISTICS.items()},
 }
 
 

@@ -1,12 +1,10 @@
 """`delta_logp` on GPUs: statistics of a pair's given logits, and what every forward of a pair ends with."""
 
-from typing import Any, NamedTuple
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..inputs import Logits, PairGradients, PairSaved, Targets
 from ..results import DeltaLogpStats
 from . import _math
 from ._device import on_device_of
@@ -16,9 +14,7 @@ from ._rows import Matrix, Rows, matrix
 from ._sizes import ceil_div, next_power_of_2
 from .logp import (
     EVERY_ROW,
-    Gradients,
-    Logits,
-    Saved,
+    Tile,
     check_targets,
     contiguous,
     fold_constants,
@@ -37,29 +33,11 @@ from .logp import (
     store_raw_gradient,
     target_gradient,
     tile_of,
+    tile_of_logits,
     tile_width,
-    transform_of,
 )
 
 _FINISH_ROWS = 8
-
-
-class PairGradients(NamedTuple):
-    """Upstream gradients: of each model's own statistics, and by the divergences (N,); None counts as 0."""
-
-    model: Gradients
-    base: Gradients
-    kl: Any
-    reverse_kl: Any
-
-
-class PairSaved(NamedTuple):
-    """What backward has from forward, (N,) each."""
-
-    model: Saved
-    base: Saved
-    kl: Any
-    reverse_kl: Any
 
 
 @triton.jit(do_not_specialize=["first", "raw_first", "R", "column", "split", "num_splits", "ignore_index"])
@@ -210,8 +188,8 @@ def _delta_logp_bwd_kernel(
 
 
 def fold_pair_tile(
-    logits: Logits,
-    base_logits: Logits,
+    logits: Tile,
+    base_logits: Tile,
     shape: tuple[int, int],
     target: Tensor,
     rows: Rows,
@@ -257,26 +235,14 @@ def finish_delta_logp(
     launch(_finish_delta_logp_kernel, (ceil_div(num_rows, _FINISH_ROWS),), arguments, constants)
 
 
-def delta_logp_fwd(
-    logits: Tensor,
-    base_logits: Tensor,
-    target: Tensor,
-    temperature: float,
-    softcap: float | None,
-    base_softcap: float | None,
-    logit_scale: float,
-    base_logit_scale: float,
-    ignore_index: int,
-    workspace: int,
-) -> DeltaLogpStats:
-    target = target.contiguous()
-    softcaps = softcap is None, base_softcap is None
+def delta_logp_fwd(model: Logits, base: Logits, targets: Targets, workspace: int) -> DeltaLogpStats:
+    logits, (target, ignore_index) = model.logits, (targets.target.contiguous(), targets.ignore_index)
+    uncapped, v = (model.transform.softcap is None, base.transform.softcap is None), logits.shape[-1]
     launch = call_of(
-        "delta_logp_fwd", logits.device, logits, base_logits, target, softcaps, ignore_index, workspace
+        "delta_logp_fwd", logits.device, logits, base.logits, target, uncapped, ignore_index, workspace
     ).launch  # fmt: skip
-    out = new_stats(target, EVERY_ROW, DeltaLogpStats, 3)
-    v, tile = logits.shape[-1], Logits(matrix(logits), transform_of(None, temperature, softcap, logit_scale))
-    base_tile = Logits(matrix(base_logits), transform_of(None, temperature, base_softcap, base_logit_scale))
+    out = new_stats(DeltaLogpStats, target, EVERY_ROW)
+    tile, base_tile = tile_of_logits(model), tile_of_logits(base)
     with on_device_of(logits):
         state, target_logits = new_states(target, v, _math.PAIR_STATE_SIZE.value, 2, workspace)
         for first in range(0, target.shape[0], state.shape[2]):
@@ -287,14 +253,14 @@ def delta_logp_fwd(
             )  # fmt: skip
             finish_delta_logp(
                 state, target_logits, target, EVERY_ROW, out, v, tile.output_scale, base_tile.output_scale,
-                ignore_index, first, launch
+                ignore_index, first, launch,
             )  # fmt: skip
     return out
 
 
 def pair_tile_gradient(
-    logits: Logits,
-    base_logits: Logits,
+    logits: Tile,
+    base_logits: Tile,
     out: Matrix | None,
     base_out: Matrix | None,
     shape: tuple[int, int],
@@ -315,52 +281,30 @@ def pair_tile_gradient(
     )  # fmt: skip
 
 
+def contiguous_pair(grads: PairGradients) -> PairGradients:
+    divergences = [None if grad is None else grad.contiguous() for grad in (grads.kl, grads.reverse_kl)]
+    return PairGradients(contiguous(grads.model), contiguous(grads.base), *divergences)
+
+
 def delta_logp_bwd(
-    grad_logp: Tensor | None,
-    grad_base_logp: Tensor | None,
-    grad_entropy: Tensor | None,
-    grad_base_entropy: Tensor | None,
-    grad_kl: Tensor | None,
-    grad_reverse_kl: Tensor | None,
-    grad_lse: Tensor | None,
-    grad_base_lse: Tensor | None,
-    logits: Tensor,
-    base_logits: Tensor,
-    target: Tensor,
-    entropy: Tensor,
-    base_entropy: Tensor,
-    kl: Tensor,
-    reverse_kl: Tensor,
-    lse: Tensor,
-    base_lse: Tensor,
-    temperature: float,
-    softcap: float | None,
-    base_softcap: float | None,
-    logit_scale: float,
-    base_logit_scale: float,
-    ignore_index: int,
+    grads: PairGradients,
+    model: Logits,
+    base: Logits,
+    targets: Targets,
+    saved: PairSaved,
     output_mask: list[bool],
     workspace: int,
 ) -> tuple[Tensor, ...]:
     gradients = tuple(
-        torch.empty(x.shape if wanted else (0,), dtype=x.dtype, device=x.device)
-        for x, wanted in zip((logits, base_logits), output_mask, strict=True)
+        x.logits.new_empty(x.logits.shape if wanted else 0)
+        for x, wanted in zip((model, base), output_mask, strict=True)
     )
-    if target.shape[0] == 0 or not any(output_mask):
-        return gradients
-    tile = Logits(matrix(logits), transform_of(None, temperature, softcap, logit_scale))
-    base_tile = Logits(matrix(base_logits), transform_of(None, temperature, base_softcap, base_logit_scale))
-    grads = PairGradients(
-        Gradients(*map(contiguous, (grad_logp, grad_entropy, grad_lse))),
-        Gradients(*map(contiguous, (grad_base_logp, grad_base_entropy, grad_base_lse))),
-        contiguous(grad_kl),
-        contiguous(grad_reverse_kl),
-    )
-    out, base_out = (matrix(x) if wanted else None for x, wanted in zip(gradients, output_mask, strict=True))
-    saved = PairSaved(Saved(entropy, lse), Saved(base_entropy, base_lse), kl, reverse_kl)
-    shape = (target.shape[0], logits.shape[-1])
-    with on_device_of(logits):
-        pair_tile_gradient(
-            tile, base_tile, out, base_out, shape, target.contiguous(), saved, grads, ignore_index
-        )  # fmt: skip
+    shape = (targets.target.shape[0], model.logits.shape[-1])
+    if shape[0] > 0 and any(output_mask):
+        out, base_out = (matrix(x) if wanted else None for x, wanted in zip(gradients, output_mask, strict=True))
+        with on_device_of(model.logits):
+            pair_tile_gradient(
+                tile_of_logits(model), tile_of_logits(base), out, base_out, shape, targets.target.contiguous(), saved,
+                contiguous_pair(grads), targets.ignore_index,
+            )  # fmt: skip
     return gradients

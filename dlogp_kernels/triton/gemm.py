@@ -8,6 +8,7 @@ known to the device alone. Every product has the same shape, so a row's result d
 import torch
 from torch import Tensor
 
+from ..inputs import Head, Targets
 from ..results import DeltaLogpStats, LogpStats
 from . import _math, _rows
 from ._device import on_device_of
@@ -16,76 +17,46 @@ from ._rows import Rows, matrix
 from ._sizes import ceil_div
 from .configs import gemm_tile
 from .delta_logp import finish_delta_logp, fold_pair_tile
-from .linear_forward import Model, one_model
-from .logp import Logits, finish_logp, fold_tile, new_stats, transform_of
+from .linear_forward import with_contiguous_bias
+from .logp import Tile, finish_logp, fold_tile, new_stats, transform_of
 
 
-def linear_logp_fwd(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    logit_scale: float,
-    ignore_index: int,
-    workspace: int,
-) -> LogpStats:
-    target = target.contiguous()
-    model = one_model(hidden, weight, bias, temperature, softcap, logit_scale)
-    num_rows, num_tokens = gemm_tile(hidden.device)
-    with on_device_of(hidden):
+def linear_logp_fwd(head: Head, targets: Targets, workspace: int) -> LogpStats:
+    target, ignore_index = targets.target.contiguous(), targets.ignore_index
+    vocabulary, (num_rows, num_tokens) = head.weight.shape[0], gemm_tile(head.hidden.device)
+    with on_device_of(target):
         rows = _rows.kept_rows(target, ignore_index)
-        out = new_stats(target, rows, LogpStats, 1)
-        tiles = _Tiles(model, rows)
-        state, target_logits = _states(target, weight.shape[0], _math.STATE_SIZE.value, 1)
+        out = new_stats(LogpStats, target, rows)
+        tiles = _Tiles(with_contiguous_bias(head), rows)
+        state, target_logits = _states(target, vocabulary, _math.STATE_SIZE.value, 1)
         for first in range(0, target.shape[0], num_rows):
             tiles.gather(first)
-            for split, column in enumerate(range(0, weight.shape[0], num_tokens)):
+            for split, column in enumerate(range(0, vocabulary, num_tokens)):
                 tile, shape = tiles.logits(column)
                 fold_tile(tile, shape, target, rows, ignore_index, state, target_logits, first, column, split)
-            finish_logp(
-                state, target_logits, target, rows, out, weight.shape[0], tile.output_scale, ignore_index, first
-            )
+            finish_logp(state, target_logits, target, rows, out, vocabulary, tile.output_scale, ignore_index, first)
     return out
 
 
-def linear_delta_logp_fwd(
-    hidden: Tensor,
-    weight: Tensor,
-    base_hidden: Tensor,
-    base_weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    base_bias: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    base_softcap: float | None,
-    logit_scale: float,
-    base_logit_scale: float,
-    ignore_index: int,
-    workspace: int,
-) -> DeltaLogpStats:
-    target = target.contiguous()
-    model = one_model(hidden, weight, bias, temperature, softcap, logit_scale)
-    base = one_model(base_hidden, base_weight, base_bias, temperature, base_softcap, base_logit_scale)
-    num_rows, num_tokens = gemm_tile(hidden.device)
-    with on_device_of(hidden):
+def linear_delta_logp_fwd(head: Head, base: Head, targets: Targets, workspace: int) -> DeltaLogpStats:
+    target, ignore_index = targets.target.contiguous(), targets.ignore_index
+    vocabulary, (num_rows, num_tokens) = head.weight.shape[0], gemm_tile(head.hidden.device)
+    with on_device_of(target):
         rows = _rows.kept_rows(target, ignore_index)
-        out = new_stats(target, rows, DeltaLogpStats, 3)
-        tiles, base_tiles = _Tiles(model, rows), _Tiles(base, rows)
-        state, target_logits = _states(target, weight.shape[0], _math.PAIR_STATE_SIZE.value, 2)
+        out = new_stats(DeltaLogpStats, target, rows)
+        tiles, base_tiles = _Tiles(with_contiguous_bias(head), rows), _Tiles(with_contiguous_bias(base), rows)
+        state, target_logits = _states(target, vocabulary, _math.PAIR_STATE_SIZE.value, 2)
         for first in range(0, target.shape[0], num_rows):
             tiles.gather(first)
             base_tiles.gather(first)
-            for split, column in enumerate(range(0, weight.shape[0], num_tokens)):
+            for split, column in enumerate(range(0, vocabulary, num_tokens)):
                 (tile, shape), (base_tile, _) = tiles.logits(column), base_tiles.logits(column)
                 fold_pair_tile(
                     tile, base_tile, shape, target, rows, ignore_index, state, target_logits, first, column, split
                 )  # fmt: skip
             finish_delta_logp(
-                state, target_logits, target, rows, out, weight.shape[0], tile.output_scale, base_tile.output_scale,
-                ignore_index, first
+                state, target_logits, target, rows, out, vocabulary, tile.output_scale, base_tile.output_scale,
+                ignore_index, first,
             )  # fmt: skip
     return out
 
@@ -93,24 +64,24 @@ def linear_delta_logp_fwd(
 class _Tiles:
     """One model's rows, gathered, and tiles of its logits, in buffers that every tile uses again."""
 
-    def __init__(self, model: Model, rows: Rows) -> None:
-        self.model, self.rows = model, rows
-        device = model.hidden.device
+    def __init__(self, head: Head, rows: Rows) -> None:
+        self.head, self.rows = head, rows
+        device = head.hidden.device
         self.num_rows, self.num_tokens = gemm_tile(device)
-        self.hidden = torch.empty((self.num_rows, model.hidden.shape[-1]), dtype=model.dtype, device=device)
+        self.hidden = torch.empty((self.num_rows, head.hidden.shape[-1]), dtype=head.dtype, device=device)
         self.buffer = torch.empty(self.num_rows * self.num_tokens, dtype=torch.float32, device=device)
-        self.transform = transform_of(model.bias, model.temperature, model.softcap, model.logit_scale)
+        self.transform = transform_of(head.transform, head.bias)
 
     def gather(self, first: int) -> None:
-        _rows.gather_rows(self.model.hidden, self.rows, first, self.hidden, zero_rest=True)
+        _rows.gather_rows(self.head.hidden, self.rows, first, self.hidden, zero_rest=True)
 
-    def logits(self, column: int) -> tuple[Logits, tuple[int, int]]:
+    def logits(self, column: int) -> tuple[Tile, tuple[int, int]]:
         """Of the gathered rows and the tokens from `column` on, and the tile's shape."""
-        weight = self.model.weight[column : column + self.num_tokens]
+        weight = self.head.weight[column : column + self.num_tokens]
         shape = (self.num_rows, weight.shape[0])
         raw = self.buffer[: shape[0] * shape[1]].view(shape)
         product(self.hidden, weight.t(), out=raw)
-        return Logits(matrix(raw), self.transform), shape
+        return Tile(matrix(raw), self.transform), shape
 
 
 def _states(target: Tensor, vocabulary: int, state_size: int, models: int) -> tuple[Tensor, Tensor]:

@@ -14,15 +14,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..inputs import Gradients, Head, PairGradients, PairSaved, Saved, Targets
 from . import _rows
 from ._device import on_device_of
 from ._gemm import add_product, product
 from ._rows import Matrix, Rows, matrix
 from ._sizes import round_up
 from .configs import backward_tile
-from .delta_logp import PairGradients, PairSaved, pair_tile_gradient
-from .linear_forward import Model, one_model
-from .logp import Gradients, Logits, Saved, contiguous, tile_gradient, transform_of
+from .delta_logp import contiguous_pair, pair_tile_gradient
+from .linear_forward import with_contiguous_bias
+from .logp import Tile, contiguous, tile_gradient, transform_of
 
 #: Backward takes this many times the workspace at most: 512 MiB by default.
 _SHARE = 2
@@ -34,10 +35,10 @@ _LEAST_ROWS = 128
 _FLOAT16_LARGEST = 2.0**12
 
 #: (first row, column, tiles, outs, shape, in place) → gradients by the tiles' raw logits, into each model's out.
-_TileGradient = Callable[[int, int, list[Logits], list[Matrix | None], tuple[int, int], list[bool]], None]
+_TileGradient = Callable[[int, int, list[Tile], list[Matrix | None], tuple[int, int], list[bool]], None]
 
 
-class Cut(NamedTuple):
+class Tiling(NamedTuple):
     """Rows and tokens at a time; `once`: all rows, and both gradients in one walk through the vocabulary."""
 
     rows: int
@@ -45,17 +46,18 @@ class Cut(NamedTuple):
     once: bool
 
 
-class _Layer:
-    """One model's last layer, the gradients wanted of it, and the buffers of a block of rows × tokens."""
+class HeadGradients:
+    """One model's head, the gradients wanted of it, and the buffers of a block of rows × tokens."""
 
-    def __init__(self, model: Model, wanted: list[bool]) -> None:
-        self.model = model
-        hidden, weight, bias = model.hidden, model.weight, model.bias
-        self.wants_hidden, self.wants_weight, self.wants_bias = wanted[0], wanted[1], wanted[2] and bias is not None
+    def __init__(self, head: Head, output_mask: list[bool]) -> None:
+        self.head = with_contiguous_bias(head)
+        hidden, weight, bias, transform = self.head
+        self.wants_hidden, self.wants_weight = output_mask[:2]
+        self.wants_bias = output_mask[2] and bias is not None
         self.grad_hidden = hidden.new_empty(hidden.shape if self.wants_hidden else 0)
         self.grad_weight = weight.new_empty(weight.shape if self.wants_weight else 0)
         self.grad_bias = (hidden if bias is None else bias).new_empty(weight.shape[0] if self.wants_bias else 0)
-        self.transform = transform_of(model.bias, model.temperature, model.softcap, model.logit_scale)
+        self.transform = transform_of(transform, bias)
         self.tile_rows, self.tile_tokens = backward_tile(hidden.device)
 
     @property
@@ -63,32 +65,32 @@ class _Layer:
         return self.wants_hidden or self.wants_weight or self.wants_bias
 
     def bytes_of(self, rows: int, tokens: int, totals_of_hidden: bool, totals_of_weight: bool) -> int:
-        d, itemsize = self.model.hidden.shape[-1], self.model.dtype.itemsize
+        d, itemsize = self.head.hidden.shape[-1], self.head.dtype.itemsize
         size = rows * d * itemsize + 4 * min(rows, self.tile_rows) * min(tokens, self.tile_tokens)
         size += rows * tokens * itemsize if self.wanted else 0
         size += 4 * rows * d if totals_of_hidden and self.wants_hidden else 0
         size += 4 * tokens * d if totals_of_weight and self.wants_weight else 0
-        if self.model.weight.dtype != self.model.dtype:
+        if self.head.weight.dtype != self.head.dtype:
             size += tokens * d * itemsize
         return size
 
-    def allocate(self, cut: Cut) -> None:
-        self._hidden = self._new(self.model.dtype, cut.rows, self.model.hidden.shape[-1])
-        self._tile = self._new(torch.float32, min(cut.rows, self.tile_rows) * min(cut.tokens, self.tile_tokens))
-        self._grad_logits = self._new(self.model.dtype, cut.rows * cut.tokens) if self.wanted else None
+    def allocate(self, tiling: Tiling) -> None:
+        self._hidden = self._new(self.head.dtype, tiling.rows, self.head.hidden.shape[-1])
+        self._tile = self._new(torch.float32, min(tiling.rows, self.tile_rows) * min(tiling.tokens, self.tile_tokens))
+        self._grad_logits = self._new(self.head.dtype, tiling.rows * tiling.tokens) if self.wanted else None
 
     def _new(self, dtype: torch.dtype, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=self.model.hidden.device)
+        return torch.empty(shape, dtype=dtype, device=self.head.hidden.device)
 
     def gather(self, rows: Rows, first: int) -> None:
-        _rows.gather_rows(self.model.hidden, rows, first, self._hidden, zero_rest=True)
+        _rows.gather_rows(self.head.hidden, rows, first, self._hidden, zero_rest=True)
 
-    def logits(self, row: int, num_rows: int, column: int, num_tokens: int) -> Logits:
+    def logits(self, row: int, num_rows: int, column: int, num_tokens: int) -> Tile:
         """Of rows of the gathered block."""
         raw = self._tile[: num_rows * num_tokens].view(num_rows, num_tokens)
-        weight = self.model.weight[column : column + num_tokens]
+        weight = self.head.weight[column : column + num_tokens]
         product(self._hidden[row : row + num_rows], weight.t(), out=raw)
-        return Logits(matrix(raw), self.transform)
+        return Tile(matrix(raw), self.transform)
 
     def grad_logits(self, num_rows: int, num_tokens: int) -> Tensor:
         assert self._grad_logits is not None
@@ -101,117 +103,117 @@ class _Layer:
         return self.grad_hidden, self.grad_weight, self.grad_bias
 
 
-class _Walk:
+class BackwardSchedule:
     """Walks through blocks of rows × tokens of the logits of one model or a pair."""
 
     def __init__(
         self,
-        layers: list[_Layer],
+        heads: list[HeadGradients],
         target: Tensor,
         ignore_index: int,
         gradient: _TileGradient,
         inverse_scale: Tensor | None,
         workspace: int,
     ) -> None:
-        self.layers, self.gradient, self.inverse_scale = layers, gradient, inverse_scale
-        self.num_rows, self.vocabulary = target.shape[0], layers[0].model.weight.shape[0]
+        self.heads, self.gradient, self.inverse_scale = heads, gradient, inverse_scale
+        self.num_rows, self.vocabulary = target.shape[0], heads[0].head.weight.shape[0]
         self.rows = _rows.rows_in_place(target, ignore_index)
         self.memory = _SHARE * workspace * 31 // 32  # the rest: small buffers, and what the allocator rounds up
         self.device = target.device
 
     def run(self) -> None:
         if self.num_rows == 0:
-            for layer in self.layers:
-                for gradient in layer.gradients():
+            for head in self.heads:
+                for gradient in head.gradients():
                     gradient.zero_()
             return
-        wants_hidden = any(layer.wants_hidden for layer in self.layers)
-        wants_weight = any(layer.wants_weight or layer.wants_bias for layer in self.layers)
+        wants_hidden = any(head.wants_hidden for head in self.heads)
+        wants_weight = any(head.wants_weight or head.wants_bias for head in self.heads)
         if wants_weight:
-            cut = self._cut(wants_hidden, True)
-            self._by_tokens(cut, wants_hidden and cut.once)
-            if not wants_hidden or cut.once:
+            tiling = self._tiling(wants_hidden, True)
+            self._by_tokens(tiling, wants_hidden and tiling.once)
+            if not wants_hidden or tiling.once:
                 return
         if wants_hidden:
-            self._by_rows(self._cut(True, False))
+            self._by_rows(self._tiling(True, False))
 
-    def _cut(self, hidden: bool, weight: bool) -> Cut:
+    def _tiling(self, hidden: bool, weight: bool) -> Tiling:
         """The largest blocks that fit: all rows at once if that leaves enough tokens, for one walk instead of two."""
 
         def size(rows: int, tokens: int, once: bool) -> int:
-            return sum(layer.bytes_of(rows, tokens, hidden and (once or not weight), weight) for layer in self.layers)
+            return sum(head.bytes_of(rows, tokens, hidden and (once or not weight), weight) for head in self.heads)
 
         def tokens_at(rows: int, once: bool) -> int:
             fixed, per_token = size(rows, 0, once), size(rows, 1, once) - size(rows, 0, once)
             tokens = (self.memory - fixed) // max(1, per_token)
             # Whole tiles: a narrow rest of one is a product at half the speed.
-            whole = self.layers[0].tile_tokens if tokens >= self.layers[0].tile_tokens else 128
+            whole = self.heads[0].tile_tokens if tokens >= self.heads[0].tile_tokens else 128
             return tokens // whole * whole
 
         enough = min(_FEWEST_TOKENS, self.vocabulary)
         if (tokens := tokens_at(self.num_rows, True)) >= enough:
-            return Cut(round_up(self.num_rows, 16), min(tokens, self.vocabulary), True)
+            return Tiling(round_up(self.num_rows, 16), min(tokens, self.vocabulary), True)
         rows = round_up(min(_MOST_ROWS, self.num_rows), 16)
         while rows > _LEAST_ROWS and tokens_at(rows, False) < enough:
             rows //= 2
         rows = round_up(rows, 16)
-        return Cut(rows, max(128, min(tokens_at(rows, False), _FEWEST_TOKENS * 8, self.vocabulary)), False)
+        return Tiling(rows, max(128, min(tokens_at(rows, False), _FEWEST_TOKENS * 8, self.vocabulary)), False)
 
-    def _by_tokens(self, cut: Cut, with_hidden: bool) -> None:
+    def _by_tokens(self, tiling: Tiling, with_hidden: bool) -> None:
         """Gradients by weight and bias, a block of tokens after the other; by hidden too if all rows are at hand."""
-        self._allocate(cut)
-        totals = [self._zeros(layer.wants_hidden and with_hidden, cut.rows, layer) for layer in self.layers]
-        weight_totals = [self._zeros(layer.wants_weight, cut.tokens, layer) for layer in self.layers]
-        bias_totals = [self._bias_total(layer) for layer in self.layers]
-        for column, num_tokens in _blocks(self.vocabulary, cut.tokens):
-            for first, num_rows in _blocks(self.num_rows, cut.rows):
-                if column == 0 or cut.rows < self.num_rows:
+        self._allocate(tiling)
+        totals = [self._zeros(head.wants_hidden and with_hidden, tiling.rows, head) for head in self.heads]
+        weight_totals = [self._zeros(head.wants_weight, tiling.tokens, head) for head in self.heads]
+        bias_totals = [self._bias_total(head) for head in self.heads]
+        for column, num_tokens in _blocks(self.vocabulary, tiling.tokens):
+            for first, num_rows in _blocks(self.num_rows, tiling.rows):
+                if column == 0 or tiling.rows < self.num_rows:
                     self._gather(first)
                 self._grad_logits(first, num_rows, column, num_tokens, bias_totals)
-                for layer, total, weight_total in zip(self.layers, totals, weight_totals, strict=True):
+                for head, total, weight_total in zip(self.heads, totals, weight_totals, strict=True):
                     if weight_total is not None:
-                        self._add_weight(layer, weight_total[:num_tokens], first, num_rows)
+                        self._add_weight(head, weight_total[:num_tokens], first, num_rows)
                     if total is not None:
-                        weight = layer.model.weight[column : column + num_tokens]
-                        add_product(layer.grad_logits(num_rows, num_tokens), weight, out=total[:num_rows])
-            for layer, weight_total in zip(self.layers, weight_totals, strict=True):
+                        weight = head.head.weight[column : column + num_tokens]
+                        add_product(head.grad_logits(num_rows, num_tokens), weight, out=total[:num_rows])
+            for head, weight_total in zip(self.heads, weight_totals, strict=True):
                 if weight_total is not None:
-                    self._store(weight_total[:num_tokens], layer.grad_weight[column : column + num_tokens])
-        for layer, total, bias_total in zip(self.layers, totals, bias_totals, strict=True):
+                    self._store(weight_total[:num_tokens], head.grad_weight[column : column + num_tokens])
+        for head, total, bias_total in zip(self.heads, totals, bias_totals, strict=True):
             if total is not None:
-                self._store(total[: self.num_rows], layer.grad_hidden.view(self.num_rows, -1))
+                self._store(total[: self.num_rows], head.grad_hidden.view(self.num_rows, -1))
             if bias_total is not None:
-                layer.grad_bias.copy_(bias_total)
+                head.grad_bias.copy_(bias_total)
 
-    def _by_rows(self, cut: Cut) -> None:
+    def _by_rows(self, tiling: Tiling) -> None:
         """Gradients by hidden, a block of rows after the other."""
-        self._allocate(cut)
-        totals = [self._zeros(layer.wants_hidden, cut.rows, layer) for layer in self.layers]
-        for first, num_rows in _blocks(self.num_rows, cut.rows):
+        self._allocate(tiling)
+        totals = [self._zeros(head.wants_hidden, tiling.rows, head) for head in self.heads]
+        for first, num_rows in _blocks(self.num_rows, tiling.rows):
             self._gather(first)
             for total in totals:
                 if total is not None:
                     total.zero_()
-            for column, num_tokens in _blocks(self.vocabulary, cut.tokens):
-                self._grad_logits(first, num_rows, column, num_tokens, [None for _ in self.layers])
-                for layer, total in zip(self.layers, totals, strict=True):
+            for column, num_tokens in _blocks(self.vocabulary, tiling.tokens):
+                self._grad_logits(first, num_rows, column, num_tokens, [None for _ in self.heads])
+                for head, total in zip(self.heads, totals, strict=True):
                     if total is not None:
-                        weight = layer.model.weight[column : column + num_tokens]
-                        add_product(layer.grad_logits(num_rows, num_tokens), weight, out=total[:num_rows])
-            for layer, total in zip(self.layers, totals, strict=True):
+                        weight = head.head.weight[column : column + num_tokens]
+                        add_product(head.grad_logits(num_rows, num_tokens), weight, out=total[:num_rows])
+            for head, total in zip(self.heads, totals, strict=True):
                 if total is not None:
-                    grad_hidden = layer.grad_hidden.view(self.num_rows, -1)
+                    grad_hidden = head.grad_hidden.view(self.num_rows, -1)
                     self._store(total[:num_rows], grad_hidden[first : first + num_rows])
 
     def _grad_logits(
         self, first: int, num_rows: int, column: int, num_tokens: int, bias_totals: list[Tensor | None]
     ) -> None:
         """Of a block, tile by tile. The sum for a bias is taken before they are rounded, from the tile itself."""
-        outs = [layer.grad_logits(num_rows, num_tokens) if layer.wanted else None for layer in self.layers]
+        outs = [head.grad_logits(num_rows, num_tokens) if head.wanted else None for head in self.heads]
         in_place = [total is not None for total in bias_totals]
-        for begin, width in _blocks(num_tokens, self.layers[0].tile_tokens):
-            for row, height in _blocks(num_rows, self.layers[0].tile_rows):
-                tiles = [layer.logits(row, height, column + begin, width) for layer in self.layers]
+        for begin, width in _blocks(num_tokens, self.heads[0].tile_tokens):
+            for row, height in _blocks(num_rows, self.heads[0].tile_rows):
+                tiles = [head.logits(row, height, column + begin, width) for head in self.heads]
                 parts = [
                     None if out is None else matrix(out[row : row + height, begin : begin + width]) for out in outs
                 ]
@@ -220,30 +222,30 @@ class _Walk:
                     if total is not None:
                         total[column + begin : column + begin + width] += tile.raw.data.sum(0)
 
-    def _add_weight(self, layer: _Layer, total: Tensor, first: int, num_rows: int) -> None:
+    def _add_weight(self, head: HeadGradients, total: Tensor, first: int, num_rows: int) -> None:
         """Of one block of rows; the first one begins the total."""
-        grad_logits = layer.grad_logits(num_rows, total.shape[0])
+        grad_logits = head.grad_logits(num_rows, total.shape[0])
         into = product if first == 0 else add_product
-        into(grad_logits.t(), layer.hidden_of(num_rows), out=total)
+        into(grad_logits.t(), head.hidden_of(num_rows), out=total)
 
     def _store(self, total: Tensor, out: Tensor) -> None:
         """A float32 total to where it is wanted, in its dtype."""
         out.copy_(total if self.inverse_scale is None else total.mul_(self.inverse_scale))
 
-    def _allocate(self, cut: Cut) -> None:
-        for layer in self.layers:
-            layer.allocate(cut)
+    def _allocate(self, tiling: Tiling) -> None:
+        for head in self.heads:
+            head.allocate(tiling)
 
     def _gather(self, first: int) -> None:
-        for layer in self.layers:
-            layer.gather(self.rows, first)
+        for head in self.heads:
+            head.gather(self.rows, first)
 
-    def _zeros(self, wanted: bool, size: int, layer: _Layer) -> Tensor | None:
-        hidden = layer.model.hidden
+    def _zeros(self, wanted: bool, size: int, head: HeadGradients) -> Tensor | None:
+        hidden = head.head.hidden
         return torch.zeros((size, hidden.shape[-1]), dtype=torch.float32, device=hidden.device) if wanted else None
 
-    def _bias_total(self, layer: _Layer) -> Tensor | None:
-        return torch.zeros(self.vocabulary, dtype=torch.float32, device=self.device) if layer.wants_bias else None
+    def _bias_total(self, head: HeadGradients) -> Tensor | None:
+        return torch.zeros(self.vocabulary, dtype=torch.float32, device=self.device) if head.wants_bias else None
 
 
 def _blocks(total: int, size: int) -> list[tuple[int, int]]:
@@ -271,43 +273,16 @@ def _scale(
 
 
 def linear_logp_bwd(
-    grad_logp: Tensor | None,
-    grad_entropy: Tensor | None,
-    grad_lse: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    entropy: Tensor,
-    lse: Tensor,
-    temperature: float,
-    softcap: float | None,
-    logit_scale: float,
-    ignore_index: int,
-    output_mask: list[bool],
-    workspace: int,
+    grads: Gradients, head: Head, targets: Targets, saved: Saved, output_mask: list[bool], workspace: int
 ) -> tuple[Tensor, ...]:
-    model = one_model(hidden, weight, bias, temperature, softcap, logit_scale)
-    grads = Gradients(*map(contiguous, (grad_logp, grad_entropy, grad_lse)))
-    return _one_model(model, output_mask, target.contiguous(), Saved(entropy, lse), grads, ignore_index, workspace)
-
-
-def _one_model(
-    model: Model,
-    wanted: list[bool],
-    target: Tensor,
-    saved: Saved,
-    grads: Gradients,
-    ignore_index: int,
-    workspace: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    layer = _Layer(model, wanted)
-    scale, inverse_scale = _scale(model.dtype, target, ignore_index, *grads)
+    target, ignore_index = targets.target.contiguous(), targets.ignore_index
+    gradients, grads = HeadGradients(head, output_mask), contiguous(grads)
+    scale, inverse_scale = _scale(head.dtype, target, ignore_index, *grads)
 
     def gradient(
         first: int,
         column: int,
-        tiles: list[Logits],
+        tiles: list[Tile],
         outs: list[Matrix | None],
         shape: tuple[int, int],
         in_place: list[bool],
@@ -315,74 +290,34 @@ def _one_model(
         assert outs[0] is not None
         tile_gradient(tiles[0], outs[0], shape, target, saved, grads, ignore_index, scale, first, column, *in_place)
 
-    if layer.wanted:
+    if gradients.wanted:
         with on_device_of(target):
-            _Walk([layer], target, ignore_index, gradient, inverse_scale, workspace).run()
-    return layer.gradients()
+            BackwardSchedule([gradients], target, ignore_index, gradient, inverse_scale, workspace).run()
+    return gradients.gradients()
 
 
 def linear_delta_logp_bwd(
-    grad_logp: Tensor | None,
-    grad_base_logp: Tensor | None,
-    grad_entropy: Tensor | None,
-    grad_base_entropy: Tensor | None,
-    grad_kl: Tensor | None,
-    grad_reverse_kl: Tensor | None,
-    grad_lse: Tensor | None,
-    grad_base_lse: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    base_hidden: Tensor,
-    base_weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    base_bias: Tensor | None,
-    entropy: Tensor,
-    base_entropy: Tensor,
-    kl: Tensor,
-    reverse_kl: Tensor,
-    lse: Tensor,
-    base_lse: Tensor,
-    temperature: float,
-    softcap: float | None,
-    base_softcap: float | None,
-    logit_scale: float,
-    base_logit_scale: float,
-    ignore_index: int,
+    grads: PairGradients,
+    head: Head,
+    base: Head,
+    targets: Targets,
+    saved: PairSaved,
     output_mask: list[bool],
     workspace: int,
 ) -> tuple[Tensor, ...]:
-    target = target.contiguous()
-    models = [
-        one_model(hidden, weight, bias, temperature, softcap, logit_scale),
-        one_model(base_hidden, base_weight, base_bias, temperature, base_softcap, base_logit_scale),
-    ]
-    wanted = [[output_mask[i] for i in (0, 1, 4)], [output_mask[i] for i in (2, 3, 5)]]
-    grads = PairGradients(
-        Gradients(*map(contiguous, (grad_logp, grad_entropy, grad_lse))),
-        Gradients(*map(contiguous, (grad_base_logp, grad_base_entropy, grad_base_lse))),
-        contiguous(grad_kl),
-        contiguous(grad_reverse_kl),
-    )
-    saved = PairSaved(Saved(entropy, lse), Saved(base_entropy, base_lse), kl, reverse_kl)
     if grads.kl is None and grads.reverse_kl is None:  # each model's gradients are its own affair
-        own, own_base = (
-            _one_model(*of_one, ignore_index, workspace)
-            for of_one in (
-                (models[0], wanted[0], target, saved.model, grads.model),
-                (models[1], wanted[1], target, saved.base, grads.base),
-            )
-        )
-        return (*own[:2], *own_base[:2], own[2], own_base[2])
-    layers = [_Layer(model, of_model) for model, of_model in zip(models, wanted, strict=True)]
+        own = linear_logp_bwd(grads.model, head, targets, saved.model, output_mask[:3], workspace)
+        return *own, *linear_logp_bwd(grads.base, base, targets, saved.base, output_mask[3:], workspace)
+    target, ignore_index = targets.target.contiguous(), targets.ignore_index
+    both, grads = [HeadGradients(head, output_mask[:3]), HeadGradients(base, output_mask[3:])], contiguous_pair(grads)
     every = (*grads.model, *grads.base, grads.kl, grads.reverse_kl)
-    half = torch.float16 if torch.float16 in (models[0].dtype, models[1].dtype) else models[0].dtype
+    half = torch.float16 if torch.float16 in (head.dtype, base.dtype) else head.dtype
     scale, inverse_scale = _scale(half, target, ignore_index, *every)
 
     def gradient(
         first: int,
         column: int,
-        tiles: list[Logits],
+        tiles: list[Tile],
         outs: list[Matrix | None],
         shape: tuple[int, int],
         in_place: list[bool],
@@ -395,6 +330,5 @@ def linear_delta_logp_bwd(
 
     if any(output_mask):
         with on_device_of(target):
-            _Walk(layers, target, ignore_index, gradient, inverse_scale, workspace).run()
-    own, own_base = layers[0].gradients(), layers[1].gradients()
-    return (*own[:2], *own_base[:2], own[2], own_base[2])
+            BackwardSchedule(both, target, ignore_index, gradient, inverse_scale, workspace).run()
+    return *both[0].gradients(), *both[1].gradients()

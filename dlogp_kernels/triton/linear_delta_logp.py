@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..inputs import Head, Targets
 from ..results import DeltaLogpStats
 from . import _math
 from ._device import on_device_of, precision, properties
@@ -14,13 +15,11 @@ from ._launch import call_of
 from ._math import MASKED_LOGIT
 from .delta_logp import finish_delta_logp
 from .linear_forward import (
-    Model,
     Plan,
     bias_of,
     gather_buffer,
     is_masked,
-    layer_of,
-    one_model,
+    operands_of,
     pair_of_logits_tiles,
     pick_targets,
     plan,
@@ -28,6 +27,7 @@ from .linear_forward import (
     share_weight,
     stages_of_one_weight,
     unit_of,
+    with_contiguous_bias,
 )
 from .logp import new_stats
 
@@ -87,58 +87,43 @@ def _linear_delta_logp_fwd_kernel(
         _math.store_pair_state(place, num_splits * R, state, mask & (block == blocks_per_split - 1))
 
 
-def _plan(model: Model, base: Model, target: Tensor, workspace: int) -> tuple[Plan, dict[str, Any]]:
+def _plan(head: Head, base: Head, target: Tensor, workspace: int) -> tuple[Plan, dict[str, Any]]:
     """And what the kernel is compiled for."""
-    cut = plan([model, base], target, _math.PAIR_STATE_SIZE.value, workspace)
-    constants = cut.constants(is_masked(model, cut) or is_masked(base, cut))
-    constants |= {"ONE_TARGET": target.shape[1] == 1, "ONE_WEIGHT": share_weight(model, base, cut)}
+    cut = plan([head, base], target, _math.PAIR_STATE_SIZE.value, workspace)
+    constants = cut.constants(is_masked(head, cut) or is_masked(base, cut))
+    constants |= {"ONE_TARGET": target.shape[1] == 1, "ONE_WEIGHT": share_weight(head, base, cut)}
     if constants["ONE_WEIGHT"]:
-        constants["num_stages"] = stages_of_one_weight(cut, model.dtype.itemsize)
+        constants["num_stages"] = stages_of_one_weight(cut, head.dtype.itemsize)
     return cut, constants
 
 
-def linear_delta_logp_fwd(
-    hidden: Tensor,
-    weight: Tensor,
-    base_hidden: Tensor,
-    base_weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    base_bias: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    base_softcap: float | None,
-    logit_scale: float,
-    base_logit_scale: float,
-    ignore_index: int,
-    workspace: int,
-) -> DeltaLogpStats:
-    target = target.contiguous()
-    model = one_model(hidden, weight, bias, temperature, softcap, logit_scale)
-    base = one_model(base_hidden, base_weight, base_bias, temperature, base_softcap, base_logit_scale)
+def linear_delta_logp_fwd(head: Head, base: Head, targets: Targets, workspace: int) -> DeltaLogpStats:
+    head, base = with_contiguous_bias(head), with_contiguous_bias(base)
+    target, ignore_index = targets.target.contiguous(), targets.ignore_index
+    hidden, vocabulary = head.hidden, head.weight.shape[0]
     with on_device_of(hidden):
         call = call_of(
-            "linear_delta_logp_fwd", hidden.device, *model, *base, target, ignore_index, workspace,
-            precision(properties(hidden.device), model.dtype), weight.data_ptr() == base_weight.data_ptr(),
+            "linear_delta_logp_fwd", hidden.device, *head, *base, target, ignore_index, workspace,
+            precision(properties(hidden.device), head.dtype), head.weight.data_ptr() == base.weight.data_ptr(),
         )  # fmt: skip
         if call.plan is None:
-            call.plan = _plan(model, base, target, workspace)
+            call.plan = _plan(head, base, target, workspace)
         cut, constants = call.plan
         rows = rows_of(target, cut, ignore_index)
-        out = new_stats(target, rows, DeltaLogpStats, 3)
+        out = new_stats(DeltaLogpStats, target, rows)
         state = hidden.new_empty((_math.PAIR_STATE_SIZE.value, cut.num_splits, cut.num_rows), dtype=torch.float32)
         target_logits = hidden.new_empty((2 * target.shape[1], cut.num_rows), dtype=torch.float32)
-        gathered, base_gathered = gather_buffer(model, cut, rows), gather_buffer(base, cut, rows)
+        gathered, base_gathered = gather_buffer(head, cut, rows), gather_buffer(base, cut, rows)
         for first in range(0, target.shape[0], cut.num_rows):
-            layer = layer_of(model, cut, rows, gathered, first)
-            base_layer = layer_of(base, cut, rows, base_gathered, first)
+            operands = operands_of(head, cut, rows, gathered, first)
+            base_operands = operands_of(base, cut, rows, base_gathered, first)
             arguments = (
-                *layer, *base_layer, target, *rows, state, target_logits, first, target.shape[0], cut.num_rows,
-                weight.shape[0], target.shape[1], cut.blocks_per_split, cut.num_splits,
+                *operands, *base_operands, target, *rows, state, target_logits, first, target.shape[0], cut.num_rows,
+                vocabulary, target.shape[1], cut.blocks_per_split, cut.num_splits,
             )  # fmt: skip
             call.launch(_linear_delta_logp_fwd_kernel, (cut.programs,), arguments, constants)
             finish_delta_logp(
-                state, target_logits, target, rows, out, weight.shape[0], layer.head.output_scale,
-                base_layer.head.output_scale, ignore_index, first, call.launch,
+                state, target_logits, target, rows, out, vocabulary, operands.layout.output_scale,
+                base_operands.layout.output_scale, ignore_index, first, call.launch,
             )  # fmt: skip
     return out

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..inputs import Head, Transform
 from ..results import Sample
 from . import _math
 from ._device import on_device_of, precision, properties
@@ -34,17 +35,16 @@ from ._sample import (
 from ._sizes import ceil_div, next_power_of_2
 from .configs import sample_config
 from .linear_forward import (
-    Model,
     Plan,
     bias_of,
     is_masked,
-    layer_of,
-    one_model,
+    operands_of,
     pair_of_logits_tiles,
     plan_of,
     share_weight,
     stages_of_one_weight,
     unit_of,
+    with_contiguous_bias,
 )
 from .logp import EVERY_ROW
 
@@ -336,8 +336,8 @@ def _finish_linear_sample_kernel(
 
 
 def _plan(
-    model: Model,
-    base: Model,
+    model: Head,
+    base: Head,
     rows: int,
     workspace: int,
     criterion: str,
@@ -389,8 +389,9 @@ def linear_extrapolated_sample(
     out = new_sample(n, hidden)
     if n == 0:
         return out
-    model = one_model(hidden.reshape(n, -1), weight, bias, 1.0, softcap, logit_scale)
-    base = one_model(base_hidden.reshape(n, -1), base_weight, base_bias, 1.0, base_softcap, base_logit_scale)
+    model = with_contiguous_bias(Head(hidden.reshape(n, -1), weight, bias, Transform(1.0, softcap, logit_scale)))
+    base_transform = Transform(1.0, base_softcap, base_logit_scale)
+    base = with_contiguous_bias(Head(base_hidden.reshape(n, -1), base_weight, base_bias, base_transform))
     noise = noise_of(row_id, seed, step, seed_tensor, step_tensor)
     greedy, replaces = temperature == 0.0, criterion != "none"
     divisor, extrapolates = 1.0 if greedy else temperature, gamma > 0.0
@@ -411,7 +412,7 @@ def linear_extrapolated_sample(
             count = rows.stop - first
             part, base_part = (x._replace(hidden=x.hidden[rows]) for x in (model, base))
             arguments = (
-                *layer_of(part, plan, EVERY_ROW, None, 0), *layer_of(base_part, plan, EVERY_ROW, None, 0), *noise,
+                *operands_of(part, plan, EVERY_ROW, None, 0), *operands_of(base_part, plan, EVERY_ROW, None, 0), *noise,
                 state, token, first, count, plan.num_rows, v, gamma, divisor, plan.blocks_per_split, plan.num_splits,
             )  # fmt: skip
             call.launch(_linear_extrapolated_sample_kernel, (plan.programs,), arguments, constants)

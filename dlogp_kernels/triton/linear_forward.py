@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..inputs import Head
 from . import _rows
 from ._device import precision, properties
 from ._math import MASKED_LOGIT
@@ -28,8 +29,8 @@ _SHARE = 4
 _TILE_BYTES = 224 * 2**10
 
 
-class Head(NamedTuple):
-    """What a kernel needs to know of a last layer besides hidden and weight; bias and both scales as in Transform."""
+class HeadLayout(NamedTuple):
+    """What a kernel needs to know of a head besides hidden and weight; bias and both scales as in TileTransform."""
 
     bias: Any
     D: int
@@ -40,8 +41,8 @@ class Head(NamedTuple):
     output_scale: float
 
 
-class Layer(NamedTuple):
-    """One model's last layer as three arguments of a kernel.
+class HeadOperands(NamedTuple):
+    """One model's head as three arguments of a kernel.
 
     hidden (rows, D) and weight (V, D) are both pointers, or both tensor descriptors: those have to be arguments of
     their own, since Triton (3.6, 3.7) can not launch a kernel with a descriptor inside a tuple.
@@ -49,35 +50,11 @@ class Layer(NamedTuple):
 
     hidden: Any
     weight: Any
-    head: Head
+    layout: HeadLayout
 
 
-class Model(NamedTuple):
-    """One model's inputs as an op receives them, the bias contiguous."""
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    temperature: float
-    softcap: float | None
-    logit_scale: float
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What multiplies: the wider of both."""
-        return torch.promote_types(self.hidden.dtype, self.weight.dtype)
-
-
-def one_model(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    logit_scale: float,
-) -> Model:
-    contiguous_bias = None if bias is None else bias.contiguous()
-    return Model(hidden, weight, contiguous_bias, temperature, softcap, logit_scale)
+def with_contiguous_bias(head: Head) -> Head:
+    return head if head.bias is None else head._replace(bias=head.bias.contiguous())
 
 
 @triton.jit
@@ -215,12 +192,12 @@ class Plan(NamedTuple):
         }
 
 
-def plan(models: list[Model], target: Tensor, state_size: int, workspace: int) -> Plan:
-    return plan_of(models, target.shape[0], state_size, len(models) * target.shape[1], config, workspace)
+def plan(heads: list[Head], target: Tensor, state_size: int, workspace: int) -> Plan:
+    return plan_of(heads, target.shape[0], state_size, len(heads) * target.shape[1], config, workspace)
 
 
 def plan_of(
-    models: list[Model],
+    heads: list[Head],
     rows: int,
     state_size: int,
     row_numbers: int,
@@ -228,15 +205,15 @@ def plan_of(
     workspace: int,
 ) -> Plan:
     """For tiles that `choose` takes, and so many numbers of 4 bytes a row: of each split, and besides."""
-    where, dtype = models[0].hidden.device, max((model.dtype for model in models), key=lambda dtype: dtype.itemsize)
-    device, aligned = properties(where), all(_can_copy_tiles(model) for model in models)
-    tile = choose(len(models), where, dtype, aligned)
-    v = models[0].weight.shape[0]
+    where, dtype = heads[0].hidden.device, max((head.dtype for head in heads), key=lambda dtype: dtype.itemsize)
+    device, aligned = properties(where), all(_can_copy_tiles(head) for head in heads)
+    tile = choose(len(heads), where, dtype, aligned)
+    v = heads[0].weight.shape[0]
     blocks = ceil_div(v, tile.block_v)
     blocks_per_split = ceil_div(blocks, device.programs)
     num_splits = ceil_div(blocks, blocks_per_split)
     row_bytes = 4 * (num_splits * state_size + row_numbers)
-    row_bytes += sum(model.dtype.itemsize * _padded(model.hidden.shape[-1]) for model in models)
+    row_bytes += sum(head.dtype.itemsize * _padded(head.hidden.shape[-1]) for head in heads)
     fitting = workspace // _SHARE // row_bytes // tile.block_n
     row_tiles = _row_tiles(max(1, ceil_div(rows, tile.block_n)), max(1, fitting), tile.group)
     return Plan(
@@ -262,29 +239,31 @@ def rows_of(target: Tensor, plan: Plan, ignore_index: int) -> Rows:
     return EVERY_ROW if target.shape[0] <= plan.tile.block_n else _rows.kept_rows(target, ignore_index)
 
 
-def layer_of(model: Model, plan: Plan, rows: Rows, gathered: Tensor | None, first: int) -> Layer:
-    """The last layer, with the rows of this pass gathered into `gathered`, or all as they are where it is None."""
-    d, weight = model.hidden.shape[-1], model.weight
+def operands_of(head: Head, plan: Plan, rows: Rows, gathered: Tensor | None, first: int) -> HeadOperands:
+    """The head, with the rows of this pass gathered into `gathered`, or all as they are where it is None."""
+    d, weight = head.hidden.shape[-1], head.weight
     if gathered is None:
-        hidden = _as_they_are(model, plan)
+        hidden = _as_they_are(head, plan)
     else:
         hidden = gathered[:, :d]
-        _rows.gather_rows(model.hidden, rows, first, gathered, zero_rest=False)
-    bias, tanh_scale, output_scale = transform_of(model.bias, model.temperature, model.softcap, model.logit_scale)
-    head = Head(bias, d, hidden.stride(0), weight.stride(0), weight.stride(1), tanh_scale, output_scale)
+        _rows.gather_rows(head.hidden, rows, first, gathered, zero_rest=False)
+    bias, tanh_scale, output_scale = transform_of(head.transform, head.bias)
+    layout = HeadLayout(bias, d, hidden.stride(0), weight.stride(0), weight.stride(1), tanh_scale, output_scale)
     if not plan.descriptors:
-        return Layer(hidden, weight, head)
+        return HeadOperands(hidden, weight, layout)
     tile = plan.tile
-    return Layer(_descriptor(hidden, tile.block_n, tile.block_d), _descriptor(weight, tile.block_v, tile.block_d), head)
+    return HeadOperands(
+        _descriptor(hidden, tile.block_n, tile.block_d), _descriptor(weight, tile.block_v, tile.block_d), layout
+    )  # fmt: skip
 
 
-def _as_they_are(model: Model, plan: Plan) -> Tensor:
+def _as_they_are(head: Head, plan: Plan) -> Tensor:
     """All rows (N, D), copied only where a kernel could not read them."""
-    d, hidden = model.hidden.shape[-1], model.hidden
+    d, hidden = head.hidden.shape[-1], head.hidden
     if hidden.dim() != 2:
         hidden = hidden.reshape(-1, d)
-    if hidden.dtype != model.dtype:
-        hidden = hidden.to(model.dtype)
+    if hidden.dtype != head.dtype:
+        hidden = hidden.to(head.dtype)
     if plan.descriptors and not _aligned(hidden):
         padded = hidden.new_empty((hidden.shape[0], _padded(d)))[:, :d]
         return padded.copy_(hidden)
@@ -302,17 +281,17 @@ def _descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
     return _Descriptor(x, list(x.shape), list(x.stride()), [rows, columns])
 
 
-def gather_buffer(model: Model, plan: Plan, rows: Rows) -> Tensor | None:
+def gather_buffer(head: Head, plan: Plan, rows: Rows) -> Tensor | None:
     if rows.row_index is None:
         return None
-    d = model.hidden.shape[-1]
-    return torch.empty((plan.num_rows, _padded(d)), dtype=model.dtype, device=model.hidden.device)
+    d = head.hidden.shape[-1]
+    return torch.empty((plan.num_rows, _padded(d)), dtype=head.dtype, device=head.hidden.device)
 
 
-def share_weight(model: Model, base: Model, plan: Plan) -> bool:
+def share_weight(head: Head, base: Head, plan: Plan) -> bool:
     """Whether both heads are one tensor, as where training froze it, and its tiles can be loaded once for both."""
-    same = model.weight.data_ptr() == base.weight.data_ptr() and model.weight.stride() == base.weight.stride()
-    return plan.descriptors and same and model.weight.shape == base.weight.shape and model.dtype == base.dtype
+    same = head.weight.data_ptr() == base.weight.data_ptr() and head.weight.stride() == base.weight.stride()
+    return plan.descriptors and same and head.weight.shape == base.weight.shape and head.dtype == base.dtype
 
 
 def stages_of_one_weight(plan: Plan, itemsize: int) -> int:
@@ -321,15 +300,15 @@ def stages_of_one_weight(plan: Plan, itemsize: int) -> int:
     return min(tile.num_stages, _TILE_BYTES // ((2 * tile.block_n + tile.block_v) * tile.block_d * itemsize))
 
 
-def is_masked(model: Model, plan: Plan) -> bool:
+def is_masked(head: Head, plan: Plan) -> bool:
     """Whether a tile needs `bias_of`: there is a bias, or the last tile reaches beyond the vocabulary."""
     whole = plan.num_splits * plan.blocks_per_split * plan.tile.block_v
-    return model.bias is not None or model.weight.shape[0] != whole
+    return head.bias is not None or head.weight.shape[0] != whole
 
 
-def _can_copy_tiles(model: Model) -> bool:
+def _can_copy_tiles(head: Head) -> bool:
     """Whether the weight is of the dtype that multiplies, and its rows begin on 16 bytes."""
-    return model.weight.dtype == model.dtype and _aligned(model.weight)
+    return head.weight.dtype == head.dtype and _aligned(head.weight)
 
 
 def _aligned(x: Tensor) -> bool:

@@ -3,8 +3,8 @@
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
+from ..inputs import Head, Targets
 from ..results import LogpStats
 from . import _math
 from ._device import on_device_of, precision, properties
@@ -14,13 +14,13 @@ from .linear_forward import (
     bias_of,
     gather_buffer,
     is_masked,
-    layer_of,
     logits_tile,
-    one_model,
+    operands_of,
     pick_targets,
     plan,
     rows_of,
     unit_of,
+    with_contiguous_bias,
 )
 from .logp import finish_logp, new_stats
 
@@ -34,10 +34,10 @@ def _linear_logp_fwd_kernel(
 ):  # fmt: skip
     """Softmax states (_math.py) of rows × splits of the vocabulary, and x = transform(hidden · weightᵀ) at the targets.
 
-    hidden, weight, head: as Layer, hidden (R, D) holding rows index[first + i]; target (N, K), index (N,) int64, count
-    (1,) int32 as in Rows; state (3, num_splits, R) and target_logits (K, R) float32. A program takes units (row tile,
-    split) in turn, each of `blocks_per_split` tiles of logits. Accumulates in float32; deterministic, and a row's bits
-    do not depend on others.
+    hidden, weight, head: as HeadOperands, hidden (R, D) holding rows index[first + i]; target (N, K), index (N,) int64,
+    count (1,) int32 as in Rows; state (3, num_splits, R) and target_logits (K, R) float32. A program takes units (row
+    tile, split) in turn, each of `blocks_per_split` tiles of logits. Accumulates in float32; deterministic, and a row's
+    bits do not depend on others.
     """
     count = tl.load(count_ptr) if count_ptr is not None else N
     num_rows = tl.minimum(count - first, R)
@@ -71,40 +71,30 @@ def _linear_logp_fwd_kernel(
         _math.store_state(place, num_splits * R, state, mask & (block == blocks_per_split - 1))
 
 
-def linear_logp_fwd(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    logit_scale: float,
-    ignore_index: int,
-    workspace: int,
-) -> LogpStats:
-    target = target.contiguous()
-    model = one_model(hidden, weight, bias, temperature, softcap, logit_scale)
+def linear_logp_fwd(head: Head, targets: Targets, workspace: int) -> LogpStats:
+    head, target, ignore_index = with_contiguous_bias(head), targets.target.contiguous(), targets.ignore_index
+    hidden, vocabulary = head.hidden, head.weight.shape[0]
     with on_device_of(hidden):
-        arithmetic = precision(properties(hidden.device), model.dtype)
-        call = call_of("linear_logp_fwd", hidden.device, *model, target, ignore_index, workspace, arithmetic)
+        arithmetic = precision(properties(hidden.device), head.dtype)
+        call = call_of("linear_logp_fwd", hidden.device, *head, target, ignore_index, workspace, arithmetic)
         if call.plan is None:
-            cut = plan([model], target, _math.STATE_SIZE.value, workspace)
-            call.plan = cut, cut.constants(is_masked(model, cut)) | {"ONE_TARGET": target.shape[1] == 1}
+            cut = plan([head], target, _math.STATE_SIZE.value, workspace)
+            call.plan = cut, cut.constants(is_masked(head, cut)) | {"ONE_TARGET": target.shape[1] == 1}
         cut, constants = call.plan
         rows = rows_of(target, cut, ignore_index)
-        out = new_stats(target, rows, LogpStats, 1)
+        out = new_stats(LogpStats, target, rows)
         state = hidden.new_empty((_math.STATE_SIZE.value, cut.num_splits, cut.num_rows), dtype=torch.float32)
         target_logits = hidden.new_empty((target.shape[1], cut.num_rows), dtype=torch.float32)
-        gathered = gather_buffer(model, cut, rows)
+        gathered = gather_buffer(head, cut, rows)
         for first in range(0, target.shape[0], cut.num_rows):
-            layer = layer_of(model, cut, rows, gathered, first)
+            operands = operands_of(head, cut, rows, gathered, first)
             arguments = (
-                *layer, target, *rows, state, target_logits, first, target.shape[0], cut.num_rows, weight.shape[0],
+                *operands, target, *rows, state, target_logits, first, target.shape[0], cut.num_rows, vocabulary,
                 target.shape[1], cut.blocks_per_split, cut.num_splits,
             )  # fmt: skip
             call.launch(_linear_logp_fwd_kernel, (cut.programs,), arguments, constants)
             finish_logp(
-                state, target_logits, target, rows, out, weight.shape[0], layer.head.output_scale, ignore_index, first,
-                call.launch
+                state, target_logits, target, rows, out, vocabulary, operands.layout.output_scale, ignore_index, first,
+                call.launch,
             )  # fmt: skip
     return out

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..inputs import Gradients, Head, PairGradients, PairSaved, Saved, Targets, Transform
 from ..reference import policy as reference_policy
 from ..reference.rows import PolicyRows
 from ..results import DeltaLogpStats, LogpStats, PolicyMetrics
@@ -26,20 +27,16 @@ from ._policy import Kind, Numbers, kind_of, numbers_of
 from ._rows import matrix
 from ._sizes import ceil_div, round_up
 from .delta_logp import (
-    PairGradients,
-    PairSaved,
     finish_delta_logp,
     fold_pair_tile,
     pair_tile_gradient,
 )
 from .linear_delta_logp import linear_delta_logp_fwd
-from .linear_forward import Model, one_model
+from .linear_forward import with_contiguous_bias
 from .linear_logp import linear_logp_fwd
 from .logp import (
     EVERY_ROW,
-    Gradients,
-    Logits,
-    Saved,
+    Tile,
     finish_logp,
     fold_tile,
     new_stats,
@@ -190,27 +187,27 @@ class Cut(NamedTuple):
 class _Block:
     """One model's hidden states of a block of rows and logits of a slice of it, in buffers that are used again."""
 
-    def __init__(self, model: Model, cut: Cut) -> None:
+    def __init__(self, model: Head, cut: Cut) -> None:
         self.model = model
         device, (self.vocabulary, width) = model.hidden.device, model.weight.shape
         self.hidden = torch.empty((cut.block, width), dtype=model.dtype, device=device)
         self.raw = torch.empty((cut.slice, self.vocabulary), dtype=torch.float32, device=device)
-        self.transform = transform_of(model.bias, model.temperature, model.softcap, model.logit_scale)
+        self.transform = transform_of(model.transform, model.bias)
 
     def gather(self, rows: _rows.Rows, first: int) -> None:
         _rows.gather_rows(self.model.hidden, rows, first, self.hidden, zero_rest=True)
 
-    def logits(self, begin: int, num_rows: int) -> Logits:
+    def logits(self, begin: int, num_rows: int) -> Tile:
         """Of the slice that begins at this row of the block."""
         raw = self.raw[:num_rows]
         product(self.hidden[begin : begin + num_rows], self.model.weight.t(), out=raw)
-        return Logits(matrix(raw), self.transform)
+        return Tile(matrix(raw), self.transform)
 
 
 class _Accumulators:
     """The gradients wanted of one model, float32, and a block's gradient by its logits."""
 
-    def __init__(self, model: Model, wanted: list[bool], num_rows: int, scale: Tensor) -> None:
+    def __init__(self, model: Head, wanted: list[bool], num_rows: int, scale: Tensor) -> None:
         self.model = model
         self.wants_hidden, self.wants_weight, self.wants_bias = (
             wanted[0],
@@ -286,9 +283,10 @@ def linear_policy_loss_fwd(
     optional = (None if x is None else x.contiguous() for x in (score, ref_logp, token_weight))
     known = PolicyRows(old_logp.contiguous(), advantage.contiguous(), scale.contiguous(), *optional)
     policy = _Policy(known, target, kind_of(options), numbers_of(options), base_hidden is not None)
-    models = [one_model(hidden, weight, bias, temperature, softcap, logit_scale)]
+    models = [with_contiguous_bias(Head(hidden, weight, bias, Transform(temperature, softcap, logit_scale)))]
     if base_hidden is not None and base_weight is not None:
-        models.append(one_model(base_hidden, base_weight, base_bias, temperature, base_softcap, base_logit_scale))
+        base_transform = Transform(temperature, base_softcap, base_logit_scale)
+        models.append(with_contiguous_bias(Head(base_hidden, base_weight, base_bias, base_transform)))
     gradients: tuple[Tensor, ...]
     with on_device_of(hidden):
         if any(output_mask) and target.shape[0] > 0:
@@ -303,22 +301,15 @@ def linear_policy_loss_fwd(
         return *policy.results(), *gradients
 
 
-def _statistics(models: list[Model], target: Tensor, ignore_index: int, workspace: int) -> LogpStats | DeltaLogpStats:
-    model = models[0]
+def _statistics(models: list[Head], target: Tensor, ignore_index: int, workspace: int) -> LogpStats | DeltaLogpStats:
+    targets = Targets(target, ignore_index)
     if len(models) == 1:
-        return linear_logp_fwd(
-            model.hidden, model.weight, target, model.bias, model.temperature, model.softcap, model.logit_scale,
-            ignore_index, workspace,
-        )  # fmt: skip
-    base = models[1]
-    return linear_delta_logp_fwd(
-        model.hidden, model.weight, base.hidden, base.weight, target, model.bias, base.bias, model.temperature,
-        model.softcap, base.softcap, model.logit_scale, base.logit_scale, ignore_index, workspace,
-    )  # fmt: skip
+        return linear_logp_fwd(models[0], targets, workspace)
+    return linear_delta_logp_fwd(models[0], models[1], targets, workspace)
 
 
 def _in_blocks(
-    models: list[Model], policy: _Policy, output_mask: list[bool], ignore_index: int, workspace: int
+    models: list[Head], policy: _Policy, output_mask: list[bool], ignore_index: int, workspace: int
 ) -> tuple[Tensor, ...]:
     target, vocabulary = policy.target, models[0].weight.shape[0]
     cut = _cut(models, target.shape[0], workspace)
@@ -327,7 +318,7 @@ def _in_blocks(
     largest = (policy.known.scale * policy.known.advantage.abs()).amax()
     accumulators = _Accumulators(models[0], output_mask, cut.block, largest)
     pair = len(models) == 2
-    stats = new_stats(target, EVERY_ROW, DeltaLogpStats if pair else LogpStats, 3 if pair else 1)
+    stats = new_stats(DeltaLogpStats if pair else LogpStats, target, EVERY_ROW)
     size = _math.PAIR_STATE_SIZE if pair else _math.STATE_SIZE
     state = policy.new(size.value, ceil_div(vocabulary, split_of(vocabulary)), cut.slice)
     target_logits = policy.new(len(models), cut.slice)
@@ -348,7 +339,7 @@ def _in_blocks(
     return accumulators.gradients()
 
 
-def _cut(models: list[Model], num_rows: int, workspace: int) -> Cut:
+def _cut(models: list[Head], num_rows: int, workspace: int) -> Cut:
     """What fits: up to _BLOCK_ROWS rows, in blocks of whole slices, of which one takes half the memory at most."""
     memory = _SHARE * workspace * 31 // 32
     vocabulary, itemsize = models[0].weight.shape[0], models[0].dtype.itemsize
@@ -363,7 +354,7 @@ def _cut(models: list[Model], num_rows: int, workspace: int) -> Cut:
 
 
 def _fold(
-    tiles: list[Logits],
+    tiles: list[Tile],
     shape: tuple[int, int],
     target: Tensor,
     ignore_index: int,
@@ -386,7 +377,7 @@ def _fold(
 
 
 def _logits_gradient(
-    tiles: list[Logits],
+    tiles: list[Tile],
     shape: tuple[int, int],
     policy: _Policy,
     stats: Any,

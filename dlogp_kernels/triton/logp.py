@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..results import LogpStats
+from ..inputs import Gradients, Logits, Saved, Targets, Transform
+from ..results import LogpStats, allocated
 from . import _math
 from ._device import on_device_of
 from ._launch import Launch, call_of, launch_anew
@@ -27,38 +28,23 @@ _STATE_SHARE = 8
 EVERY_ROW = Rows(None, None)
 
 
-class Transform(NamedTuple):
-    """What makes x of raw logits, see _math.py: bias (V,) or None, and two numbers."""
+class TileTransform(NamedTuple):
+    """What makes x of raw logits, see _math.py: bias (V,) or None, and both scales."""
 
     bias: Any
     tanh_scale: float | None
     output_scale: float
 
 
-class Logits(NamedTuple):
+class Tile(NamedTuple):
     """One model's logits before the transform, and that: two arguments of a kernel."""
 
     raw: Matrix
-    transform: Transform
+    transform: TileTransform
 
     @property
     def output_scale(self) -> float:
         return self.transform.output_scale
-
-
-class Gradients(NamedTuple):
-    """Upstream gradients: by log p (N, K), by entropy and lse (N,); None counts as 0."""
-
-    logp: Any
-    entropy: Any
-    lse: Any
-
-
-class Saved(NamedTuple):
-    """What backward has from forward, (N,) each."""
-
-    entropy: Any
-    lse: Any
 
 
 @triton.jit
@@ -288,10 +274,15 @@ def _logp_bwd_kernel(
         store_raw_gradient(out, i, local, inside, zero, zero, raw, transform, None, IN_PLACE)
 
 
-def transform_of(bias: Tensor | None, temperature: float, softcap: float | None, logit_scale: float) -> Transform:
+def transform_of(transform: Transform, bias: Tensor | None = None) -> TileTransform:
+    temperature, softcap, logit_scale = transform
     if softcap is None:
-        return Transform(bias, None, logit_scale / temperature)
-    return Transform(bias, logit_scale / softcap, softcap / temperature)
+        return TileTransform(bias, None, logit_scale / temperature)
+    return TileTransform(bias, logit_scale / softcap, softcap / temperature)
+
+
+def tile_of_logits(model: Logits) -> Tile:
+    return Tile(matrix(model.logits), transform_of(model.transform))
 
 
 def split_of(width: int) -> int:
@@ -314,14 +305,11 @@ def num_warps(columns: int) -> int:
     return max(1, columns // 512)
 
 
-def new_stats(target: Tensor, rows: Rows, kind: Any, with_candidates: int) -> Any:
-    """A `kind` of float32 tensors, the first ones of the shape of target (N, K), the others (N,).
-
-    Zeros where ignored rows are left out; else every row will be written.
-    """
-    new = target.new_empty if rows.row_index is None else target.new_zeros
-    shapes = [target.shape] * with_candidates + [target.shape[:1]] * (len(kind._fields) - with_candidates)
-    return kind(*[new(shape, dtype=torch.float32) for shape in shapes])
+def new_stats(kind: Any, target: Tensor, rows: Rows) -> Any:
+    """A `kind` of float32 tensors: zeros where ignored rows are left out; else every row will be written."""
+    return allocated(
+        kind, target, target.new_empty if rows.row_index is None else target.new_zeros, dtype=torch.float32
+    )
 
 
 def new_states(target: Tensor, vocabulary: int, state_size: int, models: int, workspace: int) -> tuple[Tensor, Tensor]:
@@ -335,7 +323,7 @@ def new_states(target: Tensor, vocabulary: int, state_size: int, models: int, wo
 
 
 def fold_tile(
-    logits: Logits,
+    logits: Tile,
     shape: tuple[int, int],
     target: Tensor,
     rows: Rows,
@@ -380,33 +368,27 @@ def finish_logp(
     launch(_finish_logp_kernel, (ceil_div(num_rows, _FINISH_ROWS),), arguments, constants)
 
 
-def logp_fwd(
-    logits: Tensor,
-    target: Tensor,
-    temperature: float,
-    softcap: float | None,
-    logit_scale: float,
-    ignore_index: int,
-    workspace: int,
-) -> LogpStats:
-    target = target.contiguous()
-    launch = call_of("logp_fwd", logits.device, logits, target, softcap is None, ignore_index, workspace).launch
-    out = new_stats(target, EVERY_ROW, LogpStats, 1)
-    v, tile = logits.shape[-1], Logits(matrix(logits), transform_of(None, temperature, softcap, logit_scale))
+def logp_fwd(model: Logits, targets: Targets, workspace: int) -> LogpStats:
+    logits, (target, ignore_index) = model.logits, (targets.target.contiguous(), targets.ignore_index)
+    uncapped, v = model.transform.softcap is None, logits.shape[-1]
+    launch = call_of("logp_fwd", logits.device, logits, target, uncapped, ignore_index, workspace).launch
+    out, tile = new_stats(LogpStats, target, EVERY_ROW), tile_of_logits(model)
     with on_device_of(logits):
         state, target_logits = new_states(target, v, _math.STATE_SIZE.value, 1, workspace)
         for first in range(0, target.shape[0], state.shape[2]):
             shape = (min(state.shape[2], target.shape[0] - first), v)
             fold_tile(
                 tile, shape, target, EVERY_ROW, ignore_index, state, target_logits, first, raw_first=first,
-                launch=launch
+                launch=launch,
             )  # fmt: skip
-            finish_logp(state, target_logits, target, EVERY_ROW, out, v, tile.output_scale, ignore_index, first, launch)
+            finish_logp(
+                state, target_logits, target, EVERY_ROW, out, v, tile.output_scale, ignore_index, first, launch
+            )  # fmt: skip
     return out
 
 
 def tile_gradient(
-    logits: Logits,
+    logits: Tile,
     out: Matrix,
     shape: tuple[int, int],
     target: Tensor,
@@ -426,33 +408,20 @@ def tile_gradient(
     )  # fmt: skip
 
 
-def contiguous(grad: Tensor | None) -> Tensor | None:
-    """A gradient may arrive expanded, as from `loss.sum().backward()`."""
-    return None if grad is None else grad.contiguous()
+def contiguous(grads: Gradients) -> Gradients:
+    """Gradients may arrive expanded, as from `loss.sum().backward()`."""
+    return Gradients(*[None if grad is None else grad.contiguous() for grad in grads])
 
 
 def logp_bwd(
-    grad_logp: Tensor | None,
-    grad_entropy: Tensor | None,
-    grad_lse: Tensor | None,
-    logits: Tensor,
-    target: Tensor,
-    entropy: Tensor,
-    lse: Tensor,
-    temperature: float,
-    softcap: float | None,
-    logit_scale: float,
-    ignore_index: int,
-    workspace: int,
-) -> Tensor:
-    grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    if grad_logits.numel() == 0:
-        return grad_logits
-    tile = Logits(matrix(logits), transform_of(None, temperature, softcap, logit_scale))
-    grads = Gradients(*map(contiguous, (grad_logp, grad_entropy, grad_lse)))
-    shape = (target.shape[0], logits.shape[-1])
-    with on_device_of(logits):
-        tile_gradient(
-            tile, matrix(grad_logits), shape, target.contiguous(), Saved(entropy, lse), grads, ignore_index
-        )  # fmt: skip
-    return grad_logits
+    grads: Gradients, model: Logits, targets: Targets, saved: Saved, output_mask: list[bool], workspace: int
+) -> tuple[Tensor, ...]:
+    grad_logits = model.logits.new_empty(model.logits.shape if output_mask[0] else 0)
+    if grad_logits.numel() > 0:
+        target, shape = targets.target.contiguous(), (targets.target.shape[0], model.logits.shape[-1])
+        with on_device_of(target):
+            tile_gradient(
+                tile_of_logits(model), matrix(grad_logits), shape, target, saved, contiguous(grads),
+                targets.ignore_index,
+            )  # fmt: skip
+    return (grad_logits,)

@@ -4,9 +4,7 @@ import cases
 import pytest
 import torch
 from cases import (
-    LINEAR_OPS,
     OPS,
-    PAIR_OPS,
     call,
     check_against_truth,
     fewer,
@@ -16,6 +14,9 @@ from cases import (
     on_device,
     upstream_of,
 )
+
+from dlogp_kernels.inputs import flat_transform
+from dlogp_kernels.ops import schemas
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -110,14 +111,9 @@ def test_candidate_out_of_range_names_its_position(op):
 def _unvalidated(op: str, target: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The op for target (N, K), without the function's validation, as a compiled graph calls it."""
     inputs = on_device(make_inputs(op, len(target), v=50) | {"target": target})
-    models = ("", "base_")[: 1 + (op in PAIR_OPS)]
-    if op in LINEAR_OPS:
-        heads = [inputs[f"{prefix}{name}"] for prefix in models for name in ("hidden", "weight")]
-        tensors = (*heads, inputs["target"], *[None for _ in models])
-    else:
-        tensors = (*[inputs[name] for name in per_row(op)], inputs["target"])
-    options = (1.0, *[None for _ in models], *[1.0 for _ in models], -100)
-    return tuple(x.cpu() for x in getattr(torch.ops.dlogp, f"{op}_fwd")(*tensors, *options))
+    inputs |= {name: flat_transform(1.0, None, 1.0) for name in ("transform", "base_transform")}
+    arguments = [{"ignore_index": -100, **inputs}.get(x.name) for x in schemas.STATISTICS[op].inputs()]
+    return tuple(x.cpu() for x in getattr(torch.ops.dlogp, f"{op}_fwd")(*arguments))
 
 
 @pytest.mark.served_by("cpu", "reference")

@@ -15,8 +15,6 @@ from cases import (
     fewer,
     floating,
     gradients,
-    is_linear,
-    is_pair,
     make_inputs,
     on_device,
     options_for,
@@ -25,6 +23,8 @@ from cases import (
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import dlogp_kernels
+from dlogp_kernels import inputs
+from dlogp_kernels.inputs import flat_transform
 from dlogp_kernels.ops import schemas
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -34,21 +34,14 @@ BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 
 def _forward_arguments(op: str, dtype: torch.dtype, k: int, present: bool) -> list:
     """Every argument of `<op>_fwd` in order, on the device under test; optional ones given or None."""
-    inputs = make_inputs(op, 6, v=31, d=5, k=k, dtype=dtype)
-    inputs["target"][2] = -100
-    inputs = on_device(inputs)
+    given = make_inputs(op, 6, v=31, d=5, k=k, dtype=dtype)
+    given["target"][2] = -100
+    given = on_device(given)
     if not present:
-        inputs = {name: x for name, x in inputs.items() if "bias" not in name}
-    models = ("", "base_")[: 1 + is_pair(op)]
-    arguments = [
-        inputs[f"{m}{name}"] for m in models for name in ("hidden", "weight", "logits") if f"{m}{name}" in inputs
-    ]
-    arguments.append(inputs["target"])
-    if is_linear(op):
-        arguments += [inputs.get(f"{m}bias") for m in models]
-    caps = [4.0 if present else None for _ in models]
-    scales = [1.3 if present else 1.0 for _ in models]
-    return [*arguments, 0.7 if present else 1.0, *caps, *scales, -100]
+        given = {name: x for name, x in given.items() if "bias" not in name}
+    transform = flat_transform(0.7, 4.0, 1.3) if present else flat_transform(1.0, None, 1.0)
+    given |= {"transform": transform, "base_transform": transform, "ignore_index": -100}
+    return [given.get(x.name) for x in schemas.STATISTICS[op].inputs()]
 
 
 @pytest.mark.parametrize("present", [True, False], ids=["every optional argument", "no optional argument"])
@@ -66,18 +59,48 @@ def test_opcheck_forward(op, dtype, present):
 def test_opcheck_backward(op, present, mask):
     arguments = _forward_arguments(op, BF16, 2, present)
     stats = getattr(torch.ops.dlogp, f"{op}_fwd")(*arguments)
-    saved = stats[3:] if is_pair(op) else stats[1:]
-    tensors = len(arguments) - (6 if is_pair(op) else 4)
-    upstream = [grad.to(cases.DEVICE) for grad in upstream_of(stats)[is_pair(op) :]]
+    table = schemas.STATISTICS[op]
+    stats = table.stats(*stats)
+    upstream = table.stats(*(grad.to(cases.DEVICE) for grad in upstream_of(stats)))
+    grads = [getattr(upstream, x.name) for x in inputs.arguments(table.grads)]
     if not present:
-        upstream = [grad if i == 0 else None for i, grad in enumerate(upstream)]
-    arguments = [*upstream, *arguments[:tensors], *saved, *arguments[tensors:]]
-    count = {"linear_logp": 3, "linear_delta_logp": 6, "logp": 0, "delta_logp": 2}[op]
-    if count:
-        computable = count if present else {"linear_logp": 2, "linear_delta_logp": 4}.get(op, count)
-        chosen = {"all": range(computable), "first": [0], "last": [computable - 1], "none": []}[mask]
-        arguments.append([i in chosen for i in range(count)])
+        grads = [grad if i == 0 else None for i, grad in enumerate(grads)]
+    saved = [getattr(stats, x.name) for x in inputs.arguments(table.saved)]
+    differentiable = [table.inputs()[i].name for i in table.differentiable()]
+    computable = [i for i, name in enumerate(differentiable) if present or "bias" not in name]
+    chosen = {"all": computable, "first": computable[:1], "last": computable[-1:], "none": []}[mask]
+    arguments = [*grads, *arguments, *saved, [i in chosen for i in range(len(differentiable))]]
     torch.library.opcheck(getattr(torch.ops.dlogp, f"{op}_bwd").default, arguments)
+
+
+#: What follows from the tables of results.py and inputs.py, as PyTorch prints it.
+_STATISTICS_SCHEMAS = {
+    "linear_logp_fwd": """(
+        Tensor hidden, Tensor weight, Tensor? bias, float[] transform, Tensor target, int ignore_index
+        ) -> (Tensor logp, Tensor entropy, Tensor lse)""",
+    "logp_bwd": """(
+        Tensor? grad_logp, Tensor? grad_entropy, Tensor? grad_lse, Tensor logits, float[] transform, Tensor target,
+        int ignore_index, Tensor entropy, Tensor lse, bool[1] output_mask
+        ) -> Tensor grad_logits""",
+    "delta_logp_fwd": """(
+        Tensor logits, float[] transform, Tensor base_logits, float[] base_transform, Tensor target, int ignore_index
+        ) -> (Tensor delta_logp, Tensor logp, Tensor base_logp, Tensor entropy, Tensor base_entropy, Tensor kl,
+        Tensor reverse_kl, Tensor lse, Tensor base_lse)""",
+    "linear_delta_logp_bwd": """(
+        Tensor? grad_logp, Tensor? grad_entropy, Tensor? grad_lse, Tensor? grad_base_logp, Tensor? grad_base_entropy,
+        Tensor? grad_base_lse, Tensor? grad_kl, Tensor? grad_reverse_kl, Tensor hidden, Tensor weight, Tensor? bias,
+        float[] transform, Tensor base_hidden, Tensor base_weight, Tensor? base_bias, float[] base_transform,
+        Tensor target, int ignore_index, Tensor entropy, Tensor lse, Tensor base_entropy, Tensor base_lse, Tensor kl,
+        Tensor reverse_kl, bool[6] output_mask
+        ) -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias, Tensor grad_base_hidden,
+        Tensor grad_base_weight, Tensor grad_base_bias)""",
+}
+
+
+@pytest.mark.parametrize("op", _STATISTICS_SCHEMAS)
+def test_schemas_that_follow_from_the_tables(op):
+    printed = str(getattr(torch.ops.dlogp, op).default._schema)
+    assert "".join(printed.split()) == "".join(f"dlogp::{op}{_STATISTICS_SCHEMAS[op]}".split())
 
 
 def test_every_public_op_has_an_opcheck():

@@ -345,9 +345,16 @@ def raising(prompts, **_):
         (lambda prompts, **_: [float("nan")] * 8, ValueError, "returned nan for response 0"),
     ],
 )
-def test_a_reward_function_that_fails_is_named(tmp_path, reward, error, message):
+def test_a_reward_function_that_fails_is_named(reward, error, message):
     with pytest.raises(error, match=message.replace("(", r"\(")):
-        trl_runs.trainer(tmp_path, reward=reward).train()
+        checked(reward)(prompts=["p"] * 8, completions=["c"] * 8)
+
+
+def test_a_trainer_names_the_reward_function_that_fails(tmp_path):
+    with pytest.raises(RuntimeError, match="the reward function raising raised KeyError: 'no such answer'"):
+        trl_runs.trainer(tmp_path, reward=raising).train()
+    with pytest.raises(ValueError, match="returned 7 rewards, expected 8"):
+        trl_runs.trainer(tmp_path, reward=[trl_runs.even_words, lambda prompts, **_: [1.0] * 7]).train()
 
 
 def test_kinds_of_reward_functions(tmp_path):

@@ -7,36 +7,13 @@ tensor cores of a GPU, which multiply bfloat16 and float16 inputs, truncate thes
 is then off by as much as from cuBLAS with float32 output (4e-5 in log p at D = 4096); float32 inputs and the CPU round.
 """
 
-import contextlib
-import math
-import os
-import warnings
-from typing import Any, NamedTuple
-
 import torch
 from torch import Tensor
 
-from .checks import (
-    check_drawing_temperature,
-    check_factor,
-    check_integer,
-    check_no_tangent,
-    check_number,
-    check_quotient,
-    check_real,
-    check_scale,
-    check_storage,
-)
-from .inputs import flat_transform
-from .reference import policy as reference_policy
-from .reference import rows as policy_rows
-from .reference import sampling as reference_sample
-from .reference import statistics as reference
-from .results import DeltaLogpStats, LogpStats, PolicyLoss, PolicyMetrics, Sample
-
-_FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-_INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-_CHECK = os.environ.get("DLOGP_CHECK") == "1"
+from . import checks, ops, policy_checks
+from .ops.library import without_gradient
+from .reference.policy import TokenInputs
+from .results import DeltaLogpStats, LogpStats, PolicyLoss, Sample
 
 
 def linear_logp(
@@ -81,13 +58,11 @@ def linear_logp(
 
     Source: entropy and log-probability of "On the Direction of RLVR Updates for LLM Reasoning", arXiv 2603.22117.
     """
-    _check_head("", hidden, weight, bias)
-    hidden, weight, bias = _autocast(hidden, weight, bias)
-    _check_target(target, "hidden", hidden, ignore_index, weight.shape[0])
-    _check_transform(temperature, softcap, logit_scale)
-    head = _rows(hidden), weight, bias, flat_transform(temperature, softcap, logit_scale)
-    stats = torch.ops.dlogp.linear_logp_fwd(*head, _candidates(target, hidden), ignore_index)
-    return LogpStats(*_shaped(stats, target, hidden))
+    head = checks.check_head(hidden, weight, bias)
+    targets = checks.check_target(target, "hidden", hidden, ignore_index, weight.shape[0])
+    transform = checks.check_transform(temperature, softcap, logit_scale)
+    stats = torch.ops.dlogp.linear_logp_fwd(*head, transform, targets, ignore_index)
+    return LogpStats(*_shaped(stats, hidden, target))
 
 
 def linear_delta_logp(
@@ -129,16 +104,13 @@ def linear_delta_logp(
 
     Source: arXiv 2603.22117, Eq. 1 and Sec. 2.
     """
-    _check_pair_of_heads(hidden, weight, bias, base_hidden, base_weight, base_bias)
-    hidden, weight, bias = _autocast(hidden, weight, bias)
-    base_hidden, base_weight, base_bias = _autocast(base_hidden, base_weight, base_bias)
-    _check_target(target, "hidden", hidden, ignore_index, weight.shape[0])
-    _check_transform(temperature, softcap, logit_scale)
-    _check_transform(temperature, base_softcap, base_logit_scale, "base_")
-    head = _rows(hidden), weight, bias, flat_transform(temperature, softcap, logit_scale)
-    base_head = _rows(base_hidden), base_weight, base_bias, flat_transform(temperature, base_softcap, base_logit_scale)
-    stats = torch.ops.dlogp.linear_delta_logp_fwd(*head, *base_head, _candidates(target, hidden), ignore_index)
-    return DeltaLogpStats(*_shaped(stats, target, hidden))
+    head = checks.check_head(hidden, weight, bias)
+    base = checks.check_base_head(hidden, weight, base_hidden, base_weight, base_bias)
+    targets = checks.check_target(target, "hidden", hidden, ignore_index, weight.shape[0])
+    transform = checks.check_transform(temperature, softcap, logit_scale)
+    base_transform = checks.check_transform(temperature, base_softcap, base_logit_scale, "base_")
+    stats = torch.ops.dlogp.linear_delta_logp_fwd(*head, transform, *base, base_transform, targets, ignore_index)
+    return DeltaLogpStats(*_shaped(stats, hidden, target))
 
 
 def logp(
@@ -164,12 +136,11 @@ def logp(
 
     Raises: as in `linear_logp`.
     """
-    _check_logits("logits", logits)
-    _check_target(target, "logits", logits, ignore_index, logits.shape[-1])
-    _check_transform(temperature, softcap, logit_scale)
-    model = _rows(logits), flat_transform(temperature, softcap, logit_scale)
-    stats = torch.ops.dlogp.logp_fwd(*model, _candidates(target, logits), ignore_index)
-    return LogpStats(*_shaped(stats, target, logits))
+    checks.check_logits("logits", logits)
+    targets = checks.check_target(target, "logits", logits, ignore_index, logits.shape[-1])
+    transform = checks.check_transform(temperature, softcap, logit_scale)
+    stats = torch.ops.dlogp.logp_fwd(checks.as_rows(logits), transform, targets, ignore_index)
+    return LogpStats(*_shaped(stats, logits, target))
 
 
 def delta_logp(
@@ -200,20 +171,13 @@ def delta_logp(
 
     Source: arXiv 2603.22117, Eq. 1 and Sec. 2.
     """
-    _check_logits("logits", logits)
-    _check_logits("base_logits", base_logits)
-    if base_logits.shape != logits.shape:
-        raise ValueError(
-            f"base_logits has shape {tuple(base_logits.shape)}, expected that of logits, {tuple(logits.shape)}"
-        )
-    _check_same_device("base_logits", base_logits, "logits", logits)
-    _check_target(target, "logits", logits, ignore_index, logits.shape[-1])
-    _check_transform(temperature, softcap, logit_scale)
-    _check_transform(temperature, base_softcap, base_logit_scale, "base_")
-    model = _rows(logits), flat_transform(temperature, softcap, logit_scale)
-    base = _rows(base_logits), flat_transform(temperature, base_softcap, base_logit_scale)
-    stats = torch.ops.dlogp.delta_logp_fwd(*model, *base, _candidates(target, logits), ignore_index)
-    return DeltaLogpStats(*_shaped(stats, target, logits))
+    checks.check_pair_of_logits(logits, base_logits)
+    targets = checks.check_target(target, "logits", logits, ignore_index, logits.shape[-1])
+    transform = checks.check_transform(temperature, softcap, logit_scale)
+    base_transform = checks.check_transform(temperature, base_softcap, base_logit_scale, "base_")
+    rows, base_rows = checks.as_rows(logits), checks.as_rows(base_logits)
+    stats = torch.ops.dlogp.delta_logp_fwd(rows, transform, base_rows, base_transform, targets, ignore_index)
+    return DeltaLogpStats(*_shaped(stats, logits, target))
 
 
 def extrapolated_sample(
@@ -270,30 +234,12 @@ def extrapolated_sample(
 
     Source: arXiv 2603.22117, Algorithm 1, Sec. 4 (extrapolation).
     """
-    _check_logits("logits", logits)
-    _check_logits("base_logits", base_logits)
-    if base_logits.shape != logits.shape:
-        raise ValueError(
-            f"base_logits has shape {tuple(base_logits.shape)}, expected that of logits, {tuple(logits.shape)}"
-        )
-    _check_same_device("base_logits", base_logits, "logits", logits)
-    _check_sampling(gamma, criterion, threshold, draft, temperature, top_k, top_p, min_p)
-    noise = _noise("logits", logits, seed, row_id, step)
-    with _no_grad():
-        drawn = torch.ops.dlogp.extrapolated_sample(
-            _rows(logits),
-            _rows(base_logits),
-            *noise,
-            float(gamma),
-            criterion,
-            _optional_float(threshold),
-            draft,
-            float(temperature),
-            top_k,
-            float(top_p),
-            float(min_p),
-        )
-    return Sample(*[_viewed(value, logits.shape[:-1]) for value in drawn])
+    checks.check_pair_of_logits(logits, base_logits)
+    options = checks.check_sampling(gamma, criterion, threshold, draft, temperature, top_k, top_p, min_p)
+    noise = checks.check_noise("logits", logits, seed, row_id, step)
+    rows, base_rows = checks.as_rows(logits), checks.as_rows(base_logits)
+    drawn = without_gradient(torch.ops.dlogp.extrapolated_sample, rows, base_rows, *noise, *options)
+    return Sample(*_shaped(drawn, logits))
 
 
 def linear_extrapolated_sample(
@@ -350,36 +296,14 @@ def linear_extrapolated_sample(
 
     Source: arXiv 2603.22117, Algorithm 1, Sec. 4 (extrapolation).
     """
-    _check_pair_of_heads(hidden, weight, bias, base_hidden, base_weight, base_bias)
-    hidden, weight, bias = _autocast(hidden, weight, bias)
-    base_hidden, base_weight, base_bias = _autocast(base_hidden, base_weight, base_bias)
-    _check_transform(1.0, softcap, logit_scale)
-    _check_transform(1.0, base_softcap, base_logit_scale, "base_")
-    _check_sampling(gamma, criterion, threshold, draft, temperature, top_k, top_p, min_p)
-    noise = _noise("hidden", hidden, seed, row_id, step)
-    with _no_grad():
-        drawn = torch.ops.dlogp.linear_extrapolated_sample(
-            _rows(hidden),
-            weight,
-            _rows(base_hidden),
-            base_weight,
-            bias,
-            base_bias,
-            _optional_float(softcap),
-            _optional_float(base_softcap),
-            float(logit_scale),
-            float(base_logit_scale),
-            *noise,
-            float(gamma),
-            criterion,
-            _optional_float(threshold),
-            draft,
-            float(temperature),
-            top_k,
-            float(top_p),
-            float(min_p),
-        )
-    return Sample(*[_viewed(value, hidden.shape[:-1]) for value in drawn])
+    rows, weight, bias = checks.check_head(hidden, weight, bias)
+    base_rows, base_weight, base_bias = checks.check_base_head(hidden, weight, base_hidden, base_weight, base_bias)
+    _, *transforms = checks.check_pair_of_transforms(1.0, softcap, base_softcap, logit_scale, base_logit_scale)
+    options = checks.check_sampling(gamma, criterion, threshold, draft, temperature, top_k, top_p, min_p)
+    noise = checks.check_noise("hidden", hidden, seed, row_id, step)
+    heads = rows, weight, base_rows, base_weight, bias, base_bias
+    drawn = without_gradient(torch.ops.dlogp.linear_extrapolated_sample, *heads, *transforms, *noise, *options)
+    return Sample(*_shaped(drawn, hidden))
 
 
 def policy_loss(
@@ -470,37 +394,14 @@ def policy_loss(
     Source: arXiv 2603.22117, Sec. 5 and Lemma 3.1 (`low_prob`); DAPO, arXiv 2503.14476; GRPO, 2402.03300; Dr. GRPO,
     2503.20783; GSPO, 2507.18071; CISPO, 2506.13585; SAPO, 2511.20347; `dominate`, 2505.12929; dual clip, 1912.09729.
     """
-    _check_floating("logp", logp)
-    options = _policy_options(
-        loss_type, reweight, alpha, reweight_sign, clip_low, clip_high, dual_clip, importance, kl_beta, entropy_coef,
-        sapo_temperature_pos, sapo_temperature_neg, max_length,
+    options = policy_checks.check_options(
+        loss_type=loss_type, reweight=reweight, reweight_sign=reweight_sign, importance=importance, alpha=alpha,
+        clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, kl_beta=kl_beta, entropy_coef=entropy_coef,
+        sapo_temperature_pos=sapo_temperature_pos, sapo_temperature_neg=sapo_temperature_neg, max_length=max_length,
     )  # fmt: skip
-    like = _Like("logp", logp)
-    _check_sequences(like, offsets)
-    for name, x in (("entropy", entropy), ("kl", kl)):
-        if x is not None:
-            _check_tokens(name, x, like)
-    _check_divergence(options, "kl", ref_logp, kl)
-    if options.entropy_coef != 0 and entropy is None:
-        raise ValueError(f"entropy is None, expected a tensor: entropy_coef is {options.entropy_coef}")
-    given = _policy_inputs(like, options, old_logp, advantage, mask, offsets, group, ref_logp, token_weight)
-    dtype = reference.accumulation_dtype(logp, old_logp, advantage, ref_logp, entropy, kl, token_weight)
-    loss, metrics, _, _ = torch.ops.dlogp.policy_loss_fwd(
-        logp,
-        old_logp,
-        advantage,
-        given.mask,
-        given.offsets,
-        given.group,
-        ref_logp,
-        entropy,
-        kl,
-        token_weight,
-        _denominator(num_tokens, num_sequences, loss_type, like, dtype),
-        *options.arguments(),
-        torch.is_grad_enabled() and logp.requires_grad,
-    )
-    return PolicyLoss(loss, PolicyMetrics(*metrics.unbind()))
+    tokens = TokenInputs(old_logp, advantage, mask, offsets, group, ref_logp, entropy, kl, token_weight)
+    tokens = policy_checks.check_tokens(logp, options, tokens, num_tokens, num_sequences)
+    return ops.policy_loss.loss_of(logp, tokens, options)
 
 
 def linear_policy_loss(
@@ -574,600 +475,25 @@ def linear_policy_loss(
 
     Source: as `policy_loss`; forming gradients in the forward pass: Liger Kernel, arXiv 2410.10989.
     """
-    _check_head("", hidden, weight, bias)
-    _check_frozen_base(hidden, weight, base_hidden, base_weight, base_bias)
-    hidden, weight, bias = _autocast(hidden, weight, bias)
-    if base_hidden is not None and base_weight is not None:
-        base_hidden, base_weight, base_bias = _autocast(base_hidden, base_weight, base_bias)
-    heads = {"temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
-    base_heads = {"base_softcap": base_softcap, "base_logit_scale": base_logit_scale}
-    _check_transform(temperature, softcap, logit_scale)
-    _check_transform(temperature, base_softcap, base_logit_scale, "base_")
-    options = _policy_options(
-        loss_type, reweight, alpha, reweight_sign, clip_low, clip_high, dual_clip, importance, kl_beta, entropy_coef,
-        sapo_temperature_pos, sapo_temperature_neg, max_length,
+    head = checks.check_head(hidden, weight, bias)
+    base = policy_checks.check_frozen_base(hidden, weight, base_hidden, base_weight, base_bias)
+    transforms = checks.check_pair_of_transforms(temperature, softcap, base_softcap, logit_scale, base_logit_scale)
+    options = policy_checks.check_options(
+        loss_type=loss_type, reweight=reweight, reweight_sign=reweight_sign, importance=importance, alpha=alpha,
+        clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, kl_beta=kl_beta, entropy_coef=entropy_coef,
+        sapo_temperature_pos=sapo_temperature_pos, sapo_temperature_neg=sapo_temperature_neg, max_length=max_length,
     )  # fmt: skip
-    _check_tensor("target", target, _INTEGER, "an integer dtype")
-    if target.shape != hidden.shape[:-1]:
-        raise ValueError(
-            f"target has shape {tuple(target.shape)}, expected {tuple(hidden.shape[:-1])} for hidden of shape "
-            f"{tuple(hidden.shape)}"
-        )
-    _check_same_device("target", target, "hidden", hidden)
-    like = _Like("target", target)
-    _check_sequences(like, offsets)
-    _check_divergence(options, "base_hidden", ref_logp, base_hidden)
-    given = _policy_inputs(like, options, old_logp, advantage, mask, offsets, group, ref_logp, token_weight)
-    targets = target.to(torch.int64).masked_fill(~given.mask, policy_rows.MASKED)
-    if _has_values(target):
-        where = "where the mask is 1: there is no ignore_index here"
-        _check_target_range(target, given.mask, weight.shape[0], where)
-    dtype = reference.accumulation_dtype(hidden, weight, bias, base_hidden, base_weight, base_bias)
-    if importance != "token":
-        return _composed_policy_loss(
-            hidden, weight, targets, old_logp, advantage, given.mask, bias, base_hidden, base_weight, base_bias,
-            heads, base_heads, options, group=group, ref_logp=ref_logp, token_weight=token_weight,
-            num_tokens=num_tokens, num_sequences=num_sequences, offsets=offsets,
-        )  # fmt: skip
-    rows = policy_rows.policy_rows(
-        old_logp, advantage, given.mask, given.offsets, given.group, ref_logp, token_weight,
-        _denominator(num_tokens, num_sequences, loss_type, like, dtype), options, dtype,
-    )  # fmt: skip
-    choices, numbers, _ = options.arguments()
-    loss, metrics, *_ = torch.ops.dlogp.linear_policy_loss_fwd(
-        _rows(hidden),
-        weight,
-        targets.reshape(-1, 1),
-        bias,
-        None if base_hidden is None else _rows(base_hidden),
-        base_weight,
-        base_bias,
-        *rows,
-        choices,
-        numbers,
-        float(temperature),
-        _optional_float(softcap),
-        _optional_float(base_softcap),
-        float(logit_scale),
-        float(base_logit_scale),
-        policy_rows.MASKED,
-        [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)],
+    tokens = TokenInputs(old_logp, advantage, mask, offsets, group, ref_logp, None, None, token_weight)
+    targets, tokens = policy_checks.check_target_and_tokens(
+        target, hidden, head, base, options, tokens, num_tokens, num_sequences
     )
-    return PolicyLoss(loss, PolicyMetrics(*metrics.unbind()))
+    return ops.linear_policy_loss.loss_of(head, base, targets, transforms, tokens, options)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """At least one leading dimension; no copy."""
-    return x if x.dim() > 1 else x[None]
-
-
-def _candidates(target: Tensor, rows: Tensor) -> Tensor:
-    """target (…) or (…, K) as (N, K) int64, for `rows` (…, D or V)."""
-    candidates = 1 if target.dim() < rows.dim() else target.shape[-1]
-    return target.reshape(-1, candidates).to(torch.int64)
-
-
-def _shaped(stats: tuple[Tensor, ...], target: Tensor, rows: Tensor) -> list[Tensor]:
-    return [_viewed(value, target.shape if value.dim() == 2 else rows.shape[:-1]) for value in stats]
+def _shaped(values: tuple[Tensor, ...], rows: Tensor, target: Tensor | None = None) -> list[Tensor]:
+    """What an op returns, in the leading shape of rows (…, columns); where it is (N, K), in the shape of target."""
+    return [_viewed(x, target.shape if target is not None and x.dim() == 2 else rows.shape[:-1]) for x in values]
 
 
 def _viewed(x: Tensor, shape: torch.Size) -> Tensor:
     return x if x.shape == shape else x.view(shape)
-
-
-def _no_grad() -> contextlib.AbstractContextManager[object]:
-    """Where there is no gradient to begin with, entering costs more than the checks of a call."""
-    return torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext()
-
-
-def _optional_float(value: float | None) -> float | None:
-    return None if value is None else float(value)
-
-
-def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What `torch.autocast` does to the inputs of a linear layer."""
-    # Asked of other devices it may raise, and torch.compile of 2.11 can not trace the question whether it would.
-    if hidden.device.type not in ("cpu", "cuda"):
-        return hidden, weight, bias
-    if not torch.is_autocast_enabled(hidden.device.type):
-        return hidden, weight, bias
-    dtype = torch.get_autocast_dtype(hidden.device.type)
-
-    def convert(x: Tensor) -> Tensor:
-        return x.to(dtype) if x.dtype == torch.float32 else x
-
-    return convert(hidden), convert(weight), None if bias is None else convert(bias)
-
-
-def _check_tensor(name: str, x: object, dtypes: tuple[torch.dtype, ...], kind: str) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} is {type(x).__name__}, expected a tensor")
-    if type(x) is not Tensor and hasattr(x, "full_tensor"):
-        raise TypeError(f"{name} is a sharded DTensor, expected a whole tensor: pass {name}.full_tensor()")
-    if x.dtype not in dtypes:
-        raise TypeError(f"{name} has dtype {x.dtype}, expected {kind}")
-    check_storage(name, x)
-
-
-def _check_floating(name: str, x: Any) -> None:
-    _check_tensor(name, x, _FLOATING, "bfloat16, float16, float32 or float64")
-    check_no_tangent(name, x)
-
-
-def _check_head(prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """hidden (…, D), weight (V, D) and bias (V,) of one model fit together."""
-    hidden_name, weight_name, bias_name = f"{prefix}hidden", f"{prefix}weight", f"{prefix}bias"
-    _check_floating(hidden_name, hidden)
-    _check_floating(weight_name, weight)
-    if hidden.dim() < 1 or hidden.shape[-1] == 0:
-        raise ValueError(f"{hidden_name} has shape {tuple(hidden.shape)}, expected (…, D) with D ≥ 1")
-    if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[-1]:
-        raise ValueError(
-            f"{weight_name} has shape {tuple(weight.shape)}, expected (V, {hidden.shape[-1]}) for {hidden_name} of "
-            f"shape {tuple(hidden.shape)} (a weight sharded by ZeRO-3 or FSDP has to be gathered first)"
-        )
-    _check_same_device(weight_name, weight, hidden_name, hidden)
-    if bias is None:
-        return
-    _check_floating(bias_name, bias)
-    if bias.shape != weight.shape[:1]:
-        raise ValueError(f"{bias_name} has shape {tuple(bias.shape)}, expected ({weight.shape[0]},)")
-    _check_same_device(bias_name, bias, hidden_name, hidden)
-
-
-def _check_pair_of_heads(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    base_hidden: Tensor,
-    base_weight: Tensor,
-    base_bias: Tensor | None,
-) -> None:
-    _check_head("", hidden, weight, bias)
-    _check_head("base_", base_hidden, base_weight, base_bias)
-    _check_same_leading("base_hidden", base_hidden, "hidden", hidden)
-    _check_same_device("base_hidden", base_hidden, "hidden", hidden)
-    if base_weight.shape[0] != weight.shape[0]:
-        raise ValueError(
-            f"base_weight has {base_weight.shape[0]} rows, expected the vocabulary of weight ({weight.shape[0]} rows)"
-        )
-
-
-def _check_logits(name: str, logits: Tensor) -> None:
-    _check_floating(name, logits)
-    if logits.dim() < 1 or logits.shape[-1] == 0:
-        raise ValueError(f"{name} has shape {tuple(logits.shape)}, expected (…, V) with V ≥ 1")
-
-
-def _check_same_leading(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
-    if x.shape[:-1] != other.shape[:-1]:
-        raise ValueError(
-            f"{name} has shape {tuple(x.shape)}, expected the leading dimensions of {other_name}, {tuple(other.shape)}"
-        )
-
-
-def _check_same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
-    if x.device != other.device:
-        raise ValueError(f"{name} is on {x.device}, expected {other.device}, the device of {other_name}")
-
-
-def _check_target(target: Tensor, rows_name: str, rows: Tensor, ignore_index: int, vocabulary: int) -> None:
-    _check_tensor("target", target, _INTEGER, "an integer dtype")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index is {ignore_index!r}, expected an integer")
-    if not -(2**63) <= ignore_index < 2**63:
-        raise ValueError(f"ignore_index is {ignore_index}, expected an integer of 64 bits")
-    leading = rows.shape[:-1]
-    with_candidates = target.dim() == rows.dim() and target.shape[:-1] == leading and target.shape[-1] > 0
-    if target.shape != leading and not with_candidates:
-        raise ValueError(
-            f"target has shape {tuple(target.shape)}, expected {tuple(leading)} or {(*leading, 'K')} for {rows_name} "
-            f"of shape {tuple(rows.shape)}"
-        )
-    _check_same_device("target", target, rows_name, rows)
-    if _has_values(target):
-        _check_target_range(target, target != ignore_index, vocabulary, f"or ignore_index ({ignore_index})")
-
-
-def _has_values(x: Tensor) -> bool:
-    """Whether x can be looked at: on CUDA that would wait; compiled and fake tensors have no values."""
-    has_values = type(x) is Tensor and not torch.compiler.is_compiling()
-    return has_values and (x.device.type == "cpu" or (_CHECK and x.device.type == "cuda"))
-
-
-def _check_target_range(target: Tensor, counted: Tensor, vocabulary: int, otherwise: str) -> None:
-    """IndexError for one that counts outside of the vocabulary; `otherwise` says what else may stand in its place."""
-    target = target.to(torch.int64)  # of fewer bits it may not hold the size of the vocabulary
-    outside = ((target < 0) | (target >= vocabulary)) & counted
-    if outside.any():
-        position = tuple(outside.nonzero()[0].tolist())
-        index = ", ".join(map(str, position))
-        raise IndexError(
-            f"target[{index}] is {int(target[position])}, expected a token in [0, {vocabulary}) {otherwise}"
-        )
-
-
-def _check_transform(temperature: float, softcap: float | None, logit_scale: float, prefix: str = "") -> None:
-    """Of one model's logits; `prefix` is that of the names of its own options."""
-    check_scale("temperature", temperature)
-    check_scale(f"{prefix}logit_scale", logit_scale)
-    if softcap is None:
-        check_quotient(f"{prefix}logit_scale", logit_scale, "temperature", temperature)
-        return
-    check_scale(f"{prefix}softcap", softcap)
-    check_quotient(f"{prefix}logit_scale", logit_scale, f"{prefix}softcap", softcap)
-    check_quotient(f"{prefix}softcap", softcap, "temperature", temperature)
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(choices)}")
-
-
-def _check_sampling(
-    gamma: float,
-    criterion: str,
-    threshold: float | None,
-    draft: str,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
-) -> None:
-    _check_criterion(criterion, threshold)
-    _check_choice("draft", draft, ("base", "rl"))
-    check_factor("gamma", gamma)
-    check_drawing_temperature("temperature", temperature)
-    if temperature != 0:
-        check_quotient("gamma", gamma, "temperature", temperature)
-    check_number("top_p", top_p, 0.0, 1.0, low_included=False)
-    check_number("min_p", min_p, 0.0, 1.0)
-    check_integer("top_k", top_k, 0, 2**63)
-
-
-def _check_criterion(criterion: str, threshold: float | None) -> None:
-    _check_choice("criterion", criterion, reference_sample.CRITERIA)
-    if criterion not in reference_sample.WITH_THRESHOLD:
-        if threshold is not None:
-            raise ValueError(f"threshold is {threshold}, expected None: the criterion {criterion!r} has none")
-        return
-    if threshold is None:
-        raise ValueError(f"threshold is None, expected a number: the criterion {criterion!r} compares with it")
-    check_real("threshold", threshold)
-    if math.isnan(threshold):
-        raise ValueError("threshold is nan, expected a number")
-    if criterion == "random":
-        check_number("threshold", threshold, 0.0, 1.0)
-    if criterion == "delta_logp" and threshold >= 0:
-        warnings.warn(
-            f"threshold is {threshold}: one that is not below 0 replaces nearly every token (criterion 'delta_logp')",
-            stacklevel=4,
-        )
-
-
-def _noise(
-    rows_name: str, rows: Tensor, seed: int | Tensor, row_id: Tensor | None, step: int | Tensor
-) -> tuple[Tensor | None, int, int, Tensor | None, Tensor | None]:
-    """What the noise depends on, as an op takes it: row_id, both numbers, both tensors."""
-    flat_row_id = None if row_id is None else _per_row("row_id", row_id, rows_name, rows)
-    seed_number, seed_tensor = _counter("seed", seed, 2**64, rows_name, rows)
-    if isinstance(step, Tensor) and step.numel() != 1:
-        return flat_row_id, seed_number, 0, seed_tensor, _per_row("step", step, rows_name, rows)
-    step_number, step_tensor = _counter("step", step, 2**32, rows_name, rows)
-    return flat_row_id, seed_number, step_number, seed_tensor, step_tensor
-
-
-def _per_row(name: str, value: Tensor, rows_name: str, rows: Tensor) -> Tensor:
-    """An integer tensor (…) as (N,) int64."""
-    _check_tensor(name, value, _INTEGER, "an integer dtype")
-    if value.shape != rows.shape[:-1]:
-        raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {tuple(rows.shape[:-1])}")
-    _check_same_device(name, value, rows_name, rows)
-    numbers = value.reshape(-1).to(torch.int64)
-    if _has_values(value):
-        _check_counters(name, numbers)
-    return numbers
-
-
-def _check_counters(name: str, numbers: Tensor) -> None:
-    """Of 32 bits, as the noise counts rows and steps."""
-    outside = (numbers < 0) | (numbers >= 2**32)
-    if outside.any():
-        raise ValueError(f"{name} has {numbers[outside][0].item()}, expected integers in [0, 2**32)")
-
-
-def _counter(name: str, value: int | Tensor, end: int, rows_name: str, rows: Tensor) -> tuple[int, Tensor | None]:
-    """A number as signed 64 bits, and None; or 0 and the tensor (1,) that holds it."""
-    if not isinstance(value, Tensor):
-        check_integer(name, value, 0, end)
-        return value - 2**64 if value >= 2**63 else value, None
-    if value.dtype != torch.int64 or value.numel() != 1:
-        raise ValueError(
-            f"{name} has dtype {value.dtype} and shape {tuple(value.shape)}, expected an int64 tensor of one element"
-        )
-    _check_same_device(name, value, rows_name, rows)
-    check_storage(name, value)
-    if end == 2**32 and _has_values(value):
-        _check_counters(name, value.reshape(1))
-    return 0, value.reshape(1)
-
-
-class _Like(NamedTuple):
-    """The tensor whose shape and device tokens have, and its name."""
-
-    name: str
-    tensor: Tensor
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.tensor.shape
-
-
-class _PolicyInputs(NamedTuple):
-    """mask bool; offsets and group int64."""
-
-    mask: Tensor
-    offsets: Tensor | None
-    group: Tensor | None
-
-
-def _policy_inputs(
-    like: _Like,
-    options: reference_policy.PolicyOptions,
-    old_logp: Tensor,
-    advantage: Tensor,
-    mask: Tensor,
-    offsets: Tensor | None,
-    group: Tensor | None,
-    ref_logp: Tensor | None,
-    token_weight: Tensor | None,
-) -> _PolicyInputs:
-    """What both policy losses check, and bring into the form that their ops take."""
-    sequences = like.shape[0] if offsets is None else offsets.shape[0] - 1
-    for name, x in (("old_logp", old_logp), ("ref_logp", ref_logp), ("token_weight", token_weight)):
-        if x is not None or name == "old_logp":
-            _check_tokens(name, x, like)
-            _check_constant(name, x)
-    _check_advantage(advantage, like, sequences)
-    if options.reweight == "ppl" and group is None:
-        raise ValueError("group is None, expected the prompts' ids: reweight 'ppl' standardises over a group")
-    if options.loss_type == "dr_grpo" and offsets is not None and options.max_length is None:
-        raise ValueError(
-            "max_length is None, expected a number: loss_type 'dr_grpo' divides by it, and offsets are given"
-        )
-    return _PolicyInputs(
-        _mask_of(mask, like),
-        None if offsets is None else offsets.to(torch.int64),
-        None if group is None else _group_of(group, sequences, like),
-    )
-
-
-def _check_tokens(name: str, x: Any, like: _Like) -> None:
-    """Floating, one number a token."""
-    _check_floating(name, x)
-    if x.shape != like.shape:
-        raise ValueError(f"{name} has shape {tuple(x.shape)}, expected that of {like.name}, {tuple(like.shape)}")
-    _check_same_device(name, x, like.name, like.tensor)
-
-
-def _check_constant(name: str, x: Any) -> None:
-    if x.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{name} requires a gradient, expected a constant of the loss: pass {name}.detach()")
-
-
-def _check_sequences(like: _Like, offsets: Tensor | None) -> None:
-    """Tokens (B, T), or (N,) with offsets (B + 1,)."""
-    shape = tuple(like.shape)
-    if offsets is None:
-        if len(shape) != 2:
-            raise ValueError(f"{like.name} has shape {shape}, expected (B, T), or (N,) with offsets")
-        return
-    if len(shape) != 1:
-        raise ValueError(f"{like.name} has shape {shape}, expected (N,) with offsets")
-    _check_tensor("offsets", offsets, _INTEGER, "an integer dtype")
-    if offsets.dim() != 1 or offsets.shape[0] == 0:
-        raise ValueError(f"offsets has shape {tuple(offsets.shape)}, expected (B + 1,)")
-    _check_same_device("offsets", offsets, like.name, like.tensor)
-    if _has_values(offsets):
-        ends = offsets[0].item(), offsets[-1].item()
-        if ends != (0, shape[0]) or bool((offsets.to(torch.int64).diff() < 0).any()):
-            raise ValueError(
-                f"offsets go from {ends[0]} to {ends[1]}, expected numbers from 0 to {shape[0]}, the tokens of "
-                f"{like.name}, that do not decrease"
-            )
-
-
-def _check_advantage(advantage: Tensor, like: _Like, sequences: int) -> None:
-    _check_floating("advantage", advantage)
-    if advantage.shape != (sequences,) and advantage.shape != like.shape:
-        raise ValueError(
-            f"advantage has shape {tuple(advantage.shape)}, expected ({sequences},) or that of {like.name}, "
-            f"{tuple(like.shape)}"
-        )
-    _check_same_device("advantage", advantage, like.name, like.tensor)
-    _check_constant("advantage", advantage)
-
-
-def _mask_of(mask: Tensor, like: _Like) -> Tensor:
-    """As bool."""
-    _check_tensor("mask", mask, (torch.bool, *_INTEGER, *_FLOATING), "bool or 0/1")
-    if mask.shape != like.shape:
-        raise ValueError(f"mask has shape {tuple(mask.shape)}, expected that of {like.name}, {tuple(like.shape)}")
-    _check_same_device("mask", mask, like.name, like.tensor)
-    if mask.dtype == torch.bool:
-        return mask
-    counted = mask != 0
-    if _has_values(mask):
-        wrong = counted & (mask != 1)
-        if wrong.any():
-            position = tuple(wrong.nonzero()[0].tolist())
-            index = ", ".join(map(str, position))
-            raise ValueError(f"mask[{index}] is {mask[position].item():g}, expected 0 or 1")
-    return counted
-
-
-def _group_of(group: Tensor, sequences: int, like: _Like) -> Tensor:
-    _check_tensor("group", group, _INTEGER, "an integer dtype")
-    if group.shape != (sequences,):
-        raise ValueError(f"group has shape {tuple(group.shape)}, expected ({sequences},), an id a response")
-    _check_same_device("group", group, like.name, like.tensor)
-    return group.to(torch.int64)
-
-
-def _check_divergence(
-    options: reference_policy.PolicyOptions, exact_name: str, ref_logp: Tensor | None, exact: Tensor | None
-) -> None:
-    """At most one divergence to one reference model, and one where it counts."""
-    if options.kl_beta != 0 and ref_logp is None and exact is None:
-        raise ValueError(f"ref_logp is None, expected a tensor: kl_beta is {options.kl_beta}")
-    if ref_logp is not None and exact is not None:
-        raise ValueError(f"{exact_name} is given, expected None beside ref_logp: one divergence to one reference model")
-
-
-def _denominator(
-    num_tokens: float | Tensor | None,
-    num_sequences: float | Tensor | None,
-    loss_type: str,
-    like: _Like,
-    dtype: torch.dtype,
-) -> Tensor | None:
-    """Whichever of the two numbers the loss divides by, as a tensor () of `dtype`."""
-    given, unused = ("num_tokens", num_tokens), ("num_sequences", num_sequences)
-    if loss_type not in reference_policy.BY_TOKENS:
-        given, unused = unused, given
-    if unused[1] is not None:
-        raise ValueError(f"{unused[0]} is given, expected None: loss_type {loss_type!r} does not divide by it")
-    return _one_number(*given, like, dtype)
-
-
-def _one_number(name: str, value: float | Tensor | None, like: _Like, dtype: torch.dtype) -> Tensor | None:
-    """As a tensor () of `dtype`."""
-    if value is None:
-        return None
-    if isinstance(value, Tensor):
-        if value.numel() != 1 or value.dtype not in (*_INTEGER, *_FLOATING):
-            raise ValueError(f"{name} has dtype {value.dtype} and shape {tuple(value.shape)}, expected one number")
-        _check_same_device(name, value, like.name, like.tensor)
-        _check_constant(name, value)
-        check_storage(name, value)
-        if _has_values(value):
-            _check_denominator(name, value.item())
-        return value.reshape(()).to(dtype)
-    _check_denominator(name, value)
-    return torch.full((), float(value), dtype=dtype, device=like.tensor.device)
-
-
-def _check_denominator(name: str, value: float) -> None:
-    """0 where there is nothing to divide."""
-    check_number(name, value, 0.0, math.inf)
-    if value != 0:
-        check_scale(name, value)
-
-
-def _check_frozen_base(
-    hidden: Tensor,
-    weight: Tensor,
-    base_hidden: Tensor | None,
-    base_weight: Tensor | None,
-    base_bias: Tensor | None,
-) -> None:
-    """A reference model is given whole, fits, and requires no gradient."""
-    given = {"base_hidden": base_hidden, "base_weight": base_weight}
-    missing = [name for name, x in given.items() if x is None]
-    if len(missing) == 2 and base_bias is None:
-        return
-    if missing:
-        raise ValueError(f"{missing[0]} is None, expected a tensor: the reference model has hidden states and a weight")
-    assert base_hidden is not None and base_weight is not None
-    _check_head("base_", base_hidden, base_weight, base_bias)
-    _check_same_leading("base_hidden", base_hidden, "hidden", hidden)
-    _check_same_device("base_hidden", base_hidden, "hidden", hidden)
-    if base_weight.shape[0] != weight.shape[0]:
-        raise ValueError(
-            f"base_weight has {base_weight.shape[0]} rows, expected the vocabulary of weight ({weight.shape[0]} rows)"
-        )
-    for name, x in (given | {"base_bias": base_bias}).items():
-        if x is not None:
-            _check_constant(name, x)
-
-
-def _composed_policy_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    old_logp: Tensor,
-    advantage: Tensor,
-    mask: Tensor,
-    bias: Tensor | None,
-    base_hidden: Tensor | None,
-    base_weight: Tensor | None,
-    base_bias: Tensor | None,
-    heads: dict[str, Any],
-    base_heads: dict[str, Any],
-    options: reference_policy.PolicyOptions,
-    **rest: Any,
-) -> PolicyLoss:
-    """`linear_logp`, or `linear_delta_logp` with a reference model, then `policy_loss`."""
-    common: dict[str, Any] = {"bias": bias, "ignore_index": policy_rows.MASKED, **heads}
-    kl = None
-    if base_hidden is None or base_weight is None:
-        logp, entropy, _ = linear_logp(hidden, weight, target, **common)
-    else:
-        pair = linear_delta_logp(
-            hidden, weight, base_hidden, base_weight, target, base_bias=base_bias, **base_heads, **common
-        )
-        logp, entropy, kl = pair.logp, pair.entropy, pair.kl
-        kl = kl if options.kl_beta != 0 else kl.detach()
-    entropy = entropy if options.entropy_coef != 0 else entropy.detach()
-    values = options._asdict()
-    values["dual_clip"] = None if options.dual_clip == math.inf else options.dual_clip
-    return policy_loss(logp, old_logp, advantage, mask, entropy=entropy, kl=kl, **values, **rest)
-
-
-def _policy_options(
-    loss_type: str,
-    reweight: str,
-    alpha: float,
-    reweight_sign: str,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-    importance: str,
-    kl_beta: float,
-    entropy_coef: float,
-    sapo_temperature_pos: float,
-    sapo_temperature_neg: float,
-    max_length: int | None,
-) -> reference_policy.PolicyOptions:
-    _check_choice("loss_type", loss_type, reference_policy.LOSS_TYPES)
-    _check_choice("reweight", reweight, reference_policy.REWEIGHTS)
-    _check_choice("reweight_sign", reweight_sign, reference_policy.REWEIGHT_SIGNS)
-    _check_choice("importance", importance, reference_policy.IMPORTANCES)
-    if reweight == "dominate":
-        check_number("alpha", alpha, 0.0, 1.0)
-    check_factor("alpha", alpha)
-    check_number("clip_low", clip_low, 0.0, math.inf)
-    check_number("clip_high", clip_high, 0.0, math.inf)
-    if dual_clip is not None:
-        check_number("dual_clip", dual_clip, 1.0, math.inf, low_included=False)
-    check_factor("kl_beta", kl_beta)
-    check_factor("entropy_coef", entropy_coef, -math.inf)
-    check_scale("sapo_temperature_pos", sapo_temperature_pos)
-    check_scale("sapo_temperature_neg", sapo_temperature_neg)
-    if max_length is not None:
-        check_integer("max_length", max_length, 1, 2**63)
-    return reference_policy.PolicyOptions(
-        loss_type,
-        reweight,
-        reweight_sign,
-        importance,
-        float(alpha),
-        float(clip_low),
-        float(clip_high),
-        math.inf if dual_clip is None else float(dual_clip),
-        float(kl_beta),
-        float(entropy_coef),
-        float(sapo_temperature_pos),
-        float(sapo_temperature_neg),
-        max_length,
-    )

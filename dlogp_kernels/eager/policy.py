@@ -41,7 +41,7 @@ def policy_loss_fwd(
     with_gradient: bool,
     workspace: int,
 ) -> tuple[Tensor, ...]:
-    options = reference_policy.options_of(choices, numbers, max_length)
+    options = reference_policy.PolicyOptions.of(choices, numbers, max_length)
     sequences = _Sequences(
         PolicyTokens(logp, old_logp, advantage, mask, ref_logp, entropy, kl, token_weight), offsets, workspace
     )
@@ -123,7 +123,7 @@ def linear_policy_loss_fwd(
     workspace: int,
 ) -> tuple[Tensor, ...]:
     target, bad_rows = check_target(target, weight.shape[0], ignore_index)
-    options, dtype = reference_policy.options_of(choices, numbers, None), scale.dtype
+    options, dtype = reference_policy.PolicyOptions.of(choices, numbers, None), scale.dtype
     known = PolicyRows(old_logp, advantage, scale, score, ref_logp, token_weight)
     policy_head = Head(hidden, weight, bias, Transform(temperature, softcap, logit_scale))
     head = HeadGradients(policy_head, zero_gradients(policy_head, output_mask, dtype), dtype)

@@ -1,5 +1,6 @@
 """What every op file uses to register its op."""
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -49,6 +50,12 @@ def register_autograd(op: str, setup_context: Callable[..., None], backward: Cal
 def one_or_all(outputs: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
     """An op with one output returns it alone."""
     return outputs[0] if isinstance(outputs, tuple) and len(outputs) == 1 else outputs
+
+
+def without_gradient(op: Callable[..., Any], *arguments: Any) -> Any:
+    """Of an op that has none. Where there is no gradient to begin with, no_grad would take longer than the checks."""
+    with torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext():
+        return op(*arguments)
 
 
 def output_dtype(*inputs: Tensor | None) -> torch.dtype:

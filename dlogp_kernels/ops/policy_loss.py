@@ -5,12 +5,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..reference.policy import options_of
-from ..results import PolicyMetrics
+from ..reference.policy import PolicyOptions, TokenInputs
+from ..results import PolicyLoss, PolicyMetrics
 from . import library
 
 #: Places of logp, entropy and kl among the arguments.
 _DIFFERENTIABLE = (0, 7, 8)
+
+
+def loss_of(logp: Tensor, tokens: TokenInputs, options: PolicyOptions) -> PolicyLoss:
+    with_gradient = torch.is_grad_enabled() and logp.requires_grad
+    loss, metrics, *_ = torch.ops.dlogp.policy_loss_fwd(logp, *tokens, *options.arguments(), with_gradient)
+    return PolicyLoss(loss, PolicyMetrics(*metrics.unbind()))
 
 
 def _fake_fwd(*arguments: Any) -> tuple[Tensor, ...]:
@@ -43,7 +49,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     mask, offsets = inputs[3:5]
     _, metrics, coefficient, scale = output
     ctx.save_for_backward(coefficient, scale, mask, offsets)
-    options = options_of(*inputs[11:14])
+    options = PolicyOptions.of(*inputs[11:14])
     ctx.coefficients = (options.entropy_coef, options.kl_beta)
     ctx.num_inputs = len(inputs)
     # The coefficient counts as differentiable, so that deriving what backward makes of it raises (library.py).

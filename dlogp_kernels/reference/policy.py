@@ -18,6 +18,13 @@ LOSS_TYPES = ("dapo", "grpo", "bnpo", "dr_grpo", "cispo", "sapo")
 REWEIGHTS = ("low_prob", "dominate", "ppl", "none")
 REWEIGHT_SIGNS = ("both", "positive", "negative")
 IMPORTANCES = ("token", "sequence", "sequence_token")
+#: The options that are strings, in the order of PolicyOptions, and what they may be.
+CHOICES = {
+    "loss_type": LOSS_TYPES,
+    "reweight": REWEIGHTS,
+    "reweight_sign": REWEIGHT_SIGNS,
+    "importance": IMPORTANCES,
+}
 #: Of these types the denominator is a number of tokens.
 BY_TOKENS = ("dapo", "bnpo", "cispo")
 #: Log-ratios are clamped to ± this, and have no gradient beyond.
@@ -27,7 +34,7 @@ GROUP_EPSILON = 1e-6
 
 
 class PolicyOptions(NamedTuple):
-    """The options of `policy_loss`: four choices, eight numbers, and max_length; a dual_clip of ∞ is none."""
+    """The options of `policy_loss`: those of CHOICES, numbers, and max_length last; a dual_clip of ∞ is none."""
 
     loss_type: str = "dapo"
     reweight: str = "low_prob"
@@ -43,15 +50,31 @@ class PolicyOptions(NamedTuple):
     sapo_temperature_neg: float = 1.05
     max_length: int | None = None
 
+    @classmethod
+    def of(cls, str_options: list[str], float_options: list[float], max_length: int | None) -> "PolicyOptions":
+        """The inverse of `arguments`."""
+        return cls._make((*str_options, *float_options, max_length))
+
     def arguments(self) -> tuple[list[str], list[float], int | None]:
-        """As the ops take them: choices, numbers, max_length."""
-        return list(self[:4]), list(self[4:12]), self.max_length
+        """As the ops take them: str_options, float_options, max_length."""
+        values: tuple[Any, ...] = self
+        first_float = len(CHOICES)
+        return list(values[:first_float]), [float(x) for x in values[first_float:-1]], self.max_length
 
 
-def options_of(choices: list[str], numbers: list[float], max_length: int | None) -> PolicyOptions:
-    """The inverse of `PolicyOptions.arguments`."""
-    values = (*choices, *numbers, max_length)
-    return PolicyOptions._make(values)
+class TokenInputs(NamedTuple):
+    """What the op `policy_loss` takes beside logp, in its order: of padded tokens (B, T) or packed ones (N,)."""
+
+    old_logp: Tensor
+    advantage: Tensor
+    mask: Tensor
+    offsets: Tensor | None
+    group: Tensor | None
+    ref_logp: Tensor | None
+    entropy: Tensor | None
+    kl: Tensor | None
+    token_weight: Tensor | None
+    denominator: Tensor | None = None
 
 
 class PolicyTokens(NamedTuple):

@@ -5,8 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import policy as reference_policy
-from .policy import PolicyOptions
+from .policy import PolicyOptions, TokenInputs, normalized_in_group, sequence_scale
 
 #: Instead of the targets of tokens that do not count; no token has this id.
 MASKED = -(2**63)
@@ -24,43 +23,33 @@ class PolicyRows(NamedTuple):
     token_weight: Tensor | None
 
 
-def policy_rows(
-    old_logp: Tensor,
-    advantage: Tensor,
-    mask: Tensor,
-    offsets: Tensor | None,
-    group: Tensor | None,
-    ref_logp: Tensor | None,
-    token_weight: Tensor | None,
-    denominator: Tensor | None,
-    options: PolicyOptions,
-    dtype: torch.dtype,
-) -> PolicyRows:
-    """Of tokens (B, T), or packed (N,) with offsets (B + 1,)."""
-    flat_mask = mask.reshape(-1)
+def policy_rows(tokens: TokenInputs, options: PolicyOptions, dtype: torch.dtype) -> PolicyRows:
+    mask = tokens.mask.reshape(-1)
 
     def flat(x: Tensor) -> Tensor:
-        return x.reshape(-1).to(dtype).masked_fill(~flat_mask, 0.0)
+        return x.reshape(-1).to(dtype).masked_fill(~mask, 0.0)
 
-    sequences = _Sequences(mask, offsets)
-    counts, old = sequences.sums(flat_mask), flat(old_logp)
-    of_sequences = advantage.shape == counts.shape
-    longest = mask.shape[-1] if options.max_length is None else options.max_length
-    scale = reference_policy.sequence_scale(
-        counts, counts.sum(), counts.shape[0], longest, denominator, options.loss_type
-    )
+    def flat_if_any(x: Tensor | None) -> Tensor | None:
+        return None if x is None else flat(x)
+
+    sequences = _Sequences(tokens.mask, tokens.offsets)
+    counts, old_logp, advantage = sequences.sums(mask), flat(tokens.old_logp), tokens.advantage
+    if advantage.shape == counts.shape:
+        advantage = sequences.spread(advantage)
+    longest = tokens.mask.shape[-1] if options.max_length is None else options.max_length
+    scale = sequence_scale(counts, counts.sum(), counts.shape[0], longest, tokens.denominator, options.loss_type)
     score = None
     if options.reweight == "ppl":
-        assert group is not None
-        perplexity = -sequences.sums(old.double()) / counts.clamp_min(1)
-        score = flat(sequences.spread(reference_policy.normalized_in_group(perplexity, group, counts > 0)))
+        assert tokens.group is not None
+        perplexity = -sequences.sums(old_logp.double()) / counts.clamp_min(1)
+        score = sequences.spread(normalized_in_group(perplexity, tokens.group, counts > 0))
     return PolicyRows(
-        old,
-        flat(sequences.spread(advantage) if of_sequences else advantage),
+        old_logp,
+        flat(advantage),
         flat(sequences.spread(scale)),
-        score,
-        None if ref_logp is None else flat(ref_logp),
-        None if token_weight is None else flat(token_weight),
+        flat_if_any(score),
+        flat_if_any(tokens.ref_logp),
+        flat_if_any(tokens.token_weight),
     )
 
 

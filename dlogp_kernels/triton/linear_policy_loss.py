@@ -279,7 +279,7 @@ def linear_policy_loss_fwd(
     output_mask: list[bool],
     workspace: int,
 ) -> tuple[Tensor, ...]:
-    options, target = reference_policy.options_of(choices, numbers, None), target.contiguous()
+    options, target = reference_policy.PolicyOptions.of(choices, numbers, None), target.contiguous()
     optional = (None if x is None else x.contiguous() for x in (score, ref_logp, token_weight))
     known = PolicyRows(old_logp.contiguous(), advantage.contiguous(), scale.contiguous(), *optional)
     policy = _Policy(known, target, kind_of(options), numbers_of(options), base_hidden is not None)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference.policy import BY_TOKENS, PolicyOptions, options_of
+from ..reference.policy import BY_TOKENS, PolicyOptions
 from ..results import PolicyMetrics
 from . import _policy
 from ._device import on_device_of
@@ -432,7 +432,7 @@ def policy_loss_fwd(
     with_gradient: bool,
     workspace: int,
 ) -> tuple[Tensor, ...]:
-    options = options_of(choices, numbers, max_length)
+    options = PolicyOptions.of(choices, numbers, max_length)
     kind, device, columns, packed = kind_of(options), logp.device, logp.shape[-1], offsets is not None
     sequences = logp.shape[0] if offsets is None else offsets.shape[0] - 1
 

@@ -13,7 +13,7 @@ from cases import ALL_OPTIONS, OPS, call, gradients, make_inputs, options_for, u
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dlogp_kernels.triton
-from dlogp_kernels import backends, functional
+from dlogp_kernels import backends, policy_checks
 
 #: ATen ops whose result, or its shape, is known to the host only when the GPU is done.
 WAITING = {
@@ -108,7 +108,7 @@ def test_the_policy_loss_does_not_wait(launches, backend, packed, options):
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_linear_policy_loss_does_not_wait(launches, backend, packed, base, monkeypatch):
     """The whole call, not its launchers alone, as on a GPU, where the values of the inputs are not looked at."""
-    monkeypatch.setattr(functional, "_has_values", lambda x: False)
+    monkeypatch.setattr(policy_checks, "has_values", lambda x: False)
     inputs = linear_policy_cases.make_inputs(3, 7, v=61, d=8, dtype=torch.float16, base=base)
     inputs = linear_policy_cases.flat(inputs, [7, 2, 0]) if packed else inputs
     with _NoWaiting():

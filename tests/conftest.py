@@ -41,6 +41,7 @@ def _kind_of_process() -> str:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+    parser.addoption("--quick", action="store_true", help="the first backend alone, and nothing that torch compiles")
     parser.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where the ops of the op tests run")
 
 
@@ -51,6 +52,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "served_by(*backends): of what is so with these backends only",
         "also_by(*backends): on a GPU, of what backends do that have this op only",
         "gemm_interpreted: what the backend gemm takes under the interpreter, where it is slow",
+        "around_launchers: of what is the same whichever backend runs: with the first one alone, not interpreted",
         "not_interpreted(reason): not for Triton's interpreter, because it is too slow or can not",
     ):
         config.addinivalue_line("markers", marker)
@@ -82,6 +84,8 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames:
         names = _BACKENDS[_kind_of_process()]
+        if metafunc.config.getoption("--quick") or metafunc.definition.get_closest_marker("around_launchers"):
+            names = names[:1]
         also = metafunc.definition.get_closest_marker("also_by")
         if also is not None and _kind_of_process() == "cuda":
             names = (*names, *also.args)
@@ -106,6 +110,10 @@ def _out_of_scope(item: pytest.Item) -> bool:
     if item.get_closest_marker("needs_gpu") and _kind_of_process() != "cuda":
         return True
     if item.get_closest_marker("not_interpreted") and _kind_of_process() == "interpreter":
+        return True
+    if item.get_closest_marker("around_launchers") and (
+        _kind_of_process() == "interpreter" or item.config.getoption("--quick")
+    ):
         return True
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     backend = parameters.get("backend")

@@ -17,7 +17,6 @@ MEASURED = {"n": 2048, "d": 256, "v": 50_000, "dtype": "bfloat16", "pass": "forw
 ALL_OF_A_PAIR = ["hidden", "weight", "bias", "base_hidden", "base_weight", "base_bias"]
 
 pytestmark = [
-    pytest.mark.timeout(300),
     pytest.mark.cpu_only,
     pytest.mark.served_by("cpu", "reference"),
     pytest.mark.skipif(

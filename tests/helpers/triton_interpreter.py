@@ -8,13 +8,16 @@ are still unsupported.
 `tl.dot` sums in float64 and rounds once: numpy's float32 product gives a row other bits at another place of its tile,
 and what is tested is that the kernels do not. `tl.sum` adds in pairs along any axis, much as a GPU does, where numpy
 does so along the last one only. A comparison's result has type bool here; there it keeps its operands' type, and
-becomes numbers when a scalar one is broadcast. And `triton.language` is turned to the interpreter once, not in each
-call of a device function: that alone takes a millisecond.
+becomes numbers when a scalar one is broadcast.
+
+What takes the time is done once: `triton.language` is turned to the interpreter, which each call of a device function
+does there, in a millisecond; and what Triton makes of the shape of a block, for each value, is made once for a shape.
 """
 
 import dataclasses
 import functools
 import types
+from typing import Any, NamedTuple
 
 import numpy as np
 import triton.language as tl
@@ -24,8 +27,12 @@ _unpatched_np_dtype = interpreter._get_np_dtype
 _unpatched_fits = interpreter._validate_np_data_size
 _unpatched_convert_float = interpreter._convert_float
 _unpatched_patch_lang = interpreter._patch_lang
+_unpatched_block_type = tl.block_type.__init__
+_unpatched_tensor = tl.tensor.__init__
 #: By the name of a scalar type: the interpreter makes a table of all of them each time.
 _np_dtypes: dict[str, np.dtype] = {}
+#: What two of these types are converted to, in any operation, is the type itself.
+_PROMOTED = (tl.float32, tl.int32, tl.int64)
 _COMPARISONS = (np.less, np.less_equal, np.greater, np.greater_equal, np.equal, np.not_equal)
 
 
@@ -73,6 +80,29 @@ class _Handle(interpreter.TensorHandle):
         super().__post_init__()
 
 
+class _Semantic(type(interpreter.interpreter_semantic)):
+    """Sees at once that two operands have the same shape, or type too."""
+
+    def binary_op_type_checking_impl(self, lhs, rhs, *rules, **more_rules):
+        as_they_are = isinstance(lhs, tl.tensor) and isinstance(rhs, tl.tensor) and lhs.shape is rhs.shape
+        if as_they_are and lhs.dtype is rhs.dtype and lhs.dtype in _PROMOTED:
+            return lhs, rhs
+        return super().binary_op_type_checking_impl(lhs, rhs, *rules, **more_rules)
+
+    def broadcast_impl_value(self, lhs, rhs):
+        return (lhs, rhs) if lhs.shape is rhs.shape else super().broadcast_impl_value(lhs, rhs)
+
+
+class _Shape(NamedTuple):
+    """What Triton makes of a shape: sizes and their product, as a type has them and as a tensor has them."""
+
+    of_type: tl.tuple
+    numel: int
+    text: str
+    of_tensor: tl.tuple
+    numel_of_tensor: tl.constexpr
+
+
 def correct() -> None:
     """Patch the interpreter of this process, before any kernel is defined."""
     if issubclass(interpreter.InterpreterBuilder, _Builder):
@@ -84,6 +114,9 @@ def correct() -> None:
     interpreter._convert_float = _convert_float
     interpreter._patch_lang = _patch_lang
     interpreter.ReduceOps.sum = _sum
+    interpreter.interpreter_semantic.__class__ = _Semantic
+    tl.block_type.__init__ = _init_block_type
+    tl.tensor.__init__ = _init_tensor
     builder = interpreter.interpreter_builder
     builder.__class__ = _Builder
     # An overflow is asserted against in debug mode only. In any mode a sum of integers takes seven more operations.
@@ -107,6 +140,30 @@ def _sum(self: interpreter.ReduceOps, x: tl.tensor) -> tl.tensor:
 @functools.cache
 def _turn_language_to_interpreter() -> None:
     _unpatched_patch_lang(types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+
+
+@functools.cache
+def _shape(sizes: tuple[int, ...]) -> _Shape:
+    """Without sizes that of a number."""
+    dtype, tensor = tl.int32, object.__new__(tl.tensor)
+    if sizes:
+        dtype = object.__new__(tl.block_type)
+        _unpatched_block_type(dtype, tl.int32, list(sizes))
+    _unpatched_tensor(tensor, None, dtype)
+    return _Shape(tl.tuple(sizes), dtype.numel if sizes else 1, str(tl.tuple(sizes)), tensor.shape, tensor.numel)
+
+
+def _init_block_type(self: tl.block_type, element_ty: tl.dtype, shape: Any) -> None:
+    sizes = shape.value if isinstance(shape, tl.constexpr) else shape
+    found = _shape(tuple(x.value if isinstance(x, tl.constexpr) else x for x in sizes))
+    self.element_ty, self.shape, self.numel = element_ty, found.of_type, found.numel
+    self.name, self.made = f"<{found.text}, {element_ty}>", found
+
+
+def _init_tensor(self: tl.tensor, handle: interpreter.TensorHandle, type: tl.dtype) -> None:
+    made = type.made if type.is_block() else _shape(())
+    self.handle, self.type, self.dtype = handle, type, type.scalar
+    self.shape, self.numel = made.of_tensor, made.numel_of_tensor
 
 
 def _is_bf16(dtype: tl.dtype) -> bool:

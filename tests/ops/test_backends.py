@@ -21,7 +21,7 @@ from dlogp_kernels.ops import schemas
 
 def _python(code: str, **environment: str) -> subprocess.CompletedProcess:
     env = os.environ | environment
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=env)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
 
 
 def test_the_extension_is_there_where_it_can_be_built():
@@ -167,13 +167,14 @@ def test_workspace_below_one_mebibyte_is_refused(size):
 
 @pytest.mark.parametrize("op", OPS)
 def test_smallest_workspace_computes_the_same(backend, op):
-    inputs = make_inputs(op, fewer(200, 50), v=fewer(3_000, 1_000), dtype=torch.bfloat16)
+    inputs = make_inputs(op, fewer(200, 40), v=fewer(3_000, 600), dtype=torch.bfloat16)
     expected = call(op, inputs)
     with backends.workspace_limit(2**20):
         for value, other in zip(call(op, inputs), expected, strict=True):
             torch.testing.assert_close(value, other, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.not_interpreted("the same without it")
 def test_environment_variable_chooses():
     code = "from dlogp_kernels import backends; print(backends.select('logp_fwd', 'cpu'))"
     run = _python(code, DLOGP_BACKEND="reference")
@@ -182,6 +183,7 @@ def test_environment_variable_chooses():
     assert run.returncode != 0 and "DLOGP_BACKEND is 'fast', expected one of" in run.stderr
 
 
+@pytest.mark.not_interpreted("the same without it")
 def test_import_is_quiet_and_leaves_torch_alone():
     code = (
         "import torch; before = (torch.get_num_threads(), torch.get_default_dtype(), "

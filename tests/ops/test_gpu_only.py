@@ -93,7 +93,7 @@ def memory_is_given_back() -> Iterator[None]:
 LARGE = {"more than 2³¹ logits": (16_400, 131_072), "70 000 rows": (70_000, 1_003)}
 
 
-@pytest.mark.parametrize("size", LARGE)
+@pytest.mark.parametrize("size", fewer(LARGE, ["70 000 rows"]))
 @pytest.mark.parametrize("op", fewer(OPS, ["linear_delta_logp", "logp"]))
 def test_last_rows_of_many_are_those_rows_alone(op, size):
     """Forward and gradient, bit for bit: no offset wraps around."""
@@ -113,7 +113,6 @@ def test_last_rows_of_many_are_those_rows_alone(op, size):
             assert torch.equal(value[last], other)
 
 
-@pytest.mark.gemm_interpreted
 @pytest.mark.parametrize("op", fewer(OPS, ["linear_logp", "delta_logp"]))
 def test_a_row_alone_is_the_row_among_4096(op):
     n, v, d = fewer((4096, 50_257, 1024), (40, 131, 40))
@@ -218,7 +217,7 @@ def test_a_target_outside_the_vocabulary_raises_when_asked_to_check():
         "dlogp_kernels.logp(torch.zeros(2, 5, device='cuda'), torch.tensor([1, 9], device='cuda'))"
     )
     env = os.environ | {"DLOGP_CHECK": "1"}
-    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=env)
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert finished.returncode != 0
     assert "IndexError: target[1] is 9, expected a token in [0, 5)" in finished.stderr
 

@@ -48,10 +48,9 @@ def test_leading_shapes(accuracy, op, shape, k):
 
 
 @pytest.mark.not_interpreted("minutes")
-@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
 @pytest.mark.parametrize("op", OPS)
-def test_more_rows_than_65535(accuracy, op, dtype):
-    check_against_truth(accuracy, op, make_inputs(op, 70_000, v=11, d=3, dtype=dtype))
+def test_more_rows_than_65535(accuracy, op):
+    check_against_truth(accuracy, op, make_inputs(op, 70_000, v=11, d=3, dtype=BF16))
 
 
 def _transposed(x: torch.Tensor) -> torch.Tensor:
@@ -85,7 +84,7 @@ LAYOUTS = [_transposed, _every_other, _misaligned, _padded_rows]
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__.strip("_"))
 @pytest.mark.parametrize("op", OPS)
 def test_strides_of_inputs_and_upstream_gradients(accuracy, op, layout, dtype):
-    inputs = make_inputs(op, fewer((4, 9), (2, 3)), v=303, d=21, k=3, dtype=dtype)
+    inputs = make_inputs(op, fewer((4, 9), (2, 3)), v=fewer(303, 143), d=21, k=3, dtype=dtype)
     strided = {name: layout(x) for name, x in inputs.items()}
     upstream = upstream_of(call(op, inputs))
     for value, expected in zip(call(op, strided), call(op, inputs), strict=True):

@@ -301,7 +301,7 @@ def test_gradcheck(loss_type, base):
     assert torch.autograd.gradcheck(loss, leaves)
 
 
-@pytest.mark.not_interpreted("of what is around a backend's launcher")
+@pytest.mark.around_launchers
 @pytest.mark.parametrize("importance", reference_policy.IMPORTANCES)
 @pytest.mark.parametrize("packed", [False, True])
 def test_compiles_whole_and_not_again_for_other_shapes(packed, importance):

@@ -466,7 +466,7 @@ def test_opcheck(dtype, present, top_p):
     torch.library.opcheck(op, _op_arguments(dtype, present, top_p))
 
 
-@pytest.mark.not_interpreted("of what is around a backend's launcher")
+@pytest.mark.around_launchers
 @pytest.mark.parametrize("filters", [{}, {"top_p": 0.9}], ids=str)
 def test_compiles_whole_and_not_again_for_other_numbers_of_rows(filters):
     torch._dynamo.reset()

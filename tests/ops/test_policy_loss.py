@@ -482,7 +482,7 @@ def counter():
     torch._dynamo.reset()
 
 
-@pytest.mark.not_interpreted("of what is around a backend's launcher")
+@pytest.mark.around_launchers
 @pytest.mark.parametrize("packed", [False, True])
 def test_compiles_whole_and_not_again_for_other_shapes(packed, counter):
     def run(inputs):

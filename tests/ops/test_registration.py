@@ -117,7 +117,7 @@ def counter():
     torch._dynamo.reset()
 
 
-@pytest.mark.not_interpreted("of what is around a backend's launcher")
+@pytest.mark.around_launchers
 @pytest.mark.parametrize("k", [None, 3])
 @pytest.mark.parametrize("op", OPS)
 def test_compiles_whole_and_not_again_for_other_numbers_of_tokens(op, k, counter):
@@ -137,7 +137,7 @@ def test_compiles_whole_and_not_again_for_other_numbers_of_tokens(op, k, counter
             torch.testing.assert_close(value, other)
 
 
-@pytest.mark.not_interpreted("of what is around a backend's launcher")
+@pytest.mark.around_launchers
 @pytest.mark.parametrize("op", OPS)
 def test_not_compiled_again_for_other_numbers_of_candidates_or_batches(op, counter):
     function = getattr(dlogp_kernels, op)
@@ -149,7 +149,7 @@ def test_not_compiled_again_for_other_numbers_of_candidates_or_batches(op, count
     assert counter.frame_count <= 2
 
 
-@pytest.mark.not_interpreted("of what is around a backend's launcher")
+@pytest.mark.around_launchers
 @pytest.mark.parametrize("op", OPS)
 def test_python_numbers_as_options_compile(op, counter):
     """Integers and floats that change from call to call, at fullgraph."""
@@ -170,7 +170,7 @@ def test_compiled_call_still_checks_targets(counter):
         compiled(inputs)
 
 
-@pytest.mark.not_interpreted("of what is around a backend's launcher")
+@pytest.mark.around_launchers
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles C++")
 @pytest.mark.parametrize("op", OPS)
 def test_inductor(op):

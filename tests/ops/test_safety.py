@@ -174,5 +174,5 @@ for thread in threads:
 @pytest.mark.not_interpreted("the same without it")
 def test_a_number_of_threads_that_another_thread_raised():
     """In a process of its own, which a write beyond the threads' scratch ends."""
-    found = subprocess.run([sys.executable, "-c", _THREADS], cwd=HELPERS, capture_output=True, text=True, timeout=120)
+    found = subprocess.run([sys.executable, "-c", _THREADS], cwd=HELPERS, capture_output=True, text=True)
     assert (found.returncode, found.stderr) == (0, "")

@@ -589,7 +589,7 @@ def test_opcheck(dtype, tensors):
     assert "extrapolated_sample" in schemas.SCHEMAS
 
 
-@pytest.mark.not_interpreted("of what is around a backend's launcher")
+@pytest.mark.around_launchers
 @pytest.mark.parametrize("criterion", ["all", "delta_logp"])
 def test_compiles_whole_and_not_again_for_other_numbers_of_rows(criterion):
     torch._dynamo.reset()

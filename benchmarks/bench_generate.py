@@ -11,29 +11,26 @@ import inspect
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dlogp_kernels import backends
 from dlogp_kernels.demo import task
 from dlogp_kernels.hf.backbone import cache_name
 
-from .case import Case, case_of
-from .harness import NotMeasuredError, Sample, Timings, verify
-from .records import Record, record, time_fields
 from .shapes import Shape, Workload
+from .timing import Candidate, NotMeasuredError, OwnClock
 
 OP = "hf.generate"
-PROBLEMS = 64
+#: Of the task, words and the four special ones; 64 problems.
+WORK = Workload(OP, Shape("demo pair", 0, len(task.WORDS) + 4), 64, "float32")
 
 _SETTING: Any = {"gamma": 0.1, "criterion": "delta_logp", "threshold": -0.3, "seed": 0}
-#: Words and the four special ones.
-_VOCABULARY = len(task.WORDS) + 4
 _MAX_NEW_TOKENS = task.MAX_RESPONSE_WORDS
-_TOLERANCES = {"logp": 1e-3, "base_logp": 1e-3}
-_ROUNDS = {"quick": 3, "default": 9, "full": 9}
+_LIMITS = {"logp": 1e-3, "base_logp": 1e-3}
+clock = OwnClock
 
 
 @dataclass(frozen=True)
@@ -43,10 +40,6 @@ class Replay:
     models: tuple[Any, Any]
     prompts: Tensor
     drawn: Any
-
-    @property
-    def tokens(self) -> int:
-        return int(self.drawn.lengths.sum())
 
     def steps(self) -> Iterator[Tensor]:
         """The rows (b,) that are in the batch at each step."""
@@ -134,30 +127,10 @@ _CANDIDATES: Mapping[str, Callable[[Replay], float]] = {
 }
 
 
-def plan(device: torch.device, mode: str) -> Iterator[Case]:
-    # The demo pair is for the CPU: on a GPU nothing but launches would be measured.
-    if device.type == "cpu":
-        work = Workload(OP, Shape("demo pair", 0, _VOCABULARY), PROBLEMS, "float32")
-        yield case_of("compare", _comparison, work, _ROUNDS[mode])
-
-
-def _comparison(kind: str, work: Workload, rounds: int) -> Iterator[Record]:
-    replay = prepare(work.n)
-    errors = errors_of(replay)
-    verify("ours", errors, _TOLERANCES)
-    timings = measure(replay, rounds)
-    note = f"{replay.tokens} tokens in {replay.drawn.tokens.shape[1]} steps"
-    for name in _CANDIDATES:
-        fields = time_fields(timings, name, _CANDIDATES, "forward")
-        if name == "ours":
-            backend = backends.select("extrapolated_sample", torch.device("cpu"))
-            fields |= {"errors": errors, "backend": backend}
-        speed = 1e3 * replay.tokens / fields["median_ms"]
-        yield record(kind, work, name, "forward", tokens_per_s=speed, note=note, **fields)
-
-
-def prepare(problems: int) -> Replay:
+def build(work: Workload, device: torch.device) -> Replay:
     """The pair in float32, and its responses to held-out problems."""
+    if device.type != "cpu":
+        raise NotMeasuredError("the demo pair is so small that a GPU would measure nothing but launches")
     try:
         from dlogp_kernels import hf
     except ModuleNotFoundError as error:
@@ -166,9 +139,15 @@ def prepare(problems: int) -> Replay:
 
     tokenizer = hf.load_tokenizer(PAIR_DIRECTORY / "rl")
     models = [hf.load_model(PAIR_DIRECTORY / name, dtype=torch.float32) for name in ("rl", "base")]
-    texts = [problem.prompt for problem in task.generate_problems(problems, seed=0)]
+    texts = [problem.prompt for problem in task.generate_problems(work.n, seed=0)]
     prompts = torch.tensor(tokenizer(texts, add_special_tokens=False)["input_ids"])
     return Replay((models[0], models[1]), prompts, _drawn(models, prompts))
+
+
+def candidates(replay: Replay) -> list[Candidate]:
+    """Each returns its seconds."""
+    ours, *others = (Candidate(name, partial(function, replay)) for name, function in _CANDIDATES.items())
+    return [Candidate("ours", ours.forward, check=partial(errors_of, replay), limits=_LIMITS), *others]
 
 
 def _drawn(models: Sequence[Any], prompts: Tensor) -> Any:
@@ -186,15 +165,5 @@ def errors_of(replay: Replay) -> dict[str, float]:
     inside = torch.arange(drawn.tokens.shape[1]) < drawn.lengths[:, None]
     stats = hf.token_metrics(*replay.models, torch.cat([replay.prompts, drawn.tokens], 1))
     return {
-        name: (getattr(stats, name)[:, begin:] - getattr(drawn, name))[inside].abs().max().item()
-        for name in _TOLERANCES
+        name: (getattr(stats, name)[:, begin:] - getattr(drawn, name))[inside].abs().max().item() for name in _LIMITS
     }
-
-
-def measure(replay: Replay, rounds: int) -> Timings:
-    """Each candidate in each round, after a warm-up, in an order that rotates."""
-    for candidate in _CANDIDATES.values():
-        candidate(replay)
-    names = list(_CANDIDATES)
-    orders = (names[number % len(names) :] + names[: number % len(names)] for number in range(rounds))
-    return Timings([{name: Sample(_CANDIDATES[name](replay), 0.0) for name in order} for order in orders])

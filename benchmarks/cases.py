@@ -1,163 +1,188 @@
-"""The cases of an op that has a `Bench`, and which of them a mode has."""
+"""What is measured: the ops, their shapes in each mode, and how a case becomes rows of results."""
 
-import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 
-from .bench import Bench, tolerances
-from .case import Case, budget, case_of, skipped, timed, whole
-from .harness import Candidate, NotMeasuredError, verify
-from .memory import MIB, Request, in_fresh_process
-from .problem import Truth, build
-from .records import Record, record
-from .shapes import (
-    LINEARITY_N,
-    LONG_N,
-    MAIN,
-    MAIN_N,
-    OTHER,
-    SHAPES,
-    SWEEP_N,
-    Shape,
-    Workload,
-    require_fit,
-    require_products,
-)
+from dlogp_kernels import backends
 
-#: Candidates of a comparison, beside the floor.
-ALL = ("ours", "eager", "compiled", "chunked")
-_QUICK = ("ours", "eager")
+from . import bench_generate, bench_policy, bench_sampling, bench_statistics
+from .memory import MIB, in_fresh_process, peak_of
+from .shapes import LONG_N, MAIN, MAIN_N, OTHER, SHAPES, SWEEP_N, Workload, require_fit, require_products
+from .timing import PHASES, Budget, Candidate, Clock, NotMeasuredError, Timings, WrongResultError, measure, verify
+
+MODES = ("quick", "default", "full")
+#: A line of results: a candidate's time (a phase each) or its memory, or why there is none.
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Planner:
-    """Cases of one benchmark on one device."""
+class Bench:
+    """One op: its inputs, what computes it (ours first), and what no implementation can do without."""
 
-    bench: Bench
-    device: torch.device
-    mode: str
+    build: Callable[[Workload, torch.device], Any]
+    candidates: Callable[[Any], list[Candidate]]
+    floor: Callable[[Any], list[Candidate]] = lambda problem: []
+    clock: Callable[[torch.device], Clock] = Clock
 
-    def cases(self) -> Iterator[Case]:
-        op, quick = self.bench.op, self.mode == "quick"
-        linear = op.startswith("linear")
-        dtype = "bfloat16" if linear else "float32"
-        yield self._compare(MAIN, MAIN_N, dtype)
-        if op == "linear_logp" or not quick:
-            yield self._compare(MAIN, MAIN_N, dtype, training=True)
-            yield case_of("half ignored", self._half_ignored, Workload(op, MAIN, MAIN_N, dtype))
-        yield from map(self._memory, self._memory_works(dtype))
-        if op == "linear_delta_logp":
-            sizes = [n // 2 for n in LINEARITY_N] if quick else LINEARITY_N
-            yield case_of("linearity", self._linearity, Workload(op, MAIN, max(sizes)), sizes)
-        if not quick:
-            yield from self._more(linear)
-        if op == "linear_delta_logp" and self.mode == "full":
-            yield self._memory(Workload(op, MAIN, LONG_N), case="long")
 
-    def _memory_works(self, dtype: str) -> Iterator[Workload]:
-        """More than one N and V; in training so many rows that no kernel has all their gradients at hand at once."""
-        op, quick = self.bench.op, self.mode == "quick"
-        for shape, n in ((MAIN, MAIN_N), (OTHER, 4 * MAIN_N)):
-            yield Workload(op, shape, n, dtype)
-            if shape is OTHER or not quick:
-                yield Workload(op, shape, n, dtype, training=True)
-        if op.startswith("linear") and not quick:
-            yield Workload(op, MAIN, 4 * MAIN_N, dtype, training=True)
-            yield Workload(op, SHAPES["gemma-2-2b"], MAIN_N, dtype)
+_STATISTICS = Bench(bench_statistics.build, bench_statistics.candidates, bench_statistics.floor)
+_SAMPLING = Bench(bench_sampling.build, bench_sampling.candidates, bench_sampling.floor)
+BENCHES = {
+    **dict.fromkeys(bench_statistics.OPS, _STATISTICS),
+    "extrapolated_sample": _SAMPLING,
+    "linear_extrapolated_sample": _SAMPLING,
+    "policy_loss": Bench(bench_policy.build, bench_policy.candidates),
+    "linear_policy_loss": Bench(bench_policy.build_step, bench_policy.linear_candidates, bench_policy.linear_floor),
+    bench_generate.OP: Bench(bench_generate.build, bench_generate.candidates, clock=bench_generate.clock),
+}
+_QUICK = ("ours", "eager", "TRL", "warpers", "forwards", "generate calls")
 
-    def _more(self, linear: bool) -> Iterator[Case]:
-        op = self.bench.op
-        yield self._compare(MAIN, MAIN_N, "float32" if linear else "bfloat16")
-        if not linear:
-            return
-        for shape in SHAPES.values():
-            if shape is not MAIN:
-                yield self._compare(shape, MAIN_N // 2, "bfloat16")
-        for n in SWEEP_N:
-            work = Workload(op, MAIN, n)
-            yield case_of("sweep", self._comparison, work, ALL)
-            for name in ALL:
-                yield self._memory(work, name, case="sweep memory")
 
-    def _compare(self, shape: Shape, n: int, dtype: str, training: bool = False) -> Case:
-        work = Workload(self.bench.op, shape, n, dtype, training)
-        return case_of("compare", self._comparison, work, _QUICK if self.mode == "quick" else ALL)
+class Case(NamedTuple):
+    label: str
+    run: Callable[[], Iterable[Row]]
 
-    def _memory(self, work: Workload, name: str = "ours", case: str = "memory") -> Case:
-        return case_of(case, self._peak, work, name)
 
-    def _comparison(self, case: str, work: Workload, names: Sequence[str]) -> Iterator[Record]:
-        require_fit(work, "ours", self.device)
-        if work.training:
-            require_products(work, self.device)
-        problem = build(work, self.device)
-        truth = Truth(problem)
-        candidates, errors = [], {}
+def cases(op: str, device: torch.device, mode: str) -> Iterator[Case]:
+    """The cases of an op in a mode: times first, then memory."""
+    quick = mode == "quick"
+    budget = Budget(seconds=4) if quick else Budget(seconds=20, least=5)
+    for work in dict.fromkeys(_timed(op, quick)):
+        yield Case(f"time: {work}", partial(compare, work, device, budget, _QUICK if quick else None))
+    if op == "linear_logp":
+        yield Case(f"time: {op}, half ignored", partial(_half_ignored, Workload(op, MAIN, MAIN_N), device, budget))
+    for work, names in _measured(op, mode):
         for name in names:
-            function = self.bench.function(name)
-            try:
-                require_fit(work, name, self.device, built=True)
-                errors[name] = truth.errors(function)
-                verify(name, errors[name], tolerances(name, errors[name]))
-            except NotMeasuredError as error:
-                yield skipped(case, work, name, error)
-            else:
-                candidates.append(problem.candidate(name, function))
-        del truth
-        candidates += self.bench.floor(problem)
-        yield from self._timed(case, work, candidates, errors)
+            yield Case(f"memory: {work} {name}", partial(memory, work, name, device))
 
-    def _timed(
-        self, case: str, work: Workload, candidates: Sequence[Candidate], errors: dict[str, dict[str, float]]
-    ) -> Iterator[Record]:
-        yield from timed(
-            case,
-            work,
-            candidates,
-            budget(self.mode),
-            self.device,
-            errors=errors,
-            backend=self.bench.backend(self.device),
-        )
 
-    def _half_ignored(self, case: str, work: Workload) -> Iterator[Record]:
-        problem = build(work, self.device)
-        candidates = [
-            problem.candidate("ours", self.bench.ours),
-            problem.half_ignored().candidate("ours, half ignored", self.bench.ours),
-        ]
-        yield from self._timed(case, work, candidates, {})
+def _timed(op: str, quick: bool) -> Iterator[Workload]:
+    if op == bench_generate.OP:
+        yield bench_generate.WORK
+    elif op == "policy_loss":
+        for variant in [*bench_policy.LOSSES][: 1 if quick else None]:
+            yield Workload(op, bench_policy.SHAPE, bench_policy.TOKENS, "float32", training=True, variant=variant)
+    elif op == "extrapolated_sample":
+        for variant in ("top-p 0.7",) if quick else bench_sampling.FILTERS:
+            yield Workload(op, MAIN, 8, "float32", variant=variant)
+    elif op == "linear_extrapolated_sample":
+        yield from (Workload(op, MAIN, rows) for rows in ((8,) if quick else (1, 8, 64)))
+    else:
+        first, second = ("bfloat16", "float32") if op.startswith("linear") else ("float32", "bfloat16")
+        if op != "linear_policy_loss":
+            yield Workload(op, MAIN, MAIN_N, first)
+        if not quick or op in ("linear_logp", "linear_policy_loss"):
+            yield Workload(op, MAIN, MAIN_N, first, training=True)
+        if not quick:
+            yield Workload(op, MAIN, MAIN_N, second, training=op == "linear_policy_loss")
+            if op in ("linear_logp", "linear_delta_logp"):
+                yield from (Workload(op, shape, MAIN_N // 2) for shape in SHAPES.values())
+                yield from (Workload(op, MAIN, n) for n in SWEEP_N)
 
-    def _linearity(self, case: str, work: Workload, sizes: Sequence[int]) -> Iterator[Record]:
-        require_fit(work, "ours", self.device)
-        problem = build(work, self.device)
-        by_name = {f"ours, N={n}": n for n in sizes}
-        candidates = [problem.first_rows(n).candidate(name, self.bench.ours) for name, n in by_name.items()]
-        for entry in self._timed(case, work, candidates, {}):
-            yield dataclasses.replace(entry, n=by_name[entry.candidate])
 
-    def _peak(self, case: str, work: Workload, name: str) -> Iterator[Record]:
+def _measured(op: str, mode: str) -> Iterator[tuple[Workload, Sequence[str]]]:
+    """More than one N and V; in training so many rows that no kernel has all their gradients at hand at once."""
+    if op == "policy_loss":
+        # So large that the process' own memory does not matter.
+        work = Workload(op, bench_policy.SHAPE, 16 * bench_policy.TOKENS, "float32", training=True, variant="DAPO")
+        yield work, ("ours",) if mode == "quick" else ("ours", "TRL")
+    elif op == "linear_policy_loss":
+        yield from ((Workload(op, MAIN, n, training=True), ("ours",)) for n in (MAIN_N, 2 * MAIN_N))
+    elif op in bench_statistics.OPS:
+        dtype = "bfloat16" if op.startswith("linear") else "float32"
+        for training in (False, True):
+            yield Workload(op, OTHER, 4 * MAIN_N, dtype, training), ("ours",)
+            if mode != "quick" or not training:
+                yield Workload(op, MAIN, MAIN_N, dtype, training), ("ours",)
+        if op.startswith("linear") and mode != "quick":
+            yield Workload(op, MAIN, 4 * MAIN_N, dtype, training=True), ("ours",)
+            yield from ((Workload(op, MAIN, n), ("ours", "eager", "compiled", "chunked")) for n in SWEEP_N)
+        if op == "linear_delta_logp" and mode == "full":
+            yield Workload(op, MAIN, LONG_N), ("ours",)
+
+
+def compare(work: Workload, device: torch.device, budget: Budget, names: Sequence[str] | None = None) -> Iterator[Row]:
+    """Candidates of these names (None: all), and the floor, in rounds; those that are wrong or do not fit say so."""
+    bench, right, errors = BENCHES[work.op], [], {}
+    try:
+        require_fit(work, "ours", device)
+        if work.training:
+            require_products(work, device)
+        problem = bench.build(work, device)
+    except NotMeasuredError as error:
+        yield _row(work, "time", "ours", skipped=str(error))
+        return
+    for candidate in bench.candidates(problem):
+        if names is not None and candidate.name not in names:
+            continue
         try:
-            require_fit(work, name, self.device)
-            # The long batch is also timed, and its time counts only if its result is right.
-            answer = in_fresh_process(
-                Request(work, name, self.device.type, torch.get_num_threads(), check=case == "long")
-            )
-            verify(name, answer.errors, tolerances(name, answer.errors))
+            require_fit(work, candidate.name, device, built=True)
+            errors[candidate.name] = dict(candidate.check()) if candidate.check is not None else {}
+            verify(candidate.name, errors[candidate.name], candidate.limits)
         except NotMeasuredError as error:
-            yield skipped(case, work, name, error)
-            return
-        yield record(
-            case,
-            work,
-            name,
-            whole(work),
-            backend=self.bench.backend(self.device) if name.startswith("ours") else None,
-            median_ms=1e3 * answer.seconds if case == "long" else None,
-            rounds=1,
-            errors=answer.errors,
-            peak_mib=answer.peak / MIB,
-            output_mib=answer.outputs / MIB,
-        )
+            yield _row(work, "time", candidate.name, skipped=str(error), wrong=isinstance(error, WrongResultError))
+        else:
+            right.append(candidate)
+    found = [*right, *bench.floor(problem)]
+    if found:
+        timings = measure(found, budget, bench.clock(device))
+        yield from _times(work, found, timings, errors, device)
+
+
+def _times(
+    work: Workload, found: Sequence[Candidate], timings: Timings, errors: dict[str, Any], device: torch.device
+) -> Iterator[Row]:
+    """`over_ours` is the median of the ratios to ours within a round."""
+    for phase in PHASES if work.training else PHASES[:1]:
+        for name in (candidate.name for candidate in found):
+            ms = [1e3 * seconds for seconds in timings.quantiles(name, phase)]
+            row = _row(work, "time", name, phase=phase, rounds=len(timings.rounds), **_error_columns(errors.get(name)))
+            row |= dict(zip(("ms", "p20_ms", "p80_ms"), ms, strict=True))
+            if found[0].name == "ours":
+                row["over_ours"] = timings.ratio(name, "ours", phase).median
+            if name.startswith("ours"):
+                row["backend"] = served_by(work, device)
+            yield row
+
+
+def _half_ignored(work: Workload, device: torch.device, budget: Budget) -> Iterator[Row]:
+    """Of rows whose target is to be ignored, every second one, beside all of them."""
+    problem = bench_statistics.build(work, device)
+    ours = bench_statistics.functions(work.op)["ours"]
+    found = [problem.candidate("ours", ours), problem.half_ignored().candidate("ours, half ignored", ours)]
+    rows = _times(work, found, measure(found, budget, Clock(device)), {}, device)
+    yield from (row | {"variant": "half ignored"} for row in rows)
+
+
+def memory(work: Workload, name: str, device: torch.device) -> Iterator[Row]:
+    """The peak of one call over its inputs and outputs, in a process of its own."""
+    try:
+        require_fit(work, name, device)
+        peak = in_fresh_process(peak_of, work, name, device, torch.get_num_threads())
+    except NotMeasuredError as error:
+        yield _row(work, "memory", name, skipped=str(error))
+    else:
+        yield _row(work, "memory", name, peak_mib=peak.extra / MIB, output_mib=peak.outputs / MIB)
+
+
+def served_by(work: Workload, device: torch.device) -> str:
+    """The backends of the op's forward and backward here."""
+    op = "extrapolated_sample" if work.op == bench_generate.OP else work.op
+    steps = [op] if "sample" in op else [f"{op}_fwd", f"{op}_bwd"]
+    return "+".join(dict.fromkeys(backends.select(step, device) for step in steps))
+
+
+def _row(work: Workload, kind: str, name: str, phase: str | None = None, **measured: Any) -> Row:
+    return {
+        "kind": kind, "op": work.op, "variant": work.variant, "shape": work.shape.name, "n": work.n,
+        "d": work.shape.d if work.linear else 0, "v": work.shape.v, "dtype": work.dtype, "training": work.training,
+        "candidate": name, "phase": phase or ("both" if work.training else "forward"), **measured,
+    }  # fmt: skip
+
+
+def _error_columns(errors: Any) -> Row:
+    return {f"error_{name}": error for name, error in (errors or {}).items()}

@@ -1,21 +1,27 @@
-"""`python -m benchmarks`: measure, print the acceptance table, keep the results."""
+"""`python -m benchmarks`: measure every op, or one of your own shape; keep the results; put them into the README."""
 
 import argparse
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import pandas as pd
 import torch
 
-from . import table
-from .case import MODES
-from .plans import PLANS
-from .records import RESULTS, Record, Run, environment, read
+from . import results, table
+from .cases import BENCHES, MODES, Row, cases, compare, memory
+from .results import RESULTS
+from .shapes import DTYPES, Shape, Workload
+from .timing import Budget
+
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", **{name: name for name in DTYPES}}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
+    if getattr(options, "threads", None) is not None:
+        torch.set_num_threads(options.threads)
     options.command(options)
 
 
@@ -23,105 +29,105 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.set_defaults(command=_measure, mode="default")
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--quick", dest="mode", action="store_const", const="quick", help="the table in 3 minutes")
-    mode.add_argument("--full", dest="mode", action="store_const", const="full", help="also a batch of 131072 tokens")
-    parser.add_argument("--only", choices=PLANS, action="append", metavar="OP", help=f"one of {', '.join(PLANS)}")
+    mode.add_argument("--quick", dest="mode", action="store_const", const=MODES[0], help="few shapes, 3 minutes")
+    mode.add_argument("--full", dest="mode", action="store_const", const=MODES[2], help="also a batch of 131072 tokens")
+    parser.add_argument("--only", choices=BENCHES, action="append", metavar="OP", help=f"one of {', '.join(BENCHES)}")
     parser.add_argument("--case", help="only cases whose description contains this, e.g. 'memory' or 'N=512'")
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="folder for the JSON and CSV")
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    parser.add_argument("--threads", type=int, help="threads on the CPU; as many as PyTorch takes by default")
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="folder of the table of results")
 
     commands = parser.add_subparsers(title="commands")
     commands.add_parser("gpu", help="a visit to a GPU: python -m benchmarks gpu --help")
-    readme = commands.add_parser("readme", help="write stored results between the markers of a README")
+    shape = commands.add_parser("shape", help="an op of your own shape beside eager PyTorch and torch.compile")
+    shape.set_defaults(command=_shape)
+    linear = [op for op in BENCHES if op.endswith("logp")]
+    shape.add_argument("--op", choices=linear, default="linear_logp", help="default: linear_logp")
+    shape.add_argument("--n", type=int, default=2048, help="tokens (default 2048)")
+    shape.add_argument("--d", type=int, help="hidden size")
+    shape.add_argument("--v", type=int, help="vocabulary")
+    shape.add_argument("--dtype", choices=_DTYPES, default="bf16", help="default: bf16")
+    shape.add_argument("--training", action="store_true", help="forward and backward")
+    shape.add_argument("--model", metavar="DIR", help="take hidden size, vocabulary and softcap from its config.json")
+    shape.add_argument("--seconds", type=float, default=20.0, help="of the rounds (default 20)")
+    for command in (parser, shape):
+        command.add_argument("--device", default="cpu", type=torch.device, help="cpu (default) or cuda")
+        command.add_argument("--threads", type=int, help="threads on the CPU; as many as PyTorch takes by default")
+
+    readme = commands.add_parser("readme", help="write ratios from the table of results between the README's markers")
     readme.set_defaults(command=_readme)
-    plot = commands.add_parser("plot", help="draw time and memory over N")
-    plot.set_defaults(command=_plot)
-    for command in (readme, plot):
-        command.add_argument(
-            "results", type=Path, nargs="*", help="JSON files; later ones win. Newest full run if none"
-        )
     readme.add_argument("--readme", type=Path, default=RESULTS.parent.parent / "README.md")
-    plot.add_argument("--out", type=Path, default=RESULTS / "over_n.png", metavar="PNG")
+    plot = commands.add_parser("plot", help="draw time and memory over N from the table of results")
+    plot.set_defaults(command=_plot)
+    plot.add_argument("--png", type=Path, default=RESULTS / "over_n.png")
+    for command in (readme, plot):
+        command.add_argument("results", type=Path, nargs="?", default=RESULTS / "cpu.csv", help="cpu.csv if not given")
     return parser
 
 
 def _measure(options: argparse.Namespace) -> None:
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    device = torch.device(options.device)
-    run = Run(environment(device), {"mode": options.mode, "only": options.only, "case": options.case})
-    cases = [
+    """Every case, its rows written as soon as it has ended."""
+    where, everything = results.environment()
+    path = options.out / f"{options.device.type}.csv"
+    chosen = [
         case
-        for op in options.only or PLANS
-        for case in PLANS[op](device, options.mode)
+        for op in options.only or BENCHES
+        for case in cases(op, options.device, options.mode)
         if options.case is None or options.case in case.label
     ]
-    start = time.perf_counter()
-    for number, case in enumerate(cases, 1):
-        begin = time.perf_counter()
-        _progress(f"[{number}/{len(cases)}] {case.label}")
-        records = list(case.run())
-        run.records += records
-        path = run.write(options.out)
-        for line in map(_summary, records):
-            _progress(f"    {line}")
-        _progress(f"    took {time.perf_counter() - begin:.0f} s, {time.perf_counter() - start:.0f} s in all")
-    if cases:
-        _progress(f"wrote {path} and .csv")
-    print(table.section([run]))
-    wrong = [f"{entry.op} {entry.skipped}" for entry in run.records if entry.wrong]
+    start, found = time.perf_counter(), list[Row]()
+    for number, case in enumerate(chosen, 1):
+        _progress(f"[{number}/{len(chosen)}] {case.label}")
+        rows = [row | where for row in case.run()]
+        found += rows
+        results.write(results.merged(results.read(path) if path.exists() else None, rows), path)
+        _progress(f"{table.measured(pd.DataFrame(rows))}\n    {time.perf_counter() - start:.0f} s in all")
+    if found:
+        path.with_name(f"{options.device.type}_environment.txt").write_text(f"{everything}\n")
+        print(table.measured(pd.DataFrame(found)))
+    _refuse_wrong(found)
+
+
+def _shape(options: argparse.Namespace) -> None:
+    """Times in rounds, then the memory of each candidate in a process of its own."""
+    work = Workload(options.op, _shape_of(options), options.n, _DTYPES[options.dtype], options.training)
+    names = ("ours", "eager", "compiled")
+    _progress(f"{work}, {options.device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    rows = list(compare(work, options.device, Budget(options.seconds), names))
+    for name in names:
+        rows += memory(work, name, options.device)
+    print(table.measured(pd.DataFrame(rows)))
+    _refuse_wrong(rows)
+
+
+def _shape_of(options: argparse.Namespace) -> Shape:
+    """The given sizes; what is not given is that of the model."""
+    d, v, softcap = options.d, options.v, None
+    if options.model is not None:
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(options.model).get_text_config()
+        d, v = d or config.hidden_size, v or config.vocab_size
+        softcap = getattr(config, "final_logit_softcapping", None)
+    if v is None or (d is None and options.op.startswith("linear")):
+        raise SystemExit("give --d and --v, or --model DIR")
+    return Shape("yours", d or 0, v, softcap)
+
+
+def _refuse_wrong(rows: Iterable[Row]) -> None:
+    wrong = [f"{row['op']} {row['skipped']}" for row in rows if row.get("wrong")]
     if wrong:
         raise SystemExit("wrong results, not timed: " + "; ".join(wrong))
 
 
-def _summary(entry: Record) -> str:
-    if entry.skipped is not None:
-        return f"{entry.candidate}: skipped, {entry.skipped}"
-    parts = [f"{entry.candidate} {entry.phase}:"]
-    if entry.median_ms is not None:
-        parts.append(f"{entry.median_ms:.1f} ms ({entry.p20_ms or entry.median_ms:.1f} …")
-        parts.append(f"{entry.p80_ms or entry.median_ms:.1f}, {entry.rounds} rounds)")
-    if entry.peak_mib is not None:
-        parts.append(f"{entry.peak_mib:.1f} MiB")
-    if entry.tokens_per_s is not None:
-        parts.append(f"{entry.tokens_per_s:.0f} tokens/s")
-    parts += [f"= {ratio[0]:.3f} × {other}" for other, ratio in entry.ratios.items() if other in ("matmul", "ours")]
-    parts += [f"{name} {value:.4g}" for name, value in entry.statistics.items()]
-    if "logp" in entry.errors:
-        parts.append(f"log p error {entry.errors['logp']:.1e}")
-    return " ".join(parts)
-
-
-def _progress(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def _newest(wanted: Callable[[Run], bool]) -> Run | None:
-    """The newest run of all cases in the results folder that is as wanted; a visit to a GPU is no such run."""
-    for path in sorted(RESULTS.glob("[0-9]*.json"), reverse=True):
-        run = read(path)
-        if wanted(run) and not run.settings["only"] and not run.settings["case"]:
-            return run
-    return None
-
-
-def _stored(given: Sequence[Run]) -> list[Run]:
-    """The given runs, or the newest one that was not a quick one."""
-    if given:
-        return list(given)
-    newest = _newest(lambda run: run.settings["mode"] in MODES[1:])
-    if newest is None:
-        raise SystemExit(f"{RESULTS} has no complete run: python -m benchmarks --full")
-    return [newest]
-
-
 def _readme(options: argparse.Namespace) -> None:
-    table.put_into(options.readme, table.section(_stored([read(path) for path in options.results])))
+    table.put_into(options.readme, table.ratios(results.read(options.results)))
 
 
 def _plot(options: argparse.Namespace) -> None:
     # matplotlib is not needed to measure.
     from .plot import draw
 
-    draw(_stored([read(path) for path in options.results]), options.out)
+    draw(results.read(options.results), options.png)
+
+
+def _progress(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

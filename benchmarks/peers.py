@@ -1,8 +1,7 @@
 """Other libraries' kernels for the same work, each behind one function that takes our arguments.
 
-`function(hidden, weight, target)` for `linear_logp`; `function(inputs of linear_policy_loss)` returns the loss; a
-sampler is `function(logits, top_p)`. Nothing of a library is imported before `load()`. Written from the source of
-liger-kernel 0.8.5, trl 1.16.0, quack-kernels 0.6.5 and of flashinfer-python (ba1f206).
+`function(hidden, weight, target)` for `linear_logp`; `function(inputs of linear_policy_loss)` returns the loss. Nothing
+of a library is imported before `load()`. Written from the source of liger-kernel 0.8.5 and trl 1.16.0.
 """
 
 from collections.abc import Callable
@@ -76,29 +75,11 @@ def _trl_linear() -> Callable[..., Single]:
     return function
 
 
-def _quack_linear() -> Callable[..., Single]:
-    """quack/epilogue/library.py: `lse_target_epi`, as quack/linear_cross_entropy.py calls it without gradients."""
-    from quack.epilogue.library import lse_target_epi
-
-    def function(hidden: Tensor, weight: Tensor, target: Tensor) -> Single:
-        outputs = lse_target_epi(hidden, weight.mT, store_d=False, target=target, tuned=False)
-        return Single(outputs["target_logit"] - outputs["lse"])
-
-    return function
-
-
-def _flashinfer() -> Callable[[Tensor, float], Tensor]:
-    """flashinfer/sampling.py: top-p by rejection from probabilities in float32."""
-    from flashinfer.sampling import softmax, top_p_sampling_from_probs
-
-    return lambda logits, top_p: top_p_sampling_from_probs(softmax(logits), top_p)
-
-
 def _itself(compiled: bool) -> Callable[..., Any]:
     """PyTorch as it is written today, eager or compiled."""
-    from .bench_linear_logp import eager
+    from .bench_statistics import linear_logp
 
-    return torch.compile(eager, dynamic=False) if compiled else eager
+    return torch.compile(linear_logp, dynamic=False) if compiled else linear_logp
 
 
 _ROUNDED = "logits are rounded to the inputs' dtype"
@@ -112,7 +93,5 @@ PEERS = {
         Peer("liger flce", "linear_logp", _liger_flce, ("logp",), f"{_ROUNDED}; no entropy"),
         Peer("liger grpo", "linear_policy_loss", _liger_grpo, note=f"{_ROUNDED}; no reweighting"),
     ),
-    "quack": (Peer("quack", "linear_logp", _quack_linear, note="no entropy, no gradient"),),
     "trl": (Peer("trl", "linear_logp", _trl_linear, _BOTH, _ROUNDED),),
-    "flashinfer": (Peer("flashinfer", "extrapolated_sample", _flashinfer, note="one model, a token, no log p"),),
 }

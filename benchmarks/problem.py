@@ -1,16 +1,16 @@
 """The inputs of a workload, its candidates, and its truth in float64."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple, cast
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dlogp_kernels.reference import statistics as reference
 
-from .harness import Candidate, absolute_error, relative_error
 from .shapes import DTYPES, Workload
+from .timing import Candidate, absolute_error, relative_error
 
 Function = Callable[..., NamedTuple]
 IGNORE_INDEX = -100
@@ -20,25 +20,6 @@ _BASE_NOISE = 0.1
 _BLOCK = 8192
 #: Rows that are compared with float64: enough to see a wrong tile, few enough for the time of a float64 matmul.
 _CHECKED_ROWS = 32
-
-
-class SingleStats(NamedTuple):
-    """What the baselines of one model return."""
-
-    logp: Tensor
-    entropy: Tensor
-
-
-class PairStats(NamedTuple):
-    """What the baselines of a pair return."""
-
-    delta_logp: Tensor
-    logp: Tensor
-    base_logp: Tensor
-    entropy: Tensor
-    base_entropy: Tensor
-    kl: Tensor
-    reverse_kl: Tensor
 
 
 @dataclass(frozen=True)
@@ -68,36 +49,26 @@ class Problem:
             list(self.upstream.values()),
         )
 
-    def step(self, function: Function) -> list[Tensor]:
-        """All that one call leaves: its outputs and, in training, the gradients."""
-        outputs = self.call(function)
-        gradients = self.gradients(outputs) if self.work.training else ()
-        # A library that gives no entropy leaves it None.
-        return [x for x in (*outputs, *gradients) if x is not None]
-
-    def candidate(self, name: str, function: Function) -> Candidate:
-        return Candidate(name, lambda: self.call(function), self.gradients if self.work.training else None)
-
-    def with_inputs(self, **changed: Tensor) -> "Problem":
-        return Problem(self.work, self.device, {**self.inputs, **changed}, self.upstream)
+    def candidate(
+        self,
+        name: str,
+        function: Function,
+        check: Callable[[], Mapping[str, float]] | None = None,
+        limits: Mapping[str, float] | None = None,
+    ) -> Candidate:
+        backward = self.gradients if self.work.training else None
+        return Candidate(name, lambda: self.call(function), backward, check, limits or {})
 
     def asking(self, outputs: Collection[str]) -> "Problem":
         """The same training step of a loss on these outputs only."""
-        upstream = {name: gradient for name, gradient in self.upstream.items() if name in outputs}
-        return Problem(self.work, self.device, self.inputs, upstream)
+        return replace(self, upstream={name: x for name, x in self.upstream.items() if name in outputs})
 
     def half_ignored(self) -> "Problem":
         """The same inputs with every second target, at random, to be ignored."""
-        n = self.work.n
-        target = self.inputs["target"].clone()
+        n, target = self.work.n, self.inputs["target"].clone()
         generator = torch.Generator(self.device).manual_seed(1)
         target[torch.randperm(n, generator=generator, device=self.device)[: n // 2]] = IGNORE_INDEX
-        return self.with_inputs(target=target)
-
-    def first_rows(self, n: int) -> "Problem":
-        """The same weights with the first n tokens; for forward only."""
-        rows = {name: x if "weight" in name else x[:n] for name, x in self.inputs.items()}
-        return Problem(self.work, self.device, rows)
+        return replace(self, inputs={**self.inputs, "target": target})
 
 
 def build(work: Workload, device: torch.device) -> Problem:
@@ -129,21 +100,12 @@ def build(work: Workload, device: torch.device) -> Problem:
     inputs["target"] = torch.randint(shape.v, (work.n,), generator=generator, device=device)
     if not work.training:
         return Problem(work, device, inputs)
-    problem = Problem(work, device, inputs, _upstream(work, generator, device))
+    outputs = ("delta_logp", "kl") if work.pair else ("logp", "entropy")
+    upstream = {name: torch.randn(work.n, generator=generator, device=device) for name in outputs}
+    problem = Problem(work, device, inputs, upstream)
     for name in problem.leaves:
         inputs[name].requires_grad_()
     return problem
-
-
-def _upstream(work: Workload, generator: torch.Generator, device: torch.device) -> dict[str, Tensor]:
-    names = ("delta_logp", "kl") if work.pair else ("logp", "entropy")
-    return {name: torch.randn(work.n, generator=generator, device=device) for name in names}
-
-
-def checked_rows(problem: Problem) -> Tensor:
-    """Rows that are compared with float64."""
-    n = problem.work.n
-    return torch.linspace(0, n - 1, min(n, _CHECKED_ROWS), device=problem.device).long()
 
 
 class Truth:
@@ -151,10 +113,9 @@ class Truth:
 
     def __init__(self, problem: Problem) -> None:
         n = problem.work.n
-        self.rows = checked_rows(problem)
+        self.rows = torch.linspace(0, n - 1, min(n, _CHECKED_ROWS), device=problem.device).long()
         self._problem = problem
-        grad_mode = torch.enable_grad() if problem.work.training else torch.no_grad()
-        with grad_mode:
+        with torch.set_grad_enabled(problem.work.training):
             raw = _float64_logits(problem, self.rows)
             stats = _stats(problem, raw, self.rows)
         self.stats = {name: value.detach().reshape(len(self.rows)) for name, value in stats._asdict().items()}
@@ -162,8 +123,8 @@ class Truth:
             # The gradient of a weight needs all rows; where only the checked ones have an upstream gradient, those do.
             checked = torch.zeros(n, device=problem.device).index_fill(0, self.rows, 1.0)
             masked = {name: gradient * checked for name, gradient in problem.upstream.items()}
-            self._problem = Problem(problem.work, problem.device, problem.inputs, masked)
-            self._grad_raw = torch.autograd.grad(
+            self._problem = replace(problem, upstream=masked)
+            self._grad_logits = torch.autograd.grad(
                 [getattr(stats, name).reshape(-1) for name in masked],
                 raw[0],
                 [gradient[self.rows].double() for gradient in masked.values()],
@@ -183,23 +144,18 @@ class Truth:
 
     def gradient_errors(self, gradients: Sequence[Tensor]) -> dict[str, float]:
         """The relative error of each gradient of a step in which only the checked rows count."""
-        leaves = zip(self._problem.leaves, gradients, strict=True)
-        return {f"d_{name}": self._gradient_error(name, gradient) for name, gradient in leaves}
-
-    def _gradient_error(self, name: str, gradient: Tensor) -> float:
-        if name == "logits":
-            return relative_error(gradient[self.rows], self._grad_raw)
-        weight = self._problem.inputs["weight"].detach()
-        if name == "hidden":
-            blocks = zip(self._grad_raw.split(_BLOCK, 1), weight.split(_BLOCK), strict=True)
-            truth = cast(Tensor, sum(grad @ block.double() for grad, block in blocks))
-            return relative_error(gradient[self.rows], truth)
-        hidden = self._problem.inputs["hidden"].detach()[self.rows].double()
-        norms = torch.zeros(2, dtype=torch.float64, device=self._problem.device)
-        for got, grad in zip(gradient.split(_BLOCK), self._grad_raw.split(_BLOCK, 1), strict=True):
-            truth = grad.t() @ hidden
-            norms += torch.stack([(got.double() - truth).square().sum(), truth.square().sum()])
-        return (norms[0] / norms[1]).sqrt().item()
+        if not self._problem.work.linear:
+            return {"d_logits": relative_error(gradients[0][self.rows], self._grad_logits)}
+        hidden, weight = (self._problem.inputs[name].detach() for name in ("hidden", "weight"))
+        d_hidden = torch.zeros(len(self.rows), hidden.shape[1], dtype=torch.float64, device=hidden.device)
+        norms = torch.zeros(2, dtype=torch.float64, device=hidden.device)
+        blocks = zip(self._grad_logits.split(_BLOCK, 1), weight.split(_BLOCK), gradients[1].split(_BLOCK), strict=True)
+        for grad, block, found in blocks:
+            d_hidden += grad @ block.double()
+            d_weight = grad.t() @ hidden[self.rows].double()
+            norms += torch.stack([(found.double() - d_weight).square().sum(), d_weight.square().sum()])
+        of_weight = (norms[0] / norms[1]).sqrt().item()
+        return {"d_hidden": relative_error(gradients[0][self.rows], d_hidden), "d_weight": of_weight}
 
 
 def _float64_logits(problem: Problem, rows: Tensor) -> list[Tensor]:

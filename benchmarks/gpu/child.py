@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TextIO
 
 import torch
 
-from ..harness import NotMeasuredError, WrongResultError
+from ..timing import NotMeasuredError, WrongResultError
 
 Entry = dict[str, Any]
 

@@ -39,7 +39,7 @@ _QUERY = (
     "name,driver_version,memory.total,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.draw,power.limit,"
     "temperature.gpu,utilization.gpu,ecc.mode.current"
 )
-_PACKAGES = ("torch", "triton", "numpy", "transformers", "liger-kernel", "quack-kernels", "trl", "flashinfer-python")
+_PACKAGES = ("torch", "triton", "numpy", "transformers", "liger-kernel", "trl")
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -21,12 +21,11 @@ from dlogp_kernels import Sample, backends
 from dlogp_kernels.reference import policy as reference_policy
 from dlogp_kernels.reference import statistics as reference
 
-from .. import bench_linear_policy_loss as policy_step
-from .. import policy
-from ..harness import NotMeasuredError, WrongResultError, relative_error, verify
+from .. import bench_policy
+from ..bench_sampling import check_draws
 from ..problem import IGNORE_INDEX, build
-from ..sampling import check_draws
 from ..shapes import DTYPES, Shape, Workload
+from ..timing import NotMeasuredError, WrongResultError, relative_error, verify
 from .child import Case, Entry, Session
 
 Inputs = dict[str, Tensor]
@@ -238,7 +237,7 @@ def _policy_losses(session: Session, backend: str, op: str) -> Iterator[_Trial]:
 def _with_options(session: Session, backend: str, op: str) -> Iterator[_Trial]:
     """Draws, and policy losses from hidden states."""
     draws = "sample" in op
-    table, leaves = (_SAMPLERS, ()) if draws else (_LINEAR_POLICIES, policy_step.LEAVES)
+    table, leaves = (_SAMPLERS, ()) if draws else (_LINEAR_POLICIES, bench_policy.LEAVES)
     inputs_of = partial(_head_inputs, op) if draws else _linear_tokens
     kinds = {"aligned": Kind(8, 16, 97)} if session.tiny else _DRAWN if draws else _STEPS
     for dtype in _STATISTIC if session.on_gpu else ("float32",):
@@ -265,7 +264,7 @@ def _head_inputs(op: str, kind: Kind, dtype: str, device: torch.device) -> Input
 
 def _tokens(b: int, t: int, dtype: str, device: torch.device, options: Options, packed: bool) -> Inputs:
     """Ratios near 1, some of them clipped; the last response has no tokens."""
-    batch = policy.build(b, t, device)
+    batch = bench_policy.build_batch(b, t, device)
     batch.mask[-1] = False
     inputs = {name: x.detach().to(DTYPES[dtype]) if x.is_floating_point() else x for name, x in batch._asdict().items()}
     if not options.get("kl_beta"):
@@ -277,7 +276,7 @@ def _tokens(b: int, t: int, dtype: str, device: torch.device, options: Options, 
 
 
 def _linear_tokens(kind: Kind, dtype: str, device: torch.device) -> Inputs:
-    step = policy_step.build(Workload(policy_step.OP, Shape("", kind.d, kind.v), kind.n, dtype), device)
+    step = bench_policy.build_step(Workload("linear_policy_loss", Shape("", kind.d, kind.v), kind.n, dtype), device)
     inputs = {name: x.detach() for name, x in step.inputs.items()}
     inputs["mask"][-1] = False
     return inputs

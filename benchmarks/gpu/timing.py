@@ -14,23 +14,18 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 import dlogp_kernels
 from dlogp_kernels import Sample, backends
-from dlogp_kernels.reference import sampling as reference_sample
 
-from .. import bench_linear_policy_loss as policy_step
-from .. import bench_policy_loss as given_policy
-from .. import harness, policy
-from ..baselines import bare_copy, bare_matmuls
-from ..bench import BASELINE, OURS, by_kind
-from ..harness import PHASES, Budget, Candidate, Clock, NotMeasuredError, verify
+from .. import bench_policy, bench_statistics, timing
+from ..bench_sampling import check_draws
+from ..floors import bare_copy
 from ..memory import MIB, peak_over
 from ..peers import PEERS, Peer
 from ..problem import Problem, Truth, build
-from ..sampling import check_draws
 from ..shapes import Shape, Workload
+from ..timing import BASELINE, OURS, PHASES, Budget, Candidate, Clock, NotMeasuredError, verify
 from . import library
 from .child import Case, Entry, Session, failure, usable
 
@@ -119,13 +114,11 @@ def peers(session: Session) -> list[Case]:
     sizes, found = _sizes(session), []
     for peer in PEERS[session.group]:
         for training in (False, True)[: 1 + bool(peer.gives)]:
-            run = {
-                "linear_logp": partial(_linear, session, sizes, peer.op, sizes.heads[0], training),
-                "linear_policy_loss": partial(_policy_step, session, sizes),
-                "extrapolated_sample": partial(
-                    _sampling, session, sizes, peer.op, sizes.batches[len(sizes.batches) // 2], {"top_p": 0.7}
-                ),
-            }[peer.op]
+            run = (
+                partial(_policy_step, session, sizes)
+                if "policy" in peer.op
+                else partial(_linear, session, sizes, peer.op, sizes.heads[0], training)
+            )
             found.append(Case(f"{peer.op}{' training' * training} beside {peer.name}", partial(run, peer=peer)))
     return found
 
@@ -141,7 +134,7 @@ class _WatchedClock(Clock):
         super().__init__(session.device)
         self._session = session
 
-    def sample(self, candidate: Candidate, repeats: int = 1) -> harness.Sample:
+    def sample(self, candidate: Candidate, repeats: int = 1) -> timing.Sample:
         self._session.watch(candidate.name)
         return super().sample(candidate, repeats)
 
@@ -171,7 +164,7 @@ def measured(
                 return
     if session.prewarm or not right:
         return
-    timings = harness.measure([*right.values()], _sizes(session).budget, _WatchedClock(session))
+    timings = timing.measure([*right.values()], _sizes(session).budget, _WatchedClock(session))
     first = found[0].name
     for name, candidate in right.items():
         phases = PHASES if candidate.backward is not None else PHASES[:1]
@@ -194,10 +187,10 @@ def _checked(session: Session, candidate: Candidate) -> Entry:
     entry: Entry = {}
     if candidate.check is not None and not session.prewarm:
         entry["error_of"] = errors = dict(candidate.check())
-        verify(candidate.name, errors, by_kind(candidate.limits, errors))
-    _step(candidate)  # what a first call allocates for good does not count
+        verify(candidate.name, errors, candidate.limits)
+    candidate.step()  # what a first call allocates for good does not count
     if session.on_gpu and not session.prewarm:
-        entry["peak_mib"] = peak_over(lambda: _step(candidate), session.device).peak / MIB
+        entry["peak_mib"] = peak_over(candidate.step, session.device).extra / MIB
         entry["kernels_us"] = _kernels(candidate)
     return entry
 
@@ -205,16 +198,10 @@ def _checked(session: Session, candidate: Candidate) -> Entry:
 def _kernels(candidate: Candidate) -> dict[str, float]:
     """Microseconds of the GPU in each kernel of a call, the longest first: what is left where the host takes longer."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        _step(candidate)
+        candidate.step()
         torch.cuda.synchronize()
     events = sorted(profile.key_averages(), key=lambda event: -event.self_device_time_total)
     return {event.key[:80]: event.self_device_time_total for event in events[:10] if event.self_device_time_total > 0}
-
-
-def _step(candidate: Candidate) -> list[Tensor]:
-    outputs = candidate.forward()
-    gradients = candidate.backward(outputs) if candidate.backward is not None else ()
-    return [x for x in tree_leaves((outputs, gradients)) if isinstance(x, Tensor)]
 
 
 def _within(context: Context, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -281,7 +268,7 @@ def _linear(
     one = 2.0 * work.n * head.v * head.d
     cost = ("tflops", one * (1 + work.pair), one * (3 + work.pair) * training)
     timed, function = _candidates(session, problem, _ON_TENSOR_CORES), getattr(dlogp_kernels, op)
-    ours, products = timed("ours", function), bare_matmuls(problem)
+    ours, products = timed("ours", function), bench_statistics.floor(problem)
     if peer is not None:
         beside = _candidates(session, problem.asking(peer.gives) if training else problem, BASELINE)
         theirs = beside(peer.name, _loaded(session, peer), note=peer.note)
@@ -305,23 +292,22 @@ def _linear(
 
 def _policy_step(session: Session, sizes: Sizes, peer: Peer | None = None) -> Iterator[Entry]:
     """Reweighting, which others have not, is off where a form is checked."""
-    work = Workload(policy_step.OP, sizes.heads[0], sizes.n, sizes.dtype, training=True)
+    work = Workload("linear_policy_loss", sizes.heads[0], sizes.n, sizes.dtype, training=True)
     session.watch("inputs")
-    step = policy_step.build(work, session.device)
-    of = policy_step.TOLERANCES["eager" if peer else "ours"]
-    limits = {"output": of["loss"], "gradient": of["d_hidden"]}
+    step = bench_policy.build_step(work, session.device)
+    limits = bench_policy.LINEAR_LIMITS["eager" if peer else "ours"]
 
     def timed(name: str, function: Callable[..., Tensor], context: Context = nullcontext, **plain: Any) -> Candidate:
         function = _within(context, function)
-        check = partial(policy_step.errors_of, partial(function, **plain), step)
+        check = partial(bench_policy.linear_errors_of, partial(function, **plain), step)
         return Candidate(name, partial(function, step), step.gradients, check, limits)
 
-    found: list[Candidate] = [timed("ours", policy_step.ours, library.fused, reweight="none")]
+    found: list[Candidate] = [timed("ours", bench_policy.linear_ours, library.fused, reweight="none")]
     if peer is None:
-        found = [*policy_step.bare_products(step), *found]
+        found = [*bench_policy.linear_floor(step), *found]
         for rows in sizes.policy_rows:
             context = partial(library.policy_rows, *rows)
-            found.append(timed(f"rows {rows}", policy_step.ours, context, reweight="none"))
+            found.append(timed(f"rows {rows}", bench_policy.linear_ours, context, reweight="none"))
     else:
         theirs = _loaded(session, peer)
         found.append(timed(peer.name, lambda step: theirs(**step.inputs)))
@@ -340,10 +326,8 @@ def _logits(session: Session, sizes: Sizes, op: str) -> Iterator[Entry]:
     yield from measured(session, found, "gb_per_s", forward, backward)
 
 
-def _sampling(
-    session: Session, sizes: Sizes, op: str, batch: int, options: Options, peer: Peer | None = None
-) -> Iterator[Entry]:
-    """Both backends beside a copy of both models' logits, or weights; or a peer, which samples from one model."""
+def _sampling(session: Session, sizes: Sizes, op: str, batch: int, options: Options) -> Iterator[Entry]:
+    """Both backends beside a copy of both models' logits, or weights."""
     work = Workload(op, sizes.heads[0], batch, sizes.dtype)
     inputs = {name: x for name, x in _inputs(session, work).inputs.items() if name != "target"}
     chosen: Options = {"gamma": 0.5, "seed": 7, **options}
@@ -359,12 +343,7 @@ def _sampling(
 
     size = 2.0 * work.element_size * work.shape.v * (work.shape.d if work.linear else batch)
     found: list[Candidate] = [bare_copy(session.device, size)]
-    if peer is not None:
-        theirs = partial(_loaded(session, peer), inputs["logits"], options["top_p"])
-        check = partial(_excluded, theirs, inputs["logits"], options["top_p"])
-        found = [ours("ours", nullcontext)]
-        found.append(Candidate(peer.name, theirs, None, check, {"output": 0.0}, {"note": peer.note}))
-    for backend in ("triton", "cuda") if peer is None else ():
+    for backend in ("triton", "cuda"):
         problem = backends.unavailable(backend, op, session.device)
         if problem is None:
             found.append(ours(backend, partial(backends.use_backend, backend)))
@@ -376,25 +355,15 @@ def _sampling(
     yield from measured(session, found, "gb_per_s", size)
 
 
-def _excluded(function: Callable[[], Tensor], logits: Tensor, top_p: float) -> Mapping[str, float]:
-    """The share of tokens that the filter excludes; it may be a little looser, since others sum in float32."""
-    kept = reference_sample.kept_tokens(logits.double(), 0, top_p + 1e-3, 0.0)
-    return {"excluded": (~kept.gather(-1, function().long()[:, None])).double().mean().item()}
-
-
 def _policy_loss(session: Session, sizes: Sizes) -> Iterator[Entry]:
     """float32: reads logp, old_logp, mask and writes a coefficient; backward reads that and writes the gradient."""
     session.watch("inputs")
-    batch = policy.build(*sizes.responses, session.device)
-    check = partial(given_policy.errors_of, partial(given_policy.ours, reweight="none"), batch, policy.DAPO)
-    limits = {"output": given_policy.TOLERANCES["loss"], "gradient": given_policy.TOLERANCES["d_logp"]}
-
-    def gradient(loss: Any) -> Tensor:
-        return torch.autograd.grad(loss, batch.logp)[0]
-
+    batch = bench_policy.build_batch(*sizes.responses, session.device)
+    loss = bench_policy.DAPO
+    check = partial(bench_policy.errors_of, partial(bench_policy.ours, reweight="none"), batch, loss)
     forward, backward = 13.0 * batch.logp.numel(), 8.0 * batch.logp.numel()
-    ours = Candidate("ours", partial(given_policy.ours, batch, policy.DAPO), gradient, check, limits)
-    eager = Candidate("eager", partial(policy.trl_loss, batch, policy.DAPO), gradient)
+    ours = Candidate("ours", partial(bench_policy.ours, batch, loss), batch.gradient, check, bench_policy.LIMITS)
+    eager = Candidate("eager", partial(bench_policy.trl_loss, batch, loss), batch.gradient)
     found = [bare_copy(session.device, forward, backward), ours, eager]
     yield from measured(session, found, "gb_per_s", forward, backward)
 
@@ -406,14 +375,14 @@ def _host(session: Session, sizes: Sizes) -> Iterator[Entry]:
     given: list[Options] = [{**_inputs(session, work).inputs} for work in works]
     one, pair, logits = given
     del logits["target"]
-    batch, steps = policy.build(2, 16, session.device), itertools.count()
+    batch, steps = bench_policy.build_batch(2, 16, session.device), itertools.count()
     calls: dict[str, Callable[[], Any]] = {
         "linear_logp": lambda: dlogp_kernels.linear_logp(**one),
         "linear_delta_logp": lambda: dlogp_kernels.linear_delta_logp(**pair),
         # The step changes at every call, as in decoding.
         "extrapolated_sample": lambda: dlogp_kernels.extrapolated_sample(**logits, seed=1, step=next(steps), top_p=0.7),
-        "policy_loss": lambda: given_policy.ours(batch, policy.DAPO),
-        "policy_loss with backward": lambda: torch.autograd.grad(given_policy.ours(batch, policy.DAPO), batch.logp),
+        "policy_loss": lambda: bench_policy.ours(batch, bench_policy.DAPO),
+        "policy_loss with backward": lambda: batch.gradient(bench_policy.ours(batch, bench_policy.DAPO)),
     }
     wait = torch.cuda.synchronize if session.on_gpu else lambda: None
     number = 50 if session.on_gpu and not session.prewarm else 1
@@ -421,7 +390,7 @@ def _host(session: Session, sizes: Sizes) -> Iterator[Entry]:
         session.watch(name)
         try:
             call()
-            seconds = harness.quantiles(timeit.repeat(call, wait, number=number, repeat=7)).median
+            seconds = timing.quantiles(timeit.repeat(call, wait, number=number, repeat=7)).median
             yield {"candidate": name, "host_us": 1e6 * seconds / number}
         except Exception as error:
             yield {**failure(error), "candidate": name}

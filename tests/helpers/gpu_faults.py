@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.gpu.child import Case, Entry, Session
 from benchmarks.gpu.timing import measured
-from benchmarks.harness import Candidate, NotMeasuredError, absolute_error
+from benchmarks.timing import Candidate, NotMeasuredError, absolute_error
 
 
 def cases(session: Session) -> list[Case]:

@@ -1,14 +1,12 @@
 """Peak memory of ops, each measured in a process of its own: for a line of JSON in, MiB as a line of JSON out.
 
-A line in is that of `MEASURED` in test_ops_memory.py. The measure is the growth of the resident set over what there was
-before the call, less the size of the results. The processes are forks of this one, which has imported torch already and
-computes nothing itself.
+A line in is that of `MEASURED` in test_memory.py; the meter is `peak_over`. The processes are forks of this one, which
+has imported torch already and computes nothing itself.
 """
 
 import json
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,11 +14,7 @@ from cases import call, floating, make_inputs
 
 import dlogp_kernels
 from dlogp_kernels import backends
-
-
-def _resident_kib(field: str) -> int:
-    status = Path("/proc/self/status").read_text()
-    return int(status.split(f"{field}:")[1].split()[0])
+from dlogp_kernels.demo.memory import peak_over
 
 
 def _inputs(op: str, *size: Any, **changes: Any) -> dict[str, Any]:
@@ -49,12 +43,13 @@ def _big_inputs(case: dict) -> dict[str, torch.Tensor]:
     return inputs
 
 
-def measure(case: dict) -> dict[str, float]:
+def measure(case: dict) -> float:
+    """MiB over inputs and results, of forward or of backward alone."""
     wanted = case.get("wanted") or []
+    options = case.get("options", {})
     warm = _inputs(case["op"], 70, v=700, d=case["d"], dtype=getattr(torch, case["dtype"]))
     for name in wanted:
         warm[name].requires_grad_()
-    options = case.get("options", {})
     stats = call(case["op"], warm, **options)
     if wanted:
         sum(x.sum() for x in stats).backward()
@@ -62,23 +57,15 @@ def measure(case: dict) -> dict[str, float]:
     inputs = _big_inputs(case)
     for name in wanted:
         inputs[name] = inputs[name].detach().requires_grad_()
-    results: list[torch.Tensor]
-    if case["pass"] == "backward":
-        stats = call(case["op"], inputs, **options)
-        upstream = [torch.ones_like(x) for x in stats]
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _resident_kib("VmRSS")
-    if case["pass"] == "forward":
-        results = list(call(case["op"], inputs, **options))
-    else:
-        results = list(torch.autograd.grad(stats, [inputs[name] for name in wanted], upstream))
-    growth = (_resident_kib("VmHWM") - before) / 1024
-    size = sum(x.numel() * x.element_size() for x in results) / 2**20
     assert wanted or not any(inputs[name].requires_grad for name in floating(inputs))
-    return {"growth": growth, "results": size, "workspace": growth - size}
+    if case["pass"] == "forward":
+        return peak_over(lambda: call(case["op"], inputs, **options)).extra / 2**20
+    stats = call(case["op"], inputs, **options)
+    upstream = [torch.ones_like(x) for x in stats]
+    return peak_over(lambda: torch.autograd.grad(stats, [inputs[name] for name in wanted], upstream)).extra / 2**20
 
 
-def measure_policy(case: dict) -> dict[str, float]:
+def measure_policy(case: dict) -> float:
     """Of forward and backward of a policy loss; what waits for backward in between counts."""
     op = getattr(dlogp_kernels, case["op"])
     differentiable = ("hidden", "weight") if case["op"] == "linear_policy_loss" else ("logp",)
@@ -89,12 +76,7 @@ def measure_policy(case: dict) -> dict[str, float]:
 
     step(_policy_inputs(case | {"n": 64, "v": 700}))
     inputs = _policy_inputs(case)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _resident_kib("VmRSS")
-    gradients = step(inputs)
-    growth = (_resident_kib("VmHWM") - before) / 1024
-    size = sum(x.nbytes for x in gradients) / 2**20
-    return {"growth": growth, "results": size, "workspace": growth - size}
+    return peak_over(lambda: step(inputs)).extra / 2**20
 
 
 def _policy_inputs(case: dict) -> dict[str, torch.Tensor]:

@@ -6,6 +6,7 @@ import warnings
 from typing import Any
 
 import cases
+import frequencies
 import pytest
 import torch
 from sampling import (
@@ -28,7 +29,6 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import dlogp_kernels
-from benchmarks import frequencies
 from dlogp_kernels import Sample, backends
 from dlogp_kernels.ops import schemas
 from dlogp_kernels.reference import sampling as reference_sample

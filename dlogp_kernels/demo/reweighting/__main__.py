@@ -21,12 +21,15 @@ import torch
 from torch.utils import collect_env
 
 from ...jobs import doctor
+from ...report.figures import render
 from ...report.files import write_atomically
-from . import figure, summary, training
+from ...report.training_curves import Group, TrainingRun, draw_training
+from . import summary, training
 from .training import METHODS, Budget
 
 #: The settings that differ between runs.
 _OWN = ("method", "alpha", "seed")
+_DRAWN = ("accuracy", "entropy", "length")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -89,8 +92,19 @@ def write(results: dict[str, Any], directory: Path) -> list[Path]:
     paths = [directory / f"reweighting.{kind}" for kind in ("json", "md", "png")]
     write_atomically(paths[0], (_json(results) + "\n").encode())
     write_atomically(paths[1], summary.markdown(results).encode())
-    figure.draw(results, paths[2])
+    write_atomically(paths[2], render(draw_training(_groups(results)), "png"))
     return paths
+
+
+def _groups(results: dict[str, Any]) -> list[Group]:
+    """The curves of each method's runs, by optimiser step."""
+    of_method: dict[str, list[TrainingRun]] = {}
+    for run in results["runs"]:
+        steps = [results["settings"]["minibatches"] * rollout for rollout in run["curves"]["rollout"]]
+        rows = zip(steps, *(run["curves"][name] for name in _DRAWN), strict=True)
+        entries = [dict(zip(("step", *_DRAWN), row, strict=True)) for row in rows]
+        of_method.setdefault(run["method"], []).append(TrainingRun(str(run["seed"]), {}, entries))
+    return [Group(summary.NAMES[method], runs) for method, runs in of_method.items()]
 
 
 def _missing(path: Path, wanted: dict[str, Any]) -> bool:

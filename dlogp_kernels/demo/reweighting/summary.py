@@ -86,7 +86,7 @@ def markdown(results: dict[str, Any]) -> str:
         "Every run:",
         _runs_table(results),
         lemma_text(results),
-        "![accuracy, entropy and length over rollouts](reweighting.png)",
+        "![accuracy, entropy and length over optimiser steps](reweighting.png)",
         _origin_text(results),
     ]
     return "\n\n".join(paragraphs) + "\n"

@@ -1,0 +1,184 @@
+"""A step of selective replacement from two models' logits, or hidden states, beside other ways to draw.
+
+- eager: all of a call in plain PyTorch, with a sort for each draw that a filter needs;
+- warpers: one draw from the extrapolated logits by the warpers of `transformers`, softmax and `torch.multinomial`; no
+  draft, no criterion;
+- logits: from hidden states, the products of both models, made float32, then `extrapolated_sample`.
+
+Ours are verified token for token against the definition in float64; what others draw must not be a token that the
+filter excludes.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dlogp_kernels import Sample, extrapolated_sample, linear_extrapolated_sample
+from dlogp_kernels.reference import sampling as reference_sample
+
+from . import problem
+from .floors import bare_products
+from .shapes import Workload
+from .timing import OURS, Candidate, NotMeasuredError, WrongResultError, verify
+
+GAMMA, THRESHOLD = 0.1, -0.3
+_OPTIONS: Mapping[str, Any] = {"gamma": GAMMA, "criterion": "delta_logp", "threshold": THRESHOLD, "seed": 1}
+#: The most that a call can have to do: every row draws twice.
+_ALL_REPLACED: Mapping[str, Any] = {"gamma": GAMMA, "seed": 1}
+#: By the variant of a workload: none, that of the paper's evaluation, and others of transformers.
+FILTERS: Mapping[str, dict[str, Any]] = {
+    "": {},
+    "top-p 0.7": {"top_p": 0.7},
+    "top-k 50": {"top_k": 50},
+    "min-p 0.05": {"min_p": 0.05},
+}
+_NO_FILTERS: Mapping[str, Any] = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
+_DEFAULTS = {"gamma": 0.0, "criterion": "all", "threshold": None, "draft": "base", "temperature": 1.0, **_NO_FILTERS}
+#: Rows that are compared token for token: rounding changes a token in one of thousands.
+_CHECKED_ROWS = 16
+#: By so much a filter is moved before a token counts as excluded: a sum of float32 probabilities has an error.
+_SLACK = 1e-3
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Logits (B, V), or hidden states and weights, of two models that are near one another."""
+
+    work: Workload
+    inputs: Mapping[str, Tensor]
+
+    @property
+    def filters(self) -> dict[str, Any]:
+        return FILTERS[self.work.variant]
+
+    def logits(self) -> tuple[Tensor, Tensor]:
+        """Of both models, float32."""
+        return _logits(self.inputs, "").float(), _logits(self.inputs, "base_").float()
+
+    def first_rows(self) -> dict[str, Tensor]:
+        return {name: x if "weight" in name else x[:_CHECKED_ROWS] for name, x in self.inputs.items()}
+
+
+def _logits(inputs: Mapping[str, Tensor], prefix: str) -> Tensor:
+    if f"{prefix}logits" in inputs:
+        return inputs[f"{prefix}logits"]
+    return inputs[f"{prefix}hidden"] @ inputs[f"{prefix}weight"].t()
+
+
+def build(work: Workload, device: torch.device) -> Draws:
+    return Draws(work, {name: x for name, x in problem.build(work, device).inputs.items() if name != "target"})
+
+
+def ours(draws: Draws, options: Mapping[str, Any] = _OPTIONS) -> Sample:
+    draw: Callable[..., Sample] = linear_extrapolated_sample if draws.work.linear else extrapolated_sample
+    return draw(**draws.inputs, **options, **draws.filters)
+
+
+def from_logits(draws: Draws) -> Sample:
+    logits, base_logits = draws.logits()
+    return extrapolated_sample(logits, base_logits, **_OPTIONS, **draws.filters)
+
+
+def eager(draws: Draws) -> Tensor:
+    logits, base_logits = draws.logits()
+    draft = _draw(base_logits, **draws.filters)
+    logp, base_logp = (x.log_softmax(-1).gather(-1, draft[:, None])[:, 0] for x in (logits, base_logits))
+    replacement = _draw((1 + GAMMA) * logits - GAMMA * base_logits, **draws.filters)
+    return torch.where(logp - base_logp < THRESHOLD, replacement, draft)
+
+
+def _draw(logits: Tensor, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Tensor:
+    """Tokens (B,): p over an exponential number is largest with probability p, so nothing has to be summed."""
+    p = logits.softmax(-1)
+    if not (top_k or top_p < 1.0 or min_p):
+        return (p / torch.empty_like(p).exponential_()).argmax(-1)
+    p, order = p.sort(-1, descending=True)
+    kept = p.cumsum(-1) - p < top_p
+    if top_k:
+        kept &= torch.arange(p.shape[-1], device=p.device) < top_k
+    if min_p:
+        kept &= p >= min_p * p[:, :1]
+    place = (p.masked_fill(~kept, 0.0) / torch.empty_like(p).exponential_()).argmax(-1, keepdim=True)
+    return order.gather(-1, place)[:, 0]
+
+
+def warpers(draws: Draws) -> Tensor:
+    try:
+        from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+    except ModuleNotFoundError as error:
+        raise NotMeasuredError(f"not installed: {error.name}") from error
+    kinds = {"top_k": TopKLogitsWarper, "top_p": TopPLogitsWarper, "min_p": MinPLogitsWarper}
+    logits, base_logits = draws.logits()
+    scores = (1 + GAMMA) * logits - GAMMA * base_logits
+    for name, value in draws.filters.items():
+        scores = kinds[name](value)(None, scores)
+    return torch.multinomial(scores.softmax(-1), 1)[:, 0]
+
+
+def candidates(draws: Draws) -> list[Candidate]:
+    def of_ours(name: str, options: Mapping[str, Any], draw: Callable[..., Sample] = ours) -> Candidate:
+        draw = partial(draw, draws, options) if draw is ours else partial(draw, draws)
+
+        def check() -> dict[str, float]:
+            few, drawn_from = Sample(*(x[:_CHECKED_ROWS] for x in draw())), _logits(draws.first_rows(), "")
+            largest = max(1.0, drawn_from.abs().max().item())
+            return check_draws(few, draws.first_rows(), {**options, **draws.filters}, OURS["output"] / largest)
+
+        return Candidate(name, draw, check=check, limits=OURS)
+
+    def other(name: str, draw: Callable[[Draws], Tensor]) -> Candidate:
+        return Candidate(
+            name, partial(draw, draws), check=lambda: _excluded(draw(draws), draws), limits={"output": 0.0}
+        )
+
+    found = [of_ours("ours", _OPTIONS), of_ours("ours, all replaced", _ALL_REPLACED), other("eager", eager)]
+    if not draws.work.linear:
+        return [*found, other("warpers", warpers)]
+    # Its logits are rounded to the inputs' dtype, which changes tokens: it is not checked.
+    return [*found, Candidate("logits", partial(from_logits, draws))]
+
+
+def floor(draws: Draws) -> list[Candidate]:
+    if not draws.work.linear:
+        return []
+    pairs = [(draws.inputs[f"{x}hidden"], draws.inputs[f"{x}weight"]) for x in ("", "base_")]
+    return bare_products(pairs, training=False)
+
+
+def _excluded(tokens: Tensor, draws: Draws) -> dict[str, float]:
+    """The share of some rows' tokens that the filters, a little looser, exclude from what may be drawn."""
+    filters = dict(_NO_FILTERS) | draws.filters
+    filters["top_k"] += 1 if filters["top_k"] else 0
+    filters["top_p"], filters["min_p"] = min(1.0, filters["top_p"] + _SLACK), filters["min_p"] * (1 - _SLACK)
+    few = draws.first_rows()
+    logits, base_logits = (_logits(few, prefix).double() for prefix in ("", "base_"))
+    scores = (base_logits, logits, (1 + GAMMA) * logits - GAMMA * base_logits)
+    allowed = torch.stack([reference_sample.kept_tokens(x, **filters) for x in scores]).any(0)
+    return {"excluded token": (~allowed.gather(-1, tokens[: len(allowed), None].long())).double().mean().item()}
+
+
+def check_draws(drawn: Sample, inputs: Mapping[str, Tensor], options: dict[str, Any], limit: float) -> dict[str, float]:
+    """Errors of log p of all rows of `inputs`, whose numbers begin at 0.
+
+    Raises WrongResultError where a token is another one than the definition's, or log p is off by more than `limit`.
+    """
+    exact = {name: x.double() for name, x in inputs.items()}
+    z, base_z = _logits(exact, ""), _logits(exact, "base_")
+    chosen = _DEFAULTS | options
+    seed, step = (torch.tensor([value], device=z.device) for value in (chosen.pop("seed"), 0))
+    rows = torch.arange(z.shape[0], device=z.device)
+    truth = reference_sample.extrapolated_sample(z, base_z, rows, seed, step, **chosen)
+    for name in ("draft_token", "selected", "token"):
+        found, expected = getattr(drawn, name), getattr(truth, name)
+        for row in (found != expected).nonzero().flatten().tolist():
+            raise WrongResultError(f"row {row}: {name} is {found[row].item()}, expected {expected[row].item()}")
+    errors = {
+        name: ((getattr(drawn, name) - getattr(truth, name)).abs().max() / z.abs().max().clamp_min(1.0)).item()
+        for name in ("logp", "base_logp", "delta_logp")
+    }
+    verify("per largest logit", errors, dict.fromkeys(errors, limit))
+    return errors

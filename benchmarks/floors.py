@@ -1,0 +1,76 @@
+"""What no implementation can do without: the products of a linear op, a pass over given logits, a copy of its bytes."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .timing import Candidate
+
+
+def bare_products(
+    models: Sequence[tuple[Tensor, Tensor]], training: bool, logits_kept: bool = False
+) -> list[Candidate]:
+    """The multiplications alone, into buffers that exist; the first (hidden, weight) of `models` is trained.
+
+    "matmul" is hidden · weightᵀ of each model, as often as a step needs products of N·V·D: one forward, and in backward
+    the logits again (unless they are kept) and two for the gradients. "matmul, real" has in backward the products of
+    the gradients themselves, dlogits · weight and dlogitsᵀ · hidden, which are a bit slower.
+    """
+    models = [(hidden.detach(), weight.detach()) for hidden, weight in models]
+    hidden, weight = models[0]
+    logits = torch.empty(hidden.shape[0], weight.shape[0], dtype=hidden.dtype, device=hidden.device)
+
+    def products() -> None:
+        for x, w in models:
+            torch.mm(x, w.t(), out=logits)
+
+    if not training:
+        return [Candidate("matmul", products)]
+    d_hidden, d_weight = torch.empty_like(hidden), torch.empty_like(weight)
+
+    def again() -> None:
+        if not logits_kept:
+            products()
+
+    def backward(_: object) -> None:
+        again()
+        torch.mm(hidden, weight.t(), out=logits)
+        torch.mm(hidden, weight.t(), out=logits)
+
+    def real_backward(_: object) -> None:
+        again()
+        torch.mm(logits, weight, out=d_hidden)
+        torch.mm(logits.t(), hidden, out=d_weight)
+
+    return [Candidate("matmul", products, backward), Candidate("matmul, real", products, real_backward)]
+
+
+def bare_reads(models: Sequence[Tensor], training: bool) -> list[Candidate]:
+    """One pass over the logits of each model ("read"); backward writes as much as the gradient of the first as well."""
+    models = [logits.detach() for logits in models]
+
+    def read() -> None:
+        for logits in models:
+            torch.amax(logits, -1)
+
+    if not training:
+        return [Candidate("read", read)]
+    gradient = torch.empty_like(models[0])
+
+    def backward(_: object) -> None:
+        read()
+        gradient.copy_(models[0])
+
+    return [Candidate("read", read, backward)]
+
+
+def bare_copy(device: torch.device, forward: float, backward: float | None = None) -> Candidate:
+    """Moves so many bytes: reads half as many, and writes them."""
+
+    def copy(size: float) -> Callable[..., Tensor]:
+        source = torch.zeros(max(16, int(size) // 2), dtype=torch.uint8, device=device)
+        target = torch.empty_like(source)
+        return lambda *_: target.copy_(source)
+
+    return Candidate("copy", copy(forward), None if backward is None else copy(backward))

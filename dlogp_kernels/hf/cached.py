@@ -51,7 +51,9 @@ class CachedRows:
         cache.reorder_cache(index)
         for name in _LISTS:
             if hasattr(cache, name):
-                setattr(cache, name, [state[index] if _is_state(state) else state for state in getattr(cache, name)])
+                setattr(
+                    cache, name, [state[index] if torch.is_tensor(state) else state for state in getattr(cache, name)]
+                )
         return CachedRows(cache, self.width, self.logits.index_select(0, index))
 
     def resize(self, width: int) -> None:
@@ -78,7 +80,7 @@ class CachedRows:
             _append_layer(layer, joining)
         for name in _LISTS:
             states = zip(getattr(self.cache, name, ()), getattr(other.cache, name, ()), strict=True)
-            joined = [torch.cat(pair) if _is_state(pair[0]) else pair[0] for pair in states]
+            joined = [torch.cat(pair) if torch.is_tensor(pair[0]) else pair[0] for pair in states]
             if joined:
                 setattr(self.cache, name, joined)
         self.logits = torch.cat([self.logits, other.logits])
@@ -100,17 +102,15 @@ class CachedModel:
 
     def prefill(self, prompts: Sequence[Tensor]) -> CachedRows:
         """Rows for prompts, 1-dimensional tensors of tokens, each ≥ 1 of them."""
-        lengths = [len(prompt) for prompt in prompts]
-        return _run_apart(
-            self._parts(lengths, prompts[0]), lambda places: self._prefill([prompts[place] for place in places])
-        )
+        parts = self._parts([len(prompt) for prompt in prompts], prompts[0])
+        return _run_apart(parts, lambda places: self._prefill([prompts[place] for place in places]))
 
     def advance(self, rows: CachedRows, tokens: Tensor, lengths: Sequence[int], row: Callable[[int], Tensor]) -> None:
         """Feed each row a token (b,); `lengths` are the tokens of each row, this one included, `row(place)` all of
         them."""
         crossing = [self.changes_within(length - 1, length) for length in lengths]
-        parts = self._parts(lengths, tokens)
-        if len(parts) == 1 and not any(crossing):
+        parts = self._parts(lengths, tokens, crossing)
+        if len(parts) == 1 and not crossing[0]:
             self._advance(rows, tokens, lengths)
             return
 
@@ -124,11 +124,6 @@ class CachedModel:
             self._advance(part, tokens[places], own)
             return part
 
-        parts = [
-            [place for place in part if crossing[place] == crosses]
-            for part in parts
-            for crosses in sorted({crossing[place] for place in part})
-        ]
         advanced = _run_apart(parts, run)
         rows.cache, rows.width, rows.logits = advanced.cache, advanced.width, advanced.logits
 
@@ -136,12 +131,13 @@ class CachedModel:
         """Whether a row of `end` tokens has other rotary frequencies than its first `begin` tokens."""
         return self._has_switches and self._rope_side(begin) != self._rope_side(end)
 
-    def _parts(self, lengths: Sequence[int], tokens: Tensor) -> list[list[int]]:
-        """Places of the rows that may be run together."""
+    def _parts(self, lengths: Sequence[int], tokens: Tensor, crossing: Sequence[bool] | None = None) -> list[list[int]]:
+        """Places of the rows that may be run together; those that are `crossing` a change of frequencies are apart."""
         alone = len(set(lengths)) > 1 and not _takes_padding(self.causal_lm, tokens)
         parts: dict[Any, list[int]] = {}
         for place, length in enumerate(lengths):
-            parts.setdefault((length if alone else 0, self._rope_side(length)), []).append(place)
+            crosses = crossing is not None and crossing[place]
+            parts.setdefault((length if alone else 0, self._rope_side(length), crosses), []).append(place)
         return list(parts.values())
 
     def _prefill(self, prompts: Sequence[Tensor]) -> CachedRows:
@@ -236,14 +232,10 @@ def _has_columns(cache: Any) -> bool:
     return cache is None or any(getattr(layer, "keys", None) is not None for layer in cache.layers)
 
 
-def _is_state(value: Any) -> bool:
-    return isinstance(value, Tensor)
-
-
 def _check_layers(cache: Any, model: PreTrainedModel) -> None:
     for name, value in vars(cache).items():
         values = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
-        if name not in _LISTS and any(map(_is_state, values)):
+        if name not in _LISTS and any(map(torch.is_tensor, values)):
             raise ValueError(
                 f"model is {type(model).__name__}, whose {type(cache).__name__} keeps {name} beside its layers, "
                 f"expected at most {', '.join(_LISTS)}"

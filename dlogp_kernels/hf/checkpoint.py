@@ -80,9 +80,9 @@ def update_and_rounding(
     rl: Mapping[str, Stored],
     base: Mapping[str, Stored],
     dtypes: tuple[torch.dtype, torch.dtype],
-    heads: tuple[str, ...],
+    lm_head_names: tuple[str, ...],
 ) -> tuple[Update, Update]:
-    """Of all weights that both have, and of those whose names end as one of `heads`; a block of rows at a time."""
+    """Of all weights that both have, and of those whose names end as one of `lm_head_names`; blockwise."""
     sums = torch.zeros(2, 2, dtype=torch.float64)
     for name in rl.keys() & base.keys():
         one, other = rl[name], base[name]
@@ -94,7 +94,7 @@ def update_and_rounding(
             rounded = rows.to(dtypes[0]).to(rows.dtype) - base_rows.to(dtypes[1]).to(rows.dtype)
             own += torch.stack([update.norm(), (rounded - update).norm()]).double() ** 2
         sums[0] += own
-        sums[1] += own if name.endswith(heads) else 0
+        sums[1] += own if name.endswith(lm_head_names) else 0
     return tuple(Update(*values) for values in sums.sqrt().tolist())  # type: ignore[return-value]
 
 

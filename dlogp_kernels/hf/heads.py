@@ -112,14 +112,14 @@ def lm_head(model: nn.Module) -> LmHead:
             on other devices, an adapter that can not be merged).
     """
     causal_lm = unwrapped(model)
-    weight, bias = _linear_parameters(_last_layer(causal_lm))
+    weight, bias = _linear_parameters(_lm_head_layer(causal_lm))
     config = causal_lm.config.get_text_config(decoder=True)
     return first_rows(LmHead(weight, bias, _softcap(config), _logit_scale(config)), vocabulary_of(causal_lm))
 
 
 def vocabulary_of(model: PreTrainedModel) -> int:
     """Columns of the model's logits; TypeError where it has no last layer."""
-    layer = _last_layer(model)
+    layer = _lm_head_layer(model)
     # A quantised weight has another shape.
     rows = getattr(layer, "out_features", None) or layer.weight.shape[0]
     return min(rows, getattr(model.config.get_text_config(decoder=True), "unpadded_vocab_size", None) or rows)
@@ -138,7 +138,7 @@ def uncompiled(model: nn.Module) -> nn.Module:
     return original if isinstance(original, nn.Module) else model
 
 
-def _last_layer(model: PreTrainedModel) -> Any:
+def _lm_head_layer(model: PreTrainedModel) -> Any:
     layer = model.get_output_embeddings()
     if layer is None:
         raise TypeError(f"model is {type(model).__name__}, which has no last layer (get_output_embeddings is None)")

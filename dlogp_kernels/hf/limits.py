@@ -28,7 +28,7 @@ def model_limits(name_or_path: str | Path, *, trust_remote_code: bool = False) -
     return Limits(vocabulary_of(model), context_length(model))
 
 
-def last_layer_names(name_or_path: str | Path, *, trust_remote_code: bool = False) -> tuple[str, ...]:
+def lm_head_names(name_or_path: str | Path, *, trust_remote_code: bool = False) -> tuple[str, ...]:
     """How the names of the last layer's weight end, those of tied embeddings among them."""
     model = _without_weights(name_or_path, trust_remote_code)
     weight = model.get_output_embeddings().weight

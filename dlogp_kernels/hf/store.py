@@ -41,10 +41,13 @@ class HiddenStore:
         """
         store = cls(Path(directory))
         (store.directory / _SAMPLES).mkdir(parents=True, exist_ok=True)
-        if _is_whole(store.directory / _HEAD):
-            _check_same_head(store.directory, store.head(), head)
-        else:
-            _write(store.directory / _HEAD, *_packed(head))
+        stored, packed = _whole(store.directory / _HEAD), _packed(head)
+        if stored is None:
+            _write(store.directory / _HEAD, *packed)
+        elif _digest(*stored) != _digest(*packed):
+            raise ValueError(
+                f"{directory}: holds hidden states of a model with another last layer, expected the same model"
+            )
         return store
 
     @classmethod
@@ -58,7 +61,7 @@ class HiddenStore:
     @classmethod
     def whole(cls, directory: str | Path) -> HiddenStore | None:
         """The store in `directory` if there is one whose last layer is not damaged; the samples may be."""
-        return cls(Path(directory)) if _is_whole(Path(directory) / _HEAD) else None
+        return None if _whole(Path(directory) / _HEAD) is None else cls(Path(directory))
 
     def head(self) -> LmHead:
         """The last layer, its tensors mapped from the file."""
@@ -177,27 +180,12 @@ def _fingerprint(tokens: Tensor) -> str:
 
 
 def _packed(head: LmHead) -> tuple[dict[str, Tensor], dict[str, str]]:
-    tensors = {"weight": head.weight.detach().cpu().contiguous()}
-    if head.bias is not None:
-        tensors["bias"] = head.bias.detach().cpu().contiguous()
-    options = {"logit_scale": repr(head.logit_scale)}
-    if head.softcap is not None:
-        options["softcap"] = repr(head.softcap)
-    return tensors, options
-
-
-def _check_same_head(directory: Path, stored: LmHead, head: LmHead) -> None:
-    tensors, options = _packed(head)
-    stored_tensors, stored_options = _packed(stored)
-    same = options == stored_options and tensors.keys() == stored_tensors.keys()
-    if not same or any(not _equal(tensors[name], stored_tensors[name]) for name in tensors):
-        raise ValueError(
-            f"{directory}: holds hidden states of a model with another last layer, expected the same model"
-        )
-
-
-def _equal(one: Tensor, other: Tensor) -> bool:
-    return one.dtype == other.dtype and torch.equal(one, other)
+    tensors = {"weight": head.weight, "bias": head.bias}
+    options = {"logit_scale": head.logit_scale, "softcap": head.softcap}
+    return (
+        {name: x.detach().cpu().contiguous() for name, x in tensors.items() if x is not None},
+        {name: repr(value) for name, value in options.items() if value is not None},
+    )
 
 
 def _write(path: Path, tensors: dict[str, Tensor], options: dict[str, str]) -> None:
@@ -217,6 +205,14 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, options
 
 
+def _whole(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+    """What a file holds, if it is there and not damaged."""
+    try:
+        return _read(path) if path.is_file() else None
+    except ValueError:
+        return None
+
+
 def _digest(tensors: dict[str, Tensor], options: dict[str, str]) -> str:
     """SHA-256 of all that a file holds."""
     hasher = hashlib.sha256(repr(sorted(options.items())).encode())
@@ -224,13 +220,3 @@ def _digest(tensors: dict[str, Tensor], options: dict[str, str]) -> str:
         hasher.update(repr((name, tensor.dtype, tuple(tensor.shape))).encode())
         hasher.update(tensor.flatten().view(torch.uint8).numpy().data)
     return hasher.hexdigest()
-
-
-def _is_whole(path: Path) -> bool:
-    if not path.is_file():
-        return False
-    try:
-        _read(path)
-    except ValueError:
-        return False
-    return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -27,38 +28,26 @@ __all__ = [
 ]
 
 
+#: Of `Qwen3Config`, unless others are given.
+_SIZES = {
+    "hidden_size": 96,
+    "intermediate_size": 256,
+    "num_key_value_heads": 2,
+    "head_dim": 24,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": True,
+}
+
+
 def tiny_qwen3(
-    vocab_size: int,
-    *,
-    hidden_size: int = 96,
-    num_layers: int = 3,
-    intermediate_size: int = 256,
-    num_heads: int = 4,
-    num_key_value_heads: int = 2,
-    head_dim: int = 24,
-    max_position_embeddings: int = 128,
-    tie_word_embeddings: bool = True,
-    pad_token_id: int | None = None,
-    bos_token_id: int | None = None,
-    eos_token_id: int | None = None,
-    seed: int = 0,
+    vocab_size: int, *, num_layers: int = 3, num_heads: int = 4, seed: int = 0, **options: Any
 ) -> Qwen3ForCausalLM:
-    """A Qwen3 of the given sizes with random float32 weights; the global random state is left as it was."""
-    config = Qwen3Config(
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        num_hidden_layers=num_layers,
-        intermediate_size=intermediate_size,
-        num_attention_heads=num_heads,
-        num_key_value_heads=num_key_value_heads,
-        head_dim=head_dim,
-        max_position_embeddings=max_position_embeddings,
-        tie_word_embeddings=tie_word_embeddings,
-        pad_token_id=pad_token_id,
-        bos_token_id=bos_token_id,
-        eos_token_id=eos_token_id,
-        dtype="float32",
-    )
+    """A Qwen3 of the given sizes with random float32 weights; the global random state is left as it was.
+
+    `options` are of `Qwen3Config`, by default about a third of a million parameters beside the embeddings.
+    """
+    sizes = {"vocab_size": vocab_size, "num_hidden_layers": num_layers, "num_attention_heads": num_heads}
+    config = Qwen3Config(**{**_SIZES, **sizes, **options}, dtype="float32")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return Qwen3ForCausalLM(config)

@@ -8,7 +8,7 @@ from hf_models import one_thread  # noqa: F401
 from tolerances import HF_GRADIENT_ERROR, HF_STATISTIC_ERROR
 from torch import Tensor
 
-from dlogp_kernels import hf, linear_logp
+from dlogp_kernels import hf
 
 #: How far a random adapter has to move log p at least, so that ignoring it would be seen.
 MOVED = 0.05
@@ -43,14 +43,7 @@ def plain_logp(model: torch.nn.Module) -> Tensor:
 def logp(model: torch.nn.Module) -> Tensor:
     inputs = hf.lm_head_inputs(model, tokens())
     candidates = torch.arange(inputs.weight.shape[0]).expand(*tokens().shape, -1)
-    return linear_logp(
-        inputs.hidden,
-        inputs.weight,
-        candidates,
-        bias=inputs.bias,
-        softcap=inputs.softcap,
-        logit_scale=inputs.logit_scale,
-    ).logp
+    return inputs.logp(candidates).logp
 
 
 def check(model: torch.nn.Module, before: Tensor) -> None:

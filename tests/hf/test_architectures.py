@@ -7,7 +7,7 @@ from hf_models import one_thread  # noqa: F401
 from tolerances import HF_HIDDEN_ERROR, HF_STATISTIC_ERROR
 from torch import Tensor
 
-from dlogp_kernels import hf, linear_logp
+from dlogp_kernels import hf
 
 
 def tokens(rows: int, length: int, seed: int = 0) -> Tensor:
@@ -17,12 +17,6 @@ def tokens(rows: int, length: int, seed: int = 0) -> Tensor:
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     return float((actual - expected).abs().max() / expected.abs().max())
-
-
-def logp_of(inputs: hf.LmHeadInputs, target: Tensor) -> Tensor:
-    return linear_logp(
-        inputs.hidden, inputs.weight, target, bias=inputs.bias, softcap=inputs.softcap, logit_scale=inputs.logit_scale
-    ).logp
 
 
 @pytest.fixture(scope="module", params=hf_models.CAUSAL)
@@ -35,7 +29,7 @@ def test_log_probabilities_are_those_of_the_models_logits(model, record_property
     with torch.no_grad():
         expected = model(input_ids).logits.double().log_softmax(-1)
         candidates = torch.arange(hf_models.VOCABULARY).expand(2, 13, -1)
-        actual = logp_of(hf.lm_head_inputs(model, input_ids), candidates)
+        actual = hf.lm_head_inputs(model, input_ids).logp(candidates).logp
     # Wide enough that a forgotten scale, softcap or bias would show.
     assert expected.std() > 0.05
     error = float((actual - expected).abs().max())
@@ -161,7 +155,7 @@ def test_other_dtypes_pass_the_check_of_the_model(dtype):
         # The truth is that of the hidden states as they are, in float64: the model's own logits are rounded.
         raw = inputs.hidden.double() @ inputs.weight.double().T
         expected = (3.0 * torch.tanh(raw / 3.0)).log_softmax(-1).gather(-1, input_ids[..., None])[..., 0]
-        actual = logp_of(inputs, input_ids)
+        actual = inputs.logp(input_ids).logp
     assert inputs.hidden.dtype == dtype
     assert (actual - expected).abs().max() < HF_STATISTIC_ERROR
 
@@ -221,7 +215,7 @@ def test_a_changed_config_is_verified_again():
     assert inputs.logit_scale == 1 / 8
     with torch.no_grad():
         expected = model(tokens(1, 8)).logits.double().log_softmax(-1)[..., 7]
-    assert (logp_of(inputs, torch.full((1, 8), 7)) - expected).abs().max() < HF_STATISTIC_ERROR
+    assert (inputs.logp(torch.full((1, 8), 7)).logp - expected).abs().max() < HF_STATISTIC_ERROR
 
 
 def test_the_check_leaves_each_modules_mode_as_it_was():

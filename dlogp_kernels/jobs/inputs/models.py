@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from ...hf import check_same_tokenizer, load_model, load_tokenizer
 from ...hf.checkpoint import Stored, is_rounded, own_dtype, stored_tensors, update_and_rounding
-from ...hf.limits import last_layer_names, model_limits
+from ...hf.limits import lm_head_names, model_limits
 from ...ops import backends
 from ..errors import JobError
 
@@ -122,7 +122,7 @@ def warn_of_rounding(rl: ModelPlace, base: ModelPlace, dtype: str, *, trust_remo
     kept = [_kept_dtype(dtype, tensors) for tensors in pair]
     if not any(is_rounded(stored, to) for tensors, to in zip(pair, kept, strict=True) for stored in tensors.values()):
         return
-    last_layer = _load(rl, "the config", partial(last_layer_names, trust_remote_code=trust_remote_code))
+    last_layer = _load(rl, "the config", partial(lm_head_names, trust_remote_code=trust_remote_code))
     updates = update_and_rounding(pair[0], pair[1], (kept[0], kept[1]), last_layer)
     if all(update.rounding <= _TOLD_ROUNDING * update.norm for update in updates):
         return

@@ -104,6 +104,7 @@ def attempts(pair: Pair, out: Path, plan: list, *, sequential: bool, seed: int =
         check=False,
     )
     assert result.returncode == 0, result.stderr
+    assert "damaged" not in result.stderr, "what was not finished is taken for damaged"
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 

@@ -35,13 +35,13 @@ def policy_loss_fwd(
     kl: Tensor | None,
     token_weight: Tensor | None,
     denominator: Tensor | None,
-    choices: list[str],
-    numbers: list[float],
+    str_options: list[str],
+    float_options: list[float],
     max_length: int | None,
     with_gradient: bool,
     workspace: int,
 ) -> tuple[Tensor, ...]:
-    options = reference_policy.PolicyOptions.of(choices, numbers, max_length)
+    options = reference_policy.PolicyOptions.of(str_options, float_options, max_length)
     sequences = _Sequences(
         PolicyTokens(logp, old_logp, advantage, mask, ref_logp, entropy, kl, token_weight), offsets, workspace
     )
@@ -55,7 +55,7 @@ def policy_loss_fwd(
     scale = reference_policy.sequence_scale(
         counts, counts.sum(), counts.shape[0], longest, denominator, options.loss_type
     )
-    coefficient = torch.zeros_like(logp, dtype=sequences.dtype) if with_gradient else logp.new_empty(0)
+    grad_logp_unscaled = torch.zeros_like(logp, dtype=sequences.dtype) if with_gradient else logp.new_empty(0)
     loss = torch.zeros((), dtype=torch.float64, device=logp.device)
     sums = torch.zeros(len(PolicyMetrics._fields), dtype=torch.float64, device=logp.device)
     for block, tokens in sequences.blocks():
@@ -69,15 +69,20 @@ def policy_loss_fwd(
         loss += (of_tokens.sum(-1, dtype=torch.float64) * scale[block]).sum()
         sums = reference_policy.merged(sums, reference_policy.metric_sums(tokens, ratio, weight, reweighted, options))
         if with_gradient:
-            grad = reference_policy.coefficient(tokens, raw, ratio, reweighted, options)
-            sequences.write(coefficient, block, grad)
+            grad = reference_policy.grad_logp_unscaled(tokens, raw, ratio, reweighted, options)
+            sequences.write(grad_logp_unscaled, block, grad)
     metrics = reference_policy.finished_metrics(sums, counts.sum())
-    return loss.to(sequences.dtype), metrics.to(sequences.dtype), coefficient, scale.to(sequences.dtype, copy=True)
+    return (
+        loss.to(sequences.dtype),
+        metrics.to(sequences.dtype),
+        grad_logp_unscaled,
+        scale.to(sequences.dtype, copy=True),
+    )
 
 
 def policy_loss_bwd(
     grad_loss: Tensor,
-    coefficient: Tensor,
+    grad_logp_unscaled: Tensor,
     scale: Tensor,
     mask: Tensor,
     offsets: Tensor | None,
@@ -89,7 +94,7 @@ def policy_loss_bwd(
     scale = scale * grad_loss
     of_tokens = scale[:, None] if offsets is None else scale.repeat_interleave(offsets.diff(), output_size=mask.numel())
     wants_logp, *wants_constant = output_mask
-    grad_logp = coefficient * of_tokens if wants_logp else scale.new_empty(0)
+    grad_logp = grad_logp_unscaled * of_tokens if wants_logp else scale.new_empty(0)
     constants = (
         (factor * of_tokens).masked_fill(~mask, 0.0) if wanted else scale.new_empty(0)
         for factor, wanted in zip((-entropy_coef, kl_beta), wants_constant, strict=True)
@@ -111,8 +116,8 @@ def linear_policy_loss_fwd(
     score: Tensor | None,
     ref_logp: Tensor | None,
     token_weight: Tensor | None,
-    choices: list[str],
-    numbers: list[float],
+    str_options: list[str],
+    float_options: list[float],
     temperature: float,
     softcap: float | None,
     base_softcap: float | None,
@@ -123,7 +128,7 @@ def linear_policy_loss_fwd(
     workspace: int,
 ) -> tuple[Tensor, ...]:
     target, bad_rows = check_target(target, weight.shape[0], ignore_index)
-    options, dtype = reference_policy.PolicyOptions.of(choices, numbers, None), scale.dtype
+    options, dtype = reference_policy.PolicyOptions.of(str_options, float_options, None), scale.dtype
     known = PolicyRows(old_logp, advantage, scale, score, ref_logp, token_weight)
     policy_head = Head(hidden, weight, bias, Transform(temperature, softcap, logit_scale))
     head = HeadGradients(policy_head, zero_gradients(policy_head, output_mask, dtype), dtype)
@@ -179,7 +184,7 @@ class _Sequences:
         self.number = tokens.logp.shape[0] if offsets is None else offsets.shape[0] - 1
         longest = tokens.logp.shape[-1] if offsets is None else int(offsets.diff().max()) if self.number else 0
         self.size = max(1, workspace // (max(1, longest) * 8 * _POLICY_TEMPORARIES))
-        self.of_sequences = tokens.advantage.shape == (self.number,)
+        self.sequence_level = tokens.advantage.shape == (self.number,)
 
     def counts(self) -> Tensor:
         """Tokens of each sequence (B,)."""
@@ -201,9 +206,9 @@ class _Sequences:
             tokens = tokens._replace(**some)
         else:
             offsets = offsets[block.start : block.stop + 1]
-            if self.of_sequences:
+            if self.sequence_level:
                 tokens = tokens._replace(advantage=tokens.advantage[block])
-        return reference_policy.as_padded(tokens, offsets, self.dtype, of_sequences=self.of_sequences)
+        return reference_policy.as_padded(tokens, offsets, self.dtype, sequence_level=self.sequence_level)
 
     def write(self, out: Tensor, block: slice, values: Tensor) -> None:
         """Of a block (b, t) to their places in `out`, which has the shape of logp."""
@@ -252,12 +257,12 @@ class _PolicyBlock:
         of_tokens = reference_policy.token_loss(tokens, ratio, reweighted, options)
         self.loss = (of_tokens * self.scale).sum(dtype=torch.float64)
         self.sums = reference_policy.metric_sums(tokens, ratio, weight, reweighted, options)
-        self.coefficient = reference_policy.coefficient(tokens, raw_ratio, ratio, reweighted, options)
+        self.grad_logp_unscaled = reference_policy.grad_logp_unscaled(tokens, raw_ratio, ratio, reweighted, options)
 
     def accumulate(self) -> None:
         """Add to the gradients of the head."""
         scale, options, logp_all = self.scale[:, 0], self.options, self.z - self.lse[:, None]
-        grad_logp, zero = self.coefficient * self.scale, torch.zeros_like(scale)
+        grad_logp, zero = self.grad_logp_unscaled * self.scale, torch.zeros_like(scale)
         pair = (
             ()
             if self.base_z is None

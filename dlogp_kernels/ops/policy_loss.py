@@ -34,7 +34,7 @@ def _fake_fwd(*arguments: Any) -> tuple[Tensor, ...]:
 
 def _fake_bwd(
     grad_loss: Tensor,
-    coefficient: Tensor,
+    grad_logp_unscaled: Tensor,
     scale: Tensor,
     mask: Tensor,
     offsets: Tensor | None,
@@ -47,12 +47,12 @@ def _fake_bwd(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     mask, offsets = inputs[3:5]
-    _, metrics, coefficient, scale = output
-    ctx.save_for_backward(coefficient, scale, mask, offsets)
+    _, metrics, grad_logp_unscaled, scale = output
+    ctx.save_for_backward(grad_logp_unscaled, scale, mask, offsets)
     options = PolicyOptions.of(*inputs[11:14])
     ctx.coefficients = (options.entropy_coef, options.kl_beta)
     ctx.num_inputs = len(inputs)
-    # The coefficient counts as differentiable, so that deriving what backward makes of it raises (library.py).
+    # grad_logp_unscaled counts as differentiable, so that deriving what backward makes of it raises (library.py).
     ctx.mark_non_differentiable(metrics, scale)
     ctx.set_materialize_grads(False)
 

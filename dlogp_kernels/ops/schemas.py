@@ -12,11 +12,11 @@ seed (64 bits, as int64) and step come as numbers, or from the device as int64 t
 which then count; row_id is (N,) int64, or None for 0 … N − 1.
 
 The policy loss takes tokens (B, T), or (N,) with the offsets (B + 1,) int64 of B sequences; advantage is of each token
-or (B,), mask bool, group (B,) int64, denominator () of the dtype of the loss: num_tokens or num_sequences; choices and
-numbers are those options of reference_policy.PolicyOptions, in its order (PyTorch's time for a call goes by the square
-of the number of arguments).
-Its forward op leaves `coefficient`, the shape of logp, empty unless with_gradient, and `scale` (B,): the gradient by
-logp is their product. metrics are in the order of PolicyMetrics.
+or (B,), mask bool, group (B,) int64, denominator () of the dtype of the loss: num_tokens or num_sequences; str_options
+and float_options are those options of reference.policy.PolicyOptions, in its order (PyTorch's time for a call goes by
+the square of the number of arguments).
+Its forward op leaves `grad_logp_unscaled`, the shape of logp, empty unless with_gradient, and `scale` (B,): the
+gradient by logp is their product. metrics are in the order of PolicyMetrics.
 
 The linear policy loss takes target (N, 1) and the rows of reference.rows.PolicyRows, (N,) of the dtype of the loss. Its
 forward op leaves the gradients of the loss that output_mask asks for in that dtype, float32 or float64, whatever the
@@ -94,10 +94,10 @@ _POLICY_TOKENS = (
     "Tensor logp, Tensor old_logp, Tensor advantage, Tensor mask, Tensor? offsets, Tensor? group, Tensor? ref_logp, "
     "Tensor? entropy, Tensor? kl, Tensor? token_weight, Tensor? denominator"
 )
-_POLICY_OPTIONS = "str[] choices, float[] numbers, int? max_length"
+_POLICY_OPTIONS = "str[] str_options, float[] float_options, int? max_length"
 _POLICY_ROWS = (
     "Tensor old_logp, Tensor advantage, Tensor scale, Tensor? score, Tensor? ref_logp, Tensor? token_weight, "
-    "str[] choices, float[] numbers"
+    "str[] str_options, float[] float_options"
 )
 _SAMPLE = "(Tensor token, Tensor draft_token, Tensor selected, Tensor delta_logp, Tensor logp, Tensor base_logp)"
 #: op name → (arguments, returns)
@@ -108,10 +108,10 @@ SCHEMAS: dict[str, tuple[str, str]] = {
     "linear_extrapolated_sample": (f"{_LINEAR_SAMPLE_INPUTS}, {_SAMPLE_OPTIONS}", _SAMPLE),
     "policy_loss_fwd": (
         f"{_POLICY_TOKENS}, {_POLICY_OPTIONS}, bool with_gradient",
-        "(Tensor loss, Tensor metrics, Tensor coefficient, Tensor scale)",
+        "(Tensor loss, Tensor metrics, Tensor grad_logp_unscaled, Tensor scale)",
     ),
     "policy_loss_bwd": (
-        "Tensor grad_loss, Tensor coefficient, Tensor scale, Tensor mask, Tensor? offsets, float entropy_coef, "
+        "Tensor grad_loss, Tensor grad_logp_unscaled, Tensor scale, Tensor mask, Tensor? offsets, float entropy_coef, "
         "float kl_beta, bool[3] output_mask",
         "(Tensor grad_logp, Tensor grad_entropy, Tensor grad_kl)",
     ),

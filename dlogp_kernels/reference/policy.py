@@ -14,7 +14,18 @@ from ..results import PolicyLoss, PolicyMetrics
 from . import statistics as reference
 from .statistics import accumulation_dtype
 
-LOSS_TYPES = ("dapo", "grpo", "bnpo", "dr_grpo", "cispo", "sapo")
+#: What each loss type divides by: all tokens, each sequence's tokens and all sequences, or sequences · max_length.
+DENOMINATORS = {
+    "dapo": "tokens",
+    "grpo": "sequences",
+    "bnpo": "tokens",
+    "dr_grpo": "max_length",
+    "cispo": "tokens",
+    "sapo": "sequences",
+}
+LOSS_TYPES = tuple(DENOMINATORS)
+#: Of these types the denominator is a number of tokens.
+BY_TOKENS = tuple(name for name, denominator in DENOMINATORS.items() if denominator == "tokens")
 REWEIGHTS = ("low_prob", "dominate", "ppl", "none")
 REWEIGHT_SIGNS = ("both", "positive", "negative")
 IMPORTANCES = ("token", "sequence", "sequence_token")
@@ -25,8 +36,6 @@ CHOICES = {
     "reweight_sign": REWEIGHT_SIGNS,
     "importance": IMPORTANCES,
 }
-#: Of these types the denominator is a number of tokens.
-BY_TOKENS = ("dapo", "bnpo", "cispo")
 #: Log-ratios are clamped to ± this, and have no gradient beyond.
 LOG_RATIO_LIMIT = 20.0
 #: What is added to the standard deviation of a group.
@@ -54,6 +63,10 @@ class PolicyOptions(NamedTuple):
     def of(cls, str_options: list[str], float_options: list[float], max_length: int | None) -> "PolicyOptions":
         """The inverse of `arguments`."""
         return cls._make((*str_options, *float_options, max_length))
+
+    @property
+    def denominator(self) -> str:
+        return DENOMINATORS[self.loss_type]
 
     def arguments(self) -> tuple[list[str], list[float], int | None]:
         """As the ops take them: str_options, float_options, max_length."""
@@ -269,7 +282,7 @@ def policy_loss(
     dtype = accumulation_dtype(logp, old_logp, advantage, ref_logp, entropy, kl, token_weight)
     given = PolicyTokens(logp, old_logp, advantage, mask, ref_logp, entropy, kl, token_weight)
     num_sequences = logp.shape[0] if offsets is None else offsets.numel() - 1
-    tokens = as_padded(given, offsets, dtype, of_sequences=advantage.shape == (num_sequences,))
+    tokens = as_padded(given, offsets, dtype, sequence_level=advantage.shape == (num_sequences,))
     s = None
     if options.reweight == "ppl":
         assert group is not None
@@ -314,7 +327,9 @@ def linear_policy_loss(
     return policy_loss(stats.logp, old_logp, advantage, mask, entropy=stats.entropy, kl=kl, **rest)
 
 
-def coefficient(tokens: PolicyTokens, raw: Tensor, ratio: Tensor, advantage: Tensor, options: PolicyOptions) -> Tensor:
+def grad_logp_unscaled(
+    tokens: PolicyTokens, raw: Tensor, ratio: Tensor, advantage: Tensor, options: PolicyOptions
+) -> Tensor:
     """The gradient of `policy_loss` by logp (B, T), not yet times `sequence_scale`; `advantage` is Ã.
 
     Through the ratio of a token, and of GSPO-token, dℓ/d log r where |log r| ≤ 20; the ratio of a response has that sum
@@ -371,10 +386,12 @@ def finished_metrics(sums: Tensor, count: Tensor) -> Tensor:
     return means
 
 
-def as_padded(tokens: PolicyTokens, offsets: Tensor | None, dtype: torch.dtype, *, of_sequences: bool) -> PolicyTokens:
-    """(B, T) of `dtype`, 0 where masked, of packed tokens or padded ones; advantages (B,) are `of_sequences`."""
+def as_padded(
+    tokens: PolicyTokens, offsets: Tensor | None, dtype: torch.dtype, *, sequence_level: bool
+) -> PolicyTokens:
+    """(B, T) of `dtype`, 0 where masked, of packed tokens or padded ones; advantages (B,) are `sequence_level`."""
     mask = tokens.mask if offsets is None else padded(tokens.mask, offsets)
-    advantage = tokens.advantage[:, None].expand_as(mask) if of_sequences else tokens.advantage
+    advantage = tokens.advantage[:, None].expand_as(mask) if sequence_level else tokens.advantage
 
     def bring(x: Tensor) -> Tensor:
         x = x if offsets is None or x.dim() == 2 else padded(x, offsets)

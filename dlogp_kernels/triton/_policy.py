@@ -10,6 +10,7 @@ import triton.language as tl
 
 from ..reference import policy as reference_policy
 from ..reference.policy import PolicyOptions
+from ..results import PolicyMetrics
 from . import _math
 
 _LIMIT = tl.constexpr(reference_policy.LOG_RATIO_LIMIT)
@@ -17,7 +18,14 @@ GROUP_EPSILON = tl.constexpr(reference_policy.GROUP_EPSILON)
 _SERIES = tl.constexpr(0.3)
 
 
-class Numbers(NamedTuple):
+#: The order of sums over tokens: the numerators of the metrics (of max_ratio the largest), the loss, how many they are.
+METRICS = tl.constexpr(len(PolicyMetrics._fields))
+MAX_RATIO = tl.constexpr(PolicyMetrics._fields.index("max_ratio"))
+LOSS, COUNT = tl.constexpr(METRICS.value), tl.constexpr(METRICS.value + 1)
+NUM_SUMS = tl.constexpr(METRICS.value + 2)
+
+
+class PolicyScalars(NamedTuple):
     """The options that are numbers; clip_low and clip_high as bounds of r."""
 
     alpha: float
@@ -30,7 +38,7 @@ class Numbers(NamedTuple):
     temperature_neg: float
 
 
-class Kind(NamedTuple):
+class PolicyVariant(NamedTuple):
     """The options that choose code: surrogate "clipped", "cispo" or "sapo", and the names of reference/policy.py."""
 
     surrogate: str
@@ -39,14 +47,14 @@ class Kind(NamedTuple):
     importance: str
 
 
-def kind_of(options: PolicyOptions) -> Kind:
+def variant_of(options: PolicyOptions) -> PolicyVariant:
     surrogate = options.loss_type if options.loss_type in ("cispo", "sapo") else "clipped"
-    return Kind(surrogate, options.reweight, options.reweight_sign, options.importance)
+    return PolicyVariant(surrogate, options.reweight, options.reweight_sign, options.importance)
 
 
-def numbers_of(options: PolicyOptions) -> Numbers:
+def scalars_of(options: PolicyOptions) -> PolicyScalars:
     cispo = options.loss_type == "cispo"
-    return Numbers(
+    return PolicyScalars(
         options.alpha,
         1.0 - options.clip_low,
         options.clip_high if cispo else 1.0 + options.clip_high,

@@ -23,7 +23,17 @@ from ..results import DeltaLogpStats, LogpStats, PolicyMetrics
 from . import _math, _policy, _rows
 from ._device import on_device_of
 from ._gemm import add_product, product
-from ._policy import Kind, Numbers, kind_of, numbers_of
+from ._policy import (
+    COUNT,
+    LOSS,
+    MAX_RATIO,
+    METRICS,
+    NUM_SUMS,
+    PolicyScalars,
+    PolicyVariant,
+    scalars_of,
+    variant_of,
+)
 from ._rows import matrix
 from ._sizes import ceil_div, round_up
 from .delta_logp import (
@@ -54,14 +64,11 @@ _SLICE_ROWS = 384
 _BLOCK_ROWS = 1920
 #: What a product takes at a time.
 _WHOLE_ROWS = 128
-_METRICS = len(PolicyMetrics._fields)
-#: Besides the numerators of the metrics: the loss, times its scale, and the number of tokens.
-_SUMS = _METRICS + 2
 #: In float16 the largest scale · |advantage|, times a power of two: leaves room for ratios up to 2 000.
 _FLOAT16_LARGEST = 2.0**4
 
 
-class Known(NamedTuple):
+class PolicyInputs(NamedTuple):
     """PolicyRows as pointers, and the statistics of the rows; None for none."""
 
     old_logp: Any
@@ -75,8 +82,8 @@ class Known(NamedTuple):
     kl: Any
 
 
-class Out(NamedTuple):
-    """Upstream gradients of the rows (N,), and sums (_SUMS, N) of each row."""
+class PolicyOutputs(NamedTuple):
+    """Upstream gradients of the rows (N,), and sums (NUM_SUMS, N) of each row."""
 
     grad_logp: Any
     grad_entropy: Any
@@ -96,7 +103,8 @@ def _policy_rows_kernel(
 ):  # fmt: skip
     """Loss, metrics and upstream gradients of the rows first … end, of the ratio of each token; 0 where ignored.
 
-    known, out: (N,) float32, out.sums (_SUMS, N); target (N, 1) int64. A program takes BLOCK rows. float32.
+    known, out: (N,) float32, out.sums (NUM_SUMS, N), its loss times scale; target (N, 1) int64. A program takes BLOCK
+    rows. float32.
     """
     n = (first + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     inside = n < end
@@ -129,30 +137,37 @@ def _policy_rows_kernel(
     loss -= _policy.times(numbers.entropy_coef, entropy)
     tl.store(out.grad_logp + n, tl.where(mask, slope * scale, 0.0), mask=inside)
     tl.store(out.grad_entropy + n, -numbers.entropy_coef * scale, mask=inside)
-    # In the order of PolicyMetrics; then loss, count.
     one = mask.to(tl.float32)
+    metrics = PolicyMetrics(
+        clip_low=tl.where(low, one, 0.0),
+        clip_high=tl.where(high, one, 0.0),
+        clip_dual=tl.where(dual, one, 0.0),
+        approx_kl=tl.where(mask, _policy.k3_of_log_ratio(log_ratio), 0.0),
+        mean_ratio=tl.where(mask, ratio, 0.0),
+        max_ratio=tl.where(mask, ratio, 0.0),
+        mean_weight=tl.where(mask, weight, 0.0),
+        ref_kl=tl.where(mask, divergence, 0.0),
+        entropy=entropy,
+    )
     sums = out.sums + n
-    tl.store(sums, tl.where(low, one, 0.0), mask=inside)
-    tl.store(sums + N, tl.where(high, one, 0.0), mask=inside)
-    tl.store(sums + 2 * N, tl.where(dual, one, 0.0), mask=inside)
-    tl.store(sums + 3 * N, tl.where(mask, _policy.k3_of_log_ratio(log_ratio), 0.0), mask=inside)
-    tl.store(sums + 4 * N, tl.where(mask, ratio, 0.0), mask=inside)
-    tl.store(sums + 5 * N, tl.where(mask, ratio, 0.0), mask=inside)
-    tl.store(sums + 6 * N, tl.where(mask, weight, 0.0), mask=inside)
-    tl.store(sums + 7 * N, tl.where(mask, divergence, 0.0), mask=inside)
-    tl.store(sums + 8 * N, entropy, mask=inside)
-    tl.store(sums + 9 * N, tl.where(mask & (scale != 0.0), loss * scale, 0.0), mask=inside)
-    tl.store(sums + 10 * N, one, mask=inside)
+    for i in tl.static_range(METRICS):
+        tl.store(sums + i * N, metrics[i], mask=inside)
+    tl.store(sums + LOSS * N, tl.where(mask & (scale != 0.0), loss * scale, 0.0), mask=inside)
+    tl.store(sums + COUNT * N, one, mask=inside)
 
 
 class _Policy:
     """Rows of a policy loss: what is known of them, what becomes of it."""
 
-    def __init__(self, known: PolicyRows, target: Tensor, kind: Kind, numbers: Numbers, pair: bool) -> None:
-        self.known, self.target, self.kind, self.numbers = known, target, kind, numbers
+    def __init__(
+        self, known: PolicyRows, target: Tensor, variant: PolicyVariant, scalars: PolicyScalars, pair: bool
+    ) -> None:
+        self.known, self.target, self.variant, self.scalars = known, target, variant, scalars
         self.num_rows = target.shape[0]
         grads = [self.new(self.num_rows) for _ in range(3 if pair else 2)]
-        self.out = Out(grads[0], grads[1], grads[2] if pair else None, self.new(_SUMS, self.num_rows))
+        self.out = PolicyOutputs(
+            grads[0], grads[1], grads[2] if pair else None, self.new(NUM_SUMS.value, self.num_rows)
+        )
 
     def new(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self.target.device)
@@ -160,24 +175,24 @@ class _Policy:
     def rows(self, stats: LogpStats | DeltaLogpStats, first: int, end: int, ignore_index: int) -> None:
         """Of rows first … end, whose statistics are there."""
         kl = stats.kl if isinstance(stats, DeltaLogpStats) else None
-        kind = self.kind
+        variant = self.variant
         _policy_rows_kernel[(ceil_div(end - first, _BLOCK),)](
-            Known(*self.known, stats.logp, stats.entropy, kl), self.out, self.target, self.numbers, first, end,
-            self.num_rows, ignore_index, SURROGATE=kind.surrogate, REWEIGHT=kind.reweight, SIGN=kind.sign,
+            PolicyInputs(*self.known, stats.logp, stats.entropy, kl), self.out, self.target, self.scalars, first, end,
+            self.num_rows, ignore_index, SURROGATE=variant.surrogate, REWEIGHT=variant.reweight, SIGN=variant.sign,
             BLOCK=_BLOCK, num_warps=4,
         )  # fmt: skip
 
     def results(self) -> tuple[Tensor, Tensor]:
         """Loss and metrics."""
         if self.num_rows == 0:
-            return self.new().zero_(), self.new(_METRICS).zero_()
-        sums, largest = self.out.sums.double().sum(1), PolicyMetrics._fields.index("max_ratio")
-        means = sums[:_METRICS] / sums[-1].clamp_min(1.0)
-        means[largest] = self.out.sums[largest].amax()
-        return sums[_METRICS].float(), means.float()
+            return self.new().zero_(), self.new(METRICS.value).zero_()
+        sums = self.out.sums.double().sum(1)
+        means = sums[: METRICS.value] / sums[COUNT.value].clamp_min(1.0)
+        means[MAX_RATIO.value] = self.out.sums[MAX_RATIO.value].amax()
+        return sums[LOSS.value].float(), means.float()
 
 
-class Cut(NamedTuple):
+class Tiling(NamedTuple):
     """Rows at a time: of a slice of logits, and of a block of several slices."""
 
     slice: int
@@ -187,11 +202,11 @@ class Cut(NamedTuple):
 class _Block:
     """One model's hidden states of a block of rows and logits of a slice of it, in buffers that are used again."""
 
-    def __init__(self, model: Head, cut: Cut) -> None:
+    def __init__(self, model: Head, tiling: Tiling) -> None:
         self.model = model
         device, (self.vocabulary, width) = model.hidden.device, model.weight.shape
-        self.hidden = torch.empty((cut.block, width), dtype=model.dtype, device=device)
-        self.raw = torch.empty((cut.slice, self.vocabulary), dtype=torch.float32, device=device)
+        self.hidden = torch.empty((tiling.block, width), dtype=model.dtype, device=device)
+        self.raw = torch.empty((tiling.slice, self.vocabulary), dtype=torch.float32, device=device)
         self.transform = transform_of(model.transform, model.bias)
 
     def gather(self, rows: _rows.Rows, first: int) -> None:
@@ -268,8 +283,8 @@ def linear_policy_loss_fwd(
     score: Tensor | None,
     ref_logp: Tensor | None,
     token_weight: Tensor | None,
-    choices: list[str],
-    numbers: list[float],
+    str_options: list[str],
+    float_options: list[float],
     temperature: float,
     softcap: float | None,
     base_softcap: float | None,
@@ -279,10 +294,10 @@ def linear_policy_loss_fwd(
     output_mask: list[bool],
     workspace: int,
 ) -> tuple[Tensor, ...]:
-    options, target = reference_policy.PolicyOptions.of(choices, numbers, None), target.contiguous()
+    options, target = reference_policy.PolicyOptions.of(str_options, float_options, None), target.contiguous()
     optional = (None if x is None else x.contiguous() for x in (score, ref_logp, token_weight))
     known = PolicyRows(old_logp.contiguous(), advantage.contiguous(), scale.contiguous(), *optional)
-    policy = _Policy(known, target, kind_of(options), numbers_of(options), base_hidden is not None)
+    policy = _Policy(known, target, variant_of(options), scalars_of(options), base_hidden is not None)
     models = [with_contiguous_bias(Head(hidden, weight, bias, Transform(temperature, softcap, logit_scale)))]
     if base_hidden is not None and base_weight is not None:
         base_transform = Transform(temperature, base_softcap, base_logit_scale)
@@ -312,22 +327,22 @@ def _in_blocks(
     models: list[Head], policy: _Policy, output_mask: list[bool], ignore_index: int, workspace: int
 ) -> tuple[Tensor, ...]:
     target, vocabulary = policy.target, models[0].weight.shape[0]
-    cut = _cut(models, target.shape[0], workspace)
+    tiling = _tiling(models, target.shape[0], workspace)
     rows = _rows.rows_in_place(target, ignore_index)
-    blocks = [_Block(model, cut) for model in models]
+    blocks = [_Block(model, tiling) for model in models]
     largest = (policy.known.scale * policy.known.advantage.abs()).amax()
-    accumulators = _Accumulators(models[0], output_mask, cut.block, largest)
+    accumulators = _Accumulators(models[0], output_mask, tiling.block, largest)
     pair = len(models) == 2
     stats = new_stats(DeltaLogpStats if pair else LogpStats, target, EVERY_ROW)
     size = _math.PAIR_STATE_SIZE if pair else _math.STATE_SIZE
-    state = policy.new(size.value, ceil_div(vocabulary, split_of(vocabulary)), cut.slice)
-    target_logits = policy.new(len(models), cut.slice)
-    for first in range(0, target.shape[0], cut.block):
-        num_rows = min(cut.block, target.shape[0] - first)
+    state = policy.new(size.value, ceil_div(vocabulary, split_of(vocabulary)), tiling.slice)
+    target_logits = policy.new(len(models), tiling.slice)
+    for first in range(0, target.shape[0], tiling.block):
+        num_rows = min(tiling.block, target.shape[0] - first)
         for block in blocks:
             block.gather(rows, first)
-        for begin in range(0, num_rows, cut.slice):
-            row, count = first + begin, min(cut.slice, num_rows - begin)
+        for begin in range(0, num_rows, tiling.slice):
+            row, count = first + begin, min(tiling.slice, num_rows - begin)
             shape = (count, vocabulary)
             tiles = [block.logits(begin, count) for block in blocks]
             _fold(tiles, shape, target, ignore_index, state, target_logits, stats, row)
@@ -339,7 +354,7 @@ def _in_blocks(
     return accumulators.gradients()
 
 
-def _cut(models: list[Head], num_rows: int, workspace: int) -> Cut:
+def _tiling(models: list[Head], num_rows: int, workspace: int) -> Tiling:
     """What fits: up to _BLOCK_ROWS rows, in blocks of whole slices, of which one takes half the memory at most."""
     memory = _SHARE * workspace * 31 // 32
     vocabulary, itemsize = models[0].weight.shape[0], models[0].dtype.itemsize
@@ -350,7 +365,7 @@ def _cut(models: list[Head], num_rows: int, workspace: int) -> Cut:
     rows = min(_SLICE_ROWS, max(16, fitting // whole * whole), round_up(num_rows, 16))
     most = min(_BLOCK_ROWS, (memory - rows * slice_bytes) // block_bytes) // rows
     slices = ceil_div(num_rows, rows)
-    return Cut(rows, rows * ceil_div(slices, ceil_div(slices, max(1, most))))
+    return Tiling(rows, rows * ceil_div(slices, ceil_div(slices, max(1, most))))
 
 
 def _fold(

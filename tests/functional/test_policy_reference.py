@@ -163,11 +163,11 @@ def test_the_coefficient_is_the_gradient(loss_type, importance):
     expected = torch.autograd.grad(loss, inputs["logp"])[0]
     names = ("logp", "old_logp", "advantage", "mask", "ref_logp", "entropy", "kl", "token_weight")
     given = reference_policy.PolicyTokens(*(inputs[name].detach() if name in inputs else None for name in names))
-    tokens = reference_policy.as_padded(given, None, FP64, of_sequences=True)
+    tokens = reference_policy.as_padded(given, None, FP64, sequence_level=True)
     advantage = reference_policy.reweighting(tokens.old_logp, tokens.advantage, None, options) * tokens.advantage
     raw = reference_policy.raw_log_ratio(tokens.logp, tokens.old_logp, tokens.mask, importance)
     ratio = reference_policy.ratio_of(raw).expand_as(tokens.logp)
-    actual = reference_policy.coefficient(tokens, raw, ratio, advantage, options)
+    actual = reference_policy.grad_logp_unscaled(tokens, raw, ratio, advantage, options)
     counts = tokens.mask.sum(-1)
     scale = reference_policy.sequence_scale(counts, counts.sum(), 5, 37, None, loss_type)
     torch.testing.assert_close(actual * scale[:, None], expected)

@@ -134,7 +134,7 @@ def sizes(inputs: Inputs, *, upstream: float = 1.0, **options: Any) -> Sizes:
     sequences = inputs["logp"].shape[0] if offsets is None else offsets.numel() - 1
     names = ("logp", "old_logp", "advantage", "mask", "ref_logp", "entropy", "kl", "token_weight")
     given = reference_policy.PolicyTokens(*(inputs.get(name) for name in names))
-    tokens = reference_policy.as_padded(given, offsets, torch.float64, of_sequences=advantage.shape == (sequences,))
+    tokens = reference_policy.as_padded(given, offsets, torch.float64, sequence_level=advantage.shape == (sequences,))
     raw = reference_policy.raw_log_ratio(tokens.logp, tokens.old_logp, tokens.mask, chosen.importance)
     ratio = reference_policy.ratio_of(raw).expand_as(tokens.logp)
     weighted = tokens.advantage * 2.0  # at least what any of the weights of these tests makes of it

@@ -10,7 +10,8 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,26 +20,19 @@ from torch import Tensor
 
 from ..hf import Generation, generate
 from ..report.responses import RESPONSES_FILE, Collector, Response, Setting, SettingResult, describe
-from .errors import JobError
+from .allowed import check_options
+from .errors import JobError, explained_computation
 from .graders import Grade, Grader, load_grader
-from .inputs.models import (
-    DTYPES,
-    ModelPlace,
-    Reading,
-    check_device,
-    find_model,
-    load_weights,
-    read_pair,
-    warn_of_rounding,
-)
+from .inputs.models import ModelPlace, check_device, find_pair, read_pair, warn_of_rounding
 from .inputs.problems import Problem, check_problems, read_problems
+from .options import Decoding
 from .progress import bar as progress_bar
 from .progress import layers_told, show_layer
 from .resume.fingerprint import Fingerprints, versions
 from .resume.response_file import ResponseFile
 from .resume.run_directory import RunDirectory, State, known_stamps
 from .resume.stopwatch import Stopwatch
-from .settings import Decoding, check_decoding, check_settings
+from .settings import check_settings
 from .token_text import TokenTexts
 
 _NUM_ROW_IDS = 2**32
@@ -69,13 +63,10 @@ def run_decoding(
     Returns what `summary.json` holds; raises JobError as `run_generate` and `run_sweep` say.
     """
     check_settings(settings, seeds)
-    check_decoding(decoding)
+    check_options(decoding)
     device = check_device(decoding.device)
     grader = load_grader(inputs.grader, timeout=decoding.grader_timeout)
-    places = [
-        find_model(option, name, trust_remote_code=decoding.trust_remote_code)
-        for option, name in (("--rl", inputs.rl), ("--base", inputs.base))
-    ]
+    places = find_pair(inputs.rl, inputs.base, trust_remote_code=decoding.trust_remote_code)
     data = Path(inputs.data)
     check_problems("--data", data)
     fingerprints = Fingerprints(known_stamps(inputs.out), progress=progress)
@@ -91,13 +82,11 @@ def run_decoding(
         "versions": versions(device, "extrapolated_sample"),
     }
     directory = RunDirectory(inputs.out, identity, fingerprints.stamps)
-    if directory.state() is State.NEW and resume:
-        raise JobError(f"--out {inputs.out}: --resume is given, but there is no run to go on with")
-    with directory.claimed() as state:
+    with directory.claimed(resume=resume) as state:
         if state is State.COMPLETE:
             return directory.summary()
-        reading = read_pair(*places, trust_remote_code=decoding.trust_remote_code)
-        warn_of_rounding(places[0], places[1], decoding.dtype, trust_remote_code=decoding.trust_remote_code)
+        reading = read_pair(*places)
+        warn_of_rounding(*places, decoding.dtype)
         problems = read_problems(
             data,
             reading,
@@ -110,7 +99,7 @@ def run_decoding(
                 f"--samples: {len(problems)} problems × {decoding.samples} are too many, expected below 2**32"
             )
         chunks = _cut_chunks(problems, settings, seeds, decoding)
-        run = _Run(directory, grader, reading, chunks, decoding, torch.device(device), fingerprints, progress)
+        run = _Run(directory, grader, reading.tokenizer, chunks, decoding, torch.device(device), fingerprints, progress)
         run.compute(places)
         names = {"rl": str(inputs.rl), "base": str(inputs.base), "data": str(inputs.data), "grader": inputs.grader}
         summary = run.summary() | {
@@ -148,57 +137,50 @@ def _cut_chunks(
     ]
 
 
+@dataclass
 class _Run:
     """The computation of a run whose problems are read."""
 
-    def __init__(
-        self,
-        directory: RunDirectory,
-        grader: Grader,
-        reading: Reading,
-        chunks: Sequence[_Chunk],
-        decoding: Decoding,
-        device: torch.device,
-        fingerprints: Fingerprints,
-        progress: bool,
-    ) -> None:
-        self._directory = directory
-        self._grader = grader
-        self._tokenizer = reading.tokenizer
-        self._texts = TokenTexts(reading.tokenizer)
-        self._chunks = chunks
-        self._decoding = decoding
-        self._device = device
-        self._fingerprints = fingerprints
-        self._progress = progress
+    directory: RunDirectory
+    grader: Grader
+    tokenizer: Any
+    chunks: Sequence[_Chunk]
+    decoding: Decoding
+    device: torch.device
+    fingerprints: Fingerprints
+    progress: bool
+
+    def __post_init__(self) -> None:
+        self._texts = TokenTexts(self.tokenizer)
         self._collector = Collector()
-        self._stopwatch = Stopwatch(directory.ledger)
+        self._stopwatch = Stopwatch(self.directory.ledger)
 
     def compute(self, places: Sequence[ModelPlace]) -> None:
         """Draw, grade and write the chunks that are not there yet."""
-        file = ResponseFile(self._directory.out / RESPONSES_FILE, self._directory.ledger)
-        lengths = [len(chunk.problems) * self._decoding.samples for chunk in self._chunks]
-        with self._directory.writing():
-            self._directory.begin()
-            num_kept, damaged = file.keep(len(self._chunks))
-        missing = self._chunks[num_kept:]
-        models = list(map(self._load, places)) if missing or damaged else []
+        file = ResponseFile(self.directory.out / RESPONSES_FILE, self.directory.ledger)
+        lengths = [len(chunk.problems) * self.decoding.samples for chunk in self.chunks]
+        with self.directory.writing():
+            self.directory.begin()
+            num_kept, damaged = file.keep(len(self.chunks))
+        missing = self.chunks[num_kept:]
+        load = partial(self.fingerprints.load, dtype=self.decoding.dtype, device=self.device)
+        models = list(map(load, places)) if missing or damaged else []
         if damaged:
             warnings.warn(f"{file.path} is damaged: what is lost is drawn again", stacklevel=2)
         for index in (index for index in damaged if index < num_kept):
-            responses = self._draw(self._chunks[index], models)
-            with self._directory.writing():
+            responses = self._draw(self.chunks[index], models)
+            with self.directory.writing():
                 file.mend(index, responses, sum(lengths[:index]) + 1)
         for response in file.responses():
             self._collector.add(response)
         if not missing:
             return
-        with _Bar(sum(lengths), sum(lengths[:num_kept]), self._progress) as bar:
+        with _Bar(sum(lengths), sum(lengths[:num_kept]), self.progress) as bar:
             self._stopwatch.start()
             for chunk in missing:
                 bar.begin(chunk.setting)
                 responses = self._draw(chunk, models, bar)
-                with self._directory.writing():
+                with self.directory.writing():
                     file.append(responses)
                     self._stopwatch.save_lap()
                 for response in responses:
@@ -219,23 +201,13 @@ class _Run:
             "tokens_per_second": round(tokens / seconds, 1) if seconds else None,
         }
 
-    def _load(self, place: ModelPlace) -> Any:
-        model = load_weights(
-            place,
-            DTYPES[self._decoding.dtype],
-            self._device,
-            trust_remote_code=self._decoding.trust_remote_code,
-        )
-        self._fingerprints.check_loaded(place)
-        return model
-
     def _draw(self, chunk: _Chunk, models: Sequence[Any], bar: "_Bar | None" = None) -> list[Response]:
         """The graded responses of a chunk, samples of a problem one after another."""
-        samples = self._decoding.samples
-        input_ids, attention_mask = pad_left([problem.prompt_ids for problem in chunk.problems], self._device)
+        samples = self.decoding.samples
+        input_ids, attention_mask = pad_left([problem.prompt_ids for problem in chunk.problems], self.device)
         row_id = torch.tensor(
             [problem.number * samples + sample for problem in chunk.problems for sample in range(samples)],
-            device=self._device,
+            device=self.device,
         )
         on_layer = None if bar is None else bar.on_layer
         with _explained_generation(), layers_told(models, on_layer) as enough:
@@ -252,13 +224,13 @@ class _Run:
                 input_ids,
                 attention_mask,
                 **chunk.setting._asdict(),
-                **self._decoding.filters,
+                **self.decoding.filters,
                 seed=chunk.seed,
-                max_new_tokens=self._decoding.max_new_tokens,
-                stop_token_ids=self._decoding.stop_token_ids,
+                max_new_tokens=self.decoding.max_new_tokens,
+                stop_token_ids=self.decoding.stop_token_ids,
                 num_return_sequences=samples,
                 row_id=row_id,
-                max_batch_size=self._decoding.batch_size,
+                max_batch_size=self.decoding.batch_size,
                 on_step=on_step,
             )
         rows = _rows(generation)
@@ -268,8 +240,8 @@ class _Run:
         ]
 
     def _response(self, chunk: _Chunk, problem: Problem, sample: int, row: "_Row") -> Response:
-        text = self._tokenizer.decode(row.tokens, skip_special_tokens=True)
-        grade: Grade = self._grader(text, problem.columns)
+        text = self.tokenizer.decode(row.tokens, skip_special_tokens=True)
+        grade: Grade = self.grader(text, problem.columns)
         return Response(
             problem.problem_id,
             problem.number,
@@ -371,17 +343,9 @@ class _Bar:
 
 @contextmanager
 def _explained_generation() -> Iterator[None]:
-    """What the models and the ops can not do with these arguments, as a JobError."""
-    try:
-        with warnings.catch_warnings():
-            # It was said before the models were loaded.
-            warnings.filterwarnings("ignore", message="threshold is .* replaces nearly every token")
-            yield
-    except torch.OutOfMemoryError as error:
-        raise JobError(
-            "the device's memory is full: give a smaller --batch-size, with another --out; "
-            f"{str(error).splitlines()[0]}"
-        ) from error
-    except (ValueError, TypeError, IndexError, RuntimeError) as error:
-        # RuntimeError: a model that gives NaN.
-        raise JobError(f"the responses can not be drawn: {error}") from error
+    """What the models (RuntimeError: one that gives NaN) and the ops can not do with these arguments, as a JobError."""
+    failed, kinds = "the responses can not be drawn", (ValueError, TypeError, IndexError, RuntimeError)
+    with explained_computation(failed, "a smaller --batch-size", kinds), warnings.catch_warnings():
+        # It was said before the models were loaded.
+        warnings.filterwarnings("ignore", message="threshold is .* replaces nearly every token")
+        yield

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 
 
@@ -20,6 +21,20 @@ def check_option(check: Callable[..., None], option: str, value: object) -> None
         check(option, value)
     except (TypeError, ValueError) as error:
         raise JobError(str(error)) from error
+
+
+@contextmanager
+def explained_computation(
+    failed: str, advice: str, kinds: tuple[type[Exception], ...] = (ValueError, TypeError, IndexError)
+) -> Iterator[None]:
+    """What models and ops can not do with these arguments, as a JobError; `advice` is for a device that is full."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = str(error).splitlines()[0]
+        raise JobError(f"the device's memory is full: give {advice}, with another --out; {reason}") from error
+    except kinds as error:
+        raise JobError(f"{failed}: {error}") from error
 
 
 @contextmanager

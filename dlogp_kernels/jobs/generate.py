@@ -6,7 +6,7 @@ from typing import Any
 from ..report.responses import Setting
 from .decoding import Inputs, run_decoding
 from .graders import EXACT
-from .settings import Decoding
+from .options import Decoding
 
 
 def run_generate(

@@ -1,78 +1,28 @@
-"""What a run draws with: the grid of settings, and what all its settings share. Checked before anything is loaded."""
+"""The settings that a run draws with: a grid of criteria, thresholds and γ, checked before anything is loaded."""
 
 import itertools
-import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 
-from ..checks import check_drawing_temperature, check_factor
+from ..checks import check_factor
 from ..reference.sampling import CRITERIA, WITH_THRESHOLD
-from ..report.jsonl import MAX_LINE_BYTES
 from ..report.responses import BASE, RL, Setting
-from .errors import JobError, check_option
-from .graders import DEFAULT_GRADER_SECONDS
-from .inputs.models import DTYPES
+from .allowed import check_value, integer, number
+from .errors import JobError
 
 #: Of float32, in which the ops compare.
 _LARGEST = torch.finfo(torch.float32).max
 _Number = TypeVar("_Number", int, float)
-DEFAULT_MAX_NEW_TOKENS = 1024
-DEFAULT_BATCH_SIZE = 64
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """What all settings of a run share.
-
-    Args:
-        temperature: ≥ 0 of both draws; 0 takes the most likely token.
-        top_k, top_p, min_p: filters of both draws; 0, 1 and 0 switch them off.
-        samples: responses to each problem, under each setting and seed.
-        max_new_tokens: after which a response ends unfinished.
-        stop_token_ids: tokens that end a response, itself included; those of both models if None.
-        batch_size: responses decoded together at most.
-        chunk_size: responses drawn between two writes to the disk, which a kill can cost; 4 · batch_size if None.
-        dtype: of the weights in memory: auto (each checkpoint's own), bf16, fp16 or fp32.
-        device: where the models run; CUDA if there is one, else the CPU.
-        trust_remote_code: run code that comes with the models.
-        grader_timeout: seconds that the grader may take for a response, before it is stopped and counted as one that
-            raised; `exact` needs none.
-        max_line_size: bytes that a line of the problems may have.
-    """
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    samples: int = 1
-    max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
-    stop_token_ids: Sequence[int] | None = None
-    batch_size: int = DEFAULT_BATCH_SIZE
-    chunk_size: int | None = None
-    dtype: str = "auto"
-    device: str | None = None
-    trust_remote_code: bool = False
-    grader_timeout: float = DEFAULT_GRADER_SECONDS
-    max_line_size: int = MAX_LINE_BYTES
-
-    @property
-    def filters(self) -> dict[str, Any]:
-        """The arguments of both draws, by the names that the op has for them."""
-        return {
-            "temperature": float(self.temperature),
-            "top_k": self.top_k,
-            "top_p": float(self.top_p),
-            "min_p": float(self.min_p),
-        }
-
-    @property
-    def problems_per_chunk(self) -> int:
-        """Problems whose responses are written together; at least one."""
-        return max(1, (self.chunk_size or 4 * self.batch_size) // self.samples)
+_SEED = integer(0, 2**64)
+_GAMMA = number("≥ 0", lambda value: value >= 0, check_factor)
+_PROBABILITY = number("in [0, 1], a probability, for random", lambda value: 0 <= value <= 1)
+_THRESHOLD = number(
+    "within the range of float32 (the criterion none replaces nowhere, all everywhere)",
+    lambda value: abs(value) <= _LARGEST,
+)
 
 
 def grid(
@@ -143,7 +93,7 @@ def check_settings(settings: Sequence[Setting], seeds: Sequence[int]) -> None:
     if not seeds:
         raise JobError("--seed: there is none, expected at least one")
     for seed in seeds:
-        _check_integer("--seed", seed, 0, 2**64)
+        check_value("--seed", seed, _SEED)
     if len(set(seeds)) != len(seeds):
         raise JobError("--seed: a seed is given twice, expected each once")
 
@@ -158,60 +108,20 @@ def _check_setting(setting: Setting) -> None:
         raise JobError(f"--threshold is missing: the criterion {criterion} compares with it")
     if threshold is not None:
         _check_threshold(criterion, threshold)
-    _check_number("--gamma", gamma, lambda value: value >= 0, "≥ 0")
-    check_option(check_factor, "--gamma", gamma)
+    check_value("--gamma", gamma, _GAMMA)
     if draft not in ("base", "rl"):
         raise JobError(f"--draft is {draft!r}, expected base or rl")
 
 
 def _check_threshold(criterion: str, threshold: float) -> None:
     if criterion == "random":
-        _check_number("--threshold", threshold, lambda value: 0 <= value <= 1, "in [0, 1], a probability, for random")
+        check_value("--threshold", threshold, _PROBABILITY)
         return
-    _check_number(
-        "--threshold",
-        threshold,
-        lambda value: abs(value) <= _LARGEST,
-        "within the range of float32 (the criterion none replaces nowhere, all everywhere)",
-    )
+    check_value("--threshold", threshold, _THRESHOLD)
     if criterion == "delta_logp" and threshold >= 0:
-        warnings.warn(
-            f"--threshold is {threshold:g} for the criterion delta_logp: one that is not below 0 replaces nearly every "
-            "token",
-            stacklevel=3,
-        )
-    if criterion != "delta_logp" and threshold < 0:
-        warnings.warn(
-            f"--threshold is {threshold:g} for the criterion {criterion}, which is never below 0: every token is "
-            "replaced",
-            stacklevel=3,
-        )
-
-
-def check_decoding(decoding: Decoding) -> None:
-    """JobError that names the option for a value that can not be."""
-    _check_number("--temperature", decoding.temperature, lambda value: value >= 0, "≥ 0")
-    check_option(check_drawing_temperature, "--temperature", decoding.temperature)
-    _check_number("--top-p", decoding.top_p, lambda value: 0 < value <= 1, "in (0, 1]")
-    _check_number("--min-p", decoding.min_p, lambda value: 0 <= value <= 1, "in [0, 1]")
-    _check_integer("--top-k", decoding.top_k, 0, 2**31)
-    for option in ("samples", "max_new_tokens", "batch_size"):
-        _check_integer(f"--{option.replace('_', '-')}", getattr(decoding, option), 1, 2**31)
-    if decoding.chunk_size is not None:
-        _check_integer("--chunk-size", decoding.chunk_size, 1, 2**31)
-    _check_number("--grader-timeout", decoding.grader_timeout, lambda value: value > 0, "> 0")
-    _check_integer("--max-line-size", decoding.max_line_size, 1, 2**40)
-    for token_id in decoding.stop_token_ids or ():
-        _check_integer("--stop-token-id", token_id, 0, 2**31)
-    if decoding.dtype not in DTYPES:
-        raise JobError(f"--dtype is {decoding.dtype!r}, expected one of {', '.join(DTYPES)}")
-
-
-def _check_number(option: str, value: float, holds: Callable[[float], bool], expected: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or not holds(value):
-        raise JobError(f"{option} is {value}, expected a number {expected}")
-
-
-def _check_integer(option: str, value: int, low: int, end: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value < end:
-        raise JobError(f"{option} is {value}, expected an integer in [{low}, 2**{end.bit_length() - 1})")
+        reason = "delta_logp: one that is not below 0 replaces nearly every token"
+    elif criterion != "delta_logp" and threshold < 0:
+        reason = f"{criterion}, which is never below 0: every token is replaced"
+    else:
+        return
+    warnings.warn(f"--threshold is {threshold:g} for the criterion {reason}", stacklevel=3)

@@ -8,7 +8,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,14 @@ from ..trl import ReweightedGRPOConfig, ReweightedGRPOTrainer, complete_checkpoi
 from .decoding import pad_left
 from .errors import JobError
 from .graders import EXACT, Grader, load_grader
-from .inputs.models import DTYPES, Reading, check_device, find_model, load_weights, read_pair, warn_of_rounded_start
+from .inputs.models import check_device, find_model, read_pair, warn_of_rounded_start
 from .inputs.problems import Problem, check_problems, read_problems
+from .options import Training, check_training
 from .progress import bar as progress_bar
 from .resume.fingerprint import Fingerprints, versions
 from .resume.response_file import PieceFile
 from .resume.run_directory import RunDirectory, State, known_stamps
 from .resume.stopwatch import Stopwatch
-from .training import Training, check_training
 
 MODEL_DIRECTORY = "model"
 _TRAINER_DIRECTORY, _TENSORBOARD_DIRECTORY = "trainer", "tensorboard"
@@ -95,12 +95,10 @@ def run_train(
         "versions": versions(device, "policy_loss_fwd") | {"trl": version("trl")},
     }
     directory = RunDirectory(out, identity, fingerprints.stamps)
-    if directory.state() is State.NEW and resume:
-        raise JobError(f"--out {out}: --resume is given, but there is no run to go on with")
-    with directory.claimed(mends=False) as state:
+    with directory.claimed(resume=resume, mends=False) as state:
         if state is State.COMPLETE:
             return directory.summary()
-        reading = read_pair(place, place, trust_remote_code=training.trust_remote_code)
+        reading = read_pair(place, place)
         problems = [
             read_problems(
                 file,
@@ -117,11 +115,8 @@ def run_train(
                 f"--prompts is {training.prompts}, expected at most {len(problems[0])}, the problems there are"
             )
         warn_of_rounded_start(place, training.dtype)
-        model = load_weights(
-            place, DTYPES[training.dtype], torch.device(device), trust_remote_code=training.trust_remote_code
-        )
-        fingerprints.check_loaded(place)
-        run = _Run(directory, training, loaded_grader, reading, problems, model, progress)
+        model = fingerprints.load(place, training.dtype, torch.device(device))
+        run = _Run(directory, training, loaded_grader, reading.tokenizer, problems, model, progress)
         with directory.writing():
             run.train()
             summary = run.summary() | {
@@ -133,73 +128,65 @@ def run_train(
         return summary
 
 
+@dataclass
 class _Run:
-    """The training of a run whose problems are read."""
+    """The training of a run whose problems, those to learn from and held-out ones, are read."""
 
-    def __init__(
-        self,
-        directory: RunDirectory,
-        training: Training,
-        grader: Grader,
-        reading: Reading,
-        problems: Sequence[Sequence[Problem]],
-        model: Any,
-        progress: bool,
-    ) -> None:
-        self._directory = directory
-        self._training = training
-        self._grader = grader
-        self._tokenizer = reading.tokenizer
-        self._problems = problems[0]
-        self._held_out = problems[1] if len(problems) > 1 else []
-        self._model = model
-        self._progress = progress
-        self._trainer_directory = directory.work / _TRAINER_DIRECTORY
-        self._log = _Log(directory.out, directory.ledger)
-        self._stopwatch = Stopwatch(directory.ledger)
+    directory: RunDirectory
+    training: Training
+    grader: Grader
+    tokenizer: Any
+    problems: Sequence[Sequence[Problem]]
+    model: Any
+    progress: bool
+
+    def __post_init__(self) -> None:
+        self._trainer_directory = self.directory.work / _TRAINER_DIRECTORY
+        self._log = _Log(self.directory.out, self.directory.ledger)
+        self._stopwatch = Stopwatch(self.directory.ledger)
         self._grader_errors = 0
         self._told = False
 
     def train(self) -> None:
         """Take the steps that are missing, and write the model."""
-        self._directory.begin()
+        self.directory.begin()
         checkpoints = self._whole_checkpoints()
         first = max(checkpoints, default=0)
         self._log.restart(checkpoints.get(first))
-        with _tensorboard(self._directory.out / _TENSORBOARD_DIRECTORY) as reports:
+        with _tensorboard(self.directory.out / _TENSORBOARD_DIRECTORY) as reports:
             trainer = ReweightedGRPOTrainer(
-                self._model,
+                self.model,
                 self._reward(),
                 self._config(self._trainer_directory, reports),
                 Dataset.from_list(
-                    [{"prompt": problem.prompt_ids, "number": problem.number} for problem in self._problems]
+                    [{"prompt": problem.prompt_ids, "number": problem.number} for problem in self.problems[0]]
                 ),
-                processing_class=self._tokenizer,
+                processing_class=self.tokenizer,
             )
             self._stopwatch.start()
             if first == 0:
                 self._log.add({"step": 0} | self._evaluate())
-            with _Bar(self._training.steps, first, self._progress) as bar:
+            with _Bar(self.training.steps, first, self.progress) as bar:
                 report_to(trainer, lambda step, metrics: self._on_step(step, metrics, bar), self._on_save)
-                if first < self._training.steps:
+                if first < self.training.steps:
                     trainer.train(resume_from_checkpoint=str(checkpoints[first]) if first else None)
                 else:
                     # From the checkpoint of the last step the trainer would take one step more.
                     trainer._load_from_checkpoint(str(checkpoints[first]))
         self._stopwatch.save_lap()
         self._log.write_csv()
-        self._write_model(self._directory.out / MODEL_DIRECTORY)
+        self._write_model(self.directory.out / MODEL_DIRECTORY)
         # What TensorBoard's writer did in this process and in those before it.
-        events = self._directory.out / _TENSORBOARD_DIRECTORY
-        self._directory.ledger.record_files(_files_below(events))
+        events = self.directory.out / _TENSORBOARD_DIRECTORY
+        self.directory.ledger.record_files(_files_below(events))
 
     def _whole_checkpoints(self) -> dict[int, Path]:
         """By step, those that are as they were written; others, which a kill may have left, are removed."""
         found = {}
         for step, path in complete_checkpoints(self._trainer_directory).items():
-            if self._directory.ledger.holds_tree(path):
+            if self.directory.ledger.holds_tree(path):
                 found[step] = path
-            elif self._directory.ledger.known_below(path):
+            elif self.directory.ledger.known_below(path):
                 warnings.warn(f"{path} is damaged: its steps are taken again", stacklevel=2)
         for path in self._trainer_directory.glob("*"):
             if path.is_dir() and path not in found.values():
@@ -207,20 +194,20 @@ class _Run:
         return found
 
     def _write_model(self, target: Path) -> None:
-        self._model.config.use_cache = True
+        self.model.config.use_cache = True
         temporary = temporary_path(target)
-        self._model.save_pretrained(temporary)
-        self._tokenizer.save_pretrained(temporary)
+        self.model.save_pretrained(temporary)
+        self.tokenizer.save_pretrained(temporary)
         sync_tree(temporary)
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
         sync(target.parent)
-        self._directory.ledger.record_files(_files_below(target))
+        self.directory.ledger.record_files(_files_below(target))
 
     def summary(self) -> dict[str, Any]:
         """What the log says of the first and the last measurements."""
         entries = self._log.entries
-        result: dict[str, Any] = {"steps": self._training.steps, "seconds": round(self._stopwatch.seconds, 3)}
+        result: dict[str, Any] = {"steps": self.training.steps, "seconds": round(self._stopwatch.seconds, 3)}
         for name in ("accuracy", "eval_accuracy", "eval_accuracy_standard_error", "entropy", "length"):
             values = [entry[name] for entry in entries if name in entry]
             if values:
@@ -228,7 +215,7 @@ class _Run:
         return result | {"grader_errors": sum(entry.get("grader_errors", 0) for entry in entries)}
 
     def _config(self, directory: Path, reports: list[str]) -> ReweightedGRPOConfig:
-        training = self._training
+        training = self.training
         return ReweightedGRPOConfig(
             output_dir=str(directory),
             max_steps=training.steps,
@@ -258,8 +245,8 @@ class _Run:
             seed=training.seed,
             gradient_checkpointing=training.gradient_checkpointing,
             bf16=False,
-            use_cpu=self._model.device.type == "cpu",
-            dataloader_pin_memory=self._model.device.type != "cpu",
+            use_cpu=self.model.device.type == "cpu",
+            dataloader_pin_memory=self.model.device.type != "cpu",
             save_strategy="steps",
             save_steps=training.save_every,
             save_total_limit=_KEPT_CHECKPOINTS,
@@ -271,13 +258,15 @@ class _Run:
 
     def _reward(self) -> Callable[..., list[float | None]]:
         def grade(completion_ids: Sequence[list[int]], number: Sequence[int], **_: Any) -> list[float | None]:
-            return [self._score(ids, self._problems[place]) for ids, place in zip(completion_ids, number, strict=True)]
+            return [
+                self._score(ids, self.problems[0][place]) for ids, place in zip(completion_ids, number, strict=True)
+            ]
 
         return grade
 
     def _score(self, ids: Sequence[int], problem: Problem) -> float | None:
-        text = self._tokenizer.decode(ids, skip_special_tokens=True)
-        result = self._grader(text, problem.columns)
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        result = self.grader(text, problem.columns)
         if result.error is not None:
             self._grader_errors += 1
             self._tell_once(problem, result.error)
@@ -302,7 +291,7 @@ class _Run:
                 )
         if self._grader_errors:
             entry["grader_errors"], self._grader_errors = self._grader_errors, 0
-        if step == self._training.steps or step % self._training.eval_every == 0:
+        if step == self.training.steps or step % self.training.eval_every == 0:
             entry |= self._evaluate()
         self._log.add(entry)
         bar.show(entry)
@@ -314,31 +303,30 @@ class _Run:
         newest = checkpoints[max(checkpoints)]
         self._log.copy_into(newest)
         sync_tree(newest)
-        self._directory.ledger.record_files(_files_below(newest))
+        self.directory.ledger.record_files(_files_below(newest))
 
     def _evaluate(self) -> dict[str, Any]:
         """Of the held-out problems, if there are any; always with the same noise."""
-        if not self._held_out:
+        held_out = self.problems[1] if len(self.problems) > 1 else []
+        if not held_out:
             return {}
-        samples = self._training.eval_samples
-        input_ids, attention_mask = pad_left([problem.prompt_ids for problem in self._held_out], self._model.device)
+        samples = self.training.eval_samples
+        input_ids, attention_mask = pad_left([problem.prompt_ids for problem in held_out], self.model.device)
         drawn = generate(
-            self._model,
-            self._model,
+            self.model,
+            self.model,
             input_ids,
             attention_mask,
             criterion="none",
             draft="rl",
-            seed=self._training.seed,
-            max_new_tokens=self._training.max_new_tokens,
+            seed=self.training.seed,
+            max_new_tokens=self.training.max_new_tokens,
             num_return_sequences=samples,
-            max_batch_size=self._training.responses,
+            max_batch_size=self.training.responses,
         )
         rows = zip(drawn.tokens.tolist(), drawn.lengths.tolist(), strict=True)
         before = self._grader_errors
-        scores = [
-            self._score(tokens[:length], self._held_out[row // samples]) for row, (tokens, length) in enumerate(rows)
-        ]
+        scores = [self._score(tokens[:length], held_out[row // samples]) for row, (tokens, length) in enumerate(rows)]
         # Those of the responses that were learned from are counted.
         self._grader_errors = before
         groups = [

@@ -1,7 +1,5 @@
 """Pictures and tables of a sweep: Fig. 1c, 2 and 4 of arXiv 2603.22117 for the user's pair, and a map over (τ, γ)."""
 
-import csv
-import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -11,8 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .errors import DatasetError
-from .figures import FIGURES_DIRECTORY, PALETTE, render
-from .files import write_atomically
+from .pictures import PALETTE, render, tidy, write_figures
 from .replaced import tokens_csv, tokens_html, tokens_markdown
 from .responses import (
     BASE,
@@ -26,6 +23,7 @@ from .responses import (
     is_complete,
     read_responses,
 )
+from .tables import csv_table, markdown_table
 from .text import csv_cell, escape_markdown
 
 REPLACED_TOKENS = 20
@@ -89,34 +87,30 @@ def plot_sweep(directory: str | Path, out: str | Path | None = None, *, min_coun
     results = collector.results()
     if not results:
         raise DatasetError(f"{directory} holds no whole response")
-    target = Path(out) if out is not None else Path(directory) / FIGURES_DIRECTORY
-    target.mkdir(parents=True, exist_ok=True)
     tokens = collector.replaced_tokens(limit=REPLACED_TOKENS, min_count=min_count)
-    contents = {
+    contents: dict[str, bytes | str] = {
         **_pictures(results),
-        "results.md": results_markdown(results).encode(),
-        "results.csv": results_csv(results).encode(),
-        "replaced_tokens.md": tokens_markdown(tokens, min_count).encode(),
-        "replaced_tokens.csv": tokens_csv(tokens).encode(),
-        "replaced_tokens.html": tokens_html(tokens, min_count).encode(),
+        "results.md": results_markdown(results),
+        "results.csv": results_csv(results),
+        "replaced_tokens.md": tokens_markdown(tokens, min_count),
+        "replaced_tokens.csv": tokens_csv(tokens),
+        "replaced_tokens.html": tokens_html(tokens, min_count),
     }
-    for name, content in contents.items():
-        write_atomically(target / name, content)
-    return SweepPlot([target / name for name in contents], results, tokens, is_complete(directory))
+    return SweepPlot(write_figures(directory, out, contents), results, tokens, is_complete(directory))
 
 
 def _pictures(results: Sequence[SettingResult]) -> dict[str, bytes]:
     """The pictures that these results allow."""
     graded = [result for result in results if result.accuracy is not None]
-    drawn: dict[str, bytes] = {}
-    if curves(graded):
-        drawn["accuracy_by_share.png"] = render(draw_curves(graded), "png")
     groups = bars(graded)
-    if groups:
-        drawn["extrapolation.png"] = render(draw_bars(graded), "png")
-        if len(groups) > 1:
-            drawn["threshold_gamma.png"] = render(draw_map(graded), "png")
-    return drawn
+    allowed = {
+        "accuracy_by_share.png": (draw_curves, curves(graded)),
+        "extrapolation.png": (draw_bars, groups),
+        "threshold_gamma.png": (draw_map, len(groups) > 1),
+    }
+    return {
+        name: render(draw(graded), "png") for name, (draw, there_is_something) in allowed.items() if there_is_something
+    }
 
 
 def find(results: Sequence[SettingResult], setting: Setting) -> SettingResult | None:
@@ -134,14 +128,9 @@ def curves(results: Sequence[SettingResult]) -> list[Curve]:
     for result in with_threshold:
         if (result.setting.gamma, result.setting.draft) == (gamma, draft):
             found.setdefault(result.setting.criterion, []).append(result)
-    ordered = sorted(
-        found,
-        key=lambda name: (
-            list(CRITERION_LABELS).index(name) if name in CRITERION_LABELS else len(CRITERION_LABELS),
-            name,
-        ),
-    )
-    return [Curve(name, sorted(found[name], key=_share)) for name in ordered]
+    known = [name for name in CRITERION_LABELS if name in found]
+    others = sorted(found.keys() - set(known))
+    return [Curve(name, sorted(found[name], key=_share)) for name in (*known, *others)]
 
 
 def _plainest(results: Sequence[SettingResult]) -> tuple[float, str]:
@@ -203,7 +192,7 @@ def draw_curves(results: Sequence[SettingResult]) -> Figure:
     axes.set_title(what, fontsize=13)
     axes.set_xlim(left=0)
     axes.legend(title="replace by", fontsize=11, title_fontsize=11, frameon=False, loc="best")
-    _clean(axes)
+    tidy(axes)
     return figure
 
 
@@ -257,7 +246,7 @@ def draw_bars(results: Sequence[SettingResult]) -> Figure:
     axes.set_title("Selective replacement where Δlog p < τ, with and without extrapolation", fontsize=13)
     axes.set_ylim(0, _headroom(axes))
     axes.legend(fontsize=10.5, frameon=False, ncols=min(4, len(gammas)), loc="upper left")
-    _clean(axes)
+    tidy(axes)
     axes.grid(visible=False, axis="x")
     return figure
 
@@ -335,70 +324,44 @@ def _error(estimate: Estimate | None) -> float:
     return 0.0 if estimate is None or estimate.standard_error is None else estimate.standard_error
 
 
-def _clean(axes: Axes) -> None:
-    axes.tick_params(labelsize=11)
-    axes.grid(alpha=0.25, linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-class _Column(NamedTuple):
-    """A column of the table of results: its heading, its name in the CSV, its text."""
-
-    heading: str
-    name: str
-    text: Callable[[SettingResult], str]
-
-
 def _share_text(result: SettingResult) -> str:
     share = result.replaced_share
     error = "" if share is None or share.standard_error is None else f" ± {100 * share.standard_error:.2f}"
     return "–" if share is None else f"{100 * share.mean:.2f}{error}"
 
 
-_COLUMNS = (
-    _Column("criterion", "criterion", lambda result: escape_markdown(result.setting.criterion)),
-    _Column("τ", "threshold", lambda result: _optional(result.setting.threshold)),
-    _Column("γ", "gamma", lambda result: f"{result.setting.gamma:g}"),
-    _Column("draft", "draft", lambda result: escape_markdown(result.setting.draft)),
-    _Column("accuracy", "accuracy", lambda result: "–" if result.accuracy is None else str(result.accuracy)),
-    _Column("replaced [%]", "replaced_share", _share_text),
-    _Column("mean length", "mean_length", lambda result: f"{result.mean_length:,.1f}"),
-    _Column("responses", "responses", lambda result: f"{result.responses:,}"),
-    _Column("grader errors", "grader_errors", lambda result: f"{result.grader_errors:,}"),
-)
-
-
-def _optional(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4g}"
+#: Headings of the table of results, and what stands below them.
+_COLUMNS: dict[str, Callable[[SettingResult], str]] = {
+    "criterion": lambda result: escape_markdown(result.setting.criterion),
+    "τ": lambda result: "–" if result.setting.threshold is None else f"{result.setting.threshold:.4g}",
+    "γ": lambda result: f"{result.setting.gamma:g}",
+    "draft": lambda result: escape_markdown(result.setting.draft),
+    "accuracy": lambda result: "–" if result.accuracy is None else str(result.accuracy),
+    "replaced [%]": _share_text,
+    "mean length": lambda result: f"{result.mean_length:,.1f}",
+    "responses": lambda result: f"{result.responses:,}",
+    "grader errors": lambda result: f"{result.grader_errors:,}",
+}
 
 
 def results_markdown(results: Sequence[SettingResult]) -> str:
     """One row a setting."""
-    lines = [
-        "# Accuracy and replaced share by setting",
-        "",
+    introduction = (
         "Accuracies are over graded responses, shares over response tokens; ± one standard error over problems. "
-        "τ in the criterion's unit: nats, or a probability for `random`.",
-        "",
-        "| " + " | ".join(column.heading for column in _COLUMNS) + " |",
-        "|:---" + "|---:" * (len(_COLUMNS) - 1) + "|",
-        *("| " + " | ".join(column.text(result) for column in _COLUMNS) + " |" for result in results),
-    ]
-    return "\n".join(lines) + "\n"
+        "τ in the criterion's unit: nats, or a probability for `random`."
+    )
+    rows = [[text(result) for text in _COLUMNS.values()] for result in results]
+    align = "l" + "r" * (len(_COLUMNS) - 1)
+    return markdown_table("Accuracy and replaced share by setting", introduction, list(_COLUMNS), align, rows)
 
 
 def results_csv(results: Sequence[SettingResult]) -> str:
     """One row a setting, numbers in full."""
-    sink = io.StringIO()
     rows = [result.to_json() for result in results]
     for row in rows:
         row["criterion"], row["draft"] = csv_cell(row["criterion"]), csv_cell(row["draft"])
         row["seeds"] = " ".join(map(str, row["seeds"]))
-    writer = csv.DictWriter(sink, rows[0].keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return sink.getvalue()
+    return csv_table(list(rows[0]), [list(row.values()) for row in rows])
 
 
 def compare(results: Sequence[SettingResult], setting: Setting, other: Setting) -> Estimate | None:

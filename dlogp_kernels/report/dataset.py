@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.acero as acero
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
@@ -89,16 +90,12 @@ def write_part(directory: Path, index: int, table: pa.Table) -> tuple[Path, Piec
     return path, piece_of(data)
 
 
-def count_rows(path: Path) -> int | None:
-    """The rows of a part, None if it is not there; DatasetError if it is not readable as a part."""
-    if not path.exists():
-        return None
+def check_part(path: Path) -> None:
+    """DatasetError if a file is not readable as a part."""
     with _explained_reads(path):
-        metadata = pq.read_metadata(path)
-        schema = metadata.schema.to_arrow_schema()
+        schema = pq.read_schema(path)
     if not schema.equals(SCHEMA):
         raise DatasetError(f"{path} has other columns than this version writes")
-    return metadata.num_rows
 
 
 @contextlib.contextmanager
@@ -126,7 +123,7 @@ class TokenDataset:
         if verify:
             check(Ledger.read(self.directory), self.directory / TOKENS_DIRECTORY, parts)
         for part in parts:
-            count_rows(part)
+            check_part(part)
         self._dataset = ds.dataset([str(part) for part in parts], schema=SCHEMA, format="parquet")
 
     @property
@@ -148,8 +145,9 @@ class TokenDataset:
     def sources(self) -> list[str | None]:
         """The different sources, sorted; None last."""
         found: set[str | None] = set()
-        for batch in self.batches(["source"]):
-            found.update(pc.unique(batch["source"]).to_pylist())
+        with _explained_reads(self.directory):
+            for batch in self._dataset.to_batches(columns=["source"]):
+                found.update(pc.unique(batch["source"]).to_pylist())
         return sorted(found, key=lambda source: (source is None, source or ""))
 
     def column(self, name: str, source: str | None = None, *, every_source: bool = False) -> np.ndarray:
@@ -158,19 +156,19 @@ class TokenDataset:
             table = self._dataset.to_table(columns=[name], filter=None if every_source else _is_source(source))
         return table[name].to_numpy()
 
-    def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-        """All rows, some columns, in pieces of bounded size."""
+    def means_by_token(self, columns: Sequence[str]) -> pa.Table:
+        """A row for each token, in memory that does not grow with the data: id, text, count, means of these columns."""
+        names = ["token_id", "token_text", *columns]
+        aggregates: list[Any] = [("token_text", "hash_one", None, "text"), ([], "hash_count_all", None, "count")]
+        aggregates += [(name, "hash_mean", None, name) for name in columns]
+        steps = [
+            acero.Declaration("scan", acero.ScanNodeOptions(self._dataset, columns=names)),
+            acero.Declaration("project", acero.ProjectNodeOptions([ds.field(name) for name in names], names)),
+            acero.Declaration("aggregate", acero.AggregateNodeOptions(aggregates, keys=["token_id"])),
+        ]
         with _explained_reads(self.directory):
-            yield from self._dataset.to_batches(columns=list(columns))
-
-    def token_texts(self, token_ids: Sequence[int]) -> dict[int, str]:
-        """The text of each of these tokens that occurs."""
-        wanted = ds.field("token_id").isin(list(token_ids))
-        texts: dict[int, str] = {}
-        with _explained_reads(self.directory):
-            for batch in self._dataset.to_batches(columns=["token_id", "token_text"], filter=wanted):
-                texts.update(zip(batch["token_id"].to_pylist(), batch["token_text"].to_pylist(), strict=True))
-        return texts
+            # By one thread, so that the same data give the same sums.
+            return acero.Declaration.from_sequence(steps).to_table(use_threads=False)
 
 
 def _is_source(source: str | None) -> ds.Expression:

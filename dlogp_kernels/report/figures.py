@@ -1,29 +1,22 @@
 """Pictures and tables of a data set of token statistics: Fig. 1b of arXiv 2603.22117 for the user's pair."""
 
-import csv
-import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.text import Text
 
 from .dataset import TokenDataset
 from .errors import DatasetError
-from .files import write_atomically
-from .text import escape_markdown, printable, quoted, visible
+from .pictures import render, style, tidy, write_figures
+from .tables import csv_table, markdown_table
+from .text import escape_markdown, quoted, visible
 
-FIGURES_DIRECTORY = "figures"
 TOP_TOKENS = 50
 DEFAULT_MIN_COUNT = 10
 
-#: Okabe and Ito's palette, told apart by colour-blind readers; the order puts the clearest pair first.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
-_LINES = ("-", "--", "-.", ":")
 _KNOWN_SOURCES = {"rl": ("RL responses", 0), "base": ("base responses", 1)}
 _MOST_SOURCES = 12
 
@@ -96,19 +89,15 @@ def plot(directory: str | Path, out: str | Path | None = None, *, min_count: int
     dataset = TokenDataset(directory)
     if len(dataset) == 0:
         raise DatasetError(f"{directory} holds no tokens")
-    target = Path(out) if out is not None else dataset.directory / FIGURES_DIRECTORY
-    target.mkdir(parents=True, exist_ok=True)
     figure = draw_histograms(dataset)
     tokens = top_tokens(dataset, min_count=min_count)
-    contents = {
+    contents: dict[str, bytes | str] = {
         "histograms.png": render(figure, "png"),
         "histograms.svg": render(figure, "svg"),
-        "top_tokens.md": markdown_table(tokens, min_count).encode(),
-        "top_tokens.csv": csv_table(tokens).encode(),
+        "top_tokens.md": top_tokens_markdown(tokens, min_count),
+        "top_tokens.csv": top_tokens_csv(tokens),
     }
-    for name, content in contents.items():
-        write_atomically(target / name, content)
-    return Plot([target / name for name in contents], tokens, min_count, dataset.complete)
+    return Plot(write_figures(directory, out, contents), tokens, min_count, dataset.complete)
 
 
 def histograms(dataset: TokenDataset, panel: Panel) -> list[Histogram]:
@@ -170,8 +159,8 @@ def draw_histograms(dataset: TokenDataset) -> Figure:
 
 def _draw_panel(axes: Axes, panel: Panel, data: Sequence[Histogram]) -> None:
     for index, histogram in enumerate(data):
-        label, style = _label_and_style(histogram, index)
-        colour, line = PALETTE[style % len(PALETTE)], _LINES[style // len(PALETTE) % len(_LINES)]
+        label, number = _label_and_number(histogram, index)
+        colour, line = style(number)
         axes.stairs(histogram.density, histogram.edges, color=colour, alpha=0.13, fill=True)
         axes.stairs(histogram.density, histogram.edges, color=colour, linewidth=1.6, linestyle=line, label=label)
     if panel.signed:
@@ -187,96 +176,48 @@ def _draw_panel(axes: Axes, panel: Panel, data: Sequence[Histogram]) -> None:
     num_beyond = sum(histogram.num_beyond for histogram in data)
     axes.set_xlabel(panel.label + (f", {num_beyond:,} tokens beyond" if num_beyond else ""), fontsize=12)
     axes.set_ylabel("density of tokens (log scale)", fontsize=12)
-    axes.tick_params(labelsize=11)
-    axes.grid(alpha=0.25, linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    tidy(axes)
 
 
-def _label_and_style(histogram: Histogram, index: int) -> tuple[str, int]:
+def _label_and_number(histogram: Histogram, index: int) -> tuple[str, int]:
     if histogram.source is None:
-        name, style = "responses", index
+        name, number = "responses", index
     elif histogram.source in _KNOWN_SOURCES:
-        name, style = _KNOWN_SOURCES[histogram.source]
+        name, number = _KNOWN_SOURCES[histogram.source]
     else:
         # A legend drops labels that begin with an underscore, hence the quotes.
-        name, style = f"“{visible(histogram.source)}” responses", index
-    return f"{name} ({histogram.num_tokens:,} tokens)", style
-
-
-def render(figure: Figure, kind: str) -> bytes:
-    """The file of a picture, of the kind "png" or "svg"; its texts are text, not formulas."""
-    for text in _texts(figure):
-        text.set_parse_math(False)
-        text.set_text(printable(text.get_text()))
-    buffer = io.BytesIO()
-    # Without the date and random ids the same data give the same file.
-    with rc_context({"svg.hashsalt": "dlogp"}):
-        figure.savefig(buffer, format=kind, dpi=160, metadata={"Date": None} if kind == "svg" else None)
-    return buffer.getvalue()
-
-
-def _texts(figure: Figure) -> Iterator[Text]:
-    """All but the numbers of axes, which are formulas on a logarithmic one."""
-    legends = [*figure.legends, *(axes.get_legend() for axes in figure.axes)]
-    for legend in legends:
-        if legend is not None:
-            yield from (*legend.get_texts(), legend.get_title())
-    for axes in figure.axes:
-        yield from (*axes.texts, axes.title, axes.xaxis.label, axes.yaxis.label)
+        name, number = f"“{visible(histogram.source)}” responses", index
+    return f"{name} ({histogram.num_tokens:,} tokens)", number
 
 
 def top_tokens(dataset: TokenDataset, *, limit: int = TOP_TOKENS, min_count: int = DEFAULT_MIN_COUNT) -> list[TopToken]:
     """The tokens with the largest mean Δlog p of those that occur `min_count` times; ties go to the smaller id."""
-    columns = ("delta_logp", "logp", "base_logp")
-    counts = np.zeros(0, dtype=np.int64)
-    sums = np.zeros((len(columns), 0))
-    for batch in dataset.batches(["token_id", *columns]):
-        token_ids = batch["token_id"].to_numpy()
-        if len(token_ids) == 0:
-            continue
-        size = max(len(counts), int(token_ids.max()) + 1)
-        counts = np.pad(counts, (0, size - len(counts)))
-        sums = np.pad(sums, ((0, 0), (0, size - sums.shape[1])))
-        counts += np.bincount(token_ids, minlength=size)
-        for row, name in enumerate(columns):
-            sums[row] += np.bincount(token_ids, weights=batch[name].to_numpy().astype(np.float64), minlength=size)
-    frequent = np.flatnonzero(counts >= min_count)
-    means = sums[:, frequent] / counts[frequent]
+    means = dataset.means_by_token(("delta_logp", "logp", "base_logp"))
     # A token that the base model excludes has a mean of +inf and leads; one with NaN cannot be ranked.
-    ranked = np.argsort(-means[0], kind="stable")
-    ranked = ranked[~np.isnan(means[0][ranked])][:limit]
-    texts = dataset.token_texts([int(frequent[index]) for index in ranked])
-    return [
-        TopToken(int(frequent[i]), texts[int(frequent[i])], int(counts[frequent[i]]), *map(float, means[:, i]))
-        for i in ranked
-    ]
+    rankable = ~np.isnan(means["delta_logp"].to_numpy()) & (means["count"].to_numpy() >= min_count)
+    ranked = means.filter(rankable).sort_by([("delta_logp", "descending"), ("token_id", "ascending")])
+    return [TopToken(*row.values()) for row in ranked.slice(length=limit).to_pylist()]
 
 
-def markdown_table(tokens: Sequence[TopToken], min_count: int) -> str:
+def top_tokens_markdown(tokens: Sequence[TopToken], min_count: int) -> str:
     """The table of raised tokens in Markdown."""
-    lines = [
-        "# Tokens with the largest mean Δlog p",
-        "",
-        f"Means over all places of the token in the data, in nats; tokens that occur at least {min_count} times.",
-        "Spaces are shown as ␣; control and formatting characters are spelt out.",
-        "",
-        "| rank | token | id | count | mean Δlog p | mean log p, RL | mean log p, base |",
-        "|---:|:---|---:|---:|---:|---:|---:|",
+    introduction = (
+        f"Means over all places of the token in the data, in nats; tokens that occur at least {min_count} times.\n"
+        "Spaces are shown as ␣; control and formatting characters are spelt out."
+    )
+    head = ("rank", "token", "id", "count", "mean Δlog p", "mean log p, RL", "mean log p, base")
+    rows = [
+        (rank, escape_markdown(visible(text)), token_id, count, *(f"{mean:+.4f}" for mean in means))
+        for rank, (token_id, text, count, *means) in enumerate(tokens, 1)
     ]
-    for rank, token in enumerate(tokens, 1):
-        numbers = " | ".join(f"{value:+.4f}" for value in (token.delta_logp, token.logp, token.base_logp))
-        text = escape_markdown(visible(token.text))
-        lines.append(f"| {rank} | {text} | {token.token_id} | {token.occurrences} | {numbers} |")
-    return "\n".join(lines) + "\n"
+    return markdown_table("Tokens with the largest mean Δlog p", introduction, head, "rlrrrrr", rows)
 
 
-def csv_table(tokens: Sequence[TopToken]) -> str:
+def top_tokens_csv(tokens: Sequence[TopToken]) -> str:
     """The table of raised tokens as CSV; the token is a JSON string."""
-    sink = io.StringIO()
-    writer = csv.writer(sink, lineterminator="\n")
-    writer.writerow(["rank", "token", "token_id", "count", "mean_delta_logp", "mean_logp", "mean_base_logp"])
-    for rank, token in enumerate(tokens, 1):
-        means = [f"{value:.9g}" for value in (token.delta_logp, token.logp, token.base_logp)]
-        writer.writerow([rank, quoted(token.text), token.token_id, token.occurrences, *means])
-    return sink.getvalue()
+    head = ("rank", "token", "token_id", "count", "mean_delta_logp", "mean_logp", "mean_base_logp")
+    rows = [
+        (rank, quoted(text), token_id, count, *(f"{mean:.9g}" for mean in means))
+        for rank, (token_id, text, count, *means) in enumerate(tokens, 1)
+    ]
+    return csv_table(head, rows)

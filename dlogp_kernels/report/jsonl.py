@@ -2,7 +2,10 @@
 
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import BinaryIO
+
+from .errors import DatasetError
 
 #: Of a line of the data, where no other limit is set: parsed, a line may take forty times its size in memory.
 MAX_LINE_BYTES = 16 * 2**20
@@ -23,3 +26,16 @@ def bounded_lines(file: BinaryIO, limit: int) -> Iterator[tuple[int, bytes | Non
         while (piece := file.readline(_PIECE)) and not piece.endswith(b"\n"):
             pass
         yield number, None
+
+
+def written_lines(path: Path, limit: int) -> Iterator[tuple[int, bytes]]:
+    """Number and bytes of each line that a run wrote; a last one that a killed process left unfinished is left out.
+
+    Raises DatasetError for a longer line than a run writes.
+    """
+    with open(path, "rb") as file:
+        for number, line in bounded_lines(file, limit):
+            if line is None:
+                raise DatasetError(f"{path}: line {number} is longer than {limit:,} bytes")
+            if line.endswith(b"\n"):
+                yield number, line

@@ -1,13 +1,13 @@
 """The tokens replaced most often and what took their place: Markdown, CSV, and a page of HTML."""
 
-import csv
 import html
-import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from .responses import ReplacedToken
+from .tables import csv_table, markdown_table
 from .text import csv_cell, escape_markdown, quoted, visible
 
+_TITLE = "Tokens replaced most often"
 _SPELT = "Spaces are shown as ␣; control and formatting characters are spelt out."
 # No script, no picture, nothing from elsewhere: a token's text is text.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -26,50 +26,39 @@ code { background: #8882; border-radius: 3px; font: .93em ui-monospace, monospac
 """
 
 
-def replacements_text(token: ReplacedToken) -> str:
-    """What took the token's place most often, each with its share, for a terminal."""
-    return ", ".join(f"{visible(new)} ({_percent(count / token.occurrences)})" for new, count in token.replacements)
+def replacements_text(token: ReplacedToken, escape: Callable[[str], str] = str) -> str:
+    """What took the token's place most often, each with its share, for a terminal or, escaped, for another place."""
+    shares = ((escape(visible(new)), _percent(count / token.occurrences)) for new, count in token.replacements)
+    return ", ".join(f"{new} ({share})" for new, share in shares)
 
 
 def tokens_markdown(tokens: Sequence[ReplacedToken], min_count: int) -> str:
     """The tokens replaced most often, with what took their place."""
-    lines = [
-        "# Tokens replaced most often",
-        "",
-        f"{_introduction(min_count)} {_SPELT}",
-        "",
-        "| criterion | token | id | times replaced | share | mean Δlog p | replaced by |",
-        "|:---|:---|---:|---:|---:|---:|:---|",
-    ]
-    for token in tokens:
-        new = ", ".join(
-            f"{escape_markdown(visible(new))} ({_percent(count / token.occurrences)})"
-            for new, count in token.replacements
-        )
-        cells = (
+    rows = [
+        (
             escape_markdown(token.criterion),
             escape_markdown(visible(token.text)),
-            str(token.token_id),
+            token.token_id,
             f"{token.occurrences:,}",
             _percent(token.share),
             f"{token.delta_logp:+.4f}",
-            new,
+            replacements_text(token, escape_markdown),
         )
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        for token in tokens
+    ]
+    head = ("criterion", "token", "id", "times replaced", "share", "mean Δlog p", "replaced by")
+    return markdown_table(_TITLE, f"{_introduction(min_count)} {_SPELT}", head, "llrrrrl", rows)
 
 
 def tokens_csv(tokens: Sequence[ReplacedToken]) -> str:
     """The same as CSV, a row for each token and what took its place; tokens are JSON strings."""
-    sink = io.StringIO()
-    writer = csv.writer(sink, lineterminator="\n")
     head = ["criterion", "token", "token_id", "count", "share", "mean_delta_logp", "replaced_by", "replaced_by_count"]
-    writer.writerow(head)
+    rows = []
     for token in tokens:
-        numbers = [token.token_id, token.occurrences, f"{token.share:.9g}", f"{token.delta_logp:.9g}"]
-        for new, count in token.replacements:
-            writer.writerow([csv_cell(token.criterion), quoted(token.text), *numbers, quoted(new), count])
-    return sink.getvalue()
+        numbers = token.token_id, token.occurrences, f"{token.share:.9g}", f"{token.delta_logp:.9g}"
+        old = csv_cell(token.criterion), quoted(token.text), *numbers
+        rows += [(*old, quoted(new), count) for new, count in token.replacements]
+    return csv_table(head, rows)
 
 
 def tokens_html(tokens: Sequence[ReplacedToken], min_count: int) -> str:
@@ -80,8 +69,8 @@ def tokens_html(tokens: Sequence[ReplacedToken], min_count: int) -> str:
             '<html lang="en"><head><meta charset="utf-8">',
             f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>Tokens replaced most often</title><style>{_STYLE}</style></head><body>",
-            "<h1>Tokens replaced most often</h1>",
+            f"<title>{_TITLE}</title><style>{_STYLE}</style></head><body>",
+            f"<h1>{_TITLE}</h1>",
             f"<p>{_introduction(min_count)}</p><p>{_SPELT}</p>",
             *_tables(tokens),
             "</body></html>\n",

@@ -6,6 +6,7 @@ DIR/summary.json      `describe` of them and what the run was; it appears when t
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ import numpy as np
 
 from .dataset import SUMMARY_FILE
 from .errors import DatasetError
-from .jsonl import MAX_WRITTEN_LINE_BYTES, bounded_lines
+from .jsonl import MAX_WRITTEN_LINE_BYTES, written_lines
 from .ledger import Ledger, check
 
 RESPONSES_FILE = "responses.jsonl"
@@ -29,16 +30,17 @@ _SHOWN_CRITERIA = {
     "random": "u <",
 }
 
-#: What the columns of a line are, and what the entries of those that are lists are.
-_KINDS = {
+#: The columns of a line in their order, and what they are, or what the entries of those that are lists are; the length
+#: is that of the token ids, and is not read.
+_KINDS: dict[str, Any] = {
     "id": str, "problem": int, "sample": int, "criterion": str, "threshold": int | float | None, "gamma": int | float,
-    "draft": str, "seed": int, "correct": int | float | None, "error": str | None, "finished": bool, "text": str,
-}  # fmt: skip
-_LIST_KINDS = {
-    "token_ids": int, "selected": int, "delta_logp": int | float | str, "draft_ids": int, "draft_texts": str,
-    "new_texts": str,
+    "draft": str, "seed": int, "correct": int | float | None, "error": str | None, "length": None, "finished": bool,
+    "text": str, "token_ids": [int], "selected": [int], "delta_logp": [int | float | str], "draft_ids": [int],
+    "draft_texts": [str], "new_texts": [str],
 }  # fmt: skip
 _OF_REPLACED = ("selected", "delta_logp", "draft_ids", "draft_texts", "new_texts")
+#: Fields of a response that a line calls otherwise.
+_COLUMN_OF = {"problem_id": "id", "score": "correct"}
 
 
 class Setting(NamedTuple):
@@ -86,24 +88,10 @@ class Response(NamedTuple):
 
 def to_line(response: Response) -> bytes:
     """The response as one line of JSON, its end included; the same response gives the same bytes."""
-    columns: dict[str, Any] = {
-        "id": response.problem_id,
-        "problem": response.problem,
-        "sample": response.sample,
-        **response.setting._asdict(),
-        "seed": response.seed,
-        "correct": response.score,
-        "error": response.error,
-        "length": len(response.token_ids),
-        "finished": response.finished,
-        "text": response.text,
-        "token_ids": list(response.token_ids),
-        "selected": list(response.selected),
-        "delta_logp": [_to_json(value) for value in response.delta_logp],
-        "draft_ids": list(response.draft_ids),
-        "draft_texts": list(response.draft_texts),
-        "new_texts": list(response.new_texts),
-    }
+    values = {_COLUMN_OF.get(name, name): value for name, value in response._asdict().items()}
+    values |= response.setting._asdict() | {"length": len(response.token_ids)}
+    values["delta_logp"] = map(_to_json, response.delta_logp)
+    columns = {name: list(values[name]) if isinstance(kind, list) else values[name] for name, kind in _KINDS.items()}
     # ASCII: half of a surrogate pair in a text has no UTF-8, and a line separator in it is not the end of a line.
     return (json.dumps(columns, ensure_ascii=True, allow_nan=False) + "\n").encode("ascii")
 
@@ -113,23 +101,9 @@ def from_line(line: bytes) -> Response:
     try:
         columns = json.loads(line)
         _check_kinds(columns)
-        return Response(
-            columns["id"],
-            columns["problem"],
-            columns["sample"],
-            Setting(*(columns[name] for name in Setting._fields)),
-            columns["seed"],
-            columns["text"],
-            columns["token_ids"],
-            columns["finished"],
-            columns["correct"],
-            columns["error"],
-            columns["selected"],
-            [float(value) for value in columns["delta_logp"]],
-            columns["draft_ids"],
-            columns["draft_texts"],
-            columns["new_texts"],
-        )
+        columns["delta_logp"] = list(map(float, columns["delta_logp"]))
+        columns["setting"] = Setting(*(columns[name] for name in Setting._fields))
+        return Response(*(columns[_COLUMN_OF.get(name, name)] for name in Response._fields))
     except (KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"not a response as this version writes it: {error!r}") from error
 
@@ -137,12 +111,15 @@ def from_line(line: bytes) -> Response:
 def _check_kinds(columns: Mapping[str, Any]) -> None:
     """TypeError for a value that `to_line` does not write; the file may come from anywhere."""
     for name, kind in _KINDS.items():
+        if kind is None:
+            continue
         value = columns[name]
-        if not isinstance(value, kind) or (isinstance(value, float) and not math.isfinite(value)):
+        if isinstance(kind, list):
+            good = isinstance(value, list) and all(isinstance(entry, kind[0]) for entry in value)
+        else:
+            good = isinstance(value, kind) and not (isinstance(value, float) and not math.isfinite(value))
+        if not good:
             raise TypeError(f"{name} is {value!r:.60}")
-    for name, kind in _LIST_KINDS.items():
-        if not isinstance(columns[name], list) or not all(isinstance(value, kind) for value in columns[name]):
-            raise TypeError(f"{name} is {columns[name]!r:.60}")
     if len({len(columns[name]) for name in _OF_REPLACED}) > 1:
         raise TypeError(f"{', '.join(_OF_REPLACED)} have different lengths")
 
@@ -195,26 +172,6 @@ class ReplacedToken(NamedTuple):
     replacements: list[tuple[str, int]]
 
 
-class _Tally:
-    """Sums over the responses of one problem under one setting."""
-
-    __slots__ = ("finished", "graded", "grader_errors", "replaced", "responses", "score", "tokens")
-
-    def __init__(self) -> None:
-        self.responses = self.graded = self.grader_errors = self.finished = self.tokens = self.replaced = 0
-        self.score = 0.0
-
-    def add(self, response: Response) -> None:
-        self.responses += 1
-        self.finished += response.finished
-        self.tokens += len(response.token_ids)
-        self.replaced += len(response.selected)
-        self.grader_errors += response.error is not None
-        if response.score is not None:
-            self.graded += 1
-            self.score += response.score
-
-
 class SettingResult(NamedTuple):
     """What the responses of one setting came to.
 
@@ -246,18 +203,31 @@ class SettingResult(NamedTuple):
         return {**self.setting._asdict(), **columns}
 
 
+def _sums_of(response: Response) -> dict[str, float]:
+    """What a response adds to the sums of its problem under its setting."""
+    return {
+        "responses": 1,
+        "finished": response.finished,
+        "tokens": len(response.token_ids),
+        "replaced": len(response.selected),
+        "grader_errors": response.error is not None,
+        "graded": response.score is not None,
+        "score": response.score or 0.0,
+    }
+
+
 class Collector:
     """Takes responses one by one and keeps sums; `results` and `replaced_tokens` can be asked at any time."""
 
     def __init__(self) -> None:
-        self._tallies: dict[Setting, dict[int, _Tally]] = {}
+        self._sums: dict[Setting, dict[int, Counter[str]]] = {}
         self._seeds: dict[Setting, set[int]] = {}
         self._replaced: dict[tuple[str, int], _ReplacedTally] = {}
 
     def add(self, response: Response) -> None:
         """Count one response."""
-        by_problem = self._tallies.setdefault(response.setting, {})
-        by_problem.setdefault(response.problem, _Tally()).add(response)
+        by_problem = self._sums.setdefault(response.setting, {})
+        by_problem.setdefault(response.problem, Counter()).update(_sums_of(response))  # type: ignore[arg-type]
         self._seeds.setdefault(response.setting, set()).add(response.seed)
         rows = zip(response.draft_ids, response.draft_texts, response.new_texts, response.delta_logp, strict=True)
         for token_id, text, new_text, delta_logp in rows:
@@ -267,27 +237,27 @@ class Collector:
 
     def results(self) -> list[SettingResult]:
         """One entry a setting, in the order in which they came."""
-        return [self.result(setting) for setting in self._tallies]
+        return [self.result(setting) for setting in self._sums]
 
     def result(self, setting: Setting) -> SettingResult:
         """What the responses of `setting` came to so far."""
-        by_problem = self._tallies[setting]
-        tallies = list(by_problem.values())
-        totals = {name: sum(getattr(tally, name) for tally in tallies) for name in _Tally.__slots__}
-        graded, tokens = (np.array([getattr(tally, name) for tally in tallies]) for name in ("graded", "tokens"))
+        by_problem = self._sums[setting]
+        # By the name of the sum, its value for each problem.
+        sums = {name: np.array([of[name] for of in by_problem.values()]) for name in next(iter(by_problem.values()))}
+        totals = {name: int(values.sum()) for name, values in sums.items()}
         return SettingResult(
             setting,
             sorted(self._seeds[setting]),
-            len(tallies),
-            int(totals["responses"]),
-            int(totals["graded"]),
-            int(totals["grader_errors"]),
-            estimate(np.array([tally.score for tally in tallies]), graded),
-            estimate(np.array([tally.replaced for tally in tallies]), tokens),
-            int(totals["tokens"]),
+            len(by_problem),
+            totals["responses"],
+            totals["graded"],
+            totals["grader_errors"],
+            estimate(sums["score"], sums["graded"]),
+            estimate(sums["replaced"], sums["tokens"]),
+            totals["tokens"],
             totals["tokens"] / totals["responses"],
             totals["finished"] / totals["responses"],
-            {problem: tally.score / tally.graded for problem, tally in by_problem.items() if tally.graded},
+            {problem: of["score"] / of["graded"] for problem, of in by_problem.items() if of["graded"]},
         )
 
     def replaced_tokens(self, *, limit: int, min_count: int = 1) -> list[ReplacedToken]:
@@ -355,16 +325,11 @@ def read_responses(directory: str | Path) -> Iterator[Response]:
     if not path.is_file():
         raise DatasetError(f"{directory} holds no {RESPONSES_FILE}, as `dlogp generate` and `dlogp sweep` write it")
     check(Ledger.read(Path(directory)), path, [path])
-    with open(path, "rb") as file:
-        for number, line in bounded_lines(file, MAX_WRITTEN_LINE_BYTES):
-            if line is None:
-                raise DatasetError(f"{path}: line {number} is longer than {MAX_WRITTEN_LINE_BYTES:,} bytes")
-            if not line.endswith(b"\n"):
-                return
-            try:
-                yield from_line(line)
-            except ValueError as error:
-                raise DatasetError(f"{path}: line {number}: {error}") from error
+    for number, line in written_lines(path, MAX_WRITTEN_LINE_BYTES):
+        try:
+            yield from_line(line)
+        except ValueError as error:
+            raise DatasetError(f"{path}: line {number}: {error}") from error
 
 
 def is_complete(directory: str | Path) -> bool:

@@ -4,15 +4,14 @@ DIR/log.jsonl   a line a step that was logged, in order: `COLUMNS`, those that t
 DIR/log.csv     the same; it is written anew with every checkpoint
 """
 
-import csv
-import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .errors import DatasetError
-from .jsonl import MAX_LINE_BYTES, bounded_lines
+from .jsonl import MAX_LINE_BYTES, written_lines
+from .tables import csv_table
 
 LOG_FILE, CSV_FILE = "log.jsonl", "log.csv"
 
@@ -65,26 +64,17 @@ def read_log(path: Path) -> Iterator[dict[str, Any]]:
 
     Raises DatasetError with the line's number for one that is not an entry.
     """
-    with open(path, "rb") as file:
-        for number, line in bounded_lines(file, MAX_LINE_BYTES):
-            if line is None:
-                raise DatasetError(f"{path}: line {number} is longer than {MAX_LINE_BYTES:,} bytes")
-            if not line.endswith(b"\n"):
-                return
-            try:
-                entry = json.loads(line)
-                entry["step"] = int(entry["step"])
-                for name, value in entry.items():
-                    if not isinstance(value, int | float):
-                        raise TypeError(f"{name} is {value!r:.60}")
-            except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-                raise DatasetError(f"{path}: line {number} is not an entry of a log of training: {error!r}") from error
-            yield entry
+    for number, line in written_lines(path, MAX_LINE_BYTES):
+        try:
+            entry = json.loads(line)
+            entry["step"] = int(entry["step"])
+            for name, value in entry.items():
+                if not isinstance(value, int | float):
+                    raise TypeError(f"{name} is {value!r:.60}")
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+            raise DatasetError(f"{path}: line {number} is not an entry of a log of training: {error!r}") from error
+        yield entry
 
 
 def to_csv(entries: Sequence[Mapping[str, Any]]) -> bytes:
-    sink = io.StringIO()
-    writer = csv.DictWriter(sink, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(entries)
-    return sink.getvalue().encode()
+    return csv_table(list(COLUMNS), ([entry.get(name) for name in COLUMNS] for entry in entries)).encode()

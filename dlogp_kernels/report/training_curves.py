@@ -9,9 +9,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from .errors import DatasetError
-from .figures import FIGURES_DIRECTORY, PALETTE, render
-from .files import write_atomically
 from .ledger import MANIFEST_FILE, Ledger, check, read_manifest
+from .pictures import render, style, tidy, write_figures
+from .tables import markdown_table
 from .text import escape_markdown
 from .training import LOG_FILE, read_log
 
@@ -63,12 +63,11 @@ def plot_training(directories: Sequence[str | Path], out: str | Path | None = No
     """
     runs = [read_run(Path(directory)) for directory in directories]
     groups = grouped(runs)
-    target = Path(out) if out is not None else Path(directories[0]) / FIGURES_DIRECTORY
-    target.mkdir(parents=True, exist_ok=True)
-    contents = {"training.png": render(draw_training(groups), "png"), "training.md": markdown(groups).encode()}
-    for name, content in contents.items():
-        write_atomically(target / name, content)
-    return [target / name for name in contents]
+    contents: dict[str, bytes | str] = {
+        "training.png": render(draw_training(groups), "png"),
+        "training.md": markdown(groups),
+    }
+    return write_figures(directories[0], out, contents)
 
 
 def read_run(directory: Path) -> TrainingRun:
@@ -156,12 +155,12 @@ def draw_training(groups: Sequence[Group]) -> Figure:
             drawn = line(group, quantity, smoothed=quantity != "eval_accuracy")
             if drawn is None:
                 continue
-            colour = PALETTE[index % len(PALETTE)]
+            colour, dashes = style(index)
             seeds = f" ({len(group.runs)} seeds)" if len(group.runs) > 1 else ""
             marker = "o" if len(drawn.steps) < 30 else None
             axes.plot(
-                drawn.steps, drawn.mean, color=colour, linewidth=1.7, marker=marker, markersize=3.5,
-                linestyle=("-", "--", "-.", ":")[index // len(PALETTE) % 4], label=group.label + seeds,
+                drawn.steps, drawn.mean, color=colour, linewidth=1.7, marker=marker, markersize=3.5, linestyle=dashes,
+                label=group.label + seeds,
             )  # fmt: skip
             if drawn.standard_error is not None:
                 low, high = drawn.mean - drawn.standard_error, drawn.mean + drawn.standard_error
@@ -169,10 +168,7 @@ def draw_training(groups: Sequence[Group]) -> Figure:
         axes.set_title(title, fontsize=13)
         axes.set_xlabel("step", fontsize=12)
         axes.set_ylabel(unit, fontsize=11)
-        axes.tick_params(labelsize=11)
-        axes.grid(alpha=0.25, linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+        tidy(axes)
         if number == 0:
             axes.legend(fontsize=10, frameon=False, loc="best")
     return figure
@@ -182,20 +178,14 @@ def markdown(groups: Sequence[Group]) -> str:
     """The last measurement of each quantity, mean ± standard error over seeds."""
     names = ("accuracy", "eval_accuracy", "entropy", "length")
     titles = ("accuracy in training", "accuracy, held out", "entropy [nats]", "response length")
-    lines = [
-        "# Training runs",
-        "",
-        "Last measurements; ± one standard error over seeds.",
-        "",
-        "| runs | seeds | steps | " + " | ".join(titles) + " |",
-        "|:---" + "|---:" * (len(titles) + 2) + "|",
-    ]
+    rows = []
     for group in groups:
         drawn = [line(group, name, smoothed=False) for name in names]
-        cells = ["–" if one is None else _last(one) for one in drawn]
         steps = min(max(int(entry["step"]) for entry in run.entries) for run in group.runs)
-        lines.append(f"| {escape_markdown(group.label)} | {len(group.runs)} | {steps} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        cells = ["–" if one is None else _last(one) for one in drawn]
+        rows.append((escape_markdown(group.label), len(group.runs), steps, *cells))
+    introduction = "Last measurements; ± one standard error over seeds."
+    return markdown_table("Training runs", introduction, ("runs", "seeds", "steps", *titles), "lrrrrrr", rows)
 
 
 def _last(drawn: Line) -> str:

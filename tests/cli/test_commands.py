@@ -34,8 +34,7 @@ from dlogp_kernels.demo.generate import PAIR_DIRECTORY
 from dlogp_kernels.jobs.errors import JobError
 from dlogp_kernels.jobs.inputs.records import line_limit
 from dlogp_kernels.jobs.metrics import run_metrics
-from dlogp_kernels.jobs.settings import Decoding
-from dlogp_kernels.jobs.training import Training
+from dlogp_kernels.jobs.options import Decoding, Training
 from dlogp_kernels.report.responses import RL, Setting, collect, read_responses
 
 

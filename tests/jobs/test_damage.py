@@ -28,8 +28,8 @@ from dlogp_kernels.jobs.errors import JobError
 from dlogp_kernels.jobs.generate import run_generate
 from dlogp_kernels.jobs.inputs import models
 from dlogp_kernels.jobs.metrics import run_metrics
+from dlogp_kernels.jobs.options import Decoding
 from dlogp_kernels.jobs.resume.run_directory import RunDirectory
-from dlogp_kernels.jobs.settings import Decoding
 from dlogp_kernels.report import files
 from dlogp_kernels.report.dataset import TokenDataset
 from dlogp_kernels.report.errors import DatasetError

@@ -25,7 +25,8 @@ from dlogp_kernels.hf import generate, load_model, load_tokenizer
 from dlogp_kernels.hf.tiny import save_local, tiny_qwen3, word_tokenizer
 from dlogp_kernels.jobs.errors import JobError
 from dlogp_kernels.jobs.generate import run_generate
-from dlogp_kernels.jobs.settings import Decoding, grid, parse_criteria, parse_numbers
+from dlogp_kernels.jobs.options import Decoding
+from dlogp_kernels.jobs.settings import grid, parse_criteria, parse_numbers
 from dlogp_kernels.jobs.sweep import run_sweep
 from dlogp_kernels.report.responses import BASE, RL, Setting, read_responses
 
@@ -44,7 +45,7 @@ import torch
 torch.set_num_threads(1)
 from dlogp_kernels.hf.tiny import load_local
 from dlogp_kernels.jobs.resume import response_file
-from dlogp_kernels.jobs.settings import Decoding
+from dlogp_kernels.jobs.options import Decoding
 from dlogp_kernels.jobs.sweep import run_sweep
 from dlogp_kernels.report.responses import Setting
 

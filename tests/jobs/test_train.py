@@ -25,9 +25,9 @@ from dlogp_kernels.cli.app import app
 from dlogp_kernels.hf import load_model, load_tokenizer
 from dlogp_kernels.jobs import train as train_job
 from dlogp_kernels.jobs.errors import JobError
+from dlogp_kernels.jobs.options import Training, check_training
 from dlogp_kernels.jobs.resume.run_directory import RunDirectory
 from dlogp_kernels.jobs.train import run_train
-from dlogp_kernels.jobs.training import Training, check_training
 from dlogp_kernels.report.errors import DatasetError
 from dlogp_kernels.report.training_curves import grouped, line, markdown, plot_training, read_run
 

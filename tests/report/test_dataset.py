@@ -21,7 +21,7 @@ from rich.console import Console
 from dlogp_kernels.cli.tables import top_token_table
 from dlogp_kernels.report.dataset import (
     TokenDataset,
-    count_rows,
+    check_part,
     part_path,
     to_table,
 )
@@ -97,7 +97,11 @@ def test_rows_come_back_as_they_were_written(tmp_path):
     assert len(dataset) == 3 and dataset.sources() == ["rl", None] and not dataset.complete
     assert dataset.column("delta_logp", "rl").tolist() == [1.5, -2.0]
     assert dataset.column("logp", None).tolist() == [-3.0]
-    assert dataset.token_texts([5, 7, 99]) == {5: " a", 7: "\x00"}
+    assert dataset.means_by_token(["logp"]).drop_columns("count").to_pylist() == [
+        {"token_id": 5, "text": " a", "logp": 0.0},
+        {"token_id": 6, "text": "b", "logp": 0.0},
+        {"token_id": 7, "text": "\x00", "logp": -3.0},
+    ]
 
 
 def test_the_same_rows_give_the_same_bytes_and_no_temporary_file(tmp_path):
@@ -118,7 +122,7 @@ def test_directories_that_hold_no_data_set(tmp_path):
         TokenDataset(directory)
     pq.write_table(to_table([token_rows("rl", [1], ["x"])]).drop_columns("kl"), part)
     with pytest.raises(DatasetError, match="other columns"):
-        count_rows(part)
+        check_part(part)
     with pytest.raises(DatasetError, match="holds no tokens"):
         plot(write_dataset(tmp_path / "empty", []))
 

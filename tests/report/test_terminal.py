@@ -26,7 +26,7 @@ from training_files import write_run
 from dlogp_kernels import backends
 from dlogp_kernels.cli import app
 from dlogp_kernels.jobs.progress import note
-from dlogp_kernels.report.figures import render
+from dlogp_kernels.report.pictures import render
 from dlogp_kernels.report.responses import Response, Setting, to_line
 from dlogp_kernels.report.terminal import Terminal, TextTable
 from dlogp_kernels.report.text import csv_cell, escape_markdown, printable

@@ -21,7 +21,7 @@ import torch
 from torch.utils import collect_env
 
 from ...jobs import doctor
-from ...report.figures import render
+from ...report.pictures import render
 from ...report.files import write_atomically
 from ...report.training_curves import Group, TrainingRun, draw_training
 from . import summary, training

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -33,11 +32,12 @@ _DOWNLOADED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja",
 
 
 class ModelPlace(NamedTuple):
-    """A model as the user named it, and the directory in which its files lie."""
+    """A model as the user named it, the directory in which its files lie, and whether code in it may be run."""
 
     option: str
     name: str
     directory: Path
+    trust_remote_code: bool
 
     def __str__(self) -> str:
         return f"{self.option} {self.name}"
@@ -68,6 +68,14 @@ def check_device(name: str | None) -> str:
     return str(device)
 
 
+def find_pair(rl: str | Path, base: str | Path, *, trust_remote_code: bool) -> tuple[ModelPlace, ModelPlace]:
+    """The directories of the models of --rl and --base, see `find_model`."""
+    return (
+        find_model("--rl", rl, trust_remote_code=trust_remote_code),
+        find_model("--base", base, trust_remote_code=trust_remote_code),
+    )
+
+
 def find_model(option: str, name: str | Path, *, trust_remote_code: bool) -> ModelPlace:
     """The directory of a model, downloaded if `name` is one of the Hub; JobError if there are no weights in it."""
     directory = Path(name)
@@ -81,7 +89,7 @@ def find_model(option: str, name: str | Path, *, trust_remote_code: bool) -> Mod
         pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in directory.glob(pattern))
         found = f"; {pickles[0]} is a pickle, which is not opened" if pickles else ""
         raise JobError(f"{option} {name}: the directory has no weights, expected *.safetensors{found}")
-    return ModelPlace(option, str(name), directory)
+    return ModelPlace(option, str(name), directory, trust_remote_code)
 
 
 def _download(option: str, name: str, *, trust_remote_code: bool) -> Path:
@@ -95,25 +103,20 @@ def _download(option: str, name: str, *, trust_remote_code: bool) -> Path:
         ) from error
 
 
-def read_pair(rl: ModelPlace, base: ModelPlace, *, trust_remote_code: bool) -> Reading:
+def read_pair(rl: ModelPlace, base: ModelPlace) -> Reading:
     """The tokenizer that both models share and the limits of the smaller one, without reading any weights."""
-    tokenizer, base_tokenizer = (
-        _load(place, "the tokenizer", partial(load_tokenizer, trust_remote_code=trust_remote_code))
-        for place in (rl, base)
-    )
+    tokenizer, base_tokenizer = (_load_trusting(place, "the tokenizer", load_tokenizer) for place in (rl, base))
     try:
         # Which token ends a text or pads it does not enter the numbers, and often differs after training.
         check_same_tokenizer(tokenizer, base_tokenizer, ignore=("eos_token", "pad_token"))
     except ValueError as error:
         raise JobError(f"the tokenizers of {rl} and {base} disagree: {error}") from error
-    limits = [
-        _load(place, "the config", partial(model_limits, trust_remote_code=trust_remote_code)) for place in (rl, base)
-    ]
+    limits = [_load_trusting(place, "the config", model_limits) for place in (rl, base)]
     contexts = [limit.context for limit in limits if limit.context is not None]
     return Reading(tokenizer, min(limit.vocabulary for limit in limits), min(contexts, default=None))
 
 
-def warn_of_rounding(rl: ModelPlace, base: ModelPlace, dtype: str, *, trust_remote_code: bool) -> None:
+def warn_of_rounding(rl: ModelPlace, base: ModelPlace, dtype: str) -> None:
     """UserWarning where weights that --dtype rounds lose some of what the two models differ by.
 
     The weights are read only where the files hold more digits than that dtype, and a block of rows at a time.
@@ -122,7 +125,7 @@ def warn_of_rounding(rl: ModelPlace, base: ModelPlace, dtype: str, *, trust_remo
     kept = [_kept_dtype(dtype, tensors) for tensors in pair]
     if not any(is_rounded(stored, to) for tensors, to in zip(pair, kept, strict=True) for stored in tensors.values()):
         return
-    last_layer = _load(rl, "the config", partial(lm_head_names, trust_remote_code=trust_remote_code))
+    last_layer = _load_trusting(rl, "the config", lm_head_names)
     updates = update_and_rounding(pair[0], pair[1], (kept[0], kept[1]), last_layer)
     if all(update.rounding <= _TOLD_ROUNDING * update.norm for update in updates):
         return
@@ -156,18 +159,19 @@ def _kept_dtype(dtype: str, tensors: Mapping[str, Stored]) -> torch.dtype:
     return (own_dtype(tensors) or torch.float64) if chosen == "auto" else chosen
 
 
-def load_weights(
-    place: ModelPlace, dtype: torch.dtype | Literal["auto"], device: torch.device, *, trust_remote_code: bool
-) -> Any:
+def load_weights(place: ModelPlace, dtype: str, device: torch.device) -> Any:
     """The model in memory; JobError if its files can not be read or lack weights."""
-    return _load(
-        place, "the model", partial(load_model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    )
+    return _load_trusting(place, "the model", load_model, dtype=DTYPES[dtype], device=device)
 
 
-def _load(place: ModelPlace, what: str, load: Callable[[Path], _Loaded]) -> _Loaded:
+def _load_trusting(place: ModelPlace, what: str, load: Callable[..., _Loaded], **options: Any) -> _Loaded:
+    """With the code that comes with the model, where the user trusts it."""
+    return _load(place, what, load, trust_remote_code=place.trust_remote_code, **options)
+
+
+def _load(place: ModelPlace, what: str, load: Callable[..., _Loaded], **options: Any) -> _Loaded:
     try:
-        return load(place.directory)
+        return load(place.directory, **options)
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:

@@ -8,13 +8,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from ... import __version__
 from ...ops import backends
 from ...report.files import file_digest
 from ..errors import JobError
-from ..inputs.models import ModelPlace
+from ..inputs.models import ModelPlace, load_weights
 from ..progress import bar
 
 _MODEL_SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
@@ -55,12 +56,14 @@ class Fingerprints:
         files = _model_files(directory)
         return {path.name: found for path, found in zip(files, self.files(files), strict=True)}
 
-    def check_loaded(self, place: ModelPlace) -> None:
-        """JobError if a file of the model is not the one whose fingerprint was taken, perhaps hours ago."""
+    def load(self, place: ModelPlace, dtype: str, device: torch.device) -> Any:
+        """The model in memory; JobError if a file is not the one whose fingerprint was taken, perhaps hours ago."""
+        model = load_weights(place, dtype, device)
         for path in _model_files(place.directory):
             *stamp, digest = self.stamps.get(str(path.resolve()), [None])
             if digest is not None and stamp != _stamp(path) and digest != file_digest(path):
                 raise JobError(f"{place}: {path.name} was changed since the run began; it is not the model of this run")
+        return model
 
     def file(self, path: Path) -> dict[str, Any]:
         """Of one file."""

@@ -108,12 +108,15 @@ class RunDirectory:
             )
 
     @contextlib.contextmanager
-    def claimed(self, *, mends: bool = True) -> Iterator[State]:
+    def claimed(self, *, resume: bool = False, mends: bool = True) -> Iterator[State]:
         """Within this context this process alone writes to the directory, which exists, with its work directory.
 
         If it is left by an exception before there were any results, the directory is as it was before. A complete run
-        of which a file is damaged is one to go on with where the job `mends` such files; else a JobError.
+        of which a file is damaged is one to go on with where the job `mends` such files; else a JobError. So is a
+        directory without a run where the user insists to `resume` one.
         """
+        if self.state() is State.NEW and resume:
+            raise JobError(f"--out {self.out}: --resume is given, but there is no run to go on with")
         created = not self.out.exists()
         with explained_writes(self.out, "choose another directory"):
             self.out.mkdir(parents=True, exist_ok=True)

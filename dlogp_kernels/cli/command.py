@@ -1,0 +1,119 @@
+"""What all commands are made of: options that are stated with a job, those of the files of a run, and a terminal."""
+
+import functools
+import inspect
+from collections import Counter
+from collections.abc import Callable, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+from typer.core import TyperCommand
+
+from ..jobs.allowed import Option, flag_of, options_of
+from ..report.terminal import Terminal
+from ..report.text import printable
+
+console = Terminal()
+
+
+class Drafter(StrEnum):
+    """Who drafts."""
+
+    BASE = "base"
+    RL = "rl"
+
+
+Rl = Annotated[str, typer.Option(help="The RL model: a directory, or a name on the Hub.", show_default=False)]
+Base = Annotated[str, typer.Option(help="Its base model, likewise.", show_default=False)]
+Problems = Annotated[
+    Path,
+    typer.Option(
+        help="JSONL with prompt (or prompt_ids, or messages), answer, and optionally id.",
+        show_default=False,
+    ),
+]
+ResponsesOut = Annotated[
+    Path,
+    typer.Option(help="Directory for the responses; a run of the same arguments there goes on.", show_default=False),
+]
+Draft = Annotated[Drafter, typer.Option(help="Who draws the token that may be replaced.")]
+Grader = Annotated[
+    str,
+    typer.Option(
+        help="exact (final answers: after the last #, or in \\boxed{}), math-verify, or module:function of your own, "
+        "called with the response's text and the problem.",
+    ),
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Fail unless --out holds a run to go on with (one goes on without, too).")
+]
+
+
+class Command(TyperCommand):
+    """A command whose arguments are Unicode, and whose options are given once, but for those that are lists."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        for text in args:
+            # So Python hands over bytes that are no UTF-8, which neither JSON nor safetensors take in a name.
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                ctx.fail(f"{printable(text)} is not UTF-8, expected text that is.")
+        _, _, given = self.make_parser(ctx).parse_args(args=list(args))
+        for option, count in Counter(given).items():
+            if count > 1 and not option.multiple:
+                ctx.fail(f"{option.opts[0]} is given {count} times, expected once.")
+        return super().parse_args(ctx, args)
+
+
+def with_options(kind: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Put the options of a job, the fields of the dataclass `kind`, in the place of a command's `**options`.
+
+    The command is given them by the names of the fields; a limit on lines is still text then.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        parameters = [_parameter(kind, name, about) for name, about in options_of(kind).items()]
+        fields = {parameter.name: name for parameter, name in zip(parameters, options_of(kind), strict=True)}
+
+        @functools.wraps(command)
+        def called(**given: Any) -> None:
+            command(**{fields.get(name, name): getattr(value, "value", value) for name, value in given.items()})
+
+        own = [one for one in inspect.signature(command).parameters.values() if one.kind is not one.VAR_KEYWORD]
+        called.__signature__ = inspect.Signature([*own, *parameters])  # type: ignore[attr-defined]
+        called.__annotations__ = {one.name: one.annotation for one in (*own, *parameters)}
+        return called
+
+    return decorate
+
+
+def _parameter(kind: type, name: str, about: Option) -> inspect.Parameter:
+    """An option of a job as typer takes it."""
+    default = getattr(kind, name)
+    annotation: Any = get_type_hints(kind)[name]
+    if about.each:
+        annotation = list[int] | None
+    elif about.in_bytes:
+        annotation, default = (str | None, None) if default is None else (str, f"{default >> 20}MiB")
+    elif about.allowed is not None and about.allowed.choices:
+        annotation = _words(about.allowed.choices)
+        default = annotation(default)
+    # A switch that is off has no second name to switch it off.
+    names = [flag_of(name)] if default is False else []
+    shown = typer.Option(*names, help=about.help, show_default=about.unset or True)
+    return inspect.Parameter(
+        about.each or name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[annotation, shown]
+    )
+
+
+def _words(choices: Sequence[str]) -> Any:
+    """The type of an option that is one of these."""
+    return StrEnum("Words", {word: word for word in choices})  # type: ignore[misc]
+
+
+def with_line_limit(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a job with the limit on lines in bytes; JobError for a text that is none."""
+    from ..jobs.inputs.records import line_limit
+
+    return options | {"max_line_size": line_limit(options["max_line_size"])}

@@ -1,0 +1,33 @@
+"""`dlogp demo`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .command import console
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Directory for responses, data set and figures.")] = Path("demo_output"),
+    problems: Annotated[int | None, typer.Option(help="Held-out problems for each model.", show_default="1000")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer problems and tokens: half a minute.")] = False,
+    retrain: Annotated[
+        bool, typer.Option("--retrain", help="Train the pair anew into OUT/pair first (minutes) and use that.")
+    ] = False,
+    curves: Annotated[
+        bool,
+        typer.Option(
+            "--curves", help="Instead, draw accuracy over the replaced share, and extrapolation: minutes, resumable."
+        ),
+    ] = False,
+) -> None:
+    """Show the method on a tiny trained pair that comes with the package, and the memory it takes at full size."""
+    if curves:
+        from ..demo.curves import run_curves
+
+        run_curves(out, num_problems=problems, quick=quick, retrain=retrain, console=console)
+        return
+    from ..demo.run import run_demo
+
+    run_demo(out, num_problems=problems, quick=quick, retrain=retrain, console=console)

@@ -1,0 +1,203 @@
+"""The options of each job: defaults, help and bounds. The command line has the same; nothing heavy is imported here."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from ..checks import check_drawing_temperature, check_factor, check_scale
+from ..reference.policy import REWEIGHT_SIGNS, REWEIGHTS
+from ..report.jsonl import MAX_LINE_BYTES
+from .allowed import at_least, check_options, integer, number, one_of, option
+from .errors import JobError
+from .graders import DEFAULT_GRADER_SECONDS
+
+_NOT_NEGATIVE = number("≥ 0", lambda value: value >= 0)
+_POSITIVE = number("> 0", lambda value: value > 0)
+
+# Options that several jobs have.
+_dtype = partial(
+    option,
+    "auto",
+    "Of the weights in memory; auto: of each model's files, so that none is rounded.",
+    one_of("auto", "bf16", "fp16", "fp32")._replace(expected="one of bf16, fp16, fp32, auto"),
+)
+_device = partial(option, None, "Such as cpu or cuda:1.", unset="cuda if there is one")
+_trust_remote_code = partial(option, False, "Run code that comes with the models.")
+_max_new_tokens = partial(option, 1024, "Tokens after which a response ends unfinished.")
+_grader_timeout = partial(
+    option,
+    DEFAULT_GRADER_SECONDS,
+    "Seconds for a response, after which a grader but exact is stopped, and counted.",
+    _POSITIVE,
+)
+_max_line_size = partial(
+    option,
+    MAX_LINE_BYTES,
+    "Longest line of JSONL in --data; a longer one can not be used.",
+    integer(1, 2**40),
+    in_bytes=True,
+)
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """Of `dlogp metrics`: what its numbers depend on beside models and data; `run_metrics` names the device."""
+
+    memory_limit: int | None = option(None, "Memory beyond the models, such as 4GiB.", unset="none", in_bytes=True)
+    batch_tokens: int = option(8192, "Tokens at once, padding included.", at_least(1)._replace(expected="at least 1"))
+    dtype: str = _dtype()
+    device: str = _device()
+    sequential: bool = option(False, "One model in memory at a time; the base's hidden states go to disk.")
+    on_error: str = option(
+        "raise", "For a line that can not be used.", one_of("raise", "skip")._replace(expected="raise or skip")
+    )
+    temperature: float = option(
+        1.0, "Divides the logits of both models.", number("> 0", lambda value: value > 0, check_scale)
+    )
+    trust_remote_code: bool = _trust_remote_code()
+    max_line_size: int = _max_line_size()
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Of `dlogp generate` and `dlogp sweep`: what all settings of a run share."""
+
+    temperature: float = option(
+        1.0,
+        "Of the draws; 0 takes the most likely token.",
+        _NOT_NEGATIVE._replace(check=check_drawing_temperature),
+    )
+    top_k: int = option(0, "Draw from so many tokens at most; 0: from all.", integer(0))
+    top_p: float = option(
+        1.0,
+        "Draw from the most likely tokens of this mass, in (0, 1].",
+        number("in (0, 1]", lambda value: 0 < value <= 1),
+    )
+    min_p: float = option(
+        0.0,
+        "Least probability, as a share of the largest one, in [0, 1].",
+        number("in [0, 1]", lambda value: 0 <= value <= 1),
+    )
+    samples: int = option(1, "Responses to each problem, under each setting and seed.", integer(1))
+    max_new_tokens: int = _max_new_tokens(integer(1))
+    stop_token_ids: Sequence[int] | None = option(
+        None,
+        "A token that ends a response; may be repeated.",
+        integer(0),
+        unset="those of both models",
+        each="stop_token_id",
+    )
+    batch_size: int = option(64, "Responses decoded together at most.", integer(1))
+    chunk_size: int | None = option(
+        None, "Responses between two writes to the disk.", integer(1), unset="4 × --batch-size"
+    )
+    dtype: str = _dtype()
+    device: str | None = _device()
+    trust_remote_code: bool = _trust_remote_code()
+    grader_timeout: float = _grader_timeout()
+    max_line_size: int = _max_line_size()
+
+    @property
+    def filters(self) -> dict[str, Any]:
+        """The arguments of both draws, by the names that the op has for them."""
+        return {
+            "temperature": float(self.temperature),
+            "top_k": self.top_k,
+            "top_p": float(self.top_p),
+            "min_p": float(self.min_p),
+        }
+
+    @property
+    def problems_per_chunk(self) -> int:
+        """Problems whose responses are written together; at least one. A kill can cost them."""
+        return max(1, (self.chunk_size or 4 * self.batch_size) // self.samples)
+
+
+@dataclass(frozen=True)
+class Training:
+    """Of `dlogp train`: DAPO, with reweighted advantages, as `policy_loss` has them."""
+
+    steps: int = option(100, "Steps of the optimiser.", at_least(1))
+    prompts: int = option(16, "Problems in a batch of responses.", at_least(1))
+    samples: int = option(16, "Responses to each of them.", at_least(2))  # which are compared with each other
+    minibatches: int = option(2, "Steps in which a batch of responses is spent.", at_least(1))
+    micro_batch_size: int | None = option(
+        None,
+        "Responses in memory at once while learning.",
+        integer(1)._replace(expected="an integer ≥ 1"),
+        unset="those of a step",
+    )
+    max_new_tokens: int = _max_new_tokens(at_least(1))
+    learning_rate: float = option(1e-6, "After the warm-up; constant.", _POSITIVE)
+    warmup_steps: int = option(10, "Steps in which the learning rate grows.", at_least(0))
+    reweight: str = option(
+        "low_prob",
+        "low_prob: 1 + α (1 − p); dominate: α p + 1 − α; ppl: 1 − α · the response's log-perplexity within its group; "
+        "none.",
+        one_of(*REWEIGHTS),
+    )
+    alpha: float = option(0.1, "α of the reweighting.", _NOT_NEGATIVE._replace(check=check_factor))
+    reweight_sign: str = option("both", "Which advantages are reweighted.", one_of(*REWEIGHT_SIGNS))
+    clip_low: float = option(
+        0.2, "The ratio is clipped at 1 − this,", number("in [0, 1)", lambda value: 0 <= value < 1)
+    )
+    clip_high: float = option(0.28, "and at 1 + this.", _NOT_NEGATIVE)
+    dual_clip: float = option(
+        10.0, "Bound of the ratio where the advantage is negative.", number("> 1", lambda value: value > 1)
+    )
+    kl_beta: float = option(
+        0.0, "Of the divergence to the base model; 0 for none.", _NOT_NEGATIVE._replace(check=check_factor)
+    )
+    dynamic_sampling: bool = option(True, "Drop problems whose responses are all worth the same, and draw others.")
+    overlong_buffer: int = option(
+        0, "Tokens before --max-new-tokens in which a penalty grows to 1; 0 for none.", at_least(0)
+    )
+    temperature: float = option(1.0, "Of the draws and of the policy.", _POSITIVE._replace(check=check_scale))
+    # NumPy's generators, which the trainer seeds too, take no more.
+    seed: int = option(0, "Of the order of problems and of the draws.", integer(0, 2**32))
+    eval_every: int = option(10, "Steps between measurements on --eval-data.", at_least(1))
+    eval_samples: int = option(1, "Responses to each held-out problem.", at_least(1))
+    save_every: int = option(10, "Steps between checkpoints, which a kill can cost.", at_least(1))
+    gradient_checkpointing: bool = option(False, "Less memory, more time.")
+    dtype: str = option("fp32", "Of the weights in memory.", one_of("fp32", "bf16"))
+    device: str | None = _device()
+    trust_remote_code: bool = _trust_remote_code()
+    grader_timeout: float = _grader_timeout()
+    max_line_size: int = _max_line_size()
+
+    @property
+    def responses(self) -> int:
+        """In a batch."""
+        return self.prompts * self.samples
+
+    @property
+    def responses_per_step(self) -> int:
+        return self.responses // self.minibatches
+
+    @property
+    def rows(self) -> int:
+        """Responses in memory at once while learning."""
+        return self.micro_batch_size or self.responses_per_step
+
+
+def check_training(training: Training) -> None:
+    """JobError that names the option for a value that can not be, or not beside another."""
+    check_options(training)
+    if training.reweight == "dominate" and training.alpha > 1:
+        raise JobError(f"--alpha is {training.alpha}, expected at most 1 for dominate")
+    if training.overlong_buffer > training.max_new_tokens:
+        raise JobError(
+            f"--overlong-buffer is {training.overlong_buffer}, expected at most --max-new-tokens "
+            f"({training.max_new_tokens})"
+        )
+    if training.responses % training.minibatches:
+        raise JobError(
+            f"--minibatches is {training.minibatches}, expected a divisor of the {training.responses} responses of a "
+            "batch (--prompts × --samples)"
+        )
+    if training.responses_per_step % training.rows:
+        raise JobError(
+            f"--micro-batch-size is {training.micro_batch_size}, expected a divisor of the "
+            f"{training.responses_per_step} responses of a step (--prompts × --samples ÷ --minibatches)"
+        )

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from ..hf import Generation, generate
 from ..report.responses import RESPONSES_FILE, Collector, Response, Setting, SettingResult, describe
@@ -26,8 +27,7 @@ from .graders import Grade, Grader, load_grader
 from .inputs.models import ModelPlace, check_device, find_pair, read_pair, warn_of_rounding
 from .inputs.problems import Problem, check_problems, read_problems
 from .options import Decoding
-from .progress import bar as progress_bar
-from .progress import layers_told, show_layer
+from .progress import bar, layers_told, say, show_layer
 from .resume.fingerprint import Fingerprints, versions
 from .resume.response_file import ResponseFile
 from .resume.run_directory import RunDirectory, State, known_stamps
@@ -38,60 +38,54 @@ from .token_text import TokenTexts
 _NUM_ROW_IDS = 2**32
 
 
-class Inputs(NamedTuple):
-    """What a run is given: names of the two models, the data, where the output goes, and how it is graded."""
-
-    rl: str | Path
-    base: str | Path
-    data: str | Path
-    out: str | Path
-    grader: str
-
-
 def run_decoding(
     command: str,
-    inputs: Inputs,
+    rl: str | Path,
+    base: str | Path,
+    data: str | Path,
+    out: str | Path,
+    *,
     settings: Sequence[Setting],
     seeds: Sequence[int],
-    decoding: Decoding,
-    *,
+    decoding: Decoding | None,
+    grader: str,
     resume: bool,
     progress: bool,
 ) -> dict[str, Any]:
-    """Draw and grade the responses of every setting and seed, and write them to the directory `inputs.out`.
+    """Draw and grade the responses of every setting and seed, and write them to the directory `out`.
 
     Returns what `summary.json` holds; raises JobError as `run_generate` and `run_sweep` say.
     """
+    decoding = decoding or Decoding()
     check_settings(settings, seeds)
     check_options(decoding)
     device = check_device(decoding.device)
-    grader = load_grader(inputs.grader, timeout=decoding.grader_timeout)
-    places = find_pair(inputs.rl, inputs.base, trust_remote_code=decoding.trust_remote_code)
-    data = Path(inputs.data)
-    check_problems("--data", data)
-    fingerprints = Fingerprints(known_stamps(inputs.out), progress=progress)
+    loaded_grader = load_grader(grader, timeout=decoding.grader_timeout)
+    places = find_pair(rl, base, trust_remote_code=decoding.trust_remote_code)
+    check_problems("--data", Path(data))
+    fingerprints = Fingerprints(known_stamps(out), progress=progress)
     identity: dict[str, Any] = {
         "command": command,
         "settings": [setting._asdict() for setting in settings],
         "seeds": list(seeds),
         "decoding": _plain(decoding) | {"device": device},
-        "grader": dict(grader.identity),
-        "data": fingerprints.file(data),
+        "grader": dict(loaded_grader.identity),
+        "data": fingerprints.file(Path(data)),
         "rl": fingerprints.model(places[0]),
         "base": fingerprints.model(places[1]),
         "versions": versions(device, "extrapolated_sample"),
     }
-    directory = RunDirectory(inputs.out, identity, fingerprints.stamps)
+    directory = RunDirectory(out, identity, fingerprints.stamps)
     with directory.claimed(resume=resume) as state:
         if state is State.COMPLETE:
             return directory.summary()
         reading = read_pair(*places)
         warn_of_rounding(*places, decoding.dtype)
         problems = read_problems(
-            data,
+            Path(data),
             reading,
             max_new_tokens=decoding.max_new_tokens,
-            needs_answer=grader.needs_answer,
+            needs_answer=loaded_grader.needs_answer,
             max_line_bytes=decoding.max_line_size,
         )
         if len(problems) * decoding.samples >= _NUM_ROW_IDS:
@@ -99,9 +93,11 @@ def run_decoding(
                 f"--samples: {len(problems)} problems × {decoding.samples} are too many, expected below 2**32"
             )
         chunks = _cut_chunks(problems, settings, seeds, decoding)
-        run = _Run(directory, grader, reading.tokenizer, chunks, decoding, torch.device(device), fingerprints, progress)
+        run = _Run(
+            directory, loaded_grader, reading.tokenizer, chunks, decoding, torch.device(device), fingerprints, progress
+        )
         run.compute(places)
-        names = {"rl": str(inputs.rl), "base": str(inputs.base), "data": str(inputs.data), "grader": inputs.grader}
+        names = {"rl": str(rl), "base": str(base), "data": str(data), "grader": grader}
         summary = run.summary() | {
             "arguments": {"command": command, **names, "seeds": list(seeds), **identity["decoding"]},
             "versions": {"python": platform.python_version(), **identity["versions"]},
@@ -175,17 +171,19 @@ class _Run:
             self._collector.add(response)
         if not missing:
             return
-        with _Bar(sum(lengths), sum(lengths[:num_kept]), self.progress) as bar:
+        total, done = sum(lengths), sum(lengths[:num_kept])
+        with bar(total=total, initial=done, unit=" responses", enabled=self.progress) as shown:
+            progress = _Progress(shown)
             self._stopwatch.start()
             for chunk in missing:
-                bar.begin(chunk.setting)
-                responses = self._draw(chunk, models, bar)
+                progress.begin(chunk.setting)
+                responses = self._draw(chunk, models, progress)
                 with self.directory.writing():
                     file.append(responses)
                     self._stopwatch.save_lap()
                 for response in responses:
                     self._collector.add(response)
-                bar.end(self._collector.result(chunk.setting))
+                progress.end(self._collector.result(chunk.setting))
 
     def summary(self) -> dict[str, Any]:
         """What is written when all responses are there; without arguments and versions."""
@@ -201,7 +199,7 @@ class _Run:
             "tokens_per_second": round(tokens / seconds, 1) if seconds else None,
         }
 
-    def _draw(self, chunk: _Chunk, models: Sequence[Any], bar: "_Bar | None" = None) -> list[Response]:
+    def _draw(self, chunk: _Chunk, models: Sequence[Any], progress: "_Progress | None" = None) -> list[Response]:
         """The graded responses of a chunk, samples of a problem one after another."""
         samples = self.decoding.samples
         input_ids, attention_mask = pad_left([problem.prompt_ids for problem in chunk.problems], self.device)
@@ -209,14 +207,14 @@ class _Run:
             [problem.number * samples + sample for problem in chunk.problems for sample in range(samples)],
             device=self.device,
         )
-        on_layer = None if bar is None else bar.on_layer
+        on_layer = None if progress is None else progress.on_layer
         with _explained_generation(), layers_told(models, on_layer) as enough:
             rl, base = models
 
             def on_step(*counts: int) -> None:
                 enough()
-                if bar is not None:
-                    bar.on_step(*counts)
+                if progress is not None:
+                    progress.on_step(*counts)
 
             generation = generate(
                 rl,
@@ -292,21 +290,15 @@ def pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Te
     return input_ids.to(device), attention_mask.to(device)
 
 
-class _Bar:
-    """Progress in responses, with tokens a second, and the share of replaced tokens and the accuracy of the setting."""
+class _Progress:
+    """On a bar of responses: tokens a second, and the share of replaced tokens and the accuracy of the setting."""
 
-    def __init__(self, total: int, done: int, enabled: bool) -> None:
-        self._tqdm = progress_bar(total=total, initial=done, unit=" responses", enabled=enabled)
+    def __init__(self, shown: tqdm) -> None:
+        self._bar = shown
         self._started = time.monotonic()
         self._setting: Setting | None = None
         self._tokens = self._chunk_tokens = self._chunk_rows = 0
         self._share = self._accuracy = "–"
-
-    def __enter__(self) -> "_Bar":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._tqdm.close()
 
     def begin(self, setting: Setting) -> None:
         """A chunk begins."""
@@ -314,11 +306,11 @@ class _Bar:
         if setting != self._setting:
             self._setting = setting
             self._share = self._accuracy = "–"
-            self._tqdm.set_description_str(str(setting), refresh=False)
+            self._bar.set_description_str(str(setting), refresh=False)
 
     def on_layer(self, done: int, total: int) -> None:
         """The models run the first prompts of a chunk."""
-        show_layer(self._tqdm, done, total)
+        show_layer(self._bar, done, total)
 
     def on_step(self, tokens: int, selected: int, rows_done: int) -> None:
         """A token of every row in the batch was drawn; all counts are of this chunk so far."""
@@ -337,8 +329,7 @@ class _Bar:
     def _show(self, num_done: int) -> None:
         rate = self._tokens / max(time.monotonic() - self._started, 1e-9)
         text = f"{rate:,.0f} tokens/s, replaced {self._share}, accuracy {self._accuracy}"
-        self._tqdm.set_postfix_str(text, refresh=False)
-        self._tqdm.update(num_done)
+        say(self._bar, text, num_done)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ..report.responses import Setting
-from .decoding import Inputs, run_decoding
+from .decoding import run_decoding
 from .graders import EXACT
 from .options import Decoding
 
@@ -46,5 +46,7 @@ def run_generate(
         JobError: an argument, the data, a model or the directory can not be used, or the disk is full. UserWarning: a
             threshold of `delta_logp` that is not below 0.
     """
-    inputs = Inputs(rl, base, data, out, grader)
-    return run_decoding("generate", inputs, [setting], [seed], decoding or Decoding(), resume=resume, progress=progress)
+    return run_decoding(
+        "generate", rl, base, data, out, settings=[setting], seeds=[seed], decoding=decoding, grader=grader,
+        resume=resume, progress=progress,
+    )  # fmt: skip

@@ -53,7 +53,9 @@ class Measuring:
         "raise", "For a line that can not be used.", one_of("raise", "skip")._replace(expected="raise or skip")
     )
     temperature: float = option(
-        1.0, "Divides the logits of both models.", number("> 0", lambda value: value > 0, check_scale)
+        1.0,
+        "Divides the logits of both models.",
+        _POSITIVE._replace(expected="a finite number > 0", check=check_scale),
     )
     trust_remote_code: bool = _trust_remote_code()
     max_line_size: int = _max_line_size()

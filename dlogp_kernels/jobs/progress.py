@@ -24,10 +24,15 @@ def bar(*, enabled: bool, **options: Any) -> tqdm:
     return tqdm(dynamic_ncols=True, miniters=0, disable=not enabled, **options)
 
 
+def say(shown: tqdm, text: str, done: int = 0) -> None:
+    """Move a bar, and put a text behind it."""
+    shown.set_postfix_str(text, refresh=False)
+    shown.update(done)
+
+
 def show_layer(shown: tqdm, done: int, total: int) -> None:
     """Behind a bar, how far the models are with what has not moved it yet."""
-    shown.set_postfix_str(f"layer {done}/{total}", refresh=False)
-    shown.update(0)
+    say(shown, f"layer {done}/{total}")
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..report.responses import Setting
-from .decoding import Inputs, run_decoding
+from .decoding import run_decoding
 from .graders import EXACT
 from .options import Decoding
 
@@ -28,5 +28,7 @@ def run_sweep(
     `settings` come from `jobs.settings.grid`, or from the caller. Everything else is as in `run_generate`; `dlogp plot`
     draws what comes out.
     """
-    inputs = Inputs(rl, base, data, out, grader)
-    return run_decoding("sweep", inputs, settings, seeds, decoding or Decoding(), resume=resume, progress=progress)
+    return run_decoding(
+        "sweep", rl, base, data, out, settings=settings, seeds=seeds, decoding=decoding, grader=grader, resume=resume,
+        progress=progress,
+    )  # fmt: skip

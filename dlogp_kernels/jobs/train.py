@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from tqdm import tqdm
 
 from ..hf import generate
 from ..report.files import sync, sync_tree, temporary_path, write_atomically
@@ -29,7 +31,7 @@ from .graders import EXACT, Grader, load_grader
 from .inputs.models import check_device, find_model, read_pair, warn_of_rounded_start
 from .inputs.problems import Problem, check_problems, read_problems
 from .options import Training, check_training
-from .progress import bar as progress_bar
+from .progress import bar, say
 from .resume.fingerprint import Fingerprints, versions
 from .resume.response_file import PieceFile
 from .resume.run_directory import RunDirectory, State, known_stamps
@@ -166,8 +168,9 @@ class _Run:
             self._stopwatch.start()
             if first == 0:
                 self._log.add({"step": 0} | self._evaluate())
-            with _Bar(self.training.steps, first, self.progress) as bar:
-                report_to(trainer, lambda step, metrics: self._on_step(step, metrics, bar), self._on_save)
+            with bar(total=self.training.steps, initial=first, unit=" steps", enabled=self.progress) as shown:
+                show = partial(_show, shown, {})
+                report_to(trainer, lambda step, metrics: self._on_step(step, metrics, show), self._on_save)
                 if first < self.training.steps:
                     trainer.train(resume_from_checkpoint=str(checkpoints[first]) if first else None)
                 else:
@@ -281,7 +284,7 @@ class _Run:
                 stacklevel=2,
             )
 
-    def _on_step(self, step: int, metrics: Mapping[str, Any], bar: "_Bar") -> None:
+    def _on_step(self, step: int, metrics: Mapping[str, Any], show: Callable[[Mapping[str, Any]], None]) -> None:
         entry = to_entry(step, metrics)
         for name, value in entry.items():
             if not math.isfinite(value):
@@ -294,7 +297,7 @@ class _Run:
         if step == self.training.steps or step % self.training.eval_every == 0:
             entry |= self._evaluate()
         self._log.add(entry)
-        bar.show(entry)
+        show(entry)
 
     def _on_save(self) -> None:
         self._stopwatch.save_lap()
@@ -376,33 +379,16 @@ class _Log:
         self._ledger.record_files([self._csv_path])
 
 
-class _Bar:
-    """Progress in steps, with the last accuracies and the loss."""
+#: What is behind the bar, by the name in the log.
+_SHOWN = {"loss": "loss", "accuracy": "accuracy", "eval_accuracy": "held out", "length": "length"}
 
-    def __init__(self, total: int, done: int, enabled: bool) -> None:
-        self._tqdm = progress_bar(total=total, initial=done, unit=" steps", enabled=enabled)
-        self._shown: dict[str, str] = {}
 
-    def __enter__(self) -> "_Bar":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._tqdm.close()
-
-    def show(self, entry: Mapping[str, Any]) -> None:
-        """A step was taken."""
-        for name, text in (
-            ("loss", "loss"),
-            ("accuracy", "accuracy"),
-            ("eval_accuracy", "held out"),
-            ("length", "length"),
-        ):
-            if name in entry:
-                self._shown[text] = (
-                    f"{entry[name]:.3g}" if name == "loss" else f"{entry[name]:.3f}".rstrip("0").rstrip(".")
-                )
-        self._tqdm.set_postfix_str(", ".join(f"{name} {value}" for name, value in self._shown.items()), refresh=False)
-        self._tqdm.update(1)
+def _show(shown: tqdm, last: dict[str, str], entry: Mapping[str, Any]) -> None:
+    """A step was taken; `last` is what was behind the bar before."""
+    for name, title in _SHOWN.items():
+        if name in entry:
+            last[title] = f"{entry[name]:.3g}" if name == "loss" else f"{entry[name]:.3f}".rstrip("0").rstrip(".")
+    say(shown, ", ".join(f"{title} {text}" for title, text in last.items()), 1)
 
 
 @contextmanager

@@ -20,13 +20,14 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
-from ..results import DeltaLogpStats
 from .errors import DatasetError
 from .files import write_atomically
 from .ledger import Ledger, Piece, check, piece_of
 
-#: The float32 columns, in nats: those of `DeltaLogpStats`.
-STATISTICS: tuple[str, ...] = DeltaLogpStats._fields
+#: The float32 columns, in nats: fields of `DeltaLogpStats`. Named one by one: they are the format of the files.
+STATISTICS = (
+    "delta_logp", "logp", "base_logp", "entropy", "base_entropy", "kl", "reverse_kl", "lse", "base_lse",
+)  # fmt: skip
 
 SCHEMA = pa.schema(
     [

@@ -19,7 +19,7 @@ pytest.importorskip("tqdm")
 
 import torch
 from hf_models import one_thread  # noqa: F401
-from pair_files import WORDS, Pair, contents, random_rows, write_lines, write_pair
+from pair_files import WORDS, Pair, contents, random_rows, write_lines
 
 from dlogp_kernels.hf import HiddenStore, LmHead
 from dlogp_kernels.hf.tiny import save_local, tiny_qwen3, word_tokenizer
@@ -45,10 +45,8 @@ class Killed(BaseException):
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory) -> Pair:
-    directory = tmp_path_factory.mktemp("pair")
-    pair = write_pair(directory)
-    return pair._replace(data=write_lines(directory / "few.jsonl", random_rows(10)))
+def pair(pair, tmp_path_factory) -> Pair:
+    return pair._replace(data=write_lines(tmp_path_factory.mktemp("data") / "few.jsonl", random_rows(10)))
 
 
 @pytest.fixture(scope="module")

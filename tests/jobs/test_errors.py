@@ -13,7 +13,7 @@ pytest.importorskip("tqdm")
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pair_files import CONTEXT, VOCABULARY, WORDS, Pair, contents, random_rows, write_lines, write_pair
+from pair_files import CONTEXT, VOCABULARY, WORDS, Pair, contents, random_rows, write_lines
 
 from dlogp_kernels.hf.tiny import save_local, tiny_qwen3, word_tokenizer
 from dlogp_kernels.jobs.errors import JobError
@@ -78,17 +78,13 @@ BROKEN = {
 }
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory) -> Pair:
-    return write_pair(tmp_path_factory.mktemp("pair"))
-
-
 def run(pair: Pair, out, data=None, **options):
     settings = {"dtype": "fp32", "device": "cpu", "progress": False} | options
     return run_metrics(pair.rl, pair.base, data or pair.data, out, **settings)
 
 
-@pytest.mark.parametrize("kind", BROKEN)
+# One that is no JSON, one that has no token ids, and one that is too long; the reasons of all are told below.
+@pytest.mark.parametrize("kind", ["bad JSON", "unknown word", "too long"])
 def test_a_broken_line_is_fatal_with_its_number_before_anything_is_written(pair, tmp_path, kind):
     broken, reason = BROKEN[kind]
     data = write_lines(tmp_path / "data.jsonl", [GOOD, b"", broken, GOOD])

@@ -19,12 +19,14 @@ pytest.importorskip("tqdm")
 
 import torch
 from hf_models import one_thread  # noqa: F401
-from pair_files import CONTEXT, VOCABULARY, WORDS, contents, token_ids, write_lines, write_pair
+from pair_files import CONTEXT, VOCABULARY, WORDS, contents, token_ids, write_lines
 
 from dlogp_kernels.hf import generate, load_model, load_tokenizer
 from dlogp_kernels.hf.tiny import save_local, tiny_qwen3, word_tokenizer
 from dlogp_kernels.jobs.errors import JobError
 from dlogp_kernels.jobs.generate import run_generate
+from dlogp_kernels.jobs.inputs.models import Reading, find_pair, read_pair
+from dlogp_kernels.jobs.inputs.problems import read_problems
 from dlogp_kernels.jobs.options import Decoding
 from dlogp_kernels.jobs.settings import grid, parse_criteria, parse_numbers
 from dlogp_kernels.jobs.sweep import run_sweep
@@ -93,14 +95,12 @@ class Files(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory) -> Files:
-    directory = tmp_path_factory.mktemp("pair")
-    pair = write_pair(directory)
+def files(pair, tmp_path_factory) -> Files:
     rows = [
         {"id": f"problem {index}", "prompt": " ".join(WORDS[index : 2 * index + 1]), "answer": WORDS[index]}
         for index in range(NUM_PROBLEMS)
     ]
-    return Files(pair.rl, pair.base, write_lines(directory / "problems.jsonl", rows))
+    return Files(pair.rl, pair.base, write_lines(tmp_path_factory.mktemp("data") / "problems.jsonl", rows))
 
 
 @pytest.fixture(scope="module")
@@ -401,13 +401,24 @@ BROKEN = {
 }
 
 
+@pytest.fixture(scope="module")
+def reading(files) -> Reading:
+    return read_pair(*find_pair(files.rl, files.base, trust_remote_code=False))
+
+
 @pytest.mark.parametrize("kind", BROKEN)
-def test_a_broken_line_is_named_before_anything_is_written(files, tmp_path, kind):
+def test_a_broken_line_is_named(reading, tmp_path, kind):
     broken, reason = BROKEN[kind]
     data = write_lines(tmp_path / "data.jsonl", [GOOD, b"", broken, GOOD])
     with pytest.raises(JobError) as caught:
-        run_generate(files.rl, files.base, data, tmp_path / "out", setting=RL, decoding=DECODING, progress=False)
+        read_problems(data, reading, max_new_tokens=DECODING.max_new_tokens, needs_answer=True)
     assert str(caught.value).startswith("--data: line 3: ") and reason in str(caught.value)
+
+
+def test_a_broken_line_ends_a_run_before_anything_is_written(files, tmp_path):
+    data = write_lines(tmp_path / "data.jsonl", [GOOD, b"", *(broken for broken, _ in BROKEN.values())])
+    with pytest.raises(JobError, match="--data: line 3: not JSON"):
+        run_generate(files.rl, files.base, data, tmp_path / "out", setting=RL, decoding=DECODING, progress=False)
     assert not (tmp_path / "out").exists()
 
 

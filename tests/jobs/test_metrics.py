@@ -29,11 +29,6 @@ ROUNDING = 2e-5
 KEYS = [name for name in SCHEMA.names if name not in STATISTICS]
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory) -> Pair:
-    return write_pair(tmp_path_factory.mktemp("pair"))
-
-
 def run(pair: Pair, out, data=None, **options) -> pa.Table:
     settings = {"dtype": "fp32", "batch_tokens": 100, "device": "cpu", "progress": False} | options
     run_metrics(pair.rl, pair.base, data or pair.data, out, **settings)

@@ -16,7 +16,7 @@ pytest.importorskip("tqdm")
 
 import pyarrow.parquet as pq
 from hf_models import one_thread  # noqa: F401
-from pair_files import Pair, contents, write_pair
+from pair_files import Pair, contents
 
 from dlogp_kernels.jobs.errors import JobError
 from dlogp_kernels.jobs.metrics import run_metrics
@@ -24,9 +24,9 @@ from dlogp_kernels.report import files
 
 SETTINGS = {"dtype": "fp32", "batch_tokens": 8, "device": "cpu", "progress": False}
 
-# One interpreter for all the attempts: importing the libraries takes longer than the run. It has one thread, so that
-# its copies may go on after fork, and tqdm's lock is one of a process: its own is shared by the copies, and one that is
-# killed while it holds the lock would stop all after it. Prints how each attempt ended: −9 killed, 0 finished.
+# One interpreter for all the attempts of all runs: importing the libraries takes longer than a run. It has one thread,
+# so that its copies may go on after fork, and tqdm's lock is one of a process: its own is shared by the copies, and one
+# that is killed while it holds the lock would stop all after it. Prints how each attempt ended: −9 killed, 0 finished.
 ATTEMPTS = """
 import json, os, random, signal, sys, threading, time
 import torch
@@ -37,9 +37,9 @@ tqdm.set_lock(threading.RLock())
 from dlogp_kernels.hf.tiny import load_local
 from dlogp_kernels.jobs.metrics import run_metrics
 
-arguments, settings, plan, seed = json.loads(sys.argv[1])
-load_local(arguments[0])  # what is imported here need not be imported in each attempt
-rng = random.Random(seed)
+runs = json.loads(sys.argv[1])
+load_local(runs[0][0][0])  # what is imported here need not be imported in each attempt
+rng = random.Random(7)
 
 
 def kill_at_moment(moment):
@@ -56,7 +56,7 @@ def kill_at_moment(moment):
     os.replace = watched
 
 
-def attempt(kind, value):
+def attempt(arguments, settings, kind, value):
     child = os.fork()
     if child == 0:
         if kind == "moment":
@@ -69,16 +69,14 @@ def attempt(kind, value):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-for step in plan:
-    code = attempt(*step)
-    parts = sorted(os.listdir(arguments[3] + "/tokens")) if os.path.isdir(arguments[3] + "/tokens") else []
-    print(json.dumps([code, len([name for name in parts if not name.startswith(".")])]), flush=True)
+for arguments, settings, plan in runs:
+    ends = []
+    for step in plan:
+        code = attempt(arguments, settings, *step)
+        parts = sorted(os.listdir(arguments[3] + "/tokens")) if os.path.isdir(arguments[3] + "/tokens") else []
+        ends.append([code, len([name for name in parts if not name.startswith(".")])])
+    print(json.dumps(ends), flush=True)
 """
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory) -> Pair:
-    return write_pair(tmp_path_factory.mktemp("pair"))
 
 
 @pytest.fixture(scope="module")
@@ -91,14 +89,17 @@ def uninterrupted(pair, tmp_path_factory) -> dict[bool, Path]:
     return directories
 
 
-def attempts(pair: Pair, out: Path, plan: list, *, sequential: bool, seed: int = 0) -> list[list[int]]:
-    """How each attempt of `plan` ended, and how many parts there were then."""
-    arguments = [list(map(str, (*pair, out))), SETTINGS | {"sequential": sequential}, plan, seed]
+def attempts(pair: Pair, plans: dict[Path, tuple[bool, list]]) -> list[list[list[int]]]:
+    """How the attempts ended in each directory, and how many parts there were then; a plan is sequential or not."""
+    runs = [
+        [list(map(str, (*pair, out))), SETTINGS | {"sequential": sequential}, plan]
+        for out, (sequential, plan) in plans.items()
+    ]
     result = subprocess.run(
-        [sys.executable, "-c", ATTEMPTS, json.dumps(arguments)],
+        [sys.executable, "-c", ATTEMPTS, json.dumps(runs)],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=500,
         env=os.environ | {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"},
         cwd=ROOT,
         check=False,
@@ -118,33 +119,31 @@ def assert_same_result(out: Path, whole: Path) -> None:
     assert summaries[0] == summaries[1]
 
 
-@pytest.mark.parametrize("sequential", [False, True])
-def test_killed_at_every_kind_of_write_and_resumed(pair, uninterrupted, tmp_path, sequential):
-    """Each attempt is killed just before or just after a file appears, a little further on in each."""
-    out = tmp_path / "out"
+def test_killed_again_and_again_and_resumed(pair, uninterrupted, tmp_path):
+    """Just before or just after a file appears, a little further on in each attempt; and at random moments."""
     preparation, base, parts_of_rl = [0, 1, 2, 3, 4, 5], [0, 1, 20, 21, 16, 17], [0, 1, 2, 3] * 2
-    moments = preparation + base * sequential + parts_of_rl
-    plan = [["moment", moment] for moment in moments] + [["run", 0]]
-    ends = attempts(pair, out, plan, sequential=sequential)
-    assert [code for code, _ in ends] == [-9] * len(moments) + [0]
-    parts = [count for _, count in ends]
-    assert parts == sorted(parts), "a part that was there is gone"
-    assert len(set(parts)) > 3
-    assert_same_result(out, uninterrupted[sequential])
-
-
-def test_killed_at_random_moments_and_resumed(pair, uninterrupted, tmp_path):
-    out = tmp_path / "out"
+    moments = {False: preparation + parts_of_rl, True: preparation + base + parts_of_rl}
     longest = [0.05, 0.2, 0.4, 0.6, 0.8, 1.0]  # the first is over before any run is
-    ends = attempts(pair, out, [*(["seconds", value] for value in longest), ["run", 0]], sequential=False, seed=7)
-    assert ends[0][0] == -9
-    assert_same_result(out, uninterrupted[False])
+    plans = {
+        tmp_path / "joint": (False, [*(["moment", moment] for moment in moments[False]), ["run", 0]]),
+        tmp_path / "sequential": (True, [*(["moment", moment] for moment in moments[True]), ["run", 0]]),
+        tmp_path / "random": (False, [*(["seconds", value] for value in longest), ["run", 0]]),
+    }
+    *at_writes, at_random = attempts(pair, plans)
+    for sequential, ends in zip((False, True), at_writes, strict=True):
+        assert [code for code, _ in ends] == [-9] * len(moments[sequential]) + [0]
+        parts = [count for _, count in ends]
+        assert parts == sorted(parts), "a part that was there is gone"
+        assert len(set(parts)) > 3
+    assert at_random[0][0] == -9
+    for out, (sequential, _) in plans.items():
+        assert_same_result(out, uninterrupted[sequential])
 
 
 def test_what_a_killed_run_left_is_whole_and_belongs_to_it(pair, uninterrupted, tmp_path):
     out = tmp_path / "out"
     # Two files of the preparation, the manifest, a part, the time it took, and the next part.
-    [[code, num_parts]] = attempts(pair, out, [["moment", 11]], sequential=False)
+    [[[code, num_parts]]] = attempts(pair, {out: (False, [["moment", 11]])})
     assert code == -9 and 0 < num_parts < len(contents(uninterrupted[False] / "tokens"))
     whole = contents(uninterrupted[False] / "tokens")
     for name, content in contents(out / "tokens").items():

@@ -27,9 +27,14 @@ _TOLD_BY = ("system", "developer", "user")
 
 
 class ChatTemplate:
-    """The chat template of a tokenizer, with what a line gives beside its messages: `tools`, `chat_template_kwargs`."""
+    """The chat template of a tokenizer, with what a line gives beside its messages: `tools`, `chat_template_kwargs`.
 
-    def __init__(self, tokenizer: Any, columns: Mapping[str, Any]) -> None:
+    BrokenLine if the tokenizer has none; `otherwise` is what the line could have.
+    """
+
+    def __init__(self, tokenizer: Any, columns: Mapping[str, Any], *, otherwise: str) -> None:
+        if not tokenizer.chat_template:
+            raise BrokenLine(f"it has messages, but the tokenizer has no chat template: expected {otherwise}")
         self._tokenizer = tokenizer
         self._tools = _tools(columns.get("tools"))
         self._options = _template_options(tokenizer, columns.get("chat_template_kwargs"))

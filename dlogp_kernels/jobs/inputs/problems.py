@@ -17,7 +17,7 @@ from ..errors import JobError
 from .encoding import encode_prompt
 from .messages import ChatTemplate, as_conversation
 from .models import Reading
-from .records import PARQUET_MAGIC, Record, check_file, fullest_form, read_jsonl, sample_id
+from .records import PARQUET_MAGIC, Record, check_file, columns_of, fullest_form, missing_columns, read_jsonl, sample_id
 from .values import BrokenLine, as_id_list, as_text, check_range, kind_of, shown
 
 _FORMS = (("prompt_ids",), ("messages",), ("prompt",))
@@ -70,9 +70,7 @@ def check_problems(option: str, path: Path) -> None:
 
 
 def _problem(number: int, record: Record, reading: Reading, max_new_tokens: int, needs_answer: bool) -> Problem:
-    if isinstance(record.columns, BrokenLine):
-        raise record.columns
-    columns = record.columns
+    columns = columns_of(record)
     if needs_answer:
         _check_answer(columns)
     ids = _prompt_ids(columns, reading.tokenizer)
@@ -89,8 +87,7 @@ def _problem(number: int, record: Record, reading: Reading, max_new_tokens: int,
 
 def _check_answer(columns: Mapping[str, Any]) -> None:
     if "answer" not in columns:
-        names = ", ".join(map(shown, columns)) or "none"
-        raise BrokenLine(f"missing columns: it has {names}; expected answer")
+        raise missing_columns(columns, "expected answer")
     answer = columns["answer"]
     if isinstance(answer, bool) or not isinstance(answer, str | int | float):
         raise BrokenLine(f"answer is a {kind_of(answer)}, expected a string or a number")
@@ -106,14 +103,12 @@ def _prompt_ids(columns: Mapping[str, Any], tokenizer: Any) -> list[int]:
             return _render(columns, tokenizer)
         case (("prompt") as form,):
             return encode_prompt(tokenizer, as_text(form, columns[form]))
-    names = ", ".join(map(shown, columns)) or "none"
-    raise BrokenLine(f"missing columns: it has {names}; expected prompt, or prompt_ids, or messages")
+    raise missing_columns(columns, "expected prompt, or prompt_ids, or messages")
 
 
 def _render(columns: Mapping[str, Any], tokenizer: Any) -> list[int]:
-    if not tokenizer.chat_template:
-        raise BrokenLine("it has messages, but the tokenizer has no chat template: expected prompt")
+    template = ChatTemplate(tokenizer, columns, otherwise="prompt")
     conversation = as_conversation(columns["messages"])
     if not conversation or conversation[-1]["role"] == "assistant":
         raise BrokenLine(f"messages is {shown(json.dumps(conversation))}, expected a conversation that a user ends")
-    return ChatTemplate(tokenizer, columns).encode_prompt(conversation)
+    return template.encode_prompt(conversation)

@@ -185,9 +185,7 @@ class Encoder:
 
     def __call__(self, record: Record) -> Sample:
         """The sample of a line; BrokenLine if it has none."""
-        if isinstance(record.columns, BrokenLine):
-            raise record.columns
-        columns = record.columns
+        columns = columns_of(record)
         prompt_ids, response_ids, remark = self._encode(columns)
         if not response_ids:
             raise BrokenLine("the response is empty")
@@ -219,12 +217,10 @@ class Encoder:
                 return self._encode_messages(columns)
             case ("prompt", "response") as form:
                 return encode_pair(self._tokenizer, *(as_text(name, columns[name]) for name in form))
-        names = ", ".join(map(shown, columns)) or "none"
-        raise BrokenLine(f"missing columns: it has {names}; {_EXPECTED}")
+        raise missing_columns(columns, _EXPECTED)
 
     def _encode_messages(self, columns: Mapping[str, Any]) -> Encoded:
-        if not self._tokenizer.chat_template:
-            raise BrokenLine("it has messages, but the tokenizer has no chat template: expected prompt and response")
+        template = ChatTemplate(self._tokenizer, columns, otherwise="prompt and response")
         conversation = as_conversation(columns["messages"])
         if len(conversation) < 2:
             raise BrokenLine(f"messages has {len(conversation)} entries, expected a prompt and a response")
@@ -233,7 +229,19 @@ class Encoder:
             raise BrokenLine(f"the last message has the role {shown(last['role'])}, expected 'assistant'")
         if not any(last.get(name) for name in RESPONSE_KEYS):
             raise BrokenLine("the response is empty")
-        return ChatTemplate(self._tokenizer, columns).encode_pair(conversation)
+        return template.encode_pair(conversation)
+
+
+def columns_of(record: Record) -> Mapping[str, Any]:
+    """The columns of a line; BrokenLine if it has none."""
+    if isinstance(record.columns, BrokenLine):
+        raise record.columns
+    return record.columns
+
+
+def missing_columns(columns: Mapping[str, Any], expected: str) -> BrokenLine:
+    """What to raise for a line that has other columns."""
+    return BrokenLine(f"missing columns: it has {', '.join(map(shown, columns)) or 'none'}; {expected}")
 
 
 def sample_id(columns: Mapping[str, Any], line: int) -> str:

@@ -1,7 +1,8 @@
 """The data of a run as token ids on disk: checked once, mapped into memory, never all of it at once."""
 
+import itertools
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,7 +64,7 @@ def prepare(
     """
     broken: list[BrokenLineReport] = []
 
-    def samples() -> Iterable[Sample]:
+    def samples() -> Iterator[Sample]:
         for record in records:
             try:
                 yield encode(record)
@@ -83,23 +84,10 @@ def _files(directory: Path) -> list[Path]:
     return [directory / _SAMPLES_FILE, directory / _BROKEN_FILE]
 
 
-def _write_samples(path: Path, samples: Iterable[Sample]) -> None:
+def _write_samples(path: Path, samples: Iterator[Sample]) -> None:
     with open(path, "wb") as file, pa.ipc.new_file(file, _SCHEMA) as writer:
-        pending: list[Sample] = []
-        for sample in samples:
-            pending.append(sample)
-            if len(pending) == _SAMPLES_PER_BATCH:
-                writer.write_batch(_to_batch(pending))
-                pending.clear()
-        if pending:
-            writer.write_batch(_to_batch(pending))
-
-
-def _to_batch(samples: list[Sample]) -> pa.RecordBatch:
-    columns = zip(*samples, strict=True)
-    return pa.record_batch(
-        [pa.array(column, kind.type) for column, kind in zip(columns, _SCHEMA, strict=True)], _SCHEMA
-    )
+        while batch := list(itertools.islice(samples, _SAMPLES_PER_BATCH)):
+            writer.write_batch(pa.RecordBatch.from_pylist([sample._asdict() for sample in batch], schema=_SCHEMA))
 
 
 class PreparedData:

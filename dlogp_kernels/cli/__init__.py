@@ -5,7 +5,7 @@ import sys
 
 from ..installation import how_to_install
 
-#: Of the extra `cli`: what is imported, and what it is for.
+#: What is imported of the packages of the extra `cli`.
 _NEEDED = ("typer", "rich", "tqdm", "transformers", "safetensors", "pyarrow", "matplotlib", "psutil")
 
 

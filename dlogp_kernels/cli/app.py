@@ -67,7 +67,7 @@ def _show_warning(message: Warning | str, category: type[Warning], filename: str
 
 
 class _PrintableRecord(logging.LogRecord):
-    """Of libraries, which quote what files say."""
+    """A log of a library, which may quote what files say."""
 
     def getMessage(self) -> str:
         return printable(super().getMessage())

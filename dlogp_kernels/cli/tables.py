@@ -16,7 +16,7 @@ from ..report.responses import RESPONSES_FILE, ReplacedToken, Setting
 from ..report.terminal import TextTable, print_files
 from ..report.text import one_line, visible
 
-#: Of each criterion, in the terminal; the files have more.
+#: The rows of each criterion in the terminal; the files have more.
 _SHOWN_TOKENS = 8
 
 
@@ -88,7 +88,7 @@ def print_results(console: Console, summary: Mapping[str, Any], out: Path) -> No
 
 
 def results_table(settings: Sequence[Mapping[str, Any]]) -> TextTable:
-    """Of the settings of a summary, a line each."""
+    """A line for each setting of a summary."""
     rows = [
         (
             one_line(str(Setting(*(row[name] for name in Setting._fields)))),

@@ -78,7 +78,7 @@ def load(name: str) -> tuple[_Function, dict[str, Any]]:
 
 
 def _source_digest(module: Any) -> str | None:
-    """Of the module's file: a grader that was edited is another one."""
+    """The digest of the module's file: a grader that was edited is another one."""
     try:
         file = inspect.getsourcefile(module)
     except TypeError:  # one that is built in

@@ -24,7 +24,7 @@ from ..report.dataset import TOKENS_DIRECTORY, ResponseRows, TokenDataset, part_
 from .allowed import check_options
 from .errors import JobError, explained_computation
 from .inputs.models import ModelPlace, check_device, find_pair, read_pair, warn_of_rounding
-from .inputs.records import Encoder, Sample, line_limit, read_records
+from .inputs.records import Encoder, Example, line_limit, read_records
 from .options import Measuring
 from .progress import bar, note, show_layer
 from .resume.fingerprint import Fingerprints, versions
@@ -33,14 +33,14 @@ from .resume.prepared import BrokenLineReport, PreparedData, prepare
 from .resume.run_directory import RunDirectory, State, known_stamps
 from .resume.stopwatch import Stopwatch
 from .summary import describe
-from .token_statistics import Setting, measure, response_hidden
+from .token_statistics import Computation, measure, response_hidden
 from .token_text import TokenTexts
 
 _HIDDEN_DIRECTORY = "base_hidden"
 _SHOWN_BROKEN_LINES = 20
 
-#: Of a batch: its samples and their keys.
-_Statistics = Callable[[Sequence[Sample], Sequence[str]], list[dict[str, np.ndarray]]]
+#: Takes the examples of a batch and their keys.
+_Statistics = Callable[[Sequence[Example], Sequence[str]], list[dict[str, np.ndarray]]]
 
 
 def run_metrics(
@@ -172,7 +172,7 @@ class _Run:
         arguments = self.arguments
         self._parts = cut_parts(self.data.lengths, arguments.batch_tokens)
         self._device = torch.device(arguments.device)
-        self._setting = Setting(self._device, arguments.temperature, arguments.memory_limit, self._on_layer)
+        self._computation = Computation(self._device, arguments.temperature, arguments.memory_limit, self._on_layer)
         self._shown: tqdm | None = None
         self._stopwatch = Stopwatch(self.directory.ledger)
 
@@ -211,17 +211,17 @@ class _Run:
 
     def _from_both_models(self) -> _Statistics:
         models = self._load(self.rl), self._load(self.base)
-        return lambda samples, _: measure(samples, *models, self._setting)
+        return lambda samples, _: measure(samples, *models, self._computation)
 
     def _from_disk(self, parts: Sequence[int]) -> _Statistics:
         """Statistics from the base model's hidden states on disk, which are computed first, and the RL model."""
         store = self._store_base(parts)
-        head = _on_device(store.head(), self._setting.device)
+        head = _on_device(store.head(), self._computation.device)
         model = self._load(self.rl)
 
-        def statistics(samples: Sequence[Sample], keys: Sequence[str]) -> list[dict[str, np.ndarray]]:
+        def statistics(samples: Sequence[Example], keys: Sequence[str]) -> list[dict[str, np.ndarray]]:
             hidden = [store.read(key, input_ids=_response(sample)) for sample, key in zip(samples, keys, strict=True)]
-            return measure(samples, model, head, self._setting, hidden)
+            return measure(samples, model, head, self._computation, hidden)
 
         return statistics
 
@@ -244,7 +244,7 @@ class _Run:
                     if not self._has(store, samples, keys):
                         computed = True
                         with _explained():
-                            hidden = response_hidden(samples, base, self._setting)
+                            hidden = response_hidden(samples, base, self._computation)
                         with self.directory.writing():
                             for sample, key, states in zip(samples, keys, hidden, strict=True):
                                 store.write(key, states, input_ids=_response(sample))
@@ -255,7 +255,7 @@ class _Run:
         return store
 
     @staticmethod
-    def _has(store: HiddenStore, samples: Sequence[Sample], keys: Sequence[str]) -> bool:
+    def _has(store: HiddenStore, samples: Sequence[Example], keys: Sequence[str]) -> bool:
         return all(store.has(key, input_ids=_response(sample)) for sample, key in zip(samples, keys, strict=True))
 
     def _write_parts(self, missing: Sequence[int], statistics: _Statistics) -> None:
@@ -276,14 +276,14 @@ class _Run:
                     self._stopwatch.save_lap()
                     self.directory.ledger.record(*write_part(self.directory.out, index, table))
 
-    def _batches(self, part: tuple[int, int]) -> Iterator[tuple[list[Sample], list[str]]]:
+    def _batches(self, part: tuple[int, int]) -> Iterator[tuple[list[Example], list[str]]]:
         """The samples of a part in batches, each with a key of its own."""
         begin, end = part
         samples = self.data.samples(begin, end)
         for members in cut_batches(self.data.lengths[begin:end], self.arguments.batch_tokens):
             yield [samples[member] for member in members], [f"{begin + member:012d}" for member in members]
 
-    def _rows(self, sample: Sample, statistics: Mapping[str, np.ndarray]) -> ResponseRows:
+    def _rows(self, sample: Example, statistics: Mapping[str, np.ndarray]) -> ResponseRows:
         texts = self.texts(sample.response_ids)
         return ResponseRows(sample.sample_id, sample.line, sample.source, sample.response_ids, texts, statistics)
 
@@ -312,7 +312,7 @@ def _explained() -> AbstractContextManager[None]:
     return explained_computation("the statistics can not be computed", "--memory-limit, or fewer --batch-tokens")
 
 
-def _check_numbers(samples: Sequence[Sample], measured: Sequence[Mapping[str, np.ndarray]]) -> None:
+def _check_numbers(samples: Sequence[Example], measured: Sequence[Mapping[str, np.ndarray]]) -> None:
     """ValueError where no Δlog p is a number; single ones that are none are counted in the summary."""
     if not all(np.isnan(statistics["delta_logp"]).all() for statistics in measured):
         return
@@ -335,9 +335,9 @@ def _on_device(head: LmHead, device: torch.device) -> LmHead:
     return head._replace(weight=head.weight.to(device), bias=bias)
 
 
-def _response(sample: Sample) -> torch.Tensor:
+def _response(sample: Example) -> torch.Tensor:
     return torch.tensor(sample.response_ids)
 
 
-def _count_tokens(samples: Sequence[Sample]) -> int:
+def _count_tokens(samples: Sequence[Example]) -> int:
     return sum(len(sample.prompt_ids) + len(sample.response_ids) for sample in samples)

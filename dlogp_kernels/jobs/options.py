@@ -42,7 +42,7 @@ _max_line_size = partial(
 
 @dataclass(frozen=True)
 class Measuring:
-    """Of `dlogp metrics`: what its numbers depend on beside models and data; `run_metrics` names the device."""
+    """What the numbers of `dlogp metrics` depend on beside models and data; `run_metrics` names the device."""
 
     memory_limit: int | None = option(None, "Memory beyond the models, such as 4GiB.", unset="none", in_bytes=True)
     batch_tokens: int = option(8192, "Tokens at once, padding included.", at_least(1)._replace(expected="at least 1"))
@@ -63,7 +63,7 @@ class Measuring:
 
 @dataclass(frozen=True)
 class Decoding:
-    """Of `dlogp generate` and `dlogp sweep`: what all settings of a run share."""
+    """What all settings of a run of `dlogp generate` or `dlogp sweep` share."""
 
     temperature: float = option(
         1.0,
@@ -118,7 +118,7 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Training:
-    """Of `dlogp train`: DAPO, with reweighted advantages, as `policy_loss` has them."""
+    """How `dlogp train` trains: DAPO, with reweighted advantages, as `policy_loss` has them."""
 
     steps: int = option(100, "Steps of the optimiser.", at_least(1))
     prompts: int = option(16, "Problems in a batch of responses.", at_least(1))

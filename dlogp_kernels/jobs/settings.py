@@ -13,7 +13,7 @@ from ..report.responses import BASE, RL, Setting
 from .allowed import check_value, integer, number
 from .errors import JobError
 
-#: Of float32, in which the ops compare.
+#: The largest number of float32, in which the ops compare.
 _LARGEST = torch.finfo(torch.float32).max
 _Number = TypeVar("_Number", int, float)
 _SEED = integer(0, 2**64)

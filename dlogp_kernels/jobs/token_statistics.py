@@ -9,11 +9,11 @@ from torch import Tensor
 
 from ..hf import lm_head, lm_head_inputs, token_metrics
 from ..hf.memory import plan_memory
-from .inputs.records import Sample
+from .inputs.records import Example
 from .progress import OnLayer, layers_told
 
 
-class Setting(NamedTuple):
+class Computation(NamedTuple):
     """What a computation depends on beside models and samples; `on_layer` hears how far it is with a batch."""
 
     device: torch.device
@@ -31,23 +31,23 @@ class _Batch(NamedTuple):
 
 
 def measure(
-    samples: Sequence[Sample], model: Any, base: Any, setting: Setting, base_hidden: Sequence[Tensor] | None = None
+    samples: Sequence[Example], model: Any, base: Any, how: Computation, base_hidden: Sequence[Tensor] | None = None
 ) -> list[dict[str, np.ndarray]]:
     """The statistics of each response by name, arrays with one value a token.
 
     With `base_hidden`, from `response_hidden` for the same samples, `base` is the `LmHead` of the base model.
     """
-    batch = _pad(samples, setting.device)
+    batch = _pad(samples, how.device)
     padded_hidden = None if base_hidden is None else _pad_hidden(samples, base_hidden, batch)
-    with torch.inference_mode(), layers_told((model, base), setting.on_layer):
+    with torch.inference_mode(), layers_told((model, base), how.on_layer):
         stats = token_metrics(
             model,
             base,
             batch.input_ids,
             batch.attention_mask,
             loss_mask=batch.is_response,
-            temperature=setting.temperature,
-            memory_limit=setting.memory_limit,
+            temperature=how.temperature,
+            memory_limit=how.memory_limit,
             base_hidden=padded_hidden,
         )
     columns = {name: field.float().cpu().numpy() for name, field in stats._asdict().items()}
@@ -57,14 +57,14 @@ def measure(
     ]
 
 
-def response_hidden(samples: Sequence[Sample], base: Any, setting: Setting) -> list[Tensor]:
+def response_hidden(samples: Sequence[Example], base: Any, how: Computation) -> list[Tensor]:
     """The base model's hidden states (R, D) where it predicts the R tokens of each response; on the CPU."""
-    batch = _pad(samples, setting.device)
+    batch = _pad(samples, how.device)
     num_rows, prefill_chunk = len(samples), None
-    if setting.memory_limit is not None:
-        num_rows, prefill_chunk = _fit(samples, base, batch, setting.memory_limit)
+    if how.memory_limit is not None:
+        num_rows, prefill_chunk = _fit(samples, base, batch, how.memory_limit)
     hidden: list[Tensor] = []
-    with torch.inference_mode(), layers_told((base,), setting.on_layer):
+    with torch.inference_mode(), layers_told((base,), how.on_layer):
         for begin in range(0, len(samples), num_rows):
             rows = slice(begin, begin + num_rows)
             states = lm_head_inputs(
@@ -76,7 +76,7 @@ def response_hidden(samples: Sequence[Sample], base: Any, setting: Setting) -> l
     return hidden
 
 
-def _fit(samples: Sequence[Sample], base: Any, batch: _Batch, memory_limit: int) -> tuple[int, int | None]:
+def _fit(samples: Sequence[Example], base: Any, batch: _Batch, memory_limit: int) -> tuple[int, int | None]:
     """How many rows at once, and how many tokens of each, keep the base model alone within the limit."""
     longest = batch.input_ids.shape[1]
     head = lm_head(base)
@@ -85,13 +85,13 @@ def _fit(samples: Sequence[Sample], base: Any, batch: _Batch, memory_limit: int)
     return max(1, plan.max_tokens // longest), plan.prefill_chunk
 
 
-def _predicting(sample: Sample) -> slice:
+def _predicting(sample: Example) -> slice:
     """The positions that predict the tokens of the response: each the one before its token."""
     begin = len(sample.prompt_ids) - 1
     return slice(begin, begin + len(sample.response_ids))
 
 
-def _pad(samples: Sequence[Sample], device: torch.device) -> _Batch:
+def _pad(samples: Sequence[Example], device: torch.device) -> _Batch:
     longest = max(len(sample.prompt_ids) + len(sample.response_ids) for sample in samples)
     input_ids = np.zeros((len(samples), longest), np.int64)
     attention_mask = np.zeros_like(input_ids, dtype=bool)
@@ -105,7 +105,7 @@ def _pad(samples: Sequence[Sample], device: torch.device) -> _Batch:
     return _Batch(*(torch.from_numpy(array).to(device) for array in (input_ids, attention_mask, is_response)))
 
 
-def _pad_hidden(samples: Sequence[Sample], hidden: Sequence[Tensor], batch: _Batch) -> Tensor:
+def _pad_hidden(samples: Sequence[Example], hidden: Sequence[Tensor], batch: _Batch) -> Tensor:
     """(B, T, D): each sample's hidden states where they predict its response, 0 where they are not looked at."""
     padded = hidden[0].new_zeros(*batch.input_ids.shape, hidden[0].shape[-1])
     for row, (sample, states) in enumerate(zip(samples, hidden, strict=True)):

@@ -309,7 +309,7 @@ class _Run:
         self.directory.ledger.record_files(_files_below(newest))
 
     def _evaluate(self) -> dict[str, Any]:
-        """Of the held-out problems, if there are any; always with the same noise."""
+        """What the model makes of the held-out problems, if there are any; always with the same noise."""
         held_out = self.problems[1] if len(self.problems) > 1 else []
         if not held_out:
             return {}

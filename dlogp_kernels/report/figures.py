@@ -113,7 +113,7 @@ def histograms(dataset: TokenDataset, panel: Panel) -> list[Histogram]:
 def _histogram(source: str | None, values: np.ndarray, edges: np.ndarray) -> Histogram:
     counts, _ = np.histogram(values, edges)
     beyond = len(values) - int(counts.sum())
-    # Of all tokens, so that what lies beyond the axis is not spread over the rest.
+    # The density is that of all tokens, so that what lies beyond the axis is not spread over the rest.
     return Histogram(source, edges, counts / (max(len(values), 1) * np.diff(edges)), len(values), beyond)
 
 

@@ -7,9 +7,9 @@ from typing import BinaryIO
 
 from .errors import DatasetError
 
-#: Of a line of the data, where no other limit is set: parsed, a line may take forty times its size in memory.
+#: The limit on a line of the data where no other is set: parsed, a line may take forty times its size in memory.
 MAX_LINE_BYTES = 16 * 2**20
-#: Of a line that a run wrote: a response of a million tokens, all of them replaced, fits.
+#: The limit on a line that a run wrote: a response of a million tokens, all of them replaced, fits.
 MAX_WRITTEN_LINE_BYTES = 128 * 2**20
 _PIECE = 2**16
 

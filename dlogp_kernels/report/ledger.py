@@ -36,7 +36,7 @@ class Piece(NamedTuple):
 
 
 def piece_of(data: bytes, begin: int = 0) -> Piece:
-    """Of `data`, which stands at `begin` in its file."""
+    """The piece that `data` is, which stands at `begin` in its file."""
     return Piece(begin, len(data), digest(data))
 
 

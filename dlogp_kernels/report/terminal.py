@@ -77,7 +77,7 @@ class TextTable:
 
 
 def _width(text: str) -> int:
-    """Of its longest line, in columns of a terminal."""
+    """Columns of a terminal that its longest line takes."""
     return max(map(cell_len, text.split("\n")))
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from .values import BrokenLine
 
-#: Of a prompt, to see what a response after it reads like.
+#: The end of a prompt that is decoded to see what a response after it reads like.
 _TOKENS_OF_CONTEXT = 8
 #: How byte-level and SentencePiece vocabularies spell the space at the beginning of a word.
 _SPACES = ("▁", "Ġ")

@@ -120,7 +120,7 @@ class ChatTemplate:
         return _Place(begin, place + len(ending) if place >= 0 else len(whole.rstrip()))
 
     def _ending(self, tail: str) -> str:
-        """Of what a template writes after a text: the token that ends the turn, with spaces before it; "" for none."""
+        """The token that ends a turn in what a template writes after a text, with spaces before it; "" for none."""
         tokens = sorted(filter(str.strip, self._tokenizer.get_added_vocab()), key=len, reverse=True)
         match = re.match(rf"\s*(?:{'|'.join(map(re.escape, tokens))})", tail) if tokens else None
         return match[0] if match else ""
@@ -142,7 +142,7 @@ class ChatTemplate:
 
 
 class _Place(NamedTuple):
-    """Of a response in a rendering: where it begins (0: with the turn), and where the turn ends."""
+    """Where a response begins in a rendering (0: with the turn), and where its turn ends."""
 
     begin: int
     end: int
@@ -166,7 +166,7 @@ def _all_spellings(calls: Any) -> list[list[str]]:
 
 
 def _spellings(calls: Any) -> Iterator[list[str]]:
-    """Of every name and value of tool calls: how a template may write it."""
+    """How a template may write each name and each value of tool calls."""
     for call in calls:
         function = _function(call)
         yield [str(function.get("name"))]

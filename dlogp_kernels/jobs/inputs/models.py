@@ -27,7 +27,7 @@ _TOLD_ROUNDING = 0.02
 _DEVICES = ("cpu", "cuda")
 
 _Loaded = TypeVar("_Loaded")
-#: Of a repository on the Hub: its top level, without pickles and without weights for other frameworks.
+#: What is taken of a repository on the Hub: its top level, without pickles and weights for other frameworks.
 _DOWNLOADED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
 
 

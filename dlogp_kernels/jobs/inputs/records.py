@@ -37,7 +37,7 @@ PARQUET_MAGIC = b"PAR1"
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
-class Sample(NamedTuple):
+class Example(NamedTuple):
     """One prompt and one response to it, as token ids (int32)."""
 
     line: int
@@ -170,7 +170,7 @@ def fullest_form(columns: Mapping[str, Any], forms: Sequence[tuple[str, ...]]) -
 
 
 class Encoder:
-    """Turns the columns of a line into a `Sample`.
+    """Turns the columns of a line into an `Example`.
 
     Args:
         tokenizer: of both models.
@@ -183,7 +183,7 @@ class Encoder:
         self._vocabulary = vocabulary
         self._context = context
 
-    def __call__(self, record: Record) -> Sample:
+    def __call__(self, record: Record) -> Example:
         """The sample of a line; BrokenLine if it has none."""
         columns = columns_of(record)
         prompt_ids, response_ids, remark = self._encode(columns)
@@ -199,7 +199,7 @@ class Encoder:
                 f"prompt ({len(prompt_ids)} tokens) and response ({len(response_ids)}) are longer than the context "
                 f"of the models, {self._context} tokens"
             )
-        return Sample(
+        return Example(
             record.line,
             sample_id(columns, record.line),
             _source(columns),

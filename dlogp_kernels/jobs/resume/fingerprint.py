@@ -24,7 +24,7 @@ _SHOWN_AFTER_SECONDS = 1.0
 
 
 def versions(device: str, op: str = "linear_delta_logp_fwd") -> dict[str, str]:
-    """Of the packages that the numbers come from, and the backend that serves the op on this device."""
+    """The versions of what the numbers come from, and the backend that serves the op on this device."""
     packages = {name: version(name) for name in ("torch", "transformers")}
     return {
         "dlogp_kernels": __version__,
@@ -49,7 +49,7 @@ class Fingerprints:
         self._progress = progress
 
     def model(self, place: ModelPlace) -> dict[str, Any]:
-        """Of the files of a model that loading reads; a model of the Hub is known by its commit."""
+        """The files of a model that loading reads, by name; a model of the Hub is known by its commit."""
         directory = place.directory
         if not Path(place.name).exists() and _COMMIT.fullmatch(directory.name):
             return {"hub_name": place.name, "commit": directory.name}
@@ -66,11 +66,11 @@ class Fingerprints:
         return model
 
     def file(self, path: Path) -> dict[str, Any]:
-        """Of one file."""
+        """Size and digest of one file."""
         return self.files([path])[0]
 
     def files(self, paths: Sequence[Path]) -> list[dict[str, Any]]:
-        """Of each of the files."""
+        """Size and digest of each of the files."""
         total = sum(path.stat().st_size for path in paths)
         with (
             bar(

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from ...report.files import replaced_atomically, write_atomically
 from ...report.ledger import Ledger
 from ..errors import JobError
-from ..inputs.records import Encoder, Record, Sample
+from ..inputs.records import Encoder, Example, Record
 from ..inputs.values import BrokenLine, shown
 
 _SCHEMA = pa.schema(
@@ -64,7 +64,7 @@ def prepare(
     """
     broken: list[BrokenLineReport] = []
 
-    def samples() -> Iterator[Sample]:
+    def samples() -> Iterator[Example]:
         for record in records:
             try:
                 yield encode(record)
@@ -84,7 +84,7 @@ def _files(directory: Path) -> list[Path]:
     return [directory / _SAMPLES_FILE, directory / _BROKEN_FILE]
 
 
-def _write_samples(path: Path, samples: Iterator[Sample]) -> None:
+def _write_samples(path: Path, samples: Iterator[Example]) -> None:
     with open(path, "wb") as file, pa.ipc.new_file(file, _SCHEMA) as writer:
         while batch := list(itertools.islice(samples, _SAMPLES_PER_BATCH)):
             writer.write_batch(pa.RecordBatch.from_pylist([sample._asdict() for sample in batch], schema=_SCHEMA))
@@ -111,14 +111,14 @@ class PreparedData:
     def __len__(self) -> int:
         return self._table.num_rows
 
-    def samples(self, begin: int, end: int) -> list[Sample]:
+    def samples(self, begin: int, end: int) -> list[Example]:
         """Samples `begin` to `end` − 1, in the order of the data."""
         piece = self._table.slice(begin, end - begin)
         columns = [
             self._arrays(piece[name]) if name in ("prompt_ids", "response_ids") else piece[name].to_pylist()
-            for name in Sample._fields
+            for name in Example._fields
         ]
-        return [Sample(*fields) for fields in zip(*columns, strict=True)]
+        return [Example(*fields) for fields in zip(*columns, strict=True)]
 
     def remarks(self) -> list[Remark]:
         """What there is to say of lines that are used: how their text became token ids, and ids that are not unique."""

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from .errors import JobError, check_option
+from .errors import JobError
 
 _KEY = "option"
 
@@ -29,26 +29,18 @@ class Option(NamedTuple):
     """What there is to say of an option: for `--help`, and for a value that can not be."""
 
     help: str
-    allowed: Allowed | None
+    allowed: Allowed | None = None
     #: What no value stands for.
-    unset: str | None
+    unset: str | None = None
     #: Whether it is a number of bytes, which is given as text such as "16MiB".
-    in_bytes: bool
+    in_bytes: bool = False
     #: The name on the command line where that may be given several times, each for one value.
-    each: str | None
+    each: str | None = None
 
 
-def option(
-    default: Any,
-    help: str,
-    allowed: Allowed | None = None,
-    *,
-    unset: str | None = None,
-    in_bytes: bool = False,
-    each: str | None = None,
-) -> Any:
-    """A field of a dataclass of options."""
-    return dataclasses.field(default=default, metadata={_KEY: Option(help, allowed, unset, in_bytes, each)})
+def option(default: Any, help: str, allowed: Allowed | None = None, **more: Any) -> Any:
+    """A field of a dataclass of options; `more` of what an `Option` says."""
+    return dataclasses.field(default=default, metadata={_KEY: Option(help, allowed, **more)})
 
 
 def options_of(kind: Any) -> dict[str, Option]:
@@ -97,4 +89,7 @@ def check_value(flag: str, value: Any, allowed: Allowed) -> None:
     if odd or not isinstance(value, allowed.kind) or not allowed.holds(value):
         raise JobError(f"{flag} is {repr(value) if allowed.choices else value}, expected {allowed.expected}")
     if allowed.check is not None:
-        check_option(allowed.check, flag, value)
+        try:
+            allowed.check(flag, value)
+        except (TypeError, ValueError) as error:
+            raise JobError(str(error)) from error

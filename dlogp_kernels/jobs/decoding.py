@@ -5,6 +5,7 @@ run killed at any moment and started again gives the file of a run that was not 
 as many threads: how many share a matrix product shows in the last bit.)
 """
 
+import itertools
 import platform
 import time
 import warnings
@@ -17,13 +18,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from ..hf import Generation, generate
 from ..report.responses import RESPONSES_FILE, Collector, Response, Setting, SettingResult, describe
 from .allowed import check_options
 from .errors import JobError, explained_computation
-from .graders import Grade, Grader, load_grader
+from .graders import Grader, load_grader
 from .inputs.models import ModelPlace, check_device, find_pair, read_pair, warn_of_rounding
 from .inputs.problems import Problem, check_problems, read_problems
 from .options import Decoding
@@ -231,63 +233,42 @@ class _Run:
                 max_batch_size=self.decoding.batch_size,
                 on_step=on_step,
             )
-        rows = _rows(generation)
-        places = [(problem, sample) for problem in chunk.problems for sample in range(samples)]
-        return [
-            self._response(chunk, problem, sample, row) for (problem, sample), row in zip(places, rows, strict=True)
-        ]
+        return list(self._responses(chunk, generation))
 
-    def _response(self, chunk: _Chunk, problem: Problem, sample: int, row: "_Row") -> Response:
-        text = self.tokenizer.decode(row.tokens, skip_special_tokens=True)
-        grade: Grade = self.grader(text, problem.columns)
-        return Response(
-            problem.problem_id,
-            problem.number,
-            sample,
-            chunk.setting,
-            chunk.seed,
-            text,
-            row.tokens.tolist(),
-            row.finished,
-            grade.score,
-            grade.error,
-            row.selected.tolist(),
-            row.delta_logp.tolist(),
-            row.draft_tokens.tolist(),
-            self._texts(row.draft_tokens.numpy()),
-            self._texts(row.tokens[row.selected].numpy()),
-        )
-
-
-class _Row(NamedTuple):
-    """One response on the CPU: its tokens; places, Δlog p and drafts of those that were replaced."""
-
-    tokens: Tensor
-    finished: bool
-    selected: Tensor
-    delta_logp: Tensor
-    draft_tokens: Tensor
-
-
-def _rows(generation: Generation) -> Iterator[_Row]:
-    names = ("tokens", "draft_tokens", "selected", "delta_logp", "lengths", "finished")
-    tokens, drafts, selected, delta_logp, lengths, finished = (getattr(generation, name).cpu() for name in names)
-    for row, length in enumerate(lengths.tolist()):
-        places = selected[row, :length].nonzero().flatten()
-        yield _Row(
-            tokens[row, :length], bool(finished[row]), places, delta_logp[row, places].float(), drafts[row, places]
-        )
+    def _responses(self, chunk: _Chunk, generation: Generation) -> Iterator[Response]:
+        """The rows of a generation as responses; each knows the places, Δlog p and drafts of its replaced tokens."""
+        names = ("tokens", "draft_tokens", "selected", "delta_logp", "lengths", "finished")
+        columns = (getattr(generation, name).cpu() for name in names)
+        places = itertools.product(chunk.problems, range(self.decoding.samples))
+        for (problem, sample), *row in zip(places, *columns, strict=True):
+            all_tokens, all_drafts, is_selected, delta_logp, length, finished = row
+            tokens, selected = all_tokens[:length], is_selected[:length].nonzero().flatten()
+            text, drafts = self.tokenizer.decode(tokens, skip_special_tokens=True), all_drafts[selected]
+            grade = self.grader(text, problem.columns)
+            yield Response(
+                problem.problem_id,
+                problem.number,
+                sample,
+                chunk.setting,
+                chunk.seed,
+                text,
+                tokens.tolist(),
+                bool(finished),
+                grade.score,
+                grade.error,
+                selected.tolist(),
+                delta_logp[selected].float().tolist(),
+                drafts.tolist(),
+                self._texts(drafts.numpy()),
+                self._texts(tokens[selected].numpy()),
+            )
 
 
 def pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """Token ids and attention mask (B, longest prompt)."""
-    longest = max(map(len, prompts))
-    input_ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
-    attention_mask = torch.zeros_like(input_ids)
-    for row, prompt in enumerate(prompts):
-        input_ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-        attention_mask[row, longest - len(prompt) :] = 1
-    return input_ids.to(device), attention_mask.to(device)
+    rows = [torch.tensor(prompt) for prompt in prompts]
+    pad = partial(pad_sequence, batch_first=True, padding_side="left")
+    return pad(rows).to(device), pad([torch.ones_like(row) for row in rows]).to(device)
 
 
 class _Progress:

@@ -3,7 +3,7 @@
 import errno
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,14 +13,6 @@ from safetensors import SafetensorError
 
 class JobError(ValueError):
     """What was given can not be used: an argument, a file, a directory. The message says what to do."""
-
-
-def check_option(check: Callable[..., None], option: str, value: object) -> None:
-    """JobError where `check`, of checks.py, refuses the value."""
-    try:
-        check(option, value)
-    except (TypeError, ValueError) as error:
-        raise JobError(str(error)) from error
 
 
 @contextmanager

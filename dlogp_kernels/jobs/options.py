@@ -13,31 +13,28 @@ from .errors import JobError
 from .graders import DEFAULT_GRADER_SECONDS
 
 _NOT_NEGATIVE = number("≥ 0", lambda value: value >= 0)
+_FACTOR = _NOT_NEGATIVE._replace(check=check_factor)
+_DRAWING_TEMPERATURE = _NOT_NEGATIVE._replace(check=check_drawing_temperature)
 _POSITIVE = number("> 0", lambda value: value > 0)
+_TEMPERATURE = _POSITIVE._replace(check=check_scale)
+_ABOVE_ONE = number("> 1", lambda value: value > 1)
+_BELOW_ONE = number("in [0, 1)", lambda value: 0 <= value < 1)
+_MASS = number("in (0, 1]", lambda value: 0 < value <= 1)
+_SHARE = number("in [0, 1]", lambda value: 0 <= value <= 1)
+_DTYPE = one_of("auto", "bf16", "fp16", "fp32")._replace(expected="one of bf16, fp16, fp32, auto")
+_ROWS = integer(1)._replace(expected="an integer ≥ 1")
+_ON_ERROR = one_of("raise", "skip")._replace(expected="raise or skip")
 
 # Options that several jobs have.
-_dtype = partial(
-    option,
-    "auto",
-    "Of the weights in memory; auto: of each model's files, so that none is rounded.",
-    one_of("auto", "bf16", "fp16", "fp32")._replace(expected="one of bf16, fp16, fp32, auto"),
-)
+_ABOUT_DTYPE = "Of the weights in memory; auto: of each model's files, so that none is rounded."
+_dtype = partial(option, "auto", _ABOUT_DTYPE, _DTYPE)
 _device = partial(option, None, "Such as cpu or cuda:1.", unset="cuda if there is one")
 _trust_remote_code = partial(option, False, "Run code that comes with the models.")
 _max_new_tokens = partial(option, 1024, "Tokens after which a response ends unfinished.")
-_grader_timeout = partial(
-    option,
-    DEFAULT_GRADER_SECONDS,
-    "Seconds for a response, after which a grader but exact is stopped, and counted.",
-    _POSITIVE,
-)
-_max_line_size = partial(
-    option,
-    MAX_LINE_BYTES,
-    "Longest line of JSONL in --data; a longer one can not be used.",
-    integer(1, 2**40),
-    in_bytes=True,
-)
+_ABOUT_TIMEOUT = "Seconds for a response, after which a grader but exact is stopped, and counted."
+_grader_timeout = partial(option, DEFAULT_GRADER_SECONDS, _ABOUT_TIMEOUT, _POSITIVE)
+_ABOUT_LINES = "Longest line of JSONL in --data; a longer one can not be used."
+_max_line_size = partial(option, MAX_LINE_BYTES, _ABOUT_LINES, integer(1, 2**40), in_bytes=True)
 
 
 @dataclass(frozen=True)
@@ -49,13 +46,9 @@ class Measuring:
     dtype: str = _dtype()
     device: str = _device()
     sequential: bool = option(False, "One model in memory at a time; the base's hidden states go to disk.")
-    on_error: str = option(
-        "raise", "For a line that can not be used.", one_of("raise", "skip")._replace(expected="raise or skip")
-    )
+    on_error: str = option("raise", "For a line that can not be used.", _ON_ERROR)
     temperature: float = option(
-        1.0,
-        "Divides the logits of both models.",
-        _POSITIVE._replace(expected="a finite number > 0", check=check_scale),
+        1.0, "Divides the logits of both models.", _TEMPERATURE._replace(expected="a finite number > 0")
     )
     trust_remote_code: bool = _trust_remote_code()
     max_line_size: int = _max_line_size()
@@ -65,31 +58,16 @@ class Measuring:
 class Decoding:
     """What all settings of a run of `dlogp generate` or `dlogp sweep` share."""
 
-    temperature: float = option(
-        1.0,
-        "Of the draws; 0 takes the most likely token.",
-        _NOT_NEGATIVE._replace(check=check_drawing_temperature),
-    )
+    temperature: float = option(1.0, "Of the draws; 0 takes the most likely token.", _DRAWING_TEMPERATURE)
     top_k: int = option(0, "Draw from so many tokens at most; 0: from all.", integer(0))
-    top_p: float = option(
-        1.0,
-        "Draw from the most likely tokens of this mass, in (0, 1].",
-        number("in (0, 1]", lambda value: 0 < value <= 1),
-    )
-    min_p: float = option(
-        0.0,
-        "Least probability, as a share of the largest one, in [0, 1].",
-        number("in [0, 1]", lambda value: 0 <= value <= 1),
-    )
+    top_p: float = option(1.0, "Draw from the most likely tokens of this mass, in (0, 1].", _MASS)
+    min_p: float = option(0.0, "Least probability, as a share of the largest one, in [0, 1].", _SHARE)
     samples: int = option(1, "Responses to each problem, under each setting and seed.", integer(1))
     max_new_tokens: int = _max_new_tokens(integer(1))
     stop_token_ids: Sequence[int] | None = option(
-        None,
-        "A token that ends a response; may be repeated.",
-        integer(0),
-        unset="those of both models",
+        None, "A token that ends a response; may be repeated.", integer(0), unset="those of both models",
         each="stop_token_id",
-    )
+    )  # fmt: skip
     batch_size: int = option(64, "Responses decoded together at most.", integer(1))
     chunk_size: int | None = option(
         None, "Responses between two writes to the disk.", integer(1), unset="4 × --batch-size"
@@ -125,10 +103,7 @@ class Training:
     samples: int = option(16, "Responses to each of them.", at_least(2))  # which are compared with each other
     minibatches: int = option(2, "Steps in which a batch of responses is spent.", at_least(1))
     micro_batch_size: int | None = option(
-        None,
-        "Responses in memory at once while learning.",
-        integer(1)._replace(expected="an integer ≥ 1"),
-        unset="those of a step",
+        None, "Responses in memory at once while learning.", _ROWS, unset="those of a step"
     )
     max_new_tokens: int = _max_new_tokens(at_least(1))
     learning_rate: float = option(1e-6, "After the warm-up; constant.", _POSITIVE)
@@ -139,23 +114,17 @@ class Training:
         "none.",
         one_of(*REWEIGHTS),
     )
-    alpha: float = option(0.1, "α of the reweighting.", _NOT_NEGATIVE._replace(check=check_factor))
+    alpha: float = option(0.1, "α of the reweighting.", _FACTOR)
     reweight_sign: str = option("both", "Which advantages are reweighted.", one_of(*REWEIGHT_SIGNS))
-    clip_low: float = option(
-        0.2, "The ratio is clipped at 1 − this,", number("in [0, 1)", lambda value: 0 <= value < 1)
-    )
+    clip_low: float = option(0.2, "The ratio is clipped at 1 − this,", _BELOW_ONE)
     clip_high: float = option(0.28, "and at 1 + this.", _NOT_NEGATIVE)
-    dual_clip: float = option(
-        10.0, "Bound of the ratio where the advantage is negative.", number("> 1", lambda value: value > 1)
-    )
-    kl_beta: float = option(
-        0.0, "Of the divergence to the base model; 0 for none.", _NOT_NEGATIVE._replace(check=check_factor)
-    )
+    dual_clip: float = option(10.0, "Bound of the ratio where the advantage is negative.", _ABOVE_ONE)
+    kl_beta: float = option(0.0, "Of the divergence to the base model; 0 for none.", _FACTOR)
     dynamic_sampling: bool = option(True, "Drop problems whose responses are all worth the same, and draw others.")
     overlong_buffer: int = option(
         0, "Tokens before --max-new-tokens in which a penalty grows to 1; 0 for none.", at_least(0)
     )
-    temperature: float = option(1.0, "Of the draws and of the policy.", _POSITIVE._replace(check=check_scale))
+    temperature: float = option(1.0, "Of the draws and of the policy.", _TEMPERATURE)
     # NumPy's generators, which the trainer seeds too, take no more.
     seed: int = option(0, "Of the order of problems and of the draws.", integer(0, 2**32))
     eval_every: int = option(10, "Steps between measurements on --eval-data.", at_least(1))

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ..hf import lm_head, lm_head_inputs, token_metrics
 from ..hf.memory import plan_memory
@@ -92,17 +93,12 @@ def _predicting(sample: Example) -> slice:
 
 
 def _pad(samples: Sequence[Example], device: torch.device) -> _Batch:
-    longest = max(len(sample.prompt_ids) + len(sample.response_ids) for sample in samples)
-    input_ids = np.zeros((len(samples), longest), np.int64)
-    attention_mask = np.zeros_like(input_ids, dtype=bool)
-    is_response = np.zeros_like(attention_mask)
-    for row, sample in enumerate(samples):
-        begin, end = len(sample.prompt_ids), len(sample.prompt_ids) + len(sample.response_ids)
-        input_ids[row, :begin] = sample.prompt_ids
-        input_ids[row, begin:end] = sample.response_ids
-        attention_mask[row, :end] = True
-        is_response[row, begin:end] = True
-    return _Batch(*(torch.from_numpy(array).to(device) for array in (input_ids, attention_mask, is_response)))
+    ids = [torch.from_numpy(np.concatenate([sample.prompt_ids, sample.response_ids])).long() for sample in samples]
+    input_ids = pad_sequence(ids, batch_first=True)
+    position = torch.arange(input_ids.shape[1])
+    begin = torch.tensor([[len(sample.prompt_ids)] for sample in samples])
+    attention_mask = position < torch.tensor([[len(row)] for row in ids])
+    return _Batch(input_ids.to(device), attention_mask.to(device), (attention_mask & (position >= begin)).to(device))
 
 
 def _pad_hidden(samples: Sequence[Example], hidden: Sequence[Tensor], batch: _Batch) -> Tensor:

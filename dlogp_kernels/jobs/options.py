@@ -1,4 +1,7 @@
-"""The options of each job: defaults, help and bounds. The command line has the same; nothing heavy is imported here."""
+"""The options of each job, each with its default, help and bounds: the command line takes all of it from here.
+
+So nothing heavy is imported here.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -56,7 +59,12 @@ class Measuring:
 
 @dataclass(frozen=True)
 class Decoding:
-    """What all settings of a run of `dlogp generate` or `dlogp sweep` share."""
+    """What all settings of a run of `dlogp generate` or `dlogp sweep` share.
+
+    Temperature and filters are of both draws; 0, 1 and 0 switch top_k, top_p and min_p off. A stop token is part of the
+    response that it ends. `chunk_size` responses are written at once: a kill can cost so many. `exact` needs no time
+    limit; a response that another grader takes longer for is counted as one at which it raised.
+    """
 
     temperature: float = option(1.0, "Of the draws; 0 takes the most likely token.", _DRAWING_TEMPERATURE)
     top_k: int = option(0, "Draw from so many tokens at most; 0: from all.", integer(0))
@@ -96,11 +104,16 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Training:
-    """How `dlogp train` trains: DAPO, with reweighted advantages, as `policy_loss` has them."""
+    """How `dlogp train` trains: DAPO, with reweighted advantages, as `policy_loss` has them.
+
+    A batch has `samples` responses to each of `prompts` problems, which are compared with each other, and is spent in
+    `minibatches` equal parts. The learning rate is reached after `warmup_steps`. Within `overlong_buffer` tokens of
+    `max_new_tokens` a penalty on the score grows from 0 to 1. Held-out problems are measured at the end in any case.
+    """
 
     steps: int = option(100, "Steps of the optimiser.", at_least(1))
     prompts: int = option(16, "Problems in a batch of responses.", at_least(1))
-    samples: int = option(16, "Responses to each of them.", at_least(2))  # which are compared with each other
+    samples: int = option(16, "Responses to each of them.", at_least(2))
     minibatches: int = option(2, "Steps in which a batch of responses is spent.", at_least(1))
     micro_batch_size: int | None = option(
         None, "Responses in memory at once while learning.", _ROWS, unset="those of a step"

@@ -21,8 +21,8 @@ import torch
 from torch.utils import collect_env
 
 from ...jobs import doctor
-from ...report.pictures import render
 from ...report.files import write_atomically
+from ...report.pictures import render
 from ...report.training_curves import Group, TrainingRun, draw_training
 from . import summary, training
 from .training import METHODS, Budget

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..checks import INTEGER, check_tensor
 from .lengths import Side
 
 #: Vocabularies that differ by fewer rows than this differ by padding (rows are padded to a multiple of up to 1024).
@@ -44,7 +45,7 @@ class Group(NamedTuple):
 
 def as_batch(input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Batch:
     """Check the arguments and part the rows into documents; ValueError or TypeError by name."""
-    _check_integers("input_ids", input_ids)
+    check_tensor("input_ids", input_ids, INTEGER, "an integer dtype")
     if input_ids.dim() != 2 or input_ids.numel() == 0:
         raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}, expected (B, T), B and T ≥ 1")
     if attention_mask is None and position_ids is None:
@@ -53,9 +54,8 @@ def as_batch(input_ids: Tensor, attention_mask: Tensor | None, position_ids: Ten
     kept = torch.ones_like(input_ids, dtype=torch.bool)
     if attention_mask is not None:
         kept = as_mask("attention_mask", attention_mask, [tuple(input_ids.shape)]).to(input_ids.device)
-    starts = _first_kept(kept)
-    if position_ids is not None:
-        starts = _restarts(position_ids, input_ids, kept)
+    # Where documents begin: at each row's first kept token, or where positions say so.
+    starts = kept & (kept.cumsum(1) == 1) if position_ids is None else _restarts(position_ids, input_ids, kept)
     document = starts.flatten().cumsum(0).view_as(starts) - 1
     whole = bool(kept.all()) and int(starts.sum()) == input_ids.shape[0]
     return Batch(input_ids, document.masked_fill(~kept, -1), whole)
@@ -152,21 +152,9 @@ def gather(values: Tensor, group: Group) -> Tensor:
     return torch.where(kept, rows, torch.zeros_like(rows))
 
 
-def _check_integers(name: str, value: Tensor) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} is {type(value).__name__}, expected a tensor")
-    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
-        raise TypeError(f"{name} has dtype {value.dtype}, expected an integer dtype")
-
-
-def _first_kept(kept: Tensor) -> Tensor:
-    """Where each row's first kept token stands."""
-    return kept & (kept.cumsum(1) == 1)
-
-
 def _restarts(position_ids: Tensor, input_ids: Tensor, kept: Tensor) -> Tensor:
     """Where documents begin: kept tokens at position 0. Within a document positions count 0, 1, 2, …"""
-    _check_integers("position_ids", position_ids)
+    check_tensor("position_ids", position_ids, INTEGER, "an integer dtype")
     if position_ids.dim() != 2 or position_ids.shape[1] != input_ids.shape[1]:
         raise ValueError(
             f"position_ids has shape {tuple(position_ids.shape)}, expected {tuple(input_ids.shape)} or "

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..checks import INTEGER, check_tensor
 from ..functional import extrapolated_sample
 from ..results import Sample
 from .backbone import check_tokens, evaluation
@@ -279,8 +280,8 @@ def _padding_token(pair: Sequence[PreTrainedModel], stop: Collection[int], vocab
 def _row_ids(given: Sequence[int] | Tensor | None, rows: int) -> list[int]:
     if given is None:
         return list(range(rows))
-    if isinstance(given, Tensor) and (given.is_floating_point() or given.dtype == torch.bool):
-        raise TypeError(f"row_id has dtype {given.dtype}, expected an integer dtype")
+    if isinstance(given, Tensor):
+        check_tensor("row_id", given, INTEGER, "an integer dtype")
     ids = given.tolist() if isinstance(given, Tensor) else list(given)
     if len(ids) != rows:
         raise ValueError(f"row_id has {len(ids)} numbers, expected {rows}, one of each row")

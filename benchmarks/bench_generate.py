@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dlogp_kernels import hf
 from dlogp_kernels.demo import task
+from dlogp_kernels.demo.generate import PAIR_DIRECTORY
 from dlogp_kernels.hf.backbone import cache_name
 
 from .shapes import Shape, Workload
@@ -131,12 +133,6 @@ def build(work: Workload, device: torch.device) -> Replay:
     """The pair in float32, and its responses to held-out problems."""
     if device.type != "cpu":
         raise NotMeasuredError("the demo pair is so small that a GPU would measure nothing but launches")
-    try:
-        from dlogp_kernels import hf
-    except ModuleNotFoundError as error:
-        raise NotMeasuredError(f"not installed: {error.name}") from error
-    from dlogp_kernels.demo.generate import PAIR_DIRECTORY
-
     tokenizer = hf.load_tokenizer(PAIR_DIRECTORY / "rl")
     models = [hf.load_model(PAIR_DIRECTORY / name, dtype=torch.float32) for name in ("rl", "base")]
     texts = [problem.prompt for problem in task.generate_problems(work.n, seed=0)]
@@ -151,16 +147,12 @@ def candidates(replay: Replay) -> list[Candidate]:
 
 
 def _drawn(models: Sequence[Any], prompts: Tensor) -> Any:
-    from dlogp_kernels import hf
-
     return hf.generate(models[0], models[1], prompts, max_new_tokens=_MAX_NEW_TOKENS, **_SETTING)
 
 
 @torch.no_grad()
 def errors_of(replay: Replay) -> dict[str, float]:
     """The largest error of each log-probability, beside whole forwards."""
-    from dlogp_kernels import hf
-
     drawn, begin = replay.drawn, replay.prompts.shape[1] - 1
     inside = torch.arange(drawn.tokens.shape[1]) < drawn.lengths[:, None]
     stats = hf.token_metrics(*replay.models, torch.cat([replay.prompts, drawn.tokens], 1))

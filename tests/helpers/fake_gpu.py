@@ -23,6 +23,7 @@ import pytest
 import triton
 import triton.backends.nvidia.driver as nvidia
 from paths import HELPERS
+from tolerances import REGISTERS, SPILLED_BYTES
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
@@ -51,6 +52,11 @@ GPUS = {
     "sm_100": Gpu(GPUTarget("cuda", 100, 32), 232_448, 148, r"tcgen05\.mma", True),
     "gfx942": Gpu(GPUTarget("hip", "gfx942", 64), 65_536, 304, r"v_mfma", False),
 }
+
+
+#: Kernels that multiply hidden states and weights themselves.
+MULTIPLY = ("_linear_logp_fwd_kernel", "_linear_delta_logp_fwd_kernel", "_linear_extrapolated_sample_kernel")
+TRITON = ".".join(triton.__version__.split(".")[:2])
 
 
 class Kernel(NamedTuple):
@@ -262,6 +268,26 @@ def _resources_of_cubin(cubin: bytes) -> tuple[int, int]:
         command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
         report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return _number(r"REG:(\d+)", report), _number(r"STACK:(\d+)", report) + _number(r"LOCAL:(\d+)", report)
+
+
+def assert_fits(gpu: str, kernel: Kernel) -> None:
+    print(f"{kernel.name} {kernel.constants}: {kernel[3:]}")
+    names = [kernel.name] + [f"{kernel.name} of several targets"] * (kernel.constants.get("ONE_TARGET") is False)
+    allowed = max(SPILLED_BYTES.get((TRITON, gpu, name), 0) for name in names)
+    assert kernel.spilled <= allowed, f"{kernel.name} {kernel.constants} spills {kernel.spilled} bytes a thread"
+    assert kernel.registers <= REGISTERS[GPUS[gpu].target.backend]
+    assert kernel.shared_memory <= GPUS[gpu].shared_memory
+
+
+def assert_uses(gpu: str, kernel: Kernel, aligned: bool) -> None:
+    """The instructions that it is for; `aligned`: rows of the weight begin on 16 bytes."""
+    if kernel.name in MULTIPLY:
+        assert re.search(GPUS[gpu].matrix_instruction, kernel.assembly)
+        assert kernel.constants["DESCRIPTORS"] == (GPUS[gpu].descriptors and aligned)
+        assert ("cp.async.bulk.tensor" in kernel.assembly) == kernel.constants["DESCRIPTORS"]
+    if kernel.name == "_policy_loss_fwd_kernel" and gpu != "gfx942":
+        # What the last program adds up: all written before it was told, none of it from a cache of its own.
+        assert "atom.global.gpu.acq_rel" in kernel.assembly and "ld.global.cg" in kernel.assembly
 
 
 def _number(pattern: str, text: str) -> int:

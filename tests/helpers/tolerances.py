@@ -44,6 +44,11 @@ SPILLED_BYTES: dict[tuple[str, str, str], int] = {
     # The tiles are those that an H100 was fastest with under Triton 3.6, which keeps all in registers.
     ("3.7", "sm_90", "_linear_delta_logp_fwd_kernel"): 8,
     ("3.7", "sm_90", "_linear_extrapolated_sample_kernel"): 24,
+    # A loop over the targets in the loop over tiles; with every option at once, which nobody has timed.
+    ("3.6", "sm_90", "_linear_logp_fwd_kernel of several targets"): 24,
+    ("3.6", "sm_90", "_linear_delta_logp_fwd_kernel of several targets"): 304,
+    ("3.7", "sm_90", "_linear_logp_fwd_kernel of several targets"): 8,
+    ("3.7", "sm_90", "_linear_delta_logp_fwd_kernel of several targets"): 200,
     # From 3.8 on a thread adds its part of a row as a tree, of which more is live than of one sum; no GPU has timed it.
     ("3.8", "sm_80", "_linear_logp_fwd_kernel"): 32,
     ("3.8", "sm_80", "_linear_extrapolated_sample_kernel"): 48,

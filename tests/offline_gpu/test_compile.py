@@ -1,6 +1,7 @@
 """Every kernel compiled for GPUs that are not here, as the launchers launch it: no spills, the instructions it is for.
 
-The launchers run on small tensors of the CPU, for their choice of kernels and arguments; nothing is computed.
+The launchers run on small tensors of the CPU, for their choice of kernels and arguments; nothing is computed. What is
+compiled for a Hopper is looked at where it is launched, in test_launch.py.
 """
 
 import re
@@ -12,15 +13,13 @@ import torch
 import triton
 import triton.language as tl
 from cases import call, gradients, make_inputs, upstream_of
-from fake_gpu import GPUS, Kernel, kernels, launch_code_sees, pretend
-from tolerances import REGISTERS, SPILLED_BYTES
+from fake_gpu import GPUS, Kernel, assert_fits, assert_uses, kernels, launch_code_sees, pretend
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import dlogp_kernels
 from dlogp_kernels import backends
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-TRITON = ".".join(triton.__version__.split(".")[:2])
 
 
 @triton.jit
@@ -73,14 +72,6 @@ def test_too_much_shared_memory_is_an_error_as_on_the_gpu():
         _product("sm_89", 256, 16, described=False)
 
 
-def _assert_fits(gpu: str, kernel: Kernel) -> None:
-    print(f"{kernel.name} {kernel.constants}: {kernel[3:]}")
-    allowed = SPILLED_BYTES.get((TRITON, gpu, kernel.name), 0)
-    assert kernel.spilled <= allowed, f"{kernel.name} {kernel.constants} spills {kernel.spilled} bytes a thread"
-    assert kernel.registers <= REGISTERS[GPUS[gpu].target.backend]
-    assert kernel.shared_memory <= GPUS[gpu].shared_memory
-
-
 VOCABULARY = 151_936  # of Qwen: many splits to merge
 EVERY_OPTION = {"k": 3, "bias": True, "options": {"temperature": 0.7, "softcap": 5.0, "logit_scale": 1.3}}
 #: Name → backend, op, and what differs from a call with 130 rows (more than a tile), no bias and bfloat16.
@@ -94,19 +85,10 @@ LINEAR = {
     "pair, unaligned, every option": ("triton", "linear_delta_logp", {"v": 1187, "d": 45, **EVERY_OPTION}),
     "pair, float32": ("triton", "linear_delta_logp", {"v": 1187, "d": 256, "dtype": FP32}),
 }
-OTHERS = {
-    "one model, float16": ("triton", "linear_logp", {"v": 1187, "d": 256, "dtype": FP16}),
-    "pair, float16": ("triton", "linear_delta_logp", {"v": 1187, "d": 256, "dtype": FP16}),
-    "one model, float32, unaligned": ("triton", "linear_logp", {"v": 1187, "d": 45, "dtype": FP32}),
-    "one model, mixed": ("triton", "linear_logp", {"v": 1187, "d": 256, "dtype": {"hidden": BF16}}),
-    "one model by GEMM": ("gemm", "linear_logp", {"v": 9_001, "d": 64}),
-    "pair by GEMM": ("gemm", "linear_delta_logp", {"v": 9_001, "d": 64}),
+LAUNCHES = LINEAR | {
     "logits": ("triton", "logp", {"v": VOCABULARY, "n": 3}),
-    "logits, every option": ("triton", "logp", {"v": 1187, "n": 3, "dtype": FP32, **EVERY_OPTION}),
     "logits of a pair": ("triton", "delta_logp", {"v": VOCABULARY, "n": 3}),
-    "logits of a pair, every option": ("triton", "delta_logp", {"v": 1187, "n": 3, "dtype": FP32, **EVERY_OPTION}),
 }
-LAUNCHES = LINEAR | OTHERS
 
 
 def _launched(gpu: str, name: str) -> list[Kernel]:
@@ -130,7 +112,7 @@ POLICY = {
 }
 
 
-@pytest.mark.parametrize("gpu", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("gpu", ["sm_80", "gfx942"])
 @pytest.mark.parametrize("name", POLICY)
 def test_the_policy_loss_fits(gpu, name):
     options, layout = POLICY[name]
@@ -142,10 +124,8 @@ def test_the_policy_loss_fits(gpu, name):
     before = ["_sequences_kernel"] if "importance" in options else []
     assert [x.compiled.name for x in launched] == [*before, "_policy_loss_fwd_kernel", "_policy_loss_bwd_kernel"]
     for kernel in kernels(launched):
-        _assert_fits(gpu, kernel)
-        if kernel.name == "_policy_loss_fwd_kernel" and gpu != "gfx942":
-            # What the last program adds up: all written before it was told, none of it from a cache of its own.
-            assert "atom.global.gpu.acq_rel" in kernel.assembly and "ld.global.cg" in kernel.assembly
+        assert_fits(gpu, kernel)
+        assert_uses(gpu, kernel, aligned=True)
 
 
 @pytest.mark.parametrize("columns", [4096, 48])
@@ -180,30 +160,23 @@ LINEAR_POLICY = {
 }
 
 
-@pytest.mark.parametrize("gpu", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("name", LINEAR_POLICY)
-def test_the_linear_policy_loss_fits(gpu, name):
+def test_the_linear_policy_loss_fits(name):
     options, changes = LINEAR_POLICY[name]
     inputs = linear_policy_cases.make_inputs(3, 40, v=9_001, d=64, **({"dtype": BF16} | changes))
-    with pretend(GPUS[gpu]) as launched, launch_code_sees(GPUS[gpu]), backends.use_backend("triton"):
+    with pretend(GPUS["sm_80"]) as launched, launch_code_sees(GPUS["sm_80"]), backends.use_backend("triton"):
         linear_policy_cases.call(inputs, entropy_coef=0.1, **options)
     compiled = kernels(launched)
     assert "_policy_rows_kernel" in {x.name for x in compiled}
     for kernel in compiled:
-        _assert_fits(gpu, kernel)
+        assert_fits("sm_80", kernel)
 
 
 #: Name → options of a draw from hidden states, and what differs from a call with 5 rows, no bias and bfloat16.
 SAMPLING = {
     "draws": ({"gamma": 0.1, "criterion": "delta_logp", "threshold": -0.3}, {"v": VOCABULARY, "d": 256}),
     "draws, by divergence": ({"gamma": 0.1, "criterion": "kl", "threshold": 0.1}, {"v": 4096, "d": 256, "n": 130}),
-    "draws, greedy": ({"temperature": 0.0, "criterion": "none"}, {"v": 4096, "d": 256}),
-    "draws, unaligned, every option": (
-        {"gamma": 0.1, "criterion": "avg_kl", "threshold": 0.1, "temperature": 0.7, "softcap": 5.0, "draft": "rl"},
-        {"v": 1187, "d": 45, "bias": True},
-    ),
     "draws, float32": ({"gamma": 0.1, "criterion": "avg_kl", "threshold": 0.1}, {"v": 4099, "d": 256, "dtype": FP32}),
-    "draws, one weight": ({"gamma": 0.1, "criterion": "all"}, {"v": 4096, "d": 256}),
 }
 
 
@@ -212,8 +185,6 @@ def _sampled(gpu: str, name: str) -> list[Kernel]:
     case = {"shape": changes.get("n", 5), "dtype": BF16, "bias": False}
     inputs = make_inputs("linear_delta_logp", **case | {x: y for x, y in changes.items() if x != "n"})
     del inputs["target"]
-    if "one weight" in name:
-        inputs["base_weight"], inputs["base_hidden"] = inputs["weight"], inputs["hidden"].clone()
     with pretend(GPUS[gpu]) as launched, launch_code_sees(GPUS[gpu]), backends.use_backend("triton"):
         dlogp_kernels.linear_extrapolated_sample(
             **inputs, seed=torch.tensor([1]), step=torch.arange(len(inputs["hidden"])), **options
@@ -222,15 +193,12 @@ def _sampled(gpu: str, name: str) -> list[Kernel]:
 
 
 CASES = [
-    *((gpu, name) for gpu in ("sm_80", "sm_90", "sm_100") for name in LINEAR),
-    *(("sm_90", name) for name in OTHERS),
+    *((gpu, name) for gpu in ("sm_80", "sm_100") for name in LINEAR),
     *(("gfx942", name) for name in ("one model", "pair", "one model, float32", "logits", "logits of a pair")),
     *(("sm_89", name) for name in ("one model", "pair", "one model, float32", "pair, float32")),
-    *(("sm_90", name) for name in SAMPLING),
     *((gpu, name) for gpu in ("sm_80", "sm_100") for name in ("draws", "draws, float32")),
     *((gpu, "draws, by divergence") for gpu in ("sm_89", "sm_100", "gfx942")),
 ]
-MULTIPLY = ("_linear_logp_fwd_kernel", "_linear_delta_logp_fwd_kernel", "_linear_extrapolated_sample_kernel")
 
 
 @pytest.mark.parametrize(("gpu", "name"), CASES, ids=[f"{gpu} {name}" for gpu, name in CASES])
@@ -239,34 +207,15 @@ def test_kernels_fit_and_multiply_on_tensor_cores(gpu, name, record_property):
     assert launched
     for kernel in launched:
         record_property(f"{kernel.name} registers, spilled, shared memory", kernel[3:])
-        _assert_fits(gpu, kernel)
-        if kernel.name in MULTIPLY:
-            assert re.search(GPUS[gpu].matrix_instruction, kernel.assembly)
-            assert kernel.constants["DESCRIPTORS"] == (GPUS[gpu].descriptors and "unaligned" not in name)
-            assert ("cp.async.bulk.tensor" in kernel.assembly) == kernel.constants["DESCRIPTORS"]
+        assert_fits(gpu, kernel)
+        assert_uses(gpu, kernel, "unaligned" not in name)
 
 
-#: With a step that takes all 32 bits, as a number, and both counters as tensors.
-SAMPLES = {
-    "draw": {"seed": 2**64 - 1, "step": 2**32 - 1},
-    "greedy": {"seed": 0, "temperature": 0.0, "draft": "rl"},
-    "filters": {"seed": 7, "top_k": 50, "top_p": 0.7, "min_p": 0.1, "temperature": 0.8},
-    "divergence, tensors": {
-        "seed": torch.tensor([3]), "step": torch.tensor([5]), "criterion": "avg_kl", "threshold": 0.3, "gamma": 0.1,
-        "top_p": 0.7,
-    },
-    "chance": {"seed": 7, "criterion": "random", "threshold": 0.5, "row_id": torch.arange(3)},
-}  # fmt: skip
-
-
-SAMPLE_CASES = [*(("sm_90", name) for name in SAMPLES), *((gpu, "filters") for gpu in ("sm_80", "sm_100", "gfx942"))]
-
-
-@pytest.mark.parametrize(("gpu", "name"), SAMPLE_CASES, ids=[f"{gpu} {name}" for gpu, name in SAMPLE_CASES])
-def test_sampling_fits(gpu, name, record_property):
+@pytest.mark.parametrize("gpu", ["sm_80", "sm_100", "gfx942"])
+def test_sampling_fits(gpu, record_property):
     logits = torch.randn(3, VOCABULARY, dtype=BF16)
     with pretend(GPUS[gpu]) as launched, launch_code_sees(GPUS[gpu]), backends.use_backend("triton"):
-        dlogp_kernels.extrapolated_sample(logits, logits, **SAMPLES[name])
+        dlogp_kernels.extrapolated_sample(logits, logits, seed=7, top_k=50, top_p=0.7, min_p=0.1, temperature=0.8)
     (kernel,) = kernels(launched)
     record_property(f"{kernel.name} registers, spilled, shared memory", kernel[3:])
-    _assert_fits(gpu, kernel)
+    assert_fits(gpu, kernel)

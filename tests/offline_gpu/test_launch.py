@@ -1,5 +1,6 @@
 """Every launcher of the Triton backends, launched by Triton itself: what arrives at the driver is what was passed.
 
+And what was compiled for it fits the GPU and uses the instructions that it is for, as in test_compile.py.
 The launchers run on small tensors of the CPU as on a Hopper; the driver is offline_gpu/libcuda.c, and nothing computes.
 """
 
@@ -13,7 +14,7 @@ import policy_cases
 import pytest
 import torch
 from cases import ALL_OPTIONS, call, gradients, make_inputs, options_for, upstream_of
-from fake_gpu import GPUS, Launch, TensorMap, launch_code_sees, pretend
+from fake_gpu import GPUS, Launch, TensorMap, assert_fits, assert_uses, kernels, launch_code_sees, pretend
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -25,6 +26,7 @@ from dlogp_kernels.triton import _launch
 
 GPU = GPUS["sm_90"]
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+VOCABULARY = 50_000  # many splits to merge
 TRITON_BACKENDS = [x for x, module in backends._MODULES.items() if module.startswith(dlogp_kernels.triton.__name__)]
 
 
@@ -38,13 +40,18 @@ class Variant(NamedTuple):
 
 
 def _statistics(
-    op: str, n: int, options: dict[str, Any] | None = None, workspace: int = backends.DEFAULT_WORKSPACE, **case: Any
+    op: str,
+    n: int,
+    options: dict[str, Any] | None = None,
+    workspace: int = backends.DEFAULT_WORKSPACE,
+    wanted: list[str] | None = None,
+    **case: Any,
 ) -> None:
     options = options_for(op, options or {})
     inputs = make_inputs(op, n, **{"v": 1187, "d": 64, "dtype": BF16, "bias": False} | case)
     with backends.workspace_limit(workspace):
         stats = call(op, inputs, **options)
-        gradients(op, inputs, upstream_of(stats), **options)
+        gradients(op, inputs, upstream_of(stats), wanted=wanted, **options)
 
 
 def _variants_of_statistics() -> Iterator[tuple[str, Variant]]:
@@ -55,22 +62,27 @@ def _variants_of_statistics() -> Iterator[tuple[str, Variant]]:
     for op in ("linear_logp", "linear_delta_logp"):
         triton = (("triton", f"{op}_fwd"), ("triton", f"{op}_bwd"))
         for name, numbers, case in (
-            ("aligned", many, {}),
+            ("aligned", many, {"v": VOCABULARY + 3, "wanted": ["hidden"]}),
             ("whole tiles, few rows", few, {"v": 2048, "d": 256}),
             ("passes", passes, {"workspace": 2**20}),
             ("float32", many, {"dtype": FP32}),
             ("float16", many, {"dtype": FP16}),
+            ("mixed", many, {"dtype": {"hidden": BF16}}),
+            ("unaligned, float32", many, {"d": 45, "dtype": FP32}),
             ("unaligned, every option", many, {"d": 45, "bias": True, **every}),
             ("aligned, every option", few, {"bias": True, **every}),
         ):
             yield f"{op}, {name}", Variant(partial(_statistics, op, **case), triton, *numbers)
         gemm = (("gemm", f"{op}_fwd"), ("triton", f"{op}_bwd"))
-        for name, numbers, case in (("", many, {}), (", every option", few, {"d": 45, "bias": True, **every})):
+        for name, numbers, case in (
+            ("", many, {"v": 9_001}),
+            (", every option", few, {"d": 45, "bias": True, **every}),
+        ):
             yield f"{op} by gemm{name}", Variant(partial(_statistics, op, **case), gemm, *numbers)
     for op in ("logp", "delta_logp"):
         triton = (("triton", f"{op}_fwd"), ("triton", f"{op}_bwd"))
         for name, numbers, case in (
-            ("aligned", few, {"v": 4096}),
+            ("aligned", few, {"v": VOCABULARY}),
             ("passes", ({"n": 8200}, [{"n": 8201}, {"n": 8208}]), {"workspace": 2**20, "v": 128}),
             ("every option", few, {"dtype": FP32, **every}),
         ):
@@ -83,16 +95,24 @@ def _one_weight(n: int) -> None:
     call("linear_delta_logp", inputs)
 
 
-def _sample(n: int, seed: Any, step: Any, v: int = 1187, dtype: torch.dtype = BF16, **options: Any) -> None:
+def _sample(n: int, seed: Any, step: Any, v: int = VOCABULARY, dtype: torch.dtype = BF16, **options: Any) -> None:
     logits = torch.randn(n, v, dtype=dtype)
     dlogp_kernels.extrapolated_sample(logits, logits.clone(), seed=seed, step=step, **options)
 
 
 def _linear_sample(
-    n: int, seed: Any, step: Any, case: dict[str, Any], workspace: int = backends.DEFAULT_WORKSPACE, **options: Any
+    n: int,
+    seed: Any,
+    step: Any,
+    case: dict[str, Any],
+    workspace: int = backends.DEFAULT_WORKSPACE,
+    one_weight: bool = False,
+    **options: Any,
 ) -> None:
     inputs = make_inputs("linear_delta_logp", n, **{"v": 1187, "d": 64, "dtype": BF16, "bias": False} | case)
     del inputs["target"]
+    if one_weight:
+        inputs["base_weight"], inputs["base_hidden"] = inputs["weight"], inputs["hidden"].clone()
     with backends.workspace_limit(workspace):
         dlogp_kernels.linear_extrapolated_sample(**inputs, seed=seed, step=step, **options)
 
@@ -116,10 +136,10 @@ def _variants_of_sampling() -> Iterator[tuple[str, Variant]]:
     own = (("triton", "extrapolated_sample"),)
     for name, of, options in (
         ("defaults", numbers, {}),
-        ("greedy", numbers, {"temperature": 0.0, "draft": "rl", "criterion": "none"}),
+        ("greedy", numbers, {"temperature": 0.0, "draft": "rl", "criterion": "none", "v": 1187}),
         ("filters", numbers, {"top_k": 50, "top_p": 0.7, "min_p": 0.1, "temperature": 0.8}),
         ("divergence, tensors", tensors, {**avg_kl, "top_p": 0.7}),
-        ("chance, one step", shared, {"criterion": "random", "threshold": 0.5, "dtype": FP32}),
+        ("chance, one step", shared, {"criterion": "random", "threshold": 0.5, "dtype": FP32, "v": VOCABULARY + 3}),
     ):
         yield f"extrapolated_sample, {name}", Variant(partial(_sample, **options), own, *of)
     linear = (("triton", "linear_extrapolated_sample"),)
@@ -128,6 +148,8 @@ def _variants_of_sampling() -> Iterator[tuple[str, Variant]]:
         ("delta", in_passes, {"case": {}, "criterion": "delta_logp", "threshold": -0.3, "gamma": 0.1}),
         ("greedy", numbers, {"case": {"v": 2048}, "temperature": 0.0, "criterion": "none"}),
         ("divergence, tensors", tensors, {"case": {"dtype": FP32}, **avg_kl}),
+        ("divergence", tensors, {"case": {"v": 4096, "d": 256}, "criterion": "kl", "threshold": 0.1, "gamma": 0.1}),
+        ("one weight", shared, {"case": {"v": 4096}, "one_weight": True, "criterion": "all", "gamma": 0.1}),
         ("one step", shared, {"case": {}, "criterion": "random", "threshold": 0.5}),
         ("unaligned, bias", numbers, {"case": {"d": 45, "bias": True}, **avg_kl, "softcap": 5.0, "draft": "rl"}),
     ):
@@ -216,7 +238,7 @@ def reached(monkeypatch) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_what_arrives_is_what_was_passed(name, reached):
+def test_what_arrives_is_what_was_passed(name, reached, record_property):
     variant = VARIANTS[name]
     backend = "gemm" if "gemm" in name else "triton"
     with pretend(GPU) as launched, launch_code_sees(GPU), backends.use_backend(backend):
@@ -227,6 +249,10 @@ def test_what_arrives_is_what_was_passed(name, reached):
     assert first > 0 and set(reached) == set(variant.launchers)
     for launch in launched:
         check(launch)
+    for kernel in kernels(launched):
+        record_property(f"{kernel.name} registers, spilled, shared memory", kernel[3:])
+        assert_fits("sm_90", kernel)
+        assert_uses("sm_90", kernel, "unaligned" not in name)
     known = {id(launch.compiled) for launch in launched[:first]}
     assert not [launch for launch in launched[first:] if id(launch.compiled) not in known], "another compilation"
 

@@ -302,6 +302,26 @@ def divergence_of(state, other, cross, unsupported):
 
 
 @triton.jit
+def row_statistics_of(state, output_scale):
+    """The fields of LogpStats that are a number a row, in their order."""
+    return entropy_of(state, output_scale), lse_of(state, output_scale)
+
+
+@triton.jit
+def pair_row_statistics_of(state, output_scale, base_output_scale):
+    """Those of DeltaLogpStats."""
+    model, base = state.model, state.base
+    return (
+        entropy_of(model, output_scale),
+        entropy_of(base, base_output_scale),
+        divergence_of(model, base, state.cross, state.unsupported),
+        divergence_of(base, model, state.base_cross, state.base_unsupported),
+        lse_of(model, output_scale),
+        lse_of(base, base_output_scale),
+    )
+
+
+@triton.jit
 def logits_gradient(logp_all, entropy, grad_logp_sum, grad_entropy, grad_lse):
     """`reference.logits_gradient` of one model: of its statistics by z, without the 1-hot term of log p.
 

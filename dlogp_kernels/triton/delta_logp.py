@@ -31,6 +31,7 @@ from .logp import (
     row_of,
     split_of,
     store_raw_gradient,
+    store_row_statistics,
     target_gradient,
     tile_of,
     tile_of_logits,
@@ -124,22 +125,8 @@ def _finish_delta_logp_kernel(
         tl.store(out.logp + n * K + k, mask_ignored_and_invalid(logp, valid, bad), mask=mask)
         tl.store(out.base_logp + n * K + k, mask_ignored_and_invalid(base_logp, valid, bad), mask=mask)
         tl.store(out.delta_logp + n * K + k, mask_ignored_and_invalid(logp - base_logp, valid, bad), mask=mask)
-    tl.store(
-        out.entropy + n, mask_ignored_and_invalid(_math.entropy_of(state.model, output_scale), kept, bad), mask=mask
-    )
-    tl.store(
-        out.base_entropy + n,
-        mask_ignored_and_invalid(_math.entropy_of(state.base, base_output_scale), kept, bad),
-        mask=mask,
-    )
-    kl = _math.divergence_of(state.model, state.base, state.cross, state.unsupported)
-    reverse_kl = _math.divergence_of(state.base, state.model, state.base_cross, state.base_unsupported)
-    tl.store(out.kl + n, mask_ignored_and_invalid(kl, kept, bad), mask=mask)
-    tl.store(out.reverse_kl + n, mask_ignored_and_invalid(reverse_kl, kept, bad), mask=mask)
-    tl.store(out.lse + n, mask_ignored_and_invalid(_math.lse_of(state.model, output_scale), kept, bad), mask=mask)
-    tl.store(
-        out.base_lse + n, mask_ignored_and_invalid(_math.lse_of(state.base, base_output_scale), kept, bad), mask=mask
-    )
+    values = _math.pair_row_statistics_of(state, output_scale, base_output_scale)
+    store_row_statistics(out, n, values, kept, bad, mask)
 
 
 @triton.jit(do_not_specialize=["first", "column", "ignore_index"])

@@ -171,6 +171,14 @@ def mask_ignored_and_invalid(value, kept, bad):
     return tl.where(bad, float("nan"), tl.where(kept, value, 0.0))
 
 
+@triton.jit
+def store_row_statistics(out, n, values, kept, bad, mask):
+    """To the last fields of `out`, which are a number a row."""
+    for i in tl.static_range(len(values)):
+        pointer = out[len(out) - len(values) + i]
+        tl.store(pointer + n, mask_ignored_and_invalid(values[i], kept, bad), mask=mask)
+
+
 @triton.jit(do_not_specialize=["first", "N", "R", "V", "num_splits", "ignore_index"])
 def _finish_logp_kernel(
     state_ptr, target_logits_ptr, target_ptr, index_ptr, count_ptr, out, first, N, R, V, K, num_splits, output_scale,
@@ -197,8 +205,7 @@ def _finish_logp_kernel(
         tl.store(
             out.logp + n * K + k, mask_ignored_and_invalid(_math.logp_of(x, state, output_scale), valid, bad), mask=mask
         )
-    tl.store(out.entropy + n, mask_ignored_and_invalid(_math.entropy_of(state, output_scale), kept, bad), mask=mask)
-    tl.store(out.lse + n, mask_ignored_and_invalid(_math.lse_of(state, output_scale), kept, bad), mask=mask)
+    store_row_statistics(out, n, _math.row_statistics_of(state, output_scale), kept, bad, mask)
 
 
 @triton.jit

@@ -93,7 +93,8 @@ def _policy_inputs(case: dict) -> dict[str, torch.Tensor]:
 
 def answer(line: str) -> None:
     case = json.loads(line)
-    with backends.use_backend(case["backend"]):
+    limit = backends.workspace_limit(case.get("workspace", backends.DEFAULT_WORKSPACE))
+    with backends.use_backend(case["backend"]), limit:
         measured = measure_policy(case) if "policy" in case["op"] else measure(case)
     print(json.dumps(measured), flush=True)
 

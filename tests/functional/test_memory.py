@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 
 import pytest
-from cases import OPS
+from cases import LINEAR_OPS, OPS
 from paths import HELPERS
 from tolerances import MEMORY_MIB
 
@@ -68,6 +68,13 @@ def test_forward(backend, peak, op):
 def test_backward_of_the_model(backend, peak, op):
     wanted = ["hidden", "weight", "bias"] if "linear" in op else ["logits"]
     assert peak(op, **{"pass": "backward"}, wanted=wanted) <= MEMORY_MIB[backend][1]
+
+
+@pytest.mark.served_by("reference")
+@pytest.mark.parametrize("op", LINEAR_OPS)
+def test_forward_keeps_a_smaller_limit(peak, op):
+    """The float32 logits of these rows alone would take 98 MiB for each model."""
+    assert peak(op, n=512, workspace=32 * 2**20) <= 32
 
 
 @pytest.mark.usefixtures("compiled_only")

@@ -21,16 +21,13 @@ from setuptools import Extension, setup
 
 ROOT = Path(__file__).parent
 CUDA = "dlogp_kernels._cuda"
-CPU_SOURCES = [
-    "python_bindings/ops_cpu.cpp",
-    "python_bindings/ops_cpu_linear_policy.cpp",
-    "python_bindings/ops_cpu_policy.cpp",
-    "python_bindings/ops_cpu_sample.cpp",
-    "python_bindings/ops_cpu_linear_sample.cpp",
-    *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cpu/*.cpp")),
-]
+CPU_SOURCES = sorted(
+    str(path.relative_to(ROOT))
+    for pattern in ("python_bindings/*_cpu.cpp", "csrc/cpu/*.cpp")
+    for path in ROOT.glob(pattern)
+)
 CUDA_SOURCES = [
-    "python_bindings/ops_cuda.cpp",
+    "python_bindings/sampling_cuda.cpp",
     *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cuda/*.cu")),
 ]
 COMPILE_FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "../csrc/cpu/matrix.h"
+#include "../csrc/cpu/row_statistics.h"
 
 namespace dlogp {
 
@@ -29,6 +30,12 @@ inline Dtype dtype_of(const at::Tensor& x) {
     default:
       TORCH_CHECK_TYPE(false, "dtype ", x.scalar_type(), ", expected bfloat16, float16, float32 or float64");
   }
+}
+
+// Calls `use` with a value of the type that accumulates.
+template <typename Use>
+void dispatch_accumulator(bool use_double, Use use) {
+  use_double ? use(double()) : use(float());
 }
 
 // Before anything of x is read: a model whose weights are sharded leaves tensors behind whose storage was taken away,
@@ -50,6 +57,7 @@ struct Rows {
   Matrix matrix;
   std::vector<int64_t> offsets;
 
+  Rows() = default;
   Rows(const at::Tensor& x, const char* name) {
     TORCH_CHECK_VALUE(x.dim() >= 2, name, " has ", x.dim(), " dimensions, expected at least 2");
     const int64_t columns = x.size(-1), leading = x.dim() - 1;
@@ -72,8 +80,8 @@ struct Rows {
     }
     matrix.row_offsets = offsets.data();
   }
-  Rows(const Rows&) = delete;
-  Rows& operator=(const Rows&) = delete;
+  Rows(Rows&&) = default;  // the offsets stay where they are
+  Rows& operator=(Rows&&) = default;
 };
 
 inline Matrix matrix_of(const at::Tensor& x, const char* name) {
@@ -92,30 +100,33 @@ inline void check_rows(const Matrix& x, int64_t rows, const char* name) {
   TORCH_CHECK_VALUE(x.rows == rows, name, " has ", x.rows, " rows, expected ", rows);
 }
 
-// Values of `sizes` and type Real, contiguous, kept alive by the tensor; null for none.
-template <typename Real>
+// The sizes of an output that may not be wanted; then it is empty.
+inline at::IntArrayRef sizes_if(bool wanted, at::IntArrayRef sizes) {
+  static constexpr int64_t empty[] = {0};
+  return wanted ? sizes : at::IntArrayRef(empty);
+}
+
+// A contiguous tensor to write, seen as rows of so many columns; one without elements has no data.
+inline Output output_of(const at::Tensor& x, int64_t columns) {
+  return x.numel() == 0 ? Output{} : Output{x.mutable_data_ptr(), dtype_of(x), columns};
+}
+
+// Values of `sizes` and type Acc, contiguous, kept alive by the tensor; null for none.
+template <typename Acc>
 class Values {
  public:
   Values(const std::optional<at::Tensor>& x, at::IntArrayRef sizes, const char* name) {
     if (!x.has_value() || !x->defined()) return;
     TORCH_CHECK_VALUE(x->sizes() == sizes, name, " has shape ", x->sizes(), ", expected ", sizes);
-    tensor_ = checked(*x, name).to(c10::CppTypeToScalarType<Real>::value).contiguous();
+    tensor_ = checked(*x, name).to(c10::CppTypeToScalarType<Acc>::value).contiguous();
   }
-  const Real* get() const { return tensor_.defined() ? tensor_.template const_data_ptr<Real>() : nullptr; }
+  const Acc* get() const { return tensor_.defined() ? tensor_.template const_data_ptr<Acc>() : nullptr; }
 
  private:
   at::Tensor tensor_;
 };
 
-// The rows of target (N, K) with a candidate that is not ignored, and their targets; IndexError for one out of range.
-struct KeptRows {
-  std::vector<int64_t> rows, target;
-  int64_t candidates;
-
-  int64_t count() const { return static_cast<int64_t>(rows.size()); }
-  const int64_t* target_of(int64_t i) const { return target.data() + i * candidates; }
-};
-
+// The rows of target (N, K) with a candidate that is not ignored; IndexError for one out of range.
 inline KeptRows keep_rows(const at::Tensor& target, int64_t rows, int64_t vocabulary, int64_t ignore_index) {
   TORCH_CHECK_VALUE(target.dim() == 2 && target.size(0) == rows, "target has shape ", target.sizes(), ", expected [",
                     rows, ", candidates]");
@@ -124,6 +135,7 @@ inline KeptRows keep_rows(const at::Tensor& target, int64_t rows, int64_t vocabu
   const int64_t* values = contiguous.const_data_ptr<int64_t>();
   KeptRows kept;
   kept.candidates = target.size(1);
+  kept.ignore_index = ignore_index;
   for (int64_t row = 0; row < rows; ++row) {
     bool keep = false;
     for (int64_t k = 0; k < kept.candidates; ++k) {

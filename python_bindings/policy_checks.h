@@ -22,9 +22,9 @@ Choice choice_of(const std::pair<std::string_view, Choice> (&choices)[count], st
 }
 
 // Of reference_policy.PolicyOptions.arguments().
-inline PolicyOptions policy_options(const std::vector<std::string>& choices, at::ArrayRef<double> numbers) {
-  TORCH_CHECK_VALUE(choices.size() == 4 && numbers.size() == 8, "choices and numbers have ", choices.size(), " and ",
-                    numbers.size(), " elements, expected 4 and 8");
+inline PolicyOptions policy_options(const std::vector<std::string>& str_options, at::ArrayRef<double> float_options) {
+  TORCH_CHECK_VALUE(str_options.size() == 4 && float_options.size() == 8, "choices and numbers have ",
+                    str_options.size(), " and ", float_options.size(), " elements, expected 4 and 8");
   using Loss = std::pair<PolicySurrogate, PolicyDenominator>;
   constexpr std::pair<std::string_view, Loss> losses[] = {
       {"dapo", {PolicySurrogate::kClipped, PolicyDenominator::kTokens}},
@@ -44,10 +44,10 @@ inline PolicyOptions policy_options(const std::vector<std::string>& choices, at:
       {"sequence", PolicyImportance::kSequence},
       {"sequence_token", PolicyImportance::kSequenceToken}};
   PolicyOptions options;
-  std::tie(options.surrogate, options.denominator) = choice_of(losses, choices[0], "loss_type");
-  options.reweight = choice_of(reweights, choices[1], "reweight");
-  options.reweight_sign = choice_of(signs, choices[2], "reweight_sign");
-  options.importance = choice_of(importances, choices[3], "importance");
+  std::tie(options.surrogate, options.denominator) = choice_of(losses, str_options[0], "loss_type");
+  options.reweight = choice_of(reweights, str_options[1], "reweight");
+  options.reweight_sign = choice_of(signs, str_options[2], "reweight_sign");
+  options.importance = choice_of(importances, str_options[3], "importance");
   double* const values[] = {&options.alpha,
                             &options.clip_low,
                             &options.clip_high,
@@ -56,7 +56,7 @@ inline PolicyOptions policy_options(const std::vector<std::string>& choices, at:
                             &options.entropy_coef,
                             &options.sapo_temperature_pos,
                             &options.sapo_temperature_neg};
-  for (size_t i = 0; i < numbers.size(); ++i) *values[i] = numbers[i];
+  for (size_t i = 0; i < float_options.size(); ++i) *values[i] = float_options[i];
   return options;
 }
 
@@ -130,27 +130,28 @@ inline double number_of(const std::optional<at::Tensor>& denominator) {
   return number;
 }
 
-// `score` of each sequence (policy_loss.h).
-inline void normalize_in_groups(const std::optional<at::Tensor>& group, std::vector<PolicySequence>& sequences) {
+// `group` of each sequence, contiguous.
+inline at::Tensor checked_group(const std::optional<at::Tensor>& group, int64_t sequences) {
   TORCH_CHECK_VALUE(group.has_value(), "group is missing, expected [B] for reweight 'ppl'");
-  TORCH_CHECK_VALUE(group->dim() == 1 && group->size(0) == int64_t(sequences.size()) && group->device().is_cpu(),
-                    "group has shape ", group->sizes(), ", expected [", sequences.size(), "]");
+  TORCH_CHECK_VALUE(group->dim() == 1 && group->size(0) == sequences && group->device().is_cpu(), "group has shape ",
+                    group->sizes(), ", expected [", sequences, "]");
   TORCH_CHECK_TYPE(group->scalar_type() == at::kLong, "group has dtype ", group->scalar_type(), ", expected int64");
-  const at::Tensor contiguous = checked(*group, "group").contiguous();
-  normalize_in_groups(contiguous.const_data_ptr<int64_t>(), sequences);
+  return checked(*group, "group").contiguous();
 }
 
-// In the order of PolicyMetrics.
-template <typename Real>
+#define DLOGP_ONE(name) +1
+constexpr int64_t kPolicyMetrics = 0 DLOGP_POLICY_METRICS(DLOGP_ONE, DLOGP_ONE);
+#undef DLOGP_ONE
+
+template <typename Acc>
 void write_metrics(const PolicySums& sums, const at::Tensor& metrics) {
   const double scale = sums.count > 0 ? 1 / sums.count : 0;
-  const double values[] = {sums.clip_low * scale,  sums.clip_high * scale, sums.clip_dual * scale,
-                           sums.approx_kl * scale, sums.ratio * scale,     sums.max_ratio,
-                           sums.weight * scale,    sums.ref_kl * scale,    sums.entropy * scale};
-  Real* to = metrics.mutable_data_ptr<Real>();
-  for (const double value : values) *to++ = Real(value);
+  Acc* to = metrics.mutable_data_ptr<Acc>();
+#define DLOGP_WRITE_MEAN(name) *to++ = Acc(sums.name * scale);
+#define DLOGP_WRITE_MAX(name) *to++ = Acc(sums.name);
+  DLOGP_POLICY_METRICS(DLOGP_WRITE_MEAN, DLOGP_WRITE_MAX)
+#undef DLOGP_WRITE_MEAN
+#undef DLOGP_WRITE_MAX
 }
-
-constexpr int64_t kPolicyMetrics = 9;
 
 }  // namespace dlogp

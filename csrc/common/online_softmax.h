@@ -15,9 +15,13 @@
 
 namespace dlogp {
 
-template <typename Real>
+// The logit of a token that can not be drawn.
+template <typename Acc>
+constexpr Acc kMaskedLogit = -std::numeric_limits<Acc>::infinity();
+
+template <typename Acc>
 struct SoftmaxState {
-  Real max = -std::numeric_limits<Real>::infinity();
+  Acc max = kMaskedLogit<Acc>;
   double sum = 0;
   double weighted = 0;
 
@@ -25,36 +29,36 @@ struct SoftmaxState {
   DLOGP_HOST_DEVICE double log_sum() const { return std::log(sum); }
   DLOGP_HOST_DEVICE double lse() const { return max + log_sum(); }
   DLOGP_HOST_DEVICE double entropy() const { return log_sum() - weighted / sum; }
-  DLOGP_HOST_DEVICE double logp(Real z) const { return (double(z) - double(max)) - log_sum(); }
+  DLOGP_HOST_DEVICE double logp(Acc z) const { return (double(z) - double(max)) - log_sum(); }
 };
 
-template <typename Real>
+template <typename Acc>
 struct PairState {
-  SoftmaxState<Real> model, base;
+  SoftmaxState<Acc> model, base;
   double cross = 0, base_cross = 0;
   // Some token is possible for one model and impossible (z = −inf) for the other; then the cross sum leaves it out.
-  bool model_alone = false, base_alone = false;
+  bool model_unsupported = false, base_unsupported = false;
 
-  DLOGP_HOST_DEVICE double kl() const { return divergence(model, base, cross, model_alone); }
-  DLOGP_HOST_DEVICE double reverse_kl() const { return divergence(base, model, base_cross, base_alone); }
+  DLOGP_HOST_DEVICE double kl() const { return divergence(model, base, cross, model_unsupported); }
+  DLOGP_HOST_DEVICE double reverse_kl() const { return divergence(base, model, base_cross, base_unsupported); }
 
  private:
-  DLOGP_HOST_DEVICE static double divergence(const SoftmaxState<Real>& p, const SoftmaxState<Real>& q, double cross,
-                                             bool alone) {
-    if (alone) return std::numeric_limits<double>::infinity();
+  DLOGP_HOST_DEVICE static double divergence(const SoftmaxState<Acc>& p, const SoftmaxState<Acc>& q, double cross,
+                                             bool unsupported) {
+    if (unsupported) return std::numeric_limits<double>::infinity();
     const double kl = cross / p.sum - p.log_sum() + q.log_sum();
     return kl < 0 ? 0 : kl;  // keeps NaN
   }
 };
 
 // e^shift and shift for moving a state's maximum up to `max`; an empty state has nothing to move.
-template <typename Real>
-DLOGP_HOST_DEVICE inline double shift_to(const SoftmaxState<Real>& state, Real max) {
+template <typename Acc>
+DLOGP_HOST_DEVICE inline double shift_to(const SoftmaxState<Acc>& state, Acc max) {
   return state.empty() ? 0 : double(state.max) - double(max);
 }
 
-template <typename Real>
-DLOGP_HOST_DEVICE inline void rebase(SoftmaxState<Real>& state, Real max) {
+template <typename Acc>
+DLOGP_HOST_DEVICE inline void rebase(SoftmaxState<Acc>& state, Acc max) {
   const double shift = shift_to(state, max);
   if (shift != 0) {
     const double factor = std::exp(shift);
@@ -64,8 +68,8 @@ DLOGP_HOST_DEVICE inline void rebase(SoftmaxState<Real>& state, Real max) {
   state.max = max;
 }
 
-template <typename Real>
-DLOGP_HOST_DEVICE inline void rebase(PairState<Real>& state, Real max, Real base_max) {
+template <typename Acc>
+DLOGP_HOST_DEVICE inline void rebase(PairState<Acc>& state, Acc max, Acc base_max) {
   const double shift = shift_to(state.model, max);
   const double base_shift = shift_to(state.base, base_max);
   if (shift != 0 || base_shift != 0) {
@@ -76,24 +80,24 @@ DLOGP_HOST_DEVICE inline void rebase(PairState<Real>& state, Real max, Real base
   rebase(state.base, base_max);
 }
 
-template <typename Real>
-DLOGP_HOST_DEVICE inline Real larger(Real a, Real b) {
+template <typename Acc>
+DLOGP_HOST_DEVICE inline Acc larger(Acc a, Acc b) {
   return a > b ? a : b;
 }
 
-template <typename Real>
-DLOGP_HOST_DEVICE inline void merge(SoftmaxState<Real>& into, SoftmaxState<Real> other) {
-  const Real max = larger(into.max, other.max);
+template <typename Acc>
+DLOGP_HOST_DEVICE inline void merge(SoftmaxState<Acc>& into, SoftmaxState<Acc> other) {
+  const Acc max = larger(into.max, other.max);
   rebase(into, max);
   rebase(other, max);
   into.sum += other.sum;
   into.weighted += other.weighted;
 }
 
-template <typename Real>
-DLOGP_HOST_DEVICE inline void merge(PairState<Real>& into, PairState<Real> other) {
-  const Real max = larger(into.model.max, other.model.max);
-  const Real base_max = larger(into.base.max, other.base.max);
+template <typename Acc>
+DLOGP_HOST_DEVICE inline void merge(PairState<Acc>& into, PairState<Acc> other) {
+  const Acc max = larger(into.model.max, other.model.max);
+  const Acc base_max = larger(into.base.max, other.base.max);
   rebase(into, max, base_max);
   rebase(other, max, base_max);
   into.model.sum += other.model.sum;
@@ -102,8 +106,8 @@ DLOGP_HOST_DEVICE inline void merge(PairState<Real>& into, PairState<Real> other
   into.base.weighted += other.base.weighted;
   into.cross += other.cross;
   into.base_cross += other.base_cross;
-  into.model_alone |= other.model_alone;
-  into.base_alone |= other.base_alone;
+  into.model_unsupported |= other.model_unsupported;
+  into.base_unsupported |= other.base_unsupported;
 }
 
 }  // namespace dlogp

@@ -48,16 +48,16 @@ DLOGP_HOST_DEVICE inline uint32_t noise_bits(const NoiseKey& key, int64_t token)
 }
 
 // u = (bits + ½)·2⁻³², in (0, 1); exact in double.
-template <typename Real>
-DLOGP_HOST_DEVICE inline Real uniform(uint32_t bits) {
-  return (Real(bits) + Real(0.5)) * Real(0x1p-32);
+template <typename Acc>
+DLOGP_HOST_DEVICE inline Acc uniform(uint32_t bits) {
+  return (Acc(bits) + Acc(0.5)) * Acc(0x1p-32);
 }
 
-// −log(−log(1 − u)). The smaller of u and 1 − u is the one to look at: both are exact up to the rounding of Real, so
+// −log(−log(1 − u)). The smaller of u and 1 − u is the one to look at: both are exact up to the rounding of Acc, so
 // the tail reaches probabilities of 2⁻³².
-template <typename Real>
-DLOGP_HOST_DEVICE inline Real gumbel(uint32_t bits) {
-  const Real exponential = bits < 0x80000000u ? -std::log1p(-uniform<Real>(bits)) : -std::log(uniform<Real>(~bits));
+template <typename Acc>
+DLOGP_HOST_DEVICE inline Acc gumbel(uint32_t bits) {
+  const Acc exponential = bits < 0x80000000u ? -std::log1p(-uniform<Acc>(bits)) : -std::log(uniform<Acc>(~bits));
   return -std::log(exponential);
 }
 

@@ -33,48 +33,60 @@ struct PolicyOptions {
   double sapo_temperature_pos = 1, sapo_temperature_neg = 1.05;
 };
 
+// What forward reports of the tokens that count, in the order of PolicyMetrics of results.py: a mean, or a maximum.
+#define DLOGP_POLICY_METRICS(MEAN, MAX) \
+  MEAN(clip_low)                        \
+  MEAN(clip_high)                       \
+  MEAN(clip_dual)                       \
+  MEAN(approx_kl)                       \
+  MEAN(mean_ratio)                      \
+  MAX(max_ratio)                        \
+  MEAN(mean_weight)                     \
+  MEAN(ref_kl)                          \
+  MEAN(entropy)
+
 // What the ratio contributes to the loss of a token, that by log r (of CISPO by log π), and which bound took it away.
-template <typename Real>
+template <typename Acc>
 struct PolicyTerm {
-  Real loss, slope;
+  Acc loss, slope;
   bool low, high, dual;
 };
 
 // max(−A r, −A clip(r, low, high)), at most −A·dual where A < 0. NaN is kept.
-template <typename Real>
-DLOGP_HOST_DEVICE inline PolicyTerm<Real> clipped_term(Real ratio, Real advantage, Real low, Real high, Real dual) {
+template <typename Acc>
+DLOGP_HOST_DEVICE inline PolicyTerm<Acc> clipped_term(Acc ratio, Acc advantage, Acc low, Acc high, Acc dual) {
   const bool is_low = advantage < 0 && ratio < low, is_high = advantage > 0 && ratio > high;
   const bool is_dual = advantage < 0 && ratio > dual;
-  const Real bound = is_low ? low : is_high ? high : is_dual ? dual : ratio;
-  return {-advantage * bound, is_low || is_high || is_dual ? Real(0) : -advantage * ratio, is_low, is_high, is_dual};
+  const Acc bound = is_low ? low : is_high ? high : is_dual ? dual : ratio;
+  return {-advantage * bound, is_low || is_high || is_dual ? Acc(0) : -advantage * ratio, is_low, is_high, is_dual};
 }
 
 // −A·min(r, high)·log π, the ratio a constant.
-template <typename Real>
-DLOGP_HOST_DEVICE inline PolicyTerm<Real> cispo_term(Real ratio, Real advantage, Real logp, Real high) {
-  const Real slope = -advantage * (ratio > high ? high : ratio);
+template <typename Acc>
+DLOGP_HOST_DEVICE inline PolicyTerm<Acc> cispo_term(Acc ratio, Acc advantage, Acc logp, Acc high) {
+  const Acc slope = -advantage * (ratio > high ? high : ratio);
   return {slope * logp, slope, false, advantage > 0 && ratio > high, false};
 }
 
 // −A·4/τ·sigmoid(τ(r − 1)); `exponential` is e^{−τ(r − 1)}, so that 1 − sigmoid does not cancel.
-template <typename Real>
-DLOGP_HOST_DEVICE inline PolicyTerm<Real> sapo_term(Real ratio, Real advantage, Real temperature, Real exponential) {
-  const Real sigmoid = 1 / (1 + exponential), four = -4 * advantage * sigmoid;
+template <typename Acc>
+DLOGP_HOST_DEVICE inline PolicyTerm<Acc> sapo_term(Acc ratio, Acc advantage, Acc temperature, Acc exponential) {
+  const Acc sigmoid = 1 / (1 + exponential), four = -4 * advantage * sigmoid;
   return {four / temperature, four * (exponential * sigmoid) * ratio, false, false, false};
 }
 
 // k3(x) = eˣ − x − 1, `exponential` being eˣ; near 0, where that cancels, its series.
-template <typename Real>
-DLOGP_HOST_DEVICE inline Real k3_of(Real x, Real exponential) {
-  Real series = Real(1) / 40320;
-  series = series * x + Real(1) / 5040;
-  series = series * x + Real(1) / 720;
-  series = series * x + Real(1) / 120;
-  series = series * x + Real(1) / 24;
-  series = series * x + Real(1) / 6;
-  series = series * x + Real(0.5);
+template <typename Acc>
+DLOGP_HOST_DEVICE inline Acc k3_of(Acc x, Acc exponential) {
+  Acc series = Acc(1) / 40320;
+  series = series * x + Acc(1) / 5040;
+  series = series * x + Acc(1) / 720;
+  series = series * x + Acc(1) / 120;
+  series = series * x + Acc(1) / 24;
+  series = series * x + Acc(1) / 6;
+  series = series * x + Acc(0.5);
   // The first term left out is x⁹ / 9!, 2e-9 of the result.
-  const Real bound = sizeof(Real) == 4 ? Real(0.09) : Real(0);
+  const Acc bound = sizeof(Acc) == 4 ? Acc(0.09) : Acc(0);
   return x * x < bound ? series * x * x : exponential - x - 1;
 }
 

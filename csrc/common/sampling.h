@@ -62,32 +62,43 @@ struct RowNoise {
   DLOGP_HOST_DEVICE NoiseKey key(uint64_t seed, Stream stream) const { return {seed, row_id, step, stream}; }
 };
 
+// What tells the rows of a call apart: pointers may be null. Row n has the identity n without row_id; `steps` holds one
+// step, or with steps_stride = 1 one a row, and counts instead of `step`.
+struct RowIdentities {
+  const int64_t *row_id = nullptr, *steps = nullptr;
+  int64_t steps_stride = 0, step = 0;
+
+  RowNoise of(int64_t row) const {
+    return {uint32_t(row_id != nullptr ? row_id[row] : row),
+            uint32_t(steps != nullptr ? steps[row * steps_stride] : step)};
+  }
+};
+
 // (1 + γ) z_R − γ z_B; −inf where z_R is, and `least`, the row's least finite z_B, stands in for z_B = −inf.
-template <typename Real>
-DLOGP_HOST_DEVICE inline Real extrapolated(Real z, Real base_z, Real gamma, Real least) {
-  const Real impossible = -std::numeric_limits<Real>::infinity();
-  const Real value = (1 + gamma) * z - gamma * (base_z == impossible ? least : base_z);
-  return z == impossible ? impossible : value;
+template <typename Acc>
+DLOGP_HOST_DEVICE inline Acc extrapolated(Acc z, Acc base_z, Acc gamma, Acc least) {
+  const Acc value = (1 + gamma) * z - gamma * (base_z == kMaskedLogit<Acc> ? least : base_z);
+  return z == kMaskedLogit<Acc> ? kMaskedLogit<Acc> : value;
 }
 
-// Whether the draft is to be replaced. What is compared is rounded to Real, as in the outputs.
-template <typename Real>
-DLOGP_HOST_DEVICE inline bool is_selected(const SampleOptions& options, const PairState<Real>& state, Real delta_logp,
+// Whether the draft is to be replaced. What is compared is rounded to Acc, as in the outputs.
+template <typename Acc>
+DLOGP_HOST_DEVICE inline bool is_selected(const SampleOptions& options, const PairState<Acc>& state, Acc delta_logp,
                                           const RowNoise& noise) {
-  const Real threshold = Real(options.threshold);
+  const Acc threshold = Acc(options.threshold);
   switch (options.criterion) {
     case Criterion::kDeltaLogp:
       return delta_logp < threshold;
     case Criterion::kKl:
-      return Real(state.kl()) > threshold;
+      return Acc(state.kl()) > threshold;
     case Criterion::kReverseKl:
-      return Real(state.reverse_kl()) > threshold;
+      return Acc(state.reverse_kl()) > threshold;
     case Criterion::kAvgKl:
-      return Real((state.kl() + state.reverse_kl()) / 2) > threshold;
+      return Acc((state.kl() + state.reverse_kl()) / 2) > threshold;
     case Criterion::kEntropy:
-      return Real(state.base.entropy()) > threshold;
+      return Acc(state.base.entropy()) > threshold;
     case Criterion::kRlEntropy:
-      return Real(state.model.entropy()) > threshold;
+      return Acc(state.model.entropy()) > threshold;
     case Criterion::kRandom:
       return uniform<double>(noise_bits(noise.key(options.seed, Stream::kRandom), 0)) < options.threshold;
     case Criterion::kAll:

@@ -6,10 +6,10 @@ namespace dlogp {
 namespace {
 
 // kDotTokens tokens and `Rows` rows: as many running sums as hide the latency of an addition.
-template <int Bytes, int Rows, typename Real>
-DLOGP_INLINE void dot_block(int64_t tokens, int64_t inner, const Real* weight, int64_t weight_stride,
-                            const Real* hidden, int64_t hidden_stride, Real* c, int64_t c_stride) {
-  using L = Lanes<Real, Bytes>;
+template <int Bytes, int Rows, typename T>
+DLOGP_INLINE void dot_block(int64_t tokens, int64_t inner, const T* weight, int64_t weight_stride, const T* hidden,
+                            int64_t hidden_stride, T* c, int64_t c_stride) {
+  using L = Lanes<T, Bytes>;
   typename L::Vector sums[kDotTokens][Rows] = {};
   const int64_t whole = inner / L::count * L::count;
   for (int64_t k = 0; k < whole; k += L::count) {
@@ -29,16 +29,16 @@ DLOGP_INLINE void dot_block(int64_t tokens, int64_t inner, const Real* weight, i
     if (t >= tokens) break;
 #pragma GCC unroll 4
     for (int r = 0; r < Rows; ++r) {
-      Real sum = L::sum(sums[t][r]);
+      T sum = L::sum(sums[t][r]);
       for (int64_t k = whole; k < inner; ++k) sum += weight[t * weight_stride + k] * hidden[r * hidden_stride + k];
       c[r * c_stride + t] = sum;
     }
   }
 }
 
-template <int Bytes, typename Real>
-DLOGP_INLINE void dot_rows(int64_t tokens, int64_t rows, int64_t inner, const Real* weight, int64_t weight_stride,
-                           const Real* hidden, int64_t hidden_stride, Real* c, int64_t c_stride) {
+template <int Bytes, typename T>
+DLOGP_INLINE void dot_rows(int64_t tokens, int64_t rows, int64_t inner, const T* weight, int64_t weight_stride,
+                           const T* hidden, int64_t hidden_stride, T* c, int64_t c_stride) {
   int64_t r = 0;
   for (; r + 2 <= rows; r += 2)
     dot_block<Bytes, 2>(tokens, inner, weight, weight_stride, hidden + r * hidden_stride, hidden_stride,
@@ -48,11 +48,11 @@ DLOGP_INLINE void dot_rows(int64_t tokens, int64_t rows, int64_t inner, const Re
                         c + r * c_stride, c_stride);
 }
 
-#define DLOGP_DEFINE(attribute, name, bytes)                                                                  \
-  template <typename Real>                                                                                    \
-  attribute void name(int64_t tokens, int64_t rows, int64_t inner, const Real* weight, int64_t weight_stride, \
-                      const Real* hidden, int64_t hidden_stride, Real* c, int64_t c_stride) {                 \
-    dot_rows<bytes>(tokens, rows, inner, weight, weight_stride, hidden, hidden_stride, c, c_stride);          \
+#define DLOGP_DEFINE(attribute, name, bytes)                                                               \
+  template <typename T>                                                                                    \
+  attribute void name(int64_t tokens, int64_t rows, int64_t inner, const T* weight, int64_t weight_stride, \
+                      const T* hidden, int64_t hidden_stride, T* c, int64_t c_stride) {                    \
+    dot_rows<bytes>(tokens, rows, inner, weight, weight_stride, hidden, hidden_stride, c, c_stride);       \
   }
 DLOGP_FOR_EACH_WIDTH(DLOGP_DEFINE, dot_products_with)
 #undef DLOGP_DEFINE

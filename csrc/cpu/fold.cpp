@@ -8,38 +8,38 @@
 namespace dlogp {
 namespace {
 
-template <typename Real>
-DLOGP_INLINE void transform_body(const LogitTransform& transform, int64_t count, const Real* bias, Real* z) {
+template <typename Acc>
+DLOGP_INLINE void transform_body(const LogitTransform& transform, int64_t count, const Acc* bias, Acc* z) {
   if (bias != nullptr) {
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) z[i] += bias[i];
   }
   if (transform.is_identity()) return;
   if (!transform.has_softcap()) {
-    const Real slope = Real(transform.slope());
+    const Acc slope = Acc(transform.slope());
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) z[i] *= slope;
     return;
   }
-  const Real inner = Real(transform.logit_scale / transform.softcap);
-  const Real outer = Real(transform.softcap / transform.temperature);
+  const Acc inner = Acc(transform.logit_scale / transform.softcap);
+  const Acc outer = Acc(transform.softcap / transform.temperature);
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) z[i] = outer * tanh_of(z[i] * inner);
 }
 
-template <typename Real>
-DLOGP_INLINE Real largest(int64_t count, const Real* z) {
-  Real max = -std::numeric_limits<Real>::infinity();
+template <typename Acc>
+DLOGP_INLINE Acc largest(int64_t count, const Acc* z) {
+  Acc max = kMaskedLogit<Acc>;
 #pragma omp simd reduction(max : max)
   for (int64_t i = 0; i < count; ++i) max = z[i] > max ? z[i] : max;
   return max;
 }
 
 // One after another, for tiles with −inf, +inf or NaN; the vectorised sums of such a tile are not finite.
-template <typename Real>
-void fold_special(int64_t count, const Real* z, SoftmaxState<Real>& state) {
+template <typename Acc>
+void fold_special(int64_t count, const Acc* z, SoftmaxState<Acc>& state) {
   for (int64_t i = 0; i < count; ++i) {
-    if (z[i] == -std::numeric_limits<Real>::infinity()) continue;
+    if (z[i] == kMaskedLogit<Acc>) continue;
     if (z[i] > state.max) rebase(state, z[i]);
     const double d = double(z[i]) - double(state.max);
     const double e = std::exp(d);
@@ -48,11 +48,10 @@ void fold_special(int64_t count, const Real* z, SoftmaxState<Real>& state) {
   }
 }
 
-template <typename Real>
-void fold_special(int64_t count, const Real* z, const Real* base_z, PairState<Real>& state) {
-  const Real impossible = -std::numeric_limits<Real>::infinity();
+template <typename Acc>
+void fold_special(int64_t count, const Acc* z, const Acc* base_z, PairState<Acc>& state) {
   for (int64_t i = 0; i < count; ++i) {
-    const bool possible = z[i] != impossible, base_possible = base_z[i] != impossible;
+    const bool possible = z[i] != kMaskedLogit<Acc>, base_possible = base_z[i] != kMaskedLogit<Acc>;
     rebase(state, larger(z[i], state.model.max), larger(base_z[i], state.base.max));
     const double d = double(z[i]) - double(state.model.max), base_d = double(base_z[i]) - double(state.base.max);
     const double e = std::exp(d), base_e = std::exp(base_d);
@@ -68,8 +67,8 @@ void fold_special(int64_t count, const Real* z, const Real* base_z, PairState<Re
       state.cross += e * (d - base_d);
       state.base_cross += base_e * (base_d - d);
     }
-    state.model_alone |= possible && !base_possible;
-    state.base_alone |= base_possible && !possible;
+    state.model_unsupported |= possible && !base_possible;
+    state.base_unsupported |= base_possible && !possible;
   }
 }
 
@@ -77,18 +76,18 @@ void fold_special(int64_t count, const Real* z, const Real* base_z, PairState<Re
 // any nearby value. So a tile is mostly read once, not first for its maximum.
 constexpr int kSlack = 2;
 
-template <typename Real>
+template <typename Acc>
 struct TileSums {
-  Real largest, sum, weighted;
+  Acc largest, sum, weighted;
 };
 
-template <bool with_weighted, typename Real>
-DLOGP_INLINE TileSums<Real> sum_tile(int64_t count, const Real* z, Real max) {
-  Real largest = -std::numeric_limits<Real>::infinity(), sum = 0, weighted = 0;
+template <bool with_weighted, typename Acc>
+DLOGP_INLINE TileSums<Acc> sum_tile(int64_t count, const Acc* z, Acc max) {
+  Acc largest = kMaskedLogit<Acc>, sum = 0, weighted = 0;
 #pragma omp simd reduction(max : largest) reduction(+ : sum, weighted)
   for (int64_t i = 0; i < count; ++i) {
-    const Real d = z[i] - max;
-    const Real e = exp_of(d);
+    const Acc d = z[i] - max;
+    const Acc e = exp_of(d);
     largest = z[i] > largest ? z[i] : largest;
     sum += e;
     if constexpr (with_weighted) weighted += e * d;
@@ -96,10 +95,10 @@ DLOGP_INLINE TileSums<Real> sum_tile(int64_t count, const Real* z, Real max) {
   return {largest, sum, weighted};
 }
 
-template <bool with_weighted, typename Real>
-DLOGP_INLINE void fold_body(int64_t count, const Real* z, SoftmaxState<Real>& state) {
+template <bool with_weighted, typename Acc>
+DLOGP_INLINE void fold_body(int64_t count, const Acc* z, SoftmaxState<Acc>& state) {
   if (state.empty()) rebase(state, largest(count, z));
-  TileSums<Real> tile = sum_tile<with_weighted>(count, z, state.max);
+  TileSums<Acc> tile = sum_tile<with_weighted>(count, z, state.max);
   if (tile.largest > state.max + kSlack) {
     rebase(state, tile.largest);
     tile = sum_tile<with_weighted>(count, z, state.max);
@@ -109,24 +108,23 @@ DLOGP_INLINE void fold_body(int64_t count, const Real* z, SoftmaxState<Real>& st
   state.weighted += tile.weighted;
 }
 
-template <typename Real>
+template <typename Acc>
 struct PairTileSums {
-  TileSums<Real> model, base;
-  Real cross, base_cross;
+  TileSums<Acc> model, base;
+  Acc cross, base_cross;
 
   bool finite() const { return std::isfinite(model.weighted + base.weighted + cross + base_cross); }
 };
 
-template <typename Real>
-DLOGP_INLINE PairTileSums<Real> sum_pair_tile(int64_t count, const Real* z, const Real* base_z, Real max,
-                                              Real base_max) {
-  Real largest = -std::numeric_limits<Real>::infinity(), base_largest = largest;
-  Real sum = 0, weighted = 0, cross = 0, base_sum = 0, base_weighted = 0, base_cross = 0;
+template <typename Acc>
+DLOGP_INLINE PairTileSums<Acc> sum_pair_tile(int64_t count, const Acc* z, const Acc* base_z, Acc max, Acc base_max) {
+  Acc largest = kMaskedLogit<Acc>, base_largest = largest;
+  Acc sum = 0, weighted = 0, cross = 0, base_sum = 0, base_weighted = 0, base_cross = 0;
 #pragma omp simd reduction(max : largest, base_largest) \
     reduction(+ : sum, weighted, cross, base_sum, base_weighted, base_cross)
   for (int64_t i = 0; i < count; ++i) {
-    const Real d = z[i] - max, base_d = base_z[i] - base_max;
-    const Real e = exp_of(d), base_e = exp_of(base_d);
+    const Acc d = z[i] - max, base_d = base_z[i] - base_max;
+    const Acc e = exp_of(d), base_e = exp_of(base_d);
     largest = z[i] > largest ? z[i] : largest;
     base_largest = base_z[i] > base_largest ? base_z[i] : base_largest;
     sum += e;
@@ -139,11 +137,11 @@ DLOGP_INLINE PairTileSums<Real> sum_pair_tile(int64_t count, const Real* z, cons
   return {{largest, sum, weighted}, {base_largest, base_sum, base_weighted}, cross, base_cross};
 }
 
-template <typename Real>
-DLOGP_INLINE void fold_pair_body(int64_t count, const Real* z, const Real* base_z, PairState<Real>& state) {
+template <typename Acc>
+DLOGP_INLINE void fold_pair_body(int64_t count, const Acc* z, const Acc* base_z, PairState<Acc>& state) {
   if (state.model.empty() || state.base.empty())
     rebase(state, larger(largest(count, z), state.model.max), larger(largest(count, base_z), state.base.max));
-  PairTileSums<Real> tile = sum_pair_tile(count, z, base_z, state.model.max, state.base.max);
+  PairTileSums<Acc> tile = sum_pair_tile(count, z, base_z, state.model.max, state.base.max);
   if (tile.model.largest > state.model.max + kSlack || tile.base.largest > state.base.max + kSlack) {
     rebase(state, larger(tile.model.largest, state.model.max), larger(tile.base.largest, state.base.max));
     tile = sum_pair_tile(count, z, base_z, state.model.max, state.base.max);
@@ -158,38 +156,38 @@ DLOGP_INLINE void fold_pair_body(int64_t count, const Real* z, const Real* base_
 }
 
 // A log-probability below this has p = 0 in float32; the bound keeps 0·(−inf) from being NaN.
-template <typename Real>
-DLOGP_INLINE Real bounded(Real logp) {
-  return logp < Real(-1e30) ? Real(-1e30) : logp;
+template <typename Acc>
+DLOGP_INLINE Acc bounded(Acc logp) {
+  return logp < Acc(-1e30) ? Acc(-1e30) : logp;
 }
 
-template <typename Real>
-DLOGP_INLINE void gradient_body(const GradientTerms<Real>& terms, int64_t count, const Real* z, Real* grad) {
+template <typename Acc>
+DLOGP_INLINE void gradient_body(const GradientTerms<Acc>& terms, int64_t count, const Acc* z, Acc* grad) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
-    const Real logp = bounded(z[i] - terms.lse);
+    const Acc logp = bounded(z[i] - terms.lse);
     grad[i] = exp_of(logp) * (terms.constant + terms.log_term * logp);
   }
 }
 
-template <typename Real>
-DLOGP_INLINE void gradient_pair_body(const GradientTerms<Real>& terms, int64_t count, const Real* z,
-                                     const Real* other_z, Real* grad) {
+template <typename Acc>
+DLOGP_INLINE void gradient_pair_body(const GradientTerms<Acc>& terms, int64_t count, const Acc* z, const Acc* other_z,
+                                     Acc* grad) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
-    const Real logp = bounded(z[i] - terms.lse), other_logp = bounded(other_z[i] - terms.other_lse);
-    const Real own = terms.constant + terms.log_term * logp + terms.ratio_term * (logp - other_logp);
+    const Acc logp = bounded(z[i] - terms.lse), other_logp = bounded(other_z[i] - terms.other_lse);
+    const Acc own = terms.constant + terms.log_term * logp + terms.ratio_term * (logp - other_logp);
     grad[i] = exp_of(logp) * own + terms.other_term * exp_of(other_logp);
   }
 }
 
-template <typename Real>
-DLOGP_INLINE void softcap_gradient_body(const LogitTransform& transform, int64_t count, const Real* z, Real* grad) {
-  const Real to_tanh = Real(transform.temperature / transform.softcap);
+template <typename Acc>
+DLOGP_INLINE void softcap_gradient_body(const LogitTransform& transform, int64_t count, const Acc* z, Acc* grad) {
+  const Acc to_tanh = Acc(transform.temperature / transform.softcap);
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
-    const Real t = z[i] * to_tanh;
-    grad[i] *= (Real(1) - t) * (Real(1) + t);
+    const Acc t = z[i] * to_tanh;
+    grad[i] *= (Acc(1) - t) * (Acc(1) + t);
   }
 }
 

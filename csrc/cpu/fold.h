@@ -21,6 +21,15 @@ void fold_sum(int64_t count, const float* z, SoftmaxState<float>& state);
 void fold_sum(int64_t count, const double* z, SoftmaxState<double>& state);
 void fold_row(int64_t count, const float* z, const float* base_z, PairState<float>& state);
 void fold_row(int64_t count, const double* z, const double* base_z, PairState<double>& state);
+// The same of each model's logits.
+template <typename Acc>
+void fold_row(int64_t count, const Acc* const (&z)[1], SoftmaxState<Acc>& state) {
+  fold_row(count, z[0], state);
+}
+template <typename Acc>
+void fold_row(int64_t count, const Acc* const (&z)[2], PairState<Acc>& state) {
+  fold_row(count, z[0], z[1], state);
+}
 
 // The gradient of a model's statistics with respect to its own logits, with p its distribution, q that of the other:
 //   dz = p·(constant + log_term·log p + ratio_term·(log p − log q)) + other_term·q  (+ g_logp at the targets)
@@ -28,10 +37,10 @@ void fold_row(int64_t count, const double* z, const double* base_z, PairState<do
 //   constant = g_lse − Σ_k g_logp − g_entropy·H − g_kl·kl + g_reverse_kl,  log_term = −g_entropy,
 //   ratio_term = g_kl,  other_term = −g_reverse_kl
 // where kl is the divergence from p to q and reverse_kl that from q to p.
-template <typename Real>
+template <typename Acc>
 struct GradientTerms {
-  Real lse, other_lse;
-  Real constant, log_term, ratio_term, other_term;
+  Acc lse, other_lse;
+  Acc constant, log_term, ratio_term, other_term;
 };
 
 void gradient_row(const GradientTerms<float>& terms, int64_t count, const float* z, float* grad);

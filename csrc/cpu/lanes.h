@@ -10,16 +10,16 @@
 namespace dlogp {
 
 // A vector of so many bytes, of numbers.
-template <typename Real, int Bytes>
+template <typename T, int Bytes>
 struct Lanes {
-  using Vector __attribute__((vector_size(Bytes))) = Real;
-  static constexpr int64_t count = Bytes / int64_t(sizeof(Real));
+  using Vector __attribute__((vector_size(Bytes))) = T;
+  static constexpr int64_t count = Bytes / int64_t(sizeof(T));
 
   // By reference: a vector as a result would be a matter of the instruction set.
-  static DLOGP_INLINE void load(const Real* from, Vector& lanes) { std::memcpy(&lanes, from, sizeof lanes); }
-  static DLOGP_INLINE void store(const Vector& lanes, Real* to) { std::memcpy(to, &lanes, sizeof lanes); }
-  static DLOGP_INLINE Real sum(const Vector& lanes) {
-    Real sums[count];
+  static DLOGP_INLINE void load(const T* from, Vector& lanes) { std::memcpy(&lanes, from, sizeof lanes); }
+  static DLOGP_INLINE void store(const Vector& lanes, T* to) { std::memcpy(to, &lanes, sizeof lanes); }
+  static DLOGP_INLINE T sum(const Vector& lanes) {
+    T sums[count];
     std::memcpy(sums, &lanes, sizeof sums);
     for (int64_t half = count / 2; half > 0; half /= 2)
       for (int64_t i = 0; i < half; ++i) sums[i] += sums[i + half];
@@ -42,9 +42,8 @@ inline int vector_bytes() {
 #define DLOGP_FOR_EACH_WIDTH(definition, name)                                               \
   definition(, name##_16, 16) definition(__attribute__((target("avx2,fma"))), name##_32, 32) \
       definition(__attribute__((target("arch=x86-64-v4"))), name##_64, 64)
-#define DLOGP_WIDEST(name, Real) \
-  (vector_bytes() == 64 ? name##_64<Real> : vector_bytes() == 32 ? name##_32<Real> : name##_16<Real>)
+#define DLOGP_WIDEST(name, T) (vector_bytes() == 64 ? name##_64<T> : vector_bytes() == 32 ? name##_32<T> : name##_16<T>)
 #else
 #define DLOGP_FOR_EACH_WIDTH(definition, name) definition(, name##_16, 16)
-#define DLOGP_WIDEST(name, Real) name##_16<Real>
+#define DLOGP_WIDEST(name, T) name##_16<T>
 #endif

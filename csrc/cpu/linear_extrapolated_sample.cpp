@@ -5,21 +5,54 @@
 
 #include "dot_products.h"
 #include "fold.h"
+#include "winner.h"
 
 namespace dlogp {
 namespace {
 
+// A winner with its logits at temperature 1.
+template <typename Acc>
+struct DrawnToken {
+  Winner winner;
+  Acc z = 0, base_z = 0;
+};
+
+// What a thread has seen of a row, besides the states.
+template <typename Acc>
+struct RowDraws {
+  DrawnToken<Acc> draft, replacement;
+  // Of the tokens with z_B = −inf, scored without the stand-in, if γ > 0.
+  DrawnToken<Acc> unlikely;
+  Acc least = std::numeric_limits<Acc>::infinity();
+  bool bad = false;  // NaN or +inf in a logit
+};
+
+// Hidden states of one model, converted: row by row, or of bfloat16 in blocks of kRowBlock rows, each packed (matrix.h)
+// as the right operand (inner, padded_columns).
+template <typename T>
+struct PackedHidden {
+  int64_t inner = 0, rows = 0;
+  std::vector<T> data;
+
+  int64_t block_rows(int64_t first) const { return std::min(kRowBlock, rows - first); }
+  const T* block(int64_t first) const { return data.data() + first * inner; }
+};
+
+// What one thread needs besides.
+template <typename T>
+struct DrawScratch {
+  std::vector<T> weight;
+  std::vector<Accumulator<T>> product, logits[2], bias;
+};
+
 // Of a Tiling; a row of a tile has its scores on the stack.
 constexpr int64_t kMostColumns = 256;
 
-template <typename Real>
-constexpr Real kImpossible = -std::numeric_limits<Real>::infinity();
-
-template <typename Real>
+template <typename Acc>
 class TileRow {
  public:
-  TileRow(const SampleOptions& options, const RowNoise& noise, int64_t begin, int64_t count, const Real* z,
-          const Real* base_z, PairState<Real>& state, RowDraws<Real>& draws)
+  TileRow(const SampleOptions& options, const RowNoise& noise, int64_t begin, int64_t count, const Acc* z,
+          const Acc* base_z, PairState<Acc>& state, RowDraws<Acc>& draws)
       : options_(options),
         noise_(noise),
         begin_(begin),
@@ -49,19 +82,19 @@ class TileRow {
 
  private:
   // From one model's logits, which are the scores as they are at temperatures 0 and 1.
-  void draw_from(const Real* z, const Real* maxima, Stream stream, DrawnToken<Real>& drawn) {
+  void draw_from(const Acc* z, const Acc* maxima, Stream stream, DrawnToken<Acc>& drawn) {
     if (!divides()) return draw(z, maxima, stream, drawn);
     std::copy_n(maxima, blocks(), score_maxima_);
-    divide_scores(blocks(), Real(options_.temperature),
+    divide_scores(blocks(), Acc(options_.temperature),
                   score_maxima_);  // the largest quotients are those of the largest
     if (!any_may_win(score_maxima_, drawn.winner)) return;
     std::copy_n(z, count_, scores_);
-    divide_scores(count_, Real(options_.temperature), scores_);
+    divide_scores(count_, Acc(options_.temperature), scores_);
     draw(scores_, score_maxima_, stream, drawn);
   }
 
   void draw_extrapolated() {
-    const Real gamma = Real(options_.gamma);
+    const Acc gamma = Acc(options_.gamma);
     draws_.least = std::min(draws_.least, least_finite(count_, base_z_));
     const bool some_unlikely = extrapolated_scores(count_, gamma, z_, base_z_, scores_);
     draw_from_scores(draws_.replacement);
@@ -70,13 +103,13 @@ class TileRow {
     draw_from_scores(draws_.unlikely);
   }
 
-  void draw_from_scores(DrawnToken<Real>& drawn) {
-    if (divides()) divide_scores(count_, Real(options_.temperature), scores_);
+  void draw_from_scores(DrawnToken<Acc>& drawn) {
+    if (divides()) divide_scores(count_, Acc(options_.temperature), scores_);
     block_maxima(count_, scores_, score_maxima_);
     draw(scores_, score_maxima_, Stream::kReplacement, drawn);
   }
 
-  void draw(const Real* s, const Real* maxima, Stream stream, DrawnToken<Real>& drawn) {
+  void draw(const Acc* s, const Acc* maxima, Stream stream, DrawnToken<Acc>& drawn) {
     const bool greedy = options_.temperature == 0;
     const NoiseKey key = noise_.key(options_.seed, stream);
     const int64_t before = drawn.winner.token;
@@ -84,9 +117,9 @@ class TileRow {
       const int64_t offset = block * kBlockTokens, first = begin_ + offset;
       const int64_t size = std::min(kBlockTokens, count_ - offset);
       if (greedy) {
-        if (maxima[block] > kImpossible<Real>) compare_block(first, s + offset, size, maxima[block], drawn.winner);
+        if (maxima[block] > kMaskedLogit<Acc>) compare_block(first, s + offset, size, maxima[block], drawn.winner);
       } else if (may_win_block(maxima[block], drawn.winner)) {
-        score_block(first, s + offset, size, kImpossible<Real>, key, drawn.winner);
+        score_block(first, s + offset, size, kMaskedLogit<Acc>, key, drawn.winner);
       }
     }
     if (drawn.winner.token == before) return;
@@ -94,12 +127,12 @@ class TileRow {
     drawn.base_z = base_z_[drawn.winner.token - begin_];
   }
 
-  bool any_may_win(const Real* maxima, const Winner& winner) const {
-    return std::any_of(maxima, maxima + blocks(), [&](Real max) { return may_win_block(max, winner); });
+  bool any_may_win(const Acc* maxima, const Winner& winner) const {
+    return std::any_of(maxima, maxima + blocks(), [&](Acc max) { return may_win_block(max, winner); });
   }
 
-  bool may_win_block(Real max, const Winner& winner) const {
-    return max > kImpossible<Real> && max + kLargestGumbel >= winner.score;
+  bool may_win_block(Acc max, const Winner& winner) const {
+    return max > kMaskedLogit<Acc> && max + kLargestGumbel >= winner.score;
   }
 
   bool divides() const { return options_.temperature != 0 && options_.temperature != 1; }
@@ -108,21 +141,21 @@ class TileRow {
   const SampleOptions& options_;
   const RowNoise& noise_;
   const int64_t begin_, count_;
-  const Real *z_, *base_z_;
-  PairState<Real>& state_;
-  RowDraws<Real>& draws_;
-  Real maxima_[kMostColumns / kBlockTokens], base_maxima_[kMostColumns / kBlockTokens];
-  Real score_maxima_[kMostColumns / kBlockTokens];
-  Real scores_[kMostColumns];
+  const Acc *z_, *base_z_;
+  PairState<Acc>& state_;
+  RowDraws<Acc>& draws_;
+  Acc maxima_[kMostColumns / kBlockTokens], base_maxima_[kMostColumns / kBlockTokens];
+  Acc score_maxima_[kMostColumns / kBlockTokens];
+  Acc scores_[kMostColumns];
 };
 
-template <typename Real>
-void merge(DrawnToken<Real>& into, const DrawnToken<Real>& other) {
+template <typename Acc>
+void merge(DrawnToken<Acc>& into, const DrawnToken<Acc>& other) {
   if (other.winner.token >= 0 && into.winner.loses_to(other.winner.score, other.winner.token)) into = other;
 }
 
-template <typename Real>
-void merge(RowDraws<Real>& into, const RowDraws<Real>& other) {
+template <typename Acc>
+void merge(RowDraws<Acc>& into, const RowDraws<Acc>& other) {
   merge(into.draft, other.draft);
   merge(into.replacement, other.replacement);
   merge(into.unlikely, other.unlikely);
@@ -131,13 +164,12 @@ void merge(RowDraws<Real>& into, const RowDraws<Real>& other) {
 }
 
 // The winner among the tokens with z_B = −inf, now that the stand-in for it is known, scored as all others are.
-template <typename Real>
-DrawnToken<Real> with_stand_in(DrawnToken<Real> drawn, Real least, const RowNoise& noise,
-                               const SampleOptions& options) {
+template <typename Acc>
+DrawnToken<Acc> with_stand_in(DrawnToken<Acc> drawn, Acc least, const RowNoise& noise, const SampleOptions& options) {
   const bool greedy = options.temperature == 0;
-  const Real temperature = greedy ? 1 : Real(options.temperature);
-  const Real s = extrapolated(drawn.z, drawn.base_z, Real(options.gamma), least) / temperature;
-  constexpr Real lowest = std::numeric_limits<Real>::lowest();
+  const Acc temperature = greedy ? 1 : Acc(options.temperature);
+  const Acc s = extrapolated(drawn.z, drawn.base_z, Acc(options.gamma), least) / temperature;
+  constexpr Acc lowest = std::numeric_limits<Acc>::lowest();
   drawn.winner.score = s > lowest ? s : lowest;  // of NaN too
   if (!greedy) {
     const NoiseKey key = noise.key(options.seed, Stream::kReplacement);
@@ -146,11 +178,11 @@ DrawnToken<Real> with_stand_in(DrawnToken<Real> drawn, Real least, const RowNois
   return drawn;
 }
 
-template <typename Real>
-void set_token(const DrawnToken<Real>& drawn, const PairState<Real>& state, SampledRow<Real>& result) {
+template <typename Acc>
+void set_token(const DrawnToken<Acc>& drawn, const PairState<Acc>& state, SampledRow<Acc>& result) {
   result.token = drawn.winner.token;
-  result.logp = Real(state.model.logp(drawn.z));
-  result.base_logp = Real(state.base.logp(drawn.base_z));
+  result.logp = Acc(state.model.logp(drawn.z));
+  result.base_logp = Acc(state.base.logp(drawn.base_z));
 }
 
 // Columns that a block of so many rows is packed into, so that few distinct product kernels are needed.
@@ -160,30 +192,12 @@ int64_t padded_columns(int64_t rows) {
   return padded;
 }
 
-// Rows [begin, begin + padded) of a weight, in place where they can be read so, else copied; zeros beyond the
-// vocabulary.
-template <typename T>
-WeightRows<T> weight_rows(const Matrix& weight, int64_t begin, int64_t padded, int64_t width, std::vector<T>& copy) {
-  const int64_t count = std::clamp<int64_t>(weight.rows - begin, 0, padded);
-  if (count == padded && width == weight.columns) {
-    const T* in_place = groups_in_place<T>(weight, begin);
-    if (in_place != nullptr) return {in_place, weight.row_stride};
-  }
-  copy.resize(padded * width);
-  for (int64_t v = 0; v < count; ++v) {
-    read_row(weight, begin + v, 0, weight.columns, &copy[v * width]);
-    std::fill(copy.begin() + v * width + weight.columns, copy.begin() + (v + 1) * width, T(0));
-  }
-  std::fill(copy.begin() + count * width, copy.end(), T(0));
-  return {copy.data(), width};
-}
-
 // products (rows, tiling.columns) of `count` tokens from `begin` on and a block of rows.
-template <typename Real>
-void multiply_tile(const Matrix& weight, const PackedHidden<Real>& hidden, int64_t first, int64_t begin, int64_t count,
-                   const Tiling& tiling, DrawScratch<Real>& scratch, Real* products) {
+template <typename Acc>
+void multiply_tile(const Matrix& weight, const PackedHidden<Acc>& hidden, int64_t first, int64_t begin, int64_t count,
+                   const Tiling& tiling, DrawScratch<Acc>& scratch, Acc* products) {
   for (int64_t v = 0; v < count; v += kDotTokens) {
-    const WeightRows<Real> rows = weight_rows(weight, begin + v, kDotTokens, hidden.inner, scratch.weight);
+    const WeightRows<Acc> rows = weight_rows(weight, begin + v, kDotTokens, scratch.weight);
     dot_products(std::min(kDotTokens, count - v), hidden.block_rows(first), hidden.inner, rows.data, rows.stride,
                  hidden.block(first), hidden.inner, products + v, tiling.columns);
   }
@@ -192,7 +206,7 @@ void multiply_tile(const Matrix& weight, const PackedHidden<Real>& hidden, int64
 void multiply_tile(const Matrix& weight, const PackedHidden<c10::BFloat16>& hidden, int64_t first, int64_t begin,
                    int64_t count, const Tiling& tiling, DrawScratch<c10::BFloat16>& scratch, float* products) {
   const int64_t rows = hidden.block_rows(first), columns = padded_columns(rows);
-  const auto left = weight_rows(weight, begin, tiling.columns, hidden.inner, scratch.weight);
+  const auto left = weight_rows(weight, begin, tiling.columns, scratch.weight);
   scratch.product.resize(tiling.columns * kRowBlock);
   multiply({tiling.columns, columns, hidden.inner, left.stride, columns, columns}, left.data, hidden.block(first),
            scratch.product.data(), false);
@@ -206,19 +220,13 @@ const Accumulator<T>* tile_logits(const Head& head, const PackedHidden<T>& hidde
                                   std::vector<Accumulator<T>>& logits) {
   logits.resize(kRowBlock * tiling.columns);
   multiply_tile(head.weight, hidden, first, begin, count, tiling, scratch, logits.data());
-  const Accumulator<T>* bias = nullptr;
-  if (head.bias.data != nullptr) {
-    scratch.bias.resize(tiling.columns);
-    read_row(head.bias, 0, begin, count, scratch.bias.data());
-    bias = scratch.bias.data();
-  }
+  const Accumulator<T>* bias = bias_of(head, begin, count, scratch.bias);
   for (int64_t r = 0; r < hidden.block_rows(first); ++r)
     transform_row(head.transform, count, bias, logits.data() + r * tiling.columns);
   return logits.data();
 }
 
-}  // namespace
-
+// Rows [first, first + count) of `hidden`.
 template <typename T>
 void pack_hidden(const Matrix& hidden, int64_t first, int64_t count, PackedHidden<T>& packed) {
   const int64_t inner = packed_width<T>(hidden.columns), last_block = count % kRowBlock;
@@ -237,25 +245,26 @@ void pack_hidden(const Matrix& hidden, int64_t first, int64_t count, PackedHidde
   }
 }
 
+// Folds one split of the vocabulary for the packed rows, whose noise is `noise`, into states[row · splits + split] and
+// draws[row].
 template <typename T>
-void linear_extrapolated_sample(const Head* heads, const PackedHidden<T>* hidden, const RowNoise* noise,
-                                const SampleOptions& options, const Tiling& tiling, int64_t part,
-                                DrawScratch<T>& scratch, PairState<Accumulator<T>>* states,
-                                RowDraws<Accumulator<T>>* draws) {
-  using Real = Accumulator<T>;
+void fold_and_draw_split(const Head* heads, const PackedHidden<T>* hidden, const RowNoise* noise,
+                         const SampleOptions& options, const Tiling& tiling, int64_t split, DrawScratch<T>& scratch,
+                         PairState<Accumulator<T>>* states, RowDraws<Accumulator<T>>* draws) {
+  using Acc = Accumulator<T>;
   const int64_t count = hidden[0].rows;
-  for (int64_t row = 0; row < count; ++row) states[row * tiling.parts + part] = {};
-  for (int64_t begin = tiling.part_begin(part); begin < tiling.part_end(part); begin += tiling.columns) {
+  for (int64_t row = 0; row < count; ++row) states[row * tiling.splits + split] = {};
+  for (int64_t begin = tiling.split_begin(split); begin < tiling.split_end(split); begin += tiling.columns) {
     const int64_t width = std::min(tiling.columns, tiling.vocabulary - begin);
     for (int64_t first = 0; first < count; first += kRowBlock) {
-      const Real* z[2];
+      const Acc* z[2];
       for (int model = 0; model < 2; ++model)
         z[model] =
             tile_logits(heads[model], hidden[model], first, begin, width, tiling, scratch, scratch.logits[model]);
       for (int64_t r = 0; r < hidden[0].block_rows(first); ++r) {
         const int64_t row = first + r, place = r * tiling.columns;
-        TileRow<Real>(options, noise[row], begin, width, z[0] + place, z[1] + place, states[row * tiling.parts + part],
-                      draws[row])
+        TileRow<Acc>(options, noise[row], begin, width, z[0] + place, z[1] + place, states[row * tiling.splits + split],
+                     draws[row])
             .fold_and_draw();
       }
     }
@@ -263,15 +272,16 @@ void linear_extrapolated_sample(const Head* heads, const PackedHidden<T>* hidden
   release_products<T>();
 }
 
-template <typename Real>
-SampledRow<Real> finish_sample(const PairState<Real>* states, int64_t parts, const RowDraws<Real>* draws,
-                               int64_t threads, int64_t stride, const RowNoise& noise, const SampleOptions& options) {
-  SampledRow<Real> result;
-  RowDraws<Real> drawn;
+// The row of `splits` states, merged in their order, and of the draws of `threads` threads, `stride` apart.
+template <typename Acc>
+SampledRow<Acc> finish_sample(const PairState<Acc>* states, int64_t splits, const RowDraws<Acc>* draws, int64_t threads,
+                              int64_t stride, const RowNoise& noise, const SampleOptions& options) {
+  SampledRow<Acc> result;
+  RowDraws<Acc> drawn;
   for (int64_t thread = 0; thread < threads; ++thread) merge(drawn, draws[thread * stride]);
   if (drawn.bad) return result;
-  PairState<Real> state = states[0];
-  for (int64_t part = 1; part < parts; ++part) merge(state, states[part]);
+  PairState<Acc> state = states[0];
+  for (int64_t split = 1; split < splits; ++split) merge(state, states[split]);
   if (state.model.empty() || state.base.empty()) return result;
   set_token(drawn.draft, state, result);
   result.draft_token = result.token;
@@ -284,19 +294,43 @@ SampledRow<Real> finish_sample(const PairState<Real>* states, int64_t parts, con
   return result;
 }
 
-#define DLOGP_INSTANTIATE(T)                                                                                 \
-  template void pack_hidden<T>(const Matrix&, int64_t, int64_t, PackedHidden<T>&);                           \
-  template void linear_extrapolated_sample<T>(const Head*, const PackedHidden<T>*, const RowNoise*,          \
-                                              const SampleOptions&, const Tiling&, int64_t, DrawScratch<T>&, \
-                                              PairState<Accumulator<T>>*, RowDraws<Accumulator<T>>*);
-DLOGP_INSTANTIATE(c10::BFloat16)
-DLOGP_INSTANTIATE(float)
-DLOGP_INSTANTIATE(double)
-#undef DLOGP_INSTANTIATE
+}  // namespace
 
-#define DLOGP_INSTANTIATE(Real)                                                                                  \
-  template SampledRow<Real> finish_sample<Real>(const PairState<Real>*, int64_t, const RowDraws<Real>*, int64_t, \
-                                                int64_t, const RowNoise&, const SampleOptions&);
+template <typename T>
+void linear_extrapolated_sample(const Head* heads, const RowIdentities& identities, const SampleOptions& options,
+                                int64_t workspace, const SampleOutputs<Accumulator<T>>& outputs) {
+  using Acc = Accumulator<T>;
+  const int64_t width = heads[0].width() + heads[1].width(), all = heads[0].hidden.rows;
+  const Tiling tiling = tile_vocabulary(heads[0].vocabulary(), width, sizeof(T));
+  const int64_t threads = thread_slots();
+  const int64_t row_bytes = width * int64_t(sizeof(T)) + tiling.splits * int64_t(sizeof(PairState<Acc>)) +
+                            threads * int64_t(sizeof(RowDraws<Acc>));
+  const int64_t max_rows = std::clamp(workspace / 8 / row_bytes / kRowBlock * kRowBlock, kRowBlock, kMaxRows);
+  PerThread<DrawScratch<T>> scratch;
+  PackedHidden<T> hidden[2];
+  std::vector<RowNoise> noise(std::min(max_rows, all));
+  std::vector<PairState<Acc>> states(noise.size() * tiling.splits);
+  std::vector<RowDraws<Acc>> draws;
+  for (int64_t first = 0; first < all; first += max_rows) {
+    const int64_t count = std::min(max_rows, all - first);
+    for (int64_t i = 0; i < count; ++i) noise[i] = identities.of(first + i);
+    for (int model = 0; model < 2; ++model) pack_hidden(heads[model].hidden, first, count, hidden[model]);
+    draws.assign(threads * count, {});
+    for_each(tiling.splits, 1, [&](int64_t split) {
+      fold_and_draw_split(heads, hidden, noise.data(), options, tiling, split, scratch.own(), states.data(),
+                          draws.data() + own_slot(threads) * count);
+    });
+    for_each(count, 64, [&](int64_t i) {
+      outputs.set(first + i, finish_sample(states.data() + i * tiling.splits, tiling.splits, draws.data() + i, threads,
+                                           count, noise[i], options));
+    });
+  }
+}
+
+#define DLOGP_INSTANTIATE(T)                                                                                    \
+  template void linear_extrapolated_sample<T>(const Head*, const RowIdentities&, const SampleOptions&, int64_t, \
+                                              const SampleOutputs<Accumulator<T>>&);
+DLOGP_INSTANTIATE(c10::BFloat16)
 DLOGP_INSTANTIATE(float)
 DLOGP_INSTANTIATE(double)
 #undef DLOGP_INSTANTIATE

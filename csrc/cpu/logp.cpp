@@ -3,62 +3,71 @@
 #include <algorithm>
 
 #include "fold.h"
+#include "linear_tile.h"
 
 namespace dlogp {
 namespace {
 
+constexpr int64_t kLogitsChunk = 1024;
+constexpr int64_t kChunksPerSplit = 16;
+// Rows whose states are held at once.
+constexpr int64_t kLogitsRows = 256;
+
+// How a row of logits is cut.
+Tiling tile_logits_row(int64_t vocabulary) {
+  const int64_t chunks = (vocabulary + kLogitsChunk - 1) / kLogitsChunk;
+  return {vocabulary, kLogitsChunk, (chunks + kChunksPerSplit - 1) / kChunksPerSplit};
+}
+
 // Transformed logits [begin, begin + count) of a row: in place where they need no change, else in `buffer`.
-template <typename Real>
-const Real* transformed(const Logits& logits, int64_t row, int64_t begin, int64_t count, Real* buffer) {
+template <typename Acc>
+const Acc* transformed(const Logits& logits, int64_t row, int64_t begin, int64_t count, Acc* buffer) {
   if (logits.transform.is_identity()) {
-    const Real* in_place = row_in_place<Real>(logits.values, row, begin);
+    const Acc* in_place = row_in_place<Acc>(logits.values, row, begin);
     if (in_place != nullptr) return in_place;
   }
   read_row(logits.values, row, begin, count, buffer);
-  transform_row(logits.transform, count, static_cast<const Real*>(nullptr), buffer);
+  transform_row(logits.transform, count, static_cast<const Acc*>(nullptr), buffer);
   return buffer;
 }
 
-}  // namespace
-
-template <typename Real, int Models>
-State<Real, Models> logp_fwd(const Logits* logits, int64_t row, const Tiling& tiling, int64_t part,
-                             const int64_t* target, int64_t candidates, Real* const* target_logits) {
-  State<Real, Models> state;
-  Real buffers[Models][kLogitsChunk];
-  for (int64_t begin = tiling.part_begin(part); begin < tiling.part_end(part); begin += tiling.columns) {
+// Folds one split of row `row` of a block, and notes the transformed logit of each of its targets that lies there.
+template <typename Acc, int Models>
+State<Acc, Models> fold_split(const Logits* logits, const RowBlock& rows, int64_t row, const Tiling& tiling,
+                              int64_t split, Acc* const* target_logits) {
+  State<Acc, Models> state;
+  Acc buffers[Models][kLogitsChunk];
+  for (int64_t begin = tiling.split_begin(split); begin < tiling.split_end(split); begin += tiling.columns) {
     const int64_t count = std::min(tiling.columns, tiling.vocabulary - begin);
-    const Real* z[Models];
+    const Acc* z[Models];
     for (int model = 0; model < Models; ++model)
-      z[model] = transformed(logits[model], row, begin, count, buffers[model]);
-    if constexpr (Models == 1)
-      fold_row(count, z[0], state);
-    else
-      fold_row(count, z[0], z[1], state);
-    for (int64_t k = 0; k < candidates; ++k) {
-      const int64_t column = target[k] - begin;
+      z[model] = transformed(logits[model], rows.rows[row], begin, count, buffers[model]);
+    fold_row(count, z, state);
+    for (int64_t place = row * rows.candidates; place < (row + 1) * rows.candidates; ++place) {
+      const int64_t column = rows.target[place] - begin;
       if (column < 0 || column >= count) continue;
-      for (int model = 0; model < Models; ++model) target_logits[model][k] = z[model][column];
+      for (int model = 0; model < Models; ++model) target_logits[model][place] = z[model][column];
     }
   }
   return state;
 }
 
-template <typename Real, int Models>
-void logp_bwd(const Logits* logits, int64_t row, const Tiling& tiling, int64_t part, const int64_t* target,
-              const Upstream<Real>& upstream, const Output* outputs) {
-  Real buffers[Models][kLogitsChunk], grad[kLogitsChunk];
-  GradientTerms<Real> terms[Models];
+// Writes both models' gradients of one split of row `row`.
+template <typename Acc, int Models>
+void backward_split(const Logits* logits, int64_t row, const int64_t* target, const Tiling& tiling, int64_t split,
+                    const Upstream<Acc>& upstream, const Output* outputs) {
+  Acc buffers[Models][kLogitsChunk], grad[kLogitsChunk];
+  GradientTerms<Acc> terms[Models];
   for (int model = 0; model < Models; ++model)
     terms[model] = upstream.terms(model, row, target, logits[model].transform);
-  for (int64_t begin = tiling.part_begin(part); begin < tiling.part_end(part); begin += tiling.columns) {
+  for (int64_t begin = tiling.split_begin(split); begin < tiling.split_end(split); begin += tiling.columns) {
     const int64_t count = std::min(tiling.columns, tiling.vocabulary - begin);
-    const Real* z[Models];
+    const Acc* z[Models];
     for (int model = 0; model < Models; ++model)
       z[model] = transformed(logits[model], row, begin, count, buffers[model]);
     for (int model = 0; model < Models; ++model) {
       if (!outputs[model]) continue;
-      const Real* other_z = Models == 1 ? nullptr : z[Models - 1 - model];
+      const Acc* other_z = Models == 1 ? nullptr : z[Models - 1 - model];
       logits_gradient(upstream, model, row, target, logits[model].transform, terms[model], begin, count, z[model],
                       other_z, grad);
       write_row(outputs[model], row, begin, count, grad);
@@ -66,11 +75,41 @@ void logp_bwd(const Logits* logits, int64_t row, const Tiling& tiling, int64_t p
   }
 }
 
-#define DLOGP_INSTANTIATE(Real, Models)                                                                               \
-  template State<Real, Models> logp_fwd<Real, Models>(const Logits*, int64_t, const Tiling&, int64_t, const int64_t*, \
-                                                      int64_t, Real* const*);                                         \
-  template void logp_bwd<Real, Models>(const Logits*, int64_t, const Tiling&, int64_t, const int64_t*,                \
-                                       const Upstream<Real>&, const Output*);
+}  // namespace
+
+template <typename Acc, int Models>
+void logp_forward(const Logits* logits, const KeptRows& kept, const StatsOutputs<Acc>& outputs) {
+  const Tiling tiling = tile_logits_row(logits[0].values.columns);
+  std::vector<State<Acc, Models>> states(kLogitsRows * tiling.splits);
+  std::vector<Acc> storage[Models];
+  Acc* target_logits[Models];
+  for (int model = 0; model < Models; ++model) {
+    storage[model].resize(kLogitsRows * kept.candidates);
+    target_logits[model] = storage[model].data();
+  }
+  for (int64_t first = 0; first < kept.count(); first += kLogitsRows) {
+    const RowBlock rows = kept.block(first, kLogitsRows);
+    for_each(rows.count * tiling.splits, 1, [&](int64_t i) {
+      states[i] = fold_split<Acc, Models>(logits, rows, i / tiling.splits, tiling, i % tiling.splits, target_logits);
+    });
+    write_statistics<Acc, Models>(states.data(), tiling.splits, target_logits, rows, rows.rows, 0, rows.count, outputs);
+  }
+}
+
+template <typename Acc, int Models>
+void logp_backward(const Logits* logits, const KeptRows& kept, const Upstream<Acc>& upstream, const Output* outputs) {
+  const Tiling tiling = tile_logits_row(logits[0].values.columns);
+  const RowBlock rows = kept.block(0, kept.count());
+  for_each(rows.count * tiling.splits, 1, [&](int64_t i) {
+    const int64_t row = i / tiling.splits;
+    backward_split<Acc, Models>(logits, rows.rows[row], rows.target + row * rows.candidates, tiling, i % tiling.splits,
+                                upstream, outputs);
+  });
+}
+
+#define DLOGP_INSTANTIATE(Acc, Models)                                                               \
+  template void logp_forward<Acc, Models>(const Logits*, const KeptRows&, const StatsOutputs<Acc>&); \
+  template void logp_backward<Acc, Models>(const Logits*, const KeptRows&, const Upstream<Acc>&, const Output*);
 DLOGP_INSTANTIATE(float, 1)
 DLOGP_INSTANTIATE(float, 2)
 DLOGP_INSTANTIATE(double, 1)

@@ -4,15 +4,16 @@
 #include <cmath>
 #include <unordered_map>
 
+#include "threads.h"
 #include "vector_math.h"
 
 namespace dlogp {
 namespace {
 
-template <typename Real>
-DLOGP_INLINE void copy_counted_body(int64_t count, const Real* mask, const Real* from, Real* to) {
+template <typename Acc>
+DLOGP_INLINE void copy_counted_body(int64_t count, const Acc* mask, const Acc* from, Acc* to) {
 #pragma omp simd
-  for (int64_t i = 0; i < count; ++i) to[i] = mask[i] != 0 ? from[i] : Real(0);
+  for (int64_t i = 0; i < count; ++i) to[i] = mask[i] != 0 ? from[i] : Acc(0);
 }
 
 // `from` may be `to`.
@@ -30,51 +31,51 @@ DLOGP_CLONES bool any_counts(int64_t count, const uint8_t* mask) {
   return any != 0;
 }
 
-template <typename Real>
-DLOGP_INLINE void mask_body(int64_t count, const uint8_t* from, Real* to) {
+template <typename Acc>
+DLOGP_INLINE void mask_body(int64_t count, const uint8_t* from, Acc* to) {
 #pragma omp simd
-  for (int64_t i = 0; i < count; ++i) to[i] = Real(int32_t(from[i] != 0));
+  for (int64_t i = 0; i < count; ++i) to[i] = Acc(int32_t(from[i] != 0));
 }
 
 DLOGP_CLONES void mask_row(int64_t count, const uint8_t* from, float* to) { mask_body(count, from, to); }
 void mask_row(int64_t count, const uint8_t* from, double* to) { mask_body(count, from, to); }
 
-// Of a part, unless none of its tokens counts: then it returns false.
-template <typename Real>
-bool read_mask(const BoolMatrix& mask, const PolicySpan& part, Real* to) {
-  const uint8_t* from = mask.data + part.sequence * mask.row_stride + part.begin * mask.column_stride;
-  uint8_t copy[kPolicyTokens];
+// That of a block, unless none of its tokens counts: then it returns false.
+template <typename Acc>
+bool read_mask(const BoolMatrix& mask, const PolicySpan& block, Acc* to) {
+  const uint8_t* from = mask.data + block.sequence * mask.row_stride + block.begin * mask.column_stride;
+  uint8_t copy[kTokensPerBlock];
   const uint8_t* adjacent = from;
   if (mask.column_stride != 1) {
-    for (int64_t i = 0; i < part.count; ++i) copy[i] = from[i * mask.column_stride];
+    for (int64_t i = 0; i < block.count; ++i) copy[i] = from[i * mask.column_stride];
     adjacent = copy;
   }
-  if (!any_counts(part.count, adjacent)) return false;
-  mask_row(part.count, adjacent, to);
+  if (!any_counts(block.count, adjacent)) return false;
+  mask_row(block.count, adjacent, to);
   return true;
 }
 
-// The values of a part: in place where they can be read so, else in `copy`.
-template <typename Real>
-const Real* values_of(const Matrix& from, const PolicySpan& part, Real* copy) {
-  const Real* in_place = row_in_place<Real>(from, part.sequence, part.begin);
+// The values of a block: in place where they can be read so, else in `copy`.
+template <typename Acc>
+const Acc* values_of(const Matrix& from, const PolicySpan& block, Acc* copy) {
+  const Acc* in_place = row_in_place<Acc>(from, block.sequence, block.begin);
   if (in_place != nullptr) return in_place;
   const bool one = from.column_stride == 0;
-  read_row(from, part.sequence, part.begin, one ? 1 : part.count, copy);
-  if (one) std::fill_n(copy, part.count, copy[0]);
+  read_row(from, block.sequence, block.begin, one ? 1 : block.count, copy);
+  if (one) std::fill_n(copy, block.count, copy[0]);
   return copy;
 }
 
 // 0 where masked, whatever stands there.
-template <typename Real>
-bool read_tokens(const Matrix& from, const PolicySpan& part, const Real* mask, Real* to) {
+template <typename Acc>
+bool read_tokens(const Matrix& from, const PolicySpan& block, const Acc* mask, Acc* to) {
   if (from.data == nullptr) return false;
-  copy_counted(part.count, mask, values_of(from, part, to), to);
+  copy_counted(block.count, mask, values_of(from, block, to), to);
   return true;
 }
 
-template <typename Real>
-DLOGP_INLINE void multiply_body(int64_t count, Real factor, const Real* from, Real* to) {
+template <typename Acc>
+DLOGP_INLINE void multiply_body(int64_t count, Acc factor, const Acc* from, Acc* to) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) to[i] = from[i] * factor;
 }
@@ -87,10 +88,10 @@ void multiply_row(int64_t count, double factor, const double* from, double* to) 
 }
 
 // Adds `value` where tokens count. A product with the mask would make 0 · ∞ of the others.
-template <typename Real>
-DLOGP_INLINE void add_counted_body(int64_t count, const Real* mask, Real value, Real* to) {
+template <typename Acc>
+DLOGP_INLINE void add_counted_body(int64_t count, const Acc* mask, Acc value, Acc* to) {
 #pragma omp simd
-  for (int64_t i = 0; i < count; ++i) to[i] += mask[i] != 0 ? value : Real(0);
+  for (int64_t i = 0; i < count; ++i) to[i] += mask[i] != 0 ? value : Acc(0);
 }
 
 DLOGP_CLONES void add_counted(int64_t count, const float* mask, float value, float* to) {
@@ -102,38 +103,30 @@ void add_counted(int64_t count, const double* mask, double value, double* to) {
 
 double inverse(double x) { return x > 0 ? 1 / x : 0; }
 
-}  // namespace
+// What a sequence's tokens have in common, out of a first pass: the sums of its old log-probabilities and log-ratios.
+struct PolicySequence {
+  int64_t count = 0;
+  double old_logp = 0, log_ratio = 0;
+  double score = 0;  // normalised log-perplexity
 
-PolicySpans policy_spans(int64_t sequences, int64_t columns, const int64_t* offsets) {
-  PolicySpans result;
-  for (int64_t b = 0; b < sequences; ++b) {
-    result.first.push_back(int64_t(result.spans.size()));
-    const int64_t begin = offsets == nullptr ? 0 : offsets[b], end = offsets == nullptr ? columns : offsets[b + 1];
-    const int64_t most = std::max(kSpanTokens, round_up((end - begin) / kLongSpans, kPolicyTokens));
-    for (int64_t t = begin; t < end; t += most)
-      result.spans.push_back({b, t, std::min(most, end - t), offsets == nullptr ? b * columns + t : t});
-  }
-  result.first.push_back(int64_t(result.spans.size()));
-  return result;
-}
+  double mean_log_ratio() const { return count == 0 ? 0 : log_ratio / double(count); }
+};
 
-namespace {
-
-// Calls use(part) for parts of at most kPolicyTokens, in order.
+// Calls use(block) for blocks of at most kTokensPerBlock, in order.
 template <typename Use>
-void for_parts(const PolicySpan& span, Use use) {
-  for (int64_t i = 0; i < span.count; i += kPolicyTokens)
-    use(PolicySpan{span.sequence, span.begin + i, std::min(kPolicyTokens, span.count - i), span.place + i});
+void for_blocks(const PolicySpan& span, Use use) {
+  for (int64_t i = 0; i < span.count; i += kTokensPerBlock)
+    use(PolicySpan{span.sequence, span.begin + i, std::min(kTokensPerBlock, span.count - i), span.place + i});
 }
 
-template <typename Real>
-DLOGP_INLINE void sum_body(int64_t count, const Real* mask, const Real* logp, const Real* old_logp,
+template <typename Acc>
+DLOGP_INLINE void sum_body(int64_t count, const Acc* mask, const Acc* logp, const Acc* old_logp,
                            PolicySequence& sequence) {
-  Real tokens = 0;
+  Acc tokens = 0;
   double sum = 0, log_ratio = 0;
 #pragma omp simd reduction(+ : tokens, sum, log_ratio)
   for (int64_t i = 0; i < count; ++i) {
-    const Real old = mask[i] != 0 ? old_logp[i] : Real(0), own = mask[i] != 0 ? logp[i] : Real(0);
+    const Acc old = mask[i] != 0 ? old_logp[i] : Acc(0), own = mask[i] != 0 ? logp[i] : Acc(0);
     tokens += mask[i];
     sum += double(old);
     log_ratio += double(own - old);
@@ -152,18 +145,18 @@ void sum_tokens(int64_t count, const double* mask, const double* logp, const dou
   sum_body(count, mask, logp, old_logp, sequence);
 }
 
-}  // namespace
-
-template <typename Real>
+// Adds a span's tokens to its sequence.
+template <typename Acc>
 void sum_span(const PolicyInputs& inputs, const PolicySpan& span, PolicySequence& sequence) {
-  Real mask[kPolicyTokens], logp[kPolicyTokens], old_logp[kPolicyTokens];
-  for_parts(span, [&](const PolicySpan& part) {
-    if (!read_mask(inputs.mask, part, mask)) return;
-    sum_tokens(part.count, mask, values_of(inputs.logp, part, logp), values_of(inputs.old_logp, part, old_logp),
+  Acc mask[kTokensPerBlock], logp[kTokensPerBlock], old_logp[kTokensPerBlock];
+  for_blocks(span, [&](const PolicySpan& block) {
+    if (!read_mask(inputs.mask, block, mask)) return;
+    sum_tokens(block.count, mask, values_of(inputs.logp, block, logp), values_of(inputs.old_logp, block, old_logp),
                sequence);
   });
 }
 
+// score = (ℓ − mean of the group) / (its standard deviation + 1e-6), ℓ = −mean old log-probability; 0 without tokens.
 void normalize_in_groups(const int64_t* group, std::vector<PolicySequence>& sequences) {
   struct Statistics {
     double count = 0, mean = 0, square = 0;
@@ -190,72 +183,149 @@ void normalize_in_groups(const int64_t* group, std::vector<PolicySequence>& sequ
   }
 }
 
-template <typename Real>
+// One span: its sums, and its tokens of `grad_logp_unscaled` unless that is null.
+template <typename Acc>
 void policy_span(const PolicyOptions& options, const PolicyInputs& inputs, const PolicySpan& span,
-                 const PolicySequence& sequence, PolicySums& sums, Real* coefficient) {
-  PolicyTokens<Real> tokens;
-  if (options.importance != PolicyImportance::kToken) tokens.log_ratio = Real(sequence.mean_log_ratio());
-  if (options.reweight == PolicyReweight::kPerplexity) std::fill_n(tokens.score, kPolicyTokens, Real(sequence.score));
-  for_parts(span, [&](const PolicySpan& part) {
-    if (!read_mask(inputs.mask, part, tokens.mask)) {
-      if (coefficient != nullptr) std::fill_n(coefficient + part.place, part.count, Real(0));
+                 const PolicySequence& sequence, PolicySums& sums, Acc* grad_logp_unscaled) {
+  PolicyTokens<Acc> tokens;
+  if (options.importance != PolicyImportance::kToken) tokens.log_ratio = Acc(sequence.mean_log_ratio());
+  if (options.reweight == PolicyReweight::kPerplexity) std::fill_n(tokens.score, kTokensPerBlock, Acc(sequence.score));
+  for_blocks(span, [&](const PolicySpan& block) {
+    if (!read_mask(inputs.mask, block, tokens.mask)) {
+      if (grad_logp_unscaled != nullptr) std::fill_n(grad_logp_unscaled + block.place, block.count, Acc(0));
       return;
     }
-    read_tokens(inputs.logp, part, tokens.mask, tokens.logp);
-    read_tokens(inputs.old_logp, part, tokens.mask, tokens.old_logp);
-    read_tokens(inputs.advantage, part, tokens.mask, tokens.advantage);
-    tokens.has_ref_logp = read_tokens(inputs.ref_logp, part, tokens.mask, tokens.ref_logp);
-    tokens.has_entropy = read_tokens(inputs.entropy, part, tokens.mask, tokens.entropy);
-    tokens.has_kl = read_tokens(inputs.kl, part, tokens.mask, tokens.kl);
-    tokens.has_token_weight = read_tokens(inputs.token_weight, part, tokens.mask, tokens.token_weight);
-    policy_tokens(options, part.count, tokens, sums);
-    if (coefficient != nullptr) std::copy_n(tokens.coefficient, part.count, coefficient + part.place);
+    read_tokens(inputs.logp, block, tokens.mask, tokens.logp);
+    read_tokens(inputs.old_logp, block, tokens.mask, tokens.old_logp);
+    read_tokens(inputs.advantage, block, tokens.mask, tokens.advantage);
+    tokens.has_ref_logp = read_tokens(inputs.ref_logp, block, tokens.mask, tokens.ref_logp);
+    tokens.has_entropy = read_tokens(inputs.entropy, block, tokens.mask, tokens.entropy);
+    tokens.has_kl = read_tokens(inputs.kl, block, tokens.mask, tokens.kl);
+    tokens.has_token_weight = read_tokens(inputs.token_weight, block, tokens.mask, tokens.token_weight);
+    policy_tokens(options, block.count, tokens, sums);
+    if (grad_logp_unscaled != nullptr)
+      std::copy_n(tokens.grad_logp_unscaled, block.count, grad_logp_unscaled + block.place);
   });
 }
 
-template <typename Real>
-void add_slope(const BoolMatrix& mask, const PolicySpan& span, double slope, Real* coefficient) {
-  Real counted[kPolicyTokens];
-  for_parts(span, [&](const PolicySpan& part) {
-    if (read_mask(mask, part, counted)) add_counted(part.count, counted, Real(slope), coefficient + part.place);
+// Adds `slope` to a span's gradients where tokens count.
+template <typename Acc>
+void add_slope(const BoolMatrix& mask, const PolicySpan& span, double slope, Acc* grad_logp_unscaled) {
+  Acc counted[kTokensPerBlock];
+  for_blocks(span, [&](const PolicySpan& block) {
+    if (read_mask(mask, block, counted))
+      add_counted(block.count, counted, Acc(slope), grad_logp_unscaled + block.place);
   });
 }
 
-double policy_scale(const PolicyOptions& options, double count, double total, double instead, int64_t sequences,
-                    int64_t max_length) {
-  const double batch = instead < 0 ? double(sequences) : instead;
+// 1 / the denominator of a sequence of `count` tokens out of `total`, 0 where there is nothing to divide by.
+double policy_scale(const PolicyOptions& options, double count, double total, int64_t sequences,
+                    const PolicyDivisor& divisor) {
+  const double instead = divisor.instead, batch = instead < 0 ? double(sequences) : instead;
   switch (options.denominator) {
     case PolicyDenominator::kTokens:
       return inverse(instead < 0 ? total : instead);
     case PolicyDenominator::kSequences:
       return inverse(count * batch);
     case PolicyDenominator::kMaxLength:
-      return inverse(batch * double(max_length));
+      return inverse(batch * double(divisor.max_length));
   }
   return 0;
 }
 
-template <typename Real>
-void scale_span(const PolicySpan& span, double factor, const Real* coefficient, Real* grad) {
-  multiply_row(span.count, Real(factor), coefficient + span.place, grad + span.place);
-}
-
-template <typename Real>
-void fill_span(const BoolMatrix& mask, const PolicySpan& span, double value, Real* grad) {
-  Real counted[kPolicyTokens];
-  for_parts(span, [&](const PolicySpan& part) {
-    std::fill_n(grad + part.place, part.count, Real(0));
-    if (read_mask(mask, part, counted)) add_counted(part.count, counted, Real(value), grad + part.place);
+// grad[i] = value where tokens count, else 0.
+template <typename Acc>
+void fill_span(const BoolMatrix& mask, const PolicySpan& span, double value, Acc* grad) {
+  Acc counted[kTokensPerBlock];
+  for_blocks(span, [&](const PolicySpan& block) {
+    std::fill_n(grad + block.place, block.count, Acc(0));
+    if (read_mask(mask, block, counted)) add_counted(block.count, counted, Acc(value), grad + block.place);
   });
 }
 
-#define DLOGP_INSTANTIATE(Real)                                                                                        \
-  template void sum_span<Real>(const PolicyInputs&, const PolicySpan&, PolicySequence&);                               \
-  template void policy_span<Real>(const PolicyOptions&, const PolicyInputs&, const PolicySpan&, const PolicySequence&, \
-                                  PolicySums&, Real*);                                                                 \
-  template void add_slope<Real>(const BoolMatrix&, const PolicySpan&, double, Real*);                                  \
-  template void scale_span<Real>(const PolicySpan&, double, const Real*, Real*);                                       \
-  template void fill_span<Real>(const BoolMatrix&, const PolicySpan&, double, Real*);
+// So many spans are a few microseconds of work.
+constexpr int64_t kGrain = 1;
+
+template <typename Acc>
+std::vector<PolicySequence> first_pass(const PolicyInputs& inputs, const PolicySpans& spans) {
+  std::vector<PolicySequence> of_spans(spans.spans.size()), sequences(spans.sequences());
+  for_each(spans.count(), kGrain, [&](int64_t i) { sum_span<Acc>(inputs, spans.spans[i], of_spans[i]); });
+  for (size_t i = 0; i < of_spans.size(); ++i) {
+    PolicySequence& sequence = sequences[spans.spans[i].sequence];
+    sequence.count += of_spans[i].count;
+    sequence.old_logp += of_spans[i].old_logp;
+    sequence.log_ratio += of_spans[i].log_ratio;
+  }
+  return sequences;
+}
+
+}  // namespace
+
+PolicySpans policy_spans(int64_t sequences, int64_t columns, const int64_t* offsets) {
+  PolicySpans result;
+  for (int64_t b = 0; b < sequences; ++b) {
+    result.first.push_back(int64_t(result.spans.size()));
+    const int64_t begin = offsets == nullptr ? 0 : offsets[b], end = offsets == nullptr ? columns : offsets[b + 1];
+    const int64_t most = std::max(kSpanTokens, round_up((end - begin) / kLongSpans, kTokensPerBlock));
+    for (int64_t t = begin; t < end; t += most)
+      result.spans.push_back({b, t, std::min(most, end - t), offsets == nullptr ? b * columns + t : t});
+  }
+  result.first.push_back(int64_t(result.spans.size()));
+  return result;
+}
+
+template <typename Acc>
+double policy_forward(const PolicyOptions& options, const PolicyInputs& inputs, const PolicySpans& spans,
+                      const int64_t* group, const PolicyDivisor& divisor, PolicySums& sums, Acc* grad_logp_unscaled,
+                      Acc* scale) {
+  std::vector<PolicySequence> common(spans.sequences());
+  if (options.importance != PolicyImportance::kToken || options.reweight == PolicyReweight::kPerplexity)
+    common = first_pass<Acc>(inputs, spans);
+  if (options.reweight == PolicyReweight::kPerplexity) normalize_in_groups(group, common);
+  std::vector<PolicySums> of_spans(spans.spans.size()), of_sequences(spans.sequences());
+  for_each(spans.count(), kGrain, [&](int64_t i) {
+    const PolicySpan& span = spans.spans[i];
+    policy_span<Acc>(options, inputs, span, common[span.sequence], of_spans[i], grad_logp_unscaled);
+  });
+  for (int64_t b = 0; b < spans.sequences(); ++b) {
+    for (int64_t i = spans.first[b]; i < spans.first[b + 1]; ++i) of_sequences[b].add(of_spans[i]);
+    sums.add(of_sequences[b]);
+  }
+  if (grad_logp_unscaled != nullptr && options.importance == PolicyImportance::kSequence) {
+    for_each(spans.count(), kGrain, [&](int64_t i) {
+      const PolicySpan& span = spans.spans[i];
+      const double slope =
+          slope_of_sequence(options, common[span.sequence].mean_log_ratio(), of_sequences[span.sequence]);
+      if (slope != 0) add_slope<Acc>(inputs.mask, span, slope, grad_logp_unscaled);
+    });
+  }
+  double loss = 0;
+  for (int64_t b = 0; b < spans.sequences(); ++b) {
+    const double own = policy_scale(options, of_sequences[b].count, sums.count, spans.sequences(), divisor);
+    scale[b] = Acc(own);
+    loss += own == 0 ? 0 : own * of_sequences[b].loss;
+  }
+  return loss;
+}
+
+template <typename Acc>
+void policy_backward(const PolicySpans& spans, const BoolMatrix& mask, const Acc* grad_logp_unscaled, const Acc* scale,
+                     double upstream, double entropy_coef, double kl_beta, const PolicyTokenGradients<Acc>& gradients) {
+  for_each(spans.count(), kGrain, [&](int64_t i) {
+    const PolicySpan& span = spans.spans[i];
+    const double factor = double(scale[span.sequence]) * upstream;
+    if (gradients.logp != nullptr)
+      multiply_row(span.count, Acc(factor), grad_logp_unscaled + span.place, gradients.logp + span.place);
+    if (gradients.entropy != nullptr) fill_span<Acc>(mask, span, -entropy_coef * factor, gradients.entropy);
+    if (gradients.kl != nullptr) fill_span<Acc>(mask, span, kl_beta * factor, gradients.kl);
+  });
+}
+
+#define DLOGP_INSTANTIATE(Acc)                                                                                       \
+  template double policy_forward<Acc>(const PolicyOptions&, const PolicyInputs&, const PolicySpans&, const int64_t*, \
+                                      const PolicyDivisor&, PolicySums&, Acc*, Acc*);                                \
+  template void policy_backward<Acc>(const PolicySpans&, const BoolMatrix&, const Acc*, const Acc*, double, double,  \
+                                     double, const PolicyTokenGradients<Acc>&);
 DLOGP_INSTANTIATE(float)
 DLOGP_INSTANTIATE(double)
 #undef DLOGP_INSTANTIATE

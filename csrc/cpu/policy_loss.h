@@ -25,7 +25,7 @@ struct PolicyInputs {
 
 // A sequence is cut into spans of so many tokens, a long one into so many spans: what is kept of each is then nothing
 // beside its tokens. That depends on the sequence alone, as do its sums.
-constexpr int64_t kSpanTokens = 8 * kPolicyTokens;
+constexpr int64_t kSpanTokens = 8 * kTokensPerBlock;
 constexpr int64_t kLongSpans = 4;
 
 // Tokens [begin, begin + count) of a sequence; `place` is that of the first one in the outputs.
@@ -36,47 +36,37 @@ struct PolicySpan {
 struct PolicySpans {
   std::vector<PolicySpan> spans;
   std::vector<int64_t> first;  // of each sequence, and one past the last
+
+  int64_t count() const { return int64_t(spans.size()); }
+  int64_t sequences() const { return int64_t(first.size()) - 1; }
 };
 
 // Sequence b has columns [begin[b], begin[b + 1]) where `packed`, else [0, columns).
 PolicySpans policy_spans(int64_t sequences, int64_t columns, const int64_t* offsets);
 
-// What a sequence's tokens have in common, out of a first pass: the sums of its old log-probabilities and log-ratios.
-struct PolicySequence {
-  int64_t count = 0;
-  double old_logp = 0, log_ratio = 0;
-  double score = 0;  // normalised log-perplexity
-
-  double mean_log_ratio() const { return count == 0 ? 0 : log_ratio / double(count); }
+// What the sums of token losses are divided by, in part: `instead` ≥ 0 is taken instead of the tokens that count or the
+// number of sequences, whichever the loss divides by.
+struct PolicyDivisor {
+  double instead;
+  int64_t max_length;
 };
 
-// Adds a span's tokens to its sequence.
-template <typename Real>
-void sum_span(const PolicyInputs& inputs, const PolicySpan& span, PolicySequence& sequence);
+// Returns the loss and adds the tokens to `sums`. `group` (sequences,) is looked at to reweight by perplexity. Writes
+// `scale` (sequences,), what the losses of a sequence are multiplied by, and unless it is null `grad_logp_unscaled`.
+template <typename Acc>
+double policy_forward(const PolicyOptions& options, const PolicyInputs& inputs, const PolicySpans& spans,
+                      const int64_t* group, const PolicyDivisor& divisor, PolicySums& sums, Acc* grad_logp_unscaled,
+                      Acc* scale);
 
-// score = (ℓ − mean of the group) / (its standard deviation + 1e-6), ℓ = −mean old log-probability; 0 without tokens.
-void normalize_in_groups(const int64_t* group, std::vector<PolicySequence>& sequences);
+// Gradients by token; null: not wanted.
+template <typename Acc>
+struct PolicyTokenGradients {
+  Acc *logp, *entropy, *kl;
+};
 
-// One span: its sums, and its part of `coefficient` unless that is null.
-template <typename Real>
-void policy_span(const PolicyOptions& options, const PolicyInputs& inputs, const PolicySpan& span,
-                 const PolicySequence& sequence, PolicySums& sums, Real* coefficient);
-
-// Adds `slope` to a span's coefficients where tokens count.
-template <typename Real>
-void add_slope(const BoolMatrix& mask, const PolicySpan& span, double slope, Real* coefficient);
-
-// 1 / the denominator of each sequence, 0 where there is nothing to divide by. `instead` ≥ 0 is taken instead of
-// `total` or of `sequences`, whichever the loss divides by.
-double policy_scale(const PolicyOptions& options, double count, double total, double instead, int64_t sequences,
-                    int64_t max_length);
-
-// grad[i] = coefficient[i] · factor.
-template <typename Real>
-void scale_span(const PolicySpan& span, double factor, const Real* coefficient, Real* grad);
-
-// grad[i] = value where tokens count, else 0.
-template <typename Real>
-void fill_span(const BoolMatrix& mask, const PolicySpan& span, double value, Real* grad);
+// Writes the gradients, `upstream` being that of the loss.
+template <typename Acc>
+void policy_backward(const PolicySpans& spans, const BoolMatrix& mask, const Acc* grad_logp_unscaled, const Acc* scale,
+                     double upstream, double entropy_coef, double kl_beta, const PolicyTokenGradients<Acc>& gradients);
 
 }  // namespace dlogp

@@ -12,25 +12,25 @@
 namespace dlogp {
 namespace {
 
-template <typename Real>
-DLOGP_INLINE Finiteness finiteness_of(int64_t count, const Real* z) {
-  constexpr Real infinity = std::numeric_limits<Real>::infinity();
-  int32_t special = 0, impossible = 0;
-#pragma omp simd reduction(+ : special, impossible)
+template <typename Acc>
+DLOGP_INLINE Finiteness finiteness_of(int64_t count, const Acc* z) {
+  constexpr Acc infinity = std::numeric_limits<Acc>::infinity();
+  int32_t special = 0, masked = 0;
+#pragma omp simd reduction(+ : special, masked)
   for (int64_t i = 0; i < count; ++i) {
     special += z[i] < infinity ? 0 : 1;
-    impossible += z[i] == -infinity ? 1 : 0;
+    masked += z[i] == kMaskedLogit<Acc> ? 1 : 0;
   }
-  return {special != 0, impossible != 0};
+  return {special != 0, masked != 0};
 }
 
-template <typename Real>
-DLOGP_INLINE Finiteness block_maxima_body(int64_t count, const Real* z, Real* maxima) {
-  Real zero = 0;
+template <typename Acc>
+DLOGP_INLINE Finiteness block_maxima_body(int64_t count, const Acc* z, Acc* maxima) {
+  Acc zero = 0;
   for (int64_t begin = 0; begin < count; begin += kBlockTokens) {
     const int64_t size = std::min(kBlockTokens, count - begin);
-    const Real* block = z + begin;
-    Real max = -std::numeric_limits<Real>::infinity();
+    const Acc* block = z + begin;
+    Acc max = kMaskedLogit<Acc>;
 #pragma omp simd reduction(max : max) reduction(+ : zero)
     for (int64_t i = 0; i < size; ++i) {
       max = block[i] > max ? block[i] : max;
@@ -41,13 +41,13 @@ DLOGP_INLINE Finiteness block_maxima_body(int64_t count, const Real* z, Real* ma
   return zero == 0 ? Finiteness() : finiteness_of(count, z);
 }
 
-template <typename Real>
-DLOGP_INLINE Real least_finite_body(int64_t count, const Real* z) {
-  constexpr Real infinity = std::numeric_limits<Real>::infinity();
-  Real least = infinity;
+template <typename Acc>
+DLOGP_INLINE Acc least_finite_body(int64_t count, const Acc* z) {
+  constexpr Acc infinity = std::numeric_limits<Acc>::infinity();
+  Acc least = infinity;
 #pragma omp simd reduction(min : least)
   for (int64_t i = 0; i < count; ++i) {
-    const Real value = z[i] == -infinity ? infinity : z[i];
+    const Acc value = z[i] == kMaskedLogit<Acc> ? infinity : z[i];
     least = value < least ? value : least;
   }
   return least;
@@ -63,12 +63,12 @@ DLOGP_INLINE void for_inside(const uint8_t (&inside)[kBlockTokens], Use use) {
   }
 }
 
-template <typename Real>
-DLOGP_INLINE int64_t copy_within_body(int64_t count, const Real* values, Real low, Real top, Real* to) {
-  const Real* const first = to;
+template <typename Acc>
+DLOGP_INLINE int64_t copy_within_body(int64_t count, const Acc* values, Acc low, Acc top, Acc* to) {
+  const Acc* const first = to;
   for (int64_t begin = 0; begin < count; begin += kBlockTokens) {
     const int64_t size = std::min(kBlockTokens, count - begin);
-    const Real* block = values + begin;
+    const Acc* block = values + begin;
     uint8_t inside[kBlockTokens] = {};
 #pragma omp simd
     for (int64_t i = 0; i < size; ++i) inside[i] = uint8_t((block[i] >= low) & (block[i] <= top));
@@ -77,8 +77,8 @@ DLOGP_INLINE int64_t copy_within_body(int64_t count, const Real* values, Real lo
   return to - first;
 }
 
-template <typename Real>
-DLOGP_INLINE int64_t places_from_body(int64_t count, const Real* s, Real cut, int64_t most, uint8_t* places) {
+template <typename Acc>
+DLOGP_INLINE int64_t places_from_body(int64_t count, const Acc* s, Acc cut, int64_t most, uint8_t* places) {
   uint8_t inside[kBlockTokens] = {};
   int32_t kept = 0;
 #pragma omp simd reduction(+ : kept)
@@ -90,53 +90,50 @@ DLOGP_INLINE int64_t places_from_body(int64_t count, const Real* s, Real cut, in
   return kept;
 }
 
-template <typename Real>
-DLOGP_INLINE void extrapolate_body(int64_t count, Real gamma, Real least, const Real* from, const Real* base_z,
-                                   Real* z) {
+template <typename Acc>
+DLOGP_INLINE void extrapolate_body(int64_t count, Acc gamma, Acc least, const Acc* from, const Acc* base_z, Acc* z) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) z[i] = extrapolated(from[i], base_z[i], gamma, least);
 }
 
-template <typename Real>
-DLOGP_INLINE void divide_body(int64_t count, Real divisor, const Real* from, Real* z) {
+template <typename Acc>
+DLOGP_INLINE void divide_body(int64_t count, Acc divisor, const Acc* from, Acc* z) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) z[i] = from[i] / divisor;
 }
 
 // A possible token keeps a score that can win, however far its logit overflowed.
-template <typename Real>
-DLOGP_INLINE Real not_impossible(Real score) {
-  constexpr Real lowest = std::numeric_limits<Real>::lowest();
+template <typename Acc>
+DLOGP_INLINE Acc above_masked(Acc score) {
+  constexpr Acc lowest = std::numeric_limits<Acc>::lowest();
   return score > lowest ? score : lowest;
 }
 
-template <typename Real>
-DLOGP_INLINE void divide_scores_body(int64_t count, Real divisor, Real* s) {
-  constexpr Real impossible = -std::numeric_limits<Real>::infinity();
+template <typename Acc>
+DLOGP_INLINE void divide_scores_body(int64_t count, Acc divisor, Acc* s) {
 #pragma omp simd
-  for (int64_t i = 0; i < count; ++i) s[i] = s[i] == impossible ? impossible : not_impossible(s[i] / divisor);
+  for (int64_t i = 0; i < count; ++i)
+    s[i] = s[i] == kMaskedLogit<Acc> ? kMaskedLogit<Acc> : above_masked(s[i] / divisor);
 }
 
-template <typename Real>
-DLOGP_INLINE bool extrapolated_scores_body(int64_t count, Real gamma, const Real* z, const Real* base_z, Real* s) {
-  constexpr Real impossible = -std::numeric_limits<Real>::infinity();
+template <typename Acc>
+DLOGP_INLINE bool extrapolated_scores_body(int64_t count, Acc gamma, const Acc* z, const Acc* base_z, Acc* s) {
   int32_t unlikely = 0;
 #pragma omp simd reduction(+ : unlikely)
   for (int64_t i = 0; i < count; ++i) {
-    const Real value = not_impossible((1 + gamma) * z[i] - gamma * base_z[i]);
-    s[i] = (z[i] == impossible) | (base_z[i] == impossible) ? impossible : value;
-    unlikely += base_z[i] == impossible ? 1 : 0;
+    const Acc value = above_masked((1 + gamma) * z[i] - gamma * base_z[i]);
+    s[i] = (z[i] == kMaskedLogit<Acc>) | (base_z[i] == kMaskedLogit<Acc>) ? kMaskedLogit<Acc> : value;
+    unlikely += base_z[i] == kMaskedLogit<Acc> ? 1 : 0;
   }
   return unlikely != 0;
 }
 
-template <typename Real>
-DLOGP_INLINE void unlikely_scores_body(int64_t count, Real gamma, const Real* z, const Real* base_z, Real* s) {
-  constexpr Real impossible = -std::numeric_limits<Real>::infinity();
+template <typename Acc>
+DLOGP_INLINE void unlikely_scores_body(int64_t count, Acc gamma, const Acc* z, const Acc* base_z, Acc* s) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
-    const Real value = not_impossible((1 + gamma) * z[i]);
-    s[i] = (z[i] == impossible) | (base_z[i] != impossible) ? impossible : value;
+    const Acc value = above_masked((1 + gamma) * z[i]);
+    s[i] = (z[i] == kMaskedLogit<Acc>) | (base_z[i] != kMaskedLogit<Acc>) ? kMaskedLogit<Acc> : value;
   }
 }
 
@@ -169,10 +166,10 @@ DLOGP_INLINE void block_noise_body(const NoiseKey& key, int64_t first_token, uin
 
 // A score ≥ best needs −log(1 − u) ≤ e^{s − best}, hence u ≤ e^{s − best}, hence log2 u ≤ (s − best)·log2 e. The bits
 // of a float, read as an integer, are a lower bound of its log2 that is off by 0.086 at most: no logarithm is needed.
-template <typename Real>
-DLOGP_INLINE bool may_win_body(int64_t count, const Real* s, const uint32_t* bits, Real cut, double best) {
-  const Real centre = Real(best);
-  const Real slack = Real(1e-3) + std::fabs(centre) * 4 * std::numeric_limits<Real>::epsilon();
+template <typename Acc>
+DLOGP_INLINE bool may_win_body(int64_t count, const Acc* s, const uint32_t* bits, Acc cut, double best) {
+  const Acc centre = Acc(best);
+  const Acc slack = Acc(1e-3) + std::fabs(centre) * 4 * std::numeric_limits<Acc>::epsilon();
   int32_t contenders = 0;
 #pragma omp simd reduction(+ : contenders)
   for (int64_t i = 0; i < count; ++i) {
@@ -180,19 +177,19 @@ DLOGP_INLINE bool may_win_body(int64_t count, const Real* s, const uint32_t* bit
     int32_t pattern;
     std::memcpy(&pattern, &half, sizeof pattern);
     const float log2_u = float(pattern) * 0x1p-23f - (127 + 31);
-    const Real log2_most = (s[i] - centre) * Real(1.44269504) + slack;
+    const Acc log2_most = (s[i] - centre) * Acc(1.44269504) + slack;
     contenders += (s[i] >= cut) & (log2_u <= log2_most);
   }
   return contenders != 0;
 }
 
-template <typename Real>
-DLOGP_INLINE void bucket_masses_body(const Buckets<Real>& buckets, int64_t count, const Real* s, int32_t* index,
-                                     Real* mass) {
-  const Real top = buckets.top, per_unit = buckets.per_unit, centre = buckets.centre, last = Real(buckets.last);
+template <typename Acc>
+DLOGP_INLINE void bucket_masses_body(const Buckets<Acc>& buckets, int64_t count, const Acc* s, int32_t* index,
+                                     Acc* mass) {
+  const Acc top = buckets.top, per_unit = buckets.per_unit, centre = buckets.centre, last = Acc(buckets.last);
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
-    const Real place = (top - s[i]) * per_unit;
+    const Acc place = (top - s[i]) * per_unit;
     index[i] = int32_t(place < last ? place : last);
     mass[i] = exp_of(s[i] - centre);
   }

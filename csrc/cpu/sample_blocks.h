@@ -16,7 +16,7 @@ constexpr int64_t sample_blocks(int64_t count) { return (count + kBlockTokens - 
 
 // What there is among logits that may not be finite; a NaN or +inf counts as special.
 struct Finiteness {
-  bool special = false, impossible = false;
+  bool special = false, masked = false;
 };
 
 // The maximum of each block.
@@ -60,10 +60,10 @@ bool may_win(int64_t count, const float* s, const uint32_t* bits, float cut, dou
 bool may_win(int64_t count, const double* s, const uint32_t* bits, double cut, double best);
 
 // Buckets of equal width below `top`: where each s ≤ top belongs, and its mass e^{s − centre}.
-template <typename Real>
+template <typename Acc>
 struct Buckets {
-  Real top, per_unit;
-  Real centre;
+  Acc top, per_unit;
+  Acc centre;
   int32_t last;
 };
 

@@ -8,18 +8,18 @@
 namespace dlogp {
 namespace {
 
-template <typename Real>
-Real nth_largest(Real* values, int64_t count, int64_t n) {
-  std::nth_element(values, values + (n - 1), values + count, std::greater<Real>());
+template <typename Acc>
+Acc nth_largest(Acc* values, int64_t count, int64_t n) {
+  std::nth_element(values, values + (n - 1), values + count, std::greater<Acc>());
   return values[n - 1];
 }
 
 // The k-th largest logit, or the least finite one if there are fewer. A bound from below, which rises, keeps the number
 // of candidates small: first it is the k-th largest of the blocks' maxima, then that of the candidates so far.
-template <typename Real>
-Real top_k_cut(const ScaledLogits<Real>& logits, const BlockMaxima<Real>& maxima, int64_t k,
-               std::vector<Real>& candidates) {
-  Real bound = kKeepAll<Real>;
+template <typename Acc>
+Acc top_k_cut(const ScaledLogits<Acc>& logits, const BlockMaxima<Acc>& maxima, int64_t k,
+              std::vector<Acc>& candidates) {
+  Acc bound = kKeepAll<Acc>;
   if (logits.blocks() >= k) {
     candidates = maxima.values;
     bound = std::max(bound, nth_largest(candidates.data(), logits.blocks(), k));
@@ -28,14 +28,14 @@ Real top_k_cut(const ScaledLogits<Real>& logits, const BlockMaxima<Real>& maxima
   int64_t count = 0;
   candidates.resize(most + kBlockTokens);
   for_blocks(
-      logits, maxima, [&](Real max) { return max >= bound; },
-      [&](int64_t, const Real* s, int64_t size) {
+      logits, maxima, [&](Acc max) { return max >= bound; },
+      [&](int64_t, const Acc* s, int64_t size) {
         count += copy_within(size, s, bound, maxima.largest, candidates.data() + count);
         if (count <= most) return;
         bound = nth_largest(candidates.data(), count, k);
         count = k;
       });
-  if (count == 0) return kKeepAll<Real>;
+  if (count == 0) return kKeepAll<Acc>;
   if (count < k) return *std::min_element(candidates.begin(), candidates.begin() + count);
   return nth_largest(candidates.data(), count, k);
 }
@@ -59,14 +59,14 @@ struct Histogram {
 
 // The search for the least logit that top-p keeps: the one at which the mass of all larger logits is still below
 // `wanted`. Masses are relative to the largest logit, e^{s − max}.
-template <typename Real>
+template <typename Acc>
 class TopPSearch {
  public:
-  TopPSearch(const ScaledLogits<Real>& logits, const BlockMaxima<Real>& maxima, std::vector<Real>& scratch)
+  TopPSearch(const ScaledLogits<Acc>& logits, const BlockMaxima<Acc>& maxima, std::vector<Acc>& scratch)
       : logits_(logits), maxima_(maxima), scratch_(scratch), top_(maxima.largest) {}
 
   // Of all logits, with `softmax` their state.
-  Real among_all(const SoftmaxState<Real>& softmax, double top_p) {
+  Acc among_all(const SoftmaxState<Acc>& softmax, double top_p) {
     const double total = softmax.sum * std::exp(double(softmax.max) - double(top_));
     wanted_ = top_p * total;
     // Even if all V logits lay so far below the largest, they would have less than 1 − p of the mass together: what
@@ -79,16 +79,16 @@ class TopPSearch {
   }
 
   // Of the logits from `low` on.
-  Real among_largest(Real low, double top_p) {
+  Acc among_largest(Acc low, double top_p) {
     wanted_ = -top_p;  // of a total that the first histogram gives
     return search(low) ? cut_ : low_;
   }
 
  private:
-  // e^{−kDeepest} is about the least number of Real.
-  static constexpr double kDeepest = sizeof(Real) == 4 ? 87 : 700;
+  // e^{−kDeepest} is about the least number of Acc.
+  static constexpr double kDeepest = sizeof(Acc) == 4 ? 87 : 700;
 
-  Real below_top(double reach) const { return Real(double(top_) - std::clamp(reach, 0.0, kDeepest)); }
+  Acc below_top(double reach) const { return Acc(double(top_) - std::clamp(reach, 0.0, kDeepest)); }
 
   void restart() {
     top_ = maxima_.largest;
@@ -97,11 +97,11 @@ class TopPSearch {
   }
 
   // Finds cut_ among the logits from `low` on; false if their mass is not enough.
-  bool search(Real low) {
+  bool search(Acc low) {
     low_ = low;
     // Every turn but the last leaves two different logits at the ends of the range, in different buckets.
     while (low_ < top_) {
-      const Buckets<Real> buckets = {top_, Real(kBuckets) / (top_ - low_), maxima_.largest, kBuckets - 1};
+      const Buckets<Acc> buckets = {top_, Acc(kBuckets) / (top_ - low_), maxima_.largest, kBuckets - 1};
       if (!std::isfinite(buckets.per_unit)) break;
       const Histogram histogram = histogram_of(buckets);
       if (wanted_ < 0) wanted_ *= -histogram.total();
@@ -119,10 +119,10 @@ class TopPSearch {
 
   // Calls use(bucket, value, mass) for the logits within [low_, top_].
   template <typename Use>
-  void for_buckets(const Buckets<Real>& buckets, Use use) {
-    const auto use_all = [&](const Real* values, int64_t count) {
+  void for_buckets(const Buckets<Acc>& buckets, Use use) {
+    const auto use_all = [&](const Acc* values, int64_t count) {
       int32_t index[kPiece];
-      Real mass[kPiece];
+      Acc mass[kPiece];
       for (int64_t begin = 0; begin < count; begin += kPiece) {
         const int64_t size = std::min(kPiece, count - begin);
         bucket_masses(buckets, size, values + begin, index, mass);
@@ -138,12 +138,12 @@ class TopPSearch {
   template <typename Use>
   void collect(Use use_all) {
     if (int64_t(scratch_.size()) < kHeld) scratch_.resize(kHeld);
-    Real* const begin = scratch_.data();
-    Real* end = begin;
+    Acc* const begin = scratch_.data();
+    Acc* end = begin;
     bool dropped = false;
     for_blocks(
-        logits_, maxima_, [&](Real max) { return max >= low_; },
-        [&](int64_t, const Real* s, int64_t size) {
+        logits_, maxima_, [&](Acc max) { return max >= low_; },
+        [&](int64_t, const Acc* s, int64_t size) {
           if (end - begin > kHeld - kBlockTokens) {
             use_all(begin, end - begin);
             end = begin;
@@ -157,16 +157,16 @@ class TopPSearch {
 
   template <typename Use>
   void for_held(Use use_all) {
-    Real within[kPiece];
+    Acc within[kPiece];
     for (int64_t begin = 0; begin < held_; begin += kPiece) {
       const int64_t size = std::min(kPiece, held_ - begin);
       use_all(within, copy_within(size, scratch_.data() + begin, low_, top_, within));
     }
   }
 
-  Histogram histogram_of(const Buckets<Real>& buckets) {
+  Histogram histogram_of(const Buckets<Acc>& buckets) {
     Histogram histogram;
-    for_buckets(buckets, [&](int32_t index, Real, Real mass) {
+    for_buckets(buckets, [&](int32_t index, Acc, Acc mass) {
       histogram.mass[index] += mass;
       ++histogram.count[index];
     });
@@ -180,14 +180,14 @@ class TopPSearch {
     return bucket;
   }
 
-  Real cut_within(const Buckets<Real>& buckets, int32_t bucket) {
-    std::vector<Real> values;
-    for_buckets(buckets, [&](int32_t index, Real value, Real) {
+  Acc cut_within(const Buckets<Acc>& buckets, int32_t bucket) {
+    std::vector<Acc> values;
+    for_buckets(buckets, [&](int32_t index, Acc value, Acc) {
       if (index == bucket) values.push_back(value);
     });
     if (values.empty()) return low_;  // only where logits / T overflowed
-    std::sort(values.begin(), values.end(), std::greater<Real>());
-    Real cut = values.front();
+    std::sort(values.begin(), values.end(), std::greater<Acc>());
+    Acc cut = values.front();
     for (auto value = values.begin(); value != values.end() && above_ < wanted_;) {
       cut = *value;
       for (; value != values.end() && *value == cut; ++value) above_ += std::exp(double(cut) - double(maxima_.largest));
@@ -196,9 +196,9 @@ class TopPSearch {
   }
 
   // The range becomes that of the logits of one bucket.
-  void narrow(const Buckets<Real>& buckets, int32_t bucket) {
-    Real low = top_, top = low_;
-    for_buckets(buckets, [&](int32_t index, Real value, Real) {
+  void narrow(const Buckets<Acc>& buckets, int32_t bucket) {
+    Acc low = top_, top = low_;
+    for_buckets(buckets, [&](int32_t index, Acc value, Acc) {
       if (index != bucket) return;
       low = std::min(low, value);
       top = std::max(top, value);
@@ -207,42 +207,41 @@ class TopPSearch {
     top_ = top;
   }
 
-  const ScaledLogits<Real>& logits_;
-  const BlockMaxima<Real>& maxima_;
-  std::vector<Real>& scratch_;
+  const ScaledLogits<Acc>& logits_;
+  const BlockMaxima<Acc>& maxima_;
+  std::vector<Acc>& scratch_;
   int64_t held_ = -1;  // of the first range, in scratch_; −1: too many, or not looked at yet
-  Real low_ = 0, top_, cut_ = 0;
+  Acc low_ = 0, top_, cut_ = 0;
   double wanted_ = 0, above_ = 0;
 };
 
-// The least Real that is not below `value`.
-template <typename Real>
-Real round_up_to(double value) {
-  const Real rounded = Real(value);
-  return double(rounded) < value ? std::nextafter(rounded, std::numeric_limits<Real>::infinity()) : rounded;
+// The least Acc that is not below `value`.
+template <typename Acc>
+Acc round_up_to(double value) {
+  const Acc rounded = Acc(value);
+  return double(rounded) < value ? std::nextafter(rounded, std::numeric_limits<Acc>::infinity()) : rounded;
 }
 
 }  // namespace
 
-template <typename Real>
-Real least_kept(const ScaledLogits<Real>& logits, const BlockMaxima<Real>& maxima, const Filters& filters,
-                const SoftmaxState<Real>& softmax, std::vector<Real>& scratch) {
-  Real cut = kKeepAll<Real>;
+template <typename Acc>
+Acc least_kept(const ScaledLogits<Acc>& logits, const BlockMaxima<Acc>& maxima, const Filters& filters,
+               const SoftmaxState<Acc>& softmax, std::vector<Acc>& scratch) {
+  Acc cut = kKeepAll<Acc>;
   const bool by_rank = filters.limits_rank(logits.vocabulary());
   if (by_rank) cut = top_k_cut(logits, maxima, filters.top_k, scratch);
   if (filters.top_p < 1) {
-    TopPSearch<Real> search(logits, maxima, scratch);
-    const Real top_p_cut =
-        by_rank ? search.among_largest(cut, filters.top_p) : search.among_all(softmax, filters.top_p);
+    TopPSearch<Acc> search(logits, maxima, scratch);
+    const Acc top_p_cut = by_rank ? search.among_largest(cut, filters.top_p) : search.among_all(softmax, filters.top_p);
     cut = std::max(cut, top_p_cut);
   }
-  if (filters.min_p > 0) cut = std::max(cut, round_up_to<Real>(double(maxima.largest) + std::log(filters.min_p)));
+  if (filters.min_p > 0) cut = std::max(cut, round_up_to<Acc>(double(maxima.largest) + std::log(filters.min_p)));
   return cut;
 }
 
-#define DLOGP_INSTANTIATE(Real)                                                                       \
-  template Real least_kept<Real>(const ScaledLogits<Real>&, const BlockMaxima<Real>&, const Filters&, \
-                                 const SoftmaxState<Real>&, std::vector<Real>&);
+#define DLOGP_INSTANTIATE(Acc)                                                                    \
+  template Acc least_kept<Acc>(const ScaledLogits<Acc>&, const BlockMaxima<Acc>&, const Filters&, \
+                               const SoftmaxState<Acc>&, std::vector<Acc>&);
 DLOGP_INSTANTIATE(float)
 DLOGP_INSTANTIATE(double)
 #undef DLOGP_INSTANTIATE

@@ -12,13 +12,13 @@
 namespace dlogp {
 
 // Where nothing is cut off: every logit but −inf is kept.
-template <typename Real>
-constexpr Real kKeepAll = std::numeric_limits<Real>::lowest();
+template <typename Acc>
+constexpr Acc kKeepAll = std::numeric_limits<Acc>::lowest();
 
 // The least logit / T that top-k, then top-p of what is left, then min-p keep. `softmax` is that of the same logits; it
 // is looked at for top-p without top-k only. `scratch` is room for values.
-template <typename Real>
-Real least_kept(const ScaledLogits<Real>& logits, const BlockMaxima<Real>& maxima, const Filters& filters,
-                const SoftmaxState<Real>& softmax, std::vector<Real>& scratch);
+template <typename Acc>
+Acc least_kept(const ScaledLogits<Acc>& logits, const BlockMaxima<Acc>& maxima, const Filters& filters,
+               const SoftmaxState<Acc>& softmax, std::vector<Acc>& scratch);
 
 }  // namespace dlogp

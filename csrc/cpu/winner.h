@@ -30,10 +30,10 @@ struct Winner {
 constexpr int64_t kFewTokens = 8;
 
 // Of those at `places` in a block, all s ≥ cut.
-template <typename Real>
-void score_few(int64_t first, const Real* s, int64_t count, const uint8_t* places, Real cut, const NoiseKey& key,
+template <typename Acc>
+void score_few(int64_t first, const Acc* s, int64_t count, const uint8_t* places, Acc cut, const NoiseKey& key,
                Winner& winner) {
-  Real few[kFewTokens];
+  Acc few[kFewTokens];
   uint32_t bits[kFewTokens];
   for (int64_t i = 0; i < count; ++i) {
     few[i] = s[places[i]];
@@ -44,8 +44,8 @@ void score_few(int64_t first, const Real* s, int64_t count, const uint8_t* place
 }
 
 // Scores the tokens s ≥ cut of a block that begins at token `first`, a multiple of kBlockTokens.
-template <typename Real>
-void score_block(int64_t first, const Real* s, int64_t size, Real cut, const NoiseKey& key, Winner& winner) {
+template <typename Acc>
+void score_block(int64_t first, const Acc* s, int64_t size, Acc cut, const NoiseKey& key, Winner& winner) {
   uint8_t places[kFewTokens];
   const int64_t kept = places_from(size, s, cut, kFewTokens, places);
   if (kept <= kFewTokens) return score_few(first, s, kept, places, cut, key, winner);
@@ -58,8 +58,8 @@ void score_block(int64_t first, const Real* s, int64_t size, Real cut, const Noi
 }
 
 // The same of a greedy draw, given the block's maximum, which is no NaN.
-template <typename Real>
-void compare_block(int64_t first, const Real* s, int64_t size, Real max, Winner& winner) {
+template <typename Acc>
+void compare_block(int64_t first, const Acc* s, int64_t size, Acc max, Winner& winner) {
   if (max < winner.score) return;
   const int64_t token = first + (std::find(s, s + size, max) - s);
   if (winner.loses_to(max, token)) winner = {double(max), token};

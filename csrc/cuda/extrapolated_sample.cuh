@@ -291,7 +291,7 @@ class RowSampler {
   }
   __device__ Drawn drawn_for_replacement() {
     if (options().gamma == 0) return drawn(Drawn::From::kModel, Stream::kReplacement, 0, 0);
-    const float least_base = room_.state.model_alone ? least_base_of_row() : 0;
+    const float least_base = room_.state.model_unsupported ? least_base_of_row() : 0;
     return drawn(Drawn::From::kExtrapolation, Stream::kReplacement, float(options().gamma), least_base);
   }
   __device__ float least_base_of_row() {

@@ -32,12 +32,12 @@ struct Moments {
   float weighted = 0, base_weighted = 0, cross = 0, base_cross = 0;
 };
 
-// Sums about max and base_max. Tokens without a finite logit leave no trace but in `alone`, a NaN or +inf makes the sum
-// NaN.
+// Sums about max and base_max. Tokens without a finite logit leave no trace but in `unsupported`, a NaN or +inf makes
+// the sum NaN.
 template <bool kAll>
 struct SoftmaxSums : std::conditional_t<kAll, Moments, NoMoments> {
   float max = -FLT_MAX, base_max = -FLT_MAX, sum = 0, base_sum = 0;
-  uint32_t alone = 0;  // bit 0: a token that only the RL model can draw; bit 1, with kAll: only the base
+  uint32_t unsupported = 0;  // bit 0: a token that only the RL model can draw; bit 1, with kAll: only the base
 
   // Whether there is something to draw from both, and nothing else than numbers.
   __device__ bool can_draw() const { return sum > 0 && base_sum > 0; }
@@ -69,8 +69,8 @@ struct SoftmaxSums : std::conditional_t<kAll, Moments, NoMoments> {
       state.cross = this->cross;
       state.base_cross = this->base_cross;
     }
-    state.model_alone = (alone & 1) != 0;
-    state.base_alone = (alone & 2) != 0;
+    state.model_unsupported = (unsupported & 1) != 0;
+    state.base_unsupported = (unsupported & 2) != 0;
     return state;
   }
 
@@ -97,7 +97,7 @@ struct MergeSums {
   __device__ Sums operator()(Sums a, const Sums& b) const {
     a.sum += b.sum;
     a.base_sum += b.base_sum;
-    a.alone |= b.alone;
+    a.unsupported |= b.unsupported;
     if constexpr (kAll) {
       a.weighted += b.weighted;
       a.base_weighted += b.base_weighted;
@@ -159,7 +159,7 @@ class ThreadSums {
       }
     }
     if constexpr (!kPossible)
-      sums_.alone |= uint32_t(possible && !base_possible) | uint32_t(base_possible && !possible) << 1;
+      sums_.unsupported |= uint32_t(possible && !base_possible) | uint32_t(base_possible && !possible) << 1;
   }
 
   SoftmaxSums<kAll> sums_;

@@ -42,7 +42,7 @@ class Launch(NamedTuple):
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    source = (ROOT / "python_bindings" / "ops_cuda.cpp").read_text()
+    source = (ROOT / "python_bindings" / "sampling_cuda.cpp").read_text()
     for old, new in _REPLACED.items():
         assert old in source, f"{old} is not in the bindings any more"
         source = source.replace(old, new)
@@ -53,7 +53,7 @@ def _library() -> ctypes.CDLL:
     assert _COMPILER is not None
     # What is loaded stays when its file is gone.
     with tempfile.TemporaryDirectory(prefix="cuda_on_cpu") as folder:
-        binding, built = Path(folder, "ops_cuda.cpp"), Path(folder, "cuda_on_cpu.so")
+        binding, built = Path(folder, "sampling_cuda.cpp"), Path(folder, "cuda_on_cpu.so")
         binding.write_text(source)
         sources = [str(binding), *sorted(map(str, STAND_IN.glob("*.cpp")))]
         subprocess.run([_COMPILER, *flags, *sources, "-ltorch_cpu", "-lc10", "-o", str(built)], check=True)

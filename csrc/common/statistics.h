@@ -1,0 +1,46 @@
+// Every statistic that forward returns and what it is, in the order of the outputs: for C++ the table that LogpStats
+// and DeltaLogpStats of results.py are for Python. Outputs, their pointers and what is written there derive from it.
+//
+// PER_TARGET(name, value) is one number for each target, (N, K), PER_ROW(name, value) one for each row, (N,). `value`
+// is in terms of the row's states, `model` and of a pair also `pair` and `base` (online_softmax.h), and for each target
+// of its `logp` and `base_logp`.
+#pragma once
+
+#include "online_softmax.h"
+
+#define DLOGP_LOGP_STATS(PER_TARGET, PER_ROW) \
+  PER_TARGET(logp, logp)                      \
+  PER_ROW(entropy, model.entropy())           \
+  PER_ROW(lse, model.lse())
+
+#define DLOGP_DELTA_LOGP_STATS(PER_TARGET, PER_ROW) \
+  PER_TARGET(delta_logp, logp - base_logp)          \
+  PER_TARGET(logp, logp)                            \
+  PER_TARGET(base_logp, base_logp)                  \
+  PER_ROW(entropy, model.entropy())                 \
+  PER_ROW(base_entropy, base.entropy())             \
+  PER_ROW(kl, pair.kl())                            \
+  PER_ROW(reverse_kl, pair.reverse_kl())            \
+  PER_ROW(lse, model.lse())                         \
+  PER_ROW(base_lse, base.lse())
+
+// Those of so many models, within a template of their number.
+#define DLOGP_STATS(models, PER_TARGET, PER_ROW) \
+  if constexpr (models == 1) {                   \
+    DLOGP_LOGP_STATS(PER_TARGET, PER_ROW)        \
+  } else {                                       \
+    DLOGP_DELTA_LOGP_STATS(PER_TARGET, PER_ROW)  \
+  }
+#define DLOGP_NOTHING(name, value)
+
+namespace dlogp {
+
+// Where statistics go; those that one model does not have are null.
+template <typename Acc>
+struct StatsOutputs {
+#define DLOGP_FIELD(name, value) Acc* name = nullptr;
+  DLOGP_DELTA_LOGP_STATS(DLOGP_FIELD, DLOGP_FIELD)
+#undef DLOGP_FIELD
+};
+
+}  // namespace dlogp

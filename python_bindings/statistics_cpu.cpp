@@ -1,0 +1,369 @@
+// linear_logp, linear_delta_logp, logp and delta_logp on the CPU, as implementations of the private schemas `_cpu_*`.
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <Python.h>
+#include <torch/library.h>
+
+#include <array>
+#include <tuple>
+
+#include "../csrc/cpu/linear_backward.h"
+#include "../csrc/cpu/linear_forward.h"
+#include "../csrc/cpu/logp.h"
+#include "checks.h"
+#include "heads.h"
+
+namespace dlogp {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+struct LogitsArguments {
+  const Tensor& logits;
+  LogitTransform transform;
+};
+
+struct TargetArguments {
+  const Tensor& target;
+  int64_t ignore_index;
+};
+
+// Upstream gradients of a model's statistics.
+struct GradientArguments {
+  const OptionalTensor &logp, &entropy, &lse;
+};
+struct SavedArguments {
+  const Tensor &entropy, &lse;
+};
+
+// What backward is given of one model's statistics, or of a pair's.
+template <int Models>
+struct UpstreamArguments {
+  GradientArguments grads[Models];
+  SavedArguments saved[Models];
+};
+template <>
+struct UpstreamArguments<2> {
+  GradientArguments grads[2];
+  SavedArguments saved[2];
+  const OptionalTensor &grad_kl, &grad_reverse_kl;
+  const Tensor &kl, &reverse_kl;
+};
+
+// Which gradients of a head are wanted: of hidden, weight and bias.
+using HeadMask = std::array<bool, 3>;
+
+// Outputs of forward, zero where a row is ignored.
+template <int Models>
+class Stats {
+ public:
+  Stats(const Tensor& target, bool is_double) {
+    const auto options = target.options().dtype(is_double ? at::kDouble : at::kFloat);
+    auto tensor = tensors_.begin();
+#define DLOGP_PER_TARGET(name, value) *tensor++ = at::zeros(target.sizes(), options);
+#define DLOGP_PER_ROW(name, value) *tensor++ = at::zeros(target.sizes().slice(0, 1), options);
+    DLOGP_STATS(Models, DLOGP_PER_TARGET, DLOGP_PER_ROW)
+#undef DLOGP_PER_TARGET
+#undef DLOGP_PER_ROW
+  }
+
+  template <typename Acc>
+  StatsOutputs<Acc> outputs() const {
+    StatsOutputs<Acc> outputs;
+    auto tensor = tensors_.begin();
+#define DLOGP_POINTER(name, value) outputs.name = (tensor++)->template mutable_data_ptr<Acc>();
+    DLOGP_STATS(Models, DLOGP_POINTER, DLOGP_POINTER)
+#undef DLOGP_POINTER
+    return outputs;
+  }
+
+  auto all() const {
+    return std::apply([](const auto&... tensors) { return std::make_tuple(tensors...); }, tensors_);
+  }
+
+ private:
+#define DLOGP_ONE(name, value) +1
+  static constexpr size_t kCount =
+      Models == 1 ? 0 DLOGP_LOGP_STATS(DLOGP_ONE, DLOGP_ONE) : 0 DLOGP_DELTA_LOGP_STATS(DLOGP_ONE, DLOGP_ONE);
+#undef DLOGP_ONE
+  std::array<Tensor, kCount> tensors_;
+};
+
+// The gradients of a head, hidden zero where a row is ignored, all zero where every one is; empty where not wanted.
+struct HeadGradients {
+  Tensor hidden, weight, bias;
+
+  HeadGradients(const HeadArguments& like, const HeadMask& wanted, bool any_row)
+      : hidden(allocate(like.hidden, wanted[0], true)),
+        weight(allocate(like.weight, wanted[1], !any_row)),
+        bias(allocate(like.bias.value_or(like.hidden), wanted[2] && like.bias.has_value(), !any_row)) {}
+
+  HeadOutputs outputs() const {
+    return {output_of(hidden, hidden.size(-1)), output_of(weight, weight.size(-1)), output_of(bias, bias.size(-1))};
+  }
+
+ private:
+  static Tensor allocate(const Tensor& like, bool wanted, bool zero) {
+    const at::IntArrayRef sizes = sizes_if(wanted, like.sizes());
+    return zero ? at::zeros(sizes, like.options()) : at::empty(sizes, like.options());
+  }
+};
+
+// Upstream gradients and saved statistics, kept alive.
+template <typename Acc>
+struct ModelValues {
+  Values<Acc> grad_logp, grad_entropy, grad_lse, entropy, lse;
+
+  ModelValues(const Tensor& target, const GradientArguments& grads, const SavedArguments& saved)
+      : grad_logp(grads.logp, target.sizes(), "grad_logp"),
+        grad_entropy(grads.entropy, target.sizes().slice(0, 1), "grad_entropy"),
+        grad_lse(grads.lse, target.sizes().slice(0, 1), "grad_lse"),
+        entropy(saved.entropy, target.sizes().slice(0, 1), "entropy"),
+        lse(saved.lse, target.sizes().slice(0, 1), "lse") {}
+
+  ModelUpstream<Acc> get() const {
+    return {grad_logp.get(), grad_entropy.get(), grad_lse.get(), entropy.get(), lse.get()};
+  }
+};
+
+// Calls use(upstream), which it keeps alive meanwhile.
+template <typename Acc, typename Use>
+void with_upstream(const Tensor& target, const UpstreamArguments<1>& given, const KeptRows& kept, Use use) {
+  const ModelValues<Acc> model(target, given.grads[0], given.saved[0]);
+  use(Upstream<Acc>{{model.get(), {}}, nullptr, nullptr, nullptr, nullptr, kept.candidates, kept.ignore_index});
+}
+template <typename Acc, typename Use>
+void with_upstream(const Tensor& target, const UpstreamArguments<2>& given, const KeptRows& kept, Use use) {
+  const ModelValues<Acc> model(target, given.grads[0], given.saved[0]), base(target, given.grads[1], given.saved[1]);
+  const at::IntArrayRef rows = target.sizes().slice(0, 1);
+  const Values<Acc> grad_kl(given.grad_kl, rows, "grad_kl"),
+      grad_reverse_kl(given.grad_reverse_kl, rows, "grad_reverse_kl");
+  const Values<Acc> kl(given.kl, rows, "kl"), reverse_kl(given.reverse_kl, rows, "reverse_kl");
+  use(Upstream<Acc>{{model.get(), base.get()},
+                    grad_kl.get(),
+                    grad_reverse_kl.get(),
+                    kl.get(),
+                    reverse_kl.get(),
+                    kept.candidates,
+                    kept.ignore_index});
+}
+
+template <int Models>
+auto linear_statistics(const std::array<HeadArguments, Models>& given, const TargetArguments& targets,
+                       int64_t workspace) {
+  const CheckedHeads<Models> heads(given);
+  const KeptRows kept = keep_rows(targets.target, heads.rows(), heads.vocabulary(), targets.ignore_index);
+  const Stats<Models> stats(targets.target, heads.any_double());
+  heads.dispatch_product(heads.any_double(), [&](auto type) {
+    using T = decltype(type);
+    linear_forward<T, Models>(heads.heads, kept, workspace, stats.template outputs<Accumulator<T>>());
+  });
+  return stats.all();
+}
+
+template <int Models>
+std::vector<HeadGradients> linear_gradients(const UpstreamArguments<Models>& upstream,
+                                            const std::array<HeadArguments, Models>& given,
+                                            const TargetArguments& targets, const std::array<HeadMask, Models>& wanted,
+                                            int64_t workspace) {
+  const CheckedHeads<Models> heads(given);
+  const KeptRows kept = keep_rows(targets.target, heads.rows(), heads.vocabulary(), targets.ignore_index);
+  std::vector<HeadGradients> gradients;
+  HeadOutputs outputs[Models];
+  for (int model = 0; model < Models; ++model) {
+    gradients.emplace_back(given[model], wanted[model], kept.count() > 0);
+    outputs[model] = gradients.back().outputs();
+  }
+  heads.dispatch_product(heads.any_double(), [&](auto type) {
+    using T = decltype(type);
+    with_upstream<Accumulator<T>>(targets.target, upstream, kept, [&](const Upstream<Accumulator<T>>& values) {
+      linear_backward<T, Models>(heads.heads, kept, values, workspace, outputs);
+    });
+  });
+  return gradients;
+}
+
+// Given logits as the kernels take them: of a model, or of a pair.
+template <int Models>
+class CheckedLogits {
+ public:
+  Logits logits[Models];
+  bool use_double = false;
+
+  explicit CheckedLogits(const std::array<LogitsArguments, Models>& given) {
+    constexpr const char* names[] = {"logits", "base_logits"};
+    for (int model = 0; model < Models; ++model) {
+      const Tensor& values = given[model].logits;
+      TORCH_CHECK_VALUE(values.sizes() == given[0].logits.sizes(), names[model], " has shape ", values.sizes(),
+                        ", expected ", given[0].logits.sizes());
+      rows_[model] = Rows(values, names[model]);
+      logits[model] = {rows_[model].matrix, given[model].transform};
+      use_double |= values.scalar_type() == at::kDouble;
+      TORCH_CHECK_VALUE(columns() > 0, names[model], " has no columns, expected the vocabulary");
+    }
+  }
+
+  int64_t rows() const { return logits[0].values.rows; }
+  int64_t columns() const { return logits[0].values.columns; }
+
+ private:
+  Rows rows_[Models];
+};
+
+template <int Models>
+auto logits_statistics(const std::array<LogitsArguments, Models>& given, const TargetArguments& targets) {
+  const CheckedLogits<Models> checked(given);
+  const KeptRows kept = keep_rows(targets.target, checked.rows(), checked.columns(), targets.ignore_index);
+  const Stats<Models> stats(targets.target, checked.use_double);
+  dispatch_accumulator(checked.use_double, [&](auto type) {
+    using Acc = decltype(type);
+    logp_forward<Acc, Models>(checked.logits, kept, stats.template outputs<Acc>());
+  });
+  return stats.all();
+}
+
+template <int Models>
+std::array<Tensor, Models> logits_gradients(const UpstreamArguments<Models>& upstream,
+                                            const std::array<LogitsArguments, Models>& given,
+                                            const TargetArguments& targets, const std::array<bool, Models>& wanted) {
+  const CheckedLogits<Models> checked(given);
+  const KeptRows kept = keep_rows(targets.target, checked.rows(), checked.columns(), targets.ignore_index);
+  std::array<Tensor, Models> gradients;
+  Output outputs[Models];
+  for (int model = 0; model < Models; ++model) {
+    const Tensor& like = given[model].logits;
+    const at::IntArrayRef sizes = sizes_if(wanted[model], like.sizes());
+    gradients[model] =
+        kept.count() == checked.rows() ? at::empty(sizes, like.options()) : at::zeros(sizes, like.options());
+    outputs[model] = output_of(gradients[model], checked.columns());
+  }
+  dispatch_accumulator(checked.use_double, [&](auto type) {
+    using Acc = decltype(type);
+    with_upstream<Acc>(targets.target, upstream, kept, [&](const Upstream<Acc>& values) {
+      logp_backward<Acc, Models>(checked.logits, kept, values, outputs);
+    });
+  });
+  return gradients;
+}
+
+// From here on: the order of the schemas' arguments, put into the structures above.
+
+auto linear_logp_fwd(const Tensor& hidden, const Tensor& weight, const Tensor& target, const OptionalTensor& bias,
+                     double temperature, std::optional<double> softcap, double logit_scale, int64_t ignore_index,
+                     int64_t workspace) {
+  return linear_statistics<1>({{{hidden, weight, bias, transform_of(temperature, softcap, logit_scale)}}},
+                              {target, ignore_index}, workspace);
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_logp_bwd(const OptionalTensor& grad_logp, const OptionalTensor& grad_entropy,
+                                                   const OptionalTensor& grad_lse, const Tensor& hidden,
+                                                   const Tensor& weight, const Tensor& target,
+                                                   const OptionalTensor& bias, const Tensor& entropy, const Tensor& lse,
+                                                   double temperature, std::optional<double> softcap,
+                                                   double logit_scale, int64_t ignore_index,
+                                                   std::array<bool, 3> output_mask, int64_t workspace) {
+  const auto found = linear_gradients<1>({{{grad_logp, grad_entropy, grad_lse}}, {{entropy, lse}}},
+                                         {{{hidden, weight, bias, transform_of(temperature, softcap, logit_scale)}}},
+                                         {target, ignore_index}, {output_mask}, workspace);
+  return {found[0].hidden, found[0].weight, found[0].bias};
+}
+
+auto linear_delta_logp_fwd(const Tensor& hidden, const Tensor& weight, const Tensor& base_hidden,
+                           const Tensor& base_weight, const Tensor& target, const OptionalTensor& bias,
+                           const OptionalTensor& base_bias, double temperature, std::optional<double> softcap,
+                           std::optional<double> base_softcap, double logit_scale, double base_logit_scale,
+                           int64_t ignore_index, int64_t workspace) {
+  return linear_statistics<2>(
+      {{{hidden, weight, bias, transform_of(temperature, softcap, logit_scale)},
+        {base_hidden, base_weight, base_bias, transform_of(temperature, base_softcap, base_logit_scale)}}},
+      {target, ignore_index}, workspace);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_delta_logp_bwd(
+    const OptionalTensor& grad_logp, const OptionalTensor& grad_base_logp, const OptionalTensor& grad_entropy,
+    const OptionalTensor& grad_base_entropy, const OptionalTensor& grad_kl, const OptionalTensor& grad_reverse_kl,
+    const OptionalTensor& grad_lse, const OptionalTensor& grad_base_lse, const Tensor& hidden, const Tensor& weight,
+    const Tensor& base_hidden, const Tensor& base_weight, const Tensor& target, const OptionalTensor& bias,
+    const OptionalTensor& base_bias, const Tensor& entropy, const Tensor& base_entropy, const Tensor& kl,
+    const Tensor& reverse_kl, const Tensor& lse, const Tensor& base_lse, double temperature,
+    std::optional<double> softcap, std::optional<double> base_softcap, double logit_scale, double base_logit_scale,
+    int64_t ignore_index, std::array<bool, 6> output_mask, int64_t workspace) {
+  const auto found = linear_gradients<2>(
+      {{{grad_logp, grad_entropy, grad_lse}, {grad_base_logp, grad_base_entropy, grad_base_lse}},
+       {{entropy, lse}, {base_entropy, base_lse}},
+       grad_kl,
+       grad_reverse_kl,
+       kl,
+       reverse_kl},
+      {{{hidden, weight, bias, transform_of(temperature, softcap, logit_scale)},
+        {base_hidden, base_weight, base_bias, transform_of(temperature, base_softcap, base_logit_scale)}}},
+      {target, ignore_index},
+      {{{output_mask[0], output_mask[1], output_mask[4]}, {output_mask[2], output_mask[3], output_mask[5]}}},
+      workspace);
+  return {found[0].hidden, found[0].weight, found[1].hidden, found[1].weight, found[0].bias, found[1].bias};
+}
+
+auto logp_fwd(const Tensor& logits, const Tensor& target, double temperature, std::optional<double> softcap,
+              double logit_scale, int64_t ignore_index, int64_t workspace) {
+  return logits_statistics<1>({{{logits, transform_of(temperature, softcap, logit_scale)}}}, {target, ignore_index});
+}
+
+Tensor logp_bwd(const OptionalTensor& grad_logp, const OptionalTensor& grad_entropy, const OptionalTensor& grad_lse,
+                const Tensor& logits, const Tensor& target, const Tensor& entropy, const Tensor& lse,
+                double temperature, std::optional<double> softcap, double logit_scale, int64_t ignore_index,
+                int64_t workspace) {
+  return logits_gradients<1>({{{grad_logp, grad_entropy, grad_lse}}, {{entropy, lse}}},
+                             {{{logits, transform_of(temperature, softcap, logit_scale)}}}, {target, ignore_index},
+                             {true})[0];
+}
+
+auto delta_logp_fwd(const Tensor& logits, const Tensor& base_logits, const Tensor& target, double temperature,
+                    std::optional<double> softcap, std::optional<double> base_softcap, double logit_scale,
+                    double base_logit_scale, int64_t ignore_index, int64_t workspace) {
+  return logits_statistics<2>({{{logits, transform_of(temperature, softcap, logit_scale)},
+                                {base_logits, transform_of(temperature, base_softcap, base_logit_scale)}}},
+                              {target, ignore_index});
+}
+
+std::tuple<Tensor, Tensor> delta_logp_bwd(
+    const OptionalTensor& grad_logp, const OptionalTensor& grad_base_logp, const OptionalTensor& grad_entropy,
+    const OptionalTensor& grad_base_entropy, const OptionalTensor& grad_kl, const OptionalTensor& grad_reverse_kl,
+    const OptionalTensor& grad_lse, const OptionalTensor& grad_base_lse, const Tensor& logits,
+    const Tensor& base_logits, const Tensor& target, const Tensor& entropy, const Tensor& base_entropy,
+    const Tensor& kl, const Tensor& reverse_kl, const Tensor& lse, const Tensor& base_lse, double temperature,
+    std::optional<double> softcap, std::optional<double> base_softcap, double logit_scale, double base_logit_scale,
+    int64_t ignore_index, std::array<bool, 2> output_mask, int64_t workspace) {
+  const auto found =
+      logits_gradients<2>({{{grad_logp, grad_entropy, grad_lse}, {grad_base_logp, grad_base_entropy, grad_base_lse}},
+                           {{entropy, lse}, {base_entropy, base_lse}},
+                           grad_kl,
+                           grad_reverse_kl,
+                           kl,
+                           reverse_kl},
+                          {{{logits, transform_of(temperature, softcap, logit_scale)},
+                            {base_logits, transform_of(temperature, base_softcap, base_logit_scale)}}},
+                          {target, ignore_index}, output_mask);
+  return {found[0], found[1]};
+}
+
+}  // namespace
+}  // namespace dlogp
+
+TORCH_LIBRARY_IMPL(dlogp, CPU, library) {
+  library.impl("_cpu_linear_logp_fwd", &dlogp::linear_logp_fwd);
+  library.impl("_cpu_linear_logp_bwd", &dlogp::linear_logp_bwd);
+  library.impl("_cpu_linear_delta_logp_fwd", &dlogp::linear_delta_logp_fwd);
+  library.impl("_cpu_linear_delta_logp_bwd", &dlogp::linear_delta_logp_bwd);
+  library.impl("_cpu_logp_fwd", &dlogp::logp_fwd);
+  library.impl("_cpu_logp_bwd", &dlogp::logp_bwd);
+  library.impl("_cpu_delta_logp_fwd", &dlogp::delta_logp_fwd);
+  library.impl("_cpu_delta_logp_bwd", &dlogp::delta_logp_bwd);
+}
+
+// Importing the module loads the library; it has no contents of its own.
+PyMODINIT_FUNC PyInit__cpu() {
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_cpu", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&module);
+}

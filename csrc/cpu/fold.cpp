@@ -15,16 +15,15 @@ DLOGP_INLINE void transform_body(const LogitTransform& transform, int64_t count,
     for (int64_t i = 0; i < count; ++i) z[i] += bias[i];
   }
   if (transform.is_identity()) return;
+  const Acc output_scale = Acc(transform.output_scale());
   if (!transform.has_softcap()) {
-    const Acc slope = Acc(transform.slope());
 #pragma omp simd
-    for (int64_t i = 0; i < count; ++i) z[i] *= slope;
+    for (int64_t i = 0; i < count; ++i) z[i] *= output_scale;
     return;
   }
-  const Acc inner = Acc(transform.logit_scale / transform.softcap);
-  const Acc outer = Acc(transform.softcap / transform.temperature);
+  const Acc tanh_scale = Acc(transform.tanh_scale());
 #pragma omp simd
-  for (int64_t i = 0; i < count; ++i) z[i] = outer * tanh_of(z[i] * inner);
+  for (int64_t i = 0; i < count; ++i) z[i] = output_scale * tanh_of(z[i] * tanh_scale);
 }
 
 template <typename Acc>
@@ -191,62 +190,50 @@ DLOGP_INLINE void softcap_gradient_body(const LogitTransform& transform, int64_t
   }
 }
 
-}  // namespace
-
-DLOGP_CLONES void transform_row(const LogitTransform& transform, int64_t count, const float* bias, float* z) {
-  transform_body(transform, count, bias, z);
-}
-void transform_row(const LogitTransform& transform, int64_t count, const double* bias, double* z) {
-  transform_body(transform, count, bias, z);
-}
-
-DLOGP_CLONES void fold_row(int64_t count, const float* z, SoftmaxState<float>& state) {
-  fold_body<true>(count, z, state);
-}
-void fold_row(int64_t count, const double* z, SoftmaxState<double>& state) { fold_body<true>(count, z, state); }
-
-DLOGP_CLONES void fold_sum(int64_t count, const float* z, SoftmaxState<float>& state) {
-  fold_body<false>(count, z, state);
-}
-void fold_sum(int64_t count, const double* z, SoftmaxState<double>& state) { fold_body<false>(count, z, state); }
-
-DLOGP_CLONES void fold_row(int64_t count, const float* z, const float* base_z, PairState<float>& state) {
-  fold_pair_body(count, z, base_z, state);
-}
-void fold_row(int64_t count, const double* z, const double* base_z, PairState<double>& state) {
-  fold_pair_body(count, z, base_z, state);
-}
-
-DLOGP_CLONES void gradient_row(const GradientTerms<float>& terms, int64_t count, const float* z, float* grad) {
-  gradient_body(terms, count, z, grad);
-}
-void gradient_row(const GradientTerms<double>& terms, int64_t count, const double* z, double* grad) {
-  gradient_body(terms, count, z, grad);
-}
-
-DLOGP_CLONES void gradient_row(const GradientTerms<float>& terms, int64_t count, const float* z, const float* other_z,
-                               float* grad) {
-  gradient_pair_body(terms, count, z, other_z, grad);
-}
-void gradient_row(const GradientTerms<double>& terms, int64_t count, const double* z, const double* other_z,
-                  double* grad) {
-  gradient_pair_body(terms, count, z, other_z, grad);
-}
-
-DLOGP_CLONES void softcap_gradient_row(const LogitTransform& transform, int64_t count, const float* z, float* grad) {
-  softcap_gradient_body(transform, count, z, grad);
-}
-void softcap_gradient_row(const LogitTransform& transform, int64_t count, const double* z, double* grad) {
-  softcap_gradient_body(transform, count, z, grad);
-}
-
-DLOGP_CLONES void add_row(int64_t count, const float* values, float* sums) {
+template <typename Acc>
+DLOGP_INLINE void add_body(int64_t count, const Acc* values, Acc* sums) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) sums[i] += values[i];
 }
-void add_row(int64_t count, const double* values, double* sums) {
-  for (int64_t i = 0; i < count; ++i) sums[i] += values[i];
-}
+
+}  // namespace
+
+#define DLOGP_DEFINE(attribute, Acc)                                                                             \
+  template <>                                                                                                    \
+  attribute void transform_row(const LogitTransform& transform, int64_t count, const Acc* bias, Acc* z) {        \
+    transform_body(transform, count, bias, z);                                                                   \
+  }                                                                                                              \
+  template <>                                                                                                    \
+  attribute void fold_row(int64_t count, const Acc* z, SoftmaxState<Acc>& state) {                               \
+    fold_body<true>(count, z, state);                                                                            \
+  }                                                                                                              \
+  template <>                                                                                                    \
+  attribute void fold_sum(int64_t count, const Acc* z, SoftmaxState<Acc>& state) {                               \
+    fold_body<false>(count, z, state);                                                                           \
+  }                                                                                                              \
+  template <>                                                                                                    \
+  attribute void fold_row(int64_t count, const Acc* z, const Acc* base_z, PairState<Acc>& state) {               \
+    fold_pair_body(count, z, base_z, state);                                                                     \
+  }                                                                                                              \
+  template <>                                                                                                    \
+  attribute void gradient_row(const GradientTerms<Acc>& terms, int64_t count, const Acc* z, Acc* grad) {         \
+    gradient_body(terms, count, z, grad);                                                                        \
+  }                                                                                                              \
+  template <>                                                                                                    \
+  attribute void gradient_row(const GradientTerms<Acc>& terms, int64_t count, const Acc* z, const Acc* other_z,  \
+                              Acc* grad) {                                                                       \
+    gradient_pair_body(terms, count, z, other_z, grad);                                                          \
+  }                                                                                                              \
+  template <>                                                                                                    \
+  attribute void softcap_gradient_row(const LogitTransform& transform, int64_t count, const Acc* z, Acc* grad) { \
+    softcap_gradient_body(transform, count, z, grad);                                                            \
+  }                                                                                                              \
+  template <>                                                                                                    \
+  attribute void add_row(int64_t count, const Acc* values, Acc* sums) {                                          \
+    add_body(count, values, sums);                                                                               \
+  }
+DLOGP_FOR_EACH_ACCUMULATOR(DLOGP_DEFINE)
+#undef DLOGP_DEFINE
 
 DLOGP_CLONES void round_row(int64_t count, const float* from, uint16_t* to) {
 #pragma omp simd

@@ -28,15 +28,15 @@ GradientTerms<Acc> Upstream<Acc>::terms(int model, int64_t row, const int64_t* t
   double grad_logp_sum = 0;
   for (int64_t k = 0; k < candidates; ++k)
     if (target[k] != ignore_index) grad_logp_sum += value_of(own.grad_logp, row * candidates + k);
-  const double slope = transform.slope();
+  const double derivative = transform.derivative();
   const double constant = value_of(own.grad_lse, row) - grad_logp_sum - product_of(own.grad_entropy, own.entropy, row) -
                           product_of(own_grad_kl, own_kl, row) + value_of(other_grad_kl, row);
   return {own.lse[row],
           other_lse == nullptr ? Acc(0) : other_lse[row],
-          Acc(slope * constant),
-          Acc(-slope * value_of(own.grad_entropy, row)),
-          Acc(slope * value_of(own_grad_kl, row)),
-          Acc(-slope * value_of(other_grad_kl, row))};
+          Acc(derivative * constant),
+          Acc(-derivative * value_of(own.grad_entropy, row)),
+          Acc(derivative * value_of(own_grad_kl, row)),
+          Acc(-derivative * value_of(other_grad_kl, row))};
 }
 
 template <typename Acc>
@@ -53,7 +53,7 @@ void logits_gradient(const Upstream<Acc>& upstream, int model, int64_t row, cons
     for (int64_t k = 0; k < upstream.candidates; ++k) {
       const int64_t column = target[k] - begin;
       if (target[k] != upstream.ignore_index && column >= 0 && column < count)
-        grad[column] += Acc(transform.slope() * double(grad_logp[row * upstream.candidates + k]));
+        grad[column] += Acc(transform.derivative() * double(grad_logp[row * upstream.candidates + k]));
     }
   }
   if (transform.has_softcap()) softcap_gradient_row(transform, count, z, grad);

@@ -10,25 +10,20 @@
 namespace dlogp {
 namespace {
 
+// What a sequence's tokens have in common, out of a first pass: the sums of its old log-probabilities and log-ratios.
+struct PolicySequence {
+  int64_t count = 0;
+  double old_logp = 0, log_ratio = 0;
+  double score = 0;  // normalised log-perplexity
+
+  double mean_log_ratio() const { return count == 0 ? 0 : log_ratio / double(count); }
+};
+
+// `from` may be `to`.
 template <typename Acc>
 DLOGP_INLINE void copy_counted_body(int64_t count, const Acc* mask, const Acc* from, Acc* to) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) to[i] = mask[i] != 0 ? from[i] : Acc(0);
-}
-
-// `from` may be `to`.
-DLOGP_CLONES void copy_counted(int64_t count, const float* mask, const float* from, float* to) {
-  copy_counted_body(count, mask, from, to);
-}
-void copy_counted(int64_t count, const double* mask, const double* from, double* to) {
-  copy_counted_body(count, mask, from, to);
-}
-
-DLOGP_CLONES bool any_counts(int64_t count, const uint8_t* mask) {
-  uint8_t any = 0;
-#pragma omp simd reduction(| : any)
-  for (int64_t i = 0; i < count; ++i) any |= mask[i];
-  return any != 0;
 }
 
 template <typename Acc>
@@ -37,8 +32,60 @@ DLOGP_INLINE void mask_body(int64_t count, const uint8_t* from, Acc* to) {
   for (int64_t i = 0; i < count; ++i) to[i] = Acc(int32_t(from[i] != 0));
 }
 
-DLOGP_CLONES void mask_row(int64_t count, const uint8_t* from, float* to) { mask_body(count, from, to); }
-void mask_row(int64_t count, const uint8_t* from, double* to) { mask_body(count, from, to); }
+template <typename Acc>
+DLOGP_INLINE void multiply_body(int64_t count, Acc factor, const Acc* from, Acc* to) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) to[i] = from[i] * factor;
+}
+
+// Adds `value` where tokens count. A product with the mask would make 0 · ∞ of the others.
+template <typename Acc>
+DLOGP_INLINE void add_counted_body(int64_t count, const Acc* mask, Acc value, Acc* to) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) to[i] += mask[i] != 0 ? value : Acc(0);
+}
+
+template <typename Acc>
+DLOGP_INLINE void sum_body(int64_t count, const Acc* mask, const Acc* logp, const Acc* old_logp,
+                           PolicySequence& sequence) {
+  Acc tokens = 0;
+  double sum = 0, log_ratio = 0;
+#pragma omp simd reduction(+ : tokens, sum, log_ratio)
+  for (int64_t i = 0; i < count; ++i) {
+    const Acc old = mask[i] != 0 ? old_logp[i] : Acc(0), own = mask[i] != 0 ? logp[i] : Acc(0);
+    tokens += mask[i];
+    sum += double(old);
+    log_ratio += double(own - old);
+  }
+  sequence.count += int64_t(tokens);
+  sequence.old_logp += sum;
+  sequence.log_ratio += log_ratio;
+}
+
+#define DLOGP_DEFINE(attribute, Acc)                                                                   \
+  attribute void copy_counted(int64_t count, const Acc* mask, const Acc* from, Acc* to) {              \
+    copy_counted_body(count, mask, from, to);                                                          \
+  }                                                                                                    \
+  attribute void mask_row(int64_t count, const uint8_t* from, Acc* to) { mask_body(count, from, to); } \
+  attribute void multiply_row(int64_t count, Acc factor, const Acc* from, Acc* to) {                   \
+    multiply_body(count, factor, from, to);                                                            \
+  }                                                                                                    \
+  attribute void add_counted(int64_t count, const Acc* mask, Acc value, Acc* to) {                     \
+    add_counted_body(count, mask, value, to);                                                          \
+  }                                                                                                    \
+  attribute void sum_tokens(int64_t count, const Acc* mask, const Acc* logp, const Acc* old_logp,      \
+                            PolicySequence& sequence) {                                                \
+    sum_body(count, mask, logp, old_logp, sequence);                                                   \
+  }
+DLOGP_FOR_EACH_ACCUMULATOR(DLOGP_DEFINE)
+#undef DLOGP_DEFINE
+
+DLOGP_CLONES bool any_counts(int64_t count, const uint8_t* mask) {
+  uint8_t any = 0;
+#pragma omp simd reduction(| : any)
+  for (int64_t i = 0; i < count; ++i) any |= mask[i];
+  return any != 0;
+}
 
 // That of a block, unless none of its tokens counts: then it returns false.
 template <typename Acc>
@@ -74,75 +121,13 @@ bool read_tokens(const Matrix& from, const PolicySpan& block, const Acc* mask, A
   return true;
 }
 
-template <typename Acc>
-DLOGP_INLINE void multiply_body(int64_t count, Acc factor, const Acc* from, Acc* to) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) to[i] = from[i] * factor;
-}
-
-DLOGP_CLONES void multiply_row(int64_t count, float factor, const float* from, float* to) {
-  multiply_body(count, factor, from, to);
-}
-void multiply_row(int64_t count, double factor, const double* from, double* to) {
-  multiply_body(count, factor, from, to);
-}
-
-// Adds `value` where tokens count. A product with the mask would make 0 · ∞ of the others.
-template <typename Acc>
-DLOGP_INLINE void add_counted_body(int64_t count, const Acc* mask, Acc value, Acc* to) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) to[i] += mask[i] != 0 ? value : Acc(0);
-}
-
-DLOGP_CLONES void add_counted(int64_t count, const float* mask, float value, float* to) {
-  add_counted_body(count, mask, value, to);
-}
-void add_counted(int64_t count, const double* mask, double value, double* to) {
-  add_counted_body(count, mask, value, to);
-}
-
 double inverse(double x) { return x > 0 ? 1 / x : 0; }
-
-// What a sequence's tokens have in common, out of a first pass: the sums of its old log-probabilities and log-ratios.
-struct PolicySequence {
-  int64_t count = 0;
-  double old_logp = 0, log_ratio = 0;
-  double score = 0;  // normalised log-perplexity
-
-  double mean_log_ratio() const { return count == 0 ? 0 : log_ratio / double(count); }
-};
 
 // Calls use(block) for blocks of at most kTokensPerBlock, in order.
 template <typename Use>
 void for_blocks(const PolicySpan& span, Use use) {
   for (int64_t i = 0; i < span.count; i += kTokensPerBlock)
     use(PolicySpan{span.sequence, span.begin + i, std::min(kTokensPerBlock, span.count - i), span.place + i});
-}
-
-template <typename Acc>
-DLOGP_INLINE void sum_body(int64_t count, const Acc* mask, const Acc* logp, const Acc* old_logp,
-                           PolicySequence& sequence) {
-  Acc tokens = 0;
-  double sum = 0, log_ratio = 0;
-#pragma omp simd reduction(+ : tokens, sum, log_ratio)
-  for (int64_t i = 0; i < count; ++i) {
-    const Acc old = mask[i] != 0 ? old_logp[i] : Acc(0), own = mask[i] != 0 ? logp[i] : Acc(0);
-    tokens += mask[i];
-    sum += double(old);
-    log_ratio += double(own - old);
-  }
-  sequence.count += int64_t(tokens);
-  sequence.old_logp += sum;
-  sequence.log_ratio += log_ratio;
-}
-
-DLOGP_CLONES void sum_tokens(int64_t count, const float* mask, const float* logp, const float* old_logp,
-                             PolicySequence& sequence) {
-  sum_body(count, mask, logp, old_logp, sequence);
-}
-void sum_tokens(int64_t count, const double* mask, const double* logp, const double* old_logp,
-                PolicySequence& sequence) {
-  sum_body(count, mask, logp, old_logp, sequence);
 }
 
 // Adds a span's tokens to its sequence.

@@ -221,12 +221,13 @@ double slope_of_sequence(const PolicyOptions& options, double log_ratio, const P
   return is_clamped(options, log_ratio) ? 0 : sums.slope / sums.count;
 }
 
-DLOGP_CLONES void policy_tokens(const PolicyOptions& options, int64_t count, PolicyTokens<float>& tokens,
-                                PolicySums& sums) {
-  policy_body(options, count, tokens, sums);
-}
-void policy_tokens(const PolicyOptions& options, int64_t count, PolicyTokens<double>& tokens, PolicySums& sums) {
-  policy_body(options, count, tokens, sums);
-}
+#define DLOGP_DEFINE(attribute, Acc)                                                                   \
+  template <>                                                                                          \
+  attribute void policy_tokens(const PolicyOptions& options, int64_t count, PolicyTokens<Acc>& tokens, \
+                               PolicySums& sums) {                                                     \
+    policy_body(options, count, tokens, sums);                                                         \
+  }
+DLOGP_FOR_EACH_ACCUMULATOR(DLOGP_DEFINE)
+#undef DLOGP_DEFINE
 
 }  // namespace dlogp

@@ -37,8 +37,8 @@ struct PolicyTokens {
 // Sets `loss`, and `grad_logp_unscaled`: the gradient of the unscaled loss by logp; both are 0 where `mask` is. Where a
 // ratio is that of a sequence (kSequence), the latter lacks ∂/∂ log r, whose sum goes to sums.slope (`add_slope` puts
 // it in), but for CISPO. Adds to `sums`.
-void policy_tokens(const PolicyOptions& options, int64_t count, PolicyTokens<float>& tokens, PolicySums& sums);
-void policy_tokens(const PolicyOptions& options, int64_t count, PolicyTokens<double>& tokens, PolicySums& sums);
+template <typename Acc>
+void policy_tokens(const PolicyOptions& options, int64_t count, PolicyTokens<Acc>& tokens, PolicySums& sums);
 
 // What a token's grad_logp_unscaled gets of a sequence's ratio: ∂/∂ log r of the sequence, out of sums over it.
 double slope_of_sequence(const PolicyOptions& options, double log_ratio, const PolicySums& sums);

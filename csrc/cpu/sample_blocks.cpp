@@ -197,75 +197,56 @@ DLOGP_INLINE void bucket_masses_body(const Buckets<Acc>& buckets, int64_t count,
 
 }  // namespace
 
-DLOGP_CLONES Finiteness block_maxima(int64_t count, const float* z, float* maxima) {
-  return block_maxima_body(count, z, maxima);
-}
-Finiteness block_maxima(int64_t count, const double* z, double* maxima) { return block_maxima_body(count, z, maxima); }
-
-DLOGP_CLONES float least_finite(int64_t count, const float* z) { return least_finite_body(count, z); }
-double least_finite(int64_t count, const double* z) { return least_finite_body(count, z); }
-
-DLOGP_CLONES int64_t copy_within(int64_t count, const float* values, float low, float top, float* to) {
-  return copy_within_body(count, values, low, top, to);
-}
-int64_t copy_within(int64_t count, const double* values, double low, double top, double* to) {
-  return copy_within_body(count, values, low, top, to);
-}
-
-DLOGP_CLONES int64_t places_from(int64_t count, const float* s, float cut, int64_t most, uint8_t* places) {
-  return places_from_body(count, s, cut, most, places);
-}
-int64_t places_from(int64_t count, const double* s, double cut, int64_t most, uint8_t* places) {
-  return places_from_body(count, s, cut, most, places);
-}
-
-DLOGP_CLONES void extrapolate_row(int64_t count, float gamma, float least, const float* from, const float* base_z,
-                                  float* z) {
-  extrapolate_body(count, gamma, least, from, base_z, z);
-}
-void extrapolate_row(int64_t count, double gamma, double least, const double* from, const double* base_z, double* z) {
-  extrapolate_body(count, gamma, least, from, base_z, z);
-}
-
-DLOGP_CLONES void divide_row(int64_t count, float divisor, const float* from, float* z) {
-  divide_body(count, divisor, from, z);
-}
-void divide_row(int64_t count, double divisor, const double* from, double* z) { divide_body(count, divisor, from, z); }
-
-DLOGP_CLONES void divide_scores(int64_t count, float divisor, float* s) { divide_scores_body(count, divisor, s); }
-void divide_scores(int64_t count, double divisor, double* s) { divide_scores_body(count, divisor, s); }
-
-DLOGP_CLONES bool extrapolated_scores(int64_t count, float gamma, const float* z, const float* base_z, float* s) {
-  return extrapolated_scores_body(count, gamma, z, base_z, s);
-}
-bool extrapolated_scores(int64_t count, double gamma, const double* z, const double* base_z, double* s) {
-  return extrapolated_scores_body(count, gamma, z, base_z, s);
-}
-
-DLOGP_CLONES void unlikely_scores(int64_t count, float gamma, const float* z, const float* base_z, float* s) {
-  unlikely_scores_body(count, gamma, z, base_z, s);
-}
-void unlikely_scores(int64_t count, double gamma, const double* z, const double* base_z, double* s) {
-  unlikely_scores_body(count, gamma, z, base_z, s);
-}
-
 DLOGP_CLONES void block_noise(const NoiseKey& key, int64_t first_token, uint32_t* bits) {
   block_noise_body(key, first_token, bits);
 }
 
-DLOGP_CLONES bool may_win(int64_t count, const float* s, const uint32_t* bits, float cut, double best) {
-  return may_win_body(count, s, bits, cut, best);
-}
-bool may_win(int64_t count, const double* s, const uint32_t* bits, double cut, double best) {
-  return may_win_body(count, s, bits, cut, best);
-}
-
-DLOGP_CLONES void bucket_masses(const Buckets<float>& buckets, int64_t count, const float* s, int32_t* index,
-                                float* mass) {
-  bucket_masses_body(buckets, count, s, index, mass);
-}
-void bucket_masses(const Buckets<double>& buckets, int64_t count, const double* s, int32_t* index, double* mass) {
-  bucket_masses_body(buckets, count, s, index, mass);
-}
+#define DLOGP_DEFINE(attribute, Acc)                                                                                  \
+  template <>                                                                                                         \
+  attribute Finiteness block_maxima(int64_t count, const Acc* z, Acc* maxima) {                                       \
+    return block_maxima_body(count, z, maxima);                                                                       \
+  }                                                                                                                   \
+  template <>                                                                                                         \
+  attribute Acc least_finite(int64_t count, const Acc* z) {                                                           \
+    return least_finite_body(count, z);                                                                               \
+  }                                                                                                                   \
+  template <>                                                                                                         \
+  attribute int64_t copy_within(int64_t count, const Acc* values, Acc low, Acc top, Acc* to) {                        \
+    return copy_within_body(count, values, low, top, to);                                                             \
+  }                                                                                                                   \
+  template <>                                                                                                         \
+  attribute int64_t places_from(int64_t count, const Acc* s, Acc cut, int64_t most, uint8_t* places) {                \
+    return places_from_body(count, s, cut, most, places);                                                             \
+  }                                                                                                                   \
+  template <>                                                                                                         \
+  attribute void extrapolate_row(int64_t count, Acc gamma, Acc least, const Acc* from, const Acc* base_z, Acc* z) {   \
+    extrapolate_body(count, gamma, least, from, base_z, z);                                                           \
+  }                                                                                                                   \
+  template <>                                                                                                         \
+  attribute void divide_row(int64_t count, Acc divisor, const Acc* from, Acc* z) {                                    \
+    divide_body(count, divisor, from, z);                                                                             \
+  }                                                                                                                   \
+  template <>                                                                                                         \
+  attribute void divide_scores(int64_t count, Acc divisor, Acc* s) {                                                  \
+    divide_scores_body(count, divisor, s);                                                                            \
+  }                                                                                                                   \
+  template <>                                                                                                         \
+  attribute bool extrapolated_scores(int64_t count, Acc gamma, const Acc* z, const Acc* base_z, Acc* s) {             \
+    return extrapolated_scores_body(count, gamma, z, base_z, s);                                                      \
+  }                                                                                                                   \
+  template <>                                                                                                         \
+  attribute void unlikely_scores(int64_t count, Acc gamma, const Acc* z, const Acc* base_z, Acc* s) {                 \
+    unlikely_scores_body(count, gamma, z, base_z, s);                                                                 \
+  }                                                                                                                   \
+  template <>                                                                                                         \
+  attribute bool may_win(int64_t count, const Acc* s, const uint32_t* bits, Acc cut, double best) {                   \
+    return may_win_body(count, s, bits, cut, best);                                                                   \
+  }                                                                                                                   \
+  template <>                                                                                                         \
+  attribute void bucket_masses(const Buckets<Acc>& buckets, int64_t count, const Acc* s, int32_t* index, Acc* mass) { \
+    bucket_masses_body(buckets, count, s, index, mass);                                                               \
+  }
+DLOGP_FOR_EACH_ACCUMULATOR(DLOGP_DEFINE)
+#undef DLOGP_DEFINE
 
 }  // namespace dlogp

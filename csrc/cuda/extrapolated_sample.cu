@@ -12,7 +12,7 @@ namespace {
 using Kernel = void (*)(SampleArguments, int);
 
 // How a kernel is launched for a vocabulary.
-struct Plan {
+struct LaunchPlan {
   Kernel kernel = nullptr;
   int slice_tokens = 0;
   int blocks = 1;        // of a cluster
@@ -50,7 +50,7 @@ Kernel kernel_for(LogitType type) {
   return extrapolated_sample_kernel<float, kKept>;
 }
 
-void fill_configuration(const Plan& plan, int64_t rows, cudaStream_t stream, cudaLaunchConfig_t& configuration,
+void fill_configuration(const LaunchPlan& plan, int64_t rows, cudaStream_t stream, cudaLaunchConfig_t& configuration,
                         cudaLaunchAttribute& attribute) {
   configuration = {};
   configuration.gridDim = dim3(unsigned(rows * plan.blocks));
@@ -83,7 +83,7 @@ cudaError_t allow(const Device& device, Kernel kernel, int& dynamic_bytes) {
 
 // Whether the device can hold such a cluster at all: one of 16 blocks needs 16 multiprocessors side by side, and a
 // device that has no room for it may report that as an error.
-cudaError_t check_fits(const Plan& plan) {
+cudaError_t check_fits(const LaunchPlan& plan) {
   cudaLaunchConfig_t configuration;
   cudaLaunchAttribute attribute;
   fill_configuration(plan, 1, nullptr, configuration, attribute);
@@ -99,7 +99,7 @@ cudaError_t check_fits(const Plan& plan) {
 
 // The smallest cluster of whose blocks two share a multiprocessor, one computing while the other reads; 16 blocks where
 // few rows would leave multiprocessors idle. The result does not depend on it.
-cudaError_t make_plan(const Device& device, LogitType type, int64_t vocabulary, bool few_rows, Plan& plan) {
+cudaError_t make_plan(const Device& device, LogitType type, int64_t vocabulary, bool few_rows, LaunchPlan& plan) {
   plan.slice_tokens = slice_tokens(vocabulary);
   const bool clusters = device.major >= 9;
   int dynamic_bytes = 0;
@@ -130,11 +130,11 @@ cudaError_t make_plan(const Device& device, LogitType type, int64_t vocabulary, 
 }
 
 // Plans are made once: it takes the driver several microseconds.
-cudaError_t plan_for(const SampleArguments& arguments, Plan& plan) {
+cudaError_t plan_for(const SampleArguments& arguments, LaunchPlan& plan) {
   using Key = std::tuple<int, LogitType, int64_t, bool>;
   static std::mutex mutex;
   static std::map<int, Device> devices;
-  static std::map<Key, Plan> plans;
+  static std::map<Key, LaunchPlan> plans;
   int index = 0;
   if (const cudaError_t error = cudaGetDevice(&index); error != cudaSuccess) return error;
   const std::lock_guard<std::mutex> lock(mutex);
@@ -160,7 +160,7 @@ cudaError_t plan_for(const SampleArguments& arguments, Plan& plan) {
 }  // namespace
 
 cudaError_t launch_extrapolated_sample(const SampleArguments& arguments, cudaStream_t stream) {
-  Plan plan;
+  LaunchPlan plan;
   if (const cudaError_t error = plan_for(arguments, plan); error != cudaSuccess) return error;
   cudaLaunchConfig_t configuration;
   cudaLaunchAttribute attribute;

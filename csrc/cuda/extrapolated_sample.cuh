@@ -20,95 +20,14 @@
 #include "contest.cuh"
 #include "extrapolated_sample.h"
 #include "logits.cuh"
+#include "sample_room.cuh"
 #include "softmax_sums.cuh"
+#include "weight_buckets.cuh"
 
 namespace dlogp {
 
-// Tokens that a filter may keep are listed, so that later walks look at them alone, and gathered from all blocks: so
-// many of a block, and of a row.
-constexpr uint32_t kListed = 2048, kGathered = 1536;
-constexpr int kBuckets = 256;
-// A mass of 1, that of the largest logit. 2²³ tokens of it stay below 2⁶⁴.
-constexpr float kMassOne = 0x1p40f;
 // Groups that a thread fetches ahead of what it works on.
 constexpr int kAhead = 4;
-
-struct Add : NothingToPrepare {
-  __device__ uint64_t operator()(uint64_t a, uint64_t b) const { return a + b; }
-};
-
-// The largest z / T, and a key at which there are top_k tokens or more.
-struct Extent {
-  float largest = -INFINITY;
-  uint32_t rank_bound = 0;
-};
-
-struct MergeExtents : NothingToPrepare {
-  __device__ Extent operator()(const Extent& a, const Extent& b) const {
-    return {fmaxf(a.largest, b.largest), max(a.rank_bound, b.rank_bound)};
-  }
-};
-
-// What the first walk finds out about the draft: its token, or else what filters begin with.
-struct Draft {
-  Winner winner;
-  Extent extent;
-};
-
-struct MergeDrafts : NothingToPrepare {
-  __device__ Draft operator()(const Draft& a, const Draft& b) const {
-    return {MergeWinners{}(a.winner, b.winner), MergeExtents{}(a.extent, b.extent)};
-  }
-};
-
-// The least float that is not below `value`.
-__device__ inline float round_up(double value) {
-  const float rounded = float(value);
-  return double(rounded) < value ? nextafterf(rounded, INFINITY) : rounded;
-}
-
-// The keys of −inf and of the least number.
-constexpr uint32_t kKeyOfNothing = 0x007FFFFFu, kLeastKey = kKeyOfNothing + 1;
-
-// What a filter adds up.
-enum class Weight { kMass, kCount };
-
-// How much is enough, where it is top-p of a mass that is not known yet.
-constexpr uint64_t kShare = ~uint64_t(0);
-
-// Where the weight above, from the top bucket down, ceases to be too little.
-struct Crossing {
-  uint64_t enough;  // within the bucket
-  uint32_t bucket;  // kBuckets: nowhere
-};
-
-// A token that is left, by s = z / T.
-struct Candidate {
-  uint32_t token;
-  float s;
-};
-
-struct Decision {
-  uint32_t selected;
-  float delta_logp;
-};
-
-struct SampleRoom {
-  ReduceRoom<kSlices, sizeof(SoftmaxSums<true>)> sums;
-  ReduceRoom<1, sizeof(Draft)> values;
-  // Twice, as in ReduceRoom: 64-bit weights in two words each. The last is what lies below.
-  uint32_t low_words[2][kBuckets + 1], high_words[2][kBuckets + 1];
-  uint64_t weight_of_warp[kBuckets / 32], weight_below;
-  Crossing crossing;
-  PairState<float> state;
-  Decision decision;
-  SharedNoise noise;
-  uint32_t reached[2];  // keys of scores, of the draft and its replacement
-  uint32_t listed, told;
-  uint32_t list[kListed];  // places in the block's part
-  uint32_t told_by[kSlices];
-  Candidate gathered[kGathered];
-};
 
 template <typename Stored, bool kKept>
 class RowSampler {
@@ -125,7 +44,8 @@ class RowSampler {
         sums_(room_.sums),
         values_(room_.values),
         z_(z_in_memory(), first_ / kGroupTokens, kept_groups(shared)),
-        base_(base_in_memory(), first_ / kGroupTokens, kept_groups(shared) + groups()) {}
+        base_(base_in_memory(), first_ / kGroupTokens, kept_groups(shared) + groups()),
+        buckets_(room_.buckets) {}
 
   __device__ void run() {
     Cluster::arrive();
@@ -494,7 +414,7 @@ class RowSampler {
       // The top bucket is 0; a bucket is 2^shift keys wide.
       const int shift = max(0, 24 - __clz(int(high - low)));
       fill_buckets(drawn, largest, low, high, shift, weight, enough == kShare && !by_rank());
-      const Crossing crossing = find_crossing(enough);
+      const Crossing crossing = buckets_.crossing(enough, filters().top_p, is_gathered_);
       if (crossing.bucket == kBuckets) return low;
       enough = crossing.enough;
       high -= crossing.bucket << shift;
@@ -504,19 +424,11 @@ class RowSampler {
     return high;
   }
 
-  // A sum of integers is the same in any order. 64-bit atomics in shared memory are slow, so carry by hand.
-  __device__ void add_to_bucket(uint32_t bucket, uint64_t added) {
-    const uint32_t word = uint32_t(added), before = atomicAdd(&room_.low_words[turn_][bucket], word);
-    const uint32_t rest = uint32_t(added >> 32) + uint32_t(before + word < word);
-    if (rest != 0) atomicAdd(&room_.high_words[turn_][bucket], rest);
-  }
-
   __device__ void fill_buckets(const Drawn& drawn, float largest, uint32_t low, uint32_t high, int shift, Weight weight,
                                bool and_below) {
-    for (int i = threadIdx.x; i <= kBuckets; i += kThreads) room_.low_words[turn_][i] = room_.high_words[turn_][i] = 0;
-    __syncthreads();
+    buckets_.clear();
     const auto add = [&](uint32_t key, float e) {
-      if (key >= low && key <= high) add_to_bucket((high - key) >> shift, weight == Weight::kMass ? mass_of(e) : 1);
+      if (key >= low && key <= high) buckets_.add((high - key) >> shift, weight == Weight::kMass ? mass_of(e) : 1);
     };
     if (is_gathered_ || is_listed_) {
       for_left(drawn, [&](uint32_t, float s) { add(key_of(s), fast_exp(s - largest)); });
@@ -535,54 +447,7 @@ class RowSampler {
       below += mass_of(e_below);
     });
     below = across_lanes<32>(below, Add{});
-    if (and_below && threadIdx.x % 32 == 0) add_to_bucket(kBuckets, below);
-  }
-
-  // Of all blocks that work together.
-  __device__ uint64_t weight_of(int bucket) {
-    uint64_t weight = 0;
-    for (int i = 0; i < (is_gathered_ ? 1 : Cluster::size()); ++i) {
-      const int rank = is_gathered_ ? Cluster::rank() : i;
-      weight += uint64_t(*Cluster::in_block(&room_.high_words[turn_][bucket], rank)) << 32 |
-                *Cluster::in_block(&room_.low_words[turn_][bucket], rank);
-    }
-    return weight;
-  }
-
-  // Thread b has bucket b.
-  __device__ Crossing find_crossing(uint64_t enough) {
-    if (is_gathered_)
-      __syncthreads();
-    else
-      Cluster::sync();
-    const int bucket = threadIdx.x, lane = threadIdx.x % 32;
-    uint64_t weight = 0, until = 0;
-    if (bucket < kBuckets) {
-      until = weight = weight_of(bucket);
-#pragma unroll
-      for (int distance = 1; distance < 32; distance *= 2) {
-        const uint64_t before = __shfl_up_sync(0xFFFFFFFFu, until, distance);
-        if (lane >= distance) until += before;
-      }
-      if (lane == 31) room_.weight_of_warp[bucket / 32] = until;
-    }
-    if (bucket == kBuckets) room_.weight_below = weight_of(kBuckets);
-    __syncthreads();
-    if (bucket < kBuckets) {
-      uint64_t total = room_.weight_below;
-      for (int warp = 0; warp < kBuckets / 32; ++warp) {
-        const uint64_t of_warp = room_.weight_of_warp[warp];
-        if (warp < bucket / 32) until += of_warp;
-        total += of_warp;
-      }
-      if (enough == kShare) enough = max(uint64_t(1), uint64_t(ceil(filters().top_p * double(total))));
-      const uint64_t above = until - weight;
-      if (above < enough && until >= enough) room_.crossing = {enough - above, uint32_t(bucket)};
-      if (bucket == kBuckets - 1 && until < enough) room_.crossing = {0, kBuckets};
-    }
-    __syncthreads();
-    turn_ ^= 1;
-    return room_.crossing;
+    if (and_below && threadIdx.x % 32 == 0) buckets_.add(kBuckets, below);
   }
 
   __device__ void write(uint32_t token, uint32_t draft, const Decision& decision, float logp, float base_logp) const {
@@ -604,30 +469,12 @@ class RowSampler {
   Reduction<1, sizeof(Draft)> values_;
   Part z_, base_;
   bool can_draw_ = false, is_listed_ = false, is_gathered_ = false;
-  int turn_ = 0;  // which copy of the buckets
+  WeightBuckets buckets_;
 };
 
 __device__ inline unsigned char* dynamic_shared() {
   extern __shared__ __align__(16) unsigned char dlogp_shared[];
   return dlogp_shared;
-}
-
-// What a launcher tells the kernel, besides the caller's arguments.
-
-inline SampleArguments completed(SampleArguments arguments) {
-  arguments.aligned = arguments.logits.has_aligned_groups();
-  arguments.base_aligned = arguments.base_logits.has_aligned_groups();
-  return arguments;
-}
-
-// Logits are kept as they are, or as float where the two models differ.
-inline LogitType kept_type(const SampleArguments& arguments) {
-  return arguments.logits.type == arguments.base_logits.type ? arguments.logits.type : LogitType::kFloat;
-}
-
-inline int slice_tokens(int64_t vocabulary) {
-  const int64_t slice = (vocabulary + kSlices - 1) / kSlices;
-  return int((slice + kGroupTokens - 1) / kGroupTokens * kGroupTokens);
 }
 
 // What this architecture needs: with clusters parts are kept, and only a vocabulary that is too large for that is read

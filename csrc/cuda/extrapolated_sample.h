@@ -26,6 +26,18 @@ struct SampleArguments {
   float *delta_logp = nullptr, *logp = nullptr, *base_logp = nullptr;
 };
 
+// The arguments with what a launcher tells the kernel besides.
+inline SampleArguments completed(SampleArguments arguments) {
+  arguments.aligned = arguments.logits.has_aligned_groups();
+  arguments.base_aligned = arguments.base_logits.has_aligned_groups();
+  return arguments;
+}
+
+// Logits are kept as they are, or as float where the two models differ.
+inline LogitType kept_type(const SampleArguments& arguments) {
+  return arguments.logits.type == arguments.base_logits.type ? arguments.logits.type : LogitType::kFloat;
+}
+
 // Of larger vocabularies the mass, a sum of 64-bit integers, could overflow.
 constexpr int64_t kMostTokens = int64_t(1) << 23;
 

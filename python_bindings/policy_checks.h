@@ -21,7 +21,7 @@ Choice choice_of(const std::pair<std::string_view, Choice> (&choices)[count], st
   TORCH_CHECK_VALUE(false, what, " is '", name, "', expected one of those of reference/policy.py");
 }
 
-// Of reference_policy.PolicyOptions.arguments().
+// The arguments that reference.policy.PolicyOptions makes of itself.
 inline PolicyOptions policy_options(const std::vector<std::string>& str_options, at::ArrayRef<double> float_options) {
   TORCH_CHECK_VALUE(str_options.size() == 4 && float_options.size() == 8, "choices and numbers have ",
                     str_options.size(), " and ", float_options.size(), " elements, expected 4 and 8");

@@ -49,7 +49,7 @@ struct SampleArguments {
                       " elements, expected ", rows);
     const std::optional<Criterion> known = criterion_named(criterion);
     TORCH_CHECK_VALUE(known.has_value(), "criterion is '", criterion,
-                      "', expected one of those of reference_sample.CRITERIA");
+                      "', expected one of those of reference.sampling.CRITERIA");
     const Integers seeds(seed_tensor, 1, "seed_tensor");
     identities = {row_id.data, steps.data, steps.stride, step};
     options = {gamma,

@@ -98,7 +98,7 @@ int64_t row_count(const Tensor& x) {
 Criterion criterion_of(const std::string& name) {
   const std::optional<Criterion> criterion = criterion_named(name);
   STD_TORCH_CHECK(criterion.has_value(), "criterion is '", name,
-                  "', expected one of those of reference_sample.CRITERIA");
+                  "', expected one of those of reference.sampling.CRITERIA");
   return *criterion;
 }
 

@@ -14,7 +14,7 @@ namespace dlogp {
 
 enum class Criterion { kDeltaLogp, kKl, kReverseKl, kAvgKl, kEntropy, kRlEntropy, kRandom, kAll, kNone };
 
-// As the schema and reference_sample.CRITERIA name them.
+// As the schema and reference.sampling.CRITERIA name them.
 inline std::optional<Criterion> criterion_named(std::string_view name) {
   constexpr std::pair<std::string_view, Criterion> criteria[] = {
       {"delta_logp", Criterion::kDeltaLogp}, {"kl", Criterion::kKl},           {"reverse_kl", Criterion::kReverseKl},

@@ -12,7 +12,7 @@ from ..reference.policy import PolicyTokens
 from ..reference.rows import PolicyRows
 from ..reference.statistics import accumulation_dtype
 from ..results import PolicyMetrics
-from ._blocks import HeadGradients, row_blocks, tiled_logits, tiles, zero_gradients
+from ._blocks import HeadGradients, forward_blocks, row_blocks, tiled_logits, tiles, zero_gradients
 from .statistics import check_target
 
 # Of 8 bytes, a token of the policy loss.
@@ -132,15 +132,18 @@ def linear_policy_loss_fwd(
     known = PolicyRows(old_logp, advantage, scale, score, ref_logp, token_weight)
     policy_head = Head(hidden, weight, bias, Transform(temperature, softcap, logit_scale))
     head = HeadGradients(policy_head, zero_gradients(policy_head, output_mask, dtype), dtype)
-    base = None
+    base, heads = None, [policy_head]
     if base_hidden is not None and base_weight is not None:
-        base_head = Head(base_hidden, base_weight, base_bias, Transform(temperature, base_softcap, base_logit_scale))
-        base = HeadGradients(base_head, [None] * 3, dtype)
+        heads.append(Head(base_hidden, base_weight, base_bias, Transform(temperature, base_softcap, base_logit_scale)))
+        base = HeadGradients(heads[1], [None] * 3, dtype)
+    # Tiles take a quarter of the workspace, blocks of rows with their logits the rest.
+    tile = forward_blocks(heads, dtype, workspace).tile
     loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
     sums = torch.zeros(len(PolicyMetrics._fields), dtype=torch.float64, device=hidden.device)
     count = 0
-    for rows in row_blocks(Targets(target, ignore_index), weight.shape[0], dtype, 1 if base is None else 2, workspace):
-        block = _PolicyBlock(head, base, rows, target[rows], known, options)
+    targets = Targets(target, ignore_index)
+    for rows in row_blocks(targets, weight.shape[0], dtype, len(heads), workspace * 3 // 4):
+        block = _PolicyBlock(head, base, rows, target[rows], known, options, tile)
         loss, sums = loss + block.loss, reference_policy.merged(sums, block.sums)
         count += rows.numel()
         if any(output_mask):
@@ -231,15 +234,16 @@ class _PolicyBlock:
         target: Tensor,
         known: PolicyRows,
         options: reference_policy.PolicyOptions,
+        tile: int,
     ) -> None:
-        self.head, self.rows, self.target, self.options = head, rows, target, options
+        self.head, self.rows, self.target, self.options, self.tile = head, rows, target, options, tile
         self.base_z, stats, kl = None, None, None
-        self.raw = tiled_logits(head.head, rows, head.dtype)
+        self.raw = tiled_logits(head.head, rows, head.dtype, tile)
         self.z = head.transform(self.raw)
         if base is None:
             stats = reference.logp_of_rows(self.z, target, _NO_TARGET)
         else:
-            base_raw = tiled_logits(base.head, rows, base.dtype)
+            base_raw = tiled_logits(base.head, rows, base.dtype, tile)
             self.base_z = base.transform(base_raw)
             pair = reference.delta_logp_of_rows(self.z, self.base_z, target, _NO_TARGET)
             stats, kl = reference.LogpStats(pair.logp, pair.entropy, pair.lse), pair.kl
@@ -272,5 +276,5 @@ class _PolicyBlock:
             logp_all, self.entropy, grad_logp[:, 0], -options.entropy_coef * scale, zero, *pair
         )
         grad.scatter_add_(1, self.target, grad_logp)
-        for tile in tiles(self.z.shape[1]):
+        for tile in tiles(self.z.shape[1], self.tile):
             self.head.accumulate(self.rows, tile, self.raw[:, tile], grad[:, tile])

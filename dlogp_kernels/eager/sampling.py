@@ -6,12 +6,14 @@ from torch import Tensor
 from ..inputs import Head, Transform
 from ..reference import sampling as reference_sample
 from ..reference.statistics import accumulation_dtype, transform_logits
-from ._blocks import rows_of, tiled_logits
+from ._blocks import forward_blocks, rows_of, tiled_logits
 
-# Of 8 bytes, while sampling: the noise is computed in 64-bit integers.
+#: Of 8 bytes, while sampling: the noise is computed in 64-bit integers.
 _SAMPLE_TEMPORARIES = 24
-# Both models' logits, transformed and not.
+#: Both models' logits, transformed and not.
 _PAIR_OF_LOGITS = 4
+#: What sampling takes of the workspace; of hidden states, logits and tiles of the weights take half of the rest each.
+_SHARE = 2
 
 
 def extrapolated_sample(
@@ -40,7 +42,7 @@ def extrapolated_sample(
     steps = steps.expand(n)
     options = (gamma, criterion, threshold, draft, temperature, top_k, top_p, min_p)
     blocks = []
-    for rows in torch.arange(n, device=device).split(max(1, workspace // (v * 8 * _SAMPLE_TEMPORARIES))):
+    for rows in torch.arange(n, device=device).split(max(1, workspace // _SHARE // (v * 8 * _SAMPLE_TEMPORARIES))):
         z, base_z = (rows_of(x, rows).to(dtype) for x in (logits, base_logits))
         block = reference_sample.extrapolated_sample(z, base_z, row_id[rows], seed_tensor, steps[rows], *options)
         blocks.append(block)
@@ -84,9 +86,11 @@ def linear_extrapolated_sample(
     options = (gamma, criterion, threshold, draft, temperature, top_k, top_p, min_p)
     head = Head(hidden, weight, bias, Transform(1.0, softcap, logit_scale))
     base_head = Head(base_hidden, base_weight, base_bias, Transform(1.0, base_softcap, base_logit_scale))
+    tile = forward_blocks((head, base_head), dtype, workspace).tile
+    size = workspace // 4 // (v * dtype.itemsize * _PAIR_OF_LOGITS)
     blocks = []
-    for rows in torch.arange(n, device=device).split(max(1, workspace // (v * dtype.itemsize * _PAIR_OF_LOGITS))):
-        z, base_z = (transform_logits(tiled_logits(x, rows, dtype), *x.transform) for x in (head, base_head))
+    for rows in torch.arange(n, device=device).split(max(1, size)):
+        z, base_z = (transform_logits(tiled_logits(x, rows, dtype, tile), *x.transform) for x in (head, base_head))
         steps = step_tensor[rows] if per_row and step_tensor is not None else step_tensor
         block = torch.ops.dlogp.extrapolated_sample(z, base_z, row_id[rows], seed, step, seed_tensor, steps, *options)
         blocks.append(block)

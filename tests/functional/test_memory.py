@@ -41,7 +41,7 @@ def peak(backend, measuring_process, record_property):
         """MiB over inputs and results."""
         case = MEASURED | {"backend": backend, "op": op} | changes
         if backend == "reference":
-            case |= {"n": min(case["n"], 1024), "d": 64}  # several of its blocks of rows; slower
+            case |= {"n": min(case["n"], 1024), "d": changes.get("d", 64)}  # several of its blocks of rows; slower
         print(json.dumps(case), file=measuring_process.stdin, flush=True)
         answer = measuring_process.stdout.readline()
         assert answer != "failed\n", "the process wrote why to stderr"
@@ -131,3 +131,11 @@ def test_linear_policy_loss(backend, peak, options):
     n, d, v = 2048, 64, 50_000
     waiting = 4 * d * (n + v) / 2**20
     assert peak("linear_policy_loss", n=n, d=d, v=v, options=options) <= MEMORY_MIB[backend][1] + waiting
+
+
+@pytest.mark.parametrize("workspace", [24, 48])
+def test_linear_policy_loss_in_a_small_workspace(peak, workspace):
+    """Converted tiles of a wide weight count, and the parts of its gradient."""
+    n, d, v = 256, 1024, 20_000
+    waiting = 4 * d * (n + v) / 2**20
+    assert peak("linear_policy_loss", n=n, d=d, v=v, workspace=workspace * 2**20) <= workspace + waiting

@@ -17,6 +17,12 @@ inline LogitTransform transform_of(double temperature, std::optional<double> sof
   return {.logit_scale = logit_scale, .softcap = softcap.value_or(0), .temperature = temperature};
 }
 
+// A Transform as a schema has it, `float[]`: (temperature, softcap, logit_scale), 0 for no softcap.
+inline LogitTransform transform_of(at::ArrayRef<double> flat) {
+  TORCH_CHECK_VALUE(flat.size() == 3, "a transform has ", flat.size(), " numbers, expected 3");
+  return {.logit_scale = flat[2], .softcap = flat[1], .temperature = flat[0]};
+}
+
 // The arguments of a schema that make a head.
 struct HeadArguments {
   const at::Tensor &hidden, &weight;

@@ -248,48 +248,43 @@ std::array<Tensor, Models> logits_gradients(const UpstreamArguments<Models>& ups
   return gradients;
 }
 
-// From here on: the order of the schemas' arguments, put into the structures above.
+// From here on: the order of the schemas' arguments (inputs.py), put into the structures above.
 
-auto linear_logp_fwd(const Tensor& hidden, const Tensor& weight, const Tensor& target, const OptionalTensor& bias,
-                     double temperature, std::optional<double> softcap, double logit_scale, int64_t ignore_index,
-                     int64_t workspace) {
-  return linear_statistics<1>({{{hidden, weight, bias, transform_of(temperature, softcap, logit_scale)}}},
-                              {target, ignore_index}, workspace);
+auto linear_logp_fwd(const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias,
+                     at::ArrayRef<double> transform, const Tensor& target, int64_t ignore_index, int64_t workspace) {
+  return linear_statistics<1>({{{hidden, weight, bias, transform_of(transform)}}}, {target, ignore_index}, workspace);
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_logp_bwd(const OptionalTensor& grad_logp, const OptionalTensor& grad_entropy,
                                                    const OptionalTensor& grad_lse, const Tensor& hidden,
-                                                   const Tensor& weight, const Tensor& target,
-                                                   const OptionalTensor& bias, const Tensor& entropy, const Tensor& lse,
-                                                   double temperature, std::optional<double> softcap,
-                                                   double logit_scale, int64_t ignore_index,
+                                                   const Tensor& weight, const OptionalTensor& bias,
+                                                   at::ArrayRef<double> transform, const Tensor& target,
+                                                   int64_t ignore_index, const Tensor& entropy, const Tensor& lse,
                                                    std::array<bool, 3> output_mask, int64_t workspace) {
   const auto found = linear_gradients<1>({{{grad_logp, grad_entropy, grad_lse}}, {{entropy, lse}}},
-                                         {{{hidden, weight, bias, transform_of(temperature, softcap, logit_scale)}}},
-                                         {target, ignore_index}, {output_mask}, workspace);
+                                         {{{hidden, weight, bias, transform_of(transform)}}}, {target, ignore_index},
+                                         {output_mask}, workspace);
   return {found[0].hidden, found[0].weight, found[0].bias};
 }
 
-auto linear_delta_logp_fwd(const Tensor& hidden, const Tensor& weight, const Tensor& base_hidden,
-                           const Tensor& base_weight, const Tensor& target, const OptionalTensor& bias,
-                           const OptionalTensor& base_bias, double temperature, std::optional<double> softcap,
-                           std::optional<double> base_softcap, double logit_scale, double base_logit_scale,
+auto linear_delta_logp_fwd(const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias,
+                           at::ArrayRef<double> transform, const Tensor& base_hidden, const Tensor& base_weight,
+                           const OptionalTensor& base_bias, at::ArrayRef<double> base_transform, const Tensor& target,
                            int64_t ignore_index, int64_t workspace) {
-  return linear_statistics<2>(
-      {{{hidden, weight, bias, transform_of(temperature, softcap, logit_scale)},
-        {base_hidden, base_weight, base_bias, transform_of(temperature, base_softcap, base_logit_scale)}}},
-      {target, ignore_index}, workspace);
+  return linear_statistics<2>({{{hidden, weight, bias, transform_of(transform)},
+                                {base_hidden, base_weight, base_bias, transform_of(base_transform)}}},
+                              {target, ignore_index}, workspace);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_delta_logp_bwd(
-    const OptionalTensor& grad_logp, const OptionalTensor& grad_base_logp, const OptionalTensor& grad_entropy,
-    const OptionalTensor& grad_base_entropy, const OptionalTensor& grad_kl, const OptionalTensor& grad_reverse_kl,
-    const OptionalTensor& grad_lse, const OptionalTensor& grad_base_lse, const Tensor& hidden, const Tensor& weight,
-    const Tensor& base_hidden, const Tensor& base_weight, const Tensor& target, const OptionalTensor& bias,
-    const OptionalTensor& base_bias, const Tensor& entropy, const Tensor& base_entropy, const Tensor& kl,
-    const Tensor& reverse_kl, const Tensor& lse, const Tensor& base_lse, double temperature,
-    std::optional<double> softcap, std::optional<double> base_softcap, double logit_scale, double base_logit_scale,
-    int64_t ignore_index, std::array<bool, 6> output_mask, int64_t workspace) {
+    const OptionalTensor& grad_logp, const OptionalTensor& grad_entropy, const OptionalTensor& grad_lse,
+    const OptionalTensor& grad_base_logp, const OptionalTensor& grad_base_entropy, const OptionalTensor& grad_base_lse,
+    const OptionalTensor& grad_kl, const OptionalTensor& grad_reverse_kl, const Tensor& hidden, const Tensor& weight,
+    const OptionalTensor& bias, at::ArrayRef<double> transform, const Tensor& base_hidden, const Tensor& base_weight,
+    const OptionalTensor& base_bias, at::ArrayRef<double> base_transform, const Tensor& target, int64_t ignore_index,
+    const Tensor& entropy, const Tensor& lse, const Tensor& base_entropy, const Tensor& base_lse, const Tensor& kl,
+    const Tensor& reverse_kl, std::array<bool, 6> output_mask, int64_t workspace) {
+  const auto& wanted = output_mask;
   const auto found = linear_gradients<2>(
       {{{grad_logp, grad_entropy, grad_lse}, {grad_base_logp, grad_base_entropy, grad_base_lse}},
        {{entropy, lse}, {base_entropy, base_lse}},
@@ -297,44 +292,41 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_delta_logp_bwd
        grad_reverse_kl,
        kl,
        reverse_kl},
-      {{{hidden, weight, bias, transform_of(temperature, softcap, logit_scale)},
-        {base_hidden, base_weight, base_bias, transform_of(temperature, base_softcap, base_logit_scale)}}},
-      {target, ignore_index},
-      {{{output_mask[0], output_mask[1], output_mask[4]}, {output_mask[2], output_mask[3], output_mask[5]}}},
-      workspace);
-  return {found[0].hidden, found[0].weight, found[1].hidden, found[1].weight, found[0].bias, found[1].bias};
+      {{{hidden, weight, bias, transform_of(transform)},
+        {base_hidden, base_weight, base_bias, transform_of(base_transform)}}},
+      {target, ignore_index}, {{{wanted[0], wanted[1], wanted[2]}, {wanted[3], wanted[4], wanted[5]}}}, workspace);
+  return {found[0].hidden, found[0].weight, found[0].bias, found[1].hidden, found[1].weight, found[1].bias};
 }
 
-auto logp_fwd(const Tensor& logits, const Tensor& target, double temperature, std::optional<double> softcap,
-              double logit_scale, int64_t ignore_index, int64_t workspace) {
-  return logits_statistics<1>({{{logits, transform_of(temperature, softcap, logit_scale)}}}, {target, ignore_index});
+auto logp_fwd(const Tensor& logits, at::ArrayRef<double> transform, const Tensor& target, int64_t ignore_index,
+              int64_t workspace) {
+  return logits_statistics<1>({{{logits, transform_of(transform)}}}, {target, ignore_index});
 }
 
 Tensor logp_bwd(const OptionalTensor& grad_logp, const OptionalTensor& grad_entropy, const OptionalTensor& grad_lse,
-                const Tensor& logits, const Tensor& target, const Tensor& entropy, const Tensor& lse,
-                double temperature, std::optional<double> softcap, double logit_scale, int64_t ignore_index,
-                int64_t workspace) {
+                const Tensor& logits, at::ArrayRef<double> transform, const Tensor& target, int64_t ignore_index,
+                const Tensor& entropy, const Tensor& lse, std::array<bool, 1> output_mask, int64_t workspace) {
   return logits_gradients<1>({{{grad_logp, grad_entropy, grad_lse}}, {{entropy, lse}}},
-                             {{{logits, transform_of(temperature, softcap, logit_scale)}}}, {target, ignore_index},
-                             {true})[0];
+                             {{{logits, transform_of(transform)}}}, {target, ignore_index}, output_mask)[0];
 }
 
-auto delta_logp_fwd(const Tensor& logits, const Tensor& base_logits, const Tensor& target, double temperature,
-                    std::optional<double> softcap, std::optional<double> base_softcap, double logit_scale,
-                    double base_logit_scale, int64_t ignore_index, int64_t workspace) {
-  return logits_statistics<2>({{{logits, transform_of(temperature, softcap, logit_scale)},
-                                {base_logits, transform_of(temperature, base_softcap, base_logit_scale)}}},
+auto delta_logp_fwd(const Tensor& logits, at::ArrayRef<double> transform, const Tensor& base_logits,
+                    at::ArrayRef<double> base_transform, const Tensor& target, int64_t ignore_index,
+                    int64_t workspace) {
+  return logits_statistics<2>({{{logits, transform_of(transform)}, {base_logits, transform_of(base_transform)}}},
                               {target, ignore_index});
 }
 
-std::tuple<Tensor, Tensor> delta_logp_bwd(
-    const OptionalTensor& grad_logp, const OptionalTensor& grad_base_logp, const OptionalTensor& grad_entropy,
-    const OptionalTensor& grad_base_entropy, const OptionalTensor& grad_kl, const OptionalTensor& grad_reverse_kl,
-    const OptionalTensor& grad_lse, const OptionalTensor& grad_base_lse, const Tensor& logits,
-    const Tensor& base_logits, const Tensor& target, const Tensor& entropy, const Tensor& base_entropy,
-    const Tensor& kl, const Tensor& reverse_kl, const Tensor& lse, const Tensor& base_lse, double temperature,
-    std::optional<double> softcap, std::optional<double> base_softcap, double logit_scale, double base_logit_scale,
-    int64_t ignore_index, std::array<bool, 2> output_mask, int64_t workspace) {
+std::tuple<Tensor, Tensor> delta_logp_bwd(const OptionalTensor& grad_logp, const OptionalTensor& grad_entropy,
+                                          const OptionalTensor& grad_lse, const OptionalTensor& grad_base_logp,
+                                          const OptionalTensor& grad_base_entropy, const OptionalTensor& grad_base_lse,
+                                          const OptionalTensor& grad_kl, const OptionalTensor& grad_reverse_kl,
+                                          const Tensor& logits, at::ArrayRef<double> transform,
+                                          const Tensor& base_logits, at::ArrayRef<double> base_transform,
+                                          const Tensor& target, int64_t ignore_index, const Tensor& entropy,
+                                          const Tensor& lse, const Tensor& base_entropy, const Tensor& base_lse,
+                                          const Tensor& kl, const Tensor& reverse_kl, std::array<bool, 2> output_mask,
+                                          int64_t workspace) {
   const auto found =
       logits_gradients<2>({{{grad_logp, grad_entropy, grad_lse}, {grad_base_logp, grad_base_entropy, grad_base_lse}},
                            {{entropy, lse}, {base_entropy, base_lse}},
@@ -342,8 +334,7 @@ std::tuple<Tensor, Tensor> delta_logp_bwd(
                            grad_reverse_kl,
                            kl,
                            reverse_kl},
-                          {{{logits, transform_of(temperature, softcap, logit_scale)},
-                            {base_logits, transform_of(temperature, base_softcap, base_logit_scale)}}},
+                          {{{logits, transform_of(transform)}, {base_logits, transform_of(base_transform)}}},
                           {target, ignore_index}, output_mask);
   return {found[0], found[1]};
 }

@@ -1,13 +1,13 @@
 """The ops `torch.ops.dlogp.*`: schema, fake, autograd and the choice of a backend."""
 
-from . import _cpu_order, backends, schemas
+from . import backends, schemas
 from .library import LIBRARY
 
 for _op in schemas.SCHEMAS:
     LIBRARY.define(schemas.public_schema(_op))
     for _backend in backends.COMPILED:
         if backends.has(_backend, _op):
-            LIBRARY.define(_cpu_order.backend_schema(_backend, _op))
+            LIBRARY.define(schemas.backend_schema(_backend, _op))
 
 backends.load_extensions()
 

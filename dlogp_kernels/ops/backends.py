@@ -20,7 +20,7 @@ import torch
 from .. import installation
 from ..checks import check_storage
 from ..inputs import rebuilt
-from . import _cpu_order, schemas
+from . import schemas
 
 #: In order of preference, but for what the table below says: C++ for the CPU, fused Triton kernels, CUDA C++, the
 #: vendor's GEMM with Triton kernels around it, and plain PyTorch.
@@ -297,8 +297,7 @@ def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager
 @functools.cache
 def _launcher(backend: str, op: str) -> _Launcher:
     if backend in COMPILED:
-        kernel = getattr(torch.ops.dlogp, f"_{backend}_{op}")
-        return _cpu_order.in_old_order(op, kernel) if op in _cpu_order.SCHEMAS else kernel
+        return getattr(torch.ops.dlogp, f"_{backend}_{op}")
     launcher, structures = getattr(importlib.import_module(_MODULES[backend]), op), schemas.STRUCTURES.get(op)
     return launcher if structures is None else functools.partial(_with_structures, launcher, structures)
 

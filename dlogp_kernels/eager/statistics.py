@@ -4,7 +4,7 @@ Forward holds full rows of logits, for as many rows as the workspace allows; bac
 float32 accumulation (float64 for float64 inputs); deterministic as far as the device's matmul is.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -35,7 +35,7 @@ _Definition = Callable[..., Sequence[Tensor]]
 class _Rows(Protocol):
     """What backward needs of one model or of a pair at a block of rows."""
 
-    def gradients(self, z: Sequence[Tensor], tile: slice, wanted: Sequence[bool]) -> list[Tensor | None]:
+    def gradients(self, z: Iterator[Tensor], tile: slice, wanted: Sequence[bool]) -> list[Tensor | None]:
         """∂/∂z of each model in a tile of the vocabulary, given every model's z there; None where not wanted."""
 
 
@@ -241,7 +241,7 @@ def _walk_rows(
 def _accumulate(parts: Sequence[HeadGradients], row_stats: _Rows, rows: Tensor, tile: slice) -> None:
     """Add what a block of rows gives to the gradients of the heads, whose weights are the tile's."""
     raw = [part.logits(rows) for part in parts]
-    z = [part.transform(x) for part, x in zip(parts, raw, strict=True)]
+    z = (part.transform(x) for part, x in zip(parts, raw, strict=True))
     wanted = [any(grad is not None for grad in part.grads) for part in parts]
     for part, x, grad_z in zip(parts, raw, row_stats.gradients(z, tile, wanted), strict=True):
         if grad_z is not None:
@@ -275,7 +275,7 @@ def _write_gradients(
 ) -> None:
     """Of a block of rows. What they need besides is gone before the next block begins."""
     raw = [rows_of(model.logits, rows).to(dtype) for model in models]
-    z = [transform_logits(x, *model.transform) for x, model in zip(raw, models, strict=True)]
+    z = (transform_logits(x, *model.transform) for x, model in zip(raw, models, strict=True))
     vocabulary = slice(0, raw[0].shape[1])
     for grad, model, x, grad_z in zip(found, models, raw, row_stats.gradients(z, vocabulary, output_mask), strict=True):
         if grad_z is not None:
@@ -327,8 +327,9 @@ class _ModelRows:
         self.grad_lse = _rows_or_zero(grads.lse, rows, saved.lse)
         self.entropy, self.lse = saved.entropy[rows], saved.lse[rows]
 
-    def gradients(self, z: Sequence[Tensor], tile: slice, wanted: Sequence[bool]) -> list[Tensor | None]:
-        return [self.gradient(z[0] - self.lse[:, None], tile) if wanted[0] else None]
+    def gradients(self, z: Iterator[Tensor], tile: slice, wanted: Sequence[bool]) -> list[Tensor | None]:
+        """By the transformed logits of a tile, which are not kept."""
+        return [self.gradient(next(z) - self.lse[:, None], tile) if wanted[0] else None]
 
     def gradient(self, logp_all: Tensor, tile: slice, *pair: Tensor) -> Tensor:
         """∂/∂z in a tile of the vocabulary, the 1-hot term of `logp` included."""
@@ -350,8 +351,10 @@ class _PairRows:
         self.grad_kl = _rows_or_zero(grads.kl, rows, saved.kl)
         self.grad_reverse_kl = _rows_or_zero(grads.reverse_kl, rows, saved.kl)
 
-    def gradients(self, z: Sequence[Tensor], tile: slice, wanted: Sequence[bool]) -> list[Tensor | None]:
-        logp_all, base_logp_all = z[0] - self.model.lse[:, None], z[1] - self.base.lse[:, None]
+    def gradients(self, z: Iterator[Tensor], tile: slice, wanted: Sequence[bool]) -> list[Tensor | None]:
+        """By both models' transformed logits of a tile, which are not kept."""
+        logp_all = next(z) - self.model.lse[:, None]
+        base_logp_all = next(z) - self.base.lse[:, None]
         pair = base_logp_all, self.kl, self.grad_kl, self.grad_reverse_kl
         base_pair = logp_all, self.reverse_kl, self.grad_reverse_kl, self.grad_kl
         return [

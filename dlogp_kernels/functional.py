@@ -200,7 +200,7 @@ def extrapolated_sample(
 
     Draws a draft token from one model; where the criterion holds, replaces it by a draw from
     softmax(((1 + γ) z_R − γ z_B) / T), which is the RL model where γ = 0. The equivalent in plain PyTorch, line by
-    line, is `dlogp_kernels.reference_sample.extrapolated_sample`.
+    line, is `dlogp_kernels.reference.sampling.extrapolated_sample`.
 
     Args:
         logits, base_logits: (…, V), of the RL model and of its base at the same positions; the same shape, any strides.
@@ -338,7 +338,7 @@ def policy_loss(
 
     With r = exp(clamp(logp − old_logp, ±20)), Ã = weight · advantage and the defaults, it is
     `(torch.maximum(-Ã * r, -Ã * r.clamp(1 - clip_low, 1 + clip_high)) * mask).sum() / mask.sum()`; every other option
-    is defined, line by line, in `dlogp_kernels.reference_policy`.
+    is defined, line by line, in `dlogp_kernels.reference.policy`.
 
     Args:
         logp: (B, T) log-probabilities of the tokens under the policy, padded; or (N,), packed, with `offsets`.

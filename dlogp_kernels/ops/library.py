@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_no_tangent
+from ..reference.statistics import accumulation_dtype
 from . import backends
 
 LIBRARY = torch.library.Library("dlogp", "DEF")
@@ -23,7 +24,7 @@ def register(op: str, fake: Callable[..., Any], in_blocks: Callable[..., bool] |
     def run(*arguments: Any) -> Any:
         tensors = [x for x in arguments if isinstance(x, Tensor)]
         launch = backends.launch_blocked if in_blocks is not None and in_blocks(*arguments) else backends.launch
-        exact = output_dtype(*tensors) == torch.float64
+        exact = accumulation_dtype(*tensors) == torch.float64
         return one_or_all(launch(op, tensors[0], torch.float64 if exact else tensors[0].dtype, *arguments))
 
     for dispatch_key in ("CPU", "CUDA"):
@@ -56,10 +57,6 @@ def without_gradient(op: Callable[..., Any], *arguments: Any) -> Any:
     """Of an op that has none. Where there is no gradient to begin with, no_grad would take longer than the checks."""
     with torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext():
         return op(*arguments)
-
-
-def output_dtype(*inputs: Tensor | None) -> torch.dtype:
-    return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in inputs) else torch.float32
 
 
 def fake_sample(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:

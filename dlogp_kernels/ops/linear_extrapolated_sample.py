@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..reference.statistics import accumulation_dtype
 from . import library
 
 
@@ -16,9 +17,7 @@ def _fake(
     base_bias: Tensor | None,
     *options: Any,
 ) -> tuple[Tensor, ...]:
-    return library.fake_sample(
-        hidden, library.output_dtype(hidden, weight, base_hidden, base_weight, bias, base_bias)
-    )  # fmt: skip
+    return library.fake_sample(hidden, accumulation_dtype(hidden, weight, base_hidden, base_weight, bias, base_bias))
 
 
 def _truncates(hidden: Tensor, weight: Tensor, *arguments: Any) -> bool:

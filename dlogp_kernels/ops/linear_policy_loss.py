@@ -64,7 +64,7 @@ def _statistics(
 def _fake_fwd(*arguments: Any) -> tuple[Tensor, ...]:
     hidden, weight, _, bias = arguments[:4]
     output_mask = arguments[-1]
-    dtype = library.output_dtype(*(x for x in arguments if isinstance(x, Tensor)))
+    dtype = accumulation_dtype(*(x for x in arguments if isinstance(x, Tensor)))
     inputs = (hidden, weight, weight if bias is None else bias)
     gradients = (
         x.new_empty(x.shape if wanted else (0,), dtype=dtype) for x, wanted in zip(inputs, output_mask, strict=True)

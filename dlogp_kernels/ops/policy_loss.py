@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..reference.policy import PolicyOptions, TokenInputs
+from ..reference.statistics import accumulation_dtype
 from ..results import PolicyLoss, PolicyMetrics
 from . import library
 
@@ -22,7 +23,7 @@ def loss_of(logp: Tensor, tokens: TokenInputs, options: PolicyOptions) -> Policy
 def _fake_fwd(*arguments: Any) -> tuple[Tensor, ...]:
     logp, _, _, _, offsets = arguments[:5]
     with_gradient = arguments[-1]
-    dtype = library.output_dtype(*(x for x in arguments if isinstance(x, Tensor)))
+    dtype = accumulation_dtype(*(x for x in arguments if isinstance(x, Tensor)))
     sequences = logp.shape[0] if offsets is None else offsets.shape[0] - 1
     return (
         logp.new_empty((), dtype=dtype),

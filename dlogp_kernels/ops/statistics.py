@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..inputs import arguments
+from ..reference.statistics import accumulation_dtype
 from ..results import allocated
 from . import library
 from .schemas import STATISTICS, Statistics
@@ -27,7 +28,7 @@ def _register(name: str, op: Statistics) -> None:
     in_order = itemgetter(*(at_hand.index(x.name) for x in (*upstream, *inputs, *arguments(op.saved))))
 
     def fake_fwd(*values: Any) -> tuple[Tensor, ...]:
-        dtype = library.output_dtype(*(values[i] for i in differentiable))
+        dtype = accumulation_dtype(*(values[i] for i in differentiable))
         return tuple(allocated(op.stats, values[target], values[target].new_empty, dtype=dtype))
 
     def fake_bwd(*values: Any) -> Tensor | tuple[Tensor, ...]:

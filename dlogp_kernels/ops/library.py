@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -75,11 +75,13 @@ def fake_gradients(inputs: tuple[Tensor | None, ...], output_mask: list[bool]) -
     )
 
 
-def wanted(gradients: tuple[Tensor, ...], output_mask: list[bool]) -> list[Tensor | None]:
-    return [gradient if want else None for gradient, want in zip(gradients, output_mask, strict=True)]
-
-
-def total(*gradients: Tensor | None) -> Tensor | None:
-    """Sum of those that exist."""
-    present = [gradient for gradient in gradients if gradient is not None]
-    return sum(present[1:], start=present[0]) if present else None
+def by_inputs(
+    num_inputs: int, places: Sequence[int], gradients: Tensor | tuple[Tensor, ...], output_mask: list[bool]
+) -> tuple[Tensor | None, ...]:
+    """What backward returns: the gradients that a backward op found, each at the place of its input where wanted."""
+    found: list[Tensor | None] = [None] * num_inputs
+    given = (gradients,) if isinstance(gradients, Tensor) else gradients
+    for place, gradient, wanted in zip(places, given, output_mask, strict=True):
+        if wanted:
+            found[place] = gradient
+    return tuple(found)

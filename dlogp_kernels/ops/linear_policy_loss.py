@@ -101,14 +101,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    gradients: list[Tensor | None] = [None] * ctx.num_inputs
+    if grad_loss is None:
+        return (None,) * ctx.num_inputs
     needed = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE]
     output_mask = [formed and needs for formed, needs in zip(ctx.output_mask, needed, strict=True)]
-    if grad_loss is not None:
-        found = torch.ops.dlogp.linear_policy_loss_bwd(grad_loss, *ctx.saved_tensors, *ctx.dtypes, output_mask)
-        for i, gradient in zip(_DIFFERENTIABLE, library.wanted(found, output_mask), strict=True):
-            gradients[i] = gradient
-    return tuple(gradients)
+    found = torch.ops.dlogp.linear_policy_loss_bwd(grad_loss, *ctx.saved_tensors, *ctx.dtypes, output_mask)
+    return library.by_inputs(ctx.num_inputs, _DIFFERENTIABLE, found, output_mask)
 
 
 library.register("linear_policy_loss_fwd", _fake_fwd)

@@ -59,13 +59,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    gradients: list[Tensor | None] = [None] * ctx.num_inputs
+    if grad_loss is None:
+        return (None,) * ctx.num_inputs
     output_mask = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE]
-    if grad_loss is not None:
-        found = torch.ops.dlogp.policy_loss_bwd(grad_loss, *ctx.saved_tensors, *ctx.coefficients, output_mask)
-        for i, gradient in zip(_DIFFERENTIABLE, library.wanted(found, output_mask), strict=True):
-            gradients[i] = gradient
-    return tuple(gradients)
+    found = torch.ops.dlogp.policy_loss_bwd(grad_loss, *ctx.saved_tensors, *ctx.coefficients, output_mask)
+    return library.by_inputs(ctx.num_inputs, _DIFFERENTIABLE, found, output_mask)
 
 
 library.register("policy_loss_fwd", _fake_fwd)

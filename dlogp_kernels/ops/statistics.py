@@ -48,13 +48,7 @@ def _register(name: str, op: Statistics) -> None:
         output_mask = [ctx.needs_input_grad[i] for i in differentiable]
         run = getattr(torch.ops.dlogp, f"{name}_bwd")
         found = run(*in_order((*grads, *ctx.saved_tensors, *ctx.options)), output_mask)
-        gradients: list[Tensor | None] = [None] * len(inputs)
-        for i, gradient, wanted in zip(
-            differentiable, (found,) if isinstance(found, Tensor) else found, output_mask, strict=True
-        ):
-            if wanted:
-                gradients[i] = gradient
-        return tuple(gradients)
+        return library.by_inputs(len(inputs), differentiable, found, output_mask)
 
     library.register(f"{name}_fwd", fake_fwd)
     library.register(f"{name}_bwd", fake_bwd)
@@ -67,7 +61,11 @@ def _without_delta(
     """delta_logp = logp − base_logp, so its gradient goes to those."""
     if delta_logp is None:
         return None, logp, base_logp, *others
-    return None, library.total(logp, delta_logp), library.total(base_logp, -delta_logp), *others
+    return None, _sum(logp, delta_logp), _sum(base_logp, -delta_logp), *others
+
+
+def _sum(gradient: Tensor | None, other: Tensor) -> Tensor:
+    return other if gradient is None else gradient + other
 
 
 for _name, _op in STATISTICS.items():

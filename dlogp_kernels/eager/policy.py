@@ -13,13 +13,11 @@ from ..reference.rows import PolicyRows
 from ..reference.statistics import accumulation_dtype
 from ..results import PolicyMetrics
 from ._blocks import HeadGradients, forward_blocks, row_blocks, tiled_logits, tiles, zero_gradients
-from .statistics import check_target
+from .statistics import check_targets
 
-# Of 8 bytes, a token of the policy loss.
+#: Of 8 bytes, a token of the policy loss.
 _POLICY_TEMPORARIES = 24
-
-
-# An ignore_index that none of the targets left has.
+#: An ignore_index that none of the targets left has.
 _NO_TARGET = -1
 
 
@@ -127,7 +125,7 @@ def linear_policy_loss_fwd(
     output_mask: list[bool],
     workspace: int,
 ) -> tuple[Tensor, ...]:
-    target, bad_rows = check_target(target, weight.shape[0], ignore_index)
+    targets, bad_rows = check_targets(Targets(target, ignore_index), weight.shape[0])
     options, dtype = reference_policy.PolicyOptions.of(str_options, float_options, None), scale.dtype
     known = PolicyRows(old_logp, advantage, scale, score, ref_logp, token_weight)
     policy_head = Head(hidden, weight, bias, Transform(temperature, softcap, logit_scale))
@@ -141,9 +139,8 @@ def linear_policy_loss_fwd(
     loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
     sums = torch.zeros(len(PolicyMetrics._fields), dtype=torch.float64, device=hidden.device)
     count = 0
-    targets = Targets(target, ignore_index)
     for rows in row_blocks(targets, weight.shape[0], dtype, len(heads), workspace * 3 // 4):
-        block = _PolicyBlock(head, base, rows, target[rows], known, options, tile)
+        block = _PolicyBlock(head, base, rows, targets.target[rows], known, options, tile)
         loss, sums = loss + block.loss, reference_policy.merged(sums, block.sums)
         count += rows.numel()
         if any(output_mask):
@@ -237,7 +234,7 @@ class _PolicyBlock:
         tile: int,
     ) -> None:
         self.head, self.rows, self.target, self.options, self.tile = head, rows, target, options, tile
-        self.base_z, stats, kl = None, None, None
+        self.base_z, kl = None, None
         self.raw = tiled_logits(head.head, rows, head.dtype, tile)
         self.z = head.transform(self.raw)
         if base is None:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..checks import check_target_range
 from ..inputs import Gradients, Head, Logits, PairGradients, PairSaved, Saved, Targets
 from ..reference import statistics as reference
 from ..reference.statistics import accumulation_dtype, transform_gradient, transform_logits
@@ -120,7 +121,7 @@ def _forward_of_heads(
 ) -> Any:
     """A `kind` of statistics, by their definition for transformed logits of one model or of a pair."""
     dtype, vocabulary = accumulation_dtype(*(x for head in heads for x in head[:3])), heads[0].weight.shape[0]
-    targets, bad_rows = _checked(targets, vocabulary)
+    targets, bad_rows = check_targets(targets, vocabulary)
     out = allocated(kind, targets.target, targets.target.new_zeros, dtype=dtype)
     blocks = forward_blocks(heads, dtype, workspace)
     for rows in kept_blocks(targets, blocks.rows):
@@ -135,7 +136,7 @@ def _forward_of_logits(
     kind: Any, definition: _Definition, models: Sequence[Logits], targets: Targets, workspace: int
 ) -> Any:
     dtype, vocabulary = accumulation_dtype(*(model.logits for model in models)), models[0].logits.shape[-1]
-    targets, bad_rows = _checked(targets, vocabulary)
+    targets, bad_rows = check_targets(targets, vocabulary)
     out = allocated(kind, targets.target, targets.target.new_zeros, dtype=dtype)
     for rows in row_blocks(targets, vocabulary, dtype, len(models), workspace):
         _write(out, definition, [rows_of(x.logits, rows).to(dtype) for x in models], models, targets, rows)
@@ -282,27 +283,19 @@ def _write_gradients(
             grad.view(-1, x.shape[1])[rows] = transform_gradient(grad_z, x, *model.transform).to(grad.dtype)
 
 
-def check_target(target: Tensor, vocabulary: int, ignore_index: int) -> tuple[Tensor, Tensor | None]:
-    """A target that can be looked up, and the rows (N,) whose outputs have to become NaN, or None.
+def check_targets(targets: Targets, vocabulary: int) -> tuple[Targets, Tensor | None]:
+    """Targets that can be looked up, and the rows (N,) whose outputs have to become NaN, or None.
 
     On the CPU, IndexError naming the first target that is neither in [0, V) nor ignored. Elsewhere that would mean to
     wait for the device; such a target becomes 0, and its row NaN.
     """
-    bad = ((target < 0) | (target >= vocabulary)) & (target != ignore_index)
-    if target.device.type != "cpu":
-        return target.masked_fill(bad, 0), bad.any(-1)
-    if bad.any():
-        row, candidate = bad.nonzero()[0].tolist()
-        raise IndexError(
-            f"target[{row}, {candidate}] is {target[row, candidate].item()}, expected a token in [0, {vocabulary}) "
-            f"or ignore_index ({ignore_index})"
-        )
-    return target, None
-
-
-def _checked(targets: Targets, vocabulary: int) -> tuple[Targets, Tensor | None]:
-    target, bad_rows = check_target(targets.target, vocabulary, targets.ignore_index)
-    return Targets(target, targets.ignore_index), bad_rows
+    target, ignore_index = targets
+    counted = target != ignore_index
+    if target.device.type == "cpu":
+        check_target_range(target, counted, vocabulary, f"or ignore_index ({ignore_index})")
+        return targets, None
+    bad = ((target < 0) | (target >= vocabulary)) & counted
+    return targets._replace(target=target.masked_fill(bad, 0)), bad.any(-1)
 
 
 def _mask_invalid(outputs: Any, bad_rows: Tensor | None) -> Any:

@@ -147,9 +147,10 @@ def _check_tokens(
     _check_advantage(tokens.advantage, like, sequences)
     if options.reweight == "ppl" and group is None:
         raise ValueError("group is None, expected the prompts' ids: reweight 'ppl' standardises over a group")
-    if options.loss_type == "dr_grpo" and offsets is not None and options.max_length is None:
+    if options.denominator == "max_length" and offsets is not None and options.max_length is None:
         raise ValueError(
-            "max_length is None, expected a number: loss_type 'dr_grpo' divides by it, and offsets are given"
+            f"max_length is None, expected a number: loss_type {options.loss_type!r} divides by it, and offsets are "
+            "given"
         )
     mask = _mask_of(tokens.mask, like)
     if mask is tokens.mask and offsets is None and group is None:

@@ -223,10 +223,11 @@ def sequence_scale(
     `counts` (B,) are their numbers of tokens, `total` () that of the whole batch of `num_sequences`. Where it is given,
     `instead` () stands in for whichever of the two the loss divides by.
     """
-    if loss_type in BY_TOKENS:
+    divides_by = DENOMINATORS[loss_type]
+    if divides_by == "tokens":
         return _inverse(total.double() if instead is None else given_number(instead)).expand_as(counts)
     sequences = torch.full_like(total, num_sequences, dtype=torch.float64) if instead is None else given_number(instead)
-    if loss_type == "dr_grpo":
+    if divides_by == "max_length":
         return _inverse(sequences * max_length).expand_as(counts)
     return _inverse(counts.double() * sequences)
 

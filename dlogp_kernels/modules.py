@@ -8,7 +8,16 @@ from . import functional
 from .results import DeltaLogpStats, LogpStats, PolicyLoss
 
 
-class _OneModelOptions(nn.Module):
+class _Options(nn.Module):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.options = options
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in self.options.items())
+
+
+class _OneModelOptions(_Options):
     def __init__(
         self,
         *,
@@ -17,16 +26,7 @@ class _OneModelOptions(nn.Module):
         logit_scale: float = 1.0,
         ignore_index: int = -100,
     ) -> None:
-        super().__init__()
-        self.options: dict[str, Any] = {
-            "temperature": temperature,
-            "softcap": softcap,
-            "logit_scale": logit_scale,
-            "ignore_index": ignore_index,
-        }
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value}" for name, value in self.options.items())
+        super().__init__(temperature=temperature, softcap=softcap, logit_scale=logit_scale, ignore_index=ignore_index)
 
 
 class _PairOptions(_OneModelOptions):
@@ -83,7 +83,7 @@ class DeltaLogp(_PairOptions):
         return functional.delta_logp(logits, base_logits, target, **self.options)
 
 
-class _PolicyOptions(nn.Module):
+class _PolicyOptions(_Options):
     def __init__(
         self,
         *,
@@ -101,25 +101,21 @@ class _PolicyOptions(nn.Module):
         sapo_temperature_pos: float = 1.0,
         sapo_temperature_neg: float = 1.05,
     ) -> None:
-        super().__init__()
-        self.options: dict[str, Any] = {
-            "loss_type": loss_type,
-            "reweight": reweight,
-            "alpha": alpha,
-            "reweight_sign": reweight_sign,
-            "clip_low": clip_low,
-            "clip_high": clip_high,
-            "dual_clip": dual_clip,
-            "importance": importance,
-            "kl_beta": kl_beta,
-            "entropy_coef": entropy_coef,
-            "max_length": max_length,
-            "sapo_temperature_pos": sapo_temperature_pos,
-            "sapo_temperature_neg": sapo_temperature_neg,
-        }
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value}" for name, value in self.options.items())
+        super().__init__(
+            loss_type=loss_type,
+            reweight=reweight,
+            alpha=alpha,
+            reweight_sign=reweight_sign,
+            clip_low=clip_low,
+            clip_high=clip_high,
+            dual_clip=dual_clip,
+            importance=importance,
+            kl_beta=kl_beta,
+            entropy_coef=entropy_coef,
+            max_length=max_length,
+            sapo_temperature_pos=sapo_temperature_pos,
+            sapo_temperature_neg=sapo_temperature_neg,
+        )
 
 
 class PolicyLossModule(_PolicyOptions):

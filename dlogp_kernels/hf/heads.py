@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from ..functional import linear_logp
 from ..results import LogpStats
 
+#: The target of a place where nothing is measured, as everywhere in `transformers`.
 IGNORED = -100
 #: Fields of a config that multiply the logits, and those that divide the logits (or, the same, the hidden states).
 _SCALES = {

@@ -14,8 +14,6 @@ from transformers.utils import ModelOutput
 
 from ..hf import lm_head_inputs
 
-_IGNORED = -100
-
 
 @dataclass
 class TokenLogps(ModelOutput):
@@ -67,5 +65,5 @@ def _token_logps(
     device_type = inputs.hidden.device.type
     with torch.autocast(device_type, enabled=torch.is_autocast_enabled(device_type) and not float32_head):
         shifted = inputs._replace(hidden=inputs.hidden[:, :-1])
-        stats = shifted.logp(labels[:, 1:], temperature=temperature, ignore_index=_IGNORED)
+        stats = shifted.logp(labels[:, 1:], temperature=temperature)
     return TokenLogps(stats.logp, stats.entropy)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import math
 import warnings
 from typing import Any
 
@@ -15,8 +14,8 @@ from trl import GRPOTrainer
 from ..functional import policy_loss
 from ..hf.heads import unwrapped
 from ..hf.verify_head import verified_lm_head
+from ..policy_checks import check_options
 from ..reference import grpo
-from ..reference.policy import PolicyOptions
 from .checkpoints import read_rollouts, write_rollouts
 from .config import ReweightedGRPOConfig
 from .head import add_logp_head
@@ -296,7 +295,7 @@ class ReweightedGRPOTrainer(GRPOTrainer):
             token_weight=self._token_weight(inputs, logp, old_logp, mask, entropy_mask),
             num_tokens=self._tokens_of_step(inputs, accumulated) if by_step else None,
             **self._divergence(inputs, logp, old_logp, counts),
-            **options._asdict() | {"dual_clip": self.args.dual_clip},
+            **options,
         )
         loss = result.loss if by_step else result.loss / accumulated
         if self.entropy_coef:
@@ -305,7 +304,7 @@ class ReweightedGRPOTrainer(GRPOTrainer):
             loss = loss - self.entropy_coef * bonus / accumulated
             self._log_entropy_bonus(result.loss)
         sums = policy_sums(result.metrics, mask.sum(), reweighted=self.args.reweight != "ppl", kl=self.beta != 0.0)
-        clipped = grpo.clipped(logp.detach(), old_logp, advantages, counts, options)
+        clipped = grpo.clipped(logp.detach(), old_logp, advantages, counts, check_options(**options))
         add_clip_ratios(sums, *clipped, counts, cispo=self.loss_type == "cispo")
         if _START in inputs:
             start = inputs[_START]
@@ -313,22 +312,23 @@ class ReweightedGRPOTrainer(GRPOTrainer):
         self._log_means(sums)
         return loss
 
-    def _options(self) -> PolicyOptions:
-        return PolicyOptions(
-            loss_type=self.loss_type,
-            # Responses were reweighted when they were drawn.
-            reweight="none" if self.args.reweight == "ppl" else self.args.reweight,
-            reweight_sign=self.args.reweight_sign,
-            importance=self.importance_sampling_level,
-            alpha=self.args.reweight_alpha,
-            clip_low=self.epsilon_low,
-            clip_high=self.epsilon_high,
-            dual_clip=math.inf if self.args.dual_clip is None else self.args.dual_clip,
-            kl_beta=self.beta,
-            sapo_temperature_pos=self.args.sapo_temperature_pos,
-            sapo_temperature_neg=self.args.sapo_temperature_neg,
-            max_length=self.max_completion_length,
-        )
+    def _options(self) -> dict[str, Any]:
+        """Those of `policy_loss`."""
+        return {
+            "loss_type": self.loss_type,
+            # With `ppl` responses were reweighted when they were drawn.
+            "reweight": "none" if self.args.reweight == "ppl" else self.args.reweight,
+            "reweight_sign": self.args.reweight_sign,
+            "importance": self.importance_sampling_level,
+            "alpha": self.args.reweight_alpha,
+            "clip_low": self.epsilon_low,
+            "clip_high": self.epsilon_high,
+            "dual_clip": self.args.dual_clip,
+            "kl_beta": self.beta,
+            "sapo_temperature_pos": self.args.sapo_temperature_pos,
+            "sapo_temperature_neg": self.args.sapo_temperature_neg,
+            "max_length": self.max_completion_length,
+        }
 
     def _divergence(self, inputs: Rollouts, logp: Tensor, old_logp: Tensor, mask: Tensor) -> dict[str, Any]:
         """What the loss is told of the reference model: by TRL's default a divergence that the ratio corrects."""

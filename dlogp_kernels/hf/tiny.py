@@ -27,7 +27,6 @@ __all__ = [
     "word_tokenizer",
 ]
 
-
 #: Of `Qwen3Config`, unless others are given.
 _SIZES = {
     "hidden_size": 96,
@@ -44,8 +43,12 @@ def tiny_qwen3(
 ) -> Qwen3ForCausalLM:
     """A Qwen3 of the given sizes with random float32 weights; the global random state is left as it was.
 
-    `options` are of `Qwen3Config`, by default about a third of a million parameters beside the embeddings.
+    `options` are of `Qwen3Config`, by default 0.3 million parameters beside the embeddings; TypeError for one that it
+    does not have, which it would keep and ignore.
     """
+    unknown = [name for name in options if not hasattr(Qwen3Config(), name)]
+    if unknown:
+        raise TypeError(f"tiny_qwen3 is given {', '.join(unknown)}, expected options of Qwen3Config")
     sizes = {"vocab_size": vocab_size, "num_hidden_layers": num_layers, "num_attention_heads": num_heads}
     config = Qwen3Config(**{**_SIZES, **sizes, **options}, dtype="float32")
     with torch.random.fork_rng():

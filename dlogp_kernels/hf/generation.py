@@ -18,7 +18,7 @@ from .backbone import check_tokens, evaluation
 from .cached import CachedModel
 from .decoding import Decoder, Drawn
 from .documents import Batch, as_batch, common_vocabulary
-from .heads import LmHeadInputs, first_rows, lm_head, uncompiled, unwrapped, vocabulary_of
+from .heads import LmHead, LmHeadInputs, first_rows, uncompiled, unwrapped, vocabulary_of
 from .loading import context_length
 from .metrics import lm_head_inputs
 from .verify_cache import verify_decoding
@@ -198,8 +198,9 @@ def _as_in_one_go(
             drawn = sum(model.changes_within(begin + step, end) for step in range(length))
             if drawn:
                 tokens = torch.cat([prompt, result.tokens[row, :length]])
-                hidden = lm_head_inputs(model.causal_lm, tokens[None]).hidden[0, begin - 1 : begin - 1 + drawn]
-                inputs = LmHeadInputs(hidden, *first_rows(lm_head(model.causal_lm), vocabulary))
+                inputs = lm_head_inputs(model.causal_lm, tokens[None])
+                hidden = inputs.hidden[0, begin - 1 : begin - 1 + drawn]
+                inputs = LmHeadInputs(hidden, *first_rows(LmHead(*inputs[1:]), vocabulary))
                 field[row, :drawn] = inputs.logp(tokens[begin : begin + drawn]).logp
     return result
 

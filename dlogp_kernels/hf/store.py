@@ -44,7 +44,7 @@ class HiddenStore:
         stored, packed = _whole(store.directory / _HEAD), _packed(head)
         if stored is None:
             _write(store.directory / _HEAD, *packed)
-        elif _digest(*stored) != _digest(*packed):
+        elif stored[1][_DIGEST] != _digest(*packed):
             raise ValueError(
                 f"{directory}: holds hidden states of a model with another last layer, expected the same model"
             )
@@ -200,7 +200,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path}: is truncated or not a safetensors file ({error}); remove it") from error
-    if options.pop(_DIGEST, None) != _digest(tensors, options):
+    if options.get(_DIGEST) != _digest(tensors, options):
         raise ValueError(f"{path}: is damaged, its digest is not that of its content; remove it")
     return tensors, options
 
@@ -214,8 +214,8 @@ def _whole(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
 
 
 def _digest(tensors: dict[str, Tensor], options: dict[str, str]) -> str:
-    """SHA-256 of all that a file holds."""
-    hasher = hashlib.sha256(repr(sorted(options.items())).encode())
+    """SHA-256 of all that a file holds, but for the digest itself."""
+    hasher = hashlib.sha256(repr(sorted(item for item in options.items() if item[0] != _DIGEST)).encode())
     for name, tensor in sorted(tensors.items()):
         hasher.update(repr((name, tensor.dtype, tuple(tensor.shape))).encode())
         hasher.update(tensor.flatten().view(torch.uint8).numpy().data)

@@ -30,7 +30,7 @@ _STATES = ("conv_states", "recurrent_states")
 #: Beside its layers, a list with the state of some layers.
 _LISTS = ("linear_cache",)
 #: Tokens with which it is looked at what padding does, how many of them one by one, and beside how much padding.
-_PROBE, _STEPS, _PADDING = 16, 4, 3
+_TOKENS, _STEPS, _PADDING = 16, 4, 3
 
 _known_padding: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 
@@ -51,9 +51,8 @@ class CachedRows:
         cache.reorder_cache(index)
         for name in _LISTS:
             if hasattr(cache, name):
-                setattr(
-                    cache, name, [state[index] if torch.is_tensor(state) else state for state in getattr(cache, name)]
-                )
+                states = [state[index] if torch.is_tensor(state) else state for state in getattr(cache, name)]
+                setattr(cache, name, states)
         return CachedRows(cache, self.width, self.logits.index_select(0, index))
 
     def resize(self, width: int) -> None:
@@ -183,7 +182,7 @@ def _takes_padding(model: PreTrainedModel, tokens: Tensor) -> bool:
     mask and the cache do not fit together. Looked at are 12 tokens and 4 one by one, three times, once."""
     if model not in _known_padding:
         cached = CachedModel(model)
-        longest = min(_PROBE, (context_length(model) or _PROBE + _PADDING) - _PADDING)
+        longest = min(_TOKENS, (context_length(model) or _TOKENS + _PADDING) - _PADDING)
         _known_padding[model] = longest <= _STEPS or not error_beyond_rounding(
             model,
             repeated(tokens, longest),

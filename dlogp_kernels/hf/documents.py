@@ -114,7 +114,7 @@ def groups(batch: Batch, max_tokens: int, side: Side) -> Iterator[Group]:
 
 
 def check_vocabulary(batch: Batch, rows: int, of: str) -> None:
-    """IndexError naming the first token that is not one of a vocabulary of that many rows, which are `of` something."""
+    """IndexError naming the first token outside [0, `rows`), the rows `of` a vocabulary or of embeddings."""
     beyond = ((batch.input_ids < 0) | (batch.input_ids >= rows)) & (batch.document >= 0)
     if beyond.any():
         row, column = beyond.nonzero()[0].tolist()

@@ -57,11 +57,11 @@ def lm_head_inputs(
         LmHeadInputs: `hidden` (B, T, D) in the model's dtype, 0 where masked; `weight` (V, D), `bias`, `softcap`,
         `logit_scale` as of `lm_head(model)`. Its method `logp(target)` is `linear_logp` of all of them.
 
-    Gradients: flow to the body through `hidden`, and to the last layer.
+    Gradients: flow to the backbone through `hidden`, and to the last layer.
 
     Raises:
         TypeError, ValueError: an argument that does not fit, by name; a model that is not a causal language model, or
-            whose logits are not those of its body and its last layer. That is checked on a few tokens at the first
+            whose logits are not those of its backbone and its last layer. That is checked on a few tokens at the first
             call with a model.
         RuntimeError: `prefill_chunk` while a gradient is needed.
     """
@@ -113,7 +113,7 @@ def token_logp(
         token is not measured, is masked, is the first of its row or of a packed document, or follows nothing. A loss
         over the same tokens has the mask `response_mask[:, 1:]`.
 
-    Gradients: to the body and to the last layer, through every field, unless within `torch.no_grad()`.
+    Gradients: to the backbone and to the last layer, through every field, unless within `torch.no_grad()`.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `lm_head_inputs`.

@@ -50,11 +50,10 @@ def verify_in_chunks(model: PreTrainedModel, tokens: Tensor, longest: int, prefi
         whole, chunked = (partial(run_backbone, model, prefill_chunk=size) for size in sizes)
         return whole, chunked
 
-    _verify(
-        model, tokens, longest, _verified_in_chunks, runs,
-        "in chunks its hidden states",
-        "; its cache can not be used with prefill_chunk or a memory_limit below what the sequence takes in one go",
-    )  # fmt: skip
+    consequence = (
+        "; its cache can not be used with prefill_chunk or a memory_limit below what the sequence takes in one go"
+    )
+    _verify(model, tokens, longest, _verified_in_chunks, runs, "in chunks its hidden states", consequence)
 
 
 def verify_decoding(model: PreTrainedModel, tokens: Tensor, longest: int) -> None:
@@ -84,7 +83,10 @@ def _verify(
     subject: str,
     consequence: str,
 ) -> None:
-    """Compare the two `runs` of as many tokens as were not `verified` before."""
+    """Compare the two `runs` of each length to look at, unless the model was `verified` up to it before.
+
+    `subject` and `consequence` are how the error begins and ends.
+    """
     context = context_length(model)
     lengths = [min(_TOKENS, longest, context or _TOKENS)]
     crossed = [length for length in switch_lengths(model) if _TOKENS <= length < longest]

@@ -25,6 +25,7 @@ def perplexity_weight(
     """
     s = normalized_in_group(perplexity, group, counts > 0)
     options = PolicyOptions(reweight="ppl", alpha=alpha, reweight_sign=sign)
+    # Of a token's log-probability `ppl` takes the shape alone.
     return reweighting(perplexity[:, None], advantage[:, None], s[:, None], options).squeeze(1)
 
 

@@ -57,7 +57,8 @@ class TokenSums:
 
 
 def policy_sums(metrics: PolicyMetrics, count: Tensor, *, reweighted: bool, kl: bool) -> TokenSums:
-    """What the loss says about its `count` tokens; of its weights only if it has `reweighted` the advantages."""
+    """What the loss says about its `count` tokens: its weights if it has `reweighted` the advantages, a divergence from
+    the reference model if there is `kl`."""
     sums = TokenSums()
     for field, name in _NAMES.items():
         if {"mean_weight": reweighted, "ref_kl": kl}.get(field, True):

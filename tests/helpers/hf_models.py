@@ -30,7 +30,7 @@ _LINEAR_ATTENTION = {
 }
 _VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 
-#: Name → class, config class, options. What stands between body and logits differs, or how the body sees positions.
+#: Name → class, config class, options. What stands between backbone and logits differs, or how that sees positions.
 _ARCHITECTURES: dict[str, tuple[str, str, dict]] = {
     "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {**_SIZES, "head_dim": 8}),
     "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", _SIZES),
@@ -242,7 +242,7 @@ _ARCHITECTURES: dict[str, tuple[str, str, dict]] = {
     ),
 }
 
-#: What lm_head_inputs takes, and what it refuses (the body's hidden states are not those of the last layer, or no
+#: What lm_head_inputs takes, and what it refuses (the backbone's hidden states are not those of the last layer, or no
 #: token is predicted from those before it alone).
 REFUSED = ("bert", "roberta_masked", "t5")
 CAUSAL = tuple(name for name in _ARCHITECTURES if name not in REFUSED)

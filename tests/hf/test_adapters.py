@@ -5,6 +5,7 @@ import peft
 import pytest
 import torch
 from hf_models import one_thread  # noqa: F401
+from hf_prompts import tokens
 from tolerances import HF_GRADIENT_ERROR, HF_STATISTIC_ERROR
 from torch import Tensor
 
@@ -12,11 +13,6 @@ from dlogp_kernels import hf
 
 #: How far a random adapter has to move log p at least, so that ignoring it would be seen.
 MOVED = 0.05
-
-
-def tokens(rows: int = 2, length: int = 11) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(3, hf_models.VOCABULARY - 2, (rows, length), generator=generator)
 
 
 def adapted(name: str = "qwen3", config_type: type = peft.LoraConfig, dtype: torch.dtype = torch.float32, **options):
@@ -37,12 +33,12 @@ def randomize(model: torch.nn.Module, seed: int = 3) -> None:
 
 
 def plain_logp(model: torch.nn.Module) -> Tensor:
-    return model(input_ids=tokens()).logits.double().log_softmax(-1)
+    return model(input_ids=tokens(2, 11)).logits.double().log_softmax(-1)
 
 
 def logp(model: torch.nn.Module) -> Tensor:
-    inputs = hf.lm_head_inputs(model, tokens())
-    candidates = torch.arange(inputs.weight.shape[0]).expand(*tokens().shape, -1)
+    inputs = hf.lm_head_inputs(model, tokens(2, 11))
+    candidates = torch.arange(inputs.weight.shape[0]).expand(*tokens(2, 11).shape, -1)
     return inputs.logp(candidates).logp
 
 
@@ -84,7 +80,7 @@ def test_lora_on_a_narrow_last_layer_is_not_rounded_away():
 
 def test_gradients_reach_the_adapters_of_the_last_layer_and_of_the_body():
     model, _ = adapted(target_modules=["lm_head", "q_proj"])
-    target = tokens()[..., None]
+    target = tokens(2, 11)[..., None]
     plain_logp(model).gather(-1, target).sum().backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
     model.zero_grad()
@@ -132,13 +128,13 @@ def test_the_active_adapter_counts():
 
 def test_metrics_of_an_adapted_policy_against_its_own_base():
     model, before = adapted(target_modules=["lm_head", "q_proj"])
-    target = tokens()[:, 1:, None]
+    target = tokens(2, 11)[:, 1:, None]
     with torch.no_grad():
         base_hidden = None
         with model.disable_adapter():
-            base_hidden = hf.lm_head_inputs(model, tokens()).hidden
+            base_hidden = hf.lm_head_inputs(model, tokens(2, 11)).hidden
             base_head = hf.lm_head(model)
-        stats = hf.token_metrics(model, base_head, tokens(), base_hidden=base_hidden)
+        stats = hf.token_metrics(model, base_head, tokens(2, 11), base_hidden=base_hidden)
         expected = (plain_logp(model) - before)[:, :-1].gather(-1, target)[..., 0]
     assert (stats.delta_logp - expected).abs().max() < 2 * HF_STATISTIC_ERROR
 
@@ -160,14 +156,14 @@ def test_metrics_of_an_adapted_policy_against_its_own_base():
 def test_other_adapters_of_the_last_layer_are_refused(config_type, options, error, message):
     model, _ = adapted(config_type=config_type, **options)
     with pytest.raises(error, match=message):
-        hf.lm_head_inputs(model, tokens())
+        hf.lm_head_inputs(model, tokens(2, 11))
 
 
 def test_dropout_on_the_last_layers_adapter_is_refused_in_training():
     model, before = adapted(target_modules=["lm_head"], lora_dropout=0.5)
     check(model, before)
     with pytest.raises(ValueError, match="has dropout"):
-        hf.lm_head_inputs(model.train(), tokens())
+        hf.lm_head_inputs(model.train(), tokens(2, 11))
 
 
 class _Quantized(torch.nn.Linear):

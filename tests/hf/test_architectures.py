@@ -4,15 +4,11 @@ import hf_models
 import pytest
 import torch
 from hf_models import one_thread  # noqa: F401
+from hf_prompts import tokens
 from tolerances import HF_HIDDEN_ERROR, HF_STATISTIC_ERROR
 from torch import Tensor
 
 from dlogp_kernels import hf
-
-
-def tokens(rows: int, length: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(3, hf_models.VOCABULARY - 2, (rows, length), generator=generator)
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -161,7 +157,7 @@ def test_other_dtypes_pass_the_check_of_the_model(dtype):
 
 
 def test_changed_logits_are_noticed():
-    """A model whose logits are not those of its body and last layer, in a way that no config tells."""
+    """A model whose logits are not those of its backbone and last layer, in a way that no config tells."""
     model = hf_models.tiny_model("qwen3")
     model.lm_head.register_forward_hook(lambda layer, inputs, output: output * 1.01)
     with pytest.raises(ValueError, match="the log-probabilities of its logits differ"):

@@ -7,16 +7,12 @@ import hf_models
 import pytest
 import torch
 from hf_models import one_thread  # noqa: F401
+from hf_prompts import tokens
 from tolerances import HF_GRADIENT_ERROR, HF_STATISTIC_ERROR
 from torch import Tensor
 
 from dlogp_kernels import DeltaLogpStats, hf
 from dlogp_kernels.hf.memory import as_bytes
-
-
-def tokens(rows: int, length: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(3, hf_models.VOCABULARY - 2, (rows, length), generator=generator)
 
 
 @pytest.mark.parametrize("name", ["phi3_longrope", "llama_dynamic"])
@@ -364,7 +360,7 @@ print(status("VmHWM") - before)
 _CASES = [
     # Two tensors of float32 logits would be 600 MiB.
     (151936, 64, 128, 512, 100 * 2**20),
-    # The body's activations would be 100 MiB in one go.
+    # The backbone's activations would be 100 MiB in one go.
     (1000, 128, 8192, 1024, 75 * 2**20),
 ]
 

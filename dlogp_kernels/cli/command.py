@@ -11,7 +11,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 from typer.core import TyperCommand
 
-from ..jobs.allowed import Option, flag_of, options_of
+from ..jobs.allowed import OneOf, Option, flag_of, options_of
 from ..report.terminal import Terminal
 from ..report.text import printable
 
@@ -96,8 +96,8 @@ def _parameter(kind: type, name: str, about: Option) -> inspect.Parameter:
         annotation = list[int] | None
     elif about.in_bytes:
         annotation, default = (str | None, None) if default is None else (str, f"{default >> 20}MiB")
-    elif about.allowed is not None and about.allowed.choices:
-        annotation = _words(about.allowed.choices)
+    elif isinstance(about.check, OneOf):
+        annotation = _words(about.check.choices)
         default = annotation(default)
     # A switch that is off has no second name to switch it off.
     names = [flag_of(name)] if default is False else []

@@ -12,24 +12,15 @@ from .errors import JobError
 
 _KEY = "option"
 
-
-class Allowed(NamedTuple):
-    """Which values an option may have: in words, which end a message, and as a condition on finite ones of the kind."""
-
-    expected: str
-    kind: Any
-    holds: Callable[[Any], bool]
-    #: One of checks.py, which the ops ask, too: it has words of its own.
-    check: Callable[..., None] | None = None
-    #: The only values, where there are a few.
-    choices: Sequence[str] = ()
+#: Raises TypeError or ValueError for a value that an option, given by name, can not have, as those of checks.py do.
+Check = Callable[[str, Any], None]
 
 
 class Option(NamedTuple):
     """What there is to say of an option: for `--help`, and for a value that can not be."""
 
     help: str
-    allowed: Allowed | None = None
+    check: Check | None = None
     #: What no value stands for.
     unset: str | None = None
     #: Whether it is a number of bytes, which is given as text such as "16MiB".
@@ -38,9 +29,9 @@ class Option(NamedTuple):
     each: str | None = None
 
 
-def option(default: Any, help: str, allowed: Allowed | None = None, **more: Any) -> Any:
+def option(default: Any, help: str, check: Check | None = None, **more: Any) -> Any:
     """A field of a dataclass of options; `more` of what an `Option` says."""
-    return dataclasses.field(default=default, metadata={_KEY: Option(help, allowed, **more)})
+    return dataclasses.field(default=default, metadata={_KEY: Option(help, check, **more)})
 
 
 def options_of(kind: Any) -> dict[str, Option]:
@@ -48,24 +39,53 @@ def options_of(kind: Any) -> dict[str, Option]:
     return {field.name: field.metadata[_KEY] for field in dataclasses.fields(kind)}
 
 
-def integer(low: int, end: int = 2**31) -> Allowed:
+def of_kind(kind: Any, expected: str, holds: Callable[[Any], bool]) -> Check:
+    """A finite value of this kind, and no bool, for which `holds`; `expected` says so in words."""
+
+    def check(flag: str, value: Any) -> None:
+        odd = isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value))
+        if odd or not isinstance(value, kind) or not holds(value):
+            raise ValueError(f"{flag} is {value}, expected {expected}")
+
+    return check
+
+
+def integer(low: int, end: int = 2**31) -> Check:
     """In [low, end), of which `end` is a power of two."""
-    return Allowed(f"an integer in [{low}, 2**{end.bit_length() - 1})", int, lambda value: low <= value < end)
+    return of_kind(int, f"an integer in [{low}, 2**{end.bit_length() - 1})", lambda value: low <= value < end)
 
 
-def at_least(low: int) -> Allowed:
+def at_least(low: int) -> Check:
     """An integer that has a lower bound to speak of."""
-    return integer(low)._replace(expected=f"an integer ≥ {low}, below 2**31")
+    return of_kind(int, f"an integer ≥ {low}, below 2**31", lambda value: low <= value < 2**31)
 
 
-def number(expected: str, holds: Callable[[float], bool], check: Callable[..., None] | None = None) -> Allowed:
-    """A finite number for which `holds`, and that passes `check` if there is one."""
-    return Allowed(f"a number {expected}", int | float, holds, check)
+def number(expected: str, holds: Callable[[float], bool]) -> Check:
+    """A finite number for which `holds`."""
+    return of_kind(int | float, f"a number {expected}", holds)
 
 
-def one_of(*choices: str) -> Allowed:
-    """A word of a few."""
-    return Allowed(f"one of {', '.join(choices)}", str, lambda value: value in choices, choices=choices)
+def all_of(*checks: Check) -> Check:
+    """What every one of them lets pass; the first that does not tells why."""
+
+    def check(flag: str, value: Any) -> None:
+        for one in checks:
+            one(flag, value)
+
+    return check
+
+
+@dataclasses.dataclass(frozen=True)
+class OneOf:
+    """The check of a word of a few, in the order in which `--help` shows them; `expected` says it in other words."""
+
+    choices: Sequence[str]
+    expected: str | None = None
+
+    def __call__(self, flag: str, value: Any) -> None:
+        if value not in self.choices:
+            expected = self.expected or f"one of {', '.join(self.choices)}"
+            raise ValueError(f"{flag} is {value!r}, expected {expected}")
 
 
 def flag_of(name: str) -> str:
@@ -77,19 +97,15 @@ def check_options(options: Any) -> None:
     """JobError that names the option for a value that can not be."""
     for name, about in options_of(options).items():
         value, default = getattr(options, name), getattr(type(options), name)
-        if about.allowed is None or (value is None and default is None):
+        if about.check is None or (value is None and default is None):
             continue
         for single in value if about.each else (value,):
-            check_value(flag_of(about.each or name), single, about.allowed)
+            check_value(about.check, flag_of(about.each or name), single)
 
 
-def check_value(flag: str, value: Any, allowed: Allowed) -> None:
+def check_value(check: Check, flag: str, value: Any) -> None:
     """JobError for a value that this option can not have."""
-    odd = isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value))
-    if odd or not isinstance(value, allowed.kind) or not allowed.holds(value):
-        raise JobError(f"{flag} is {repr(value) if allowed.choices else value}, expected {allowed.expected}")
-    if allowed.check is not None:
-        try:
-            allowed.check(flag, value)
-        except (TypeError, ValueError) as error:
-            raise JobError(str(error)) from error
+    try:
+        check(flag, value)
+    except (TypeError, ValueError) as error:
+        raise JobError(str(error)) from error

@@ -11,22 +11,23 @@ from typing import Any
 from ..checks import check_drawing_temperature, check_factor, check_scale
 from ..reference.policy import REWEIGHT_SIGNS, REWEIGHTS
 from ..report.jsonl import MAX_LINE_BYTES
-from .allowed import at_least, check_options, integer, number, one_of, option
+from .allowed import OneOf, all_of, at_least, check_options, integer, number, of_kind, option
 from .errors import JobError
 from .graders import DEFAULT_GRADER_SECONDS
 
 _NOT_NEGATIVE = number("≥ 0", lambda value: value >= 0)
-_FACTOR = _NOT_NEGATIVE._replace(check=check_factor)
-_DRAWING_TEMPERATURE = _NOT_NEGATIVE._replace(check=check_drawing_temperature)
+FACTOR = all_of(_NOT_NEGATIVE, check_factor)
+_DRAWING_TEMPERATURE = all_of(_NOT_NEGATIVE, check_drawing_temperature)
 _POSITIVE = number("> 0", lambda value: value > 0)
-_TEMPERATURE = _POSITIVE._replace(check=check_scale)
+_TEMPERATURE = all_of(_POSITIVE, check_scale)
 _ABOVE_ONE = number("> 1", lambda value: value > 1)
 _BELOW_ONE = number("in [0, 1)", lambda value: 0 <= value < 1)
 _MASS = number("in (0, 1]", lambda value: 0 < value <= 1)
 _SHARE = number("in [0, 1]", lambda value: 0 <= value <= 1)
-_DTYPE = one_of("auto", "bf16", "fp16", "fp32")._replace(expected="one of bf16, fp16, fp32, auto")
-_ROWS = integer(1)._replace(expected="an integer ≥ 1")
-_ON_ERROR = one_of("raise", "skip")._replace(expected="raise or skip")
+_DTYPE = OneOf(("auto", "bf16", "fp16", "fp32"), "one of bf16, fp16, fp32, auto")
+_TOKENS = of_kind(int, "at least 1", lambda value: value >= 1)
+_ROWS = of_kind(int, "an integer ≥ 1", lambda value: value >= 1)
+_ON_ERROR = OneOf(("raise", "skip"), "raise or skip")
 
 # Options that several jobs have.
 _ABOUT_DTYPE = "Of the weights in memory; auto: of each model's files, so that none is rounded."
@@ -45,14 +46,12 @@ class Measuring:
     """What the numbers of `dlogp metrics` depend on beside models and data; `run_metrics` names the device."""
 
     memory_limit: int | None = option(None, "Memory beyond the models, such as 4GiB.", unset="none", in_bytes=True)
-    batch_tokens: int = option(8192, "Tokens at once, padding included.", at_least(1)._replace(expected="at least 1"))
+    batch_tokens: int = option(8192, "Tokens at once, padding included.", _TOKENS)
     dtype: str = _dtype()
     device: str = _device()
     sequential: bool = option(False, "One model in memory at a time; the base's hidden states go to disk.")
     on_error: str = option("raise", "For a line that can not be used.", _ON_ERROR)
-    temperature: float = option(
-        1.0, "Divides the logits of both models.", _TEMPERATURE._replace(expected="a finite number > 0")
-    )
+    temperature: float = option(1.0, "Divides the logits of both models.", check_scale)
     trust_remote_code: bool = _trust_remote_code()
     max_line_size: int = _max_line_size()
 
@@ -125,14 +124,14 @@ class Training:
         "low_prob",
         "low_prob: 1 + α (1 − p); dominate: α p + 1 − α; ppl: 1 − α · the response's log-perplexity within its group; "
         "none.",
-        one_of(*REWEIGHTS),
+        OneOf(REWEIGHTS),
     )
-    alpha: float = option(0.1, "α of the reweighting.", _FACTOR)
-    reweight_sign: str = option("both", "Which advantages are reweighted.", one_of(*REWEIGHT_SIGNS))
+    alpha: float = option(0.1, "α of the reweighting.", FACTOR)
+    reweight_sign: str = option("both", "Which advantages are reweighted.", OneOf(REWEIGHT_SIGNS))
     clip_low: float = option(0.2, "The ratio is clipped at 1 − this,", _BELOW_ONE)
     clip_high: float = option(0.28, "and at 1 + this.", _NOT_NEGATIVE)
     dual_clip: float = option(10.0, "Bound of the ratio where the advantage is negative.", _ABOVE_ONE)
-    kl_beta: float = option(0.0, "Of the divergence to the base model; 0 for none.", _FACTOR)
+    kl_beta: float = option(0.0, "Of the divergence to the base model; 0 for none.", FACTOR)
     dynamic_sampling: bool = option(True, "Drop problems whose responses are all worth the same, and draw others.")
     overlong_buffer: int = option(
         0, "Tokens before --max-new-tokens in which a penalty grows to 1; 0 for none.", at_least(0)
@@ -144,7 +143,7 @@ class Training:
     eval_samples: int = option(1, "Responses to each held-out problem.", at_least(1))
     save_every: int = option(10, "Steps between checkpoints, which a kill can cost.", at_least(1))
     gradient_checkpointing: bool = option(False, "Less memory, more time.")
-    dtype: str = option("fp32", "Of the weights in memory.", one_of("fp32", "bf16"))
+    dtype: str = option("fp32", "Of the weights in memory.", OneOf(("fp32", "bf16")))
     device: str | None = _device()
     trust_remote_code: bool = _trust_remote_code()
     grader_timeout: float = _grader_timeout()

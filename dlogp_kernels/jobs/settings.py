@@ -7,17 +7,16 @@ from typing import TypeVar
 
 import torch
 
-from ..checks import check_factor
 from ..reference.sampling import CRITERIA, WITH_THRESHOLD
 from ..report.responses import BASE, RL, Setting
 from .allowed import check_value, integer, number
 from .errors import JobError
+from .options import FACTOR
 
 #: The largest number of float32, in which the ops compare.
 _LARGEST = torch.finfo(torch.float32).max
 _Number = TypeVar("_Number", int, float)
 _SEED = integer(0, 2**64)
-_GAMMA = number("≥ 0", lambda value: value >= 0, check_factor)
 _PROBABILITY = number("in [0, 1], a probability, for random", lambda value: 0 <= value <= 1)
 _THRESHOLD = number(
     "within the range of float32 (the criterion none replaces nowhere, all everywhere)",
@@ -93,7 +92,7 @@ def check_settings(settings: Sequence[Setting], seeds: Sequence[int]) -> None:
     if not seeds:
         raise JobError("--seed: there is none, expected at least one")
     for seed in seeds:
-        check_value("--seed", seed, _SEED)
+        check_value(_SEED, "--seed", seed)
     if len(set(seeds)) != len(seeds):
         raise JobError("--seed: a seed is given twice, expected each once")
 
@@ -108,16 +107,16 @@ def _check_setting(setting: Setting) -> None:
         raise JobError(f"--threshold is missing: the criterion {criterion} compares with it")
     if threshold is not None:
         _check_threshold(criterion, threshold)
-    check_value("--gamma", gamma, _GAMMA)
+    check_value(FACTOR, "--gamma", gamma)
     if draft not in ("base", "rl"):
         raise JobError(f"--draft is {draft!r}, expected base or rl")
 
 
 def _check_threshold(criterion: str, threshold: float) -> None:
     if criterion == "random":
-        check_value("--threshold", threshold, _PROBABILITY)
+        check_value(_PROBABILITY, "--threshold", threshold)
         return
-    check_value("--threshold", threshold, _THRESHOLD)
+    check_value(_THRESHOLD, "--threshold", threshold)
     if criterion == "delta_logp" and threshold >= 0:
         reason = "delta_logp: one that is not below 0 replaces nearly every token"
     elif criterion != "delta_logp" and threshold < 0:

@@ -264,6 +264,7 @@ def test_the_smaller_vocabulary_and_context_count(pair, tmp_path):
         ({"max_line_size": 0}, "--max-line-size is 0, expected more than 0 bytes"),
         ({"memory_limit": "1KiB"}, "memory_limit is 1024 bytes, expected at least"),
         ({"device": "abacus"}, "--device is 'abacus', which can not be used here"),
+        ({"device": "abacus", "batch_tokens": 2**31}, "--device is 'abacus'"),
     ],
 )
 def test_arguments_that_do_not_fit(pair, tmp_path, options, message):

@@ -215,6 +215,7 @@ def test_damaged_checkpoints_and_logs_are_not_gone_on_from(run, tmp_path, monkey
         ({"learning_rate": 0.0}, "--learning-rate is 0.0, expected a number > 0"),
         ({"minibatches": 3}, "--minibatches is 3, expected a divisor of the 8 responses"),
         ({"micro_batch_size": 3}, "--micro-batch-size is 3, expected a divisor of the 4 responses"),
+        ({"micro_batch_size": 2**31}, "--micro-batch-size is 2147483648, expected a divisor of the 4 responses"),
         ({"reweight": "high"}, "--reweight is 'high', expected one of low_prob"),
         ({"reweight": "dominate", "alpha": 1.5}, "--alpha is 1.5, expected at most 1"),
         ({"overlong_buffer": 9}, "--overlong-buffer is 9, expected at most --max-new-tokens"),

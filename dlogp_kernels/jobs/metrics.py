@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from .allowed import check_options
 from .errors import JobError, explained_computation
 from .inputs.models import ModelPlace, check_device, find_pair, read_pair, warn_of_rounding
 from .inputs.records import Encoder, Example, line_limit, read_records
-from .options import Measuring
+from .options import Measuring, MeasuringOptions
 from .progress import bar, note, show_layer
 from .resume.fingerprint import Fingerprints, versions
 from .resume.plan import cut_batches, cut_parts
@@ -51,7 +51,7 @@ def run_metrics(
     *,
     resume: bool = False,
     progress: bool = True,
-    **options: Any,
+    **options: Unpack[MeasuringOptions],
 ) -> dict[str, Any]:
     """Compute the statistics of every response token of `data` and write them to the directory `out`.
 
@@ -74,7 +74,7 @@ def run_metrics(
     Raises:
         JobError: an argument, the data, a model or the directory can not be used, or the disk is full.
     """
-    arguments = _checked(Measuring(**options))
+    arguments = _checked(options)
     rl_place, base_place = find_pair(rl, base, trust_remote_code=arguments.trust_remote_code)
     data_path = Path(data)
     # Opened here for the errors of a file that is missing or empty, before anything else is looked at.
@@ -118,15 +118,16 @@ def run_metrics(
         return summary
 
 
-def _checked(given: Measuring) -> Measuring:
+def _checked(options: MeasuringOptions) -> Measuring:
     """The options in plain types, the default device named; JobError for a value that can not be."""
+    given = Measuring(**dict[str, Any](options))
     try:
         memory_limit = None if given.memory_limit is None else as_bytes(given.memory_limit)
     except ValueError as error:
         raise JobError(f"--memory-limit: {error}") from error
-    options = replace(given, memory_limit=memory_limit, max_line_size=line_limit(given.max_line_size))
-    check_options(options)
-    return replace(options, device=check_device(options.device), temperature=float(options.temperature))
+    measuring = replace(given, memory_limit=memory_limit, max_line_size=line_limit(given.max_line_size))
+    check_options(measuring)
+    return replace(measuring, device=check_device(measuring.device), temperature=float(measuring.temperature))
 
 
 def _check_not_empty(data: Path, prepared: PreparedData) -> None:

@@ -6,7 +6,7 @@ So nothing heavy is imported here.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 from ..checks import check_drawing_temperature, check_factor, check_scale
 from ..reference.policy import REWEIGHT_SIGNS, REWEIGHTS
@@ -54,6 +54,20 @@ class Measuring:
     temperature: float = option(1.0, "Divides the logits of both models.", check_scale)
     trust_remote_code: bool = _trust_remote_code()
     max_line_size: int = _max_line_size()
+
+
+class MeasuringOptions(TypedDict, total=False):
+    """The fields of `Measuring` as keyword arguments of `run_metrics`, where sizes may be text such as "4GiB"."""
+
+    memory_limit: int | str | None
+    batch_tokens: int
+    dtype: str
+    device: str | None
+    sequential: bool
+    on_error: Literal["raise", "skip"]
+    temperature: float
+    trust_remote_code: bool
+    max_line_size: int | str
 
 
 @dataclass(frozen=True)

@@ -80,18 +80,16 @@ def _show_traceback(kind: type[BaseException], error: BaseException, trace: Trac
 def run() -> None:
     """Run the command of `sys.argv`; errors that a user can do something about are one message and status 1."""
     with _readable():
+        # For a fault of ours, of which Python shows where. The command itself: a call of `app` would set the hook of typer.
+        sys.excepthook = _show_traceback
         try:
-            app()
+            typer.main.get_command(app)()
         except (JobError, DatasetError) as error:
             _fail(str(error))
         except OSError as error:
             _fail(": ".join(str(part) for part in (error.filename, error.strerror or error) if part))
         except MemoryError:
             _fail("the memory is full: give a smaller --batch-tokens or --batch-size")
-        except Exception:
-            # A fault of ours: Python shows where, by the hook, which typer has set to another one.
-            sys.excepthook = _show_traceback
-            raise
 
 
 def _fail(message: str) -> NoReturn:

@@ -80,7 +80,7 @@ def _show_traceback(kind: type[BaseException], error: BaseException, trace: Trac
 def run() -> None:
     """Run the command of `sys.argv`; errors that a user can do something about are one message and status 1."""
     with _readable():
-        # For a fault of ours, of which Python shows where. The command itself: a call of `app` would set the hook of typer.
+        # For a fault of ours: Python shows where. To call `app` would set the hook of typer.
         sys.excepthook = _show_traceback
         try:
             typer.main.get_command(app)()

@@ -244,7 +244,7 @@ class Collector:
         by_problem = self._sums[setting]
         # By the name of the sum, its value for each problem.
         sums = {name: np.array([of[name] for of in by_problem.values()]) for name in next(iter(by_problem.values()))}
-        totals = {name: int(values.sum()) for name, values in sums.items()}
+        totals = {name: values.sum().item() for name, values in sums.items()}
         return SettingResult(
             setting,
             sorted(self._seeds[setting]),

@@ -138,6 +138,11 @@ def test_standard_errors_are_those_of_problems():
     assert estimate(np.array([3]), np.array([4])) == (0.75, None)
 
 
+def test_scores_may_add_up_to_more_than_a_float_holds():
+    [result] = collect([response(BASE, 0, 1e308), response(BASE, 0, 1e308)]).results()
+    assert (result.responses, result.graded, result.accuracy) == (2, 2, (np.inf, None))
+
+
 def test_differences_are_paired():
     one, other = Setting("delta_logp", -1.0, 0.1), Setting("delta_logp", -1.0)
     rng = np.random.default_rng(1)

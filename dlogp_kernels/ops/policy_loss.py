@@ -10,8 +10,10 @@ from ..reference.statistics import accumulation_dtype
 from ..results import PolicyLoss, PolicyMetrics
 from . import library
 
-#: Places of logp, entropy and kl among the arguments.
-_DIFFERENTIABLE = (0, 7, 8)
+#: The arguments that are tensors, which come first.
+_TENSORS = ("logp", *TokenInputs._fields)
+#: Places among the arguments.
+_DIFFERENTIABLE = tuple(map(_TENSORS.index, ("logp", "entropy", "kl")))
 
 
 def loss_of(logp: Tensor, tokens: TokenInputs, options: PolicyOptions) -> PolicyLoss:
@@ -47,10 +49,10 @@ def _fake_bwd(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    mask, offsets = inputs[3:5]
+    tokens = TokenInputs._make(inputs[1 : len(_TENSORS)])
     _, metrics, grad_logp_unscaled, scale = output
-    ctx.save_for_backward(grad_logp_unscaled, scale, mask, offsets)
-    options = PolicyOptions.of(*inputs[11:14])
+    ctx.save_for_backward(grad_logp_unscaled, scale, tokens.mask, tokens.offsets)
+    options = PolicyOptions.of(*inputs[len(_TENSORS) : -1])
     ctx.coefficients = (options.entropy_coef, options.kl_beta)
     ctx.num_inputs = len(inputs)
     # grad_logp_unscaled counts as differentiable, so that deriving what backward makes of it raises (library.py).

@@ -11,10 +11,10 @@ gradients to compute, in the order of the floating inputs; the others come back 
 seed (64 bits, as int64) and step come as numbers, or from the device as int64 tensors, seed (1,), step (1,) or (N,),
 which then count; row_id is (N,) int64, or None for 0 … N − 1.
 
-The policy loss takes tokens (B, T), or (N,) with the offsets (B + 1,) int64 of B sequences; advantage is of each token
-or (B,), mask bool, group (B,) int64, denominator () of the dtype of the loss: num_tokens or num_sequences; str_options
-and float_options are those options of reference.policy.PolicyOptions, in its order (PyTorch's time for a call goes by
-the square of the number of arguments).
+The policy loss takes logp and reference.policy.TokenInputs: tokens (B, T), or (N,) with the offsets (B + 1,) int64 of
+B sequences; advantage is of each token or (B,), mask bool, group (B,) int64, denominator () of the dtype of the loss:
+num_tokens or num_sequences; str_options and float_options are those options of reference.policy.PolicyOptions, in its
+order (PyTorch's time for a call goes by the square of the number of arguments).
 Its forward op leaves `grad_logp_unscaled`, the shape of logp, empty unless with_gradient, and `scale` (B,): the
 gradient by logp is their product. metrics are in the order of PolicyMetrics.
 
@@ -30,7 +30,9 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from ..inputs import Argument, Gradients, Head, Logits, PairGradients, PairSaved, Saved, Targets, arguments
-from ..results import DeltaLogpStats, LogpStats
+from ..reference.policy import TokenInputs
+from ..reference.rows import PolicyRows
+from ..results import DeltaLogpStats, LogpStats, Sample
 
 
 class Statistics(NamedTuple):
@@ -77,11 +79,6 @@ STATISTICS = {
     "delta_logp": Statistics(DeltaLogpStats, (Logits, Logits), PairGradients, PairSaved),
 }
 
-_PAIR_OPTIONS = (
-    "float temperature, float? softcap, float? base_softcap, float logit_scale, float base_logit_scale, "
-    "int ignore_index"
-)
-_LINEAR_INPUTS = "Tensor hidden, Tensor weight, Tensor target, Tensor? bias"
 _LINEAR_SAMPLE_INPUTS = (
     "Tensor hidden, Tensor weight, Tensor base_hidden, Tensor base_weight, Tensor? bias, Tensor? base_bias, "
     "float? softcap, float? base_softcap, float logit_scale, float base_logit_scale"
@@ -90,16 +87,8 @@ _SAMPLE_OPTIONS = (
     "Tensor? row_id, int seed, int step, Tensor? seed_tensor, Tensor? step_tensor, float gamma, str criterion, "
     "float? threshold, str draft, float temperature, int top_k, float top_p, float min_p"
 )
-_POLICY_TOKENS = (
-    "Tensor logp, Tensor old_logp, Tensor advantage, Tensor mask, Tensor? offsets, Tensor? group, Tensor? ref_logp, "
-    "Tensor? entropy, Tensor? kl, Tensor? token_weight, Tensor? denominator"
-)
-_POLICY_OPTIONS = "str[] str_options, float[] float_options, int? max_length"
-_POLICY_ROWS = (
-    "Tensor old_logp, Tensor advantage, Tensor scale, Tensor? score, Tensor? ref_logp, Tensor? token_weight, "
-    "str[] str_options, float[] float_options"
-)
-_SAMPLE = "(Tensor token, Tensor draft_token, Tensor selected, Tensor delta_logp, Tensor logp, Tensor base_logp)"
+_POLICY_OPTIONS = "str[] str_options, float[] float_options"
+_SAMPLE = _tuple_of(Sample._fields)
 #: op name → (arguments, returns)
 SCHEMAS: dict[str, tuple[str, str]] = {
     **{f"{name}_fwd": op.forward() for name, op in STATISTICS.items()},
@@ -107,7 +96,7 @@ SCHEMAS: dict[str, tuple[str, str]] = {
     "extrapolated_sample": (f"Tensor logits, Tensor base_logits, {_SAMPLE_OPTIONS}", _SAMPLE),
     "linear_extrapolated_sample": (f"{_LINEAR_SAMPLE_INPUTS}, {_SAMPLE_OPTIONS}", _SAMPLE),
     "policy_loss_fwd": (
-        f"{_POLICY_TOKENS}, {_POLICY_OPTIONS}, bool with_gradient",
+        f"Tensor logp, {_joined(arguments(TokenInputs))}, {_POLICY_OPTIONS}, int? max_length, bool with_gradient",
         "(Tensor loss, Tensor metrics, Tensor grad_logp_unscaled, Tensor scale)",
     ),
     "policy_loss_bwd": (
@@ -116,8 +105,9 @@ SCHEMAS: dict[str, tuple[str, str]] = {
         "(Tensor grad_logp, Tensor grad_entropy, Tensor grad_kl)",
     ),
     "linear_policy_loss_fwd": (
-        f"{_LINEAR_INPUTS}, Tensor? base_hidden, Tensor? base_weight, Tensor? base_bias, {_POLICY_ROWS}, "
-        f"{_PAIR_OPTIONS}, bool[3] output_mask",
+        "Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor? base_hidden, Tensor? base_weight, "
+        f"Tensor? base_bias, {_joined(arguments(PolicyRows))}, {_POLICY_OPTIONS}, float temperature, float? softcap, "
+        "float? base_softcap, float logit_scale, float base_logit_scale, int ignore_index, bool[3] output_mask",
         "(Tensor loss, Tensor metrics, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
     ),
     "linear_policy_loss_bwd": (

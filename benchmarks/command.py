@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _measure(options: argparse.Namespace) -> None:
     """Every case, its rows written as soon as it has ended."""
-    where, everything = results.environment()
+    where, everything = results.environment(options.device)
     path = options.out / f"{options.device.type}.csv"
     chosen = [
         case

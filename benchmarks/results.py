@@ -16,7 +16,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 KEYS = ("kind", "op", "variant", "shape", "n", "d", "v", "dtype", "training", "candidate", "phase")
 
 
-def environment() -> tuple[dict[str, Any], str]:
+def environment(device: torch.device) -> tuple[dict[str, Any], str]:
     """What each row says of where it was measured, and all that `torch.utils.collect_env` says.
 
     On a busy machine (`load`) figures mean little: a thread that shares its core delays the others at every barrier.
@@ -27,7 +27,7 @@ def environment() -> tuple[dict[str, Any], str]:
     columns = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "commit": "" if failed else commit,
-        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else model[1] if model else "",
+        "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else model[1] if model else "",
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

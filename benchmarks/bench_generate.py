@@ -5,6 +5,8 @@ The others replay the tokens that `hf.generate` drew, row by row with the same b
 - forwards: the two models' forwards, each with its cache; only the time within the models' calls counts;
 - generate calls: two `model.generate(max_new_tokens=1)` calls a step, on all tokens so far;
 - generate calls, caches kept: the same, each model's cache handed from call to call. No rows leave.
+
+`transformers` is imported where it is called: in the processes that measure the ops' memory it would only take time.
 """
 
 import inspect
@@ -17,13 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dlogp_kernels import hf
 from dlogp_kernels.demo import task
 from dlogp_kernels.demo.generate import PAIR_DIRECTORY
-from dlogp_kernels.hf.backbone import cache_name
 
 from .shapes import Shape, Workload
-from .timing import Candidate, NotMeasuredError, OwnClock
+from .timing import Candidate, NotMeasuredError
 
 OP = "hf.generate"
 #: Of the task, words and the four special ones; 64 problems.
@@ -32,7 +32,6 @@ WORK = Workload(OP, Shape("demo pair", 0, len(task.WORDS) + 4), 64, "float32")
 _SETTING: Any = {"gamma": 0.1, "criterion": "delta_logp", "threshold": -0.3, "seed": 0}
 _MAX_NEW_TOKENS = task.MAX_RESPONSE_WORDS
 _LIMITS = {"logp": 1e-3, "base_logp": 1e-3}
-clock = OwnClock
 
 
 @dataclass(frozen=True)
@@ -103,6 +102,8 @@ def generate_calls_with_caches(replay: Replay) -> float:
 
 
 def _cache_name(model: Any) -> str:
+    from dlogp_kernels.hf.backbone import cache_name
+
     return cache_name(inspect.signature(model.forward).parameters)
 
 
@@ -133,6 +134,10 @@ def build(work: Workload, device: torch.device) -> Replay:
     """The pair in float32, and its responses to held-out problems."""
     if device.type != "cpu":
         raise NotMeasuredError("the demo pair is so small that a GPU would measure nothing but launches")
+    try:
+        from dlogp_kernels import hf
+    except ModuleNotFoundError as error:
+        raise NotMeasuredError(f"not installed: {error.name}") from error
     tokenizer = hf.load_tokenizer(PAIR_DIRECTORY / "rl")
     models = [hf.load_model(PAIR_DIRECTORY / name, dtype=torch.float32) for name in ("rl", "base")]
     texts = [problem.prompt for problem in task.generate_problems(work.n, seed=0)]
@@ -147,12 +152,16 @@ def candidates(replay: Replay) -> list[Candidate]:
 
 
 def _drawn(models: Sequence[Any], prompts: Tensor) -> Any:
+    from dlogp_kernels import hf
+
     return hf.generate(models[0], models[1], prompts, max_new_tokens=_MAX_NEW_TOKENS, **_SETTING)
 
 
 @torch.no_grad()
 def errors_of(replay: Replay) -> dict[str, float]:
     """The largest error of each log-probability, beside whole forwards."""
+    from dlogp_kernels import hf
+
     drawn, begin = replay.drawn, replay.prompts.shape[1] - 1
     inside = torch.arange(drawn.tokens.shape[1]) < drawn.lengths[:, None]
     stats = hf.token_metrics(*replay.models, torch.cat([replay.prompts, drawn.tokens], 1))

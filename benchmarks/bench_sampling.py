@@ -23,7 +23,7 @@ from dlogp_kernels.reference import sampling as reference_sample
 from . import problem
 from .floors import bare_products
 from .shapes import Workload
-from .timing import OURS, Candidate, WrongResultError, verify
+from .timing import OURS, Candidate, NotMeasuredError, WrongResultError, verify
 
 GAMMA, THRESHOLD = 0.1, -0.3
 _OPTIONS: Mapping[str, Any] = {"gamma": GAMMA, "criterion": "delta_logp", "threshold": THRESHOLD, "seed": 1}
@@ -107,7 +107,10 @@ def _draw(logits: Tensor, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
 
 
 def warpers(draws: Draws) -> Tensor:
-    from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper  # which no GPU needs
+    try:
+        from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper  # which no GPU needs
+    except ModuleNotFoundError as error:
+        raise NotMeasuredError(f"not installed: {error.name}") from error
 
     kinds = {"top_k": TopKLogitsWarper, "top_p": TopPLogitsWarper, "min_p": MinPLogitsWarper}
     logits, base_logits = draws.logits()

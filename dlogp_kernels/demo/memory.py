@@ -66,14 +66,15 @@ def _peak_on_cuda(device: torch.device) -> int:
 
 def _begin_on_cpu(_: torch.device) -> int:
     _glibc("malloc_trim", 0)
+    try:
+        (_PROC / "clear_refs").write_text(_RESET_PEAK)
+        before = _status_bytes("VmRSS")
+    except OSError:  # it may not be reset here: in a fresh process there was no higher peak yet
+        before = _peak_on_cpu(_)
     # Each allocation is written to at once: otherwise a page is resident only from its first use on, and a workspace
     # that is freed before the last page of an output is written would hide behind that output.
     _glibc("mallopt", _M_PERTURB, 0xA5)
-    try:
-        (_PROC / "clear_refs").write_text(_RESET_PEAK)
-    except OSError:  # it may not be reset here: in a fresh process there was no higher peak yet
-        return _peak_on_cpu(_)
-    return _status_bytes("VmRSS")
+    return before
 
 
 def _peak_on_cpu(_: torch.device) -> int:

@@ -21,8 +21,6 @@ MIB = 2**20
 _WARM_UP = Shape("warm-up", 64, 4096)
 _WARM_UP_N = 64
 
-__all__ = ["MIB", "in_fresh_process", "peak_of", "peak_over"]
-
 
 def in_fresh_process(function: Callable[..., Any], *arguments: object) -> Any:
     """`function(*arguments)` of a new process; NotMeasuredError if it raises or is killed."""

@@ -102,7 +102,7 @@ def estimated_bytes(work: Workload, candidate: str) -> int:
     logits = work.n * work.shape.v
     models = 2 if work.pair else 1
     weight = work.shape.v * work.shape.d * work.element_size if work.linear else 0
-    fixed = 2**30  # the check against float64: a slab of the weight, blocks of rows
+    fixed = 2**30  # the check against float64: a block of the weight, blocks of rows
     if candidate in ("eager", "compiled"):
         return fixed + logits * models * (work.element_size + (32 if work.training else 20))
     if candidate == "chunked":

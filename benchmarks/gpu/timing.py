@@ -17,11 +17,12 @@ from torch import Tensor
 
 import dlogp_kernels
 from dlogp_kernels import Sample, backends
+from dlogp_kernels.demo.memory import peak_over
 
 from .. import bench_policy, bench_statistics, timing
 from ..bench_sampling import check_draws
 from ..floors import bare_copy
-from ..memory import MIB, peak_over
+from ..memory import MIB
 from ..peers import PEERS, Peer
 from ..problem import Problem, Truth, build
 from ..shapes import Shape, Workload
@@ -356,7 +357,7 @@ def _sampling(session: Session, sizes: Sizes, op: str, batch: int, options: Opti
 
 
 def _policy_loss(session: Session, sizes: Sizes) -> Iterator[Entry]:
-    """float32: reads logp, old_logp, mask and writes a coefficient; backward reads that and writes the gradient."""
+    """float32: reads logp, old_logp, mask and writes the gradient unscaled; backward reads that and scales it."""
     session.watch("inputs")
     batch = bench_policy.build_batch(*sizes.responses, session.device)
     loss = bench_policy.DAPO

@@ -29,7 +29,6 @@ from benchmarks.problem import Truth, build
 from benchmarks.shapes import LONG_N, MAIN, MAIN_N, SWEEP_N, Shape, Workload, require_fit
 from benchmarks.timing import (
     BASELINE,
-    OURS,
     Budget,
     Candidate,
     Clock,
@@ -101,7 +100,7 @@ def test_quantiles():
 
 _ALLOCATE = """
 import torch
-from benchmarks.memory import peak_over
+from dlogp_kernels.demo.memory import peak_over
 
 def warm():
     # What a warm-up leaves behind: blocks that glibc keeps.
@@ -176,7 +175,9 @@ def test_every_candidate_is_right(op, training, shape):
 
 @pytest.mark.parametrize("op", ["linear_logp", "linear_delta_logp"])
 def test_a_wrong_candidate_is_refused(op):
-    eager, truth = bench_statistics.EAGER[op], Truth(build(Workload(op, SMALL, 50, "float32", training=True), CPU))
+    problem = build(Workload(op, SMALL, 50, "float32", training=True), CPU)
+    eager, truth = bench_statistics.EAGER[op], Truth(problem)
+    ours, *others = bench_statistics.candidates(problem)
 
     def off_by_a_bit(**inputs):
         stats = eager(**inputs)
@@ -191,8 +192,8 @@ def test_a_wrong_candidate_is_refused(op):
 
     for function, output in ((off_by_a_bit, "entropy"), (half_the_gradient, "d_hidden"), (nan, "logp")):
         with pytest.raises(WrongResultError, match=f"candidate: {output} is off by"):
-            verify("candidate", truth.errors(function), OURS)
-    assert BASELINE.keys() == OURS.keys()
+            verify("candidate", truth.errors(function), ours.limits)
+    assert ours.name == "ours" and all(other.limits == BASELINE for other in others)
 
 
 def test_a_wrong_candidate_is_recorded_and_the_others_are_timed(monkeypatch):
@@ -252,7 +253,10 @@ def test_the_linear_policy_loss_beside_eager():
     step = bench_policy.build_step(Workload("linear_policy_loss", Shape("tiny", 16, 500), 32, "float32"), CPU)
     for function in (bench_policy.linear_eager, partial(bench_policy.linear_ours, reweight="none")):
         assert max(bench_policy.linear_errors_of(function, step).values()) <= 1e-5
-    assert [candidate.name for candidate in bench_policy.linear_floor(step)] == ["matmul", "matmul, real"]
+    floor = bench_policy.linear_floor(step)
+    assert [candidate.name for candidate in floor] == ["matmul", "matmul, real"]
+    for candidate in floor:
+        candidate.step()
 
 
 @pytest.mark.parametrize("op", ["extrapolated_sample", "linear_extrapolated_sample"])
@@ -347,6 +351,7 @@ def test_a_run_from_its_arguments_to_its_rows(tmp_path, monkeypatch, capsys):
     (row,) = [row for row in results.read(tmp_path / "cpu.csv").to_dict("records") if row["candidate"] == "ours"]
     assert row["op"] == "extrapolated_sample" and row["over_ours"] == 1 and row["backend"] in ("cpu", "reference")
     assert row["threads"] == torch.get_num_threads() and row["torch"] == torch.__version__ and row["commit"]
+    assert row["machine"] and row["cpu"] == torch.backends.cpu.get_cpu_capability()
     everything = (tmp_path / "cpu_environment.txt").read_text()
     assert "PyTorch version" in everything and str(ROOT) not in everything
     assert "| `extrapolated_sample` top-p 0.7 float32 | 8, 300 | ours | forward |" in capsys.readouterr().out

@@ -15,37 +15,59 @@ from paths import ROOT
 
 from benchmarks.gpu import checks, profile, table
 from benchmarks.gpu.children import Job, run_jobs
+from benchmarks.gpu.smoke import FAMILIES
+from benchmarks.peers import PEERS
 
 pytestmark = pytest.mark.cpu_only
 
+#: `python -m benchmarks` with one family of kernels in the smoke of a visit.
+_ONE_FAMILY = """
+from benchmarks.__main__ import main
+from benchmarks.gpu import command
+command.FAMILIES = {"logits": command.FAMILIES["logits"]}
+main()
+"""
 
-def visit(number: int, folder: Path, *options: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "benchmarks", "gpu", "--visit", str(number), "--out", str(folder)]
+
+def visit(
+    number: int, folder: Path, *options: str, how: tuple[str, str] = ("-m", "benchmarks"), **variables: str
+) -> subprocess.Popen[str]:
+    command = [sys.executable, *how, "gpu", "--visit", str(number), "--out", str(folder)]
     command += ["--tiny", "--device", "cpu", "--commit", "0123abc", *options]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | variables, **pipes)
 
 
-def test_a_visit_of_each_kind_goes_through_all_of_it(tmp_path):
+@pytest.mark.parametrize(
+    ("number", "parts"), [(1, "machine smoke timing ncu"), (2, "machine smoke tests headline")], ids=["1", "2"]
+)
+def test_a_visit_of_each_kind_goes_through_all_of_it(tmp_path, number, parts):
     pytest.importorskip("triton")
-    for number, parts in ((1, "machine smoke timing ncu"), (2, "machine smoke tests headline")):
+    if number == 1:
         process = visit(number, tmp_path)
-        printed, problems = process.communicate(timeout=600)
-        assert process.returncode == 0, problems
-        document = json.loads((tmp_path / f"cpu_visit{number}.json").read_text())
-        assert document["stopped"] is None and [*document["parts"]] == parts.split()
-        assert document["environment"]["commit"] == "0123abc"
-        failed = [entry for entry in document["entries"] if entry["status"] == "failed"]
-        assert not failed, failed
-        assert printed == (tmp_path / f"cpu_visit{number}.txt").read_text()
-        assert len(printed.splitlines()) <= table.MOST_LINES
-        timed = [entry for entry in document["entries"] if "ms" in entry]
-        assert {"linear_logp D 16", "policy_loss", "delta_logp"} <= {entry["case"] for entry in timed}
-        if number == 1:
-            assert "best, linear_delta_logp D 16: Config(" in printed
-            assert document["ncu"]["status"] in ("passed", "skipped", "failed")
-        else:
-            assert document["tests"]["counts"] == {"passed": 4} and document["tests"]["whole"]
-    assert len(list(tmp_path.iterdir())) == 5
+    else:
+        # The smoke is that of visit 1, and what is compiled is `python -m benchmarks shape`'s as well.
+        process = visit(number, tmp_path, how=("-c", _ONE_FAMILY), TORCHDYNAMO_DISABLE="1")
+    printed, problems = process.communicate(timeout=600)
+    assert process.returncode == 0, problems
+    document = json.loads((tmp_path / f"cpu_visit{number}.json").read_text())
+    assert document["stopped"] is None and [*document["parts"]] == parts.split()
+    assert document["environment"]["commit"] == "0123abc"
+    failed = [entry for entry in document["entries"] if entry["status"] == "failed"]
+    assert not failed, failed
+    assert printed == (tmp_path / f"cpu_visit{number}.txt").read_text()
+    assert len(printed.splitlines()) <= table.MOST_LINES
+    timed = [entry for entry in document["entries"] if "ms" in entry]
+    assert {"linear_logp D 16", "policy_loss", "delta_logp"} <= {entry["case"] for entry in timed}
+    if number == 1:
+        smoked = {entry["job"] for entry in document["entries"] if entry["part"] == "smoke"}
+        assert smoked == {*FAMILIES} and "best, linear_delta_logp D 16: Config(" in printed
+        assert document["ncu"]["status"] in ("passed", "skipped", "failed")
+        assert len(list(tmp_path.iterdir())) == 2
+    else:
+        assert {*PEERS} <= {entry["job"] for entry in document["entries"]}
+        assert document["tests"]["counts"] == {"passed": 4} and document["tests"]["whole"]
+        assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_a_visit_that_is_ended_prints_what_it_has(tmp_path):
@@ -62,9 +84,9 @@ def test_a_visit_that_is_ended_prints_what_it_has(tmp_path):
 
 
 def test_a_visit_ends_within_its_time(tmp_path):
-    start = time.monotonic()
-    printed, _ = visit(1, tmp_path, "--seconds", "12").communicate(timeout=60)
-    assert time.monotonic() - start < 25
+    """By its own clock: how long a busy machine needs to start a process does not count."""
+    printed, _ = visit(1, tmp_path, "--seconds", "12").communicate(timeout=120)
+    assert json.loads((tmp_path / "cpu_visit1.json").read_text())["seconds"] <= 12
     assert "cut off: " in printed
 
 
@@ -74,8 +96,9 @@ def test_faults_are_named_and_the_rest_goes_on():
     def record(job: str, entry: dict[str, Any]) -> None:
         entries.append(entry)
 
-    jobs = [Job("faults", "tests.helpers.gpu_faults:cases", hang=12.0)]
-    run_jobs(jobs, {"device": "cpu", "tiny": True}, time.monotonic() + 150, record, threading.Event(), 1)
+    # Both wait for what hangs at the same time.
+    jobs = [Job(name, f"tests.helpers.gpu_faults:{name}", hang=12.0) for name in ("cases", "candidates")]
+    run_jobs(jobs, {"device": "cpu", "tiny": True}, time.monotonic() + 150, record, threading.Event(), 2)
     by_name = {(entry["case"], entry.get("candidate")): entry for entry in entries}
     reasons = {
         ("raises", None): ("failed", "ValueError: the first line"),
@@ -89,7 +112,7 @@ def test_faults_are_named_and_the_rest_goes_on():
     for where, reason in reasons.items():
         assert (by_name[where]["status"], by_name[where]["error"]) == reason
     assert "ms" in by_name["candidates", "right"]
-    assert by_name["passes", None]["status"] == "passed"
+    assert [entry["status"] for entry in entries if entry["case"] == "passes"] == ["passed", "passed"]
     assert "_raises" in by_name["raises", None]["traceback"]
 
 

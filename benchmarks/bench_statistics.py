@@ -112,11 +112,19 @@ def _chunked_after_product(op: str, rest: Mapping[str, Any], target: Tensor, **h
 
 def functions(op: str) -> dict[str, Callable[..., NamedTuple]]:
     """The candidates; of `compiled` one shape is one graph, whatever was compiled before."""
-    torch.compiler.reset()
-    compiled = torch.compile(EAGER[op], dynamic=False)
+
+    @cache
+    def compiled() -> Callable[..., NamedTuple]:
+        # At the first call: the compiler alone takes seconds to import, which the others need not.
+        torch.compiler.reset()
+        return torch.compile(EAGER[op], dynamic=False)
+
     return {
-        "ours": getattr(dlogp_kernels, op), "eager": EAGER[op], "compiled": compiled, "chunked": partial(chunked, op)
-    }  # fmt: skip
+        "ours": getattr(dlogp_kernels, op),
+        "eager": EAGER[op],
+        "compiled": lambda **inputs: compiled()(**inputs),
+        "chunked": partial(chunked, op),
+    }
 
 
 def candidates(problem: Problem) -> list[Candidate]:

@@ -61,7 +61,7 @@ def test_a_visit_of_each_kind_goes_through_all_of_it(tmp_path, number, parts):
     assert {"linear_logp D 16", "policy_loss", "delta_logp"} <= {entry["case"] for entry in timed}
     if number == 1:
         smoked = {entry["job"] for entry in document["entries"] if entry["part"] == "smoke"}
-        assert smoked == {*FAMILIES} and "best, linear_delta_logp D 16: Config(" in printed
+        assert {*FAMILIES} <= smoked and "best, linear_delta_logp D 16: Config(" in printed
         assert document["ncu"]["status"] in ("passed", "skipped", "failed")
         assert len(list(tmp_path.iterdir())) == 2
     else:

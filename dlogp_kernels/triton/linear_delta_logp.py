@@ -34,7 +34,7 @@ from .logp import new_stats
 
 @triton.jit(do_not_specialize=["first", "N", "R"])
 def _linear_delta_logp_fwd_kernel(
-    hidden, weight, head, base_hidden, base_weight, base_head, target_ptr, index_ptr, count_ptr, state_ptr,
+    hidden, weight, layout, base_hidden, base_weight, base_layout, target_ptr, index_ptr, count_ptr, state_ptr,
     target_logits_ptr, first, N, R, V, K, blocks_per_split, num_splits, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr, GROUP: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
     MASKED: tl.constexpr, ONE_TARGET: tl.constexpr, ONE_WEIGHT: tl.constexpr,
@@ -57,24 +57,26 @@ def _linear_delta_logp_fwd_kernel(
         row = row_tile * BLOCK_N
         tokens = column + tl.arange(0, BLOCK_V)
         x, base_x = pair_of_logits_tiles(
-            hidden, weight, head, base_hidden, base_weight, base_head, row, column, num_rows, V, BLOCK_N, BLOCK_V,
+            hidden, weight, layout, base_hidden, base_weight, base_layout, row, column, num_rows, V, BLOCK_N, BLOCK_V,
             BLOCK_D, DESCRIPTORS, PRECISION, ONE_WEIGHT,
         )  # fmt: skip
         state = _math.pair_state_unless(block == 0, state)
         if MASKED:
-            bias, base_bias = bias_of(head, tokens, V), bias_of(base_head, tokens, V)
+            bias, base_bias = bias_of(layout, tokens, V), bias_of(base_layout, tokens, V)
             x += bias[None, :]
             base_x += base_bias[None, :]
-            if head.tanh_scale is not None:  # a softcap makes every token possible
+            if layout.tanh_scale is not None:  # a softcap makes every token possible
                 bias = tl.where(tokens < V, 0.0, MASKED_LOGIT)
-            if base_head.tanh_scale is not None:
+            if base_layout.tanh_scale is not None:
                 base_bias = tl.where(tokens < V, 0.0, MASKED_LOGIT)
             state = _math.with_unsupported(state, bias[None, :], base_bias[None, :])
-        if head.tanh_scale is not None:
-            x = tl.where((tokens < V)[None, :], _math.transform(x, None, head.tanh_scale), MASKED_LOGIT)
-        if base_head.tanh_scale is not None:
-            base_x = tl.where((tokens < V)[None, :], _math.transform(base_x, None, base_head.tanh_scale), MASKED_LOGIT)
-        state = _math.fold_pair(state, x, base_x, head.output_scale, base_head.output_scale)
+        if layout.tanh_scale is not None:
+            x = tl.where((tokens < V)[None, :], _math.transform(x, None, layout.tanh_scale), MASKED_LOGIT)
+        if base_layout.tanh_scale is not None:
+            base_x = tl.where(
+                (tokens < V)[None, :], _math.transform(base_x, None, base_layout.tanh_scale), MASKED_LOGIT
+            )
+        state = _math.fold_pair(state, x, base_x, layout.output_scale, base_layout.output_scale)
         i = row + tl.arange(0, BLOCK_N)
         mask = i < num_rows
         n = first + i.to(tl.int64)

@@ -122,13 +122,13 @@ def seen_unless(reset, seen, DIVERGENCE: tl.constexpr):
 
 
 @triton.jit
-def z_of(head, x, tokens, V, MASKED: tl.constexpr):
+def z_of(layout, x, tokens, V, MASKED: tl.constexpr):
     """Logits at temperature 1 of a tile of products; MASKED_LOGIT for −inf and outside the vocabulary."""
     if MASKED:
-        x += bias_of(head, tokens, V)[None, :]
-    if head.tanh_scale is not None:  # a softcap makes every token possible
-        x = tl.where((tokens < V)[None, :], _math.transform(x, None, head.tanh_scale), MASKED_LOGIT)
-    return tl.where(x <= MASKED_LOGIT, MASKED_LOGIT, head.output_scale * x)
+        x += bias_of(layout, tokens, V)[None, :]
+    if layout.tanh_scale is not None:  # a softcap makes every token possible
+        x = tl.where((tokens < V)[None, :], _math.transform(x, None, layout.tanh_scale), MASKED_LOGIT)
+    return tl.where(x <= MASKED_LOGIT, MASKED_LOGIT, layout.output_scale * x)
 
 
 @triton.jit
@@ -245,7 +245,7 @@ def load_winner(memory, mask, PLACE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["seed", "step", "first", "num_rows", "R"])
 def _linear_extrapolated_sample_kernel(
-    hidden, weight, head, base_hidden, base_weight, base_head, seed: tl.int64, step: tl.int32, seed_ptr, step_ptr,
+    hidden, weight, layout, base_hidden, base_weight, base_layout, seed: tl.int64, step: tl.int32, seed_ptr, step_ptr,
     row_id_ptr, state_ptr, token_ptr, first, num_rows, R, V, gamma, temperature, blocks_per_split, num_splits,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
     DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr, ONE_WEIGHT: tl.constexpr,
@@ -270,10 +270,10 @@ def _linear_extrapolated_sample_kernel(
         row = row_tile * BLOCK_N
         tokens = column + tl.arange(0, BLOCK_V)
         x, base_x = pair_of_logits_tiles(
-            hidden, weight, head, base_hidden, base_weight, base_head, row, column, num_rows, V, BLOCK_N, BLOCK_V,
+            hidden, weight, layout, base_hidden, base_weight, base_layout, row, column, num_rows, V, BLOCK_N, BLOCK_V,
             BLOCK_D, DESCRIPTORS, PRECISION, ONE_WEIGHT,
         )  # fmt: skip
-        z, base_z = z_of(head, x, tokens, V, MASKED), z_of(base_head, base_x, tokens, V, MASKED)
+        z, base_z = z_of(layout, x, tokens, V, MASKED), z_of(base_layout, base_x, tokens, V, MASKED)
         i = row + tl.arange(0, BLOCK_N)
         mask = i < num_rows
         row_id, row_step = row_noise(noise, tl.where(mask, first + i, first), tl.zeros([BLOCK_N], tl.int32))

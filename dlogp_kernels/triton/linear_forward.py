@@ -59,28 +59,28 @@ def with_contiguous_bias(head: Head) -> Head:
 
 @triton.jit
 def logits_tile(
-    hidden_source, weight_source, head, row, column, num_rows, V, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
+    hidden_source, weight_source, layout, row, column, num_rows, V, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """hidden · weightᵀ of rows from `row` and tokens from `column` on, float32; 0 outside."""
     tile = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
     if DESCRIPTORS:
-        for d in range(0, head.D, BLOCK_D):
+        for d in range(0, layout.D, BLOCK_D):
             hidden = hidden_source.load([row, d])
             weight = weight_source.load([column, d])
             tile = tl.dot(hidden, weight.to(hidden.dtype).T, tile, input_precision=PRECISION)
     else:
         rows, tokens, dims = row + tl.arange(0, BLOCK_N), column + tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_D)
-        hidden_ptrs = hidden_source + rows.to(tl.int64)[:, None] * head.stride_hidden + dims[None, :]
-        weight_ptrs = weight_source + tokens.to(tl.int64)[None, :] * head.stride_token
-        weight_ptrs += dims.to(tl.int64)[:, None] * head.stride_weight
-        for d in range(0, head.D, BLOCK_D):
-            inside = dims < head.D - d
+        hidden_ptrs = hidden_source + rows.to(tl.int64)[:, None] * layout.stride_hidden + dims[None, :]
+        weight_ptrs = weight_source + tokens.to(tl.int64)[None, :] * layout.stride_token
+        weight_ptrs += dims.to(tl.int64)[:, None] * layout.stride_weight
+        for d in range(0, layout.D, BLOCK_D):
+            inside = dims < layout.D - d
             hidden = tl.load(hidden_ptrs, mask=(rows < num_rows)[:, None] & inside[None, :], other=0.0)
             weight = tl.load(weight_ptrs, mask=(tokens < V)[None, :] & inside[:, None], other=0.0)
             tile = tl.dot(hidden, weight.to(hidden.dtype), tile, input_precision=PRECISION)
             hidden_ptrs += BLOCK_D
-            weight_ptrs += head.stride_weight * BLOCK_D
+            weight_ptrs += layout.stride_weight * BLOCK_D
     return tile
 
 
@@ -103,32 +103,32 @@ def logits_tiles_of_one_weight(
 
 @triton.jit
 def pair_of_logits_tiles(
-    hidden, weight, head, base_hidden, base_weight, base_head, row, column, num_rows, V, BLOCK_N: tl.constexpr,
+    hidden, weight, layout, base_hidden, base_weight, base_layout, row, column, num_rows, V, BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
     ONE_WEIGHT: tl.constexpr,
 ):  # fmt: skip
     """Both models' `logits_tile`."""
     if ONE_WEIGHT:
         tile, base_tile = logits_tiles_of_one_weight(
-            hidden, base_hidden, weight, head.D, row, column, BLOCK_N, BLOCK_V, BLOCK_D, PRECISION
+            hidden, base_hidden, weight, layout.D, row, column, BLOCK_N, BLOCK_V, BLOCK_D, PRECISION
         )
     else:
         tile = logits_tile(
-            hidden, weight, head, row, column, num_rows, V, BLOCK_N, BLOCK_V, BLOCK_D, DESCRIPTORS, PRECISION
+            hidden, weight, layout, row, column, num_rows, V, BLOCK_N, BLOCK_V, BLOCK_D, DESCRIPTORS, PRECISION
         )
         base_tile = logits_tile(
-            base_hidden, base_weight, base_head, row, column, num_rows, V, BLOCK_N, BLOCK_V, BLOCK_D, DESCRIPTORS,
+            base_hidden, base_weight, base_layout, row, column, num_rows, V, BLOCK_N, BLOCK_V, BLOCK_D, DESCRIPTORS,
             PRECISION,
         )  # fmt: skip
     return tile, base_tile
 
 
 @triton.jit
-def bias_of(head, tokens, V):
+def bias_of(layout, tokens, V):
     """The bias of `tokens`, MASKED_LOGIT where it is −inf and outside the vocabulary; 0 without a bias."""
     bias = tl.zeros(tokens.shape, tl.float32)
-    if head.bias is not None:
-        bias = tl.load(head.bias + tokens, mask=tokens < V, other=0.0).to(tl.float32)
+    if layout.bias is not None:
+        bias = tl.load(layout.bias + tokens, mask=tokens < V, other=0.0).to(tl.float32)
         bias = tl.where(bias < MASKED_LOGIT, MASKED_LOGIT, bias)
     return tl.where(tokens < V, bias, MASKED_LOGIT)
 

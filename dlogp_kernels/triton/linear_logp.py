@@ -27,17 +27,17 @@ from .logp import finish_logp, new_stats
 
 @triton.jit(do_not_specialize=["first", "N", "R"])
 def _linear_logp_fwd_kernel(
-    hidden, weight, head, target_ptr, index_ptr, count_ptr, state_ptr, target_logits_ptr, first, N, R, V, K,
+    hidden, weight, layout, target_ptr, index_ptr, count_ptr, state_ptr, target_logits_ptr, first, N, R, V, K,
     blocks_per_split, num_splits, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
     ONE_TARGET: tl.constexpr,
 ):  # fmt: skip
     """Softmax states (_math.py) of rows × splits of the vocabulary, and x = transform(hidden · weightᵀ) at the targets.
 
-    hidden, weight, head: as HeadOperands, hidden (R, D) holding rows index[first + i]; target (N, K), index (N,) int64,
-    count (1,) int32 as in Rows; state (3, num_splits, R) and target_logits (K, R) float32. A program takes units (row
-    tile, split) in turn, each of `blocks_per_split` tiles of logits. Accumulates in float32; deterministic, and a row's
-    bits do not depend on others.
+    hidden, weight, layout: as HeadOperands, hidden (R, D) holding rows index[first + i]; target (N, K), index (N,)
+    int64, count (1,) int32 as in Rows; state (3, num_splits, R) and target_logits (K, R) float32. A program takes
+    units (row tile, split) in turn, each of `blocks_per_split` tiles of logits. Accumulates in float32;
+    deterministic, and a row's bits do not depend on others.
     """
     count = tl.load(count_ptr) if count_ptr is not None else N
     num_rows = tl.minimum(count - first, R)
@@ -52,15 +52,15 @@ def _linear_logp_fwd_kernel(
         column = (split * blocks_per_split + block) * BLOCK_V
         row = row_tile * BLOCK_N
         x = logits_tile(
-            hidden, weight, head, row, column, num_rows, V, BLOCK_N, BLOCK_V, BLOCK_D, DESCRIPTORS, PRECISION
+            hidden, weight, layout, row, column, num_rows, V, BLOCK_N, BLOCK_V, BLOCK_D, DESCRIPTORS, PRECISION
         )
         tokens = column + tl.arange(0, BLOCK_V)
         if MASKED:
-            x += bias_of(head, tokens, V)[None, :]
-        if head.tanh_scale is not None:
-            x = tl.where((tokens < V)[None, :], _math.transform(x, None, head.tanh_scale), MASKED_LOGIT)
+            x += bias_of(layout, tokens, V)[None, :]
+        if layout.tanh_scale is not None:
+            x = tl.where((tokens < V)[None, :], _math.transform(x, None, layout.tanh_scale), MASKED_LOGIT)
         state = _math.state_unless(block == 0, state)
-        state = _math.fold(state, x, head.output_scale)
+        state = _math.fold(state, x, layout.output_scale)
         i = row + tl.arange(0, BLOCK_N)
         mask = i < num_rows
         n = first + i.to(tl.int64)

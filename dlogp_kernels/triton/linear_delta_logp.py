@@ -28,6 +28,7 @@ from .linear_forward import (
     stages_of_one_weight,
     unit_of,
     with_contiguous_bias,
+    with_softcap,
 )
 from .logp import new_stats
 
@@ -70,12 +71,7 @@ def _linear_delta_logp_fwd_kernel(
             if base_layout.tanh_scale is not None:
                 base_bias = tl.where(tokens < V, 0.0, MASKED_LOGIT)
             state = _math.with_unsupported(state, bias[None, :], base_bias[None, :])
-        if layout.tanh_scale is not None:
-            x = tl.where((tokens < V)[None, :], _math.transform(x, None, layout.tanh_scale), MASKED_LOGIT)
-        if base_layout.tanh_scale is not None:
-            base_x = tl.where(
-                (tokens < V)[None, :], _math.transform(base_x, None, base_layout.tanh_scale), MASKED_LOGIT
-            )
+        x, base_x = with_softcap(x, layout, tokens, V), with_softcap(base_x, base_layout, tokens, V)
         state = _math.fold_pair(state, x, base_x, layout.output_scale, base_layout.output_scale)
         i = row + tl.arange(0, BLOCK_N)
         mask = i < num_rows

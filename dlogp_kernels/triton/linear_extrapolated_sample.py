@@ -45,6 +45,7 @@ from .linear_forward import (
     stages_of_one_weight,
     unit_of,
     with_contiguous_bias,
+    with_softcap,
 )
 from .logp import EVERY_ROW
 
@@ -126,8 +127,7 @@ def z_of(layout, x, tokens, V, MASKED: tl.constexpr):
     """Logits at temperature 1 of a tile of products; MASKED_LOGIT for −inf and outside the vocabulary."""
     if MASKED:
         x += bias_of(layout, tokens, V)[None, :]
-    if layout.tanh_scale is not None:  # a softcap makes every token possible
-        x = tl.where((tokens < V)[None, :], _math.transform(x, None, layout.tanh_scale), MASKED_LOGIT)
+    x = with_softcap(x, layout, tokens, V)
     return tl.where(x <= MASKED_LOGIT, MASKED_LOGIT, layout.output_scale * x)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..inputs import Head
-from . import _rows
+from . import _math, _rows
 from ._device import precision, properties
 from ._math import MASKED_LOGIT
 from ._rows import Rows
@@ -131,6 +131,14 @@ def bias_of(layout, tokens, V):
         bias = tl.load(layout.bias + tokens, mask=tokens < V, other=0.0).to(tl.float32)
         bias = tl.where(bias < MASKED_LOGIT, MASKED_LOGIT, bias)
     return tl.where(tokens < V, bias, MASKED_LOGIT)
+
+
+@triton.jit
+def with_softcap(x, layout, tokens, V):
+    """x of a tile behind the softcap, if there is one: it makes every token of the vocabulary possible."""
+    if layout.tanh_scale is not None:
+        x = tl.where((tokens < V)[None, :], _math.transform(x, None, layout.tanh_scale), MASKED_LOGIT)
+    return x
 
 
 @triton.jit

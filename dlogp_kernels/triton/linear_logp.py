@@ -9,7 +9,6 @@ from ..results import LogpStats
 from . import _math
 from ._device import on_device_of, precision, properties
 from ._launch import call_of
-from ._math import MASKED_LOGIT
 from .linear_forward import (
     bias_of,
     gather_buffer,
@@ -21,6 +20,7 @@ from .linear_forward import (
     rows_of,
     unit_of,
     with_contiguous_bias,
+    with_softcap,
 )
 from .logp import finish_logp, new_stats
 
@@ -57,8 +57,7 @@ def _linear_logp_fwd_kernel(
         tokens = column + tl.arange(0, BLOCK_V)
         if MASKED:
             x += bias_of(layout, tokens, V)[None, :]
-        if layout.tanh_scale is not None:
-            x = tl.where((tokens < V)[None, :], _math.transform(x, None, layout.tanh_scale), MASKED_LOGIT)
+        x = with_softcap(x, layout, tokens, V)
         state = _math.state_unless(block == 0, state)
         state = _math.fold(state, x, layout.output_scale)
         i = row + tl.arange(0, BLOCK_N)

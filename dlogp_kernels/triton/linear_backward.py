@@ -108,27 +108,27 @@ class BackwardSchedule:
 
     def __init__(
         self,
-        heads: list[HeadGradients],
+        models: list[HeadGradients],
         target: Tensor,
         ignore_index: int,
         gradient: _TileGradient,
         inverse_scale: Tensor | None,
         workspace: int,
     ) -> None:
-        self.heads, self.gradient, self.inverse_scale = heads, gradient, inverse_scale
-        self.num_rows, self.vocabulary = target.shape[0], heads[0].head.weight.shape[0]
+        self.models, self.gradient, self.inverse_scale = models, gradient, inverse_scale
+        self.num_rows, self.vocabulary = target.shape[0], models[0].head.weight.shape[0]
         self.rows = _rows.rows_in_place(target, ignore_index)
         self.memory = _SHARE * workspace * 31 // 32  # the rest: small buffers, and what the allocator rounds up
         self.device = target.device
 
     def run(self) -> None:
         if self.num_rows == 0:
-            for head in self.heads:
-                for gradient in head.gradients():
+            for model in self.models:
+                for gradient in model.gradients():
                     gradient.zero_()
             return
-        wants_hidden = any(head.wants_hidden for head in self.heads)
-        wants_weight = any(head.wants_weight or head.wants_bias for head in self.heads)
+        wants_hidden = any(model.wants_hidden for model in self.models)
+        wants_weight = any(model.wants_weight or model.wants_bias for model in self.models)
         if wants_weight:
             tiling = self._tiling(wants_hidden, True)
             self._by_tokens(tiling, wants_hidden and tiling.once)
@@ -141,13 +141,13 @@ class BackwardSchedule:
         """The largest blocks that fit: all rows at once if that leaves enough tokens, for one walk instead of two."""
 
         def size(rows: int, tokens: int, once: bool) -> int:
-            return sum(head.bytes_of(rows, tokens, hidden and (once or not weight), weight) for head in self.heads)
+            return sum(model.bytes_of(rows, tokens, hidden and (once or not weight), weight) for model in self.models)
 
         def tokens_at(rows: int, once: bool) -> int:
             fixed, per_token = size(rows, 0, once), size(rows, 1, once) - size(rows, 0, once)
             tokens = (self.memory - fixed) // max(1, per_token)
             # Whole tiles: a narrow rest of one is a product at half the speed.
-            whole = self.heads[0].tile_tokens if tokens >= self.heads[0].tile_tokens else 128
+            whole = self.models[0].tile_tokens if tokens >= self.models[0].tile_tokens else 128
             return tokens // whole * whole
 
         enough = min(_FEWEST_TOKENS, self.vocabulary)
@@ -162,58 +162,58 @@ class BackwardSchedule:
     def _by_tokens(self, tiling: Tiling, with_hidden: bool) -> None:
         """Gradients by weight and bias, a block of tokens after the other; by hidden too if all rows are at hand."""
         self._allocate(tiling)
-        totals = [self._zeros(head.wants_hidden and with_hidden, tiling.rows, head) for head in self.heads]
-        weight_totals = [self._zeros(head.wants_weight, tiling.tokens, head) for head in self.heads]
-        bias_totals = [self._bias_total(head) for head in self.heads]
+        totals = [self._zeros(model.wants_hidden and with_hidden, tiling.rows, model) for model in self.models]
+        weight_totals = [self._zeros(model.wants_weight, tiling.tokens, model) for model in self.models]
+        bias_totals = [self._bias_total(model) for model in self.models]
         for column, num_tokens in _blocks(self.vocabulary, tiling.tokens):
             for first, num_rows in _blocks(self.num_rows, tiling.rows):
                 if column == 0 or tiling.rows < self.num_rows:
                     self._gather(first)
                 self._grad_logits(first, num_rows, column, num_tokens, bias_totals)
-                for head, total, weight_total in zip(self.heads, totals, weight_totals, strict=True):
+                for model, total, weight_total in zip(self.models, totals, weight_totals, strict=True):
                     if weight_total is not None:
-                        self._add_weight(head, weight_total[:num_tokens], first, num_rows)
+                        self._add_weight(model, weight_total[:num_tokens], first, num_rows)
                     if total is not None:
-                        weight = head.head.weight[column : column + num_tokens]
-                        add_product(head.grad_logits(num_rows, num_tokens), weight, out=total[:num_rows])
-            for head, weight_total in zip(self.heads, weight_totals, strict=True):
+                        weight = model.head.weight[column : column + num_tokens]
+                        add_product(model.grad_logits(num_rows, num_tokens), weight, out=total[:num_rows])
+            for model, weight_total in zip(self.models, weight_totals, strict=True):
                 if weight_total is not None:
-                    self._store(weight_total[:num_tokens], head.grad_weight[column : column + num_tokens])
-        for head, total, bias_total in zip(self.heads, totals, bias_totals, strict=True):
+                    self._store(weight_total[:num_tokens], model.grad_weight[column : column + num_tokens])
+        for model, total, bias_total in zip(self.models, totals, bias_totals, strict=True):
             if total is not None:
-                self._store(total[: self.num_rows], head.grad_hidden.view(self.num_rows, -1))
+                self._store(total[: self.num_rows], model.grad_hidden.view(self.num_rows, -1))
             if bias_total is not None:
-                head.grad_bias.copy_(bias_total)
+                model.grad_bias.copy_(bias_total)
 
     def _by_rows(self, tiling: Tiling) -> None:
         """Gradients by hidden, a block of rows after the other."""
         self._allocate(tiling)
-        totals = [self._zeros(head.wants_hidden, tiling.rows, head) for head in self.heads]
+        totals = [self._zeros(model.wants_hidden, tiling.rows, model) for model in self.models]
         for first, num_rows in _blocks(self.num_rows, tiling.rows):
             self._gather(first)
             for total in totals:
                 if total is not None:
                     total.zero_()
             for column, num_tokens in _blocks(self.vocabulary, tiling.tokens):
-                self._grad_logits(first, num_rows, column, num_tokens, [None for _ in self.heads])
-                for head, total in zip(self.heads, totals, strict=True):
+                self._grad_logits(first, num_rows, column, num_tokens, [None for _ in self.models])
+                for model, total in zip(self.models, totals, strict=True):
                     if total is not None:
-                        weight = head.head.weight[column : column + num_tokens]
-                        add_product(head.grad_logits(num_rows, num_tokens), weight, out=total[:num_rows])
-            for head, total in zip(self.heads, totals, strict=True):
+                        weight = model.head.weight[column : column + num_tokens]
+                        add_product(model.grad_logits(num_rows, num_tokens), weight, out=total[:num_rows])
+            for model, total in zip(self.models, totals, strict=True):
                 if total is not None:
-                    grad_hidden = head.grad_hidden.view(self.num_rows, -1)
+                    grad_hidden = model.grad_hidden.view(self.num_rows, -1)
                     self._store(total[:num_rows], grad_hidden[first : first + num_rows])
 
     def _grad_logits(
         self, first: int, num_rows: int, column: int, num_tokens: int, bias_totals: list[Tensor | None]
     ) -> None:
         """Of a block, tile by tile. The sum for a bias is taken before they are rounded, from the tile itself."""
-        outs = [head.grad_logits(num_rows, num_tokens) if head.wanted else None for head in self.heads]
+        outs = [model.grad_logits(num_rows, num_tokens) if model.wanted else None for model in self.models]
         in_place = [total is not None for total in bias_totals]
-        for begin, width in _blocks(num_tokens, self.heads[0].tile_tokens):
-            for row, height in _blocks(num_rows, self.heads[0].tile_rows):
-                tiles = [head.logits(row, height, column + begin, width) for head in self.heads]
+        for begin, width in _blocks(num_tokens, self.models[0].tile_tokens):
+            for row, height in _blocks(num_rows, self.models[0].tile_rows):
+                tiles = [model.logits(row, height, column + begin, width) for model in self.models]
                 parts = [
                     None if out is None else matrix(out[row : row + height, begin : begin + width]) for out in outs
                 ]
@@ -222,30 +222,30 @@ class BackwardSchedule:
                     if total is not None:
                         total[column + begin : column + begin + width] += tile.raw.data.sum(0)
 
-    def _add_weight(self, head: HeadGradients, total: Tensor, first: int, num_rows: int) -> None:
+    def _add_weight(self, model: HeadGradients, total: Tensor, first: int, num_rows: int) -> None:
         """Of one block of rows; the first one begins the total."""
-        grad_logits = head.grad_logits(num_rows, total.shape[0])
+        grad_logits = model.grad_logits(num_rows, total.shape[0])
         into = product if first == 0 else add_product
-        into(grad_logits.t(), head.hidden_of(num_rows), out=total)
+        into(grad_logits.t(), model.hidden_of(num_rows), out=total)
 
     def _store(self, total: Tensor, out: Tensor) -> None:
         """A float32 total to where it is wanted, in its dtype."""
         out.copy_(total if self.inverse_scale is None else total.mul_(self.inverse_scale))
 
     def _allocate(self, tiling: Tiling) -> None:
-        for head in self.heads:
-            head.allocate(tiling)
+        for model in self.models:
+            model.allocate(tiling)
 
     def _gather(self, first: int) -> None:
-        for head in self.heads:
-            head.gather(self.rows, first)
+        for model in self.models:
+            model.gather(self.rows, first)
 
-    def _zeros(self, wanted: bool, size: int, head: HeadGradients) -> Tensor | None:
-        hidden = head.head.hidden
+    def _zeros(self, wanted: bool, size: int, model: HeadGradients) -> Tensor | None:
+        hidden = model.head.hidden
         return torch.zeros((size, hidden.shape[-1]), dtype=torch.float32, device=hidden.device) if wanted else None
 
-    def _bias_total(self, head: HeadGradients) -> Tensor | None:
-        return torch.zeros(self.vocabulary, dtype=torch.float32, device=self.device) if head.wants_bias else None
+    def _bias_total(self, model: HeadGradients) -> Tensor | None:
+        return torch.zeros(self.vocabulary, dtype=torch.float32, device=self.device) if model.wants_bias else None
 
 
 def _blocks(total: int, size: int) -> list[tuple[int, int]]:
@@ -276,7 +276,7 @@ def linear_logp_bwd(
     grads: Gradients, head: Head, targets: Targets, saved: Saved, output_mask: list[bool], workspace: int
 ) -> tuple[Tensor, ...]:
     target, ignore_index = targets.target.contiguous(), targets.ignore_index
-    gradients, grads = HeadGradients(head, output_mask), contiguous(grads)
+    model, grads = HeadGradients(head, output_mask), contiguous(grads)
     scale, inverse_scale = _scale(head.dtype, target, ignore_index, *grads)
 
     def gradient(
@@ -290,10 +290,10 @@ def linear_logp_bwd(
         assert outs[0] is not None
         tile_gradient(tiles[0], outs[0], shape, target, saved, grads, ignore_index, scale, first, column, *in_place)
 
-    if gradients.wanted:
+    if model.wanted:
         with on_device_of(target):
-            BackwardSchedule([gradients], target, ignore_index, gradient, inverse_scale, workspace).run()
-    return gradients.gradients()
+            BackwardSchedule([model], target, ignore_index, gradient, inverse_scale, workspace).run()
+    return model.gradients()
 
 
 def linear_delta_logp_bwd(
@@ -309,7 +309,7 @@ def linear_delta_logp_bwd(
         own = linear_logp_bwd(grads.model, head, targets, saved.model, output_mask[:3], workspace)
         return *own, *linear_logp_bwd(grads.base, base, targets, saved.base, output_mask[3:], workspace)
     target, ignore_index = targets.target.contiguous(), targets.ignore_index
-    both, grads = [HeadGradients(head, output_mask[:3]), HeadGradients(base, output_mask[3:])], contiguous_pair(grads)
+    models, grads = [HeadGradients(head, output_mask[:3]), HeadGradients(base, output_mask[3:])], contiguous_pair(grads)
     every = (*grads.model, *grads.base, grads.kl, grads.reverse_kl)
     half = torch.float16 if torch.float16 in (head.dtype, base.dtype) else head.dtype
     scale, inverse_scale = _scale(half, target, ignore_index, *every)
@@ -330,5 +330,5 @@ def linear_delta_logp_bwd(
 
     if any(output_mask):
         with on_device_of(target):
-            BackwardSchedule(both, target, ignore_index, gradient, inverse_scale, workspace).run()
-    return *both[0].gradients(), *both[1].gradients()
+            BackwardSchedule(models, target, ignore_index, gradient, inverse_scale, workspace).run()
+    return *models[0].gradients(), *models[1].gradients()

@@ -46,7 +46,7 @@ class PairState(NamedTuple):
     base_unsupported: Any
 
 
-#: Numbers that a state has in memory, a row and part of the vocabulary.
+#: Numbers that a state has in memory, a row and split of the vocabulary.
 STATE_SIZE = tl.constexpr(3)
 PAIR_STATE_SIZE = tl.constexpr(10)
 

@@ -17,7 +17,6 @@ _LIMIT = tl.constexpr(reference_policy.LOG_RATIO_LIMIT)
 GROUP_EPSILON = tl.constexpr(reference_policy.GROUP_EPSILON)
 _SERIES = tl.constexpr(0.3)
 
-
 #: The order of sums over tokens: the numerators of the metrics (of max_ratio the largest), the loss, how many they are.
 METRICS = tl.constexpr(len(PolicyMetrics._fields))
 MAX_RATIO = tl.constexpr(PolicyMetrics._fields.index("max_ratio"))
@@ -96,23 +95,23 @@ def weight_of(old_logp, advantage, score, alpha, REWEIGHT: tl.constexpr, SIGN: t
 
 
 @triton.jit
-def term_of(ratio, advantage, logp, numbers, SURROGATE: tl.constexpr):
+def term_of(ratio, advantage, logp, scalars, SURROGATE: tl.constexpr):
     """What the ratio contributes to a token's loss; that by log r, of cispo by log π; where a bound took it away."""
     nowhere = (advantage < 0.0) & (advantage > 0.0)
     if SURROGATE == "cispo":
-        slope = -advantage * tl.where(ratio > numbers.upper, numbers.upper, ratio)
-        return slope * logp, slope, nowhere, (advantage > 0.0) & (ratio > numbers.upper), nowhere
+        slope = -advantage * tl.where(ratio > scalars.upper, scalars.upper, ratio)
+        return slope * logp, slope, nowhere, (advantage > 0.0) & (ratio > scalars.upper), nowhere
     if SURROGATE == "sapo":
-        temperature = tl.where(advantage > 0.0, numbers.temperature_pos, numbers.temperature_neg)
+        temperature = tl.where(advantage > 0.0, scalars.temperature_pos, scalars.temperature_neg)
         x = -temperature * (ratio - 1.0)
         exponential = _math.exp(tl.where(x > 80.0, 80.0, x))
         sigmoid = 1.0 / (1.0 + exponential)
         four = -4.0 * advantage * sigmoid
         return four / temperature, four * (exponential * sigmoid) * ratio, nowhere, nowhere, nowhere
-    low = (advantage < 0.0) & (ratio < numbers.lower)
-    high = (advantage > 0.0) & (ratio > numbers.upper)
-    dual = (advantage < 0.0) & (ratio > numbers.dual)
-    bound = tl.where(low, numbers.lower, tl.where(high, numbers.upper, tl.where(dual, numbers.dual, ratio)))
+    low = (advantage < 0.0) & (ratio < scalars.lower)
+    high = (advantage > 0.0) & (ratio > scalars.upper)
+    dual = (advantage < 0.0) & (ratio > scalars.dual)
+    bound = tl.where(low, scalars.lower, tl.where(high, scalars.upper, tl.where(dual, scalars.dual, ratio)))
     slope = tl.where(low | high | dual, 0.0, -advantage * ratio)
     return -advantage * bound, slope, low, high, dual
 

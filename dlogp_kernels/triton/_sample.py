@@ -10,13 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference import sampling as reference_sample
+from ..reference import sampling as reference_sampling
 from ..results import Sample
 from . import _math
 
-DRAFT = tl.constexpr(reference_sample.DRAFT)
-REPLACEMENT = tl.constexpr(reference_sample.REPLACEMENT)
-_RANDOM = tl.constexpr(reference_sample.RANDOM)
+DRAFT = tl.constexpr(reference_sampling.DRAFT)
+REPLACEMENT = tl.constexpr(reference_sampling.REPLACEMENT)
+_RANDOM = tl.constexpr(reference_sampling.RANDOM)
 #: −log of the smallest −log(1 − u), that of u = 2⁻³³; rounded up.
 MOST_NOISE = tl.constexpr(22.875)
 NO_TOKEN = tl.constexpr(2**31 - 1)

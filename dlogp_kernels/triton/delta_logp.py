@@ -96,7 +96,7 @@ def _finish_delta_logp_kernel(
     state_ptr, target_logits_ptr, target_ptr, index_ptr, count_ptr, out, first, N, R, V, K, num_splits, output_scale,
     base_output_scale, ignore_index, SPLITS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """DeltaLogpStats `out` (float32) of rows index[first + i], i < R, from their states and target_logits x.
+    """DeltaLogpStats `out` (float32) of rows index[first + i], i < R, from their states and both x at the targets.
 
     Shapes as in `_delta_logp_fwd_kernel`; a program finishes ROWS rows, merging in one fixed order. Deterministic.
     """
@@ -118,10 +118,8 @@ def _finish_delta_logp_kernel(
         valid = tl.load(target_ptr + n * K + k, mask=mask, other=0) != ignore_index
         x = tl.load(target_logits_ptr + k * R + i, mask=mask, other=0.0)
         base_x = tl.load(target_logits_ptr + (K + k) * R + i, mask=mask, other=0.0)
-        logp, base_logp = (
-            _math.logp_of(x, state.model, output_scale),
-            _math.logp_of(base_x, state.base, base_output_scale),
-        )
+        logp = _math.logp_of(x, state.model, output_scale)
+        base_logp = _math.logp_of(base_x, state.base, base_output_scale)
         tl.store(out.logp + n * K + k, mask_ignored_and_invalid(logp, valid, bad), mask=mask)
         tl.store(out.base_logp + n * K + k, mask_ignored_and_invalid(base_logp, valid, bad), mask=mask)
         tl.store(out.delta_logp + n * K + k, mask_ignored_and_invalid(logp - base_logp, valid, bad), mask=mask)

@@ -98,7 +98,7 @@ def load_known(pointer, n, mask):
 
 @triton.jit(do_not_specialize=["first", "end", "N", "ignore_index"])
 def _policy_rows_kernel(
-    known, out, target_ptr, numbers, first, end, N, ignore_index,
+    known, out, target_ptr, scalars, first, end, N, ignore_index,
     SURROGATE: tl.constexpr, REWEIGHT: tl.constexpr, SIGN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Loss, metrics and upstream gradients of the rows first … end, of the ratio of each token; 0 where ignored.
@@ -115,11 +115,11 @@ def _policy_rows_kernel(
     scale, score = load_known(known.scale, n, mask), zero
     if REWEIGHT == "ppl":
         score = load_known(known.score, n, mask)
-    weight = _policy.weight_of(old_logp, advantage, score, numbers.alpha, REWEIGHT, SIGN)
+    weight = _policy.weight_of(old_logp, advantage, score, scalars.alpha, REWEIGHT, SIGN)
     advantage *= weight
     log_ratio = logp - old_logp
     ratio = _policy.ratio_of(log_ratio)
-    loss, slope, low, high, dual = _policy.term_of(ratio, advantage, logp, numbers, SURROGATE)
+    loss, slope, low, high, dual = _policy.term_of(ratio, advantage, logp, scalars, SURROGATE)
     if SURROGATE != "cispo":
         slope = _policy.within_limit(slope, log_ratio)
     if known.token_weight is not None:
@@ -129,14 +129,14 @@ def _policy_rows_kernel(
     divergence = zero
     if known.ref_logp is not None:
         divergence, k3_slope = _policy.k3_of_reference(load_known(known.ref_logp, n, mask), logp)
-        slope += _policy.times(numbers.kl_beta, k3_slope)
+        slope += _policy.times(scalars.kl_beta, k3_slope)
     if known.kl is not None:
         divergence = load_known(known.kl, n, mask)
-        tl.store(out.grad_kl + n, numbers.kl_beta * scale, mask=inside)
-    loss += _policy.times(numbers.kl_beta, divergence)
-    loss -= _policy.times(numbers.entropy_coef, entropy)
+        tl.store(out.grad_kl + n, scalars.kl_beta * scale, mask=inside)
+    loss += _policy.times(scalars.kl_beta, divergence)
+    loss -= _policy.times(scalars.entropy_coef, entropy)
     tl.store(out.grad_logp + n, tl.where(mask, slope * scale, 0.0), mask=inside)
-    tl.store(out.grad_entropy + n, -numbers.entropy_coef * scale, mask=inside)
+    tl.store(out.grad_entropy + n, -scalars.entropy_coef * scale, mask=inside)
     one = mask.to(tl.float32)
     metrics = PolicyMetrics(
         clip_low=tl.where(low, one, 0.0),
@@ -387,8 +387,10 @@ def _fold(
         return
     tile, base_tile = tiles
     fold_pair_tile(tile, base_tile, shape, target, EVERY_ROW, ignore_index, state, target_logits, first)
-    slopes = (tile.output_scale, base_tile.output_scale)
-    finish_delta_logp(state, target_logits, target, EVERY_ROW, stats, shape[1], *slopes, ignore_index, first)
+    finish_delta_logp(
+        state, target_logits, target, EVERY_ROW, stats, shape[1], tile.output_scale, base_tile.output_scale,
+        ignore_index, first,
+    )  # fmt: skip
 
 
 def _logits_gradient(

@@ -184,7 +184,7 @@ def _finish_logp_kernel(
     state_ptr, target_logits_ptr, target_ptr, index_ptr, count_ptr, out, first, N, R, V, K, num_splits, output_scale,
     ignore_index, SPLITS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """LogpStats `out` (float32) of rows index[first + i], i < R, from their states and target_logits x.
+    """LogpStats `out` (float32) of rows index[first + i], i < R, from their states and x at the targets.
 
     Shapes as in `_logp_fwd_kernel`; a program merges the states of ROWS rows in one fixed order. Deterministic.
     """
@@ -314,9 +314,8 @@ def num_warps(columns: int) -> int:
 
 def new_stats(kind: Any, target: Tensor, rows: Rows) -> Any:
     """A `kind` of float32 tensors: zeros where ignored rows are left out; else every row will be written."""
-    return allocated(
-        kind, target, target.new_empty if rows.row_index is None else target.new_zeros, dtype=torch.float32
-    )
+    new = target.new_empty if rows.row_index is None else target.new_zeros
+    return allocated(kind, target, new, dtype=torch.float32)
 
 
 def new_states(target: Tensor, vocabulary: int, state_size: int, models: int, workspace: int) -> tuple[Tensor, Tensor]:

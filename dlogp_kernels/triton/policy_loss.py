@@ -169,7 +169,7 @@ def side_by_side(metrics, loss, count, zero):
 @triton.jit(do_not_specialize=["B", "T", "max_length"])
 def _policy_loss_fwd_kernel(
     logp_tokens, old_logp_tokens, advantages, mask_tokens, ref_logps, entropies, kls, token_weights, offsets_ptr,
-    numbers, sequences_ptr, group_ptr, denominator_ptr, gradient_ptr, parts_ptr, finished_ptr, loss_ptr, metrics_ptr,
+    scalars, sequences_ptr, group_ptr, denominator_ptr, gradient_ptr, parts_ptr, finished_ptr, loss_ptr, metrics_ptr,
     scale_ptr, B, T, max_length,
     SURROGATE: tl.constexpr, REWEIGHT: tl.constexpr, SIGN: tl.constexpr, IMPORTANCE: tl.constexpr,
     DENOMINATOR: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
@@ -204,11 +204,11 @@ def _policy_loss_fwd_kernel(
         mask = load_mask(mask_tokens, b, t, inside)
         logp, old_logp = load_tokens(logp_tokens, b, t, inside), load_tokens(old_logp_tokens, b, t, inside)
         advantage = load_tokens(advantages, b, t, inside)
-        weight = _policy.weight_of(old_logp, advantage, score, numbers.alpha, REWEIGHT, SIGN)
+        weight = _policy.weight_of(old_logp, advantage, score, scalars.alpha, REWEIGHT, SIGN)
         advantage *= weight
         log_ratio = logp - old_logp
         ratio = _policy.ratio_of(tl.zeros_like(logp) + mean_ratio if OF_SEQUENCES else log_ratio)
-        loss, slope, low, high, dual = _policy.term_of(ratio, advantage, logp, numbers, SURROGATE)
+        loss, slope, low, high, dual = _policy.term_of(ratio, advantage, logp, scalars, SURROGATE)
         if SURROGATE != "cispo" and not OF_SEQUENCES:
             slope = _policy.within_limit(slope, log_ratio)
         if token_weights is not None:
@@ -225,17 +225,17 @@ def _policy_loss_fwd_kernel(
         if ref_logps is not None:
             k3, k3_slope = _policy.k3_of_reference(load_tokens(ref_logps, b, t, inside), logp)
             ref_kl_sum += summed(k3, mask, UNIT)
-            loss += _policy.times(numbers.kl_beta, k3)
+            loss += _policy.times(scalars.kl_beta, k3)
             if not SUMS_SLOPES:
-                gradient += _policy.times(numbers.kl_beta, k3_slope)
+                gradient += _policy.times(scalars.kl_beta, k3_slope)
         if kls is not None:
             kl = load_tokens(kls, b, t, inside)
             ref_kl_sum += summed(kl, mask, UNIT)
-            loss += _policy.times(numbers.kl_beta, kl)
+            loss += _policy.times(scalars.kl_beta, kl)
         if entropies is not None:
             entropy = load_tokens(entropies, b, t, inside)
             entropy_sum += summed(entropy, mask, UNIT)
-            loss -= _policy.times(numbers.entropy_coef, entropy)
+            loss -= _policy.times(scalars.entropy_coef, entropy)
         if gradient_ptr is not None and not SUMS_SLOPES:
             tl.store(gradient_ptr + row + t, tl.where(mask, gradient, 0.0), mask=t < last)
         one = tl.full([BLOCK], 1.0, tl.float32)
@@ -267,7 +267,7 @@ def _policy_loss_fwd_kernel(
             if ref_logps is not None:
                 ref_logp, logp = load_tokens(ref_logps, b, t, inside), load_tokens(logp_tokens, b, t, inside)
                 _, k3_slope = _policy.k3_of_reference(ref_logp, logp)
-                gradient += _policy.times(numbers.kl_beta, k3_slope)
+                gradient += _policy.times(scalars.kl_beta, k3_slope)
             tl.store(gradient_ptr + row + t, tl.where(mask, gradient, 0.0), mask=t < last)
     if DENOMINATOR == "sequences":
         # A sum of integers: in any order the same.

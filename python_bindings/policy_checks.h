@@ -23,7 +23,7 @@ Choice choice_of(const std::pair<std::string_view, Choice> (&choices)[count], st
 
 // The arguments that reference.policy.PolicyOptions makes of itself.
 inline PolicyOptions policy_options(const std::vector<std::string>& str_options, at::ArrayRef<double> float_options) {
-  TORCH_CHECK_VALUE(str_options.size() == 4 && float_options.size() == 8, "choices and numbers have ",
+  TORCH_CHECK_VALUE(str_options.size() == 4 && float_options.size() == 8, "str_options and float_options have ",
                     str_options.size(), " and ", float_options.size(), " elements, expected 4 and 8");
   using Loss = std::pair<PolicySurrogate, PolicyDenominator>;
   constexpr std::pair<std::string_view, Loss> losses[] = {

@@ -81,9 +81,9 @@ std::tuple<Tensor, Tensor, Tensor> policy_loss_bwd(const Tensor& grad_loss, cons
   const auto sizes = mask.sizes();
   const BoolMatrix counted = sequences.mask(mask, sizes);
   TORCH_CHECK_VALUE(!output_mask[0] || (grad_logp_unscaled.sizes() == sizes && grad_logp_unscaled.is_contiguous()),
-                    "coefficient has shape ", grad_logp_unscaled.sizes(), ", expected ", sizes, ", contiguous");
-  checked(grad_logp_unscaled, "coefficient");
-  TORCH_CHECK_TYPE(grad_logp_unscaled.scalar_type() == scale.scalar_type(), "coefficient has dtype ",
+                    "grad_logp_unscaled has shape ", grad_logp_unscaled.sizes(), ", expected ", sizes, ", contiguous");
+  checked(grad_logp_unscaled, "grad_logp_unscaled");
+  TORCH_CHECK_TYPE(grad_logp_unscaled.scalar_type() == scale.scalar_type(), "grad_logp_unscaled has dtype ",
                    grad_logp_unscaled.scalar_type(), ", expected ", scale.scalar_type());
   std::array<Tensor, 3> gradients;
   for (size_t i = 0; i < gradients.size(); ++i)

@@ -41,7 +41,7 @@ struct PolicySpans {
   int64_t sequences() const { return int64_t(first.size()) - 1; }
 };
 
-// Sequence b has columns [begin[b], begin[b + 1]) where `packed`, else [0, columns).
+// Sequence b has columns [offsets[b], offsets[b + 1]), or [0, columns) where `offsets` is null.
 PolicySpans policy_spans(int64_t sequences, int64_t columns, const int64_t* offsets);
 
 // What the sums of token losses are divided by, in part: `instead` ≥ 0 is taken instead of the tokens that count or the

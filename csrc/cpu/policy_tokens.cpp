@@ -80,7 +80,7 @@ bool is_clamped(const PolicyOptions& options, double log_ratio) {
 }
 
 // The terms of the ratio and all sums but those of entropy and divergence, in one loop. Where the slopes of a
-// sequence are summed up, the coefficients get no part of them yet.
+// sequence are summed up, the gradients get no part of them yet.
 template <PolicySurrogate surrogate, PolicyImportance importance, bool weighted, typename Acc>
 DLOGP_INLINE void set_terms(const PolicyOptions& options, int64_t count, PolicyTokens<Acc>& t, PolicySums& sums) {
   constexpr bool by_logp = surrogate == PolicySurrogate::kCispo,

@@ -205,7 +205,7 @@ def test_the_op_checks_what_it_reads():
         run(*tokens, *[None] * 7, ["dapo", "ppl", "both", "token"], *options)
     with pytest.raises(ValueError, match="loss_type is 'ppo'"):
         run(*tokens, *[None] * 7, ["ppo", *choices[1:]], *options)
-    with pytest.raises(ValueError, match="choices and numbers have 3 and 8 elements, expected 4 and 8"):
+    with pytest.raises(ValueError, match="str_options and float_options have 3 and 8 elements, expected 4 and 8"):
         run(*tokens, *[None] * 7, choices[1:], *options)
 
 

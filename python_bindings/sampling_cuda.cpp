@@ -142,11 +142,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> extrapolated_sample_c
     arguments.vocabulary = vocabulary;
     arguments.options = {gamma,       criterion_of(criterion), threshold.value_or(0), draft == "base",
                          temperature, {top_k, top_p, min_p},   uint64_t(seed)};
-    arguments.step = uint32_t(step);
-    arguments.row_id = numbers(row_id, count, logits, "row_id");
+    arguments.identities = {numbers(row_id, count, logits, "row_id"),
+                            numbers(step_tensor, count, logits, "step_tensor"),
+                            step_tensor.has_value() && step_tensor->numel() > 1 ? 1 : 0, step};
     arguments.seed = numbers(seed_tensor, 1, logits, "seed_tensor");
-    arguments.steps = numbers(step_tensor, count, logits, "step_tensor");
-    arguments.steps_stride = step_tensor.has_value() && step_tensor->numel() > 1 ? 1 : 0;
     arguments.token = pointer_to<int64_t>(token);
     arguments.draft_token = pointer_to<int64_t>(draft_token);
     arguments.selected = pointer_to<bool>(selected);

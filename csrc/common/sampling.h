@@ -68,7 +68,7 @@ struct RowIdentities {
   const int64_t *row_id = nullptr, *steps = nullptr;
   int64_t steps_stride = 0, step = 0;
 
-  RowNoise of(int64_t row) const {
+  DLOGP_HOST_DEVICE RowNoise of(int64_t row) const {
     return {uint32_t(row_id != nullptr ? row_id[row] : row),
             uint32_t(steps != nullptr ? steps[row * steps_stride] : step)};
   }

@@ -73,11 +73,8 @@ class RowSampler {
     return {arguments_.base_logits, arguments_.base_aligned, row_, int(arguments_.vocabulary)};
   }
   __device__ SharedNoise noise() const {
-    const int64_t step =
-        arguments_.steps != nullptr ? arguments_.steps[row_ * arguments_.steps_stride] : int64_t(arguments_.step);
-    const int64_t row_id = arguments_.row_id != nullptr ? arguments_.row_id[row_] : row_;
     const uint64_t seed = arguments_.seed != nullptr ? uint64_t(*arguments_.seed) : arguments_.options.seed;
-    return {uint32_t(seed), uint32_t(seed >> 32), {uint32_t(row_id), uint32_t(step)}};
+    return {uint32_t(seed), uint32_t(seed >> 32), arguments_.identities.of(row_)};
   }
   __device__ const SampleOptions& options() const { return arguments_.options; }
   __device__ const Filters& filters() const { return options().filters; }

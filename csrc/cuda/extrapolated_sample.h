@@ -10,17 +10,14 @@
 
 namespace dlogp {
 
-// Pointers are to memory of the device. A seed or step that has a pointer is read there.
+// Pointers are to memory of the device. A seed that has a pointer is read there.
 struct SampleArguments {
   LogitRows logits, base_logits;
   bool aligned = false, base_aligned = false;  // LogitRows::has_aligned_groups
   int64_t rows = 0, vocabulary = 0;
   SampleOptions options;
-  uint32_t step = 0;
-  const int64_t* row_id = nullptr;  // (rows,); row n has the identity n without it
-  const int64_t* seed = nullptr;    // (1,)
-  const int64_t* steps = nullptr;   // (1,), or (rows,) if steps_stride is 1
-  int64_t steps_stride = 0;
+  RowIdentities identities;
+  const int64_t* seed = nullptr;  // (1,)
   int64_t *token = nullptr, *draft_token = nullptr;
   bool* selected = nullptr;
   float *delta_logp = nullptr, *logp = nullptr, *base_logp = nullptr;

@@ -1,7 +1,7 @@
 """A GPU that is not there: kernels are specialised, compiled and launched for it by Triton itself, and do not run.
 
 `pretend(gpu)` makes Triton believe in it, so that `kernel[grid](...)` with tensors on the CPU goes Triton's own way, to
-machine code and, on NVIDIA's GPUs, through its launcher to the driver, where offline_gpu/libcuda.c keeps what arrives;
+machine code and, on NVIDIA's GPUs, through its launcher to the driver, where stub_libcuda/libcuda.c keeps what arrives;
 what would have been computed stays as it was allocated. `launch_code_sees(gpu)` makes the library's launch code choose
 as it would there.
 """
@@ -90,7 +90,7 @@ class Launch(NamedTuple):
 
 
 class _Record(ctypes.Structure):
-    """As in offline_gpu/libcuda.c."""
+    """As in stub_libcuda/libcuda.c."""
 
     _fields_ = (
         ("grid", ctypes.c_uint32 * 3),
@@ -126,7 +126,7 @@ def directory() -> Path:
 
 @functools.cache
 def libcuda() -> ctypes.CDLL:
-    """offline_gpu/libcuda.c, which then is libcuda.so.1 to this process, for Triton's modules too."""
+    """stub_libcuda/libcuda.c, which then is libcuda.so.1 to this process, for Triton's modules too."""
     path, source = directory() / "libcuda.so.1", HELPERS / "stub_libcuda" / "libcuda.c"
     command = ["gcc", "-shared", "-fPIC", "-O1", f"-Wl,-soname,{path.name}", f"-o{path}", str(source)]
     subprocess.run([*command, *(f"-I{x}" for x in nvidia.include_dirs)], check=True)
@@ -272,7 +272,8 @@ def _resources_of_cubin(cubin: bytes) -> tuple[int, int]:
 
 def assert_fits(gpu: str, kernel: Kernel) -> None:
     print(f"{kernel.name} {kernel.constants}: {kernel[3:]}")
-    names = [kernel.name] + [f"{kernel.name} of several targets"] * (kernel.constants.get("ONE_TARGET") is False)
+    aligned, one_target = kernel.constants.get("DESCRIPTORS"), kernel.constants.get("ONE_TARGET", True)
+    names = [kernel.name] + [f"{kernel.name} of several targets"] * bool(aligned and not one_target)
     allowed = max(SPILLED_BYTES.get((TRITON, gpu, name), 0) for name in names)
     assert kernel.spilled <= allowed, f"{kernel.name} {kernel.constants} spills {kernel.spilled} bytes a thread"
     assert kernel.registers <= REGISTERS[GPUS[gpu].target.backend]

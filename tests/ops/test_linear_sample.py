@@ -262,7 +262,7 @@ def test_huge_scores_stay_inside_the_vocabulary():
 @pytest.mark.served_by("cpu", "triton")
 def test_the_smaller_workspace_draws_the_same():
     """More rows than a pass through the vocabulary takes."""
-    inputs = pair_inputs(fewer(200, 40), v=fewer(3000, 130), dtype=BF16)
+    inputs = pair_inputs(fewer(200, 40), v=fewer(3000, 130), d=fewer(24, 1_100), dtype=BF16)
     options = {"gamma": 0.3, **criterion_options("delta_logp")}
     expected = sample(inputs, **options)
     with backends.workspace_limit(2**20):

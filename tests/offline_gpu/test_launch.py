@@ -1,7 +1,7 @@
 """Every launcher of the Triton backends, launched by Triton itself: what arrives at the driver is what was passed.
 
 And what was compiled for it fits the GPU and uses the instructions that it is for, as in test_compile.py.
-The launchers run on small tensors of the CPU as on a Hopper; the driver is offline_gpu/libcuda.c, and nothing computes.
+The launchers run on small tensors of the CPU as on a Hopper; the driver is stub_libcuda/libcuda.c; nothing computes.
 """
 
 import struct

@@ -41,7 +41,9 @@ def _forward_arguments(op: str, dtype: torch.dtype, k: int, present: bool) -> li
         given = {name: x for name, x in given.items() if "bias" not in name}
     transform = flat_transform(0.7, 4.0, 1.3) if present else flat_transform(1.0, None, 1.0)
     given |= {"transform": transform, "base_transform": transform, "ignore_index": -100}
-    return [given.get(x.name) for x in schemas.STATISTICS[op].inputs()]
+    arguments = [given.get(x.name) for x in schemas.STATISTICS[op].inputs()]
+    assert not present or all(x is not None for x in arguments), "an input of the table that no case has"
+    return arguments
 
 
 @pytest.mark.parametrize("present", [True, False], ids=["every optional argument", "no optional argument"])
@@ -104,7 +106,7 @@ def test_schemas_that_follow_from_the_tables(op):
 
 
 def test_every_public_op_has_an_opcheck():
-    """Those of this file, of test_ops_policy.py, test_ops_linear_policy.py, test_ops_sample.py and its linear form."""
+    """Those of this file, of test_policy_loss.py and test_sample.py, and of both that begin with test_linear_."""
     differentiable = (*OPS, "policy_loss", "linear_policy_loss")
     sampling = {"extrapolated_sample", "linear_extrapolated_sample"}
     assert set(schemas.SCHEMAS) == {f"{op}_{way}" for op in differentiable for way in ("fwd", "bwd")} | sampling

@@ -24,23 +24,23 @@ class Config(NamedTuple):
 #: (architecture, models, bytes of an element) → the default, then alternatives. Chosen so that nothing spills to local
 #: memory (tests/offline_gpu/test_compile.py) and the tile is as large as that allows. Those of (90, …, 2) are in the
 #: order that an H100 measured (benchmarks/results); nobody has measured the others. A pair holds two tiles of logits in
-#: registers at once.
+#: registers at once; in float32 there is beside a tile what its sums lost (linear_forward.add_product).
 _CONFIGS: dict[tuple[int, int, int], list[Config]] = {
     (80, 1, 2): [Config(128, 128, 64, 8, 3), Config(64, 256, 64, 8, 3), Config(64, 128, 64, 4, 3)],
     (80, 1, 4): [Config(64, 128, 32, 8, 3)],
     (80, 2, 2): [Config(128, 64, 32, 8, 3), Config(64, 64, 64, 8, 3)],
-    (80, 2, 4): [Config(64, 64, 32, 8, 3)],
+    (80, 2, 4): [Config(64, 32, 32, 8, 3)],
     (90, 1, 2): [
         Config(128, 256, 64, 8, 3, group=32),
         Config(128, 256, 64, 8, 4),
         Config(256, 128, 64, 8, 3),
         Config(128, 128, 64, 8, 4),
     ],
-    (90, 1, 4): [Config(128, 128, 32, 8, 3)],
+    (90, 1, 4): [Config(128, 64, 32, 8, 3)],
     (90, 2, 2): [Config(128, 128, 64, 8, 4), Config(128, 128, 128, 8, 3), Config(128, 128, 64, 8, 6)],
     (90, 2, 4): [Config(128, 64, 32, 8, 3)],
     (100, 1, 2): [Config(128, 128, 64, 4, 4), Config(128, 256, 64, 8, 3)],
-    (100, 1, 4): [Config(128, 128, 32, 8, 3)],
+    (100, 1, 4): [Config(128, 64, 32, 8, 3)],
     (100, 2, 2): [Config(128, 64, 64, 4, 3), Config(128, 64, 64, 8, 3)],
     (100, 2, 4): [Config(64, 64, 32, 4, 3)],
 }
@@ -49,9 +49,10 @@ _CONFIGS: dict[tuple[int, int, int], list[Config]] = {
 _SAMPLE_CONFIGS = {2: Config(64, 64, 64, 8, 3), 4: Config(64, 32, 32, 8, 3)}
 #: On Hopper, by an H100: as many bytes on their way as fit into shared memory.
 _HOPPER_SAMPLE_CONFIG = Config(64, 64, 128, 8, 6)
-#: Where rows of the weight do not begin on 16 bytes, or its dtype is another: narrow loads, many addresses.
-_UNALIGNED = Config(128, 64, 32, 8, 2)
-_UNALIGNED_SAMPLE = Config(64, 64, 32, 8, 2)
+#: Bytes of an element → where rows of the weight do not begin on 16 bytes, or its dtype is another: narrow loads, many
+#: addresses.
+_UNALIGNED = {2: Config(128, 64, 32, 8, 2), 4: Config(128, 32, 32, 8, 2)}
+_UNALIGNED_SAMPLE = {2: Config(64, 64, 32, 8, 2), 4: Config(64, 32, 32, 8, 2)}
 #: The interpreter's time goes by the number of operations: few and large ones.
 _OTHERS = {"hip": Config(64, 64, 32, 4, 2), "interpreter": Config(32, 64, 32, 1, 1)}
 
@@ -82,7 +83,7 @@ def config(models: int, device: torch.device, dtype: torch.dtype, aligned: bool)
     default = candidates(models, device, dtype)[0]
     if _chosen is not None:
         return _chosen
-    return default if aligned or properties(device).kind != "cuda" else _UNALIGNED
+    return default if aligned or properties(device).kind != "cuda" else _UNALIGNED[dtype.itemsize]
 
 
 def sample_config(models: int, device: torch.device, dtype: torch.dtype, aligned: bool) -> Config:
@@ -93,7 +94,7 @@ def sample_config(models: int, device: torch.device, dtype: torch.dtype, aligned
     if found.kind != "cuda":
         return _OTHERS[found.kind]
     if not aligned:
-        return _UNALIGNED_SAMPLE
+        return _UNALIGNED_SAMPLE[dtype.itemsize]
     on_hopper = _architecture(found) == 90 and dtype.itemsize == 2
     return _HOPPER_SAMPLE_CONFIG if on_hopper else _SAMPLE_CONFIGS[dtype.itemsize]
 

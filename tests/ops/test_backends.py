@@ -24,6 +24,7 @@ def _python(code: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
 
 
+@pytest.mark.cpu_only
 def test_the_extension_is_there_where_it_can_be_built():
     if not (shutil.which("c++") or shutil.which("g++")) or not shutil.which("ninja", path=_search_path()):
         pytest.skip("no C++ compiler, or no ninja")

@@ -15,6 +15,7 @@ from cases import (
     truth,
     upstream_of,
 )
+from same_bits import assert_same_gradients, assert_same_statistics
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -86,12 +87,11 @@ LAYOUTS = [_transposed, _every_other, _misaligned, _padded_rows]
 def test_strides_of_inputs_and_upstream_gradients(accuracy, op, layout, dtype):
     inputs = make_inputs(op, fewer((4, 9), (2, 3)), v=fewer(303, 143), d=21, k=3, dtype=dtype)
     strided = {name: layout(x) for name, x in inputs.items()}
-    upstream = upstream_of(call(op, inputs))
-    for value, expected in zip(call(op, strided), call(op, inputs), strict=True):
-        assert torch.equal(value, expected)
-    expected_gradients = gradients(op, inputs, upstream)
-    for name, value in gradients(op, strided, [layout(x) for x in upstream]).items():
-        assert torch.equal(value, expected_gradients[name])
+    stats = call(op, inputs)
+    assert_same_statistics(accuracy, op, inputs, call(op, strided), stats)
+    upstream = upstream_of(stats)
+    values = gradients(op, strided, [layout(x) for x in upstream])
+    assert_same_gradients(accuracy, op, inputs, upstream, values, gradients(op, inputs, upstream))
     check_against_truth(accuracy, op, strided)
 
 
@@ -154,12 +154,10 @@ def test_offsets_beyond_2_to_31(accuracy, op, sparse):
         if x.dim() == 2:
             far[name] = sparse(name, 4, 2**30)[:, : x.shape[1]]
             far[name].copy_(x)
-    for value, expected in zip(call(op, far), call(op, small), strict=True):
-        assert torch.equal(value, expected)
+    assert_same_statistics(accuracy, op, small, call(op, far), call(op, small))
     upstream = upstream_of(truth(op, small))
-    expected_gradients = gradients(op, small, upstream)
-    for name, value in gradients(op, far, upstream).items():
-        assert torch.equal(value, expected_gradients[name])
+    values = gradients(op, far, upstream)
+    assert_same_gradients(accuracy, op, small, upstream, values, gradients(op, small, upstream))
 
 
 @pytest.mark.not_interpreted("minutes")

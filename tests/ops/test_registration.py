@@ -163,6 +163,7 @@ def test_python_numbers_as_options_compile(op, counter):
             torch.testing.assert_close(value, other)
 
 
+@pytest.mark.cpu_only
 @pytest.mark.served_by("cpu", "reference")
 def test_compiled_call_still_checks_targets(counter):
     compiled = torch.compile(lambda inputs: dlogp_kernels.logp(**inputs).logp, backend=counter, fullgraph=True)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from cases import OPS
 from paths import HELPERS
+from same_bits import assert_same_gradients, assert_same_statistics
 from torch import Tensor
 
 import dlogp_kernels
@@ -78,13 +79,16 @@ def test_a_storage_that_was_taken_away_before_backward_is_refused_by_name(op, na
 
 
 @pytest.mark.usefixtures("backend")
-def test_views_that_share_a_storage_or_repeat_it_are_whole():
+def test_views_that_share_a_storage_or_repeat_it_are_whole(accuracy):
     whole = torch.randn(40 + 40 * 16, device=cases.DEVICE)
     weight, bias, hidden = whole[40:].view(40, 16), whole[:40], torch.randn(1, 16, device=cases.DEVICE).expand(6, 16)
     target = torch.arange(6, device=cases.DEVICE)
     stats = dlogp_kernels.linear_logp(hidden, weight, target, bias=bias)
     alone = dlogp_kernels.linear_logp(hidden.clone(), weight.clone(), target, bias=bias.clone())
-    assert torch.equal(stats.logp, alone.logp)
+    inputs = {"hidden": hidden, "weight": weight, "bias": bias, "target": target}
+    given = {name: x.cpu() for name, x in inputs.items()}
+    on_cpu = (type(x)(*(value.cpu() for value in x)) for x in (stats, alone))
+    assert_same_statistics(accuracy, "linear_logp", given, *on_cpu)
     empty = whole[:0].view(0, 16)
     assert dlogp_kernels.linear_logp(empty, weight, target[:0]).logp.shape == (0,)
 
@@ -114,18 +118,18 @@ def test_an_address_within_an_element_is_refused_by_name(dtype):
 
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("op", ["linear_logp", "linear_delta_logp"])
-def test_bfloat16_views_that_begin_at_an_odd_element(op):
+def test_bfloat16_views_that_begin_at_an_odd_element(accuracy, op):
     """Pairs of them are read together, at addresses that must be multiples of four bytes (UBSan)."""
     inputs = cases.make_inputs(op, 9, v=96, d=40, dtype=torch.bfloat16)
     shifted = {}
     for name, x in inputs.items():
         held = torch.empty(x.numel() + 1, dtype=x.dtype)
         shifted[name] = held[1:].view(x.shape).copy_(x)
-    upstream = cases.upstream_of(cases.call(op, inputs))
-    for x, y in zip(cases.call(op, inputs), cases.call(op, shifted), strict=True):
-        assert torch.equal(x, y)
+    stats = cases.call(op, inputs)
+    assert_same_statistics(accuracy, op, inputs, cases.call(op, shifted), stats)
+    upstream = cases.upstream_of(stats)
     expected, found = (cases.gradients(op, given, upstream) for given in (inputs, shifted))
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert_same_gradients(accuracy, op, inputs, upstream, found, expected)
 
 
 @pytest.mark.cpu_only

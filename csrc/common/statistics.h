@@ -6,6 +6,9 @@
 // of its `logp` and `base_logp`.
 #pragma once
 
+#include <cstdint>
+#include <vector>
+
 #include "online_softmax.h"
 
 #define DLOGP_LOGP_STATS(PER_TARGET, PER_ROW) \
@@ -41,6 +44,25 @@ struct StatsOutputs {
 #define DLOGP_FIELD(name, value) Acc* name = nullptr;
   DLOGP_DELTA_LOGP_STATS(DLOGP_FIELD, DLOGP_FIELD)
 #undef DLOGP_FIELD
+};
+
+// Statistics of some rows with one target each, in memory.
+template <typename Acc, int Models>
+struct StatsStorage {
+#define DLOGP_FIELD(name, value) std::vector<Acc> name;
+  DLOGP_DELTA_LOGP_STATS(DLOGP_FIELD, DLOGP_FIELD)
+#undef DLOGP_FIELD
+
+  // Room for so many rows.
+  StatsOutputs<Acc> outputs(int64_t rows) {
+    StatsOutputs<Acc> outputs;
+#define DLOGP_RESIZE(name, value) \
+  name.resize(rows);              \
+  outputs.name = name.data();
+    DLOGP_STATS(Models, DLOGP_RESIZE, DLOGP_RESIZE)
+#undef DLOGP_RESIZE
+    return outputs;
+  }
 };
 
 }  // namespace dlogp

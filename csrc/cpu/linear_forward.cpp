@@ -9,6 +9,8 @@ namespace dlogp {
 template <typename T, int Models>
 void ForwardBlock<T, Models>::fold_split(const Head* heads, const Tiling& tiling, const RowBlock& rows, int64_t split,
                                          Acc* const* kept_logits, TileScratch<T>& scratch) {
+  Acc* of_targets[Models];
+  for (int model = 0; model < Models; ++model) of_targets[model] = target_logits[model].data();
   for (int64_t r = 0; r < rows.count; ++r) states[r * tiling.splits + split] = {};
   for (int64_t begin = tiling.split_begin(split); begin < tiling.split_end(split); begin += tiling.columns) {
     const int64_t width = std::min(tiling.columns, tiling.vocabulary - begin);
@@ -30,12 +32,7 @@ void ForwardBlock<T, Models>::fold_split(const Head* heads, const Tiling& tiling
       for (int64_t row = first; row < first + count; ++row) {
         const Acc* z[Models];
         for (int model = 0; model < Models; ++model) z[model] = logits[model] + (row - first) * tiling.columns;
-        fold_row(width, z, states[row * tiling.splits + split]);
-        for (int64_t k = 0; k < rows.candidates; ++k) {
-          const int64_t place = row * rows.candidates + k, column = rows.target[place] - begin;
-          if (column < 0 || column >= width) continue;
-          for (int model = 0; model < Models; ++model) target_logits[model][place] = z[model][column];
-        }
+        fold_tile<Acc, Models>(rows, row, begin, width, z, states[row * tiling.splits + split], of_targets);
       }
     }
   }

@@ -21,28 +21,21 @@ bool gather(const Acc* from, const int64_t* rows, int64_t count, Acc* to) {
 // Statistics and upstream gradients of one block of rows.
 template <typename Acc, int Models>
 struct PolicyBlock {
-#define DLOGP_FIELD(name, value) std::vector<Acc> name;
-  DLOGP_DELTA_LOGP_STATS(DLOGP_FIELD, DLOGP_FIELD)
-#undef DLOGP_FIELD
+  StatsStorage<Acc, Models> stats;
   std::vector<Acc> grad_logp, grad_entropy, grad_kl;
 
   // Room for so many rows.
   StatsOutputs<Acc> outputs(int64_t count) {
-    StatsOutputs<Acc> outputs;
-#define DLOGP_RESIZE(name, value) \
-  name.resize(count);             \
-  outputs.name = name.data();
-    DLOGP_STATS(Models, DLOGP_RESIZE, DLOGP_RESIZE)
-#undef DLOGP_RESIZE
     for (auto* grad : {&grad_logp, &grad_entropy, &grad_kl}) grad->resize(count);
-    return outputs;
+    return stats.outputs(count);
   }
 
   Upstream<Acc> upstream(int64_t ignore_index) const {
-    const ModelUpstream<Acc> model = {grad_logp.data(), grad_entropy.data(), nullptr, entropy.data(), lse.data()};
+    const ModelUpstream<Acc> model = {grad_logp.data(), grad_entropy.data(), nullptr, stats.entropy.data(),
+                                      stats.lse.data()};
     if (Models == 1) return {{model, {}}, nullptr, nullptr, nullptr, nullptr, 1, ignore_index};
-    const ModelUpstream<Acc> base = {nullptr, nullptr, nullptr, base_entropy.data(), base_lse.data()};
-    return {{model, base}, grad_kl.data(), nullptr, kl.data(), nullptr, 1, ignore_index};
+    const ModelUpstream<Acc> base = {nullptr, nullptr, nullptr, stats.base_entropy.data(), stats.base_lse.data()};
+    return {{model, base}, grad_kl.data(), nullptr, stats.kl.data(), nullptr, 1, ignore_index};
   }
 
   // Sets the upstream gradients of the rows out of their statistics, adds to `sums`; returns their loss, times their
@@ -56,8 +49,8 @@ struct PolicyBlock {
       const int64_t n = std::min(kTokensPerBlock, rows.count - first);
       const int64_t* own = rows.rows + first;
       std::fill_n(tokens.mask, n, Acc(1));
-      std::copy_n(logp.data() + first, n, tokens.logp);
-      std::copy_n(entropy.data() + first, n, tokens.entropy);
+      std::copy_n(stats.logp.data() + first, n, tokens.logp);
+      std::copy_n(stats.entropy.data() + first, n, tokens.entropy);
       gather(known.old_logp, own, n, tokens.old_logp);
       gather(known.advantage, own, n, tokens.advantage);
       gather(known.score, own, n, tokens.score);
@@ -66,7 +59,7 @@ struct PolicyBlock {
       tokens.has_ref_logp = gather(known.ref_logp, own, n, tokens.ref_logp);
       tokens.has_token_weight = gather(known.token_weight, own, n, tokens.token_weight);
       tokens.has_kl = Models == 2;
-      if (tokens.has_kl) std::copy_n(kl.data() + first, n, tokens.kl);
+      if (tokens.has_kl) std::copy_n(stats.kl.data() + first, n, tokens.kl);
       policy_tokens(options, n, tokens, sums);
       for (int64_t i = 0; i < n; ++i) {
         loss += scale[i] == 0 ? 0 : double(scale[i]) * double(tokens.loss[i]);

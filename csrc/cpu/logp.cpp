@@ -31,7 +31,7 @@ const Acc* transformed(const Logits& logits, int64_t row, int64_t begin, int64_t
   return buffer;
 }
 
-// Folds one split of row `row` of a block, and notes the transformed logit of each of its targets that lies there.
+// Folds one split of row `row` of a block.
 template <typename Acc, int Models>
 State<Acc, Models> fold_split(const Logits* logits, const RowBlock& rows, int64_t row, const Tiling& tiling,
                               int64_t split, Acc* const* target_logits) {
@@ -42,12 +42,7 @@ State<Acc, Models> fold_split(const Logits* logits, const RowBlock& rows, int64_
     const Acc* z[Models];
     for (int model = 0; model < Models; ++model)
       z[model] = transformed(logits[model], rows.rows[row], begin, count, buffers[model]);
-    fold_row(count, z, state);
-    for (int64_t place = row * rows.candidates; place < (row + 1) * rows.candidates; ++place) {
-      const int64_t column = rows.target[place] - begin;
-      if (column < 0 || column >= count) continue;
-      for (int model = 0; model < Models; ++model) target_logits[model][place] = z[model][column];
-    }
+    fold_tile<Acc, Models>(rows, row, begin, count, z, state, target_logits);
   }
   return state;
 }

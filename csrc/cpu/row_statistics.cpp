@@ -1,5 +1,7 @@
 #include "row_statistics.h"
 
+#include "fold.h"
+
 namespace dlogp {
 namespace {
 
@@ -22,6 +24,17 @@ const SoftmaxState<Acc>& base_of(const PairState<Acc>& state) {
 }
 
 }  // namespace
+
+template <typename Acc, int Models>
+void fold_tile(const RowBlock& block, int64_t row, int64_t begin, int64_t count, const Acc* const (&z)[Models],
+               State<Acc, Models>& state, Acc* const* target_logits) {
+  fold_row(count, z, state);
+  for (int64_t place = row * block.candidates; place < (row + 1) * block.candidates; ++place) {
+    const int64_t column = block.target[place] - begin;
+    if (column < 0 || column >= count) continue;
+    for (int model = 0; model < Models; ++model) target_logits[model][place] = z[model][column];
+  }
+}
 
 template <typename Acc, int Models>
 void write_statistics(const State<Acc, Models>* states, int64_t splits, const Acc* const* target_logits,
@@ -48,6 +61,8 @@ void write_statistics(const State<Acc, Models>* states, int64_t splits, const Ac
 }
 
 #define DLOGP_INSTANTIATE(Acc, Models)                                                                                \
+  template void fold_tile<Acc, Models>(const RowBlock&, int64_t, int64_t, int64_t, const Acc* const(&)[Models],       \
+                                       State<Acc, Models>&, Acc* const*);                                             \
   template void write_statistics<Acc, Models>(const State<Acc, Models>*, int64_t, const Acc* const*, const RowBlock&, \
                                               const int64_t*, int64_t, int64_t, const StatsOutputs<Acc>&);
 DLOGP_INSTANTIATE(float, 1)

@@ -35,6 +35,12 @@ struct KeptRows {
 template <typename Acc, int Models>
 using State = std::conditional_t<Models == 1, SoftmaxState<Acc>, PairState<Acc>>;
 
+// Folds logits z[model][0 … count), those of tokens from `begin` on, into the state of row `row` of a block, and notes
+// the logit of each of its targets that lies there.
+template <typename Acc, int Models>
+void fold_tile(const RowBlock& block, int64_t row, int64_t begin, int64_t count, const Acc* const (&z)[Models],
+               State<Acc, Models>& state, Acc* const* target_logits);
+
 // Merges the states of rows [begin, end) of a block, `splits` of each, in their order, and writes their statistics to
 // `places` in the outputs, but for those of ignored targets. `target_logits` (count, candidates) are of each model.
 template <typename Acc, int Models>

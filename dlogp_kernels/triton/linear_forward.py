@@ -25,6 +25,8 @@ from .logp import EVERY_ROW, transform_of
 
 #: Forward takes this part of the workspace at most: 64 MiB by default.
 _SHARE = 4
+#: Dimensions of which float32 products are added up one after another.
+PART = tl.constexpr(512)
 #: Of shared memory, where there are descriptors; a program may have 227 KiB there.
 _TILE_BYTES = 224 * 2**10
 
@@ -58,18 +60,18 @@ def with_contiguous_bias(head: Head) -> Head:
 
 
 @triton.jit
-def add_product(tile, lost, hidden, weight, PRECISION: tl.constexpr):
-    """(tile + lost + hidden · weight, what this sum lost by rounding, for the next one): Kahan's summation.
+def add_part(tile, part):
+    """(tile + part, what this sum lost by rounding, which the next part begins with): Kahan's summation."""
+    total = tile + part
+    lost = part - (total - tile)
+    return total, tl.where(lost == lost, lost, 0.0)  # an infinite logit stays
 
-    In float32 only, whose products the matrix units add up 32 at a time: at a hidden size of 4096 a plain chain of 128
-    such parts is off by up to 2e-5 where z is 40, this one by 4e-6, half of which is the rounding of z. Narrower
-    types are added up within the matrix units.
-    """
+
+@triton.jit
+def add_product(tile, lost, hidden, weight, PRECISION: tl.constexpr):
+    """`add_part` of a float32 product; narrower types are added up within the matrix units."""
     if hidden.dtype == tl.float32 and PRECISION != "tf32":
-        part = tl.dot(hidden, weight, lost, input_precision=PRECISION)
-        total = tile + part
-        rest = part - (total - tile)
-        return total, tl.where(rest == rest, rest, 0.0)  # an infinite logit stays
+        return add_part(tile, tl.dot(hidden, weight, lost, input_precision=PRECISION))
     return tl.dot(hidden, weight, tile, input_precision=PRECISION), lost
 
 
@@ -78,13 +80,24 @@ def logits_tile(
     hidden_source, weight_source, layout, row, column, num_rows, V, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """hidden · weightᵀ of rows from `row` and tokens from `column` on, float32; 0 outside."""
+    """hidden · weightᵀ of rows from `row` and tokens from `column` on, float32; 0 outside.
+
+    In float32 the sum goes in parts. At a hidden size of 4096 one chain of all products is off by up to 2e-5 where z is
+    40, the parts by 4e-6, half of which is the rounding of z. A part is PART, or where registers lack BLOCK_D.
+    """
     tile, lost = tl.zeros([BLOCK_N, BLOCK_V], tl.float32), tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
-    if DESCRIPTORS:
+    if DESCRIPTORS and PRECISION == "tf32x3":
+        for begin in range(0, layout.D, PART):
+            for d in range(begin, tl.minimum(begin + PART, layout.D), BLOCK_D):
+                lost = tl.dot(
+                    hidden_source.load([row, d]), weight_source.load([column, d]).T, lost, input_precision=PRECISION
+                )  # fmt: skip
+            tile, lost = add_part(tile, lost)
+    elif DESCRIPTORS:
         for d in range(0, layout.D, BLOCK_D):
             hidden = hidden_source.load([row, d])
             weight = weight_source.load([column, d])
-            tile, lost = add_product(tile, lost, hidden, weight.to(hidden.dtype).T, PRECISION)
+            tile = tl.dot(hidden, weight.to(hidden.dtype).T, tile, input_precision=PRECISION)
     else:
         rows, tokens, dims = row + tl.arange(0, BLOCK_N), column + tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_D)
         hidden_ptrs = hidden_source + rows.to(tl.int64)[:, None] * layout.stride_hidden + dims[None, :]

@@ -13,7 +13,7 @@ from torch import Tensor
 from . import checks, ops, policy_checks
 from .ops.library import without_gradient
 from .reference.policy import TokenInputs
-from .results import DeltaLogpStats, LogpStats, PolicyLoss, Sample
+from .results import DeltaLogpStats, LogpStats, PolicyLoss, Sample, shaped, stats_of
 
 
 def linear_logp(
@@ -61,8 +61,8 @@ def linear_logp(
     head = checks.check_head(hidden, weight, bias)
     targets = checks.check_target(target, "hidden", hidden, ignore_index, weight.shape[0])
     transform = checks.check_transform(temperature, softcap, logit_scale)
-    stats = torch.ops.dlogp.linear_logp_fwd(*head, transform, targets, ignore_index)
-    return LogpStats(*_shaped(stats, hidden, target))
+    outputs = torch.ops.dlogp.linear_logp_fwd(*head, transform, targets, ignore_index)
+    return stats_of(LogpStats, outputs, hidden, target)
 
 
 def linear_delta_logp(
@@ -109,8 +109,8 @@ def linear_delta_logp(
     targets = checks.check_target(target, "hidden", hidden, ignore_index, weight.shape[0])
     transform = checks.check_transform(temperature, softcap, logit_scale)
     base_transform = checks.check_transform(temperature, base_softcap, base_logit_scale, "base_")
-    stats = torch.ops.dlogp.linear_delta_logp_fwd(*head, transform, *base, base_transform, targets, ignore_index)
-    return DeltaLogpStats(*_shaped(stats, hidden, target))
+    outputs = torch.ops.dlogp.linear_delta_logp_fwd(*head, transform, *base, base_transform, targets, ignore_index)
+    return stats_of(DeltaLogpStats, outputs, hidden, target)
 
 
 def logp(
@@ -139,8 +139,8 @@ def logp(
     checks.check_logits("logits", logits)
     targets = checks.check_target(target, "logits", logits, ignore_index, logits.shape[-1])
     transform = checks.check_transform(temperature, softcap, logit_scale)
-    stats = torch.ops.dlogp.logp_fwd(checks.as_rows(logits), transform, targets, ignore_index)
-    return LogpStats(*_shaped(stats, logits, target))
+    outputs = torch.ops.dlogp.logp_fwd(checks.as_rows(logits), transform, targets, ignore_index)
+    return stats_of(LogpStats, outputs, logits, target)
 
 
 def delta_logp(
@@ -176,8 +176,8 @@ def delta_logp(
     transform = checks.check_transform(temperature, softcap, logit_scale)
     base_transform = checks.check_transform(temperature, base_softcap, base_logit_scale, "base_")
     rows, base_rows = checks.as_rows(logits), checks.as_rows(base_logits)
-    stats = torch.ops.dlogp.delta_logp_fwd(rows, transform, base_rows, base_transform, targets, ignore_index)
-    return DeltaLogpStats(*_shaped(stats, logits, target))
+    outputs = torch.ops.dlogp.delta_logp_fwd(rows, transform, base_rows, base_transform, targets, ignore_index)
+    return stats_of(DeltaLogpStats, outputs, logits, target)
 
 
 def extrapolated_sample(
@@ -239,7 +239,7 @@ def extrapolated_sample(
     noise = checks.check_noise("logits", logits, seed, row_id, step)
     rows, base_rows = checks.as_rows(logits), checks.as_rows(base_logits)
     drawn = without_gradient(torch.ops.dlogp.extrapolated_sample, rows, base_rows, *noise, *options)
-    return Sample(*_shaped(drawn, logits))
+    return Sample(*shaped(drawn, logits))
 
 
 def linear_extrapolated_sample(
@@ -303,7 +303,7 @@ def linear_extrapolated_sample(
     noise = checks.check_noise("hidden", hidden, seed, row_id, step)
     heads = rows, weight, base_rows, base_weight, bias, base_bias
     drawn = without_gradient(torch.ops.dlogp.linear_extrapolated_sample, *heads, *transforms, *noise, *options)
-    return Sample(*_shaped(drawn, hidden))
+    return Sample(*shaped(drawn, hidden))
 
 
 def policy_loss(
@@ -488,12 +488,3 @@ def linear_policy_loss(
         target, hidden, head, base, options, tokens, num_tokens, num_sequences
     )
     return ops.linear_policy_loss.loss_of(head, base, targets, transforms, tokens, options)
-
-
-def _shaped(values: tuple[Tensor, ...], rows: Tensor, target: Tensor | None = None) -> list[Tensor]:
-    """What an op returns, in the leading shape of rows (…, columns); where it is (N, K), in the shape of target."""
-    return [_viewed(x, target.shape if target is not None and x.dim() == 2 else rows.shape[:-1]) for x in values]
-
-
-def _viewed(x: Tensor, shape: torch.Size) -> Tensor:
-    return x if x.shape == shape else x.view(shape)

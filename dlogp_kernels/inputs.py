@@ -76,10 +76,14 @@ class PairGradients(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """One model's statistics that backward has from forward, (N,) each."""
+    """What backward has from forward of one model: its entropy (N,), and `normalizer` (2, N), lse in two parts.
+
+    log p_j = (z_j − normalizer[0]) − normalizer[1], the row's maximum and log Σ e^{z − maximum}: their sum would have
+    lost, to a common offset of the logits, what distinguishes tokens.
+    """
 
     entropy: Tensor
-    lse: Tensor
+    normalizer: Tensor
 
 
 class PairSaved(NamedTuple):

@@ -4,10 +4,11 @@ LogpStats and DeltaLogpStats are also the table by which ops declare, allocate a
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
-from typing import Annotated, Any, NamedTuple, get_type_hints
+from typing import Annotated, Any, NamedTuple, TypeVar, get_type_hints
 
+import torch
 from torch import Tensor
 
 
@@ -51,6 +52,9 @@ class DeltaLogpStats(NamedTuple):
     base_lse: PerRow
 
 
+_Stats = TypeVar("_Stats", LogpStats, DeltaLogpStats)
+
+
 @functools.cache
 def shapes(kind: Any) -> tuple[Shape, ...]:
     """Of each field of LogpStats or DeltaLogpStats."""
@@ -61,6 +65,20 @@ def allocated(kind: Any, target: Tensor, new: Callable[..., Tensor], **options: 
     """A `kind` of tensors, each from new(its shape, **options), for target (N, K)."""
     per_target, per_row = target.shape, target.shape[:1]
     return kind(*[new(per_target if shape is Shape.TARGET else per_row, **options) for shape in shapes(kind)])
+
+
+def stats_of(kind: type[_Stats], outputs: Sequence[Tensor], rows: Tensor, target: Tensor) -> _Stats:
+    """What the function returns of an op's outputs, which end in what is for backward alone."""
+    return kind(*shaped(outputs[: len(kind._fields)], rows, target))
+
+
+def shaped(values: Iterable[Tensor], rows: Tensor, target: Tensor | None = None) -> list[Tensor]:
+    """In the leading shape of rows (…, columns); what is (N, K), in the shape of target."""
+    return [_viewed(x, target.shape if target is not None and x.dim() == 2 else rows.shape[:-1]) for x in values]
+
+
+def _viewed(x: Tensor, shape: torch.Size) -> Tensor:
+    return x if x.shape == shape else x.view(shape)
 
 
 class Sample(NamedTuple):

@@ -35,7 +35,7 @@ struct GradientArguments {
   const OptionalTensor &logp, &entropy, &lse;
 };
 struct SavedArguments {
-  const Tensor &entropy, &lse;
+  const Tensor &entropy, &normalizer;
 };
 
 // What backward is given of one model's statistics, or of a pair's.
@@ -64,17 +64,20 @@ class Stats {
     auto tensor = tensors_.begin();
 #define DLOGP_PER_TARGET(name, value) *tensor++ = at::zeros(target.sizes(), options);
 #define DLOGP_PER_ROW(name, value) *tensor++ = at::zeros(target.sizes().slice(0, 1), options);
-    DLOGP_STATS(Models, DLOGP_PER_TARGET, DLOGP_PER_ROW)
+#define DLOGP_NORMALIZER(name, state) *tensor++ = at::zeros({2, target.size(0)}, options);
+    DLOGP_STATS(Models, DLOGP_PER_TARGET, DLOGP_PER_ROW, DLOGP_NORMALIZER)
 #undef DLOGP_PER_TARGET
 #undef DLOGP_PER_ROW
+#undef DLOGP_NORMALIZER
   }
 
   template <typename Acc>
   StatsOutputs<Acc> outputs() const {
     StatsOutputs<Acc> outputs;
+    outputs.rows = tensors_[0].size(0);
     auto tensor = tensors_.begin();
 #define DLOGP_POINTER(name, value) outputs.name = (tensor++)->template mutable_data_ptr<Acc>();
-    DLOGP_STATS(Models, DLOGP_POINTER, DLOGP_POINTER)
+    DLOGP_STATS(Models, DLOGP_POINTER, DLOGP_POINTER, DLOGP_POINTER)
 #undef DLOGP_POINTER
     return outputs;
   }
@@ -85,8 +88,8 @@ class Stats {
 
  private:
 #define DLOGP_ONE(name, value) +1
-  static constexpr size_t kCount =
-      Models == 1 ? 0 DLOGP_LOGP_STATS(DLOGP_ONE, DLOGP_ONE) : 0 DLOGP_DELTA_LOGP_STATS(DLOGP_ONE, DLOGP_ONE);
+  static constexpr size_t kCount = Models == 1 ? 0 DLOGP_LOGP_STATS(DLOGP_ONE, DLOGP_ONE, DLOGP_ONE)
+                                               : 0 DLOGP_DELTA_LOGP_STATS(DLOGP_ONE, DLOGP_ONE, DLOGP_ONE);
 #undef DLOGP_ONE
   std::array<Tensor, kCount> tensors_;
 };
@@ -114,17 +117,19 @@ struct HeadGradients {
 // Upstream gradients and saved statistics, kept alive.
 template <typename Acc>
 struct ModelValues {
-  Values<Acc> grad_logp, grad_entropy, grad_lse, entropy, lse;
+  Values<Acc> grad_logp, grad_entropy, grad_lse, entropy, normalizer;
+  int64_t rows;
 
   ModelValues(const Tensor& target, const GradientArguments& grads, const SavedArguments& saved)
       : grad_logp(grads.logp, target.sizes(), "grad_logp"),
         grad_entropy(grads.entropy, target.sizes().slice(0, 1), "grad_entropy"),
         grad_lse(grads.lse, target.sizes().slice(0, 1), "grad_lse"),
         entropy(saved.entropy, target.sizes().slice(0, 1), "entropy"),
-        lse(saved.lse, target.sizes().slice(0, 1), "lse") {}
+        normalizer(saved.normalizer, {2, target.size(0)}, "normalizer"),
+        rows(target.size(0)) {}
 
   ModelUpstream<Acc> get() const {
-    return {grad_logp.get(), grad_entropy.get(), grad_lse.get(), entropy.get(), lse.get()};
+    return {grad_logp.get(), grad_entropy.get(), grad_lse.get(), entropy.get(), normalizer.get(), rows};
   }
 };
 
@@ -259,9 +264,10 @@ std::tuple<Tensor, Tensor, Tensor> linear_logp_bwd(const OptionalTensor& grad_lo
                                                    const OptionalTensor& grad_lse, const Tensor& hidden,
                                                    const Tensor& weight, const OptionalTensor& bias,
                                                    at::ArrayRef<double> transform, const Tensor& target,
-                                                   int64_t ignore_index, const Tensor& entropy, const Tensor& lse,
-                                                   std::array<bool, 3> output_mask, int64_t workspace) {
-  const auto found = linear_gradients<1>({{{grad_logp, grad_entropy, grad_lse}}, {{entropy, lse}}},
+                                                   int64_t ignore_index, const Tensor& entropy,
+                                                   const Tensor& normalizer, std::array<bool, 3> output_mask,
+                                                   int64_t workspace) {
+  const auto found = linear_gradients<1>({{{grad_logp, grad_entropy, grad_lse}}, {{entropy, normalizer}}},
                                          {{{hidden, weight, bias, transform_of(transform)}}}, {target, ignore_index},
                                          {output_mask}, workspace);
   return {found[0].hidden, found[0].weight, found[0].bias};
@@ -282,12 +288,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_delta_logp_bwd
     const OptionalTensor& grad_kl, const OptionalTensor& grad_reverse_kl, const Tensor& hidden, const Tensor& weight,
     const OptionalTensor& bias, at::ArrayRef<double> transform, const Tensor& base_hidden, const Tensor& base_weight,
     const OptionalTensor& base_bias, at::ArrayRef<double> base_transform, const Tensor& target, int64_t ignore_index,
-    const Tensor& entropy, const Tensor& lse, const Tensor& base_entropy, const Tensor& base_lse, const Tensor& kl,
-    const Tensor& reverse_kl, std::array<bool, 6> output_mask, int64_t workspace) {
+    const Tensor& entropy, const Tensor& normalizer, const Tensor& base_entropy, const Tensor& base_normalizer,
+    const Tensor& kl, const Tensor& reverse_kl, std::array<bool, 6> output_mask, int64_t workspace) {
   const auto& wanted = output_mask;
   const auto found = linear_gradients<2>(
       {{{grad_logp, grad_entropy, grad_lse}, {grad_base_logp, grad_base_entropy, grad_base_lse}},
-       {{entropy, lse}, {base_entropy, base_lse}},
+       {{entropy, normalizer}, {base_entropy, base_normalizer}},
        grad_kl,
        grad_reverse_kl,
        kl,
@@ -305,8 +311,8 @@ auto logp_fwd(const Tensor& logits, at::ArrayRef<double> transform, const Tensor
 
 Tensor logp_bwd(const OptionalTensor& grad_logp, const OptionalTensor& grad_entropy, const OptionalTensor& grad_lse,
                 const Tensor& logits, at::ArrayRef<double> transform, const Tensor& target, int64_t ignore_index,
-                const Tensor& entropy, const Tensor& lse, std::array<bool, 1> output_mask, int64_t workspace) {
-  return logits_gradients<1>({{{grad_logp, grad_entropy, grad_lse}}, {{entropy, lse}}},
+                const Tensor& entropy, const Tensor& normalizer, std::array<bool, 1> output_mask, int64_t workspace) {
+  return logits_gradients<1>({{{grad_logp, grad_entropy, grad_lse}}, {{entropy, normalizer}}},
                              {{{logits, transform_of(transform)}}}, {target, ignore_index}, output_mask)[0];
 }
 
@@ -324,12 +330,12 @@ std::tuple<Tensor, Tensor> delta_logp_bwd(const OptionalTensor& grad_logp, const
                                           const Tensor& logits, at::ArrayRef<double> transform,
                                           const Tensor& base_logits, at::ArrayRef<double> base_transform,
                                           const Tensor& target, int64_t ignore_index, const Tensor& entropy,
-                                          const Tensor& lse, const Tensor& base_entropy, const Tensor& base_lse,
-                                          const Tensor& kl, const Tensor& reverse_kl, std::array<bool, 2> output_mask,
-                                          int64_t workspace) {
+                                          const Tensor& normalizer, const Tensor& base_entropy,
+                                          const Tensor& base_normalizer, const Tensor& kl, const Tensor& reverse_kl,
+                                          std::array<bool, 2> output_mask, int64_t workspace) {
   const auto found =
       logits_gradients<2>({{{grad_logp, grad_entropy, grad_lse}, {grad_base_logp, grad_base_entropy, grad_base_lse}},
-                           {{entropy, lse}, {base_entropy, base_lse}},
+                           {{entropy, normalizer}, {base_entropy, base_normalizer}},
                            grad_kl,
                            grad_reverse_kl,
                            kl,

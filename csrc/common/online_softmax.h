@@ -1,15 +1,18 @@
 // The running state of a softmax over a vocabulary that is seen in pieces, and how two pieces merge.
 //
-// With z the logits of a model, m (nearly) their maximum so far and d = z − m:
-//   sum = Σ e^d        weighted = Σ e^d·d
+// With z the logits of a model, m their maximum so far and d = z − m:
+//   rest = Σ e^d over all tokens but one of those with z = m        sum = 1 + rest        weighted = Σ e^d·d
 // and for a pair, with the base model's d_B = z_B − m_B:
 //   cross = Σ e^d·(d − d_B)        base_cross = Σ e^{d_B}·(d_B − d)
 // Centring on both maxima keeps the sums small, so that a common offset of the logits costs no accuracy. From them
-//   lse = m + log sum,   entropy = log sum − weighted / sum,   kl = cross / sum − log sum + log base_sum.
+//   log sum = log1p(rest),   log p = d − log sum,   lse = m + log sum,
+//   entropy = log sum − weighted / sum,   kl = cross / sum − log sum + log base_sum.
+// A rest far below the precision of 1 is kept: where one token has nearly all the mass, its log p is about −rest.
 #pragma once
 
 #include <cmath>
 #include <limits>
+#include <utility>
 
 #include "host_device.h"
 
@@ -22,13 +25,20 @@ constexpr Acc kMaskedLogit = -std::numeric_limits<Acc>::infinity();
 template <typename Acc>
 struct SoftmaxState {
   Acc max = kMaskedLogit<Acc>;
-  double sum = 0;
+  double rest = -1;  // there is no maximum to leave out yet
   double weighted = 0;
 
-  DLOGP_HOST_DEVICE bool empty() const { return sum == 0; }
-  DLOGP_HOST_DEVICE double log_sum() const { return std::log(sum); }
+  DLOGP_HOST_DEVICE bool empty() const { return rest == -1; }
+  DLOGP_HOST_DEVICE double sum() const { return 1 + rest; }
+  DLOGP_HOST_DEVICE double log_sum() const {
+#ifdef __CUDA_ARCH__
+    return std::log(sum());  // of float32 sums, and log1p takes more registers than there are
+#else
+    return std::log1p(rest);
+#endif
+  }
   DLOGP_HOST_DEVICE double lse() const { return max + log_sum(); }
-  DLOGP_HOST_DEVICE double entropy() const { return log_sum() - weighted / sum; }
+  DLOGP_HOST_DEVICE double entropy() const { return log_sum() - weighted / sum(); }
   DLOGP_HOST_DEVICE double logp(Acc z) const { return (double(z) - double(max)) - log_sum(); }
 };
 
@@ -46,38 +56,34 @@ struct PairState {
   DLOGP_HOST_DEVICE static double divergence(const SoftmaxState<Acc>& p, const SoftmaxState<Acc>& q, double cross,
                                              bool unsupported) {
     if (unsupported) return std::numeric_limits<double>::infinity();
-    const double kl = cross / p.sum - p.log_sum() + q.log_sum();
+    const double kl = cross / p.sum() - p.log_sum() + q.log_sum();
     return kl < 0 ? 0 : kl;  // keeps NaN
   }
 };
 
-// e^shift and shift for moving a state's maximum up to `max`; an empty state has nothing to move.
+// How far a state's maximum is from `max`; an empty state has nothing to move.
 template <typename Acc>
 DLOGP_HOST_DEVICE inline double shift_to(const SoftmaxState<Acc>& state, Acc max) {
   return state.empty() ? 0 : double(state.max) - double(max);
 }
 
+// Moves the maximum up to `max`, that of a token that is not in the state yet: all that are become the rest.
 template <typename Acc>
 DLOGP_HOST_DEVICE inline void rebase(SoftmaxState<Acc>& state, Acc max) {
-  const double shift = shift_to(state, max);
-  if (shift != 0) {
-    const double factor = std::exp(shift);
-    state.weighted = factor * (state.weighted + shift * state.sum);
-    state.sum *= factor;
-  }
+  const double shift = shift_to(state, max), factor = std::exp(shift);
+  state.weighted = factor * (state.weighted + shift * state.sum());
+  state.rest = factor * state.sum();
   state.max = max;
 }
 
+// Moves the sums over both models to other maxima, before the models' own follow.
 template <typename Acc>
-DLOGP_HOST_DEVICE inline void rebase(PairState<Acc>& state, Acc max, Acc base_max) {
+DLOGP_HOST_DEVICE inline void move_cross(PairState<Acc>& state, Acc max, Acc base_max) {
   const double shift = shift_to(state.model, max);
   const double base_shift = shift_to(state.base, base_max);
-  if (shift != 0 || base_shift != 0) {
-    state.cross = std::exp(shift) * (state.cross + (shift - base_shift) * state.model.sum);
-    state.base_cross = std::exp(base_shift) * (state.base_cross + (base_shift - shift) * state.base.sum);
-  }
-  rebase(state.model, max);
-  rebase(state.base, base_max);
+  if (shift == 0 && base_shift == 0) return;
+  state.cross = std::exp(shift) * (state.cross + (shift - base_shift) * state.model.sum());
+  state.base_cross = std::exp(base_shift) * (state.base_cross + (base_shift - shift) * state.base.sum());
 }
 
 template <typename Acc>
@@ -87,10 +93,9 @@ DLOGP_HOST_DEVICE inline Acc larger(Acc a, Acc b) {
 
 template <typename Acc>
 DLOGP_HOST_DEVICE inline void merge(SoftmaxState<Acc>& into, SoftmaxState<Acc> other) {
-  const Acc max = larger(into.max, other.max);
-  rebase(into, max);
-  rebase(other, max);
-  into.sum += other.sum;
+  if (other.max > into.max) std::swap(into, other);
+  rebase(other, into.max);  // of equal maxima, the other one is rest
+  into.rest += other.rest;
   into.weighted += other.weighted;
 }
 
@@ -98,14 +103,12 @@ template <typename Acc>
 DLOGP_HOST_DEVICE inline void merge(PairState<Acc>& into, PairState<Acc> other) {
   const Acc max = larger(into.model.max, other.model.max);
   const Acc base_max = larger(into.base.max, other.base.max);
-  rebase(into, max, base_max);
-  rebase(other, max, base_max);
-  into.model.sum += other.model.sum;
-  into.model.weighted += other.model.weighted;
-  into.base.sum += other.base.sum;
-  into.base.weighted += other.base.weighted;
+  move_cross(into, max, base_max);
+  move_cross(other, max, base_max);
   into.cross += other.cross;
   into.base_cross += other.base_cross;
+  merge(into.model, other.model);
+  merge(into.base, other.base);
   into.model_unsupported |= other.model_unsupported;
   into.base_unsupported |= other.base_unsupported;
 }

@@ -3,7 +3,8 @@
 //
 // PER_TARGET(name, value) is one number for each target, (N, K), PER_ROW(name, value) one for each row, (N,). `value`
 // is in terms of the row's states, `model` and of a pair also `pair` and `base` (online_softmax.h), and for each target
-// of its `logp` and `base_logp`.
+// of its `logp` and `base_logp`. NORMALIZER(name, state) is what log p = (z − max) − log sum takes of each row besides
+// its logits z, (2, N): the maxima, then the logarithms. lse, their sum, would be rounded where the logits are large.
 #pragma once
 
 #include <cstdint>
@@ -11,28 +12,31 @@
 
 #include "online_softmax.h"
 
-#define DLOGP_LOGP_STATS(PER_TARGET, PER_ROW) \
-  PER_TARGET(logp, logp)                      \
-  PER_ROW(entropy, model.entropy())           \
-  PER_ROW(lse, model.lse())
+#define DLOGP_LOGP_STATS(PER_TARGET, PER_ROW, NORMALIZER) \
+  PER_TARGET(logp, logp)                                  \
+  PER_ROW(entropy, model.entropy())                       \
+  PER_ROW(lse, model.lse())                               \
+  NORMALIZER(normalizer, model)
 
-#define DLOGP_DELTA_LOGP_STATS(PER_TARGET, PER_ROW) \
-  PER_TARGET(delta_logp, logp - base_logp)          \
-  PER_TARGET(logp, logp)                            \
-  PER_TARGET(base_logp, base_logp)                  \
-  PER_ROW(entropy, model.entropy())                 \
-  PER_ROW(base_entropy, base.entropy())             \
-  PER_ROW(kl, pair.kl())                            \
-  PER_ROW(reverse_kl, pair.reverse_kl())            \
-  PER_ROW(lse, model.lse())                         \
-  PER_ROW(base_lse, base.lse())
+#define DLOGP_DELTA_LOGP_STATS(PER_TARGET, PER_ROW, NORMALIZER) \
+  PER_TARGET(delta_logp, logp - base_logp)                      \
+  PER_TARGET(logp, logp)                                        \
+  PER_TARGET(base_logp, base_logp)                              \
+  PER_ROW(entropy, model.entropy())                             \
+  PER_ROW(base_entropy, base.entropy())                         \
+  PER_ROW(kl, pair.kl())                                        \
+  PER_ROW(reverse_kl, pair.reverse_kl())                        \
+  PER_ROW(lse, model.lse())                                     \
+  PER_ROW(base_lse, base.lse())                                 \
+  NORMALIZER(normalizer, model)                                 \
+  NORMALIZER(base_normalizer, base)
 
 // Those of so many models, within a template of their number.
-#define DLOGP_STATS(models, PER_TARGET, PER_ROW) \
-  if constexpr (models == 1) {                   \
-    DLOGP_LOGP_STATS(PER_TARGET, PER_ROW)        \
-  } else {                                       \
-    DLOGP_DELTA_LOGP_STATS(PER_TARGET, PER_ROW)  \
+#define DLOGP_STATS(models, PER_TARGET, PER_ROW, NORMALIZER) \
+  if constexpr (models == 1) {                               \
+    DLOGP_LOGP_STATS(PER_TARGET, PER_ROW, NORMALIZER)        \
+  } else {                                                   \
+    DLOGP_DELTA_LOGP_STATS(PER_TARGET, PER_ROW, NORMALIZER)  \
   }
 #define DLOGP_NOTHING(name, value)
 
@@ -42,25 +46,31 @@ namespace dlogp {
 template <typename Acc>
 struct StatsOutputs {
 #define DLOGP_FIELD(name, value) Acc* name = nullptr;
-  DLOGP_DELTA_LOGP_STATS(DLOGP_FIELD, DLOGP_FIELD)
+  DLOGP_DELTA_LOGP_STATS(DLOGP_FIELD, DLOGP_FIELD, DLOGP_FIELD)
 #undef DLOGP_FIELD
+  int64_t rows = 0;  // N
 };
 
 // Statistics of some rows with one target each, in memory.
 template <typename Acc, int Models>
 struct StatsStorage {
 #define DLOGP_FIELD(name, value) std::vector<Acc> name;
-  DLOGP_DELTA_LOGP_STATS(DLOGP_FIELD, DLOGP_FIELD)
+  DLOGP_DELTA_LOGP_STATS(DLOGP_FIELD, DLOGP_FIELD, DLOGP_FIELD)
 #undef DLOGP_FIELD
 
   // Room for so many rows.
   StatsOutputs<Acc> outputs(int64_t rows) {
     StatsOutputs<Acc> outputs;
+    outputs.rows = rows;
 #define DLOGP_RESIZE(name, value) \
   name.resize(rows);              \
   outputs.name = name.data();
-    DLOGP_STATS(Models, DLOGP_RESIZE, DLOGP_RESIZE)
+#define DLOGP_RESIZE_TWO(name, state) \
+  name.resize(2 * rows);              \
+  outputs.name = name.data();
+    DLOGP_STATS(Models, DLOGP_RESIZE, DLOGP_RESIZE, DLOGP_RESIZE_TWO)
 #undef DLOGP_RESIZE
+#undef DLOGP_RESIZE_TWO
     return outputs;
   }
 };

@@ -34,15 +34,23 @@ DLOGP_INLINE Acc largest(int64_t count, const Acc* z) {
   return max;
 }
 
+// Moves a state's maximum up to `max`, if that is larger; returns whether it is.
+template <typename Acc>
+bool raise(SoftmaxState<Acc>& state, Acc max) {
+  const bool is_new = max > state.max;
+  if (is_new) rebase(state, max);
+  return is_new;
+}
+
 // One after another, for tiles with −inf, +inf or NaN; the vectorised sums of such a tile are not finite.
 template <typename Acc>
 void fold_special(int64_t count, const Acc* z, SoftmaxState<Acc>& state) {
   for (int64_t i = 0; i < count; ++i) {
     if (z[i] == kMaskedLogit<Acc>) continue;
-    if (z[i] > state.max) rebase(state, z[i]);
-    const double d = double(z[i]) - double(state.max);
+    const bool is_new = raise(state, z[i]);
+    const double d = double(z[i]) - double(state.max);  // of a new maximum 0, or NaN for +inf
     const double e = std::exp(d);
-    state.sum += e;
+    state.rest += is_new ? d : e;
     state.weighted += e * d;
   }
 }
@@ -51,15 +59,16 @@ template <typename Acc>
 void fold_special(int64_t count, const Acc* z, const Acc* base_z, PairState<Acc>& state) {
   for (int64_t i = 0; i < count; ++i) {
     const bool possible = z[i] != kMaskedLogit<Acc>, base_possible = base_z[i] != kMaskedLogit<Acc>;
-    rebase(state, larger(z[i], state.model.max), larger(base_z[i], state.base.max));
+    move_cross(state, larger(z[i], state.model.max), larger(base_z[i], state.base.max));
+    const bool is_new = raise(state.model, z[i]), base_is_new = raise(state.base, base_z[i]);
     const double d = double(z[i]) - double(state.model.max), base_d = double(base_z[i]) - double(state.base.max);
     const double e = std::exp(d), base_e = std::exp(base_d);
     if (possible) {
-      state.model.sum += e;
+      state.model.rest += is_new ? d : e;
       state.model.weighted += e * d;
     }
     if (base_possible) {
-      state.base.sum += base_e;
+      state.base.rest += base_is_new ? base_d : base_e;
       state.base.weighted += base_e * base_d;
     }
     if (possible && base_possible) {
@@ -71,40 +80,66 @@ void fold_special(int64_t count, const Acc* z, const Acc* base_z, PairState<Acc>
   }
 }
 
-// How far above the running maximum a logit may lie before that has to follow; the sums are as exact around
-// any nearby value. So a tile is mostly read once, not first for its maximum.
+// How far above a state's maximum a tile's may lie, so that most tiles are read once, not first for their maximum. The
+// old maximum then is a good part of the rest, which so may be had from the sum by taking away the new one's 1.
 constexpr int kSlack = 2;
+
+// The sums of a tile about `max`. Either all its tokens are in `sum`, and `largest` may exceed `max` by kSlack; or it
+// does not, and tokens with z = max are counted apart, in `maxima`.
+enum class Maxima { kSummed, kApart };
 
 template <typename Acc>
 struct TileSums {
-  Acc largest, sum, weighted;
+  Acc max, largest, sum, weighted, maxima;
+
+  bool is_far_above(const SoftmaxState<Acc>& state) const { return state.empty() || largest > state.max + kSlack; }
+
+  // To a state about `max`.
+  void add_summed(SoftmaxState<Acc>& state) const {
+    state.rest += sum;
+    state.weighted += weighted;
+  }
+  // The state's maximum follows to one that has been added.
+  void move_summed(SoftmaxState<Acc>& state) const {
+    if (raise(state, largest)) state.rest -= 1;
+  }
+  // To a state about `max` or less.
+  void add_apart(SoftmaxState<Acc>& state) const {
+    const bool is_new = raise(state, max);
+    state.rest += double(sum) + double(maxima - Acc(is_new));
+    state.weighted += weighted;
+  }
 };
 
-template <bool with_weighted, typename Acc>
+template <Maxima place, bool with_weighted, typename Acc>
 DLOGP_INLINE TileSums<Acc> sum_tile(int64_t count, const Acc* z, Acc max) {
-  Acc largest = kMaskedLogit<Acc>, sum = 0, weighted = 0;
-#pragma omp simd reduction(max : largest) reduction(+ : sum, weighted)
+  constexpr bool apart = place == Maxima::kApart;
+  Acc largest = kMaskedLogit<Acc>, sum = 0, weighted = 0, maxima = 0;
+#pragma omp simd reduction(max : largest) reduction(+ : sum, weighted, maxima)
   for (int64_t i = 0; i < count; ++i) {
     const Acc d = z[i] - max;
     const Acc e = exp_of(d);
-    largest = z[i] > largest ? z[i] : largest;
-    sum += e;
+    if constexpr (!apart) largest = z[i] > largest ? z[i] : largest;
+    if constexpr (apart) maxima += d == 0 ? Acc(1) : Acc(0);
+    sum += apart && d == 0 ? Acc(0) : e;
     if constexpr (with_weighted) weighted += e * d;
   }
-  return {largest, sum, weighted};
+  return {max, largest, sum, weighted, maxima};
 }
 
 template <bool with_weighted, typename Acc>
 DLOGP_INLINE void fold_body(int64_t count, const Acc* z, SoftmaxState<Acc>& state) {
-  if (state.empty()) rebase(state, largest(count, z));
-  TileSums<Acc> tile = sum_tile<with_weighted>(count, z, state.max);
-  if (tile.largest > state.max + kSlack) {
-    rebase(state, tile.largest);
-    tile = sum_tile<with_weighted>(count, z, state.max);
-  }
+  TileSums<Acc> tile = {};
+  if (state.empty())
+    tile.largest = largest(count, z);
+  else
+    tile = sum_tile<Maxima::kSummed, with_weighted>(count, z, state.max);
+  const bool apart = tile.is_far_above(state);
+  if (apart) tile = sum_tile<Maxima::kApart, with_weighted>(count, z, tile.largest);
   if (!std::isfinite(tile.sum + tile.weighted)) return fold_special(count, z, state);
-  state.sum += tile.sum;
-  state.weighted += tile.weighted;
+  if (apart) return tile.add_apart(state);
+  tile.add_summed(state);
+  tile.move_summed(state);
 }
 
 template <typename Acc>
@@ -113,45 +148,81 @@ struct PairTileSums {
   Acc cross, base_cross;
 
   bool finite() const { return std::isfinite(model.weighted + base.weighted + cross + base_cross); }
+  bool is_far_above(const PairState<Acc>& state) const {
+    return model.is_far_above(state.model) || base.is_far_above(state.base);
+  }
+
+  void add_summed(PairState<Acc>& state) const {
+    model.add_summed(state.model);
+    base.add_summed(state.base);
+    add_cross(state);
+  }
+  void move_summed(PairState<Acc>& state) const {
+    move_cross(state, larger(model.largest, state.model.max), larger(base.largest, state.base.max));
+    model.move_summed(state.model);
+    base.move_summed(state.base);
+  }
+  void add_apart(PairState<Acc>& state) const {
+    move_cross(state, model.max, base.max);
+    model.add_apart(state.model);
+    base.add_apart(state.base);
+    add_cross(state);
+  }
+
+ private:
+  void add_cross(PairState<Acc>& state) const {
+    state.cross += cross;
+    state.base_cross += base_cross;
+  }
 };
 
-template <typename Acc>
+template <Maxima place, typename Acc>
 DLOGP_INLINE PairTileSums<Acc> sum_pair_tile(int64_t count, const Acc* z, const Acc* base_z, Acc max, Acc base_max) {
-  Acc largest = kMaskedLogit<Acc>, base_largest = largest;
-  Acc sum = 0, weighted = 0, cross = 0, base_sum = 0, base_weighted = 0, base_cross = 0;
+  constexpr bool apart = place == Maxima::kApart;
+  Acc largest = kMaskedLogit<Acc>, sum = 0, weighted = 0, maxima = 0, cross = 0;
+  Acc base_largest = largest, base_sum = 0, base_weighted = 0, base_maxima = 0, base_cross = 0;
 #pragma omp simd reduction(max : largest, base_largest) \
-    reduction(+ : sum, weighted, cross, base_sum, base_weighted, base_cross)
+    reduction(+ : sum, weighted, maxima, cross, base_sum, base_weighted, base_maxima, base_cross)
   for (int64_t i = 0; i < count; ++i) {
     const Acc d = z[i] - max, base_d = base_z[i] - base_max;
     const Acc e = exp_of(d), base_e = exp_of(base_d);
-    largest = z[i] > largest ? z[i] : largest;
-    base_largest = base_z[i] > base_largest ? base_z[i] : base_largest;
-    sum += e;
+    if constexpr (apart) {
+      maxima += d == 0 ? Acc(1) : Acc(0);
+      base_maxima += base_d == 0 ? Acc(1) : Acc(0);
+    } else {
+      largest = z[i] > largest ? z[i] : largest;
+      base_largest = base_z[i] > base_largest ? base_z[i] : base_largest;
+    }
+    sum += apart && d == 0 ? Acc(0) : e;
     weighted += e * d;
     cross += e * (d - base_d);
-    base_sum += base_e;
+    base_sum += apart && base_d == 0 ? Acc(0) : base_e;
     base_weighted += base_e * base_d;
     base_cross += base_e * (base_d - d);
   }
-  return {{largest, sum, weighted}, {base_largest, base_sum, base_weighted}, cross, base_cross};
+  return {{max, largest, sum, weighted, maxima},
+          {base_max, base_largest, base_sum, base_weighted, base_maxima},
+          cross,
+          base_cross};
 }
 
 template <typename Acc>
 DLOGP_INLINE void fold_pair_body(int64_t count, const Acc* z, const Acc* base_z, PairState<Acc>& state) {
-  if (state.model.empty() || state.base.empty())
-    rebase(state, larger(largest(count, z), state.model.max), larger(largest(count, base_z), state.base.max));
-  PairTileSums<Acc> tile = sum_pair_tile(count, z, base_z, state.model.max, state.base.max);
-  if (tile.model.largest > state.model.max + kSlack || tile.base.largest > state.base.max + kSlack) {
-    rebase(state, larger(tile.model.largest, state.model.max), larger(tile.base.largest, state.base.max));
-    tile = sum_pair_tile(count, z, base_z, state.model.max, state.base.max);
+  PairTileSums<Acc> tile = {};
+  if (state.model.empty() || state.base.empty()) {
+    tile.model.largest = largest(count, z);
+    tile.base.largest = largest(count, base_z);
+  } else {
+    tile = sum_pair_tile<Maxima::kSummed>(count, z, base_z, state.model.max, state.base.max);
   }
+  const bool apart = tile.is_far_above(state);
+  if (apart)
+    tile = sum_pair_tile<Maxima::kApart>(count, z, base_z, larger(tile.model.largest, state.model.max),
+                                         larger(tile.base.largest, state.base.max));
   if (!tile.finite()) return fold_special(count, z, base_z, state);
-  state.model.sum += tile.model.sum;
-  state.model.weighted += tile.model.weighted;
-  state.cross += tile.cross;
-  state.base.sum += tile.base.sum;
-  state.base.weighted += tile.base.weighted;
-  state.base_cross += tile.base_cross;
+  if (apart) return tile.add_apart(state);
+  tile.add_summed(state);
+  tile.move_summed(state);
 }
 
 // A log-probability below this has p = 0 in float32; the bound keeps 0·(−inf) from being NaN.
@@ -164,7 +235,7 @@ template <typename Acc>
 DLOGP_INLINE void gradient_body(const GradientTerms<Acc>& terms, int64_t count, const Acc* z, Acc* grad) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
-    const Acc logp = bounded(z[i] - terms.lse);
+    const Acc logp = bounded((z[i] - terms.max) - terms.log_sum);
     grad[i] = exp_of(logp) * (terms.constant + terms.log_term * logp);
   }
 }
@@ -174,7 +245,8 @@ DLOGP_INLINE void gradient_pair_body(const GradientTerms<Acc>& terms, int64_t co
                                      Acc* grad) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
-    const Acc logp = bounded(z[i] - terms.lse), other_logp = bounded(other_z[i] - terms.other_lse);
+    const Acc logp = bounded((z[i] - terms.max) - terms.log_sum);
+    const Acc other_logp = bounded((other_z[i] - terms.other_max) - terms.other_log_sum);
     const Acc own = terms.constant + terms.log_term * logp + terms.ratio_term * (logp - other_logp);
     grad[i] = exp_of(logp) * own + terms.other_term * exp_of(other_logp);
   }

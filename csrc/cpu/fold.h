@@ -39,7 +39,7 @@ void fold_row(int64_t count, const Acc* const (&z)[2], PairState<Acc>& state) {
 // where kl is the divergence from p to q and reverse_kl that from q to p.
 template <typename Acc>
 struct GradientTerms {
-  Acc lse, other_lse;
+  Acc max, log_sum, other_max, other_log_sum;  // log p = (z − max) − log_sum: exact for large z too
   Acc constant, log_term, ratio_term, other_term;
 };
 

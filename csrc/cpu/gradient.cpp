@@ -21,7 +21,7 @@ template <typename Acc>
 GradientTerms<Acc> Upstream<Acc>::terms(int model, int64_t row, const int64_t* target,
                                         const LogitTransform& transform) const {
   const ModelUpstream<Acc>& own = models[model];
-  const Acc* other_lse = models[1 - model].lse;
+  const ModelUpstream<Acc>& other = models[1 - model];
   const Acc* own_grad_kl = model == 0 ? grad_kl : grad_reverse_kl;
   const Acc* other_grad_kl = model == 0 ? grad_reverse_kl : grad_kl;
   const Acc* own_kl = model == 0 ? kl : reverse_kl;
@@ -31,8 +31,10 @@ GradientTerms<Acc> Upstream<Acc>::terms(int model, int64_t row, const int64_t* t
   const double derivative = transform.derivative();
   const double constant = value_of(own.grad_lse, row) - grad_logp_sum - product_of(own.grad_entropy, own.entropy, row) -
                           product_of(own_grad_kl, own_kl, row) + value_of(other_grad_kl, row);
-  return {own.lse[row],
-          other_lse == nullptr ? Acc(0) : other_lse[row],
+  return {own.maxima()[row],
+          own.log_sums()[row],
+          Acc(value_of(other.maxima(), row)),
+          Acc(value_of(other.log_sums(), row)),
           Acc(derivative * constant),
           Acc(-derivative * value_of(own.grad_entropy, row)),
           Acc(derivative * value_of(own_grad_kl, row)),

@@ -31,10 +31,12 @@ struct PolicyBlock {
   }
 
   Upstream<Acc> upstream(int64_t ignore_index) const {
-    const ModelUpstream<Acc> model = {grad_logp.data(), grad_entropy.data(), nullptr, stats.entropy.data(),
-                                      stats.lse.data()};
+    const int64_t rows = int64_t(stats.entropy.size());
+    const ModelUpstream<Acc> model = {grad_logp.data(),     grad_entropy.data(),     nullptr,
+                                      stats.entropy.data(), stats.normalizer.data(), rows};
     if (Models == 1) return {{model, {}}, nullptr, nullptr, nullptr, nullptr, 1, ignore_index};
-    const ModelUpstream<Acc> base = {nullptr, nullptr, nullptr, stats.base_entropy.data(), stats.base_lse.data()};
+    const ModelUpstream<Acc> base = {nullptr, nullptr, nullptr, stats.base_entropy.data(), stats.base_normalizer.data(),
+                                     rows};
     return {{model, base}, grad_kl.data(), nullptr, stats.kl.data(), nullptr, 1, ignore_index};
   }
 

@@ -67,7 +67,7 @@ class TopPSearch {
 
   // Of all logits, with `softmax` their state.
   Acc among_all(const SoftmaxState<Acc>& softmax, double top_p) {
-    const double total = softmax.sum * std::exp(double(softmax.max) - double(top_));
+    const double total = softmax.sum() * std::exp(double(softmax.max) - double(top_));
     wanted_ = top_p * total;
     // Even if all V logits lay so far below the largest, they would have less than 1 − p of the mass together: what
     // lies lower is not kept. Seldom is more than one in twenty near that bound, so a higher one is tried first.

@@ -392,7 +392,7 @@ class RowSampler {
   // lower is not kept. A model's mass at T ≥ 1 is at least that at 1; any is at least that of the largest logit.
   __device__ float reach_of(const Drawn& drawn) const {
     const bool is_known = drawn.from != Drawn::From::kExtrapolation && drawn.temperature >= 1;
-    const double mass = is_known ? fmax(1.0, state_of(drawn).sum) : 1.0;
+    const double mass = is_known ? fmax(1.0, state_of(drawn).sum()) : 1.0;
     return float(log(double(arguments_.vocabulary) / ((1 - filters().top_p) * mass)) + 1e-3);
   }
 

@@ -60,9 +60,9 @@ struct SoftmaxSums : std::conditional_t<kAll, Moments, NoMoments> {
   __device__ PairState<float> state() const {
     PairState<float> state;
     state.model.max = max;
-    state.model.sum = sum;
+    state.model.rest = double(sum) - 1;
     state.base.max = base_max;
-    state.base.sum = base_sum;
+    state.base.rest = double(base_sum) - 1;
     if constexpr (kAll) {
       state.model.weighted = this->weighted;
       state.base.weighted = this->base_weighted;

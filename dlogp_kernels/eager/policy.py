@@ -234,18 +234,18 @@ class _PolicyBlock:
         tile: int,
     ) -> None:
         self.head, self.rows, self.target, self.options, self.tile = head, rows, target, options, tile
-        self.base_z, kl = None, None
+        self.base_logp_all, kl = None, None
         self.raw = tiled_logits(head.head, rows, head.dtype, tile)
-        self.z = head.transform(self.raw)
+        model = reference.log_softmax(head.transform(self.raw))
         if base is None:
-            stats = reference.logp_of_rows(self.z, target, _NO_TARGET)
+            stats = reference.logp_stats(model, target, _NO_TARGET)
         else:
             base_raw = tiled_logits(base.head, rows, base.dtype, tile)
-            self.base_z = base.transform(base_raw)
-            pair = reference.delta_logp_of_rows(self.z, self.base_z, target, _NO_TARGET)
+            base_model = reference.log_softmax(base.transform(base_raw))
+            pair = reference.delta_logp_stats(model, base_model, target, _NO_TARGET)
             stats, kl = reference.LogpStats(pair.logp, pair.entropy, pair.lse), pair.kl
-            self.base_lse = pair.base_lse
-        self.entropy, self.lse, self.kl = stats.entropy, stats.lse, kl
+            self.base_logp_all = base_model.logp_all
+        self.logp_all, self.entropy, self.kl = model.logp_all, stats.entropy, kl
         old_logp, advantage, self.scale = (x[rows, None] for x in known[:3])
         score, ref_logp, token_weight = (None if x is None else x[rows, None] for x in known[3:])
         tokens = PolicyTokens(
@@ -262,16 +262,12 @@ class _PolicyBlock:
 
     def accumulate(self) -> None:
         """Add to the gradients of the head."""
-        scale, options, logp_all = self.scale[:, 0], self.options, self.z - self.lse[:, None]
+        scale, options = self.scale[:, 0], self.options
         grad_logp, zero = self.grad_logp_unscaled * self.scale, torch.zeros_like(scale)
-        pair = (
-            ()
-            if self.base_z is None
-            else (self.base_z - self.base_lse[:, None], self.kl, options.kl_beta * scale, zero)
-        )
+        pair = () if self.base_logp_all is None else (self.base_logp_all, self.kl, options.kl_beta * scale, zero)
         grad = reference.logits_gradient(
-            logp_all, self.entropy, grad_logp[:, 0], -options.entropy_coef * scale, zero, *pair
+            self.logp_all, self.entropy, grad_logp[:, 0], -options.entropy_coef * scale, zero, *pair
         )
         grad.scatter_add_(1, self.target, grad_logp)
-        for tile in tiles(self.z.shape[1], self.tile):
+        for tile in tiles(self.raw.shape[1], self.tile):
             self.head.accumulate(self.rows, tile, self.raw[:, tile], grad[:, tile])

@@ -5,7 +5,7 @@ float32 accumulation (float64 for float64 inputs); deterministic as far as the d
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ from ._blocks import (
     zero_gradients,
 )
 
-#: reference.logp_of_rows or reference.delta_logp_of_rows.
+#: reference.logp_stats or reference.delta_logp_stats.
 _Definition = Callable[..., Sequence[Tensor]]
 
 
@@ -45,27 +45,32 @@ _OfRows = Callable[[Tensor], _Rows]
 _Gradients = Sequence[Sequence[Tensor | None]]
 
 
-def linear_logp_fwd(head: Head, targets: Targets, workspace: int) -> LogpStats:
-    return _forward_of_heads(LogpStats, reference.logp_of_rows, [head], targets, workspace)
+def linear_logp_fwd(head: Head, targets: Targets, workspace: int) -> tuple[Tensor, ...]:
+    return _forward_of_heads(LogpStats, reference.logp_stats, [head], targets, workspace)
 
 
-def linear_delta_logp_fwd(head: Head, base_head: Head, targets: Targets, workspace: int) -> DeltaLogpStats:
-    return _forward_of_heads(DeltaLogpStats, reference.delta_logp_of_rows, [head, base_head], targets, workspace)
+def linear_delta_logp_fwd(head: Head, base_head: Head, targets: Targets, workspace: int) -> tuple[Tensor, ...]:
+    return _forward_of_heads(DeltaLogpStats, reference.delta_logp_stats, [head, base_head], targets, workspace)
 
 
-def logp_fwd(logits: Logits, targets: Targets, workspace: int) -> LogpStats:
-    return _forward_of_logits(LogpStats, reference.logp_of_rows, [logits], targets, workspace)
+def logp_fwd(logits: Logits, targets: Targets, workspace: int) -> tuple[Tensor, ...]:
+    return _forward_of_logits(LogpStats, reference.logp_stats, [logits], targets, workspace)
 
 
-def delta_logp_fwd(logits: Logits, base_logits: Logits, targets: Targets, workspace: int) -> DeltaLogpStats:
-    return _forward_of_logits(DeltaLogpStats, reference.delta_logp_of_rows, [logits, base_logits], targets, workspace)
+def delta_logp_fwd(logits: Logits, base_logits: Logits, targets: Targets, workspace: int) -> tuple[Tensor, ...]:
+    return _forward_of_logits(DeltaLogpStats, reference.delta_logp_stats, [logits, base_logits], targets, workspace)
 
 
 def linear_logp_bwd(
     grads: Gradients, head: Head, targets: Targets, saved: Saved, output_mask: list[bool], workspace: int
 ) -> tuple[Tensor, ...]:
     return _backward_of_heads(
-        lambda rows: _ModelRows(rows, targets, grads, saved), [head], [output_mask], targets, saved.lse.dtype, workspace
+        lambda rows: _ModelRows(rows, targets, grads, saved),
+        [head],
+        [output_mask],
+        targets,
+        saved.entropy.dtype,
+        workspace,
     )
 
 
@@ -93,7 +98,12 @@ def logp_bwd(
     grads: Gradients, logits: Logits, targets: Targets, saved: Saved, output_mask: list[bool], workspace: int
 ) -> tuple[Tensor, ...]:
     return _backward_of_logits(
-        lambda rows: _ModelRows(rows, targets, grads, saved), [logits], output_mask, targets, saved.lse.dtype, workspace
+        lambda rows: _ModelRows(rows, targets, grads, saved),
+        [logits],
+        output_mask,
+        targets,
+        saved.entropy.dtype,
+        workspace,
     )
 
 
@@ -118,33 +128,56 @@ def delta_logp_bwd(
 
 def _forward_of_heads(
     kind: Any, definition: _Definition, heads: Sequence[Head], targets: Targets, workspace: int
-) -> Any:
-    """A `kind` of statistics, by their definition for transformed logits of one model or of a pair."""
+) -> tuple[Tensor, ...]:
+    """A `kind` of statistics, by their definition for the log-softmax of one or two models, and their normalizers."""
     dtype, vocabulary = accumulation_dtype(*(x for head in heads for x in head[:3])), heads[0].weight.shape[0]
     targets, bad_rows = check_targets(targets, vocabulary)
-    out = allocated(kind, targets.target, targets.target.new_zeros, dtype=dtype)
+    out = _zeros(kind, targets, len(heads), dtype)
     blocks = forward_blocks(heads, dtype, workspace)
     for rows in kept_blocks(targets, blocks.rows):
         raw = [tiled_logits(head, rows, dtype, blocks.tile) for head in heads]
         for some, *values in zip(*(x.split(blocks.rows_of_statistics) for x in (rows, *raw)), strict=True):
             _write(out, definition, values, heads, targets, some)
         del raw, values  # before there are the next ones
-    return _mask_invalid(out, bad_rows)
+    return out.without(bad_rows)
 
 
 def _forward_of_logits(
     kind: Any, definition: _Definition, models: Sequence[Logits], targets: Targets, workspace: int
-) -> Any:
+) -> tuple[Tensor, ...]:
     dtype, vocabulary = accumulation_dtype(*(model.logits for model in models)), models[0].logits.shape[-1]
     targets, bad_rows = check_targets(targets, vocabulary)
-    out = allocated(kind, targets.target, targets.target.new_zeros, dtype=dtype)
+    out = _zeros(kind, targets, len(models), dtype)
     for rows in row_blocks(targets, vocabulary, dtype, len(models), workspace):
         _write(out, definition, [rows_of(x.logits, rows).to(dtype) for x in models], models, targets, rows)
-    return _mask_invalid(out, bad_rows)
+    return out.without(bad_rows)
+
+
+class _Outputs(NamedTuple):
+    """Of forward: statistics, and the normalizer (2, N) of each model."""
+
+    stats: Any
+    normalizers: list[Tensor]
+
+    def without(self, bad_rows: Tensor | None) -> tuple[Tensor, ...]:
+        """In the order of the schema, NaN in these rows (N,)."""
+        if bad_rows is not None:
+            for value in self.stats:
+                value.masked_fill_(bad_rows if value.dim() == 1 else bad_rows[:, None], torch.nan)
+            for normalizer in self.normalizers:
+                normalizer.masked_fill_(bad_rows, torch.nan)
+        return *self.stats, *self.normalizers
+
+
+def _zeros(kind: Any, targets: Targets, models: int, dtype: torch.dtype) -> _Outputs:
+    new, num_rows = targets.target.new_zeros, targets.target.shape[0]
+    return _Outputs(
+        allocated(kind, targets.target, new, dtype=dtype), [new((2, num_rows), dtype=dtype) for _ in range(models)]
+    )
 
 
 def _write(
-    out: Sequence[Tensor],
+    out: _Outputs,
     definition: _Definition,
     raw: Sequence[Tensor],
     models: Sequence[Head | Logits],
@@ -152,9 +185,13 @@ def _write(
     rows: Tensor,
 ) -> None:
     """Statistics of a block of rows. What they need besides is gone before the next block begins."""
-    z = (transform_logits(x, *model.transform) for x, model in zip(raw, models, strict=True))
-    for field, value in zip(out, definition(*z, targets.target[rows], targets.ignore_index), strict=True):
+    of_models = [
+        reference.log_softmax(transform_logits(x, *model.transform)) for x, model in zip(raw, models, strict=True)
+    ]
+    for field, value in zip(out.stats, definition(*of_models, targets.target[rows], targets.ignore_index), strict=True):
         field[rows] = value
+    for normalizer, model in zip(out.normalizers, of_models, strict=True):
+        normalizer[:, rows] = torch.cat((model.largest, model.log_sum), 1).t()
 
 
 def _backward_of_heads(
@@ -298,13 +335,6 @@ def check_targets(targets: Targets, vocabulary: int) -> tuple[Targets, Tensor | 
     return targets._replace(target=target.masked_fill(bad, 0)), bad.any(-1)
 
 
-def _mask_invalid(outputs: Any, bad_rows: Tensor | None) -> Any:
-    if bad_rows is not None:
-        for output in outputs:
-            output.masked_fill_(bad_rows if output.dim() == 1 else bad_rows[:, None], torch.nan)
-    return outputs
-
-
 def _rows_or_zero(value: Tensor | None, rows: Tensor, like: Tensor) -> Tensor:
     return torch.zeros_like(rows, dtype=like.dtype) if value is None else value[rows]
 
@@ -314,15 +344,18 @@ class _ModelRows:
 
     def __init__(self, rows: Tensor, targets: Targets, grads: Gradients, saved: Saved) -> None:
         self.target = targets.target[rows]
-        grad = torch.zeros_like(self.target, dtype=saved.lse.dtype) if grads.logp is None else grads.logp[rows]
+        grad = torch.zeros_like(self.target, dtype=saved.entropy.dtype) if grads.logp is None else grads.logp[rows]
         self.grad_logp = grad.masked_fill(self.target == targets.ignore_index, 0.0)
-        self.grad_entropy = _rows_or_zero(grads.entropy, rows, saved.lse)
-        self.grad_lse = _rows_or_zero(grads.lse, rows, saved.lse)
-        self.entropy, self.lse = saved.entropy[rows], saved.lse[rows]
+        self.grad_entropy = _rows_or_zero(grads.entropy, rows, saved.entropy)
+        self.grad_lse = _rows_or_zero(grads.lse, rows, saved.entropy)
+        self.entropy, (self.largest, self.log_sum) = saved.entropy[rows], saved.normalizer[:, rows, None]
+
+    def logp_all(self, z: Tensor) -> Tensor:
+        return (z - self.largest).sub_(self.log_sum)
 
     def gradients(self, z: Iterator[Tensor], tile: slice, wanted: Sequence[bool]) -> list[Tensor | None]:
         """By the transformed logits of a tile, which are not kept."""
-        return [self.gradient(next(z) - self.lse[:, None], tile) if wanted[0] else None]
+        return [self.gradient(self.logp_all(next(z)), tile) if wanted[0] else None]
 
     def gradient(self, logp_all: Tensor, tile: slice, *pair: Tensor) -> Tensor:
         """∂/∂z in a tile of the vocabulary, the 1-hot term of `logp` included."""
@@ -346,8 +379,8 @@ class _PairRows:
 
     def gradients(self, z: Iterator[Tensor], tile: slice, wanted: Sequence[bool]) -> list[Tensor | None]:
         """By both models' transformed logits of a tile, which are not kept."""
-        logp_all = next(z) - self.model.lse[:, None]
-        base_logp_all = next(z) - self.base.lse[:, None]
+        logp_all = self.model.logp_all(next(z))
+        base_logp_all = self.base.logp_all(next(z))
         pair = base_logp_all, self.kl, self.grad_kl, self.grad_reverse_kl
         base_pair = logp_all, self.reverse_kl, self.grad_reverse_kl, self.grad_kl
         return [

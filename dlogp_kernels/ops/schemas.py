@@ -1,12 +1,13 @@
 """Every schema string of the library, once. Those of the statistics follow from results.py and inputs.py:
 
     linear_logp_fwd(Tensor hidden, Tensor weight, Tensor? bias, float[] transform, Tensor target, int ignore_index)
-        -> (Tensor logp, Tensor entropy, Tensor lse)
-    linear_logp_bwd(Tensor? grad_logp, Tensor? grad_entropy, Tensor? grad_lse, <as forward>, Tensor entropy, Tensor lse,
-        bool[3] output_mask) -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)
+        -> (Tensor logp, Tensor entropy, Tensor lse, Tensor normalizer)
+    linear_logp_bwd(Tensor? grad_logp, Tensor? grad_entropy, Tensor? grad_lse, <as forward>, Tensor entropy,
+        Tensor normalizer, bool[3] output_mask) -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)
 
 N tokens lie in the leading dimensions, at least one, of hidden (…, D) and logits (…, V); weight is (V, D). Targets
-are flat, (N, K) int64, and so are outputs, (N, K) or (N,) as results.py says. In a backward op `output_mask` says which
+are flat, (N, K) int64, and so are outputs, (N, K) or (N,) as results.py says; after them comes what backward needs
+besides, a normalizer (2, N) of each model. In a backward op `output_mask` says which
 gradients to compute, in the order of the floating inputs; the others come back empty. Sampling has no gradient; its
 seed (64 bits, as int64) and step come as numbers, or from the device as int64 tensors, seed (1,), step (1,) or (N,),
 which then count; row_id is (N,) int64, or None for 0 … N − 1.
@@ -48,6 +49,10 @@ class Statistics(NamedTuple):
         models = (arguments(model, prefix) for model, prefix in zip(self.models, ("", "base_"), strict=False))
         return (*(argument for model in models for argument in model), *arguments(Targets))
 
+    def private(self) -> tuple[str, ...]:
+        """What forward returns after its statistics, for backward alone."""
+        return tuple(x.name for x in arguments(self.saved) if x.name not in self.stats._fields)
+
     def upstream(self) -> tuple[Argument, ...]:
         return tuple(Argument(x.type, f"grad_{x.name}") for x in arguments(self.grads))
 
@@ -56,7 +61,7 @@ class Statistics(NamedTuple):
         return [i for i, x in enumerate(self.inputs()) if x.type.startswith("Tensor") and x.name != "target"]
 
     def forward(self) -> tuple[str, str]:
-        return _joined(self.inputs()), _tuple_of(self.stats._fields)
+        return _joined(self.inputs()), _tuple_of((*self.stats._fields, *self.private()))
 
     def backward(self) -> tuple[str, str]:
         takes = _joined((*self.upstream(), *self.inputs(), *arguments(self.saved)))

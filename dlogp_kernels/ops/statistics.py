@@ -17,7 +17,7 @@ def _register(name: str, op: Statistics) -> None:
     inputs, upstream, differentiable = op.inputs(), op.upstream(), op.differentiable()
     tensors = [i for i, x in enumerate(inputs) if x.type.startswith("Tensor")]
     options = [i for i in range(len(inputs)) if i not in tensors]
-    fields: tuple[str, ...] = op.stats._fields
+    fields: tuple[str, ...] = (*op.stats._fields, *op.private())
     saved = [fields.index(x.name) for x in arguments(op.saved)]
     constant = [i for i, x in enumerate(fields) if f"grad_{x}" not in {*(x.name for x in upstream), "grad_delta_logp"}]
     target = next(i for i in tensors if inputs[i].name == "target")
@@ -29,7 +29,9 @@ def _register(name: str, op: Statistics) -> None:
 
     def fake_fwd(*values: Any) -> tuple[Tensor, ...]:
         dtype = accumulation_dtype(*(values[i] for i in differentiable))
-        return tuple(allocated(op.stats, values[target], values[target].new_empty, dtype=dtype))
+        new = values[target].new_empty
+        normalizers = [new((2, values[target].shape[0]), dtype=dtype) for _ in op.private()]
+        return *allocated(op.stats, values[target], new, dtype=dtype), *normalizers
 
     def fake_bwd(*values: Any) -> Tensor | tuple[Tensor, ...]:
         given = tuple(values[len(upstream) + i] for i in differentiable)

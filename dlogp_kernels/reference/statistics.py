@@ -4,6 +4,8 @@ Each function here has the signature of the public one, works in float64 as well
 holds full logits. `logits_gradient` is the derivative that all backward kernels implement.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -41,29 +43,56 @@ def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: to
     return raw if bias is None else raw + bias.to(dtype)
 
 
+class LogSoftmax(NamedTuple):
+    """log p (N, V) of every token, the largest z (N, 1), and log Σ e^{z − largest} (N, 1)."""
+
+    logp_all: Tensor
+    largest: Tensor
+    log_sum: Tensor
+
+    @property
+    def lse(self) -> Tensor:
+        return (self.largest + self.log_sum)[:, 0]
+
+
+def log_softmax(z: Tensor) -> LogSoftmax:
+    """Of z (N, V). The sum leaves out the largest term, a 1 in which those of the others would drown."""
+    token = z.argmax(-1, keepdim=True)
+    largest = z.gather(-1, token).detach()
+    shift = largest.masked_fill(largest.isinf(), 0.0)  # ∞ − ∞ would be NaN
+    others = (z - shift).scatter_(-1, token, -torch.inf).exp_().sum(-1, keepdim=True)
+    of_largest = (z.gather(-1, token) - shift).expm1_()  # 0, with the derivative of the largest term
+    log_sum = (others + of_largest).log1p()
+    return LogSoftmax((z - largest).sub_(log_sum), largest, log_sum)
+
+
 def logp_of_rows(z: Tensor, target: Tensor, ignore_index: int) -> LogpStats:
     """Statistics of transformed logits z (N, V) with target (N, K), of rows that are not ignored as a whole."""
-    lse = torch.logsumexp(z, dim=-1)
-    logp_all = z - lse[:, None]
-    return LogpStats(_gather(logp_all, target, ignore_index), _entropy(logp_all), lse)
+    return logp_stats(log_softmax(z), target, ignore_index)
+
+
+def logp_stats(model: LogSoftmax, target: Tensor, ignore_index: int) -> LogpStats:
+    return LogpStats(_gather(model.logp_all, target, ignore_index), _entropy(model.logp_all), model.lse)
 
 
 def delta_logp_of_rows(z: Tensor, base_z: Tensor, target: Tensor, ignore_index: int) -> DeltaLogpStats:
     """Statistics of two tensors of transformed logits (N, V) with target (N, K), likewise."""
-    lse, base_lse = torch.logsumexp(z, dim=-1), torch.logsumexp(base_z, dim=-1)
-    logp_all, base_logp_all = z - lse[:, None], base_z - base_lse[:, None]
-    logp = _gather(logp_all, target, ignore_index)
-    base_logp = _gather(base_logp_all, target, ignore_index)
+    return delta_logp_stats(log_softmax(z), log_softmax(base_z), target, ignore_index)
+
+
+def delta_logp_stats(model: LogSoftmax, base: LogSoftmax, target: Tensor, ignore_index: int) -> DeltaLogpStats:
+    logp = _gather(model.logp_all, target, ignore_index)
+    base_logp = _gather(base.logp_all, target, ignore_index)
     return DeltaLogpStats(
         delta_logp=logp - base_logp,
         logp=logp,
         base_logp=base_logp,
-        entropy=_entropy(logp_all),
-        base_entropy=_entropy(base_logp_all),
-        kl=_kl(logp_all, base_logp_all),
-        reverse_kl=_kl(base_logp_all, logp_all),
-        lse=lse,
-        base_lse=base_lse,
+        entropy=_entropy(model.logp_all),
+        base_entropy=_entropy(base.logp_all),
+        kl=_kl(model.logp_all, base.logp_all),
+        reverse_kl=_kl(base.logp_all, model.logp_all),
+        lse=model.lse,
+        base_lse=base.lse,
     )
 
 

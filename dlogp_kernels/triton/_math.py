@@ -5,8 +5,11 @@ with a softcap c, x = tanh((raw + bias) · tanh_scale), tanh_scale = logit_scale
 A state is centred on the maximum m of x, and d = x − m, so that a common offset of the logits costs no accuracy. With s
 the output_scale:
 
-    sum = Σ e^{s·d}        weighted = Σ e^{s·d}·d
+    rest = Σ e^{s·d} − 1   weighted = Σ e^{s·d}·d
     cross = Σ e^{s·d}·u    base_cross = −Σ e^{base_s·base_d}·u    with u = s·d − base_s·base_d
+
+The 1 is the term of one token with x = m, and log p of that token is −log(1 + rest). Near 0 it is exact only if rest
+never was a part of a sum with that 1: see `fold`.
 
 All in float32. A token that is impossible (logit −inf), and a column beyond the vocabulary, has x = MASKED_LOGIT:
 finite, so that nothing here makes 0 · inf, and so small that its terms are exactly 0 next to any other token's.
@@ -27,7 +30,7 @@ class State(NamedTuple):
     """One model's softmax over the part of the vocabulary that was seen, a row each."""
 
     m: Any
-    sum: Any
+    rest: Any
     weighted: Any
 
 
@@ -46,6 +49,8 @@ class PairState(NamedTuple):
     base_unsupported: Any
 
 
+#: A rest that is larger is exact enough if taken from a sum with the 1; with a smaller one no other token has x = m.
+LARGE_REST = tl.constexpr(0.5)
 #: Numbers that a state has in memory, a row and split of the vocabulary.
 STATE_SIZE = tl.constexpr(3)
 PAIR_STATE_SIZE = tl.constexpr(10)
@@ -67,6 +72,13 @@ def log(x):
     series = 2.0 * r * (1.0 + r2 * (1.0 / 3 + r2 * (1.0 / 5 + r2 * (1.0 / 7 + r2 * (1.0 / 9)))))
     result = exponent * _LN2_HIGH + (exponent * _LN2_LOW + series)
     return tl.where(x < float("inf"), result, x)  # keeps NaN
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) of x ≥ 0, with what 1 + x loses to rounding."""
+    sum = 1.0 + x
+    return log(sum) + (x - (sum - 1.0)) / sum
 
 
 @triton.jit
@@ -95,7 +107,7 @@ def transform(raw, bias, tanh_scale):
 @triton.jit
 def empty_state(BLOCK_N: tl.constexpr):
     zero = tl.zeros([BLOCK_N], tl.float32)
-    return State(zero + MASKED_LOGIT, zero, zero)
+    return State(zero + MASKED_LOGIT, zero - 1.0, zero)
 
 
 @triton.jit
@@ -108,7 +120,7 @@ def empty_pair_state(BLOCK_N: tl.constexpr):
 def state_unless(reset, state):
     """`state`, or an empty one where the scalar `reset` is true."""
     return State(
-        tl.where(reset, MASKED_LOGIT, state.m), tl.where(reset, 0.0, state.sum), tl.where(reset, 0.0, state.weighted)
+        tl.where(reset, MASKED_LOGIT, state.m), tl.where(reset, -1.0, state.rest), tl.where(reset, 0.0, state.weighted)
     )
 
 
@@ -125,54 +137,116 @@ def pair_state_unless(reset, state):
 
 
 @triton.jit
-def rebase(state, m, output_scale):
-    """The same state, centred on a larger m."""
+def sum_of(state):
+    """Σ e^{s·d}."""
+    return 1.0 + state.rest
+
+
+@triton.jit
+def about(state, m, output_scale):
+    """The state's Σ e^{s·d} and Σ e^{s·d}·d, centred on an m that is no smaller."""
     shift = state.m - m
     factor = exp(output_scale * shift)
-    return State(m, factor * state.sum, factor * (state.weighted + shift * state.sum))
+    return factor * sum_of(state), factor * (state.weighted + shift * sum_of(state))
 
 
 @triton.jit
-def rebase_pair(state, m, base_m, output_scale, base_output_scale):
+def cross_about(state, m, base_m, output_scale, base_output_scale):
+    """The same of the cross terms."""
     shift, base_shift = output_scale * (state.model.m - m), base_output_scale * (state.base.m - base_m)
     change = shift - base_shift
-    return PairState(
-        rebase(state.model, m, output_scale),
-        rebase(state.base, base_m, base_output_scale),
-        exp(shift) * (state.cross + change * state.model.sum),
-        exp(base_shift) * (state.base_cross - change * state.base.sum),
-        state.unsupported,
-        state.base_unsupported,
-    )
+    cross = exp(shift) * (state.cross + change * sum_of(state.model))
+    return cross, exp(base_shift) * (state.base_cross - change * sum_of(state.base))
 
 
 @triton.jit
-def fold(state, x, output_scale):
-    """`state` with the columns of the tile x (rows, columns)."""
-    state = rebase(state, tl.maximum(state.m, tl.max(x, 1)), output_scale)
-    d = x - state.m[:, None]
+def without_ones(e):
+    """Terms without that of m."""
+    return tl.where(e < 1.0, e, 0.0)
+
+
+@triton.jit
+def any_row(holds):
+    """Whether it holds for some row; by way of a row of them all, because neither Triton 3.6 nor 3.7 can compile a
+    reduction of a reduction of a tile for Blackwell."""
+    return tl.max(tl.max(holds.to(tl.int32)[None, :], 1), 0) > 0
+
+
+@triton.jit
+def rest_with_tile(state, m, before, total):
+    """rest with the terms of a tile about m, whose sum is `total`, the state's being `before`; and whether m is new.
+
+    A tile that brings m has its 1 among the terms: rest is then their sum less 1, off by some 1e-7.
+    """
+    brings_m = m > state.m
+    return tl.where(brings_m, before + (total - 1.0), state.rest + total), brings_m
+
+
+@triton.jit
+def fold(state, x, output_scale, has_target=None, found=None):
+    """`state` with the columns of the tile x (rows, columns).
+
+    rest is exact in rows that have a target in the tile, `has_target`: for another one log p is no nearer to 0 than the
+    difference of both x. `found`: whether some row has one. Both are None for a rest that need never be exact.
+    """
+    m = tl.maximum(state.m, tl.max(x, 1))
+    before, weighted = about(state, m, output_scale)
+    d = x - m[:, None]
     e = tl.exp2(d * (output_scale * _LOG2E))
-    return State(state.m, state.sum + tl.sum(e, 1), state.weighted + tl.sum(e * d, 1))
+    weighted += tl.sum(e * d, 1)
+    total = tl.sum(e, 1)
+    if found is None:
+        rest = before + (total - 1.0)
+    else:
+        rest, brings_m = rest_with_tile(state, m, before, total)
+        if found:  # in few tiles
+            close = has_target & brings_m & (rest < LARGE_REST)
+            if any_row(close):
+                rest = tl.where(close, before + tl.sum(without_ones(e), 1), rest)
+    return State(m, rest, weighted)
 
 
 @triton.jit
-def fold_pair(state, x, base_x, output_scale, base_output_scale):
-    """`state` with the columns of both models' tiles."""
-    m = tl.maximum(state.model.m, tl.max(x, 1))
-    base_m = tl.maximum(state.base.m, tl.max(base_x, 1))
-    state = rebase_pair(state, m, base_m, output_scale, base_output_scale)
+def fold_pair(state, x, base_x, output_scale, base_output_scale, has_target=None, found=None):
+    """`state` with the columns of both models' tiles; the last two as in `fold`."""
+    model, base = state.model, state.base
+    m, base_m = tl.maximum(model.m, tl.max(x, 1)), tl.maximum(base.m, tl.max(base_x, 1))
+    before, weighted = about(model, m, output_scale)
+    base_before, base_weighted = about(base, base_m, base_output_scale)
+    cross, base_cross = cross_about(state, m, base_m, output_scale, base_output_scale)
     d, base_d = x - m[:, None], base_x - base_m[:, None]
     e, base_e = tl.exp2(d * (output_scale * _LOG2E)), tl.exp2(base_d * (base_output_scale * _LOG2E))
     u = output_scale * d - base_output_scale * base_d
-    model, base = state.model, state.base
+    weighted += tl.sum(e * d, 1)
+    base_weighted += tl.sum(base_e * base_d, 1)
+    cross += tl.sum(e * u, 1)
+    base_cross -= tl.sum(base_e * u, 1)
+    total, base_total = tl.sum(e, 1), tl.sum(base_e, 1)
+    if found is None:
+        rest, base_rest = before + (total - 1.0), base_before + (base_total - 1.0)
+    else:
+        rest, brings_m = rest_with_tile(model, m, before, total)
+        base_rest, base_brings_m = rest_with_tile(base, base_m, base_before, base_total)
+        if found:
+            close = has_target & brings_m & (rest < LARGE_REST)
+            base_close = has_target & base_brings_m & (base_rest < LARGE_REST)
+            if any_row(close | base_close):
+                rest = tl.where(close, before + tl.sum(without_ones(e), 1), rest)
+                base_rest = tl.where(base_close, base_before + tl.sum(without_ones(base_e), 1), base_rest)
     return PairState(
-        State(m, model.sum + tl.sum(e, 1), model.weighted + tl.sum(e * d, 1)),
-        State(base_m, base.sum + tl.sum(base_e, 1), base.weighted + tl.sum(base_e * base_d, 1)),
-        state.cross + tl.sum(e * u, 1),
-        state.base_cross - tl.sum(base_e * u, 1),
+        State(m, rest, weighted),
+        State(base_m, base_rest, base_weighted),
+        cross,
+        base_cross,
         state.unsupported,
         state.base_unsupported,
     )
+
+
+@triton.jit
+def with_models(state, model, base):
+    """The pair state with these states of the models."""
+    return PairState(model, base, state.cross, state.base_cross, state.unsupported, state.base_unsupported)
 
 
 @triton.jit
@@ -192,42 +266,60 @@ def with_unsupported(state, x, base_x):
 
 
 @triton.jit
-def merge_rows(state, output_scale):
-    """One state, (1,), of those of all rows."""
-    return merge(State(state.m[:, None], state.sum[:, None], state.weighted[:, None]), output_scale)
+def as_splits(state):
+    """States of rows as (rows, 1): splits of one row."""
+    return State(state.m[:, None], state.rest[:, None], state.weighted[:, None])
 
 
 @triton.jit
-def merge_pair_rows(state, output_scale, base_output_scale):
-    model, base = state.model, state.base
-    splits = PairState(
-        State(model.m[:, None], model.sum[:, None], model.weighted[:, None]),
-        State(base.m[:, None], base.sum[:, None], base.weighted[:, None]),
+def as_pair_splits(state):
+    return PairState(
+        as_splits(state.model),
+        as_splits(state.base),
         state.cross[:, None],
         state.base_cross[:, None],
         state.unsupported[:, None],
         state.base_unsupported[:, None],
     )
-    return merge_pair(splits, output_scale, base_output_scale)
+
+
+@triton.jit
+def merge_around_largest(splits, output_scale):
+    """One state of `splits`, whose fields are (splits, rows), one split that has its m, and the sum of the others."""
+    m, largest = tl.max(splits.m, 0, return_indices=True)
+    sum, weighted = about(splits, m[None, :], output_scale)
+    is_largest = tl.arange(0, splits.m.shape[0])[:, None] == largest[None, :]
+    others = tl.sum(tl.where(is_largest, 0.0, sum), 0)
+    rest = others + tl.sum(tl.where(is_largest, splits.rest, 0.0), 0)
+    return State(m, rest, tl.sum(weighted, 0)), largest, others
 
 
 @triton.jit
 def merge(splits, output_scale):
     """One state of `splits`, whose fields are (splits, rows)."""
     m = tl.max(splits.m, 0)
-    splits = rebase(splits, m[None, :], output_scale)
-    return State(m, tl.sum(splits.sum, 0), tl.sum(splits.weighted, 0))
+    sum, weighted = about(splits, m[None, :], output_scale)
+    has_m = splits.m == m[None, :]
+    more_ones = tl.sum(has_m.to(tl.float32), 0) - 1.0
+    rest = tl.sum(tl.where(has_m, splits.rest, sum), 0) + more_ones
+    return State(m, rest, tl.sum(weighted, 0))
 
 
 @triton.jit
 def merge_pair(splits, output_scale, base_output_scale):
-    m, base_m = tl.max(splits.model.m, 0), tl.max(splits.base.m, 0)
-    splits = rebase_pair(splits, m[None, :], base_m[None, :], output_scale, base_output_scale)
+    model, base = merge(splits.model, output_scale), merge(splits.base, base_output_scale)
+    return merge_cross(splits, model, base, output_scale, base_output_scale)
+
+
+@triton.jit
+def merge_cross(splits, model, base, output_scale, base_output_scale):
+    """The pair state of `splits` whose models' states are merged already."""
+    cross, base_cross = cross_about(splits, model.m[None, :], base.m[None, :], output_scale, base_output_scale)
     return PairState(
-        State(m, tl.sum(splits.model.sum, 0), tl.sum(splits.model.weighted, 0)),
-        State(base_m, tl.sum(splits.base.sum, 0), tl.sum(splits.base.weighted, 0)),
-        tl.sum(splits.cross, 0),
-        tl.sum(splits.base_cross, 0),
+        model,
+        base,
+        tl.sum(cross, 0),
+        tl.sum(base_cross, 0),
         tl.max(splits.unsupported, 0),
         tl.max(splits.base_unsupported, 0),
     )
@@ -237,7 +329,7 @@ def merge_pair(splits, output_scale, base_output_scale):
 def store_state(pointer, stride, state, mask):
     """To `pointer`, the first of STATE_SIZE tensors `stride` apart."""
     tl.store(pointer, state.m, mask=mask)
-    tl.store(pointer + stride, state.sum, mask=mask)
+    tl.store(pointer + stride, state.rest, mask=mask)
     tl.store(pointer + 2 * stride, state.weighted, mask=mask)
 
 
@@ -256,7 +348,7 @@ def load_state(pointer, stride, mask):
     """Empty where masked out."""
     return State(
         tl.load(pointer, mask=mask, other=MASKED_LOGIT),
-        tl.load(pointer + stride, mask=mask, other=0.0),
+        tl.load(pointer + stride, mask=mask, other=-1.0),
         tl.load(pointer + 2 * stride, mask=mask, other=0.0),
     )
 
@@ -276,27 +368,43 @@ def load_pair_state(pointer, stride, mask):
 @triton.jit
 def logp_of(x, state, output_scale):
     """log p of the token with this x."""
-    logp = output_scale * (x - state.m) - log(state.sum)
+    logp = output_scale * (x - state.m) - log1p(state.rest)
     logp = tl.where(x <= MASKED_LOGIT, float("-inf"), logp)
     return tl.where(state.m <= MASKED_LOGIT, float("nan"), logp)
 
 
 @triton.jit
 def entropy_of(state, output_scale):
-    entropy = log(state.sum) - output_scale * state.weighted / state.sum
+    entropy = log1p(state.rest) - output_scale * state.weighted / sum_of(state)
     return tl.where(state.m <= MASKED_LOGIT, float("nan"), entropy)
 
 
 @triton.jit
 def lse_of(state, output_scale):
-    lse = output_scale * state.m + log(state.sum)
+    lse = output_scale * state.m + log1p(state.rest)
     return tl.where(state.m <= MASKED_LOGIT, float("-inf"), lse)
+
+
+@triton.jit
+def normalizer_of(state, output_scale):
+    """The largest z, rounded, and log Σ e^{z − that}: what `logp_of_x` subtracts, one after the other."""
+    largest = output_scale * state.m
+    log_sum = log1p(state.rest) + tl.fma(output_scale, state.m, -largest)
+    nothing = state.m <= MASKED_LOGIT
+    return tl.where(nothing, float("-inf"), largest), tl.where(nothing, float("nan"), log_sum)
+
+
+@triton.jit
+def logp_of_x(x, normalizer, output_scale):
+    """log p of tokens of a row in backward: exact under any common offset, as lse, a sum, would not be."""
+    largest, log_sum = normalizer
+    return tl.fma(output_scale, x, -largest) - log_sum
 
 
 @triton.jit
 def divergence_of(state, other, cross, unsupported):
     """KL from `state` to `other`: ≥ 0, NaN kept, +inf where a token is possible for `state` alone."""
-    kl = cross / state.sum - log(state.sum) + log(other.sum)
+    kl = cross / sum_of(state) - log1p(state.rest) + log1p(other.rest)
     kl = tl.where(kl < 0.0, 0.0, kl)
     return tl.where(unsupported > 0.0, float("inf"), kl)
 

@@ -22,20 +22,24 @@ from .logp import (
     load_or_zero,
     load_raw,
     load_x,
+    logp_all_of,
     mask_ignored_and_invalid,
     model_gradient,
+    new_normalizer,
     new_states,
     new_stats,
     num_warps,
     pick,
     row_of,
     split_of,
+    store_normalizer,
     store_raw_gradient,
     store_row_statistics,
     target_gradient,
     tile_of,
     tile_of_logits,
     tile_width,
+    with_exact_rest,
 )
 
 _FINISH_ROWS = 8
@@ -61,14 +65,14 @@ def _delta_logp_fwd_kernel(
             local = begin + tl.arange(0, BLOCK)
             values = load_raw(raw, raw_row, local, local < end)
             base_values = load_raw(base_raw, raw_row, local, local < end)
-            state = _math.empty_pair_state(BLOCK // EACH)
+            lanes = _math.empty_pair_state(BLOCK // EACH)
             least = tl.zeros([BLOCK // EACH], tl.float32)
             for _ in range(0, end - begin, BLOCK):
                 following = load_raw(raw, raw_row, local + BLOCK, local + BLOCK < end)
                 base_following = load_raw(base_raw, raw_row, local + BLOCK, local + BLOCK < end)
                 x = tile_of(values, transform, column + local, local < end, EACH)
                 base_x = tile_of(base_values, base_transform, column + local, local < end, EACH)
-                state = _math.fold_pair(state, x, base_x, transform.output_scale, base_transform.output_scale)
+                lanes = _math.fold_pair(lanes, x, base_x, transform.output_scale, base_transform.output_scale)
                 least = tl.minimum(least, tl.minimum(tl.min(x, 1), tl.min(base_x, 1)))
                 values, base_values = following, base_following
                 local += BLOCK
@@ -81,9 +85,19 @@ def _delta_logp_fwd_kernel(
                     base_values = load_raw(base_raw, raw_row, local, inside)
                     x = tile_of(values, transform, column + local, inside, EACH)
                     base_x = tile_of(base_values, base_transform, column + local, inside, EACH)
-                    state = _math.with_unsupported(state, x, base_x)
+                    lanes = _math.with_unsupported(lanes, x, base_x)
                     local += BLOCK
-            state = _math.merge_pair_rows(state, transform.output_scale, base_transform.output_scale)
+            splits = _math.as_pair_splits(lanes)
+            model, lane, others = _math.merge_around_largest(splits.model, transform.output_scale)
+            base, base_lane, base_others = _math.merge_around_largest(splits.base, base_transform.output_scale)
+            state = _math.merge_cross(splits, model, base, transform.output_scale, base_transform.output_scale)
+            model = with_exact_rest(
+                model, lane, others, raw, transform, raw_row, begin, end, column, SPLIT, BLOCK, EACH
+            )  # fmt: skip
+            base = with_exact_rest(
+                base, base_lane, base_others, base_raw, base_transform, raw_row, begin, end, column, SPLIT, BLOCK, EACH
+            )  # fmt: skip
+            state = _math.with_models(state, model, base)
             one = tl.arange(0, 1)
             place = state_ptr + (split + s) * R + i + one
             _math.store_pair_state(place, num_splits * R, state, one == 0)
@@ -93,10 +107,12 @@ def _delta_logp_fwd_kernel(
 
 @triton.jit(do_not_specialize=["first", "N", "R", "V", "num_splits", "ignore_index"])
 def _finish_delta_logp_kernel(
-    state_ptr, target_logits_ptr, target_ptr, index_ptr, count_ptr, out, first, N, R, V, K, num_splits, output_scale,
-    base_output_scale, ignore_index, SPLITS: tl.constexpr, ROWS: tl.constexpr,
+    state_ptr, target_logits_ptr, target_ptr, index_ptr, count_ptr, out, normalizer_ptr, base_normalizer_ptr, first, N,
+    R, V, K, num_splits, output_scale, base_output_scale, ignore_index, SPLITS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """DeltaLogpStats `out` (float32) of rows index[first + i], i < R, from their states and both x at the targets.
+    """DeltaLogpStats `out` and both normalizers (2, N), float32, of rows index[first + i], i < R.
+
+    From their states and both x at the targets.
 
     Shapes as in `_delta_logp_fwd_kernel`; a program finishes ROWS rows, merging in one fixed order. Deterministic.
     """
@@ -125,12 +141,16 @@ def _finish_delta_logp_kernel(
         tl.store(out.delta_logp + n * K + k, mask_ignored_and_invalid(logp - base_logp, valid, bad), mask=mask)
     values = _math.pair_row_statistics_of(state, output_scale, base_output_scale)
     store_row_statistics(out, n, values, kept, bad, mask)
+    normalizer = _math.normalizer_of(state.model, output_scale)
+    base_normalizer = _math.normalizer_of(state.base, base_output_scale)
+    store_normalizer(normalizer_ptr, n, N, normalizer, kept, bad, mask)
+    store_normalizer(base_normalizer_ptr, n, N, base_normalizer, kept, bad, mask)
 
 
-@triton.jit(do_not_specialize=["first", "column", "ignore_index"])
+@triton.jit(do_not_specialize=["first", "N", "column", "ignore_index"])
 def _delta_logp_bwd_kernel(
     raw, transform, base_raw, base_transform, out, base_out, target_ptr, saved, base_saved, kl_ptr, reverse_kl_ptr,
-    grads, base_grads, grad_kl_ptr, grad_reverse_kl_ptr, scale_ptr, first, width, column, K, ignore_index,
+    grads, base_grads, grad_kl_ptr, grad_reverse_kl_ptr, scale_ptr, first, N, width, column, K, ignore_index,
     IN_PLACE: tl.constexpr, BASE_IN_PLACE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Gradients by both models' raw logits of a tile's rows, 0 for an ignored row.
@@ -145,8 +165,8 @@ def _delta_logp_bwd_kernel(
     if is_kept(target_ptr, n, K, ignore_index):
         x = load_x(raw, transform, i, local, column, inside)
         base_x = load_x(base_raw, base_transform, i, local, column, inside)
-        logp_all = transform.output_scale * x - tl.load(saved.lse + n)
-        base_logp_all = base_transform.output_scale * base_x - tl.load(base_saved.lse + n)
+        logp_all = logp_all_of(x, transform, saved, n, N)
+        base_logp_all = logp_all_of(base_x, base_transform, base_saved, n, N)
         grad_kl, grad_reverse_kl = load_or_zero(grad_kl_ptr, n), load_or_zero(grad_reverse_kl_ptr, n)
         if out is not None:
             total, at_target = target_gradient(grads.logp, target_ptr, n, column + local, begin, K, ignore_index, TILE)
@@ -203,6 +223,7 @@ def finish_delta_logp(
     target: Tensor,
     rows: Rows,
     out: DeltaLogpStats,
+    normalizers: tuple[Tensor, Tensor],
     vocabulary: int,
     output_scale: float,
     base_output_scale: float,
@@ -210,23 +231,24 @@ def finish_delta_logp(
     first: int = 0,
     launch: Launch = launch_anew,
 ) -> None:
-    """Write the statistics of the rows whose states are in state (10, splits, R)."""
+    """Write the statistics and normalizers of the rows whose states are in state (10, splits, R)."""
     _, num_splits, num_rows = state.shape
     arguments = (
-        state, target_logits, target, *rows, out, first, target.shape[0], num_rows, vocabulary, target.shape[1],
-        num_splits, output_scale, base_output_scale, ignore_index,
+        state, target_logits, target, *rows, out, *normalizers, first, target.shape[0], num_rows, vocabulary,
+        target.shape[1], num_splits, output_scale, base_output_scale, ignore_index,
     )  # fmt: skip
     constants = {"SPLITS": next_power_of_2(num_splits), "ROWS": _FINISH_ROWS}
     launch(_finish_delta_logp_kernel, (ceil_div(num_rows, _FINISH_ROWS),), arguments, constants)
 
 
-def delta_logp_fwd(model: Logits, base: Logits, targets: Targets, workspace: int) -> DeltaLogpStats:
+def delta_logp_fwd(model: Logits, base: Logits, targets: Targets, workspace: int) -> tuple[Tensor, ...]:
     logits, (target, ignore_index) = model.logits, (targets.target.contiguous(), targets.ignore_index)
     uncapped, v = (model.transform.softcap is None, base.transform.softcap is None), logits.shape[-1]
     launch = call_of(
         "delta_logp_fwd", logits.device, logits, base.logits, target, uncapped, ignore_index, workspace
     ).launch  # fmt: skip
     out = new_stats(DeltaLogpStats, target, EVERY_ROW)
+    normalizers = new_normalizer(target, EVERY_ROW), new_normalizer(target, EVERY_ROW)
     tile, base_tile = tile_of_logits(model), tile_of_logits(base)
     with on_device_of(logits):
         state, target_logits = new_states(target, v, _math.PAIR_STATE_SIZE.value, 2, workspace)
@@ -237,10 +259,10 @@ def delta_logp_fwd(model: Logits, base: Logits, targets: Targets, workspace: int
                 launch=launch,
             )  # fmt: skip
             finish_delta_logp(
-                state, target_logits, target, EVERY_ROW, out, v, tile.output_scale, base_tile.output_scale,
-                ignore_index, first, launch,
+                state, target_logits, target, EVERY_ROW, out, normalizers, v, tile.output_scale,
+                base_tile.output_scale, ignore_index, first, launch,
             )  # fmt: skip
-    return out
+    return *out, *normalizers
 
 
 def pair_tile_gradient(
@@ -261,8 +283,9 @@ def pair_tile_gradient(
     """Gradients by the raw logits of both tiles of `shape`, into out and base_out; `in_place` as for one model."""
     width = tile_width(shape[1])
     _delta_logp_bwd_kernel[(shape[0], ceil_div(shape[1], width))](
-        *logits, *base_logits, out, base_out, target, *saved, *grads, scale, first, shape[1], column, target.shape[1],
-        ignore_index, IN_PLACE=in_place[0], BASE_IN_PLACE=in_place[1], TILE=width, num_warps=num_warps(width),
+        *logits, *base_logits, out, base_out, target, *saved, *grads, scale, first, target.shape[0], shape[1], column,
+        target.shape[1], ignore_index, IN_PLACE=in_place[0], BASE_IN_PLACE=in_place[1], TILE=width,
+        num_warps=num_warps(width),
     )  # fmt: skip
 
 

@@ -185,7 +185,7 @@ def pair_statistics(pair, row, V, BLOCK: tl.constexpr):
 @triton.jit
 def logp_of_token(matrix, state, row, token, V):
     """log p of a token, (1,); −inf where its logit is."""
-    return load_logits(matrix, row, token + tl.arange(0, 1), V) - state.m - _math.log(state.sum)
+    return load_logits(matrix, row, token + tl.arange(0, 1), V) - state.m - _math.log1p(state.rest)
 
 
 @triton.jit(do_not_specialize=["seed", "step", "top_k", "limit"])

@@ -18,15 +18,15 @@ from ._sizes import ceil_div
 from .configs import gemm_tile
 from .delta_logp import finish_delta_logp, fold_pair_tile
 from .linear_forward import with_contiguous_bias
-from .logp import Tile, finish_logp, fold_tile, new_stats, transform_of
+from .logp import Tile, finish_logp, fold_tile, new_normalizer, new_stats, transform_of
 
 
-def linear_logp_fwd(head: Head, targets: Targets, workspace: int) -> LogpStats:
+def linear_logp_fwd(head: Head, targets: Targets, workspace: int) -> tuple[Tensor, ...]:
     target, ignore_index = targets.target.contiguous(), targets.ignore_index
     vocabulary, (num_rows, num_tokens) = head.weight.shape[0], gemm_tile(head.hidden.device)
     with on_device_of(target):
         rows = _rows.kept_rows(target, ignore_index)
-        out = new_stats(LogpStats, target, rows)
+        out, normalizer = new_stats(LogpStats, target, rows), new_normalizer(target, rows)
         tiles = _Tiles(with_contiguous_bias(head), rows)
         state, target_logits = _states(target, vocabulary, _math.STATE_SIZE.value, 1)
         for first in range(0, target.shape[0], num_rows):
@@ -34,16 +34,19 @@ def linear_logp_fwd(head: Head, targets: Targets, workspace: int) -> LogpStats:
             for split, column in enumerate(range(0, vocabulary, num_tokens)):
                 tile, shape = tiles.logits(column)
                 fold_tile(tile, shape, target, rows, ignore_index, state, target_logits, first, column, split)
-            finish_logp(state, target_logits, target, rows, out, vocabulary, tile.output_scale, ignore_index, first)
-    return out
+            finish_logp(
+                state, target_logits, target, rows, out, normalizer, vocabulary, tile.output_scale, ignore_index, first
+            )
+    return *out, normalizer
 
 
-def linear_delta_logp_fwd(head: Head, base: Head, targets: Targets, workspace: int) -> DeltaLogpStats:
+def linear_delta_logp_fwd(head: Head, base: Head, targets: Targets, workspace: int) -> tuple[Tensor, ...]:
     target, ignore_index = targets.target.contiguous(), targets.ignore_index
     vocabulary, (num_rows, num_tokens) = head.weight.shape[0], gemm_tile(head.hidden.device)
     with on_device_of(target):
         rows = _rows.kept_rows(target, ignore_index)
         out = new_stats(DeltaLogpStats, target, rows)
+        normalizers = new_normalizer(target, rows), new_normalizer(target, rows)
         tiles, base_tiles = _Tiles(with_contiguous_bias(head), rows), _Tiles(with_contiguous_bias(base), rows)
         state, target_logits = _states(target, vocabulary, _math.PAIR_STATE_SIZE.value, 2)
         for first in range(0, target.shape[0], num_rows):
@@ -55,10 +58,10 @@ def linear_delta_logp_fwd(head: Head, base: Head, targets: Targets, workspace: i
                     tile, base_tile, shape, target, rows, ignore_index, state, target_logits, first, column, split
                 )  # fmt: skip
             finish_delta_logp(
-                state, target_logits, target, rows, out, vocabulary, tile.output_scale, base_tile.output_scale,
-                ignore_index, first,
+                state, target_logits, target, rows, out, normalizers, vocabulary, tile.output_scale,
+                base_tile.output_scale, ignore_index, first,
             )  # fmt: skip
-    return out
+    return *out, *normalizers
 
 
 class _Tiles:

@@ -30,7 +30,7 @@ from .linear_forward import (
     with_contiguous_bias,
     with_softcap,
 )
-from .logp import new_stats
+from .logp import new_normalizer, new_stats
 
 
 @triton.jit(do_not_specialize=["first", "N", "R"])
@@ -72,15 +72,17 @@ def _linear_delta_logp_fwd_kernel(
                 base_bias = tl.where(tokens < V, 0.0, MASKED_LOGIT)
             state = _math.with_unsupported(state, bias[None, :], base_bias[None, :])
         x, base_x = with_softcap(x, layout, tokens, V), with_softcap(base_x, base_layout, tokens, V)
-        state = _math.fold_pair(state, x, base_x, layout.output_scale, base_layout.output_scale)
         i = row + tl.arange(0, BLOCK_N)
         mask = i < num_rows
         n = first + i.to(tl.int64)
         if index_ptr is not None:
             n = tl.load(index_ptr + n, mask=mask, other=0)
-        pick_targets(x, target_logits_ptr, target_ptr, n, i, mask, column, K, R, BLOCK_V, ONE_TARGET)
-        base_target_logits_ptr = target_logits_ptr + K * R
-        pick_targets(base_x, base_target_logits_ptr, target_ptr, n, i, mask, column, K, R, BLOCK_V, ONE_TARGET)
+        has_target, found = pick_targets(
+            x, base_x, target_logits_ptr, target_ptr, n, i, mask, column, K, R, BLOCK_V, ONE_TARGET
+        )
+        state = _math.fold_pair(
+            state, x, base_x, layout.output_scale, base_layout.output_scale, has_target, found
+        )  # fmt: skip
         place = state_ptr + split * R + i
         _math.store_pair_state(place, num_splits * R, state, mask & (block == blocks_per_split - 1))
 
@@ -95,7 +97,7 @@ def _plan(head: Head, base: Head, target: Tensor, workspace: int) -> tuple[Plan,
     return cut, constants
 
 
-def linear_delta_logp_fwd(head: Head, base: Head, targets: Targets, workspace: int) -> DeltaLogpStats:
+def linear_delta_logp_fwd(head: Head, base: Head, targets: Targets, workspace: int) -> tuple[Tensor, ...]:
     head, base = with_contiguous_bias(head), with_contiguous_bias(base)
     target, ignore_index = targets.target.contiguous(), targets.ignore_index
     hidden, vocabulary = head.hidden, head.weight.shape[0]
@@ -109,6 +111,7 @@ def linear_delta_logp_fwd(head: Head, base: Head, targets: Targets, workspace: i
         cut, constants = call.plan
         rows = rows_of(target, cut, ignore_index)
         out = new_stats(DeltaLogpStats, target, rows)
+        normalizers = new_normalizer(target, rows), new_normalizer(target, rows)
         state = hidden.new_empty((_math.PAIR_STATE_SIZE.value, cut.num_splits, cut.num_rows), dtype=torch.float32)
         target_logits = hidden.new_empty((2 * target.shape[1], cut.num_rows), dtype=torch.float32)
         gathered, base_gathered = gather_buffer(head, cut, rows), gather_buffer(base, cut, rows)
@@ -121,7 +124,7 @@ def linear_delta_logp_fwd(head: Head, base: Head, targets: Targets, workspace: i
             )  # fmt: skip
             call.launch(_linear_delta_logp_fwd_kernel, (cut.programs,), arguments, constants)
             finish_delta_logp(
-                state, target_logits, target, rows, out, vocabulary, operands.layout.output_scale,
+                state, target_logits, target, rows, out, normalizers, vocabulary, operands.layout.output_scale,
                 base_operands.layout.output_scale, ignore_index, first, call.launch,
             )  # fmt: skip
-    return out
+    return *out, *normalizers

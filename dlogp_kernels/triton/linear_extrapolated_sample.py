@@ -141,9 +141,7 @@ def scores(z, temperature, possible):
 def may_win(score, best, mask, GREEDY: tl.constexpr):
     """Whether some row of a tile has a token that, with the most noise, does not lose; a scalar."""
     most = tl.max(score, 1)
-    may = mask & (most > float("-inf")) & (most + (0.0 if GREEDY else MOST_NOISE) >= best)
-    # By way of a row: Triton 3.7 can not compile a reduction of a reduction of a tile for Blackwell.
-    return tl.max(tl.max(may.to(tl.int32)[None, :], 1), 0) > 0
+    return _math.any_row(mask & (most > float("-inf")) & (most + (0.0 if GREEDY else MOST_NOISE) >= best))
 
 
 @triton.jit

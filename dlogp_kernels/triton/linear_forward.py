@@ -180,26 +180,40 @@ def unit_of(unit, row_tiles, num_splits, GROUP: tl.constexpr):
 
 
 @triton.jit
-def pick_from_tile(x, target_logits_ptr, target_ptr, n, i, mask, column, k, K, R, BLOCK_V: tl.constexpr):
-    """x at the k-th target of rows n, where the tile has it, to target_logits (K, R)."""
+def pick_from_tile(x, base_x, target_logits_ptr, target_ptr, n, i, mask, column, k, K, R, BLOCK_V: tl.constexpr):
+    """x at the k-th target of rows n, where the tile has it, to target_logits (K, R), and base_x to the K rows after.
+
+    Returns in which rows that is so, and whether in any. base_x is None for one model.
+    """
     local = tl.load(target_ptr + n * K + k, mask=mask, other=-1) - column
     here = (local >= 0) & (local < BLOCK_V) & mask
+    found = tl.max(here.to(tl.int32), 0) > 0
     # Few tiles hold a target of their rows: the others skip the search.
-    if tl.max(here.to(tl.int32), 0) > 0:
+    if found:
         hit = local[:, None] == tl.arange(0, BLOCK_V)[None, :]
         tl.store(target_logits_ptr + k * R + i, tl.sum(tl.where(hit, x, 0.0), 1), mask=here)
+        if base_x is not None:
+            tl.store(target_logits_ptr + (K + k) * R + i, tl.sum(tl.where(hit, base_x, 0.0), 1), mask=here)
+    return here, found
 
 
 @triton.jit
 def pick_targets(
-    x, target_logits_ptr, target_ptr, n, i, mask, column, K, R, BLOCK_V: tl.constexpr, ONE_TARGET: tl.constexpr
+    x, base_x, target_logits_ptr, target_ptr, n, i, mask, column, K, R, BLOCK_V: tl.constexpr, ONE_TARGET: tl.constexpr
 ):
-    """As `pick_from_tile`, of all targets."""
+    """As `pick_from_tile`, of all targets; before the tile is folded, which leaves no register for its x."""
     if ONE_TARGET:  # a second loop in the kernel would keep the compiler from prefetching the next tile
-        pick_from_tile(x, target_logits_ptr, target_ptr, n, i, mask, column, 0, 1, R, BLOCK_V)
+        has_target, found = pick_from_tile(
+            x, base_x, target_logits_ptr, target_ptr, n, i, mask, column, 0, 1, R, BLOCK_V
+        )
     else:
+        has_target, found = mask & False, False
         for k in range(K):
-            pick_from_tile(x, target_logits_ptr, target_ptr, n, i, mask, column, k, K, R, BLOCK_V)
+            here, any_here = pick_from_tile(
+                x, base_x, target_logits_ptr, target_ptr, n, i, mask, column, k, K, R, BLOCK_V
+            )
+            has_target, found = has_target | here, found | any_here
+    return has_target, found
 
 
 class Plan(NamedTuple):

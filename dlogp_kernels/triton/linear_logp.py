@@ -3,6 +3,7 @@
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ..inputs import Head, Targets
 from ..results import LogpStats
@@ -22,7 +23,7 @@ from .linear_forward import (
     with_contiguous_bias,
     with_softcap,
 )
-from .logp import finish_logp, new_stats
+from .logp import finish_logp, new_normalizer, new_stats
 
 
 @triton.jit(do_not_specialize=["first", "N", "R"])
@@ -58,19 +59,21 @@ def _linear_logp_fwd_kernel(
         if MASKED:
             x += bias_of(layout, tokens, V)[None, :]
         x = with_softcap(x, layout, tokens, V)
-        state = _math.state_unless(block == 0, state)
-        state = _math.fold(state, x, layout.output_scale)
         i = row + tl.arange(0, BLOCK_N)
         mask = i < num_rows
         n = first + i.to(tl.int64)
         if index_ptr is not None:
             n = tl.load(index_ptr + n, mask=mask, other=0)
-        pick_targets(x, target_logits_ptr, target_ptr, n, i, mask, column, K, R, BLOCK_V, ONE_TARGET)
+        has_target, found = pick_targets(
+            x, None, target_logits_ptr, target_ptr, n, i, mask, column, K, R, BLOCK_V, ONE_TARGET
+        )
+        state = _math.state_unless(block == 0, state)
+        state = _math.fold(state, x, layout.output_scale, has_target, found)
         place = state_ptr + split * R + i
         _math.store_state(place, num_splits * R, state, mask & (block == blocks_per_split - 1))
 
 
-def linear_logp_fwd(head: Head, targets: Targets, workspace: int) -> LogpStats:
+def linear_logp_fwd(head: Head, targets: Targets, workspace: int) -> tuple[Tensor, ...]:
     head, target, ignore_index = with_contiguous_bias(head), targets.target.contiguous(), targets.ignore_index
     hidden, vocabulary = head.hidden, head.weight.shape[0]
     with on_device_of(hidden):
@@ -81,7 +84,7 @@ def linear_logp_fwd(head: Head, targets: Targets, workspace: int) -> LogpStats:
             call.plan = cut, cut.constants(is_masked(head, cut)) | {"ONE_TARGET": target.shape[1] == 1}
         cut, constants = call.plan
         rows = rows_of(target, cut, ignore_index)
-        out = new_stats(LogpStats, target, rows)
+        out, normalizer = new_stats(LogpStats, target, rows), new_normalizer(target, rows)
         state = hidden.new_empty((_math.STATE_SIZE.value, cut.num_splits, cut.num_rows), dtype=torch.float32)
         target_logits = hidden.new_empty((target.shape[1], cut.num_rows), dtype=torch.float32)
         gathered = gather_buffer(head, cut, rows)
@@ -93,7 +96,7 @@ def linear_logp_fwd(head: Head, targets: Targets, workspace: int) -> LogpStats:
             )  # fmt: skip
             call.launch(_linear_logp_fwd_kernel, (cut.programs,), arguments, constants)
             finish_logp(
-                state, target_logits, target, rows, out, vocabulary, operands.layout.output_scale, ignore_index, first,
-                call.launch,
+                state, target_logits, target, rows, out, normalizer, vocabulary, operands.layout.output_scale,
+                ignore_index, first, call.launch,
             )  # fmt: skip
-    return out
+    return *out, normalizer

@@ -49,6 +49,7 @@ from .logp import (
     Tile,
     finish_logp,
     fold_tile,
+    new_normalizer,
     new_stats,
     split_of,
     tile_gradient,
@@ -319,8 +320,10 @@ def linear_policy_loss_fwd(
 def _statistics(models: list[Head], target: Tensor, ignore_index: int, workspace: int) -> LogpStats | DeltaLogpStats:
     targets = Targets(target, ignore_index)
     if len(models) == 1:
-        return linear_logp_fwd(models[0], targets, workspace)
-    return linear_delta_logp_fwd(models[0], models[1], targets, workspace)
+        *stats, _ = linear_logp_fwd(models[0], targets, workspace)
+        return LogpStats(*stats)
+    *stats, _, _ = linear_delta_logp_fwd(models[0], models[1], targets, workspace)
+    return DeltaLogpStats(*stats)
 
 
 def _in_blocks(
@@ -334,6 +337,7 @@ def _in_blocks(
     accumulators = _Accumulators(models[0], output_mask, tiling.block, largest)
     pair = len(models) == 2
     stats = new_stats(DeltaLogpStats if pair else LogpStats, target, EVERY_ROW)
+    normalizers = tuple(new_normalizer(target, EVERY_ROW) for _ in models)
     size = _math.PAIR_STATE_SIZE if pair else _math.STATE_SIZE
     state = policy.new(size.value, ceil_div(vocabulary, split_of(vocabulary)), tiling.slice)
     target_logits = policy.new(len(models), tiling.slice)
@@ -345,10 +349,10 @@ def _in_blocks(
             row, count = first + begin, min(tiling.slice, num_rows - begin)
             shape = (count, vocabulary)
             tiles = [block.logits(begin, count) for block in blocks]
-            _fold(tiles, shape, target, ignore_index, state, target_logits, stats, row)
+            _fold(tiles, shape, target, ignore_index, state, target_logits, stats, normalizers, row)
             policy.rows(stats, row, row + count, ignore_index)
             grad_logits = accumulators.grad_logits[begin : begin + count]
-            _logits_gradient(tiles, shape, policy, stats, accumulators, grad_logits, ignore_index, row)
+            _logits_gradient(tiles, shape, policy, stats, normalizers, accumulators, grad_logits, ignore_index, row)
             accumulators.add_bias(blocks[0], count)
         accumulators.add(blocks[0], first, num_rows)
     return accumulators.gradients()
@@ -376,20 +380,22 @@ def _fold(
     state: Tensor,
     target_logits: Tensor,
     stats: Any,
+    normalizers: tuple[Tensor, ...],
     first: int,
 ) -> None:
-    """Statistics of a block of rows."""
+    """Statistics and normalizers of a block of rows."""
     if len(tiles) == 1:
         fold_tile(tiles[0], shape, target, EVERY_ROW, ignore_index, state, target_logits, first)
         finish_logp(
-            state, target_logits, target, EVERY_ROW, stats, shape[1], tiles[0].output_scale, ignore_index, first
-        )
+            state, target_logits, target, EVERY_ROW, stats, normalizers[0], shape[1], tiles[0].output_scale,
+            ignore_index, first,
+        )  # fmt: skip
         return
-    tile, base_tile = tiles
+    (tile, base_tile), (normalizer, base_normalizer) = tiles, normalizers
     fold_pair_tile(tile, base_tile, shape, target, EVERY_ROW, ignore_index, state, target_logits, first)
     finish_delta_logp(
-        state, target_logits, target, EVERY_ROW, stats, shape[1], tile.output_scale, base_tile.output_scale,
-        ignore_index, first,
+        state, target_logits, target, EVERY_ROW, stats, (normalizer, base_normalizer), shape[1], tile.output_scale,
+        base_tile.output_scale, ignore_index, first,
     )  # fmt: skip
 
 
@@ -398,13 +404,14 @@ def _logits_gradient(
     shape: tuple[int, int],
     policy: _Policy,
     stats: Any,
+    normalizers: tuple[Tensor, ...],
     accumulators: _Accumulators,
     grad_logits: Tensor,
     ignore_index: int,
     first: int,
 ) -> None:
     """Into grad_logits; for a bias also over the logits themselves, in float32."""
-    grads, saved = Gradients(*policy.out[:2], None), Saved(stats.entropy, stats.lse)
+    grads, saved = Gradients(*policy.out[:2], None), Saved(stats.entropy, normalizers[0])
     out, scale, in_place = matrix(grad_logits), accumulators.scale, accumulators.wants_bias
     target = policy.target
     if len(tiles) == 1:
@@ -413,7 +420,7 @@ def _logits_gradient(
     tile, base_tile = tiles
     pair_tile_gradient(
         tile, base_tile, out, None, shape, target,
-        PairSaved(saved, Saved(stats.base_entropy, stats.base_lse), stats.kl, stats.reverse_kl),
+        PairSaved(saved, Saved(stats.base_entropy, normalizers[1]), stats.kl, stats.reverse_kl),
         PairGradients(grads, Gradients(None, None, None), policy.out.grad_kl, None), ignore_index, scale, first,
         in_place=(in_place, False),
     )  # fmt: skip

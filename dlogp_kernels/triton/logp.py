@@ -1,5 +1,6 @@
 """`logp` on GPUs: statistics of given logits, and what every forward of one model ends with."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -70,15 +71,41 @@ def load_x(raw, transform, i, local, column, mask):
 
 
 @triton.jit
+def masked_x_of(values, transform, tokens, mask):
+    """x of raw logits, MASKED_LOGIT where masked out or −inf; a softcap makes every token possible."""
+    x = x_of(values, transform, tokens, mask)
+    return possible(x) if transform.tanh_scale is None else tl.where(mask, x, MASKED_LOGIT)
+
+
+@triton.jit
 def tile_of(values, transform, tokens, mask, EACH: tl.constexpr):
-    """x, MASKED_LOGIT where masked out or −inf, in rows of EACH columns: those of one load of a thread.
+    """Their x in rows of EACH columns: those of one load of a thread.
 
     A row then has a state of its own, and no thread waits for another before the last block.
     """
-    x = x_of(values, transform, tokens, mask)
-    # A softcap makes every token possible.
-    x = possible(x) if transform.tanh_scale is None else tl.where(mask, x, MASKED_LOGIT)
+    x = masked_x_of(values, transform, tokens, mask)
     return tl.reshape(x, [x.shape[0] // EACH, EACH])
+
+
+@triton.jit
+def with_exact_rest(
+    state, lane, others, raw, transform, raw_row, begin, end, column, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
+    EACH: tl.constexpr,
+):  # fmt: skip
+    """`state`, (1,), of the columns from `begin` to `end`, which rows of `tile_of` were merged to.
+
+    A small rest lacks precision where m was brought, see `_math.rest_with_tile`: of that row, `lane`, the columns are
+    read again, and `others` is the sum of all other rows.
+    """
+    rest = state.rest
+    if _math.any_row(rest < _math.LARGE_REST):
+        j = tl.arange(0, SPLIT // BLOCK * EACH)
+        local = begin + j // EACH * BLOCK + tl.max(lane, 0) * EACH + j % EACH
+        values = load_raw(raw, raw_row, local, local < end)
+        x = masked_x_of(values, transform, column + local, local < end)
+        e = _math.exp((x - tl.max(state.m, 0)) * transform.output_scale)
+        rest = others + tl.sum(_math.without_ones(e), 0)
+    return _math.State(state.m, rest, state.weighted)
 
 
 @triton.jit
@@ -138,14 +165,17 @@ def _logp_fwd_kernel(
             end = tl.minimum(begin + SPLIT, width)
             local = begin + tl.arange(0, BLOCK)
             values = load_raw(raw, raw_row, local, local < end)
-            state = _math.empty_state(BLOCK // EACH)
+            lanes = _math.empty_state(BLOCK // EACH)
             for _ in range(0, end - begin, BLOCK):
                 following = load_raw(raw, raw_row, local + BLOCK, local + BLOCK < end)
                 x = tile_of(values, transform, column + local, local < end, EACH)
-                state = _math.fold(state, x, transform.output_scale)
+                lanes = _math.fold(lanes, x, transform.output_scale)
                 values = following
                 local += BLOCK
-            state = _math.merge_rows(state, transform.output_scale)
+            state, lane, others = _math.merge_around_largest(_math.as_splits(lanes), transform.output_scale)
+            state = with_exact_rest(
+                state, lane, others, raw, transform, raw_row, begin, end, column, SPLIT, BLOCK, EACH
+            )  # fmt: skip
             one = tl.arange(0, 1)
             place = state_ptr + (split + s) * R + i + one
             _math.store_state(place, num_splits * R, state, one == 0)
@@ -179,12 +209,19 @@ def store_row_statistics(out, n, values, kept, bad, mask):
         tl.store(pointer + n, mask_ignored_and_invalid(values[i], kept, bad), mask=mask)
 
 
+@triton.jit
+def store_normalizer(normalizer_ptr, n, N, normalizer, kept, bad, mask):
+    """To normalizer (2, N)."""
+    for i in tl.static_range(2):
+        tl.store(normalizer_ptr + i * N + n, mask_ignored_and_invalid(normalizer[i], kept, bad), mask=mask)
+
+
 @triton.jit(do_not_specialize=["first", "N", "R", "V", "num_splits", "ignore_index"])
 def _finish_logp_kernel(
-    state_ptr, target_logits_ptr, target_ptr, index_ptr, count_ptr, out, first, N, R, V, K, num_splits, output_scale,
-    ignore_index, SPLITS: tl.constexpr, ROWS: tl.constexpr,
+    state_ptr, target_logits_ptr, target_ptr, index_ptr, count_ptr, out, normalizer_ptr, first, N, R, V, K, num_splits,
+    output_scale, ignore_index, SPLITS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """LogpStats `out` (float32) of rows index[first + i], i < R, from their states and x at the targets.
+    """LogpStats `out` and normalizer (2, N), float32, of rows index[first + i], i < R, from states and x at targets.
 
     Shapes as in `_logp_fwd_kernel`; a program merges the states of ROWS rows in one fixed order. Deterministic.
     """
@@ -206,6 +243,7 @@ def _finish_logp_kernel(
             out.logp + n * K + k, mask_ignored_and_invalid(_math.logp_of(x, state, output_scale), valid, bad), mask=mask
         )
     store_row_statistics(out, n, _math.row_statistics_of(state, output_scale), kept, bad, mask)
+    store_normalizer(normalizer_ptr, n, N, _math.normalizer_of(state, output_scale), kept, bad, mask)
 
 
 @triton.jit
@@ -232,6 +270,13 @@ def target_gradient(grad_ptr, target_ptr, n, tokens, begin, K, ignore_index, TIL
 
 
 @triton.jit
+def logp_all_of(x, transform, saved, n, N):
+    """log p of tokens of row n, of N, with these x."""
+    normalizer = tl.load(saved.normalizer + n), tl.load(saved.normalizer + N + n)
+    return _math.logp_of_x(x, normalizer, transform.output_scale)
+
+
+@triton.jit
 def model_gradient(logp_all, at_target, total, grads, saved, n):
     """By z, of one model's own statistics."""
     own = _math.logits_gradient(
@@ -253,9 +298,9 @@ def store_raw_gradient(out, i, local, mask, grad_z, x, raw, transform, scale_ptr
     tl.store(pointers, grad.to(out.data.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["first", "column", "ignore_index"])
+@triton.jit(do_not_specialize=["first", "N", "column", "ignore_index"])
 def _logp_bwd_kernel(
-    raw, transform, out, target_ptr, saved, grads, scale_ptr, first, width, column, K, ignore_index,
+    raw, transform, out, target_ptr, saved, grads, scale_ptr, first, N, width, column, K, ignore_index,
     IN_PLACE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Gradient by the raw logits of a tile's rows, 0 for an ignored row.
@@ -273,7 +318,7 @@ def _logp_bwd_kernel(
         x = load_x(raw, transform, i, local, column, inside)
         begin = column + s * TILE
         total, at_target = target_gradient(grads.logp, target_ptr, n, column + local, begin, K, ignore_index, TILE)
-        logp_all = transform.output_scale * x - tl.load(saved.lse + n)
+        logp_all = logp_all_of(x, transform, saved, n, N)
         grad_z = model_gradient(logp_all, at_target, total, grads, saved, n)
         store_raw_gradient(out, i, local, inside, grad_z, x, raw, transform, scale_ptr, IN_PLACE)
     else:
@@ -314,8 +359,16 @@ def num_warps(columns: int) -> int:
 
 def new_stats(kind: Any, target: Tensor, rows: Rows) -> Any:
     """A `kind` of float32 tensors: zeros where ignored rows are left out; else every row will be written."""
-    new = target.new_empty if rows.row_index is None else target.new_zeros
-    return allocated(kind, target, new, dtype=torch.float32)
+    return allocated(kind, target, _allocator(target, rows), dtype=torch.float32)
+
+
+def new_normalizer(target: Tensor, rows: Rows) -> Tensor:
+    """Of one model, (2, N), likewise."""
+    return _allocator(target, rows)((2, target.shape[0]), dtype=torch.float32)
+
+
+def _allocator(target: Tensor, rows: Rows) -> Callable[..., Tensor]:
+    return target.new_empty if rows.row_index is None else target.new_zeros
 
 
 def new_states(target: Tensor, vocabulary: int, state_size: int, models: int, workspace: int) -> tuple[Tensor, Tensor]:
@@ -358,27 +411,29 @@ def finish_logp(
     target: Tensor,
     rows: Rows,
     out: LogpStats,
+    normalizer: Tensor,
     vocabulary: int,
     output_scale: float,
     ignore_index: int,
     first: int = 0,
     launch: Launch = launch_anew,
 ) -> None:
-    """Write the statistics of the rows whose states are in state (3, splits, R)."""
+    """Write the statistics and normalizers of the rows whose states are in state (3, splits, R)."""
     _, num_splits, num_rows = state.shape
     arguments = (
-        state, target_logits, target, *rows, out, first, target.shape[0], num_rows, vocabulary, target.shape[1],
-        num_splits, output_scale, ignore_index,
+        state, target_logits, target, *rows, out, normalizer, first, target.shape[0], num_rows, vocabulary,
+        target.shape[1], num_splits, output_scale, ignore_index,
     )  # fmt: skip
     constants = {"SPLITS": next_power_of_2(num_splits), "ROWS": _FINISH_ROWS}
     launch(_finish_logp_kernel, (ceil_div(num_rows, _FINISH_ROWS),), arguments, constants)
 
 
-def logp_fwd(model: Logits, targets: Targets, workspace: int) -> LogpStats:
+def logp_fwd(model: Logits, targets: Targets, workspace: int) -> tuple[Tensor, ...]:
     logits, (target, ignore_index) = model.logits, (targets.target.contiguous(), targets.ignore_index)
     uncapped, v = model.transform.softcap is None, logits.shape[-1]
     launch = call_of("logp_fwd", logits.device, logits, target, uncapped, ignore_index, workspace).launch
-    out, tile = new_stats(LogpStats, target, EVERY_ROW), tile_of_logits(model)
+    out, normalizer = new_stats(LogpStats, target, EVERY_ROW), new_normalizer(target, EVERY_ROW)
+    tile = tile_of_logits(model)
     with on_device_of(logits):
         state, target_logits = new_states(target, v, _math.STATE_SIZE.value, 1, workspace)
         for first in range(0, target.shape[0], state.shape[2]):
@@ -388,9 +443,10 @@ def logp_fwd(model: Logits, targets: Targets, workspace: int) -> LogpStats:
                 launch=launch,
             )  # fmt: skip
             finish_logp(
-                state, target_logits, target, EVERY_ROW, out, v, tile.output_scale, ignore_index, first, launch
+                state, target_logits, target, EVERY_ROW, out, normalizer, v, tile.output_scale, ignore_index, first,
+                launch,
             )  # fmt: skip
-    return out
+    return *out, normalizer
 
 
 def tile_gradient(
@@ -409,8 +465,8 @@ def tile_gradient(
     """Gradient by the raw logits of a tile of `shape`, into `out`; `in_place`: also over the tile, in float32."""
     width = tile_width(shape[1])
     _logp_bwd_kernel[(shape[0], ceil_div(shape[1], width))](
-        *logits, out, target, saved, grads, scale, first, shape[1], column, target.shape[1], ignore_index,
-        IN_PLACE=in_place, TILE=width, num_warps=num_warps(width),
+        *logits, out, target, saved, grads, scale, first, target.shape[0], shape[1], column, target.shape[1],
+        ignore_index, IN_PLACE=in_place, TILE=width, num_warps=num_warps(width),
     )  # fmt: skip
 
 

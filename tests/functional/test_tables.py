@@ -6,7 +6,7 @@ import pytest
 import torch
 from paths import ROOT
 
-import dlogp_kernels
+from dlogp_kernels.inputs import flat_transform
 from dlogp_kernels.results import DeltaLogpStats, LogpStats, PolicyMetrics
 
 _COMMON = ROOT / "csrc" / "common"
@@ -15,7 +15,7 @@ _COMMON = ROOT / "csrc" / "common"
 def _table(header: str, name: str) -> list[tuple[str, str]]:
     """The kind and the name of each entry of a macro's list."""
     source = (_COMMON / header).read_text(encoding="utf-8")
-    (lines,) = re.findall(rf"#define {name}\(\w+, \w+\) *\\\n((?:.*\\\n)*.*)", source)
+    (lines,) = re.findall(rf"#define {name}\([\w, ]+\) *\\\n((?:.*\\\n)*.*)", source)
     return re.findall(r"^ *(\w+)\((\w+)", lines, re.MULTILINE)
 
 
@@ -24,15 +24,18 @@ def _table(header: str, name: str) -> list[tuple[str, str]]:
     [("DLOGP_LOGP_STATS", LogpStats, "logp"), ("DLOGP_DELTA_LOGP_STATS", DeltaLogpStats, "delta_logp")],
 )
 def test_statistics(name, results, op):
+    """And after the statistics what forward returns for backward alone."""
     table = _table("statistics.h", name)
-    assert tuple(field for _, field in table) == results._fields
+    fields = tuple(field for _, field in table)
+    assert fields[: len(results._fields)] == results._fields
     for schema in (f"{op}_fwd", f"linear_{op}_fwd"):
         returned = getattr(torch.ops.dlogp, schema).default._schema.returns
-        assert tuple(x.name for x in returned) == results._fields
-    logits = torch.zeros(2, 4)
-    stats = getattr(dlogp_kernels, op)(*[logits] * (1 + (op == "delta_logp")), torch.zeros(2, 3, dtype=torch.int64))
-    shapes = {"PER_TARGET": (2, 3), "PER_ROW": (2,)}
-    assert [shapes[kind] for kind, _ in table] == [tuple(x.shape) for x in stats]
+        assert tuple(x.name for x in returned) == fields
+    logits, transform, models = torch.zeros(4, 5), flat_transform(1.0, None, 1.0), 1 + (op == "delta_logp")
+    target = torch.zeros(4, 3, dtype=torch.int64)
+    outputs = getattr(torch.ops.dlogp, f"{op}_fwd")(*[logits, transform] * models, target, -100)
+    shapes = {"PER_TARGET": (4, 3), "PER_ROW": (4,), "NORMALIZER": (2, 4)}
+    assert [shapes[kind] for kind, _ in table] == [tuple(x.shape) for x in outputs]
 
 
 def test_policy_metrics():

@@ -27,6 +27,11 @@ ZERO_KL_ROUNDINGS = 8.0
 #: MiB over inputs, outputs and gradients, per backend: forward, backward.
 MEMORY_MIB = {"cpu": (64, 256), "reference": (256, 256), "triton": (64, 512), "gemm": (64, 512)}
 
+#: Of log p, relative to it, however near to 0 it is: down to −1e-20 and beyond. And of a gradient −p of an unlikely
+#: token, in whose log p its distance to the likeliest one is rounded, at most 88.
+CERTAINTY_ERROR = {torch.float32: 1e-5, torch.float64: 1e-13}
+NEAR_CERTAINTY_GRADIENT_ERROR = {torch.float32: 2e-5, torch.float64: 1e-13}
+
 #: Absolute error of log p at a hidden size of 4096 and |z| ≤ 50, where sums are rounded: in float32, and on the CPU.
 LOGP_ERROR = 5e-6
 #: The tensor cores of a GPU truncate float32 sums of bfloat16 and float16 products. A statistic of such inputs may be

@@ -5,10 +5,10 @@ float32 truncates. Here it holds float32 numbers that bfloat16 has: every operat
 it is, and a handle rounds to nearest, ties to even, when it is made. Only memory and bitcasts see bits. Atomics of bf16
 are still unsupported.
 
-`tl.dot` sums in float64 and rounds once: numpy's float32 product gives a row other bits at another place of its tile,
-and what is tested is that the kernels do not. `tl.sum` adds in pairs along any axis, much as a GPU does, where numpy
-does so along the last one only. A comparison's result has type bool here; there it keeps its operands' type, and
-becomes numbers when a scalar one is broadcast.
+`tl.fma` rounds once, and so does `tl.dot`, which sums in float64: numpy's float32 product gives a row other bits at
+another place of its tile, and what is tested is that the kernels do not. `tl.sum` adds in pairs along any axis, much as
+a GPU does, where numpy does so along the last one only. A comparison's result has type bool here; there it keeps its
+operands' type, and becomes numbers when a scalar one is broadcast.
 
 What takes the time is done once: `triton.language` is turned to the interpreter, which each call of a device function
 does there, in a millisecond; and what Triton makes of the shape of a block, for each value, is made once for a shape.
@@ -37,7 +37,7 @@ _COMPARISONS = (np.less, np.less_equal, np.greater, np.greater_equal, np.equal, 
 
 
 class _Builder(interpreter.InterpreterBuilder):
-    """The methods of the builder that read or write the bits of bf16, comparisons and `tl.dot`."""
+    """The methods of the builder that read or write the bits of bf16, comparisons, `tl.fma` and `tl.dot`."""
 
     def binary_op(self, lhs, rhs, op):
         if op not in _COMPARISONS:
@@ -47,6 +47,10 @@ class _Builder(interpreter.InterpreterBuilder):
     def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
         total = np.matmul(a.data, b.data, dtype=np.float64) + d.data
         return interpreter.TensorHandle(total.astype(d.data.dtype), d.dtype.scalar)
+
+    def create_fma(self, x, y, z):
+        product = x.data.astype(np.float64) * y.data  # exact for float32, where the interpreter rounds it
+        return interpreter.TensorHandle((product + z.data).astype(z.data.dtype), z.dtype.scalar)
 
     def create_masked_load(self, ptrs, mask, other, cache_modifier, eviction_policy, is_volatile):
         if not _is_bf16(ptrs.get_element_ty()):

@@ -108,11 +108,13 @@ def test_candidate_out_of_range_names_its_position(op):
 
 
 def _unvalidated(op: str, target: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The op for target (N, K), without the function's validation, as a compiled graph calls it."""
+    """The op for target (N, K), without the function's validation, as a compiled graph calls it; rows come first."""
     inputs = on_device(make_inputs(op, len(target), v=50) | {"target": target})
     inputs |= {name: flat_transform(1.0, None, 1.0) for name in ("transform", "base_transform")}
     arguments = [{"ignore_index": -100, **inputs}.get(x.name) for x in schemas.STATISTICS[op].inputs()]
-    return tuple(x.cpu() for x in getattr(torch.ops.dlogp, f"{op}_fwd")(*arguments))
+    found = [x.cpu() for x in getattr(torch.ops.dlogp, f"{op}_fwd")(*arguments)]
+    count = len(schemas.STATISTICS[op].private())
+    return *found[:-count], *(normalizer.t() for normalizer in found[-count:])
 
 
 @pytest.mark.cpu_only

@@ -60,14 +60,14 @@ def test_opcheck_forward(op, dtype, present):
 @pytest.mark.parametrize("op", OPS)
 def test_opcheck_backward(op, present, mask):
     arguments = _forward_arguments(op, BF16, 2, present)
-    stats = getattr(torch.ops.dlogp, f"{op}_fwd")(*arguments)
-    table = schemas.STATISTICS[op]
-    stats = table.stats(*stats)
-    upstream = table.stats(*(grad.to(cases.DEVICE) for grad in upstream_of(stats)))
-    grads = [getattr(upstream, x.name) for x in inputs.arguments(table.grads)]
+    forward, table = getattr(torch.ops.dlogp, f"{op}_fwd").default, schemas.STATISTICS[op]
+    names, outputs = [x.name for x in forward._schema.returns], forward(*arguments)
+    found = dict(zip(names, outputs, strict=True))
+    upstream = dict(zip(names, (grad.to(cases.DEVICE) for grad in upstream_of(outputs)), strict=True))
+    grads = [upstream[x.name] for x in inputs.arguments(table.grads)]
     if not present:
         grads = [grad if i == 0 else None for i, grad in enumerate(grads)]
-    saved = [getattr(stats, x.name) for x in inputs.arguments(table.saved)]
+    saved = [found[x.name] for x in inputs.arguments(table.saved)]
     differentiable = [table.inputs()[i].name for i in table.differentiable()]
     computable = [i for i, name in enumerate(differentiable) if present or "bias" not in name]
     chosen = {"all": computable, "first": computable[:1], "last": computable[-1:], "none": []}[mask]
@@ -79,21 +79,21 @@ def test_opcheck_backward(op, present, mask):
 _STATISTICS_SCHEMAS = {
     "linear_logp_fwd": """(
         Tensor hidden, Tensor weight, Tensor? bias, float[] transform, Tensor target, int ignore_index
-        ) -> (Tensor logp, Tensor entropy, Tensor lse)""",
+        ) -> (Tensor logp, Tensor entropy, Tensor lse, Tensor normalizer)""",
     "logp_bwd": """(
         Tensor? grad_logp, Tensor? grad_entropy, Tensor? grad_lse, Tensor logits, float[] transform, Tensor target,
-        int ignore_index, Tensor entropy, Tensor lse, bool[1] output_mask
+        int ignore_index, Tensor entropy, Tensor normalizer, bool[1] output_mask
         ) -> Tensor grad_logits""",
     "delta_logp_fwd": """(
         Tensor logits, float[] transform, Tensor base_logits, float[] base_transform, Tensor target, int ignore_index
         ) -> (Tensor delta_logp, Tensor logp, Tensor base_logp, Tensor entropy, Tensor base_entropy, Tensor kl,
-        Tensor reverse_kl, Tensor lse, Tensor base_lse)""",
+        Tensor reverse_kl, Tensor lse, Tensor base_lse, Tensor normalizer, Tensor base_normalizer)""",
     "linear_delta_logp_bwd": """(
         Tensor? grad_logp, Tensor? grad_entropy, Tensor? grad_lse, Tensor? grad_base_logp, Tensor? grad_base_entropy,
         Tensor? grad_base_lse, Tensor? grad_kl, Tensor? grad_reverse_kl, Tensor hidden, Tensor weight, Tensor? bias,
         float[] transform, Tensor base_hidden, Tensor base_weight, Tensor? base_bias, float[] base_transform,
-        Tensor target, int ignore_index, Tensor entropy, Tensor lse, Tensor base_entropy, Tensor base_lse, Tensor kl,
-        Tensor reverse_kl, bool[6] output_mask
+        Tensor target, int ignore_index, Tensor entropy, Tensor normalizer, Tensor base_entropy,
+        Tensor base_normalizer, Tensor kl, Tensor reverse_kl, bool[6] output_mask
         ) -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias, Tensor grad_base_hidden,
         Tensor grad_base_weight, Tensor grad_base_bias)""",
 }

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dlogp_kernels.reference import statistics as reference
+from dlogp_kernels.results import present
 
 from .shapes import DTYPES, Workload
 from .timing import Candidate, absolute_error, relative_error
@@ -118,7 +119,7 @@ class Truth:
         with torch.set_grad_enabled(problem.work.training):
             raw = _float64_logits(problem, self.rows)
             stats = _stats(problem, raw, self.rows)
-        self.stats = {name: value.detach().reshape(len(self.rows)) for name, value in stats._asdict().items()}
+        self.stats = {name: value.detach().reshape(len(self.rows)) for name, value in present(stats).items()}
         if problem.work.training:
             # The gradient of a weight needs all rows; where only the checked ones have an upstream gradient, those do.
             checked = torch.zeros(n, device=problem.device).index_fill(0, self.rows, 1.0)

@@ -26,6 +26,7 @@ def linear_logp(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = -100,
+    top: bool = False,
 ) -> LogpStats:
     """`z.log_softmax(-1).gather(-1, target)` with z = `hidden @ weight.T + bias`, and the entropy, without the logits.
 
@@ -39,13 +40,14 @@ def linear_logp(
         logit_scale: > 0; logits are multiplied by it, before the softcap (Cohere, Granite).
         ignore_index: where the target is this, outputs are 0, without gradient, and a row whose targets are all
             ignored is not read and costs nothing.
+        top: also give the most likely token, the first of several, and its log p.
 
     Returns:
         LogpStats: `logp` (the shape of `target`), `entropy` and `lse` = log Σ exp z (…), in nats, float32 (float64 if
-        any input is).
+        any input is); with `top`, `top_token` (int64, −1 for an ignored row) and `top_logp` (…), else None.
 
-    Gradients: of every output with respect to `hidden`, `weight` and `bias`, in the dtype of each; only those that are
-    required are computed, from logits recomputed in blocks. Second derivatives raise RuntimeError.
+    Gradients: of every output but those of `top` with respect to `hidden`, `weight` and `bias`, in the dtype of each;
+    only those that are required are computed, from logits recomputed in blocks. Second derivatives raise RuntimeError.
 
     Memory over inputs and outputs is bounded (`backends.workspace_limit`), whatever the number of tokens and V. Results
     are the same bit for bit in every run; with the compiled kernels a row's do not depend on the other rows. Within
@@ -61,8 +63,8 @@ def linear_logp(
     head = checks.check_head(hidden, weight, bias)
     targets = checks.check_target(target, "hidden", hidden, ignore_index, weight.shape[0])
     transform = checks.check_transform(temperature, softcap, logit_scale)
-    outputs = torch.ops.dlogp.linear_logp_fwd(*head, transform, targets, ignore_index)
-    return stats_of(LogpStats, outputs, hidden, target)
+    outputs = torch.ops.dlogp.linear_logp_fwd(*head, transform, targets, ignore_index, top)
+    return stats_of(LogpStats, outputs, hidden, target, top)
 
 
 def linear_delta_logp(
@@ -80,6 +82,7 @@ def linear_delta_logp(
     logit_scale: float = 1.0,
     base_logit_scale: float = 1.0,
     ignore_index: int = -100,
+    top: bool = False,
 ) -> DeltaLogpStats:
     """Δlog p = log π(target) − log π_base(target) of two models in one pass without logits; entropies and KLs too.
 
@@ -93,12 +96,13 @@ def linear_delta_logp(
         bias, base_bias: (V,), optional.
         temperature: > 0, for both models.
         softcap, base_softcap, logit_scale, base_logit_scale: of each model, as in `linear_logp`.
-        ignore_index: as in `linear_logp`.
+        ignore_index, top: as in `linear_logp`.
 
     Returns:
         DeltaLogpStats: `delta_logp`, `logp`, `base_logp` (the shape of `target`); `entropy`, `base_entropy`,
         `kl` = KL(π ‖ π_base), `reverse_kl`, `lse`, `base_lse` (…); nats, float32 (float64 if any input is). Both KLs
-        are ≥ 0; a token with p = 0 contributes 0, one with p > 0 and q = 0 makes KL +inf.
+        are ≥ 0; a token with p = 0 contributes 0, one with p > 0 and q = 0 makes KL +inf. With `top`: `top_token`,
+        `top_logp`, `base_top_token`, `base_top_logp` (…), as in `linear_logp`.
 
     Gradients, memory, autocast, Raises: as in `linear_logp`, for both models' inputs.
 
@@ -109,8 +113,8 @@ def linear_delta_logp(
     targets = checks.check_target(target, "hidden", hidden, ignore_index, weight.shape[0])
     transform = checks.check_transform(temperature, softcap, logit_scale)
     base_transform = checks.check_transform(temperature, base_softcap, base_logit_scale, "base_")
-    outputs = torch.ops.dlogp.linear_delta_logp_fwd(*head, transform, *base, base_transform, targets, ignore_index)
-    return stats_of(DeltaLogpStats, outputs, hidden, target)
+    outputs = torch.ops.dlogp.linear_delta_logp_fwd(*head, transform, *base, base_transform, targets, ignore_index, top)
+    return stats_of(DeltaLogpStats, outputs, hidden, target, top)
 
 
 def logp(
@@ -121,13 +125,14 @@ def logp(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = -100,
+    top: bool = False,
 ) -> LogpStats:
     """`logits.log_softmax(-1).gather(-1, target)` and the entropy, each logit read once.
 
     Args:
         logits: (…, V), raw logits: scale, softcap and temperature are applied here. Any strides.
         target: (…) or (…, K), token ids in [0, V), or `ignore_index`.
-        temperature, softcap, logit_scale, ignore_index: as in `linear_logp`.
+        temperature, softcap, logit_scale, ignore_index, top: as in `linear_logp`.
 
     Returns:
         LogpStats: as in `linear_logp`.
@@ -139,8 +144,8 @@ def logp(
     checks.check_logits("logits", logits)
     targets = checks.check_target(target, "logits", logits, ignore_index, logits.shape[-1])
     transform = checks.check_transform(temperature, softcap, logit_scale)
-    outputs = torch.ops.dlogp.logp_fwd(checks.as_rows(logits), transform, targets, ignore_index)
-    return stats_of(LogpStats, outputs, logits, target)
+    outputs = torch.ops.dlogp.logp_fwd(checks.as_rows(logits), transform, targets, ignore_index, top)
+    return stats_of(LogpStats, outputs, logits, target, top)
 
 
 def delta_logp(
@@ -154,6 +159,7 @@ def delta_logp(
     logit_scale: float = 1.0,
     base_logit_scale: float = 1.0,
     ignore_index: int = -100,
+    top: bool = False,
 ) -> DeltaLogpStats:
     """Δlog p, both entropies and both KLs of two tensors of logits, each logit read once.
 
@@ -176,8 +182,8 @@ def delta_logp(
     transform = checks.check_transform(temperature, softcap, logit_scale)
     base_transform = checks.check_transform(temperature, base_softcap, base_logit_scale, "base_")
     rows, base_rows = checks.as_rows(logits), checks.as_rows(base_logits)
-    outputs = torch.ops.dlogp.delta_logp_fwd(rows, transform, base_rows, base_transform, targets, ignore_index)
-    return stats_of(DeltaLogpStats, outputs, logits, target)
+    outputs = torch.ops.dlogp.delta_logp_fwd(rows, transform, base_rows, base_transform, targets, ignore_index, top)
+    return stats_of(DeltaLogpStats, outputs, logits, target, top)
 
 
 def extrapolated_sample(

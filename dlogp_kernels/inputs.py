@@ -58,6 +58,12 @@ class Targets(NamedTuple):
     ignore_index: int
 
 
+class Asked(NamedTuple):
+    """What forward computes only on demand: `top`, the most likely token of each model and its log p."""
+
+    top: bool
+
+
 class Gradients(NamedTuple):
     """Upstream gradients by one model's statistics: by log p (N, K), by the others (N,); None counts as 0."""
 
@@ -103,7 +109,9 @@ class Argument(NamedTuple):
 
 
 #: Types of fields that are one argument; a field of another type is a structure of its own.
-_ARGUMENT_TYPES: dict[Any, str] = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", Transform: "float[]"}
+_ARGUMENT_TYPES: dict[Any, str] = {
+    Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", bool: "bool", Transform: "float[]",
+}  # fmt: skip
 _PREFIXES = {"model": "", "base": "base_"}
 
 

@@ -25,8 +25,11 @@ class _OneModelOptions(_Options):
         softcap: float | None = None,
         logit_scale: float = 1.0,
         ignore_index: int = -100,
+        top: bool = False,
     ) -> None:
-        super().__init__(temperature=temperature, softcap=softcap, logit_scale=logit_scale, ignore_index=ignore_index)
+        super().__init__(
+            temperature=temperature, softcap=softcap, logit_scale=logit_scale, ignore_index=ignore_index, top=top
+        )
 
 
 class _PairOptions(_OneModelOptions):
@@ -39,8 +42,11 @@ class _PairOptions(_OneModelOptions):
         logit_scale: float = 1.0,
         base_logit_scale: float = 1.0,
         ignore_index: int = -100,
+        top: bool = False,
     ) -> None:
-        super().__init__(temperature=temperature, softcap=softcap, logit_scale=logit_scale, ignore_index=ignore_index)
+        super().__init__(
+            temperature=temperature, softcap=softcap, logit_scale=logit_scale, ignore_index=ignore_index, top=top
+        )
         self.options |= {"base_softcap": base_softcap, "base_logit_scale": base_logit_scale}
 
 

@@ -17,28 +17,35 @@ class Shape(Enum):
 
     TARGET = "(N, K)"
     ROW = "(N,)"
+    TOP = "(N,), or (0,) where the most likely token is not asked for"
 
 
 PerTarget = Annotated[Tensor, Shape.TARGET]
 PerRow = Annotated[Tensor, Shape.ROW]
+TopToken = Annotated[Tensor | None, Shape.TOP, torch.int64]
+TopLogp = Annotated[Tensor | None, Shape.TOP]
 
 
 class LogpStats(NamedTuple):
     """Statistics of one model's next-token distribution, in nats.
 
-    `logp` has the shape of the target; `entropy` and `lse` have its leading shape (without candidates).
+    `logp` has the shape of the target; the rest have its leading shape (without candidates). With `top=True`,
+    `top_token` is the most likely token, the first of several, −1 where the row is ignored or has no numbers, and
+    `top_logp` its log p; else they are None. Read fields by name: later ones are appended.
     """
 
     logp: PerTarget
     entropy: PerRow
     lse: PerRow
+    top_token: TopToken = None
+    top_logp: TopLogp = None
 
 
 class DeltaLogpStats(NamedTuple):
     """Statistics of a pair of models at the same positions, in nats.
 
     `delta_logp`, `logp` and `base_logp` have the shape of the target; the rest have its leading shape.
-    `kl` is KL(model ‖ base), `reverse_kl` is KL(base ‖ model).
+    `kl` is KL(model ‖ base), `reverse_kl` is KL(base ‖ model). The last four are as in LogpStats.
     """
 
     delta_logp: PerTarget
@@ -50,26 +57,41 @@ class DeltaLogpStats(NamedTuple):
     reverse_kl: PerRow
     lse: PerRow
     base_lse: PerRow
+    top_token: TopToken = None
+    top_logp: TopLogp = None
+    base_top_token: TopToken = None
+    base_top_logp: TopLogp = None
 
 
 _Stats = TypeVar("_Stats", LogpStats, DeltaLogpStats)
 
 
 @functools.cache
-def shapes(kind: Any) -> tuple[Shape, ...]:
-    """Of each field of LogpStats or DeltaLogpStats."""
-    return tuple(hint.__metadata__[0] for hint in get_type_hints(kind, include_extras=True).values())
+def _fields(kind: Any) -> tuple[tuple[Shape, torch.dtype | None], ...]:
+    """Shape of each field of LogpStats or DeltaLogpStats, and its dtype where that is not the one of the op."""
+    hints = get_type_hints(kind, include_extras=True).values()
+    return tuple((shape, *dtype, None)[:2] for shape, *dtype in (hint.__metadata__ for hint in hints))
 
 
-def allocated(kind: Any, target: Tensor, new: Callable[..., Tensor], **options: Any) -> Any:
-    """A `kind` of tensors, each from new(its shape, **options), for target (N, K)."""
-    per_target, per_row = target.shape, target.shape[:1]
-    return kind(*[new(per_target if shape is Shape.TARGET else per_row, **options) for shape in shapes(kind)])
+def allocated(kind: Any, target: Tensor, new: Callable[..., Tensor], dtype: torch.dtype, top: bool) -> Any:
+    """A `kind` of tensors, each from new(its shape, dtype=…), for target (N, K); a token is −1."""
+    sizes = {Shape.TARGET: target.shape, Shape.ROW: target.shape[:1], Shape.TOP: target.shape[:1] if top else (0,)}
+    made = [new(sizes[shape], dtype=own or dtype) for shape, own in _fields(kind)]
+    for (_, own), tensor in zip(_fields(kind), made, strict=True):
+        if top and own is torch.int64:
+            tensor.fill_(-1)
+    return kind(*made)
 
 
-def stats_of(kind: type[_Stats], outputs: Sequence[Tensor], rows: Tensor, target: Tensor) -> _Stats:
+def stats_of(kind: type[_Stats], outputs: Sequence[Tensor], rows: Tensor, target: Tensor, top: bool) -> _Stats:
     """What the function returns of an op's outputs, which end in what is for backward alone."""
-    return kind(*shaped(outputs[: len(kind._fields)], rows, target))
+    count = len(kind._fields) - (0 if top else len(kind._field_defaults))
+    return kind(*shaped(outputs[:count], rows, target))
+
+
+def present(results: Any) -> dict[str, Tensor]:
+    """The fields by name, without those that were not asked for."""
+    return {name: value for name, value in results._asdict().items() if value is not None}
 
 
 def shaped(values: Iterable[Tensor], rows: Tensor, target: Tensor | None = None) -> list[Tensor]:

@@ -1,6 +1,7 @@
 // linear_logp, linear_delta_logp, logp and delta_logp on the CPU, as implementations of the private schemas `_cpu_*`.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
 #include <Python.h>
 #include <torch/library.h>
@@ -28,6 +29,7 @@ struct LogitsArguments {
 struct TargetArguments {
   const Tensor& target;
   int64_t ignore_index;
+  bool top = false;  // whether forward is asked for the most likely token
 };
 
 // Upstream gradients of a model's statistics.
@@ -55,19 +57,25 @@ struct UpstreamArguments<2> {
 // Which gradients of a head are wanted: of hidden, weight and bias.
 using HeadMask = std::array<bool, 3>;
 
-// Outputs of forward, zero where a row is ignored.
+// Outputs of forward, zero, of tokens −1, where a row is ignored; empty what is not asked for.
 template <int Models>
 class Stats {
  public:
-  Stats(const Tensor& target, bool is_double) {
+  Stats(const TargetArguments& targets, bool is_double) {
+    const Tensor& target = targets.target;
     const auto options = target.options().dtype(is_double ? at::kDouble : at::kFloat);
     auto tensor = tensors_.begin();
 #define DLOGP_PER_TARGET(name, value) *tensor++ = at::zeros(target.sizes(), options);
+#define DLOGP_TOP_TOKEN(name, state) \
+  *tensor++ = at::full(sizes_if(targets.top, target.sizes().slice(0, 1)), -1, target.options());
+#define DLOGP_TOP_LOGP(name, state) *tensor++ = at::zeros(sizes_if(targets.top, target.sizes().slice(0, 1)), options);
 #define DLOGP_PER_ROW(name, value) *tensor++ = at::zeros(target.sizes().slice(0, 1), options);
 #define DLOGP_NORMALIZER(name, state) *tensor++ = at::zeros({2, target.size(0)}, options);
-    DLOGP_STATS(Models, DLOGP_PER_TARGET, DLOGP_PER_ROW, DLOGP_NORMALIZER)
+    DLOGP_STATS(Models, DLOGP_PER_TARGET, DLOGP_PER_ROW, DLOGP_TOP_TOKEN, DLOGP_TOP_LOGP, DLOGP_NORMALIZER)
 #undef DLOGP_PER_TARGET
 #undef DLOGP_PER_ROW
+#undef DLOGP_TOP_TOKEN
+#undef DLOGP_TOP_LOGP
 #undef DLOGP_NORMALIZER
   }
 
@@ -76,8 +84,10 @@ class Stats {
     StatsOutputs<Acc> outputs;
     outputs.rows = tensors_[0].size(0);
     auto tensor = tensors_.begin();
-#define DLOGP_POINTER(name, value) outputs.name = (tensor++)->template mutable_data_ptr<Acc>();
-    DLOGP_STATS(Models, DLOGP_POINTER, DLOGP_POINTER, DLOGP_POINTER)
+    // Of an empty tensor null.
+#define DLOGP_POINTER(name, value) \
+  outputs.name = (tensor++)->template mutable_data_ptr<std::remove_pointer_t<decltype(outputs.name)>>();
+    DLOGP_STATS(Models, DLOGP_POINTER, DLOGP_POINTER, DLOGP_POINTER, DLOGP_POINTER, DLOGP_POINTER)
 #undef DLOGP_POINTER
     return outputs;
   }
@@ -88,8 +98,9 @@ class Stats {
 
  private:
 #define DLOGP_ONE(name, value) +1
-  static constexpr size_t kCount = Models == 1 ? 0 DLOGP_LOGP_STATS(DLOGP_ONE, DLOGP_ONE, DLOGP_ONE)
-                                               : 0 DLOGP_DELTA_LOGP_STATS(DLOGP_ONE, DLOGP_ONE, DLOGP_ONE);
+  static constexpr size_t kCount =
+      Models == 1 ? 0 DLOGP_LOGP_STATS(DLOGP_ONE, DLOGP_ONE, DLOGP_ONE, DLOGP_ONE, DLOGP_ONE)
+                  : 0 DLOGP_DELTA_LOGP_STATS(DLOGP_ONE, DLOGP_ONE, DLOGP_ONE, DLOGP_ONE, DLOGP_ONE);
 #undef DLOGP_ONE
   std::array<Tensor, kCount> tensors_;
 };
@@ -159,8 +170,9 @@ template <int Models>
 auto linear_statistics(const std::array<HeadArguments, Models>& given, const TargetArguments& targets,
                        int64_t workspace) {
   const CheckedHeads<Models> heads(given);
-  const KeptRows kept = keep_rows(targets.target, heads.rows(), heads.vocabulary(), targets.ignore_index);
-  const Stats<Models> stats(targets.target, heads.any_double());
+  KeptRows kept = keep_rows(targets.target, heads.rows(), heads.vocabulary(), targets.ignore_index);
+  kept.with_top = targets.top;
+  const Stats<Models> stats(targets, heads.any_double());
   heads.dispatch_product(heads.any_double(), [&](auto type) {
     using T = decltype(type);
     linear_forward<T, Models>(heads.heads, kept, workspace, stats.template outputs<Accumulator<T>>());
@@ -220,8 +232,9 @@ class CheckedLogits {
 template <int Models>
 auto logits_statistics(const std::array<LogitsArguments, Models>& given, const TargetArguments& targets) {
   const CheckedLogits<Models> checked(given);
-  const KeptRows kept = keep_rows(targets.target, checked.rows(), checked.columns(), targets.ignore_index);
-  const Stats<Models> stats(targets.target, checked.use_double);
+  KeptRows kept = keep_rows(targets.target, checked.rows(), checked.columns(), targets.ignore_index);
+  kept.with_top = targets.top;
+  const Stats<Models> stats(targets, checked.use_double);
   dispatch_accumulator(checked.use_double, [&](auto type) {
     using Acc = decltype(type);
     logp_forward<Acc, Models>(checked.logits, kept, stats.template outputs<Acc>());
@@ -256,8 +269,10 @@ std::array<Tensor, Models> logits_gradients(const UpstreamArguments<Models>& ups
 // From here on: the order of the schemas' arguments (inputs.py), put into the structures above.
 
 auto linear_logp_fwd(const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias,
-                     at::ArrayRef<double> transform, const Tensor& target, int64_t ignore_index, int64_t workspace) {
-  return linear_statistics<1>({{{hidden, weight, bias, transform_of(transform)}}}, {target, ignore_index}, workspace);
+                     at::ArrayRef<double> transform, const Tensor& target, int64_t ignore_index, bool top,
+                     int64_t workspace) {
+  return linear_statistics<1>({{{hidden, weight, bias, transform_of(transform)}}}, {target, ignore_index, top},
+                              workspace);
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_logp_bwd(const OptionalTensor& grad_logp, const OptionalTensor& grad_entropy,
@@ -276,10 +291,10 @@ std::tuple<Tensor, Tensor, Tensor> linear_logp_bwd(const OptionalTensor& grad_lo
 auto linear_delta_logp_fwd(const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias,
                            at::ArrayRef<double> transform, const Tensor& base_hidden, const Tensor& base_weight,
                            const OptionalTensor& base_bias, at::ArrayRef<double> base_transform, const Tensor& target,
-                           int64_t ignore_index, int64_t workspace) {
+                           int64_t ignore_index, bool top, int64_t workspace) {
   return linear_statistics<2>({{{hidden, weight, bias, transform_of(transform)},
                                 {base_hidden, base_weight, base_bias, transform_of(base_transform)}}},
-                              {target, ignore_index}, workspace);
+                              {target, ignore_index, top}, workspace);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_delta_logp_bwd(
@@ -305,8 +320,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_delta_logp_bwd
 }
 
 auto logp_fwd(const Tensor& logits, at::ArrayRef<double> transform, const Tensor& target, int64_t ignore_index,
-              int64_t workspace) {
-  return logits_statistics<1>({{{logits, transform_of(transform)}}}, {target, ignore_index});
+              bool top, int64_t workspace) {
+  return logits_statistics<1>({{{logits, transform_of(transform)}}}, {target, ignore_index, top});
 }
 
 Tensor logp_bwd(const OptionalTensor& grad_logp, const OptionalTensor& grad_entropy, const OptionalTensor& grad_lse,
@@ -317,10 +332,10 @@ Tensor logp_bwd(const OptionalTensor& grad_logp, const OptionalTensor& grad_entr
 }
 
 auto delta_logp_fwd(const Tensor& logits, at::ArrayRef<double> transform, const Tensor& base_logits,
-                    at::ArrayRef<double> base_transform, const Tensor& target, int64_t ignore_index,
+                    at::ArrayRef<double> base_transform, const Tensor& target, int64_t ignore_index, bool top,
                     int64_t workspace) {
   return logits_statistics<2>({{{logits, transform_of(transform)}, {base_logits, transform_of(base_transform)}}},
-                              {target, ignore_index});
+                              {target, ignore_index, top});
 }
 
 std::tuple<Tensor, Tensor> delta_logp_bwd(const OptionalTensor& grad_logp, const OptionalTensor& grad_entropy,

@@ -300,7 +300,7 @@ def _named(outputs: Any) -> Iterator[tuple[str, Tensor]]:
     for name, value in outputs._asdict().items():
         if isinstance(value, Tensor):
             yield name, value
-        else:
+        elif value is not None:
             yield from _named(value)
 
 

@@ -11,6 +11,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstdint>
 #include <limits>
 #include <utility>
 
@@ -27,6 +28,7 @@ struct SoftmaxState {
   Acc max = kMaskedLogit<Acc>;
   double rest = -1;  // there is no maximum to leave out yet
   double weighted = 0;
+  int64_t top = -1;  // the first token with z = max, where that is asked for
 
   DLOGP_HOST_DEVICE bool empty() const { return rest == -1; }
   DLOGP_HOST_DEVICE double sum() const { return 1 + rest; }
@@ -40,6 +42,9 @@ struct SoftmaxState {
   DLOGP_HOST_DEVICE double lse() const { return max + log_sum(); }
   DLOGP_HOST_DEVICE double entropy() const { return log_sum() - weighted / sum(); }
   DLOGP_HOST_DEVICE double logp(Acc z) const { return (double(z) - double(max)) - log_sum(); }
+  // The most likely token, −1 where there are no numbers, and its log p.
+  DLOGP_HOST_DEVICE int64_t top_token() const { return std::isnan(rest) ? -1 : top; }
+  DLOGP_HOST_DEVICE double top_logp() const { return top_token() < 0 ? NAN : logp(max); }
 };
 
 template <typename Acc>
@@ -93,8 +98,8 @@ DLOGP_HOST_DEVICE inline Acc larger(Acc a, Acc b) {
 
 template <typename Acc>
 DLOGP_HOST_DEVICE inline void merge(SoftmaxState<Acc>& into, SoftmaxState<Acc> other) {
-  if (other.max > into.max) std::swap(into, other);
-  rebase(other, into.max);  // of equal maxima, the other one is rest
+  if (other.max > into.max) std::swap(into, other);  // else the top of `into`, which comes first, stays
+  rebase(other, into.max);                           // of equal maxima, the other one is rest
   into.rest += other.rest;
   into.weighted += other.weighted;
 }

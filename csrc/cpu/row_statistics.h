@@ -16,18 +16,24 @@ struct RowBlock {
   const int64_t* rows;    // (count,): their places in the batch
   const int64_t* target;  // (count, candidates)
   int64_t candidates, ignore_index;
+  bool with_top;  // the most likely token is asked for
 };
 
 // The rows with a target that is not ignored, and the targets (count, candidates) of each.
 struct KeptRows {
   std::vector<int64_t> rows, target;
   int64_t candidates = 1, ignore_index = -100;
+  bool with_top = false;
 
   int64_t count() const { return int64_t(rows.size()); }
   // Rows from `first` on, `most` of them at most.
   RowBlock block(int64_t first, int64_t most) const {
-    return {std::min(most, count() - first), rows.data() + first, target.data() + first * candidates, candidates,
-            ignore_index};
+    return {std::min(most, count() - first),
+            rows.data() + first,
+            target.data() + first * candidates,
+            candidates,
+            ignore_index,
+            with_top};
   }
 };
 

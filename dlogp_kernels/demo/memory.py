@@ -36,7 +36,7 @@ class Peak(NamedTuple):
     seconds: float
 
 
-def peak_over(call: Callable[[], Iterable[Tensor]], device: torch.device = _CPU) -> Peak:
+def peak_over(call: Callable[[], Iterable[Tensor | None]], device: torch.device = _CPU) -> Peak:
     """Peak memory during `call`, less what was in use before and less the tensors that it returns.
 
     On a GPU it is the allocator's. On the CPU it is the kernel's own high-water mark of resident memory, so that memory
@@ -47,7 +47,7 @@ def peak_over(call: Callable[[], Iterable[Tensor]], device: torch.device = _CPU)
     begin, peak = (_begin_on_cuda, _peak_on_cuda) if device.type == "cuda" else (_begin_on_cpu, _peak_on_cpu)
     before = begin(device)
     started = time.perf_counter()
-    outputs = list(call())
+    outputs = [x for x in call() if x is not None]
     growth, seconds = peak(device) - before, time.perf_counter() - started
     size = sum(x.nbytes for x in outputs)
     return Peak(max(0, growth - size), size, seconds)

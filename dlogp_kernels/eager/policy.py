@@ -238,11 +238,11 @@ class _PolicyBlock:
         self.raw = tiled_logits(head.head, rows, head.dtype, tile)
         model = reference.log_softmax(head.transform(self.raw))
         if base is None:
-            stats = reference.logp_stats(model, target, _NO_TARGET)
+            stats = reference.logp_stats(model, target, _NO_TARGET, top=False)
         else:
             base_raw = tiled_logits(base.head, rows, base.dtype, tile)
             base_model = reference.log_softmax(base.transform(base_raw))
-            pair = reference.delta_logp_stats(model, base_model, target, _NO_TARGET)
+            pair = reference.delta_logp_stats(model, base_model, target, _NO_TARGET, top=False)
             stats, kl = reference.LogpStats(pair.logp, pair.entropy, pair.lse), pair.kl
             self.base_logp_all = base_model.logp_all
         self.logp_all, self.entropy, self.kl = model.logp_all, stats.entropy, kl

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_target_range
-from ..inputs import Gradients, Head, Logits, PairGradients, PairSaved, Saved, Targets
+from ..inputs import Asked, Gradients, Head, Logits, PairGradients, PairSaved, Saved, Targets
 from ..reference import statistics as reference
 from ..reference.statistics import accumulation_dtype, transform_gradient, transform_logits
 from ..results import DeltaLogpStats, LogpStats, allocated
@@ -30,7 +30,7 @@ from ._blocks import (
 )
 
 #: reference.logp_stats or reference.delta_logp_stats.
-_Definition = Callable[..., Sequence[Tensor]]
+_Definition = Callable[..., LogpStats | DeltaLogpStats]
 
 
 class _Rows(Protocol):
@@ -45,20 +45,26 @@ _OfRows = Callable[[Tensor], _Rows]
 _Gradients = Sequence[Sequence[Tensor | None]]
 
 
-def linear_logp_fwd(head: Head, targets: Targets, workspace: int) -> tuple[Tensor, ...]:
-    return _forward_of_heads(LogpStats, reference.logp_stats, [head], targets, workspace)
+def linear_logp_fwd(head: Head, targets: Targets, asked: Asked, workspace: int) -> tuple[Tensor, ...]:
+    return _forward_of_heads(LogpStats, reference.logp_stats, [head], targets, asked, workspace)
 
 
-def linear_delta_logp_fwd(head: Head, base_head: Head, targets: Targets, workspace: int) -> tuple[Tensor, ...]:
-    return _forward_of_heads(DeltaLogpStats, reference.delta_logp_stats, [head, base_head], targets, workspace)
+def linear_delta_logp_fwd(
+    head: Head, base_head: Head, targets: Targets, asked: Asked, workspace: int
+) -> tuple[Tensor, ...]:
+    return _forward_of_heads(DeltaLogpStats, reference.delta_logp_stats, [head, base_head], targets, asked, workspace)
 
 
-def logp_fwd(logits: Logits, targets: Targets, workspace: int) -> tuple[Tensor, ...]:
-    return _forward_of_logits(LogpStats, reference.logp_stats, [logits], targets, workspace)
+def logp_fwd(logits: Logits, targets: Targets, asked: Asked, workspace: int) -> tuple[Tensor, ...]:
+    return _forward_of_logits(LogpStats, reference.logp_stats, [logits], targets, asked, workspace)
 
 
-def delta_logp_fwd(logits: Logits, base_logits: Logits, targets: Targets, workspace: int) -> tuple[Tensor, ...]:
-    return _forward_of_logits(DeltaLogpStats, reference.delta_logp_stats, [logits, base_logits], targets, workspace)
+def delta_logp_fwd(
+    logits: Logits, base_logits: Logits, targets: Targets, asked: Asked, workspace: int
+) -> tuple[Tensor, ...]:
+    return _forward_of_logits(
+        DeltaLogpStats, reference.delta_logp_stats, [logits, base_logits], targets, asked, workspace
+    )
 
 
 def linear_logp_bwd(
@@ -127,29 +133,29 @@ def delta_logp_bwd(
 
 
 def _forward_of_heads(
-    kind: Any, definition: _Definition, heads: Sequence[Head], targets: Targets, workspace: int
+    kind: Any, definition: _Definition, heads: Sequence[Head], targets: Targets, asked: Asked, workspace: int
 ) -> tuple[Tensor, ...]:
     """A `kind` of statistics, by their definition for the log-softmax of one or two models, and their normalizers."""
     dtype, vocabulary = accumulation_dtype(*(x for head in heads for x in head[:3])), heads[0].weight.shape[0]
     targets, bad_rows = check_targets(targets, vocabulary)
-    out = _zeros(kind, targets, len(heads), dtype)
+    out = _zeros(kind, targets, len(heads), dtype, asked)
     blocks = forward_blocks(heads, dtype, workspace)
     for rows in kept_blocks(targets, blocks.rows):
         raw = [tiled_logits(head, rows, dtype, blocks.tile) for head in heads]
         for some, *values in zip(*(x.split(blocks.rows_of_statistics) for x in (rows, *raw)), strict=True):
-            _write(out, definition, values, heads, targets, some)
+            _write(out, definition, values, heads, targets, asked, some)
         del raw, values  # before there are the next ones
     return out.without(bad_rows)
 
 
 def _forward_of_logits(
-    kind: Any, definition: _Definition, models: Sequence[Logits], targets: Targets, workspace: int
+    kind: Any, definition: _Definition, models: Sequence[Logits], targets: Targets, asked: Asked, workspace: int
 ) -> tuple[Tensor, ...]:
     dtype, vocabulary = accumulation_dtype(*(model.logits for model in models)), models[0].logits.shape[-1]
     targets, bad_rows = check_targets(targets, vocabulary)
-    out = _zeros(kind, targets, len(models), dtype)
+    out = _zeros(kind, targets, len(models), dtype, asked)
     for rows in row_blocks(targets, vocabulary, dtype, len(models), workspace):
-        _write(out, definition, [rows_of(x.logits, rows).to(dtype) for x in models], models, targets, rows)
+        _write(out, definition, [rows_of(x.logits, rows).to(dtype) for x in models], models, targets, asked, rows)
     return out.without(bad_rows)
 
 
@@ -162,17 +168,18 @@ class _Outputs(NamedTuple):
     def without(self, bad_rows: Tensor | None) -> tuple[Tensor, ...]:
         """In the order of the schema, NaN in these rows (N,)."""
         if bad_rows is not None:
-            for value in self.stats:
-                value.masked_fill_(bad_rows if value.dim() == 1 else bad_rows[:, None], torch.nan)
+            for value in filter(Tensor.numel, self.stats):
+                nothing = torch.nan if value.is_floating_point() else -1
+                value.masked_fill_(bad_rows if value.dim() == 1 else bad_rows[:, None], nothing)
             for normalizer in self.normalizers:
                 normalizer.masked_fill_(bad_rows, torch.nan)
         return *self.stats, *self.normalizers
 
 
-def _zeros(kind: Any, targets: Targets, models: int, dtype: torch.dtype) -> _Outputs:
+def _zeros(kind: Any, targets: Targets, models: int, dtype: torch.dtype, asked: Asked) -> _Outputs:
     new, num_rows = targets.target.new_zeros, targets.target.shape[0]
     return _Outputs(
-        allocated(kind, targets.target, new, dtype=dtype), [new((2, num_rows), dtype=dtype) for _ in range(models)]
+        allocated(kind, targets.target, new, dtype, asked.top), [new((2, num_rows), dtype=dtype) for _ in range(models)]
     )
 
 
@@ -182,14 +189,17 @@ def _write(
     raw: Sequence[Tensor],
     models: Sequence[Head | Logits],
     targets: Targets,
+    asked: Asked,
     rows: Tensor,
 ) -> None:
     """Statistics of a block of rows. What they need besides is gone before the next block begins."""
     of_models = [
         reference.log_softmax(transform_logits(x, *model.transform)) for x, model in zip(raw, models, strict=True)
     ]
-    for field, value in zip(out.stats, definition(*of_models, targets.target[rows], targets.ignore_index), strict=True):
-        field[rows] = value
+    stats = definition(*of_models, targets.target[rows], targets.ignore_index, *asked)
+    for field, value in zip(out.stats, stats, strict=True):
+        if value is not None:
+            field[rows] = value
     for normalizer, model in zip(out.normalizers, of_models, strict=True):
         normalizer[:, rows] = torch.cat((model.largest, model.log_sum), 1).t()
 

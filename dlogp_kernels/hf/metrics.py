@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from ..functional import linear_delta_logp
 from ..ops import backends
-from ..results import DeltaLogpStats, LogpStats
+from ..reference.statistics import accumulation_dtype
+from ..results import DeltaLogpStats, LogpStats, allocated, present, stats_of
 from .backbone import check_prefill_chunk, check_tokens, needs_gradient, run_backbone
 from .documents import (
     Batch,
@@ -121,7 +122,7 @@ def token_logp(
     batch = as_batch(input_ids, attention_mask, position_ids)
     target = _targets(batch, "response_mask", response_mask)
     stats = _lm_head_inputs(model, batch, prefill_chunk).logp(target, temperature=temperature)
-    return LogpStats(*(field[:, :-1] for field in stats))
+    return LogpStats(**{name: field[:, :-1] for name, field in present(stats).items()})
 
 
 def token_metrics(
@@ -136,6 +137,7 @@ def token_metrics(
     memory_limit: int | str | None = None,
     prefill_chunk: int | None = None,
     base_hidden: Tensor | None = None,
+    top: bool = False,
 ) -> DeltaLogpStats:
     """`linear_delta_logp` of two models at each token of a batch; no logit tensor is formed.
 
@@ -152,10 +154,11 @@ def token_metrics(
             without gradients.
         base_hidden: (B, T, D_base), the base model's hidden states (`lm_head_inputs(base_model, …).hidden`, or read
             from a `HiddenStore`).
+        top: also each model's most likely token and its log p, as in `linear_delta_logp`.
 
     Returns:
-        DeltaLogpStats: every field (B, T − 1), entry t about predicting token t + 1; 0 where that token is masked, is
-        the first of its row or of a packed document, or follows nothing.
+        DeltaLogpStats: every field (B, T − 1), entry t about predicting token t + 1; 0 (a most likely token −1) where
+        that token is masked, is the first of its row or of a packed document, or follows nothing.
 
     Vocabularies: where one model's last layer has up to 1023 rows more than the other's (padding to a round number),
     probabilities are over the rows that both have, and a token beyond them is an error.
@@ -187,7 +190,7 @@ def token_metrics(
         for causal_lm in given.to_run():
             verify_in_chunks(causal_lm, tokens, longest_document(batch), plan.prefill_chunk)
     with contextlib.nullcontext() if plan.workspace is None else backends.workspace_limit(plan.workspace):
-        return _measure(given, *heads, batch, target, temperature, plan)
+        return _measure(given, *heads, batch, target, temperature, plan, top)
 
 
 class _Backbones(NamedTuple):
@@ -242,9 +245,11 @@ def _measure(
     target: Tensor,
     temperature: float,
     plan: Plan,
+    top: bool,
 ) -> DeltaLogpStats:
     """Statistics (B, T − 1), of as many tokens at once as the plan says."""
-    fields: list[Tensor] = []
+    dtype = accumulation_dtype(head.weight, base_head.weight, given.base_hidden)
+    fields = allocated(DeltaLogpStats, target.flatten(), target.new_zeros, dtype, top)
     for group in groups(batch, plan.max_tokens, side_of(given.to_run())):
         # Within the call, so that a group's hidden states are gone before the next one's are made.
         stats = linear_delta_logp(
@@ -258,14 +263,12 @@ def _measure(
             logit_scale=head.logit_scale,
             base_logit_scale=base_head.logit_scale,
             ignore_index=IGNORED,
+            top=top,
         )
-        fields = fields or [value.new_zeros(target.numel()) for value in stats]
-        for value, field in zip(stats, fields, strict=True):
-            scatter(value, group, field)
-    if not fields:  # all is masked
-        dtype = torch.promote_types(torch.promote_types(head.weight.dtype, base_head.weight.dtype), torch.float32)
-        fields = [head.weight.new_zeros(target.numel(), dtype=dtype)] * len(DeltaLogpStats._fields)
-    return DeltaLogpStats(*(field.view(target.shape)[:, :-1] for field in fields))
+        for name, value in present(stats).items():
+            scatter(value, group, getattr(fields, name))
+    found = stats_of(DeltaLogpStats, fields, target[..., None], target, top)
+    return DeltaLogpStats(**{name: field[:, :-1] for name, field in present(found).items()})
 
 
 def _targets(batch: Batch, name: str, mask: Tensor | None) -> Tensor:

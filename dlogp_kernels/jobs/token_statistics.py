@@ -50,8 +50,9 @@ def measure(
             temperature=how.temperature,
             memory_limit=how.memory_limit,
             base_hidden=padded_hidden,
+            top=True,
         )
-    columns = {name: field.float().cpu().numpy() for name, field in stats._asdict().items()}
+    columns = {name: field.cpu().numpy() for name, field in stats._asdict().items()}
     return [
         {name: column[row, _predicting(sample)] for name, column in columns.items()}
         for row, sample in enumerate(samples)

@@ -53,10 +53,10 @@ def _statistics(
     temperature, softcap, base_softcap, logit_scale, base_logit_scale = transforms
     transform = flat_transform(temperature, softcap, logit_scale)
     if base[0] is None:
-        logp, entropy, *_ = torch.ops.dlogp.linear_logp_fwd(*head, transform, target, MASKED)
+        logp, entropy, *_ = torch.ops.dlogp.linear_logp_fwd(*head, transform, target, MASKED, False)
         return logp, entropy, None
     base_transform = flat_transform(temperature, base_softcap, base_logit_scale)
-    found = torch.ops.dlogp.linear_delta_logp_fwd(*head, transform, *base, base_transform, target, MASKED)
+    found = torch.ops.dlogp.linear_delta_logp_fwd(*head, transform, *base, base_transform, target, MASKED, False)
     stats = DeltaLogpStats(*found[: len(DeltaLogpStats._fields)])
     return stats.logp, stats.entropy, stats.kl
 

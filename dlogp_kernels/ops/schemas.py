@@ -1,8 +1,8 @@
 """Every schema string of the library, once. Those of the statistics follow from results.py and inputs.py:
 
-    linear_logp_fwd(Tensor hidden, Tensor weight, Tensor? bias, float[] transform, Tensor target, int ignore_index)
-        -> (Tensor logp, Tensor entropy, Tensor lse, Tensor normalizer)
-    linear_logp_bwd(Tensor? grad_logp, Tensor? grad_entropy, Tensor? grad_lse, <as forward>, Tensor entropy,
+    linear_logp_fwd(Tensor hidden, Tensor weight, Tensor? bias, float[] transform, Tensor target, int ignore_index,
+        bool top) -> (Tensor logp, Tensor entropy, Tensor lse, Tensor top_token, Tensor top_logp, Tensor normalizer)
+    linear_logp_bwd(Tensor? grad_logp, Tensor? grad_entropy, Tensor? grad_lse, <as forward but top>, Tensor entropy,
         Tensor normalizer, bool[3] output_mask) -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)
 
 N tokens lie in the leading dimensions, at least one, of hidden (…, D) and logits (…, V); weight is (V, D). Targets
@@ -30,7 +30,7 @@ the workspace in bytes; `backends.py` chooses between them.
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from ..inputs import Argument, Gradients, Head, Logits, PairGradients, PairSaved, Saved, Targets, arguments
+from ..inputs import Argument, Asked, Gradients, Head, Logits, PairGradients, PairSaved, Saved, Targets, arguments
 from ..reference.policy import TokenInputs
 from ..reference.rows import PolicyRows
 from ..results import DeltaLogpStats, LogpStats, Sample
@@ -45,7 +45,7 @@ class Statistics(NamedTuple):
     saved: type[Any]
 
     def inputs(self) -> tuple[Argument, ...]:
-        """Of forward; in backward they stand between the upstream gradients and what was saved."""
+        """Of forward before Asked; in backward they stand between the upstream gradients and what was saved."""
         models = (arguments(model, prefix) for model, prefix in zip(self.models, ("", "base_"), strict=False))
         return (*(argument for model in models for argument in model), *arguments(Targets))
 
@@ -61,7 +61,7 @@ class Statistics(NamedTuple):
         return [i for i, x in enumerate(self.inputs()) if x.type.startswith("Tensor") and x.name != "target"]
 
     def forward(self) -> tuple[str, str]:
-        return _joined(self.inputs()), _tuple_of((*self.stats._fields, *self.private()))
+        return _joined((*self.inputs(), *arguments(Asked))), _tuple_of((*self.stats._fields, *self.private()))
 
     def backward(self) -> tuple[str, str]:
         takes = _joined((*self.upstream(), *self.inputs(), *arguments(self.saved)))
@@ -124,7 +124,7 @@ SCHEMAS: dict[str, tuple[str, str]] = {
 
 #: op name → the structures that its flat list begins with, for the ops whose launchers in Python take structures
 STRUCTURES: dict[str, tuple[type[Any], ...]] = {
-    **{f"{name}_fwd": (*op.models, Targets) for name, op in STATISTICS.items()},
+    **{f"{name}_fwd": (*op.models, Targets, Asked) for name, op in STATISTICS.items()},
     **{f"{name}_bwd": (op.grads, *op.models, Targets, op.saved) for name, op in STATISTICS.items()},
 }
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..inputs import arguments
+from ..inputs import Asked, arguments
 from ..reference.statistics import accumulation_dtype
 from ..results import allocated
 from . import library
@@ -29,9 +29,9 @@ def _register(name: str, op: Statistics) -> None:
 
     def fake_fwd(*values: Any) -> tuple[Tensor, ...]:
         dtype = accumulation_dtype(*(values[i] for i in differentiable))
-        new = values[target].new_empty
+        new, asked = values[target].new_empty, Asked._make(values[len(inputs) :])
         normalizers = [new((2, values[target].shape[0]), dtype=dtype) for _ in op.private()]
-        return *allocated(op.stats, values[target], new, dtype=dtype), *normalizers
+        return *allocated(op.stats, values[target], new, dtype, asked.top), *normalizers
 
     def fake_bwd(*values: Any) -> Tensor | tuple[Tensor, ...]:
         given = tuple(values[len(upstream) + i] for i in differentiable)
@@ -50,7 +50,7 @@ def _register(name: str, op: Statistics) -> None:
         output_mask = [ctx.needs_input_grad[i] for i in differentiable]
         run = getattr(torch.ops.dlogp, f"{name}_bwd")
         found = run(*in_order((*grads, *ctx.saved_tensors, *ctx.options)), output_mask)
-        return library.by_inputs(len(inputs), differentiable, found, output_mask)
+        return library.by_inputs(len(inputs) + len(Asked._fields), differentiable, found, output_mask)
 
     library.register(f"{name}_fwd", fake_fwd)
     library.register(f"{name}_bwd", fake_bwd)

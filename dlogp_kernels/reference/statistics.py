@@ -4,12 +4,14 @@ Each function here has the signature of the public one, works in float64 as well
 holds full logits. `logits_gradient` is the derivative that all backward kernels implement.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..results import DeltaLogpStats, LogpStats
+from ..results import DeltaLogpStats, LogpStats, present
+
+_Stats = TypeVar("_Stats", LogpStats, DeltaLogpStats)
 
 
 def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -44,15 +46,21 @@ def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: to
 
 
 class LogSoftmax(NamedTuple):
-    """log p (N, V) of every token, the largest z (N, 1), and log Σ e^{z − largest} (N, 1)."""
+    """log p (N, V) of every token; the first one with the largest z, that z, and log Σ e^{z − largest} (N, 1)."""
 
     logp_all: Tensor
+    token: Tensor
     largest: Tensor
     log_sum: Tensor
 
     @property
     def lse(self) -> Tensor:
         return (self.largest + self.log_sum)[:, 0]
+
+    def top(self) -> tuple[Tensor, Tensor]:
+        """The most likely token, −1 where there are no numbers, and its log p; without a gradient."""
+        logp = self.logp_all.detach().gather(-1, self.token)[:, 0]
+        return self.token[:, 0].masked_fill(logp.isnan(), -1), logp
 
 
 def log_softmax(z: Tensor) -> LogSoftmax:
@@ -63,27 +71,33 @@ def log_softmax(z: Tensor) -> LogSoftmax:
     others = (z - shift).scatter_(-1, token, -torch.inf).exp_().sum(-1, keepdim=True)
     of_largest = (z.gather(-1, token) - shift).expm1_()  # 0, with the derivative of the largest term
     log_sum = (others + of_largest).log1p()
-    return LogSoftmax((z - largest).sub_(log_sum), largest, log_sum)
+    return LogSoftmax((z - largest).sub_(log_sum), token, largest, log_sum)
 
 
-def logp_of_rows(z: Tensor, target: Tensor, ignore_index: int) -> LogpStats:
+def logp_of_rows(z: Tensor, target: Tensor, ignore_index: int, top: bool = False) -> LogpStats:
     """Statistics of transformed logits z (N, V) with target (N, K), of rows that are not ignored as a whole."""
-    return logp_stats(log_softmax(z), target, ignore_index)
+    return logp_stats(log_softmax(z), target, ignore_index, top)
 
 
-def logp_stats(model: LogSoftmax, target: Tensor, ignore_index: int) -> LogpStats:
-    return LogpStats(_gather(model.logp_all, target, ignore_index), _entropy(model.logp_all), model.lse)
+def logp_stats(model: LogSoftmax, target: Tensor, ignore_index: int, top: bool) -> LogpStats:
+    logp_all = model.logp_all
+    stats = LogpStats(_gather(logp_all, target, ignore_index), _entropy(logp_all), model.lse)
+    return LogpStats(*stats[:3], *model.top()) if top else stats
 
 
-def delta_logp_of_rows(z: Tensor, base_z: Tensor, target: Tensor, ignore_index: int) -> DeltaLogpStats:
+def delta_logp_of_rows(
+    z: Tensor, base_z: Tensor, target: Tensor, ignore_index: int, top: bool = False
+) -> DeltaLogpStats:
     """Statistics of two tensors of transformed logits (N, V) with target (N, K), likewise."""
-    return delta_logp_stats(log_softmax(z), log_softmax(base_z), target, ignore_index)
+    return delta_logp_stats(log_softmax(z), log_softmax(base_z), target, ignore_index, top)
 
 
-def delta_logp_stats(model: LogSoftmax, base: LogSoftmax, target: Tensor, ignore_index: int) -> DeltaLogpStats:
+def delta_logp_stats(
+    model: LogSoftmax, base: LogSoftmax, target: Tensor, ignore_index: int, top: bool
+) -> DeltaLogpStats:
     logp = _gather(model.logp_all, target, ignore_index)
     base_logp = _gather(base.logp_all, target, ignore_index)
-    return DeltaLogpStats(
+    stats = DeltaLogpStats(
         delta_logp=logp - base_logp,
         logp=logp,
         base_logp=base_logp,
@@ -94,6 +108,7 @@ def delta_logp_stats(model: LogSoftmax, base: LogSoftmax, target: Tensor, ignore
         lse=model.lse,
         base_lse=base.lse,
     )
+    return DeltaLogpStats(*stats[:9], *model.top(), *base.top()) if top else stats
 
 
 def _gather(logp_all: Tensor, target: Tensor, ignore_index: int) -> Tensor:
@@ -154,13 +169,14 @@ def logp(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = -100,
+    top: bool = False,
 ) -> LogpStats:
     """`dlogp_kernels.logp` in plain PyTorch."""
     flat_target = _candidates(target, logits)
     rows = kept_rows(flat_target, ignore_index)
     z = transform_logits(_flat(logits)[rows].to(accumulation_dtype(logits)), temperature, softcap, logit_scale)
-    stats = logp_of_rows(z, flat_target[rows], ignore_index)
-    return LogpStats(*(_scatter(value, rows, target, logits) for value in stats))
+    stats = logp_of_rows(z, flat_target[rows], ignore_index, top)
+    return _scatter(stats, rows, target, logits)
 
 
 def delta_logp(
@@ -174,6 +190,7 @@ def delta_logp(
     logit_scale: float = 1.0,
     base_logit_scale: float = 1.0,
     ignore_index: int = -100,
+    top: bool = False,
 ) -> DeltaLogpStats:
     """`dlogp_kernels.delta_logp` in plain PyTorch."""
     dtype = accumulation_dtype(logits, base_logits)
@@ -181,8 +198,8 @@ def delta_logp(
     rows = kept_rows(flat_target, ignore_index)
     z = transform_logits(_flat(logits)[rows].to(dtype), temperature, softcap, logit_scale)
     base_z = transform_logits(_flat(base_logits)[rows].to(dtype), temperature, base_softcap, base_logit_scale)
-    stats = delta_logp_of_rows(z, base_z, flat_target[rows], ignore_index)
-    return DeltaLogpStats(*(_scatter(value, rows, target, logits) for value in stats))
+    stats = delta_logp_of_rows(z, base_z, flat_target[rows], ignore_index, top)
+    return _scatter(stats, rows, target, logits)
 
 
 def linear_logp(
@@ -195,13 +212,14 @@ def linear_logp(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = -100,
+    top: bool = False,
 ) -> LogpStats:
     """`dlogp_kernels.linear_logp` in plain PyTorch."""
     flat_target = _candidates(target, hidden)
     rows = kept_rows(flat_target, ignore_index)
     raw = linear_logits(_flat(hidden)[rows], weight, bias, accumulation_dtype(hidden, weight, bias))
-    stats = logp_of_rows(transform_logits(raw, temperature, softcap, logit_scale), flat_target[rows], ignore_index)
-    return LogpStats(*(_scatter(value, rows, target, hidden) for value in stats))
+    stats = logp_of_rows(transform_logits(raw, temperature, softcap, logit_scale), flat_target[rows], ignore_index, top)
+    return _scatter(stats, rows, target, hidden)
 
 
 def linear_delta_logp(
@@ -219,6 +237,7 @@ def linear_delta_logp(
     logit_scale: float = 1.0,
     base_logit_scale: float = 1.0,
     ignore_index: int = -100,
+    top: bool = False,
 ) -> DeltaLogpStats:
     """`dlogp_kernels.linear_delta_logp` in plain PyTorch."""
     dtype = accumulation_dtype(hidden, weight, base_hidden, base_weight, bias, base_bias)
@@ -231,8 +250,9 @@ def linear_delta_logp(
         transform_logits(base_raw, temperature, base_softcap, base_logit_scale),
         flat_target[rows],
         ignore_index,
+        top,
     )
-    return DeltaLogpStats(*(_scatter(value, rows, target, hidden) for value in stats))
+    return _scatter(stats, rows, target, hidden)
 
 
 def kept_rows(target: Tensor, ignore_index: int) -> Tensor:
@@ -249,9 +269,15 @@ def _candidates(target: Tensor, rows: Tensor) -> Tensor:
     return target.reshape(-1, 1) if target.dim() == rows.dim() - 1 else target.reshape(-1, target.shape[-1])
 
 
-def _scatter(value: Tensor, rows: Tensor, target: Tensor, source: Tensor) -> Tensor:
-    """Values of the kept rows at their places among zeros, in the shape of `target` or its leading shape."""
+def _scatter(stats: _Stats, rows: Tensor, target: Tensor, source: Tensor) -> _Stats:
+    """Statistics of the kept rows at their places among those of ignored ones."""
+    placed = {name: _place(value, rows, target, source) for name, value in present(stats).items()}
+    return stats._replace(**placed)
+
+
+def _place(value: Tensor, rows: Tensor, target: Tensor, source: Tensor) -> Tensor:
+    """Values of the kept rows at their places among 0, tokens among −1, in the shape of `target` or its leading one."""
     leading = source.shape[:-1]
-    n = leading.numel()
-    full = value.new_zeros((n, *value.shape[1:])).index_copy(0, rows, value)
+    nothing = -1 if value.dtype == torch.int64 else 0
+    full = value.new_full((leading.numel(), *value.shape[1:]), nothing).index_copy(0, rows, value)
     return full.view(target.shape) if value.dim() == 2 else full.view(leading)

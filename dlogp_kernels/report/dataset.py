@@ -28,6 +28,11 @@ from .ledger import Ledger, Piece, check, piece_of
 STATISTICS = (
     "delta_logp", "logp", "base_logp", "entropy", "base_entropy", "kl", "reverse_kl", "lse", "base_lse",
 )  # fmt: skip
+#: Each model's most likely token and its log p. Earlier data sets lack these columns, which are then read as null.
+_MOST_LIKELY = (
+    ("top_token", pa.int32()), ("top_logp", pa.float32()),
+    ("base_top_token", pa.int32()), ("base_top_logp", pa.float32()),
+)  # fmt: skip
 
 SCHEMA = pa.schema(
     [
@@ -38,15 +43,18 @@ SCHEMA = pa.schema(
         pa.field("token_id", pa.int32(), nullable=False),
         pa.field("token_text", pa.string(), nullable=False),
         *(pa.field(name, pa.float32(), nullable=False) for name in STATISTICS),
+        *(pa.field(name, kind) for name, kind in _MOST_LIKELY),
     ]
 )
+
+_EARLIER_SCHEMA = pa.schema(list(SCHEMA)[: -len(_MOST_LIKELY)])
 
 TOKENS_DIRECTORY = "tokens"
 SUMMARY_FILE = "summary.json"
 
 
 class ResponseRows(NamedTuple):
-    """One response and its statistics, `STATISTICS`, each an array with one value a token."""
+    """One response and its statistics, by the names of their columns, each an array with one value a token."""
 
     sample_id: str
     line: int
@@ -73,8 +81,9 @@ def to_table(responses: Sequence[ResponseRows]) -> pa.Table:
         "token_id": _concatenate([response.token_ids for response in responses], np.int32),
         "token_text": [text for response in responses for text in response.token_texts],
     }
-    for name in STATISTICS:
-        columns[name] = _concatenate([response.statistics[name] for response in responses], np.float32)
+    for field in list(SCHEMA)[len(columns) :]:
+        values = [response.statistics[field.name] for response in responses]
+        columns[field.name] = _concatenate(values, field.type.to_pandas_dtype())
     return pa.table(columns, schema=SCHEMA)
 
 
@@ -95,7 +104,7 @@ def check_part(path: Path) -> None:
     """DatasetError if a file is not readable as a part."""
     with _explained_reads(path):
         schema = pq.read_schema(path)
-    if not schema.equals(SCHEMA):
+    if not (schema.equals(SCHEMA) or schema.equals(_EARLIER_SCHEMA)):
         raise DatasetError(f"{path} has other columns than this version writes")
 
 

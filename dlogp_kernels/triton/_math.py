@@ -51,9 +51,21 @@ class PairState(NamedTuple):
 
 #: A rest that is larger is exact enough if taken from a sum with the 1; with a smaller one no other token has x = m.
 LARGE_REST = tl.constexpr(0.5)
-#: Numbers that a state has in memory, a row and split of the vocabulary.
+
+
+class Top(NamedTuple):
+    """The first token with x = m, int32, and a rest that is exact for it whatever the targets are, a row each."""
+
+    token: Any
+    rest: Any
+
+
+#: Larger than any token.
+NO_TOKEN = tl.constexpr(2**31 - 1)
+#: Numbers that a state has in memory, a row and split of the vocabulary. Behind them come those of each model's Top.
 STATE_SIZE = tl.constexpr(3)
 PAIR_STATE_SIZE = tl.constexpr(10)
+TOP_SIZE = tl.constexpr(2)
 
 
 @triton.jit
@@ -244,6 +256,44 @@ def fold_pair(state, x, base_x, output_scale, base_output_scale, has_target=None
 
 
 @triton.jit
+def empty_top(BLOCK_N: tl.constexpr):
+    return Top(tl.zeros([BLOCK_N], tl.int32) + NO_TOKEN, tl.zeros([BLOCK_N], tl.float32) - 1.0)
+
+
+@triton.jit
+def top_unless(reset, top):
+    return Top(tl.where(reset, NO_TOKEN, top.token), tl.where(reset, -1.0, top.rest))
+
+
+@triton.jit
+def first_with_m(token, state, x, tokens):
+    """Top.token with a tile x whose columns are `tokens`, given that and the state before."""
+    largest = tl.max(x, 1)
+    first = tl.min(tl.where(x == largest[:, None], tokens, NO_TOKEN), 1)
+    return tl.where(largest > state.m, first, token)
+
+
+@triton.jit
+def fold_top(top, state, x, tokens, output_scale):
+    """`top` with the tile x whose columns are `tokens`, given the state before."""
+    m = tl.maximum(state.m, tl.max(x, 1))
+    before = exp(output_scale * (state.m - m)) * (1.0 + top.rest)
+    e = tl.exp2((x - m[:, None]) * (output_scale * _LOG2E))
+    rest, brings_m = rest_with_tile(State(state.m, top.rest, state.weighted), m, before, tl.sum(e, 1))
+    close = brings_m & (rest < LARGE_REST)
+    # In every tile: a branch, besides the one of `fold`, would need both x and e behind it.
+    rest = tl.where(close, before + tl.sum(without_ones(e), 1), rest)
+    return Top(first_with_m(top.token, state, x, tokens), rest)
+
+
+@triton.jit
+def merge_top(top, splits, output_scale):
+    """One Top of those of `splits`, whose fields are (splits, rows)."""
+    state = merge(State(splits.m, top.rest, splits.weighted), output_scale)
+    return Top(tl.min(tl.where(splits.m == state.m[None, :], top.token, NO_TOKEN), 0), state.rest)
+
+
+@triton.jit
 def with_models(state, model, base):
     """The pair state with these states of the models."""
     return PairState(model, base, state.cross, state.base_cross, state.unsupported, state.base_unsupported)
@@ -366,11 +416,29 @@ def load_pair_state(pointer, stride, mask):
 
 
 @triton.jit
+def store_top(pointer, stride, top, mask):
+    tl.store(pointer, top.token.to(tl.float32, bitcast=True), mask=mask)
+    tl.store(pointer + stride, top.rest, mask=mask)
+
+
+@triton.jit
+def load_top(pointer, stride, mask):
+    """Anything where masked out, as those splits' m is not the row's."""
+    token = tl.load(pointer, mask=mask, other=0.0).to(tl.int32, bitcast=True)
+    return Top(token, tl.load(pointer + stride, mask=mask, other=-1.0))
+
+
+@triton.jit
 def logp_of(x, state, output_scale):
     """log p of the token with this x."""
     logp = output_scale * (x - state.m) - log1p(state.rest)
     logp = tl.where(x <= MASKED_LOGIT, float("-inf"), logp)
     return tl.where(state.m <= MASKED_LOGIT, float("nan"), logp)
+
+
+@triton.jit
+def top_logp_of(top, state):
+    return tl.where(state.m <= MASKED_LOGIT, float("nan"), 0.0 - log1p(top.rest))
 
 
 @triton.jit

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..inputs import Logits, PairGradients, PairSaved, Targets
+from ..inputs import Asked, Logits, PairGradients, PairSaved, Targets
 from ..results import DeltaLogpStats
 from . import _math
 from ._device import on_device_of
@@ -35,10 +35,12 @@ from .logp import (
     store_normalizer,
     store_raw_gradient,
     store_row_statistics,
+    store_top,
     target_gradient,
     tile_of,
     tile_of_logits,
     tile_width,
+    top_of_lanes,
     with_exact_rest,
 )
 
@@ -49,11 +51,12 @@ _FINISH_ROWS = 8
 def _delta_logp_fwd_kernel(
     raw, transform, base_raw, base_transform, target_ptr, index_ptr, count_ptr, state_ptr, target_logits_ptr, first,
     raw_first, R, width, column, K, ignore_index, split, num_splits, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
-    EACH: tl.constexpr,
+    EACH: tl.constexpr, TOP: tl.constexpr,
 ):  # fmt: skip
     """Pair states (_math.py) of splits of both models' tiles, and both x at the targets.
 
-    As `_logp_fwd_kernel`, with state (10, num_splits, R) and target_logits (2·K, R), the base's K last. Deterministic.
+    As `_logp_fwd_kernel`, with state (10, or with TOP 14, num_splits, R) and target_logits (2·K, R), the base's K last.
+    Deterministic.
     """
     i, s = tl.program_id(0), tl.program_id(1)
     kept = first + i < tl.load(count_ptr) if count_ptr is not None else True
@@ -66,12 +69,19 @@ def _delta_logp_fwd_kernel(
             values = load_raw(raw, raw_row, local, local < end)
             base_values = load_raw(base_raw, raw_row, local, local < end)
             lanes = _math.empty_pair_state(BLOCK // EACH)
+            if TOP:
+                top_token = _math.empty_top(BLOCK // EACH).token
+                base_top_token = top_token
             least = tl.zeros([BLOCK // EACH], tl.float32)
             for _ in range(0, end - begin, BLOCK):
                 following = load_raw(raw, raw_row, local + BLOCK, local + BLOCK < end)
                 base_following = load_raw(base_raw, raw_row, local + BLOCK, local + BLOCK < end)
                 x = tile_of(values, transform, column + local, local < end, EACH)
                 base_x = tile_of(base_values, base_transform, column + local, local < end, EACH)
+                if TOP:
+                    tokens = tl.reshape(column + local, [BLOCK // EACH, EACH])
+                    top_token = _math.first_with_m(top_token, lanes.model, x, tokens)
+                    base_top_token = _math.first_with_m(base_top_token, lanes.base, base_x, tokens)
                 lanes = _math.fold_pair(lanes, x, base_x, transform.output_scale, base_transform.output_scale)
                 least = tl.minimum(least, tl.minimum(tl.min(x, 1), tl.min(base_x, 1)))
                 values, base_values = following, base_following
@@ -101,14 +111,28 @@ def _delta_logp_fwd_kernel(
             one = tl.arange(0, 1)
             place = state_ptr + (split + s) * R + i + one
             _math.store_pair_state(place, num_splits * R, state, one == 0)
+            if TOP:
+                store_pair_top(
+                    place, num_splits * R, top_of_lanes(top_token, lanes.model, model),
+                    top_of_lanes(base_top_token, lanes.base, base), one == 0,
+                )  # fmt: skip
             pick(raw, transform, target_logits_ptr, target_ptr, n, i, raw_row, begin, end, column, K, R)
             pick(base_raw, base_transform, base_target_logits, target_ptr, n, i, raw_row, begin, end, column, K, R)
+
+
+@triton.jit
+def store_pair_top(pointer, stride, top, base_top, mask):
+    """Behind a pair state that begins at `pointer`."""
+    pointer += _math.PAIR_STATE_SIZE * stride
+    _math.store_top(pointer, stride, top, mask)
+    _math.store_top(pointer + _math.TOP_SIZE * stride, stride, base_top, mask)
 
 
 @triton.jit(do_not_specialize=["first", "N", "R", "V", "num_splits", "ignore_index"])
 def _finish_delta_logp_kernel(
     state_ptr, target_logits_ptr, target_ptr, index_ptr, count_ptr, out, normalizer_ptr, base_normalizer_ptr, first, N,
     R, V, K, num_splits, output_scale, base_output_scale, ignore_index, SPLITS: tl.constexpr, ROWS: tl.constexpr,
+    TOP: tl.constexpr,
 ):  # fmt: skip
     """DeltaLogpStats `out` and both normalizers (2, N), float32, of rows index[first + i], i < R.
 
@@ -140,7 +164,15 @@ def _finish_delta_logp_kernel(
         tl.store(out.base_logp + n * K + k, mask_ignored_and_invalid(base_logp, valid, bad), mask=mask)
         tl.store(out.delta_logp + n * K + k, mask_ignored_and_invalid(logp - base_logp, valid, bad), mask=mask)
     values = _math.pair_row_statistics_of(state, output_scale, base_output_scale)
-    store_row_statistics(out, n, values, kept, bad, mask)
+    store_row_statistics(out, n, values, kept, bad, mask, 3)
+    if TOP:
+        stride, splits_mask = num_splits * R, (splits < num_splits) & mask[None, :]
+        pointer = state_ptr + _math.PAIR_STATE_SIZE * stride + splits * R + i[None, :]
+        top = _math.merge_top(_math.load_top(pointer, stride, splits_mask), states.model, output_scale)
+        store_top(out.top_token, out.top_logp, n, top, state.model, kept, bad, mask)
+        base_top = _math.load_top(pointer + _math.TOP_SIZE * stride, stride, splits_mask)
+        base_top = _math.merge_top(base_top, states.base, base_output_scale)
+        store_top(out.base_top_token, out.base_top_logp, n, base_top, state.base, kept, bad, mask)
     normalizer = _math.normalizer_of(state.model, output_scale)
     base_normalizer = _math.normalizer_of(state.base, base_output_scale)
     store_normalizer(normalizer_ptr, n, N, normalizer, kept, bad, mask)
@@ -192,6 +224,10 @@ def _delta_logp_bwd_kernel(
             store_raw_gradient(base_out, i, local, inside, zero, zero, base_raw, base_transform, None, BASE_IN_PLACE)
 
 
+def pair_state_size(top: bool) -> int:
+    return _math.PAIR_STATE_SIZE.value + 2 * top * _math.TOP_SIZE.value
+
+
 def fold_pair_tile(
     logits: Tile,
     base_logits: Tile,
@@ -207,14 +243,15 @@ def fold_pair_tile(
     raw_first: int = 0,
     launch: Launch = launch_anew,
 ) -> None:
-    """States of both tiles of `shape` into state (10, splits, R) from `split` on; raw_first as for one model."""
+    """States of both tiles of `shape` into state (pair_state_size, splits, R) from `split` on; raw_first as for one."""
     columns = split_of(shape[1])
     arguments = (
         *logits, *base_logits, target, *rows, state, target_logits, first, raw_first, state.shape[2], shape[1], column,
         target.shape[1], ignore_index, split, state.shape[1],
     )  # fmt: skip
     grid = shape[0], ceil_div(shape[1], columns)
-    launch(_delta_logp_fwd_kernel, grid, arguments, fold_constants(logits.raw, columns))
+    top = state.shape[0] > pair_state_size(top=False)
+    launch(_delta_logp_fwd_kernel, grid, arguments, fold_constants(logits.raw, columns, top))
 
 
 def finish_delta_logp(
@@ -231,27 +268,28 @@ def finish_delta_logp(
     first: int = 0,
     launch: Launch = launch_anew,
 ) -> None:
-    """Write the statistics and normalizers of the rows whose states are in state (10, splits, R)."""
-    _, num_splits, num_rows = state.shape
+    """Write the statistics and normalizers of the rows whose states are in state (pair_state_size, splits, R)."""
+    size, num_splits, num_rows = state.shape
     arguments = (
         state, target_logits, target, *rows, out, *normalizers, first, target.shape[0], num_rows, vocabulary,
         target.shape[1], num_splits, output_scale, base_output_scale, ignore_index,
     )  # fmt: skip
-    constants = {"SPLITS": next_power_of_2(num_splits), "ROWS": _FINISH_ROWS}
+    top = size > pair_state_size(top=False)
+    constants = {"SPLITS": next_power_of_2(num_splits), "ROWS": _FINISH_ROWS, "TOP": top}
     launch(_finish_delta_logp_kernel, (ceil_div(num_rows, _FINISH_ROWS),), arguments, constants)
 
 
-def delta_logp_fwd(model: Logits, base: Logits, targets: Targets, workspace: int) -> tuple[Tensor, ...]:
+def delta_logp_fwd(model: Logits, base: Logits, targets: Targets, asked: Asked, workspace: int) -> tuple[Tensor, ...]:
     logits, (target, ignore_index) = model.logits, (targets.target.contiguous(), targets.ignore_index)
     uncapped, v = (model.transform.softcap is None, base.transform.softcap is None), logits.shape[-1]
     launch = call_of(
-        "delta_logp_fwd", logits.device, logits, base.logits, target, uncapped, ignore_index, workspace
+        "delta_logp_fwd", logits.device, logits, base.logits, target, uncapped, ignore_index, asked, workspace
     ).launch  # fmt: skip
-    out = new_stats(DeltaLogpStats, target, EVERY_ROW)
+    out = new_stats(DeltaLogpStats, target, EVERY_ROW, asked.top)
     normalizers = new_normalizer(target, EVERY_ROW), new_normalizer(target, EVERY_ROW)
     tile, base_tile = tile_of_logits(model), tile_of_logits(base)
     with on_device_of(logits):
-        state, target_logits = new_states(target, v, _math.PAIR_STATE_SIZE.value, 2, workspace)
+        state, target_logits = new_states(target, v, pair_state_size(asked.top), 2, workspace)
         for first in range(0, target.shape[0], state.shape[2]):
             shape = (min(state.shape[2], target.shape[0] - first), v)
             fold_pair_tile(

@@ -8,27 +8,27 @@ known to the device alone. Every product has the same shape, so a row's result d
 import torch
 from torch import Tensor
 
-from ..inputs import Head, Targets
+from ..inputs import Asked, Head, Targets
 from ..results import DeltaLogpStats, LogpStats
-from . import _math, _rows
+from . import _rows
 from ._device import on_device_of
 from ._gemm import product
 from ._rows import Rows, matrix
 from ._sizes import ceil_div
 from .configs import gemm_tile
-from .delta_logp import finish_delta_logp, fold_pair_tile
+from .delta_logp import finish_delta_logp, fold_pair_tile, pair_state_size
 from .linear_forward import with_contiguous_bias
-from .logp import Tile, finish_logp, fold_tile, new_normalizer, new_stats, transform_of
+from .logp import Tile, finish_logp, fold_tile, new_normalizer, new_stats, state_size, transform_of
 
 
-def linear_logp_fwd(head: Head, targets: Targets, workspace: int) -> tuple[Tensor, ...]:
+def linear_logp_fwd(head: Head, targets: Targets, asked: Asked, workspace: int) -> tuple[Tensor, ...]:
     target, ignore_index = targets.target.contiguous(), targets.ignore_index
     vocabulary, (num_rows, num_tokens) = head.weight.shape[0], gemm_tile(head.hidden.device)
     with on_device_of(target):
         rows = _rows.kept_rows(target, ignore_index)
-        out, normalizer = new_stats(LogpStats, target, rows), new_normalizer(target, rows)
+        out, normalizer = new_stats(LogpStats, target, rows, asked.top), new_normalizer(target, rows)
         tiles = _Tiles(with_contiguous_bias(head), rows)
-        state, target_logits = _states(target, vocabulary, _math.STATE_SIZE.value, 1)
+        state, target_logits = _states(target, vocabulary, state_size(asked.top), 1)
         for first in range(0, target.shape[0], num_rows):
             tiles.gather(first)
             for split, column in enumerate(range(0, vocabulary, num_tokens)):
@@ -40,15 +40,15 @@ def linear_logp_fwd(head: Head, targets: Targets, workspace: int) -> tuple[Tenso
     return *out, normalizer
 
 
-def linear_delta_logp_fwd(head: Head, base: Head, targets: Targets, workspace: int) -> tuple[Tensor, ...]:
+def linear_delta_logp_fwd(head: Head, base: Head, targets: Targets, asked: Asked, workspace: int) -> tuple[Tensor, ...]:
     target, ignore_index = targets.target.contiguous(), targets.ignore_index
     vocabulary, (num_rows, num_tokens) = head.weight.shape[0], gemm_tile(head.hidden.device)
     with on_device_of(target):
         rows = _rows.kept_rows(target, ignore_index)
-        out = new_stats(DeltaLogpStats, target, rows)
+        out = new_stats(DeltaLogpStats, target, rows, asked.top)
         normalizers = new_normalizer(target, rows), new_normalizer(target, rows)
         tiles, base_tiles = _Tiles(with_contiguous_bias(head), rows), _Tiles(with_contiguous_bias(base), rows)
-        state, target_logits = _states(target, vocabulary, _math.PAIR_STATE_SIZE.value, 2)
+        state, target_logits = _states(target, vocabulary, pair_state_size(asked.top), 2)
         for first in range(0, target.shape[0], num_rows):
             tiles.gather(first)
             base_tiles.gather(first)
@@ -87,10 +87,10 @@ class _Tiles:
         return Tile(matrix(raw), self.transform), shape
 
 
-def _states(target: Tensor, vocabulary: int, state_size: int, models: int) -> tuple[Tensor, Tensor]:
+def _states(target: Tensor, vocabulary: int, size: int, models: int) -> tuple[Tensor, Tensor]:
     """state (size, splits, R) and target_logits (models · K, R) of one block of rows, a split for every tile."""
     num_rows, num_tokens = gemm_tile(target.device)
-    shape = (state_size, ceil_div(vocabulary, num_tokens), num_rows)
+    shape = (size, ceil_div(vocabulary, num_tokens), num_rows)
     state = torch.empty(shape, dtype=torch.float32, device=target.device)
     target_logits = torch.empty((models * target.shape[1], num_rows), dtype=torch.float32, device=target.device)
     return state, target_logits

@@ -7,13 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..inputs import Head, Targets
+from ..inputs import Asked, Head, Targets
 from ..results import DeltaLogpStats
 from . import _math
 from ._device import on_device_of, precision, properties
 from ._launch import call_of
 from ._math import MASKED_LOGIT
-from .delta_logp import finish_delta_logp
+from .delta_logp import finish_delta_logp, pair_state_size, store_pair_top
 from .linear_forward import (
     Plan,
     bias_of,
@@ -38,12 +38,12 @@ def _linear_delta_logp_fwd_kernel(
     hidden, weight, layout, base_hidden, base_weight, base_layout, target_ptr, index_ptr, count_ptr, state_ptr,
     target_logits_ptr, first, N, R, V, K, blocks_per_split, num_splits, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr, GROUP: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
-    MASKED: tl.constexpr, ONE_TARGET: tl.constexpr, ONE_WEIGHT: tl.constexpr,
+    MASKED: tl.constexpr, ONE_TARGET: tl.constexpr, ONE_WEIGHT: tl.constexpr, TOP: tl.constexpr,
 ):  # fmt: skip
     """Pair states (_math.py) of rows × splits of the vocabulary from both models' x, and both x at the targets.
 
-    As `_linear_logp_fwd_kernel`, with state (10, num_splits, R) and target_logits (2·K, R), the base's K last.
-    Accumulates in float32; deterministic, and a row's bits do not depend on others.
+    As `_linear_logp_fwd_kernel`, with state (10, or with TOP 14, num_splits, R) and target_logits (2·K, R), the base's
+    K last. Accumulates in float32; deterministic, and a row's bits do not depend on others.
     """
     count = tl.load(count_ptr) if count_ptr is not None else N
     num_rows = tl.minimum(count - first, R)
@@ -51,6 +51,8 @@ def _linear_delta_logp_fwd_kernel(
     program, programs = tl.program_id(0), tl.num_programs(0)
     num_units = tl.cdiv(tl.maximum(row_tiles * num_splits - program, 0), programs)
     state = _math.empty_pair_state(BLOCK_N)
+    if TOP:
+        top, base_top = _math.empty_top(BLOCK_N), _math.empty_top(BLOCK_N)
     for step in range(0, num_units * blocks_per_split):
         block = step % blocks_per_split
         row_tile, split = unit_of(program + step // blocks_per_split * programs, row_tiles, num_splits, GROUP)
@@ -80,39 +82,45 @@ def _linear_delta_logp_fwd_kernel(
         has_target, found = pick_targets(
             x, base_x, target_logits_ptr, target_ptr, n, i, mask, column, K, R, BLOCK_V, ONE_TARGET
         )
+        if TOP:
+            top, base_top = _math.top_unless(block == 0, top), _math.top_unless(block == 0, base_top)
+            top = _math.fold_top(top, state.model, x, tokens[None, :], layout.output_scale)
+            base_top = _math.fold_top(base_top, state.base, base_x, tokens[None, :], base_layout.output_scale)
         state = _math.fold_pair(
             state, x, base_x, layout.output_scale, base_layout.output_scale, has_target, found
         )  # fmt: skip
-        place = state_ptr + split * R + i
-        _math.store_pair_state(place, num_splits * R, state, mask & (block == blocks_per_split - 1))
+        place, done = state_ptr + split * R + i, mask & (block == blocks_per_split - 1)
+        _math.store_pair_state(place, num_splits * R, state, done)
+        if TOP:
+            store_pair_top(place, num_splits * R, top, base_top, done)
 
 
-def _plan(head: Head, base: Head, target: Tensor, workspace: int) -> tuple[Plan, dict[str, Any]]:
+def _plan(head: Head, base: Head, target: Tensor, asked: Asked, workspace: int) -> tuple[Plan, dict[str, Any]]:
     """And what the kernel is compiled for."""
-    cut = plan([head, base], target, _math.PAIR_STATE_SIZE.value, workspace)
+    cut = plan([head, base], target, pair_state_size(asked.top), workspace)
     constants = cut.constants(is_masked(head, cut) or is_masked(base, cut))
-    constants |= {"ONE_TARGET": target.shape[1] == 1, "ONE_WEIGHT": share_weight(head, base, cut)}
+    constants |= {"ONE_TARGET": target.shape[1] == 1, "ONE_WEIGHT": share_weight(head, base, cut), "TOP": asked.top}
     if constants["ONE_WEIGHT"]:
         constants["num_stages"] = stages_of_one_weight(cut, head.dtype.itemsize)
     return cut, constants
 
 
-def linear_delta_logp_fwd(head: Head, base: Head, targets: Targets, workspace: int) -> tuple[Tensor, ...]:
+def linear_delta_logp_fwd(head: Head, base: Head, targets: Targets, asked: Asked, workspace: int) -> tuple[Tensor, ...]:
     head, base = with_contiguous_bias(head), with_contiguous_bias(base)
     target, ignore_index = targets.target.contiguous(), targets.ignore_index
     hidden, vocabulary = head.hidden, head.weight.shape[0]
     with on_device_of(hidden):
         call = call_of(
-            "linear_delta_logp_fwd", hidden.device, *head, *base, target, ignore_index, workspace,
+            "linear_delta_logp_fwd", hidden.device, *head, *base, target, ignore_index, asked, workspace,
             precision(properties(hidden.device), head.dtype), head.weight.data_ptr() == base.weight.data_ptr(),
         )  # fmt: skip
         if call.plan is None:
-            call.plan = _plan(head, base, target, workspace)
+            call.plan = _plan(head, base, target, asked, workspace)
         cut, constants = call.plan
         rows = rows_of(target, cut, ignore_index)
-        out = new_stats(DeltaLogpStats, target, rows)
+        out = new_stats(DeltaLogpStats, target, rows, asked.top)
         normalizers = new_normalizer(target, rows), new_normalizer(target, rows)
-        state = hidden.new_empty((_math.PAIR_STATE_SIZE.value, cut.num_splits, cut.num_rows), dtype=torch.float32)
+        state = hidden.new_empty((pair_state_size(asked.top), cut.num_splits, cut.num_rows), dtype=torch.float32)
         target_logits = hidden.new_empty((2 * target.shape[1], cut.num_rows), dtype=torch.float32)
         gathered, base_gathered = gather_buffer(head, cut, rows), gather_buffer(base, cut, rows)
         for first in range(0, target.shape[0], cut.num_rows):

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..inputs import Gradients, Head, PairGradients, PairSaved, Saved, Targets, Transform
+from ..inputs import Asked, Gradients, Head, PairGradients, PairSaved, Saved, Targets, Transform
 from ..reference import policy as reference_policy
 from ..reference.rows import PolicyRows
 from ..results import DeltaLogpStats, LogpStats, PolicyMetrics
@@ -318,11 +318,11 @@ def linear_policy_loss_fwd(
 
 
 def _statistics(models: list[Head], target: Tensor, ignore_index: int, workspace: int) -> LogpStats | DeltaLogpStats:
-    targets = Targets(target, ignore_index)
+    targets, asked = Targets(target, ignore_index), Asked(top=False)
     if len(models) == 1:
-        *stats, _ = linear_logp_fwd(models[0], targets, workspace)
+        *stats, _ = linear_logp_fwd(models[0], targets, asked, workspace)
         return LogpStats(*stats)
-    *stats, _, _ = linear_delta_logp_fwd(models[0], models[1], targets, workspace)
+    *stats, _, _ = linear_delta_logp_fwd(models[0], models[1], targets, asked, workspace)
     return DeltaLogpStats(*stats)
 
 
@@ -336,7 +336,7 @@ def _in_blocks(
     largest = (policy.known.scale * policy.known.advantage.abs()).amax()
     accumulators = _Accumulators(models[0], output_mask, tiling.block, largest)
     pair = len(models) == 2
-    stats = new_stats(DeltaLogpStats if pair else LogpStats, target, EVERY_ROW)
+    stats = new_stats(DeltaLogpStats if pair else LogpStats, target, EVERY_ROW, top=False)
     normalizers = tuple(new_normalizer(target, EVERY_ROW) for _ in models)
     size = _math.PAIR_STATE_SIZE if pair else _math.STATE_SIZE
     state = policy.new(size.value, ceil_div(vocabulary, split_of(vocabulary)), tiling.slice)

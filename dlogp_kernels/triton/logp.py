@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..inputs import Gradients, Logits, Saved, Targets, Transform
+from ..inputs import Asked, Gradients, Logits, Saved, Targets, Transform
 from ..results import LogpStats, allocated
 from . import _math
 from ._device import on_device_of
@@ -109,6 +109,12 @@ def with_exact_rest(
 
 
 @triton.jit
+def top_of_lanes(top_token, lanes, state):
+    """The Top of what lanes were merged to; its rest is exact."""
+    return _math.Top(tl.min(tl.where(lanes.m == state.m, top_token, _math.NO_TOKEN)[:, None], 0), state.rest)
+
+
+@triton.jit
 def possible(x):
     """x with MASKED_LOGIT for −inf; NaN stays."""
     return tl.maximum(x, MASKED_LOGIT, propagate_nan=tl.PropagateNan.ALL)
@@ -147,14 +153,15 @@ def pick(raw, transform, target_logits_ptr, target_ptr, n, i, raw_row, begin, en
 def _logp_fwd_kernel(
     raw, transform, target_ptr, index_ptr, count_ptr, state_ptr, target_logits_ptr, first, raw_first, R, width, column,
     K, ignore_index, split, num_splits, SPLIT: tl.constexpr, BLOCK: tl.constexpr, EACH: tl.constexpr,
+    TOP: tl.constexpr,
 ):  # fmt: skip
     """Softmax states (_math.py) of splits of a tile's rows, and x at their targets.
 
     raw: rows raw_first … raw_first + R are the tile (R, width), of any floating dtype, whose columns are the tokens
-    from `column` on; target (N, K) int64; index (N,) int64 and count (1,) as in Rows; state (3, num_splits, R) and
-    target_logits (K, R) float32. Program (i, s) reduces columns s·SPLIT … of row i, the row index[first + i], to the
-    state of split + s, BLOCK columns at a time, each in rows of EACH; an ignored row is not read. float32,
-    deterministic.
+    from `column` on; target (N, K) int64; index (N,) int64 and count (1,) as in Rows; state (3, or with TOP 5,
+    num_splits, R) and target_logits (K, R) float32. Program (i, s) reduces columns s·SPLIT … of row i, the row
+    index[first + i], to the state of split + s, BLOCK columns at a time, each in rows of EACH; an ignored row is not
+    read. float32, deterministic.
     """
     i, s = tl.program_id(0), tl.program_id(1)
     kept = first + i < tl.load(count_ptr) if count_ptr is not None else True
@@ -166,9 +173,14 @@ def _logp_fwd_kernel(
             local = begin + tl.arange(0, BLOCK)
             values = load_raw(raw, raw_row, local, local < end)
             lanes = _math.empty_state(BLOCK // EACH)
+            if TOP:
+                top_token = _math.empty_top(BLOCK // EACH).token
             for _ in range(0, end - begin, BLOCK):
                 following = load_raw(raw, raw_row, local + BLOCK, local + BLOCK < end)
                 x = tile_of(values, transform, column + local, local < end, EACH)
+                if TOP:
+                    tokens = tl.reshape(column + local, [BLOCK // EACH, EACH])
+                    top_token = _math.first_with_m(top_token, lanes, x, tokens)
                 lanes = _math.fold(lanes, x, transform.output_scale)
                 values = following
                 local += BLOCK
@@ -179,6 +191,9 @@ def _logp_fwd_kernel(
             one = tl.arange(0, 1)
             place = state_ptr + (split + s) * R + i + one
             _math.store_state(place, num_splits * R, state, one == 0)
+            if TOP:
+                top = top_of_lanes(top_token, lanes, state)
+                _math.store_top(place + _math.STATE_SIZE * num_splits * R, num_splits * R, top, one == 0)
             pick(raw, transform, target_logits_ptr, target_ptr, n, i, raw_row, begin, end, column, K, R)
 
 
@@ -202,11 +217,18 @@ def mask_ignored_and_invalid(value, kept, bad):
 
 
 @triton.jit
-def store_row_statistics(out, n, values, kept, bad, mask):
-    """To the last fields of `out`, which are a number a row."""
+def store_row_statistics(out, n, values, kept, bad, mask, FIRST: tl.constexpr):
+    """To fields of `out` that are a number a row, from the one at FIRST on."""
     for i in tl.static_range(len(values)):
-        pointer = out[len(out) - len(values) + i]
-        tl.store(pointer + n, mask_ignored_and_invalid(values[i], kept, bad), mask=mask)
+        tl.store(out[FIRST + i] + n, mask_ignored_and_invalid(values[i], kept, bad), mask=mask)
+
+
+@triton.jit
+def store_top(token_ptr, logp_ptr, n, top, state, kept, bad, mask):
+    """Token −1 where ignored, and where log p is NaN."""
+    logp = mask_ignored_and_invalid(_math.top_logp_of(top, state), kept, bad)
+    tl.store(token_ptr + n, tl.where(kept & (logp == logp), top.token, -1).to(tl.int64), mask=mask)
+    tl.store(logp_ptr + n, logp, mask=mask)
 
 
 @triton.jit
@@ -219,7 +241,7 @@ def store_normalizer(normalizer_ptr, n, N, normalizer, kept, bad, mask):
 @triton.jit(do_not_specialize=["first", "N", "R", "V", "num_splits", "ignore_index"])
 def _finish_logp_kernel(
     state_ptr, target_logits_ptr, target_ptr, index_ptr, count_ptr, out, normalizer_ptr, first, N, R, V, K, num_splits,
-    output_scale, ignore_index, SPLITS: tl.constexpr, ROWS: tl.constexpr,
+    output_scale, ignore_index, SPLITS: tl.constexpr, ROWS: tl.constexpr, TOP: tl.constexpr,
 ):  # fmt: skip
     """LogpStats `out` and normalizer (2, N), float32, of rows index[first + i], i < R, from states and x at targets.
 
@@ -242,7 +264,12 @@ def _finish_logp_kernel(
         tl.store(
             out.logp + n * K + k, mask_ignored_and_invalid(_math.logp_of(x, state, output_scale), valid, bad), mask=mask
         )
-    store_row_statistics(out, n, _math.row_statistics_of(state, output_scale), kept, bad, mask)
+    store_row_statistics(out, n, _math.row_statistics_of(state, output_scale), kept, bad, mask, 1)
+    if TOP:
+        pointer, stride = state_ptr + splits * R + i[None, :], num_splits * R
+        top = _math.load_top(pointer + _math.STATE_SIZE * stride, stride, splits_mask)
+        top = _math.merge_top(top, states, output_scale)
+        store_top(out.top_token, out.top_logp, n, top, state, kept, bad, mask)
     store_normalizer(normalizer_ptr, n, N, _math.normalizer_of(state, output_scale), kept, bad, mask)
 
 
@@ -341,11 +368,12 @@ def split_of(width: int) -> int:
     return min(_SPLIT, max(128, next_power_of_2(width)))
 
 
-def fold_constants(raw: Matrix, split: int) -> dict[str, int]:
+def fold_constants(raw: Matrix, split: int, top: bool) -> dict[str, int]:
     """What forward kernels of given logits are compiled for."""
     each = 16 // raw.data.element_size()
     block = min(_THREADS * _LOADS * each, split)
-    return {"SPLIT": split, "BLOCK": block, "EACH": each, "num_warps": max(1, block // (32 * _LOADS * each))}
+    warps = max(1, block // (32 * _LOADS * each))
+    return {"SPLIT": split, "BLOCK": block, "EACH": each, "TOP": top, "num_warps": warps}
 
 
 def tile_width(width: int) -> int:
@@ -357,9 +385,9 @@ def num_warps(columns: int) -> int:
     return max(1, columns // 512)
 
 
-def new_stats(kind: Any, target: Tensor, rows: Rows) -> Any:
+def new_stats(kind: Any, target: Tensor, rows: Rows, top: bool) -> Any:
     """A `kind` of float32 tensors: zeros where ignored rows are left out; else every row will be written."""
-    return allocated(kind, target, _allocator(target, rows), dtype=torch.float32)
+    return allocated(kind, target, _allocator(target, rows), torch.float32, top)
 
 
 def new_normalizer(target: Tensor, rows: Rows) -> Tensor:
@@ -369,6 +397,10 @@ def new_normalizer(target: Tensor, rows: Rows) -> Tensor:
 
 def _allocator(target: Tensor, rows: Rows) -> Callable[..., Tensor]:
     return target.new_empty if rows.row_index is None else target.new_zeros
+
+
+def state_size(top: bool) -> int:
+    return _math.STATE_SIZE.value + top * _math.TOP_SIZE.value
 
 
 def new_states(target: Tensor, vocabulary: int, state_size: int, models: int, workspace: int) -> tuple[Tensor, Tensor]:
@@ -395,14 +427,15 @@ def fold_tile(
     raw_first: int = 0,
     launch: Launch = launch_anew,
 ) -> None:
-    """States of a tile of `shape`, which begins at the row raw_first of the logits, to state (3, splits, R)."""
+    """States of a tile of `shape`, which begins at the row raw_first of the logits, to state (size, splits, R)."""
     columns = split_of(shape[1])
     arguments = (
         *logits, target, *rows, state, target_logits, first, raw_first, state.shape[2], shape[1], column,
         target.shape[1], ignore_index, split, state.shape[1],
     )  # fmt: skip
     grid = shape[0], ceil_div(shape[1], columns)
-    launch(_logp_fwd_kernel, grid, arguments, fold_constants(logits.raw, columns))
+    top = state.shape[0] > state_size(top=False)
+    launch(_logp_fwd_kernel, grid, arguments, fold_constants(logits.raw, columns, top))
 
 
 def finish_logp(
@@ -418,24 +451,25 @@ def finish_logp(
     first: int = 0,
     launch: Launch = launch_anew,
 ) -> None:
-    """Write the statistics and normalizers of the rows whose states are in state (3, splits, R)."""
-    _, num_splits, num_rows = state.shape
+    """Write the statistics and normalizers of the rows whose states are in state (state_size, splits, R)."""
+    size, num_splits, num_rows = state.shape
     arguments = (
         state, target_logits, target, *rows, out, normalizer, first, target.shape[0], num_rows, vocabulary,
         target.shape[1], num_splits, output_scale, ignore_index,
     )  # fmt: skip
-    constants = {"SPLITS": next_power_of_2(num_splits), "ROWS": _FINISH_ROWS}
+    top = size > state_size(top=False)
+    constants = {"SPLITS": next_power_of_2(num_splits), "ROWS": _FINISH_ROWS, "TOP": top}
     launch(_finish_logp_kernel, (ceil_div(num_rows, _FINISH_ROWS),), arguments, constants)
 
 
-def logp_fwd(model: Logits, targets: Targets, workspace: int) -> tuple[Tensor, ...]:
+def logp_fwd(model: Logits, targets: Targets, asked: Asked, workspace: int) -> tuple[Tensor, ...]:
     logits, (target, ignore_index) = model.logits, (targets.target.contiguous(), targets.ignore_index)
     uncapped, v = model.transform.softcap is None, logits.shape[-1]
-    launch = call_of("logp_fwd", logits.device, logits, target, uncapped, ignore_index, workspace).launch
-    out, normalizer = new_stats(LogpStats, target, EVERY_ROW), new_normalizer(target, EVERY_ROW)
+    launch = call_of("logp_fwd", logits.device, logits, target, uncapped, ignore_index, asked, workspace).launch
+    out, normalizer = new_stats(LogpStats, target, EVERY_ROW, asked.top), new_normalizer(target, EVERY_ROW)
     tile = tile_of_logits(model)
     with on_device_of(logits):
-        state, target_logits = new_states(target, v, _math.STATE_SIZE.value, 1, workspace)
+        state, target_logits = new_states(target, v, state_size(asked.top), 1, workspace)
         for first in range(0, target.shape[0], state.shape[2]):
             shape = (min(state.shape[2], target.shape[0] - first), v)
             fold_tile(

@@ -33,8 +33,8 @@ def test_statistics(name, results, op):
         assert tuple(x.name for x in returned) == fields
     logits, transform, models = torch.zeros(4, 5), flat_transform(1.0, None, 1.0), 1 + (op == "delta_logp")
     target = torch.zeros(4, 3, dtype=torch.int64)
-    outputs = getattr(torch.ops.dlogp, f"{op}_fwd")(*[logits, transform] * models, target, -100)
-    shapes = {"PER_TARGET": (4, 3), "PER_ROW": (4,), "NORMALIZER": (2, 4)}
+    outputs = getattr(torch.ops.dlogp, f"{op}_fwd")(*[logits, transform] * models, target, -100, True)
+    shapes = {"PER_TARGET": (4, 3), "PER_ROW": (4,), "TOP_TOKEN": (4,), "TOP_LOGP": (4,), "NORMALIZER": (2, 4)}
     assert [shapes[kind] for kind, _ in table] == [tuple(x.shape) for x in outputs]
 
 

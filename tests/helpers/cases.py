@@ -4,6 +4,8 @@ Inputs, results and truth are on the CPU. `call` takes the inputs to the device 
 brings the results back; their gradients take the other way.
 """
 
+import collections
+import functools
 import math
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch import Tensor
 import dlogp_kernels
 from dlogp_kernels import backends
 from dlogp_kernels.reference import statistics as reference
+from dlogp_kernels.results import present
 
 OPS = ("linear_logp", "linear_delta_logp", "logp", "delta_logp")
 LINEAR_OPS, PAIR_OPS = OPS[:2], OPS[1::2]
@@ -121,11 +124,23 @@ def upcast(inputs: Inputs) -> Inputs:
     return {name: x.to(torch.int64 if name == "target" else torch.float64) for name, x in inputs.items()}
 
 
+def asked_for(stats: Any) -> Any:
+    """Those of the statistics that were asked for, as a NamedTuple of them alone."""
+    found = present(stats)
+    return _kind_of(type(stats).__name__, tuple(found))(**found)
+
+
+@functools.cache
+def _kind_of(name: str, fields: tuple[str, ...]) -> Any:
+    return collections.namedtuple(name, fields)
+
+
 def call(op: str, inputs: Inputs, **options: Any) -> Any:
+    """What the op's function gives; without what was not asked for."""
     function = getattr(dlogp_kernels, op)
     if DEVICE.type == "cpu":
-        return function(**inputs, **options)
-    stats = function(**on_device(inputs), **options)
+        return asked_for(function(**inputs, **options))
+    stats = asked_for(function(**on_device(inputs), **options))
     return type(stats)(*(_Move.apply(x, torch.device("cpu")) for x in stats))
 
 
@@ -152,7 +167,7 @@ class _Move(torch.autograd.Function):
 
 def truth(op: str, inputs: Inputs, **options: Any) -> Any:
     """The definition, in float64 of the same inputs."""
-    return getattr(reference, op)(**upcast(inputs), **options)
+    return asked_for(getattr(reference, op)(**upcast(inputs), **options))
 
 
 def magnitude(op: str, inputs: Inputs, **options: Any) -> Tensor:
@@ -178,10 +193,14 @@ def op_rows(op: str) -> str:
     return "hidden" if is_linear(op) else "logits"
 
 
-def upstream_of(stats: tuple, seed: int = 1) -> list[Tensor]:
-    """A random gradient for each output, of its dtype; exactly representable in float32."""
+def upstream_of(stats: Any, seed: int = 1) -> list[Any]:
+    """A random gradient for each output, of its dtype; exactly representable in float32. None for what has none."""
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(x.shape, generator=generator).to(x.dtype) for x in stats]
+    fields = getattr(stats, "_fields", [""] * len(stats))
+    return [
+        None if "top" in name else torch.randn(x.shape, generator=generator).to(x.dtype)
+        for name, x in zip(fields, stats, strict=True)
+    ]
 
 
 def gradients(
@@ -274,9 +293,22 @@ def _log_probabilities(op: str, prefix: str, inputs: Inputs, options: dict[str, 
 
 
 def check_statistics(accuracy: Any, op: str, inputs: Inputs, stats: Any, **options: Any) -> None:
-    """These statistics are within tolerance of float64."""
-    magnitudes = magnitude(op, inputs, **options)
-    accuracy.statistics(op, stats, truth(op, inputs, **options), magnitudes, widest(inputs))
+    """These statistics are within tolerance of float64; the most likely token may be one that is as likely as that."""
+    magnitudes, expected = magnitude(op, inputs, **options), truth(op, inputs, **options)
+    accuracy.statistics(op, stats, expected, magnitudes, widest(inputs))
+    of_tokens = {
+        name.replace("token", "logp"): _log_p_of_tokens(op, name, inputs, value, options)
+        for name, value in stats._asdict().items()
+        if name.endswith("top_token")
+    }
+    accuracy.statistics(op, expected._replace(**of_tokens), expected, magnitudes, widest(inputs))
+
+
+def _log_p_of_tokens(op: str, name: str, inputs: Inputs, token: Tensor, options: dict[str, Any]) -> Tensor:
+    """log p (…) in float64 of these tokens; 0 of −1."""
+    logp_all = _log_probabilities(op, name.removesuffix("top_token"), upcast(inputs), options)
+    assert token.dtype == torch.int64 and (token < logp_all.shape[-1]).all() and (token >= -1).all()
+    return logp_all.gather(-1, token.clamp_min(0)[..., None])[..., 0].masked_fill(token < 0, 0.0)
 
 
 def check_gradients(

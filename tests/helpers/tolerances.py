@@ -93,6 +93,8 @@ class Accuracy(NamedTuple):
         """`actual` and `truth` are NamedTuples; `magnitude` (…) is m of each row, `dtype` that of the inputs."""
         assert actual._fields == truth._fields
         for name, value, expected in zip(actual._fields, actual, truth, strict=True):
+            if not value.is_floating_point():  # a token
+                continue
             rounding = torch.finfo(value.dtype).eps * magnitude.clamp_min(1.0)
             if expected.dim() > rounding.dim():
                 rounding = rounding[..., None]

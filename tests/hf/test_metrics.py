@@ -2,10 +2,12 @@
 
 import subprocess
 import sys
+from typing import Any
 
 import hf_models
 import pytest
 import torch
+from cases import asked_for
 from hf_models import one_thread  # noqa: F401
 from hf_prompts import tokens
 from tolerances import HF_GRADIENT_ERROR, HF_STATISTIC_ERROR
@@ -31,26 +33,31 @@ def test_rows_have_the_frequencies_of_their_own_length(name):
             fresh = [hf_models.tiny_model(name, seed=seed) for seed in (0, 1)]
             expected.append(plain_statistics(*fresh, input_ids[row : row + 1, :length]))
         for options in ({}, {"prefill_chunk": 3}, {"memory_limit": "52MiB"}):
-            rows = hf.token_metrics(*models, input_ids, mask, **options)
-            documents = hf.token_metrics(*models, packed, position_ids=positions, **options)
+            rows = token_metrics(*models, input_ids, mask, **options)
+            documents = token_metrics(*models, packed, position_ids=positions, **options)
             begin = 0
             for row, length in enumerate(lengths):
-                for field in DeltaLogpStats._fields:
+                for field in expected[row]._fields:
                     for actual in (getattr(rows, field)[row], getattr(documents, field)[0, begin:]):
                         error = (actual[: length - 1] - getattr(expected[row], field)[0]).abs().max()
                         assert error < HF_STATISTIC_ERROR, (options, field, length)
                 begin += length
 
 
-def plain_statistics(model, base_model, input_ids: Tensor, temperature: float = 1.0) -> DeltaLogpStats:
-    """Every field (B, T − 1) from the two logit tensors, in float64."""
+def token_metrics(*args: Any, **options: Any) -> Any:
+    """What was asked for, as a NamedTuple of it alone."""
+    return asked_for(hf.token_metrics(*args, **options))
+
+
+def plain_statistics(model, base_model, input_ids: Tensor, temperature: float = 1.0) -> Any:
+    """Every field (B, T − 1) from the two logit tensors, in float64, but those of `top`."""
     z = model(input_ids).logits[:, :-1].double() / temperature
     base_z = base_model(input_ids).logits[:, :-1].double() / temperature
     log_p, log_q = z.log_softmax(-1), base_z.log_softmax(-1)
     p, q = log_p.exp(), log_q.exp()
     target = input_ids[:, 1:, None]
     logp, base_logp = log_p.gather(-1, target)[..., 0], log_q.gather(-1, target)[..., 0]
-    return DeltaLogpStats(
+    stats = DeltaLogpStats(
         delta_logp=logp - base_logp,
         logp=logp,
         base_logp=base_logp,
@@ -61,9 +68,10 @@ def plain_statistics(model, base_model, input_ids: Tensor, temperature: float = 
         lse=z.logsumexp(-1),
         base_lse=base_z.logsumexp(-1),
     )
+    return asked_for(stats)
 
 
-def assert_close(actual: DeltaLogpStats, expected: DeltaLogpStats) -> None:
+def assert_close(actual: Any, expected: Any) -> None:
     for name, value, truth in zip(actual._fields, actual, expected, strict=True):
         assert value.shape == truth.shape, name
         assert (value - truth).abs().max() < HF_STATISTIC_ERROR, name
@@ -78,8 +86,23 @@ def pair():
 def test_every_statistic_is_that_of_the_logits(pair, temperature):
     input_ids = tokens(3, 17)
     with torch.no_grad():
-        actual = hf.token_metrics(*pair, input_ids, temperature=temperature)
+        actual = token_metrics(*pair, input_ids, temperature=temperature)
         assert_close(actual, plain_statistics(*pair, input_ids, temperature))
+
+
+def test_the_most_likely_tokens_are_those_of_the_logits(pair):
+    """−1 where a token is left out, with a log p of 0."""
+    input_ids = tokens(3, 17)
+    loss_mask = torch.ones_like(input_ids)
+    loss_mask[1, 9:] = 0
+    with torch.no_grad():
+        stats = token_metrics(*pair, input_ids, loss_mask=loss_mask, top=True)
+        for prefix, model in (("", pair[0]), ("base_", pair[1])):
+            largest = model(input_ids).logits[:, :-1].double().log_softmax(-1).max(-1)
+            kept = loss_mask[:, 1:] == 1
+            assert torch.equal(getattr(stats, f"{prefix}top_token"), largest.indices.where(kept, -1))
+            error = getattr(stats, f"{prefix}top_logp") - largest.values.where(kept, 0.0)
+            assert error.abs().max() < HF_STATISTIC_ERROR
 
 
 @pytest.mark.parametrize(
@@ -90,7 +113,7 @@ def test_the_two_models_may_differ_in_kind(name, base_name):
     model, base_model = hf_models.tiny_model(name), hf_models.tiny_model(base_name, seed=1)
     input_ids = tokens(2, 11)
     with torch.no_grad():
-        assert_close(hf.token_metrics(model, base_model, input_ids), plain_statistics(model, base_model, input_ids))
+        assert_close(token_metrics(model, base_model, input_ids), plain_statistics(model, base_model, input_ids))
 
 
 @pytest.mark.parametrize("options", [{}, {"prefill_chunk": 4}, {"memory_limit": "64MiB"}])
@@ -100,11 +123,11 @@ def test_padding_on_both_sides_gives_the_numbers_of_each_sequence_alone(pair, op
     input_ids = torch.cat([torch.cat([padding[:, :5], left], 1), whole, torch.cat([right, padding[:, :7]], 1), padding])
     mask = (input_ids >= 0).long()
     with torch.no_grad():
-        actual = hf.token_metrics(*pair, input_ids, mask, **options)
+        actual = token_metrics(*pair, input_ids, mask, **options)
         for row, begin, alone in [(0, 5, left), (1, 0, whole), (2, 0, right)]:
             end = begin + alone.shape[1] - 1
             expected = plain_statistics(*pair, alone)
-            assert_close(DeltaLogpStats(*(x[row : row + 1, begin:end] for x in actual)), expected)
+            assert_close(type(actual)(*(x[row : row + 1, begin:end] for x in actual)), expected)
             outside = torch.ones(11, dtype=torch.bool)
             outside[begin:end] = False
             assert all((x[row, outside] == 0).all() for x in actual)
@@ -120,13 +143,13 @@ def test_packed_documents_do_not_see_each_other(attention, with_mask):
     position_ids = torch.cat([torch.arange(document.shape[1]) for document in documents])[None]
     mask = torch.ones_like(input_ids) if with_mask else None
     with torch.no_grad():
-        actual = hf.token_metrics(model, base_model, input_ids, mask, position_ids=position_ids)
+        actual = token_metrics(model, base_model, input_ids, mask, position_ids=position_ids)
         begin = 0
         for document in documents:
             end = begin + document.shape[1]
             expected = plain_statistics(model, base_model, document)
             if document.shape[1] > 1:
-                assert_close(DeltaLogpStats(*(x[:, begin : end - 1] for x in actual)), expected)
+                assert_close(type(actual)(*(x[:, begin : end - 1] for x in actual)), expected)
             # The next document's first token is not predicted from this one.
             assert all((x[:, end - 1 : end] == 0).all() for x in actual)
             begin = end
@@ -138,7 +161,7 @@ def test_a_hole_in_the_mask_is_as_if_its_tokens_were_not_there(pair):
     mask[0, 3:5] = 0
     kept = input_ids[:, mask[0] == 1]
     with torch.no_grad():
-        actual = hf.token_metrics(*pair, input_ids, mask)
+        actual = token_metrics(*pair, input_ids, mask)
         expected = plain_statistics(*pair, kept)
     assert (actual.delta_logp[0, :2] - expected.delta_logp[0, :2]).abs().max() < HF_STATISTIC_ERROR
     assert (actual.delta_logp[0, 5:] - expected.delta_logp[0, 3:]).abs().max() < HF_STATISTIC_ERROR
@@ -151,8 +174,8 @@ def test_loss_mask_in_either_shape_leaves_out_tokens(pair):
     loss_mask[0, 4:7] = 1
     loss_mask[1, 1] = 1
     with torch.no_grad():
-        full = hf.token_metrics(*pair, input_ids, loss_mask=loss_mask)
-        shifted = hf.token_metrics(*pair, input_ids, loss_mask=loss_mask[:, 1:].bool())
+        full = token_metrics(*pair, input_ids, loss_mask=loss_mask)
+        shifted = token_metrics(*pair, input_ids, loss_mask=loss_mask[:, 1:].bool())
         expected = plain_statistics(*pair, input_ids)
     for actual in (full, shifted):
         for value, truth in zip(actual, expected, strict=True):
@@ -168,7 +191,7 @@ def test_the_ops_see_only_tokens_that_count(pair, monkeypatch):
         base_hidden = hf.lm_head_inputs(pair[1], input_ids).hidden
         base_hidden[0, :4] = torch.nan
         base_hidden[0, -1] = torch.nan
-        actual = hf.token_metrics(pair[0], pair[1], input_ids, loss_mask=loss_mask, base_hidden=base_hidden)
+        actual = token_metrics(pair[0], pair[1], input_ids, loss_mask=loss_mask, base_hidden=base_hidden)
         expected = plain_statistics(*pair, input_ids)
     for value, truth in zip(actual, expected, strict=True):
         assert (value - truth * loss_mask[:, 1:]).abs().max() < HF_STATISTIC_ERROR
@@ -207,7 +230,7 @@ def test_gradients_are_those_of_the_plain_logits_path(how):
             ]
             loss = sum(terms) / 20
         else:
-            stats = hf.token_metrics(model, base_model, input_ids, mask, position_ids=position_ids)
+            stats = token_metrics(model, base_model, input_ids, mask, position_ids=position_ids)
             measured = stats.lse != 0
             assert measured.sum() == sum(end - begin - 1 for _, begin, end in spans)
             loss = (loss_of(stats, advantage) * measured).sum() / 20
@@ -228,7 +251,7 @@ def test_gradient_reaches_a_tied_tensor_from_both_uses():
     plain_statistics(model, base_model, input_ids).delta_logp.sum().backward()
     expected = model.lm_head.weight.grad.clone()
     model.zero_grad()
-    hf.token_metrics(model, base_model, input_ids).delta_logp.sum().backward()
+    token_metrics(model, base_model, input_ids).delta_logp.sum().backward()
     actual = model.lm_head.weight.grad
     # Embedding rows of tokens that are read get more than those that are only predicted.
     unread = torch.ones(hf_models.VOCABULARY, dtype=torch.bool)
@@ -242,7 +265,7 @@ def test_gradients_within_autocast(pair):
     model, base_model = (hf_models.tiny_model("qwen3", seed=seed) for seed in (0, 1))
     input_ids = tokens(1, 10)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        stats = hf.token_metrics(model, base_model, input_ids)
+        stats = token_metrics(model, base_model, input_ids)
     stats.logp.sum().backward()
     assert stats.logp.dtype == torch.float32
     with torch.no_grad():
@@ -260,7 +283,7 @@ def test_rows_of_padding_in_one_vocabulary_are_left_out(larger):
     )
     input_ids = tokens(2, 9)
     with torch.no_grad():
-        actual = hf.token_metrics(model, base_model, input_ids)
+        actual = token_metrics(model, base_model, input_ids)
         common = [
             type("Cut", (), {"logits": m(input_ids).logits[..., : hf_models.VOCABULARY]}) for m in (model, base_model)
         ]
@@ -269,13 +292,13 @@ def test_rows_of_padding_in_one_vocabulary_are_left_out(larger):
         beyond = input_ids.clone()
         beyond[1, 3] = hf_models.VOCABULARY + 1
         with pytest.raises(IndexError, match=r"input_ids\[1, 3\] is 161, expected a token in \[0, 160\)"):
-            hf.token_metrics(model, base_model, beyond)
+            token_metrics(model, base_model, beyond)
 
 
 def test_other_vocabularies_are_an_error(pair):
     other = hf_models.tiny_model("qwen3", vocab_size=hf_models.VOCABULARY + 1024)
     with pytest.raises(ValueError, match=r"base_model has a vocabulary of 1184 rows and model one of 160"):
-        hf.token_metrics(pair[0], other, tokens(1, 5))
+        token_metrics(pair[0], other, tokens(1, 5))
 
 
 @pytest.mark.parametrize("options", [{}, {"prefill_chunk": 5}, {"memory_limit": 64 * 2**20}])
@@ -285,9 +308,9 @@ def test_stored_base_hidden_states_stand_for_the_base_model(pair, options):
     mask[1, :3] = 0
     with torch.no_grad():
         base_hidden = hf.lm_head_inputs(pair[1], input_ids, mask).hidden
-        expected = hf.token_metrics(*pair, input_ids, mask)
+        expected = token_metrics(*pair, input_ids, mask)
         for base in (hf.lm_head(pair[1]), pair[1]):
-            actual = hf.token_metrics(pair[0], base, input_ids, mask, base_hidden=base_hidden, **options)
+            actual = token_metrics(pair[0], base, input_ids, mask, base_hidden=base_hidden, **options)
             assert_close(actual, expected)
 
 
@@ -296,13 +319,13 @@ def test_memory_limit_runs_long_sequences_in_chunks_with_the_same_numbers(pair):
     mask = torch.ones_like(input_ids)
     mask[:, :2] = 0
     with torch.no_grad():
-        expected = hf.token_metrics(*pair, input_ids, mask)
+        expected = token_metrics(*pair, input_ids, mask)
         with pytest.raises(ValueError, match=r"expected at least \d+ \(\d+ MiB\) for a sequence of 58 tokens") as error:
-            hf.token_metrics(*pair, input_ids, mask, memory_limit=2**20)
+            token_metrics(*pair, input_ids, mask, memory_limit=2**20)
         least = int(str(error.value).split("at least ")[1].split()[0])
-        assert_close(hf.token_metrics(*pair, input_ids, mask, memory_limit=least), expected)
+        assert_close(token_metrics(*pair, input_ids, mask, memory_limit=least), expected)
         with pytest.raises(ValueError, match="expected at least"):
-            hf.token_metrics(*pair, input_ids, mask, memory_limit=least - 1)
+            token_metrics(*pair, input_ids, mask, memory_limit=least - 1)
 
 
 @pytest.mark.parametrize(
@@ -410,10 +433,10 @@ def test_memory_limit_is_kept(record_property):
 def test_wrong_arguments_are_named(pair, arguments, error, message):
     arguments = {"base_model": pair[1], "input_ids": tokens(1, 5), **arguments}
     with torch.no_grad(), pytest.raises(error, match=message):
-        hf.token_metrics(pair[0], **arguments)
+        token_metrics(pair[0], **arguments)
 
 
 @pytest.mark.parametrize("options", [{"prefill_chunk": 2}, {"memory_limit": "1GiB"}])
 def test_bounded_memory_while_a_gradient_is_needed_is_an_error(pair, options):
     with pytest.raises(RuntimeError, match=r"within torch\.no_grad\(\)"):
-        hf.token_metrics(*pair, tokens(1, 5), **options)
+        token_metrics(*pair, tokens(1, 5), **options)

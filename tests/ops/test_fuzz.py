@@ -34,7 +34,7 @@ def _random_case(op: str, rng: random.Random, exact: torch.dtype) -> tuple[dict,
         if inputs[name].dim() > 1 and rng.random() < 0.3:
             inputs[name] = inputs[name].transpose(0, -1).contiguous().transpose(0, -1)
     options = {name: x * rng.choice((0.5, 1.0, 2.0)) for name, x in ALL_OPTIONS.items() if rng.random() < 0.4}
-    return inputs, options_for(op, options)
+    return inputs, options_for(op, options) | ({"top": True} if rng.random() < 0.5 else {})
 
 
 # On a GPU most cases are a kernel to compile.

@@ -14,7 +14,7 @@ from tolerances import CERTAINTY_ERROR, NEAR_CERTAINTY_GRADIENT_ERROR
 from torch import Tensor
 
 from dlogp_kernels import backends
-from dlogp_kernels.inputs import flat_transform
+from dlogp_kernels.inputs import Asked, flat_transform
 from dlogp_kernels.ops import schemas
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -273,7 +273,8 @@ def outputs_of(op: str, inputs: cases.Inputs, temperature: float = 1.0) -> dict[
     given = cases.on_device(inputs) | {"ignore_index": -100}
     given |= {name: flat_transform(temperature, None, 1.0) for name in ("transform", "base_transform")}
     forward = getattr(torch.ops.dlogp, f"{op}_fwd").default
-    found = forward(*(given.get(x.name) for x in schemas.STATISTICS[op].inputs()))
+    asked = (False for _ in Asked._fields)
+    found = forward(*(given.get(x.name) for x in schemas.STATISTICS[op].inputs()), *asked)
     names = [x.name for x in forward._schema.returns]
     return {name: value.cpu() for name, value in zip(names, found, strict=True)}
 

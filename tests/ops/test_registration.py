@@ -33,7 +33,7 @@ BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 
 
 def _forward_arguments(op: str, dtype: torch.dtype, k: int, present: bool) -> list:
-    """Every argument of `<op>_fwd` in order, on the device under test; optional ones given or None."""
+    """The inputs of `<op>_fwd` and `<op>_bwd` in order, on the device under test; optional ones given or None."""
     given = make_inputs(op, 6, v=31, d=5, k=k, dtype=dtype)
     given["target"][2] = -100
     given = on_device(given)
@@ -52,7 +52,12 @@ def _forward_arguments(op: str, dtype: torch.dtype, k: int, present: bool) -> li
 def test_opcheck_forward(op, dtype, present):
     arguments = _forward_arguments(op, dtype, 2, present)
     arguments = [x.requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in arguments]
-    torch.library.opcheck(getattr(torch.ops.dlogp, f"{op}_fwd").default, arguments)
+    torch.library.opcheck(getattr(torch.ops.dlogp, f"{op}_fwd").default, [*arguments, *_asked(present)])
+
+
+def _asked(present: bool) -> tuple[bool, ...]:
+    """What forward takes besides: whether each thing on demand is asked for."""
+    return tuple(present for _ in inputs.Asked._fields)
 
 
 @pytest.mark.parametrize("mask", fewer(["all", "first", "last", "none"], ["all", "last"]))
@@ -61,7 +66,7 @@ def test_opcheck_forward(op, dtype, present):
 def test_opcheck_backward(op, present, mask):
     arguments = _forward_arguments(op, BF16, 2, present)
     forward, table = getattr(torch.ops.dlogp, f"{op}_fwd").default, schemas.STATISTICS[op]
-    names, outputs = [x.name for x in forward._schema.returns], forward(*arguments)
+    names, outputs = [x.name for x in forward._schema.returns], forward(*arguments, *_asked(present))
     found = dict(zip(names, outputs, strict=True))
     upstream = dict(zip(names, (grad.to(cases.DEVICE) for grad in upstream_of(outputs)), strict=True))
     grads = [upstream[x.name] for x in inputs.arguments(table.grads)]
@@ -78,16 +83,17 @@ def test_opcheck_backward(op, present, mask):
 #: What follows from the tables of results.py and inputs.py, as PyTorch prints it.
 _STATISTICS_SCHEMAS = {
     "linear_logp_fwd": """(
-        Tensor hidden, Tensor weight, Tensor? bias, float[] transform, Tensor target, int ignore_index
-        ) -> (Tensor logp, Tensor entropy, Tensor lse, Tensor normalizer)""",
+        Tensor hidden, Tensor weight, Tensor? bias, float[] transform, Tensor target, int ignore_index, bool top
+        ) -> (Tensor logp, Tensor entropy, Tensor lse, Tensor top_token, Tensor top_logp, Tensor normalizer)""",
     "logp_bwd": """(
         Tensor? grad_logp, Tensor? grad_entropy, Tensor? grad_lse, Tensor logits, float[] transform, Tensor target,
         int ignore_index, Tensor entropy, Tensor normalizer, bool[1] output_mask
         ) -> Tensor grad_logits""",
     "delta_logp_fwd": """(
-        Tensor logits, float[] transform, Tensor base_logits, float[] base_transform, Tensor target, int ignore_index
-        ) -> (Tensor delta_logp, Tensor logp, Tensor base_logp, Tensor entropy, Tensor base_entropy, Tensor kl,
-        Tensor reverse_kl, Tensor lse, Tensor base_lse, Tensor normalizer, Tensor base_normalizer)""",
+        Tensor logits, float[] transform, Tensor base_logits, float[] base_transform, Tensor target, int ignore_index,
+        bool top) -> (Tensor delta_logp, Tensor logp, Tensor base_logp, Tensor entropy, Tensor base_entropy, Tensor kl,
+        Tensor reverse_kl, Tensor lse, Tensor base_lse, Tensor top_token, Tensor top_logp, Tensor base_top_token,
+        Tensor base_top_logp, Tensor normalizer, Tensor base_normalizer)""",
     "linear_delta_logp_bwd": """(
         Tensor? grad_logp, Tensor? grad_entropy, Tensor? grad_lse, Tensor? grad_base_logp, Tensor? grad_base_entropy,
         Tensor? grad_base_lse, Tensor? grad_kl, Tensor? grad_reverse_kl, Tensor hidden, Tensor weight, Tensor? bias,
@@ -112,6 +118,11 @@ def test_every_public_op_has_an_opcheck():
     assert set(schemas.SCHEMAS) == {f"{op}_{way}" for op in differentiable for way in ("fwd", "bwd")} | sampling
 
 
+def _found(stats) -> tuple[torch.Tensor, ...]:
+    """What was asked for, as a compiled graph returns it."""
+    return tuple(x for x in stats if x is not None)
+
+
 @pytest.fixture
 def counter():
     torch._dynamo.reset()
@@ -126,8 +137,7 @@ def test_compiles_whole_and_not_again_for_other_numbers_of_tokens(op, k, counter
     options = options_for(op, ALL_OPTIONS)
 
     def loss(inputs):
-        stats = getattr(dlogp_kernels, op)(**inputs, **options)
-        return sum(x.sum() for x in stats)
+        return sum(x.sum() for x in _found(getattr(dlogp_kernels, op)(**inputs, **options)))
 
     compiled = torch.compile(loss, backend=counter, fullgraph=True)
     for n in (5, 9, 17, 40, 3, 128):
@@ -143,10 +153,10 @@ def test_compiles_whole_and_not_again_for_other_numbers_of_tokens(op, k, counter
 @pytest.mark.parametrize("op", OPS)
 def test_not_compiled_again_for_other_numbers_of_candidates_or_batches(op, counter):
     function = getattr(dlogp_kernels, op)
-    compiled = torch.compile(lambda inputs: tuple(function(**inputs)), backend=counter, fullgraph=True)
+    compiled = torch.compile(lambda inputs: _found(function(**inputs)), backend=counter, fullgraph=True)
     for batch, length, k in ((2, 5, 3), (3, 7, 4), (4, 6, 5), (7, 9, 2), (5, 8, 11)):
         inputs = on_device(make_inputs(op, (batch, length), v=31, k=k))
-        for value, other in zip(compiled(inputs), function(**inputs), strict=True):
+        for value, other in zip(compiled(inputs), _found(function(**inputs)), strict=True):
             torch.testing.assert_close(value, other)
     assert counter.frame_count <= 2
 
@@ -156,9 +166,11 @@ def test_not_compiled_again_for_other_numbers_of_candidates_or_batches(op, count
 def test_python_numbers_as_options_compile(op, counter):
     """Integers and floats that change from call to call, at fullgraph."""
     function, inputs = getattr(dlogp_kernels, op), on_device(make_inputs(op, 5, v=31))
-    compiled = torch.compile(lambda t: tuple(function(**inputs, temperature=t)), backend=counter, fullgraph=True)
+    compiled = torch.compile(lambda t: _found(function(**inputs, temperature=t)), backend=counter, fullgraph=True)
     for temperature in (1, 2, 0.5, 0.25, 3.0):
-        for value, other in zip(compiled(temperature), function(**inputs, temperature=temperature), strict=True):
+        for value, other in zip(
+            compiled(temperature), _found(function(**inputs, temperature=temperature)), strict=True
+        ):
             assert value.dtype == FP32
             torch.testing.assert_close(value, other)
 
@@ -178,8 +190,8 @@ def test_compiled_call_still_checks_targets(counter):
 @pytest.mark.parametrize("op", OPS)
 def test_inductor(op):
     function, inputs = getattr(dlogp_kernels, op), on_device(make_inputs(op, (2, 5), v=31))
-    compiled = torch.compile(lambda inputs: tuple(function(**inputs)), fullgraph=True, dynamic=True)
-    for value, other in zip(compiled(inputs), function(**inputs), strict=True):
+    compiled = torch.compile(lambda inputs: _found(function(**inputs)), fullgraph=True, dynamic=True)
+    for value, other in zip(compiled(inputs), _found(function(**inputs)), strict=True):
         torch.testing.assert_close(value, other)
 
 

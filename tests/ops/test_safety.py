@@ -72,7 +72,7 @@ def test_a_storage_that_was_taken_away_before_backward_is_refused_by_name(op, na
         arguments["entropy"].requires_grad_()
         loss = dlogp_kernels.policy_loss(**arguments).loss
     else:
-        loss = sum(x.sum() for x in getattr(dlogp_kernels, op)(**arguments))
+        loss = sum(x.sum() for x in cases.asked_for(getattr(dlogp_kernels, op)(**arguments)))
     arguments[name].untyped_storage().resize_(0)
     with pytest.raises(ValueError, match=rf"^{name} has a storage of 0 bytes"):
         torch.autograd.grad(loss, leaf)
@@ -83,8 +83,8 @@ def test_views_that_share_a_storage_or_repeat_it_are_whole(accuracy):
     whole = torch.randn(40 + 40 * 16, device=cases.DEVICE)
     weight, bias, hidden = whole[40:].view(40, 16), whole[:40], torch.randn(1, 16, device=cases.DEVICE).expand(6, 16)
     target = torch.arange(6, device=cases.DEVICE)
-    stats = dlogp_kernels.linear_logp(hidden, weight, target, bias=bias)
-    alone = dlogp_kernels.linear_logp(hidden.clone(), weight.clone(), target, bias=bias.clone())
+    stats = cases.asked_for(dlogp_kernels.linear_logp(hidden, weight, target, bias=bias))
+    alone = cases.asked_for(dlogp_kernels.linear_logp(hidden.clone(), weight.clone(), target, bias=bias.clone()))
     inputs = {"hidden": hidden, "weight": weight, "bias": bias, "target": target}
     given = {name: x.cpu() for name, x in inputs.items()}
     on_cpu = (type(x)(*(value.cpu() for value in x)) for x in (stats, alone))

@@ -104,6 +104,19 @@ def test_rows_come_back_as_they_were_written(tmp_path):
     ]
 
 
+def test_the_most_likely_tokens_come_back_and_are_null_in_an_earlier_data_set(tmp_path):
+    top = {"top_token": [9, -1], "top_logp": [-0.5, 0.0], "base_top_token": [3, -1], "base_top_logp": [-1.25, 0.0]}
+    write_dataset(tmp_path / "new", [token_rows("rl", [5, 6], ["a", "b"], logp=[-1.0, -2.0], **top)])
+    table = pq.read_table(tmp_path / "new" / "tokens")
+    assert {name: table[name].to_pylist() for name in top} == top
+    (tmp_path / "old" / "tokens").mkdir(parents=True)
+    (part,) = (tmp_path / "new" / "tokens").iterdir()
+    pq.write_table(table.drop_columns(list(top)), tmp_path / "old" / "tokens" / part.name)
+    earlier = TokenDataset(tmp_path / "old")
+    assert earlier.column("logp", "rl").tolist() == [-1.0, -2.0]
+    assert len(earlier) == 2 and earlier.sources() == ["rl"]
+
+
 def test_the_same_rows_give_the_same_bytes_and_no_temporary_file(tmp_path):
     rows = [token_rows("rl", range(100), ["x"] * 100)]
     for name in ("one", "two"):

@@ -15,10 +15,10 @@ from .children import ROOT, run_command
 
 #: When time runs out, the last ones are missing: the first are those that no GPU has run to their end.
 _FILES = (
-    "ops/test_gpu_only.py", "ops/test_accuracy.py", "ops/test_gradients.py", "ops/test_ignored.py",
-    "ops/test_layout.py", "ops/test_invariance.py", "ops/test_linear_policy_loss.py", "ops/test_linear_sample.py",
-    "ops/test_policy_loss.py", "ops/test_sample.py", "ops/test_registration.py", "ops/test_fuzz.py",
-    "ops/test_backends.py",
+    "ops/test_gpu_only.py", "ops/test_near_certainty.py", "ops/test_top.py", "ops/test_accuracy.py",
+    "ops/test_gradients.py", "ops/test_ignored.py", "ops/test_layout.py", "ops/test_invariance.py",
+    "ops/test_linear_policy_loss.py", "ops/test_linear_sample.py", "ops/test_policy_loss.py", "ops/test_sample.py",
+    "ops/test_registration.py", "ops/test_fuzz.py", "ops/test_backends.py", "ops/test_safety.py",
 )  # fmt: skip
 _TINY_FILES = ("functional/test_lemma.py",)
 _WORKERS, _TEST_SECONDS = 12, 90

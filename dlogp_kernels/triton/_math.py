@@ -117,15 +117,15 @@ def transform(raw, bias, tanh_scale):
 
 
 @triton.jit
-def empty_state(BLOCK_N: tl.constexpr):
+def empty_state(BLOCK_N: tl.constexpr, WITH_ONE: tl.constexpr = False):
     zero = tl.zeros([BLOCK_N], tl.float32)
-    return State(zero + MASKED_LOGIT, zero - 1.0, zero)
+    return State(zero + MASKED_LOGIT, zero if WITH_ONE else zero - 1.0, zero)
 
 
 @triton.jit
-def empty_pair_state(BLOCK_N: tl.constexpr):
+def empty_pair_state(BLOCK_N: tl.constexpr, WITH_ONE: tl.constexpr = False):
     zero = tl.zeros([BLOCK_N], tl.float32)
-    return PairState(empty_state(BLOCK_N), empty_state(BLOCK_N), zero, zero, zero, zero)
+    return PairState(empty_state(BLOCK_N, WITH_ONE), empty_state(BLOCK_N, WITH_ONE), zero, zero, zero, zero)
 
 
 @triton.jit
@@ -149,26 +149,26 @@ def pair_state_unless(reset, state):
 
 
 @triton.jit
-def sum_of(state):
-    """Σ e^{s·d}."""
-    return 1.0 + state.rest
+def sum_of(state, WITH_ONE: tl.constexpr = False):
+    """Σ e^{s·d}. WITH_ONE, here and below: the states are lanes (`merge_lanes`), whose rest still has the 1."""
+    return state.rest if WITH_ONE else 1.0 + state.rest
 
 
 @triton.jit
-def about(state, m, output_scale):
+def about(state, m, output_scale, WITH_ONE: tl.constexpr = False):
     """The state's Σ e^{s·d} and Σ e^{s·d}·d, centred on an m that is no smaller."""
-    shift = state.m - m
+    shift, sum = state.m - m, sum_of(state, WITH_ONE)
     factor = exp(output_scale * shift)
-    return factor * sum_of(state), factor * (state.weighted + shift * sum_of(state))
+    return factor * sum, factor * (state.weighted + shift * sum)
 
 
 @triton.jit
-def cross_about(state, m, base_m, output_scale, base_output_scale):
+def cross_about(state, m, base_m, output_scale, base_output_scale, WITH_ONE: tl.constexpr = False):
     """The same of the cross terms."""
     shift, base_shift = output_scale * (state.model.m - m), base_output_scale * (state.base.m - base_m)
     change = shift - base_shift
-    cross = exp(shift) * (state.cross + change * sum_of(state.model))
-    return cross, exp(base_shift) * (state.base_cross - change * sum_of(state.base))
+    cross = exp(shift) * (state.cross + change * sum_of(state.model, WITH_ONE))
+    return cross, exp(base_shift) * (state.base_cross - change * sum_of(state.base, WITH_ONE))
 
 
 @triton.jit
@@ -195,19 +195,21 @@ def rest_with_tile(state, m, before, total):
 
 
 @triton.jit
-def fold(state, x, output_scale, has_target=None, found=None):
+def fold(state, x, output_scale, has_target=None, found=None, WITH_ONE: tl.constexpr = False):
     """`state` with the columns of the tile x (rows, columns).
 
     rest is exact in rows that have a target in the tile, `has_target`: for another one log p is no nearer to 0 than the
     difference of both x. `found`: whether some row has one. Both are None for a rest that need never be exact.
     """
     m = tl.maximum(state.m, tl.max(x, 1))
-    before, weighted = about(state, m, output_scale)
+    before, weighted = about(state, m, output_scale, WITH_ONE)
     d = x - m[:, None]
     e = tl.exp2(d * (output_scale * _LOG2E))
     weighted += tl.sum(e * d, 1)
     total = tl.sum(e, 1)
-    if found is None:
+    if WITH_ONE:
+        rest = before + total
+    elif found is None:
         rest = before + (total - 1.0)
     else:
         rest, brings_m = rest_with_tile(state, m, before, total)
@@ -219,13 +221,15 @@ def fold(state, x, output_scale, has_target=None, found=None):
 
 
 @triton.jit
-def fold_pair(state, x, base_x, output_scale, base_output_scale, has_target=None, found=None):
+def fold_pair(
+    state, x, base_x, output_scale, base_output_scale, has_target=None, found=None, WITH_ONE: tl.constexpr = False
+):
     """`state` with the columns of both models' tiles; the last two as in `fold`."""
     model, base = state.model, state.base
     m, base_m = tl.maximum(model.m, tl.max(x, 1)), tl.maximum(base.m, tl.max(base_x, 1))
-    before, weighted = about(model, m, output_scale)
-    base_before, base_weighted = about(base, base_m, base_output_scale)
-    cross, base_cross = cross_about(state, m, base_m, output_scale, base_output_scale)
+    before, weighted = about(model, m, output_scale, WITH_ONE)
+    base_before, base_weighted = about(base, base_m, base_output_scale, WITH_ONE)
+    cross, base_cross = cross_about(state, m, base_m, output_scale, base_output_scale, WITH_ONE)
     d, base_d = x - m[:, None], base_x - base_m[:, None]
     e, base_e = tl.exp2(d * (output_scale * _LOG2E)), tl.exp2(base_d * (base_output_scale * _LOG2E))
     u = output_scale * d - base_output_scale * base_d
@@ -234,17 +238,21 @@ def fold_pair(state, x, base_x, output_scale, base_output_scale, has_target=None
     cross += tl.sum(e * u, 1)
     base_cross -= tl.sum(base_e * u, 1)
     total, base_total = tl.sum(e, 1), tl.sum(base_e, 1)
-    if found is None:
+    if WITH_ONE:
+        rest, base_rest = before + total, base_before + base_total
+    elif found is None:
         rest, base_rest = before + (total - 1.0), base_before + (base_total - 1.0)
     else:
         rest, brings_m = rest_with_tile(model, m, before, total)
         base_rest, base_brings_m = rest_with_tile(base, base_m, base_before, base_total)
         if found:
             close = has_target & brings_m & (rest < LARGE_REST)
-            base_close = has_target & base_brings_m & (base_rest < LARGE_REST)
-            if any_row(close | base_close):
+            if any_row(close):
                 rest = tl.where(close, before + tl.sum(without_ones(e), 1), rest)
-                base_rest = tl.where(base_close, base_before + tl.sum(without_ones(base_e), 1), base_rest)
+        if found:
+            close = has_target & base_brings_m & (base_rest < LARGE_REST)
+            if any_row(close):
+                base_rest = tl.where(close, base_before + tl.sum(without_ones(base_e), 1), base_rest)
     return PairState(
         State(m, rest, weighted),
         State(base_m, base_rest, base_weighted),
@@ -334,14 +342,28 @@ def as_pair_splits(state):
 
 
 @triton.jit
-def merge_around_largest(splits, output_scale):
-    """One state of `splits`, whose fields are (splits, rows), one split that has its m, and the sum of the others."""
+def merge_lanes(lanes, output_scale):
+    """One state, (1,), of lanes: states of parts of one row, folded WITH_ONE. A small rest lacks precision then."""
+    splits = as_splits(lanes)
+    m = tl.max(splits.m, 0)
+    sum, weighted = about(splits, m[None, :], output_scale, True)
+    return State(m, tl.sum(sum, 0) - 1.0, tl.sum(weighted, 0))
+
+
+@triton.jit
+def merge_pair_lanes(lanes, output_scale, base_output_scale):
+    model, base = merge_lanes(lanes.model, output_scale), merge_lanes(lanes.base, base_output_scale)
+    return merge_cross(as_pair_splits(lanes), model, base, output_scale, base_output_scale, True)
+
+
+@triton.jit
+def largest_lane(lanes, output_scale):
+    """The first lane that has the largest m, (1,), and the sum of all others about that."""
+    splits = as_splits(lanes)
     m, largest = tl.max(splits.m, 0, return_indices=True)
-    sum, weighted = about(splits, m[None, :], output_scale)
+    sum, _ = about(splits, m[None, :], output_scale, True)
     is_largest = tl.arange(0, splits.m.shape[0])[:, None] == largest[None, :]
-    others = tl.sum(tl.where(is_largest, 0.0, sum), 0)
-    rest = others + tl.sum(tl.where(is_largest, splits.rest, 0.0), 0)
-    return State(m, rest, tl.sum(weighted, 0)), largest, others
+    return largest, tl.sum(tl.where(is_largest, 0.0, sum), 0)
 
 
 @triton.jit
@@ -362,9 +384,11 @@ def merge_pair(splits, output_scale, base_output_scale):
 
 
 @triton.jit
-def merge_cross(splits, model, base, output_scale, base_output_scale):
+def merge_cross(splits, model, base, output_scale, base_output_scale, WITH_ONE: tl.constexpr = False):
     """The pair state of `splits` whose models' states are merged already."""
-    cross, base_cross = cross_about(splits, model.m[None, :], base.m[None, :], output_scale, base_output_scale)
+    cross, base_cross = cross_about(
+        splits, model.m[None, :], base.m[None, :], output_scale, base_output_scale, WITH_ONE
+    )  # fmt: skip
     return PairState(
         model,
         base,

@@ -68,7 +68,7 @@ def _delta_logp_fwd_kernel(
             local = begin + tl.arange(0, BLOCK)
             values = load_raw(raw, raw_row, local, local < end)
             base_values = load_raw(base_raw, raw_row, local, local < end)
-            lanes = _math.empty_pair_state(BLOCK // EACH)
+            lanes = _math.empty_pair_state(BLOCK // EACH, WITH_ONE=True)
             if TOP:
                 top_token = _math.empty_top(BLOCK // EACH).token
                 base_top_token = top_token
@@ -82,7 +82,9 @@ def _delta_logp_fwd_kernel(
                     tokens = tl.reshape(column + local, [BLOCK // EACH, EACH])
                     top_token = _math.first_with_m(top_token, lanes.model, x, tokens)
                     base_top_token = _math.first_with_m(base_top_token, lanes.base, base_x, tokens)
-                lanes = _math.fold_pair(lanes, x, base_x, transform.output_scale, base_transform.output_scale)
+                lanes = _math.fold_pair(
+                    lanes, x, base_x, transform.output_scale, base_transform.output_scale, WITH_ONE=True
+                )
                 least = tl.minimum(least, tl.minimum(tl.min(x, 1), tl.min(base_x, 1)))
                 values, base_values = following, base_following
                 local += BLOCK
@@ -97,16 +99,13 @@ def _delta_logp_fwd_kernel(
                     base_x = tile_of(base_values, base_transform, column + local, inside, EACH)
                     lanes = _math.with_unsupported(lanes, x, base_x)
                     local += BLOCK
-            splits = _math.as_pair_splits(lanes)
-            model, lane, others = _math.merge_around_largest(splits.model, transform.output_scale)
-            base, base_lane, base_others = _math.merge_around_largest(splits.base, base_transform.output_scale)
-            state = _math.merge_cross(splits, model, base, transform.output_scale, base_transform.output_scale)
+            state = _math.merge_pair_lanes(lanes, transform.output_scale, base_transform.output_scale)
             model = with_exact_rest(
-                model, lane, others, raw, transform, raw_row, begin, end, column, SPLIT, BLOCK, EACH
-            )  # fmt: skip
+                state.model, lanes.model, raw, transform, raw_row, begin, end, column, SPLIT, BLOCK, EACH
+            )
             base = with_exact_rest(
-                base, base_lane, base_others, base_raw, base_transform, raw_row, begin, end, column, SPLIT, BLOCK, EACH
-            )  # fmt: skip
+                state.base, lanes.base, base_raw, base_transform, raw_row, begin, end, column, SPLIT, BLOCK, EACH
+            )
             state = _math.with_models(state, model, base)
             one = tl.arange(0, 1)
             place = state_ptr + (split + s) * R + i + one

@@ -89,16 +89,16 @@ def tile_of(values, transform, tokens, mask, EACH: tl.constexpr):
 
 @triton.jit
 def with_exact_rest(
-    state, lane, others, raw, transform, raw_row, begin, end, column, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
+    state, lanes, raw, transform, raw_row, begin, end, column, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
     EACH: tl.constexpr,
 ):  # fmt: skip
-    """`state`, (1,), of the columns from `begin` to `end`, which rows of `tile_of` were merged to.
+    """`state`, (1,), of the columns from `begin` to `end`, which lanes, rows of `tile_of`, were merged to.
 
-    A small rest lacks precision where m was brought, see `_math.rest_with_tile`: of that row, `lane`, the columns are
-    read again, and `others` is the sum of all other rows.
+    A small rest lacks precision: the columns of the lane with the largest x are read again.
     """
     rest = state.rest
     if _math.any_row(rest < _math.LARGE_REST):
+        lane, others = _math.largest_lane(lanes, transform.output_scale)
         j = tl.arange(0, SPLIT // BLOCK * EACH)
         local = begin + j // EACH * BLOCK + tl.max(lane, 0) * EACH + j % EACH
         values = load_raw(raw, raw_row, local, local < end)
@@ -172,7 +172,7 @@ def _logp_fwd_kernel(
             end = tl.minimum(begin + SPLIT, width)
             local = begin + tl.arange(0, BLOCK)
             values = load_raw(raw, raw_row, local, local < end)
-            lanes = _math.empty_state(BLOCK // EACH)
+            lanes = _math.empty_state(BLOCK // EACH, WITH_ONE=True)
             if TOP:
                 top_token = _math.empty_top(BLOCK // EACH).token
             for _ in range(0, end - begin, BLOCK):
@@ -181,13 +181,11 @@ def _logp_fwd_kernel(
                 if TOP:
                     tokens = tl.reshape(column + local, [BLOCK // EACH, EACH])
                     top_token = _math.first_with_m(top_token, lanes, x, tokens)
-                lanes = _math.fold(lanes, x, transform.output_scale)
+                lanes = _math.fold(lanes, x, transform.output_scale, WITH_ONE=True)
                 values = following
                 local += BLOCK
-            state, lane, others = _math.merge_around_largest(_math.as_splits(lanes), transform.output_scale)
-            state = with_exact_rest(
-                state, lane, others, raw, transform, raw_row, begin, end, column, SPLIT, BLOCK, EACH
-            )  # fmt: skip
+            state = _math.merge_lanes(lanes, transform.output_scale)
+            state = with_exact_rest(state, lanes, raw, transform, raw_row, begin, end, column, SPLIT, BLOCK, EACH)
             one = tl.arange(0, 1)
             place = state_ptr + (split + s) * R + i + one
             _math.store_state(place, num_splits * R, state, one == 0)

@@ -49,8 +49,9 @@ class _Builder(interpreter.InterpreterBuilder):
         return interpreter.TensorHandle(total.astype(d.data.dtype), d.dtype.scalar)
 
     def create_fma(self, x, y, z):
-        product = x.data.astype(np.float64) * y.data  # exact for float32, where the interpreter rounds it
-        return interpreter.TensorHandle((product + z.data).astype(z.data.dtype), z.dtype.scalar)
+        with np.errstate(invalid="ignore"):  # ∞ − ∞
+            total = x.data.astype(np.float64) * y.data + z.data  # the product of float32 is exact
+        return interpreter.TensorHandle(total.astype(z.data.dtype), z.dtype.scalar)
 
     def create_masked_load(self, ptrs, mask, other, cache_modifier, eviction_policy, is_volatile):
         if not _is_bf16(ptrs.get_element_ty()):

@@ -24,6 +24,7 @@ from cases import (
     truth,
     upstream_of,
 )
+from same_bits import assert_same_gradients, assert_same_statistics
 from tolerances import CERTAINTY_ERROR
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -247,17 +248,18 @@ def test_leading_shapes(op, k, shape):
 @pytest.mark.parametrize("options", [{}, ALL_OPTIONS], ids=["defaults", "all options"])
 @pytest.mark.parametrize("dtype", [BF16, FP32, FP64], ids=str)
 @pytest.mark.parametrize("op", OPS)
-def test_the_statistics_and_gradients_are_those_without_it(op, dtype, options):
-    """Bit for bit: what is asked for besides changes nothing."""
+def test_the_statistics_and_gradients_are_those_without_it(accuracy, op, dtype, options):
+    """Bit for bit, where no compiler makes another kernel for it: what is asked for besides changes nothing."""
     inputs = make_inputs(op, fewer(40, 6), v=fewer(3_001, 203), k=2, dtype=dtype)
     inputs["target"][1] = -100
     options = options_for(op, options)
     plain, stats = call(op, inputs, **options), call(op, inputs, top=True, **options)
-    for name, value in plain._asdict().items():
-        assert torch.equal(getattr(stats, name), value), name
-    expected = gradients(op, inputs, upstream_of(plain), **options)
-    for name, value in gradients(op, inputs, upstream_of(stats), top=True, **options).items():
-        assert torch.equal(value, expected[name]), name
+    same = plain._replace(**{name: getattr(stats, name) for name in plain._fields})
+    assert_same_statistics(accuracy, op, inputs, same, plain, **options)
+    upstream = upstream_of(plain)
+    expected = gradients(op, inputs, upstream, **options)
+    actual = gradients(op, inputs, upstream_of(stats), top=True, **options)
+    assert_same_gradients(accuracy, op, inputs, upstream, actual, expected, **options)
 
 
 @pytest.mark.parametrize("op", OPS)

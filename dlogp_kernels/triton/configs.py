@@ -39,9 +39,9 @@ _CONFIGS: dict[tuple[int, int, int], list[Config]] = {
     (90, 1, 4): [Config(128, 128, 32, 8, 3)],
     (90, 2, 2): [Config(128, 128, 64, 8, 4), Config(128, 128, 128, 8, 3), Config(128, 128, 64, 8, 6)],
     (90, 2, 4): [Config(128, 64, 32, 8, 3)],
-    (100, 1, 2): [Config(128, 128, 64, 4, 4), Config(128, 256, 64, 8, 3)],
+    (100, 1, 2): [Config(128, 128, 64, 8, 4), Config(128, 256, 64, 8, 3)],
     (100, 1, 4): [Config(128, 128, 32, 8, 3)],
-    (100, 2, 2): [Config(128, 64, 64, 4, 3), Config(128, 64, 64, 8, 3)],
+    (100, 2, 2): [Config(128, 64, 64, 8, 3)],
     (100, 2, 4): [Config(64, 64, 32, 4, 3)],
 }
 #: Bytes of an element → for sampling from a pair, on every architecture: as few rows as fill a matrix unit, since

@@ -76,12 +76,12 @@ def test_against_float64(accuracy, op, dtype, options):
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
-@pytest.mark.parametrize("v", fewer([1, 2, 3, 7, 8, 9, 15, 17, 31, 33, 63, 65, 257, 1025, 4097], [1, 2, 9, 65, 1025]))
 @pytest.mark.parametrize("op", OPS)
-def test_of_ties_the_first_in_any_vocabulary(op, v, dtype):
+def test_of_ties_the_first_in_any_vocabulary(op, dtype):
     """Of logits with three values nearly all rows have many largest ones."""
-    z = torch.randint(0, 3, (fewer(9, 4), v), generator=torch.Generator().manual_seed(v)).float()
-    assert_first_largest(op, call(op, of_logits(op, z, dtype=dtype), top=True), z)
+    for v in fewer([1, 2, 3, 7, 8, 9, 15, 17, 31, 33, 63, 65, 257, 1025, 4097], [1, 2, 9, 65, 1025]):
+        z = torch.randint(0, 3, (fewer(9, 4), v), generator=torch.Generator().manual_seed(v)).float()
+        assert_first_largest(op, call(op, of_logits(op, z, dtype=dtype), top=True), z)
 
 
 def places_of(op: str) -> tuple[int, list[int]]:

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 MASKED_LOGIT = tl.constexpr(-1e25)
-_LOG2E = tl.constexpr(1.4426950408889634)
+LOG2E = tl.constexpr(1.4426950408889634)
 _LN2_HIGH = tl.constexpr(0.693145751953125)  # exact in 16 bits: its product with an exponent is too
 _LN2_LOW = tl.constexpr(1.4286068203094172e-06)
 
@@ -53,24 +53,14 @@ class PairState(NamedTuple):
 LARGE_REST = tl.constexpr(0.5)
 
 
-class Top(NamedTuple):
-    """The first token with x = m, int32, and a rest that is exact for it whatever the targets are, a row each."""
-
-    token: Any
-    rest: Any
-
-
-#: Larger than any token.
-NO_TOKEN = tl.constexpr(2**31 - 1)
 #: Numbers that a state has in memory, a row and split of the vocabulary. Behind them come those of each model's Top.
 STATE_SIZE = tl.constexpr(3)
 PAIR_STATE_SIZE = tl.constexpr(10)
-TOP_SIZE = tl.constexpr(2)
 
 
 @triton.jit
 def exp(x):
-    return tl.exp2(x * _LOG2E)
+    return tl.exp2(x * LOG2E)
 
 
 @triton.jit
@@ -204,7 +194,7 @@ def fold(state, x, output_scale, has_target=None, found=None, WITH_ONE: tl.const
     m = tl.maximum(state.m, tl.max(x, 1))
     before, weighted = about(state, m, output_scale, WITH_ONE)
     d = x - m[:, None]
-    e = tl.exp2(d * (output_scale * _LOG2E))
+    e = tl.exp2(d * (output_scale * LOG2E))
     weighted += tl.sum(e * d, 1)
     total = tl.sum(e, 1)
     if WITH_ONE:
@@ -231,7 +221,7 @@ def fold_pair(
     base_before, base_weighted = about(base, base_m, base_output_scale, WITH_ONE)
     cross, base_cross = cross_about(state, m, base_m, output_scale, base_output_scale, WITH_ONE)
     d, base_d = x - m[:, None], base_x - base_m[:, None]
-    e, base_e = tl.exp2(d * (output_scale * _LOG2E)), tl.exp2(base_d * (base_output_scale * _LOG2E))
+    e, base_e = tl.exp2(d * (output_scale * LOG2E)), tl.exp2(base_d * (base_output_scale * LOG2E))
     u = output_scale * d - base_output_scale * base_d
     weighted += tl.sum(e * d, 1)
     base_weighted += tl.sum(base_e * base_d, 1)
@@ -261,44 +251,6 @@ def fold_pair(
         state.unsupported,
         state.base_unsupported,
     )
-
-
-@triton.jit
-def empty_top(BLOCK_N: tl.constexpr):
-    return Top(tl.zeros([BLOCK_N], tl.int32) + NO_TOKEN, tl.zeros([BLOCK_N], tl.float32) - 1.0)
-
-
-@triton.jit
-def top_unless(reset, top):
-    return Top(tl.where(reset, NO_TOKEN, top.token), tl.where(reset, -1.0, top.rest))
-
-
-@triton.jit
-def first_with_m(token, state, x, tokens):
-    """Top.token with a tile x whose columns are `tokens`, given that and the state before."""
-    largest = tl.max(x, 1)
-    first = tl.min(tl.where(x == largest[:, None], tokens, NO_TOKEN), 1)
-    return tl.where(largest > state.m, first, token)
-
-
-@triton.jit
-def fold_top(top, state, x, tokens, output_scale):
-    """`top` with the tile x whose columns are `tokens`, given the state before."""
-    m = tl.maximum(state.m, tl.max(x, 1))
-    before = exp(output_scale * (state.m - m)) * (1.0 + top.rest)
-    e = tl.exp2((x - m[:, None]) * (output_scale * _LOG2E))
-    rest, brings_m = rest_with_tile(State(state.m, top.rest, state.weighted), m, before, tl.sum(e, 1))
-    close = brings_m & (rest < LARGE_REST)
-    # In every tile: a branch, besides the one of `fold`, would need both x and e behind it.
-    rest = tl.where(close, before + tl.sum(without_ones(e), 1), rest)
-    return Top(first_with_m(top.token, state, x, tokens), rest)
-
-
-@triton.jit
-def merge_top(top, splits, output_scale):
-    """One Top of those of `splits`, whose fields are (splits, rows)."""
-    state = merge(State(splits.m, top.rest, splits.weighted), output_scale)
-    return Top(tl.min(tl.where(splits.m == state.m[None, :], top.token, NO_TOKEN), 0), state.rest)
 
 
 @triton.jit
@@ -440,29 +392,11 @@ def load_pair_state(pointer, stride, mask):
 
 
 @triton.jit
-def store_top(pointer, stride, top, mask):
-    tl.store(pointer, top.token.to(tl.float32, bitcast=True), mask=mask)
-    tl.store(pointer + stride, top.rest, mask=mask)
-
-
-@triton.jit
-def load_top(pointer, stride, mask):
-    """Anything where masked out, as those splits' m is not the row's."""
-    token = tl.load(pointer, mask=mask, other=0.0).to(tl.int32, bitcast=True)
-    return Top(token, tl.load(pointer + stride, mask=mask, other=-1.0))
-
-
-@triton.jit
 def logp_of(x, state, output_scale):
     """log p of the token with this x."""
     logp = output_scale * (x - state.m) - log1p(state.rest)
     logp = tl.where(x <= MASKED_LOGIT, float("-inf"), logp)
     return tl.where(state.m <= MASKED_LOGIT, float("nan"), logp)
-
-
-@triton.jit
-def top_logp_of(top, state):
-    return tl.where(state.m <= MASKED_LOGIT, float("nan"), 0.0 - log1p(top.rest))
 
 
 @triton.jit

@@ -6,8 +6,9 @@ from torch import Tensor
 
 from ..inputs import Asked, Logits, PairGradients, PairSaved, Targets
 from ..results import DeltaLogpStats
-from . import _math
+from . import _math, _top
 from ._device import on_device_of
+from ._finish import check_targets, mask_ignored_and_invalid, store_normalizer, store_row_statistics, store_top
 from ._launch import Launch, call_of, launch_anew
 from ._math import MASKED_LOGIT
 from ._rows import Matrix, Rows, matrix
@@ -15,7 +16,6 @@ from ._sizes import ceil_div, next_power_of_2
 from .logp import (
     EVERY_ROW,
     Tile,
-    check_targets,
     contiguous,
     fold_constants,
     is_kept,
@@ -23,7 +23,6 @@ from .logp import (
     load_raw,
     load_x,
     logp_all_of,
-    mask_ignored_and_invalid,
     model_gradient,
     new_normalizer,
     new_states,
@@ -32,15 +31,11 @@ from .logp import (
     pick,
     row_of,
     split_of,
-    store_normalizer,
     store_raw_gradient,
-    store_row_statistics,
-    store_top,
     target_gradient,
     tile_of,
     tile_of_logits,
     tile_width,
-    top_of_lanes,
     with_exact_rest,
 )
 
@@ -70,7 +65,7 @@ def _delta_logp_fwd_kernel(
             base_values = load_raw(base_raw, raw_row, local, local < end)
             lanes = _math.empty_pair_state(BLOCK // EACH, WITH_ONE=True)
             if TOP:
-                top_token = _math.empty_top(BLOCK // EACH).token
+                top_token = _top.empty_top(BLOCK // EACH).token
                 base_top_token = top_token
             least = tl.zeros([BLOCK // EACH], tl.float32)
             for _ in range(0, end - begin, BLOCK):
@@ -80,8 +75,8 @@ def _delta_logp_fwd_kernel(
                 base_x = tile_of(base_values, base_transform, column + local, local < end, EACH)
                 if TOP:
                     tokens = tl.reshape(column + local, [BLOCK // EACH, EACH])
-                    top_token = _math.first_with_m(top_token, lanes.model, x, tokens)
-                    base_top_token = _math.first_with_m(base_top_token, lanes.base, base_x, tokens)
+                    top_token = _top.first_with_m(top_token, lanes.model, x, tokens)
+                    base_top_token = _top.first_with_m(base_top_token, lanes.base, base_x, tokens)
                 lanes = _math.fold_pair(
                     lanes, x, base_x, transform.output_scale, base_transform.output_scale, WITH_ONE=True
                 )
@@ -112,8 +107,8 @@ def _delta_logp_fwd_kernel(
             _math.store_pair_state(place, num_splits * R, state, one == 0)
             if TOP:
                 store_pair_top(
-                    place, num_splits * R, top_of_lanes(top_token, lanes.model, model),
-                    top_of_lanes(base_top_token, lanes.base, base), one == 0,
+                    place, num_splits * R, _top.top_of_lanes(top_token, lanes.model, model),
+                    _top.top_of_lanes(base_top_token, lanes.base, base), one == 0,
                 )  # fmt: skip
             pick(raw, transform, target_logits_ptr, target_ptr, n, i, raw_row, begin, end, column, K, R)
             pick(base_raw, base_transform, base_target_logits, target_ptr, n, i, raw_row, begin, end, column, K, R)
@@ -123,8 +118,8 @@ def _delta_logp_fwd_kernel(
 def store_pair_top(pointer, stride, top, base_top, mask):
     """Behind a pair state that begins at `pointer`."""
     pointer += _math.PAIR_STATE_SIZE * stride
-    _math.store_top(pointer, stride, top, mask)
-    _math.store_top(pointer + _math.TOP_SIZE * stride, stride, base_top, mask)
+    _top.store_top(pointer, stride, top, mask)
+    _top.store_top(pointer + _top.TOP_SIZE * stride, stride, base_top, mask)
 
 
 @triton.jit(do_not_specialize=["first", "N", "R", "V", "num_splits", "ignore_index"])
@@ -167,10 +162,10 @@ def _finish_delta_logp_kernel(
     if TOP:
         stride, splits_mask = num_splits * R, (splits < num_splits) & mask[None, :]
         pointer = state_ptr + _math.PAIR_STATE_SIZE * stride + splits * R + i[None, :]
-        top = _math.merge_top(_math.load_top(pointer, stride, splits_mask), states.model, output_scale)
+        top = _top.merge_top(_top.load_top(pointer, stride, splits_mask), states.model, output_scale)
         store_top(out.top_token, out.top_logp, n, top, state.model, kept, bad, mask)
-        base_top = _math.load_top(pointer + _math.TOP_SIZE * stride, stride, splits_mask)
-        base_top = _math.merge_top(base_top, states.base, base_output_scale)
+        base_top = _top.load_top(pointer + _top.TOP_SIZE * stride, stride, splits_mask)
+        base_top = _top.merge_top(base_top, states.base, base_output_scale)
         store_top(out.base_top_token, out.base_top_logp, n, base_top, state.base, kept, bad, mask)
     normalizer = _math.normalizer_of(state.model, output_scale)
     base_normalizer = _math.normalizer_of(state.base, base_output_scale)
@@ -224,7 +219,7 @@ def _delta_logp_bwd_kernel(
 
 
 def pair_state_size(top: bool) -> int:
-    return _math.PAIR_STATE_SIZE.value + 2 * top * _math.TOP_SIZE.value
+    return _math.PAIR_STATE_SIZE.value + 2 * top * _top.TOP_SIZE.value
 
 
 def fold_pair_tile(

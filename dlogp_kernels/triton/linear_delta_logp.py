@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..inputs import Asked, Head, Targets
 from ..results import DeltaLogpStats
-from . import _math
+from . import _math, _top
 from ._device import on_device_of, precision, properties
 from ._launch import call_of
 from ._math import MASKED_LOGIT
@@ -52,7 +52,7 @@ def _linear_delta_logp_fwd_kernel(
     num_units = tl.cdiv(tl.maximum(row_tiles * num_splits - program, 0), programs)
     state = _math.empty_pair_state(BLOCK_N)
     if TOP:
-        top, base_top = _math.empty_top(BLOCK_N), _math.empty_top(BLOCK_N)
+        top, base_top = _top.empty_top(BLOCK_N), _top.empty_top(BLOCK_N)
     for step in range(0, num_units * blocks_per_split):
         block = step % blocks_per_split
         row_tile, split = unit_of(program + step // blocks_per_split * programs, row_tiles, num_splits, GROUP)
@@ -83,9 +83,9 @@ def _linear_delta_logp_fwd_kernel(
             x, base_x, target_logits_ptr, target_ptr, n, i, mask, column, K, R, BLOCK_V, ONE_TARGET
         )
         if TOP:
-            top, base_top = _math.top_unless(block == 0, top), _math.top_unless(block == 0, base_top)
-            top = _math.fold_top(top, state.model, x, tokens[None, :], layout.output_scale)
-            base_top = _math.fold_top(base_top, state.base, base_x, tokens[None, :], base_layout.output_scale)
+            top, base_top = _top.top_unless(block == 0, top), _top.top_unless(block == 0, base_top)
+            top = _top.fold_top(top, state.model, x, tokens[None, :], layout.output_scale)
+            base_top = _top.fold_top(base_top, state.base, base_x, tokens[None, :], base_layout.output_scale)
         state = _math.fold_pair(
             state, x, base_x, layout.output_scale, base_layout.output_scale, has_target, found
         )  # fmt: skip

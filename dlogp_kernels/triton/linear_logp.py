@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..inputs import Asked, Head, Targets
 from ..results import LogpStats
-from . import _math
+from . import _math, _top
 from ._device import on_device_of, precision, properties
 from ._launch import call_of
 from .linear_forward import (
@@ -47,7 +47,7 @@ def _linear_logp_fwd_kernel(
     num_units = tl.cdiv(tl.maximum(row_tiles * num_splits - program, 0), programs)
     state = _math.empty_state(BLOCK_N)
     if TOP:
-        top = _math.empty_top(BLOCK_N)
+        top = _top.empty_top(BLOCK_N)
     # One loop over all tiles of all units: the next tile's loads begin while this one is folded.
     for step in tl.range(0, num_units * blocks_per_split, flatten=True):
         block = step % blocks_per_split
@@ -71,12 +71,12 @@ def _linear_logp_fwd_kernel(
         )
         state = _math.state_unless(block == 0, state)
         if TOP:
-            top = _math.fold_top(_math.top_unless(block == 0, top), state, x, tokens[None, :], layout.output_scale)
+            top = _top.fold_top(_top.top_unless(block == 0, top), state, x, tokens[None, :], layout.output_scale)
         state = _math.fold(state, x, layout.output_scale, has_target, found)
         place, done = state_ptr + split * R + i, mask & (block == blocks_per_split - 1)
         _math.store_state(place, num_splits * R, state, done)
         if TOP:
-            _math.store_top(place + _math.STATE_SIZE * num_splits * R, num_splits * R, top, done)
+            _top.store_top(place + _math.STATE_SIZE * num_splits * R, num_splits * R, top, done)
 
 
 def linear_logp_fwd(head: Head, targets: Targets, asked: Asked, workspace: int) -> tuple[Tensor, ...]:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ..inputs import Asked, Gradients, Logits, Saved, Targets, Transform
 from ..results import LogpStats, allocated
-from . import _math
+from . import _math, _top
 from ._device import on_device_of
+from ._finish import check_targets, mask_ignored_and_invalid, store_normalizer, store_row_statistics, store_top
 from ._launch import Launch, call_of, launch_anew
 from ._math import MASKED_LOGIT
 from ._rows import Matrix, Rows, matrix, row_offset
@@ -109,12 +110,6 @@ def with_exact_rest(
 
 
 @triton.jit
-def top_of_lanes(top_token, lanes, state):
-    """The Top of what lanes were merged to; its rest is exact."""
-    return _math.Top(tl.min(tl.where(lanes.m == state.m, top_token, _math.NO_TOKEN)[:, None], 0), state.rest)
-
-
-@triton.jit
 def possible(x):
     """x with MASKED_LOGIT for −inf; NaN stays."""
     return tl.maximum(x, MASKED_LOGIT, propagate_nan=tl.PropagateNan.ALL)
@@ -174,13 +169,13 @@ def _logp_fwd_kernel(
             values = load_raw(raw, raw_row, local, local < end)
             lanes = _math.empty_state(BLOCK // EACH, WITH_ONE=True)
             if TOP:
-                top_token = _math.empty_top(BLOCK // EACH).token
+                top_token = _top.empty_top(BLOCK // EACH).token
             for _ in range(0, end - begin, BLOCK):
                 following = load_raw(raw, raw_row, local + BLOCK, local + BLOCK < end)
                 x = tile_of(values, transform, column + local, local < end, EACH)
                 if TOP:
                     tokens = tl.reshape(column + local, [BLOCK // EACH, EACH])
-                    top_token = _math.first_with_m(top_token, lanes, x, tokens)
+                    top_token = _top.first_with_m(top_token, lanes, x, tokens)
                 lanes = _math.fold(lanes, x, transform.output_scale, WITH_ONE=True)
                 values = following
                 local += BLOCK
@@ -190,50 +185,9 @@ def _logp_fwd_kernel(
             place = state_ptr + (split + s) * R + i + one
             _math.store_state(place, num_splits * R, state, one == 0)
             if TOP:
-                top = top_of_lanes(top_token, lanes, state)
-                _math.store_top(place + _math.STATE_SIZE * num_splits * R, num_splits * R, top, one == 0)
+                top = _top.top_of_lanes(top_token, lanes, state)
+                _top.store_top(place + _math.STATE_SIZE * num_splits * R, num_splits * R, top, one == 0)
             pick(raw, transform, target_logits_ptr, target_ptr, n, i, raw_row, begin, end, column, K, R)
-
-
-@triton.jit
-def check_targets(target_ptr, n, mask, K, V, ignore_index):
-    """Of rows n: whether a candidate is not ignored, and whether one is outside the vocabulary."""
-    kept = tl.zeros(n.shape, tl.int1)
-    bad = tl.zeros(n.shape, tl.int1)
-    for k in range(K):
-        target = tl.load(target_ptr + n * K + k, mask=mask, other=0)
-        valid = target != ignore_index
-        kept = kept | valid
-        bad = bad | (valid & ((target < 0) | (target >= V)))
-    return kept, bad
-
-
-@triton.jit
-def mask_ignored_and_invalid(value, kept, bad):
-    """0 where ignored, NaN where a target is outside the vocabulary."""
-    return tl.where(bad, float("nan"), tl.where(kept, value, 0.0))
-
-
-@triton.jit
-def store_row_statistics(out, n, values, kept, bad, mask, FIRST: tl.constexpr):
-    """To fields of `out` that are a number a row, from the one at FIRST on."""
-    for i in tl.static_range(len(values)):
-        tl.store(out[FIRST + i] + n, mask_ignored_and_invalid(values[i], kept, bad), mask=mask)
-
-
-@triton.jit
-def store_top(token_ptr, logp_ptr, n, top, state, kept, bad, mask):
-    """Token −1 where ignored, and where log p is NaN."""
-    logp = mask_ignored_and_invalid(_math.top_logp_of(top, state), kept, bad)
-    tl.store(token_ptr + n, tl.where(kept & (logp == logp), top.token, -1).to(tl.int64), mask=mask)
-    tl.store(logp_ptr + n, logp, mask=mask)
-
-
-@triton.jit
-def store_normalizer(normalizer_ptr, n, N, normalizer, kept, bad, mask):
-    """To normalizer (2, N)."""
-    for i in tl.static_range(2):
-        tl.store(normalizer_ptr + i * N + n, mask_ignored_and_invalid(normalizer[i], kept, bad), mask=mask)
 
 
 @triton.jit(do_not_specialize=["first", "N", "R", "V", "num_splits", "ignore_index"])
@@ -265,8 +219,8 @@ def _finish_logp_kernel(
     store_row_statistics(out, n, _math.row_statistics_of(state, output_scale), kept, bad, mask, 1)
     if TOP:
         pointer, stride = state_ptr + splits * R + i[None, :], num_splits * R
-        top = _math.load_top(pointer + _math.STATE_SIZE * stride, stride, splits_mask)
-        top = _math.merge_top(top, states, output_scale)
+        top = _top.load_top(pointer + _math.STATE_SIZE * stride, stride, splits_mask)
+        top = _top.merge_top(top, states, output_scale)
         store_top(out.top_token, out.top_logp, n, top, state, kept, bad, mask)
     store_normalizer(normalizer_ptr, n, N, _math.normalizer_of(state, output_scale), kept, bad, mask)
 
@@ -398,7 +352,7 @@ def _allocator(target: Tensor, rows: Rows) -> Callable[..., Tensor]:
 
 
 def state_size(top: bool) -> int:
-    return _math.STATE_SIZE.value + top * _math.TOP_SIZE.value
+    return _math.STATE_SIZE.value + top * _top.TOP_SIZE.value
 
 
 def new_states(target: Tensor, vocabulary: int, state_size: int, models: int, workspace: int) -> tuple[Tensor, Tensor]:

@@ -57,11 +57,6 @@ class LogSoftmax(NamedTuple):
     def lse(self) -> Tensor:
         return (self.largest + self.log_sum)[:, 0]
 
-    def top(self) -> tuple[Tensor, Tensor]:
-        """The most likely token, −1 where there are no numbers, and its log p; without a gradient."""
-        logp = self.logp_all.detach().gather(-1, self.token)[:, 0]
-        return self.token[:, 0].masked_fill(logp.isnan(), -1), logp
-
 
 def log_softmax(z: Tensor) -> LogSoftmax:
     """Of z (N, V). The sum leaves out the largest term, a 1 in which those of the others would drown."""
@@ -82,7 +77,7 @@ def logp_of_rows(z: Tensor, target: Tensor, ignore_index: int, top: bool = False
 def logp_stats(model: LogSoftmax, target: Tensor, ignore_index: int, top: bool) -> LogpStats:
     logp_all = model.logp_all
     stats = LogpStats(_gather(logp_all, target, ignore_index), _entropy(logp_all), model.lse)
-    return LogpStats(*stats[:3], *model.top()) if top else stats
+    return stats._replace(**_top(model)) if top else stats
 
 
 def delta_logp_of_rows(
@@ -108,7 +103,13 @@ def delta_logp_stats(
         lse=model.lse,
         base_lse=base.lse,
     )
-    return DeltaLogpStats(*stats[:9], *model.top(), *base.top()) if top else stats
+    return stats._replace(**_top(model), **_top(base, "base_")) if top else stats
+
+
+def _top(model: LogSoftmax, prefix: str = "") -> dict[str, Tensor]:
+    """The most likely token, −1 where there are no numbers, and its log p; without a gradient."""
+    logp = model.logp_all.detach().gather(-1, model.token)[:, 0]
+    return {f"{prefix}top_token": model.token[:, 0].masked_fill(logp.isnan(), -1), f"{prefix}top_logp": logp}
 
 
 def _gather(logp_all: Tensor, target: Tensor, ignore_index: int) -> Tensor:

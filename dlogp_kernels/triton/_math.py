@@ -51,8 +51,6 @@ class PairState(NamedTuple):
 
 #: A rest that is larger is exact enough if taken from a sum with the 1; with a smaller one no other token has x = m.
 LARGE_REST = tl.constexpr(0.5)
-
-
 #: Numbers that a state has in memory, a row and split of the vocabulary. Behind them come those of each model's Top.
 STATE_SIZE = tl.constexpr(3)
 PAIR_STATE_SIZE = tl.constexpr(10)

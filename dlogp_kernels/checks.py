@@ -230,6 +230,12 @@ def check_transform(temperature: float, softcap: float | None, logit_scale: floa
     return flat_transform(temperature, softcap, logit_scale)
 
 
+def check_top(top: bool) -> bool:
+    if not isinstance(top, bool):
+        raise TypeError(f"top is {top!r}, expected True or False")
+    return top
+
+
 def check_pair_of_transforms(
     temperature: float,
     softcap: float | None,

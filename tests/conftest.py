@@ -188,6 +188,16 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture
+def counter() -> Iterator[Any]:
+    """A backend of torch.compile that counts the graphs it is given, `frame_count`."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    yield CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+
+
+@pytest.fixture
 def exact(backend: str) -> torch.dtype:
     """The widest dtype that the backend computes in."""
     unavailable = backends.unavailable(backend, "linear_logp_fwd", cases.DEVICE, torch.float64)

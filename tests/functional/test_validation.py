@@ -139,6 +139,12 @@ def test_ignore_index_must_be_an_integer(op, value):
     _refused(op, TypeError, r"^ignore_index is .*, expected an integer", ignore_index=value)
 
 
+@pytest.mark.parametrize("value", [None, 0, 1, "yes", torch.tensor(True)], ids=repr)
+@pytest.mark.parametrize("op", OPS)
+def test_top_must_be_true_or_false(op, value):
+    _refused(op, TypeError, r"^top is .*, expected True or False", top=value)
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_misspelt_options_are_refused(op):
     _refused(op, TypeError, "unexpected keyword argument 'temprature'", temprature=1.0)

@@ -304,16 +304,12 @@ def test_gradcheck(loss_type, base):
 @pytest.mark.around_launchers
 @pytest.mark.parametrize("importance", reference_policy.IMPORTANCES)
 @pytest.mark.parametrize("packed", [False, True])
-def test_compiles_whole_and_not_again_for_other_shapes(packed, importance):
-    from torch._dynamo.testing import CompileCounterWithBackend
-
+def test_compiles_whole_and_not_again_for_other_shapes(packed, importance, counter):
     def run(inputs):
         options = {"importance": importance, "reweight": "ppl", **EXTRAS}
         loss, metrics = dlogp_kernels.linear_policy_loss(**inputs, **options)
         return loss, metrics.mean_ratio
 
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(run, backend=counter, fullgraph=True)
     for b, t in ((3, 5), (4, 9), (5, 17), (7, 12)):
         inputs = make_inputs(b, t, v=31)
@@ -326,7 +322,6 @@ def test_compiles_whole_and_not_again_for_other_shapes(packed, importance):
         torch.testing.assert_close(ratio, expected_ratio)
         for value, other in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves), strict=True):
             torch.testing.assert_close(value, other)
-    torch._dynamo.reset()
 
 
 def test_autocast_converts_as_linear_does():

@@ -23,7 +23,6 @@ from sampling import (
     is_definition,
 )
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
 
 import dlogp_kernels
 from dlogp_kernels import Sample, backends
@@ -468,9 +467,7 @@ def test_opcheck(dtype, present, top_p):
 
 @pytest.mark.around_launchers
 @pytest.mark.parametrize("filters", [{}, {"top_p": 0.9}], ids=str)
-def test_compiles_whole_and_not_again_for_other_numbers_of_rows(filters):
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
+def test_compiles_whole_and_not_again_for_other_numbers_of_rows(filters, counter):
     options = criterion_options("delta_logp") | {"gamma": 0.1, "temperature": 0.7} | filters
 
     def draw(inputs: Inputs, seed: Tensor) -> tuple[Tensor, ...]:
@@ -482,7 +479,6 @@ def test_compiles_whole_and_not_again_for_other_numbers_of_rows(filters):
         for value, other in zip(compiled(inputs, seed), draw(inputs, seed), strict=True):
             assert torch.equal(value, other)
         assert counter.frame_count <= 2, f"compiled again for N = {n}"
-    torch._dynamo.reset()
 
 
 def test_inputs_are_not_modified_and_no_gradient_is_attached():

@@ -19,7 +19,6 @@ from policy_cases import (
     without_extras,
 )
 from same_bits import assert_same_policy
-from torch._dynamo.testing import CompileCounterWithBackend
 
 import dlogp_kernels
 from dlogp_kernels import backends, policy_checks
@@ -474,13 +473,6 @@ def test_opcheck_backward(packed, mask):
     grad_loss = torch.tensor(2.0, device=cases.DEVICE)
     given = [grad_loss, coefficient, scale, arguments[3], arguments[4], 0.2, 0.3, list(mask)]
     torch.library.opcheck(torch.ops.dlogp.policy_loss_bwd.default, given)
-
-
-@pytest.fixture
-def counter():
-    torch._dynamo.reset()
-    yield CompileCounterWithBackend("aot_eager")
-    torch._dynamo.reset()
 
 
 @pytest.mark.around_launchers

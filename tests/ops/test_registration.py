@@ -20,7 +20,6 @@ from cases import (
     options_for,
     upstream_of,
 )
-from torch._dynamo.testing import CompileCounterWithBackend
 
 import dlogp_kernels
 from dlogp_kernels import inputs
@@ -121,13 +120,6 @@ def test_every_public_op_has_an_opcheck():
 def _found(stats) -> tuple[torch.Tensor, ...]:
     """What was asked for, as a compiled graph returns it."""
     return tuple(x for x in stats if x is not None)
-
-
-@pytest.fixture
-def counter():
-    torch._dynamo.reset()
-    yield CompileCounterWithBackend("aot_eager")
-    torch._dynamo.reset()
 
 
 @pytest.mark.around_launchers

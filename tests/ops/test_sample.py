@@ -26,7 +26,6 @@ from sampling import (
     sample,
 )
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
 
 import dlogp_kernels
 from dlogp_kernels import Sample, backends
@@ -591,9 +590,7 @@ def test_opcheck(dtype, tensors):
 
 @pytest.mark.around_launchers
 @pytest.mark.parametrize("criterion", ["all", "delta_logp"])
-def test_compiles_whole_and_not_again_for_other_numbers_of_rows(criterion):
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
+def test_compiles_whole_and_not_again_for_other_numbers_of_rows(criterion, counter):
     options = criterion_options(criterion) | {"gamma": 0.1, "temperature": 0.7, "top_p": 0.9}
 
     def draw(logits, base_logits, seed):
@@ -606,7 +603,6 @@ def test_compiles_whole_and_not_again_for_other_numbers_of_rows(criterion):
         for value, other in zip(compiled(*pair, seed), draw(*pair, seed), strict=True):
             assert torch.equal(value, other)
         assert counter.frame_count <= 2, f"compiled again for N = {n}"
-    torch._dynamo.reset()
 
 
 def test_inputs_are_not_modified_and_no_gradient_is_attached():

@@ -27,7 +27,6 @@ from cases import (
 from same_bits import assert_same_gradients, assert_same_statistics
 from tolerances import CERTAINTY_ERROR
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
 
 import dlogp_kernels
 from dlogp_kernels import backends
@@ -321,13 +320,6 @@ def test_autocast_asks_for_that_of_what_it_converts(op):
     expected = call(op, narrow, top=True)
     for name in fields_of(op):
         assert torch.equal(getattr(stats, name), getattr(expected, name))
-
-
-@pytest.fixture
-def counter():
-    torch._dynamo.reset()
-    yield CompileCounterWithBackend("aot_eager")
-    torch._dynamo.reset()
 
 
 @pytest.mark.around_launchers

@@ -171,13 +171,14 @@ class TokenDataset:
         names = ["token_id", "token_text", *columns]
         aggregates: list[Any] = [("token_text", "hash_one", None, "text"), ([], "hash_count_all", None, "count")]
         aggregates += [(name, "hash_mean", None, name) for name in columns]
+        in_order = acero.ScanNodeOptions(self._dataset, columns=names, require_sequenced_output=True)
         steps = [
-            acero.Declaration("scan", acero.ScanNodeOptions(self._dataset, columns=names)),
+            acero.Declaration("scan", in_order),
             acero.Declaration("project", acero.ProjectNodeOptions([ds.field(name) for name in names], names)),
             acero.Declaration("aggregate", acero.AggregateNodeOptions(aggregates, keys=["token_id"])),
         ]
         with _explained_reads(self.directory):
-            # By one thread, so that the same data give the same sums.
+            # In order and by one thread, so that the same data give the same sums.
             return acero.Declaration.from_sequence(steps).to_table(use_threads=False)
 
 

@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from ..hf import Generation, generate
-from ..report.responses import RESPONSES_FILE, Collector, Response, Setting, SettingResult, describe
+from ..report.responses import RESPONSES_FILE, Collector, Response, Setting, SettingResult
 from .allowed import check_options
 from .errors import JobError, explained_computation
 from .graders import Grader, load_grader
@@ -193,7 +193,7 @@ class _Run:
         tokens = sum(result.tokens for result in results)
         seconds = self._stopwatch.seconds
         return {
-            "settings": describe(self._collector),
+            "settings": [result.to_json() for result in results],
             "responses": sum(result.responses for result in results),
             "tokens": tokens,
             "grader_errors": sum(result.grader_errors for result in results),

@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from .dataset import SUMMARY_FILE
 from .errors import DatasetError
 from .pictures import PALETTE, render, tidy, write_figures
 from .replaced import tokens_csv, tokens_html, tokens_markdown
@@ -19,8 +20,7 @@ from .responses import (
     Setting,
     SettingResult,
     collect,
-    difference,
-    is_complete,
+    estimate,
     read_responses,
 )
 from .tables import csv_table, markdown_table
@@ -40,6 +40,7 @@ CRITERION_LABELS = {
 }
 _MARKERS = {"delta_logp": "o", "kl": "s", "reverse_kl": "D", "avg_kl": "P", "entropy": "^", "rl_entropy": "v"}
 _GREY = "0.45"
+_ACCURACY = "accuracy ± standard error"
 
 
 class Curve(NamedTuple):
@@ -96,7 +97,8 @@ def plot_sweep(directory: str | Path, out: str | Path | None = None, *, min_coun
         "replaced_tokens.csv": tokens_csv(tokens),
         "replaced_tokens.html": tokens_html(tokens, min_count),
     }
-    return SweepPlot(write_figures(directory, out, contents), results, tokens, is_complete(directory))
+    complete = (Path(directory) / SUMMARY_FILE).exists()
+    return SweepPlot(write_figures(directory, out, contents), results, tokens, complete)
 
 
 def _pictures(results: Sequence[SettingResult]) -> dict[str, bytes]:
@@ -119,23 +121,15 @@ def find(results: Sequence[SettingResult], setting: Setting) -> SettingResult | 
 
 
 def curves(results: Sequence[SettingResult]) -> list[Curve]:
-    """The criteria that have a threshold, at the least γ there is and with the base model's drafts if there are any."""
+    """The criteria that have a threshold, with the base model's drafts if there are any and at their least γ."""
     with_threshold = [result for result in results if result.setting.threshold is not None]
-    if not with_threshold:
-        return []
-    gamma, draft = _plainest(with_threshold)
+    plainest = min(((result.setting.draft, result.setting.gamma) for result in with_threshold), default=None)
     found: dict[str, list[SettingResult]] = {}
-    for result in with_threshold:
-        if (result.setting.gamma, result.setting.draft) == (gamma, draft):
+    for result in sorted(with_threshold, key=_share):
+        if (result.setting.draft, result.setting.gamma) == plainest:
             found.setdefault(result.setting.criterion, []).append(result)
     known = [name for name in CRITERION_LABELS if name in found]
-    others = sorted(found.keys() - set(known))
-    return [Curve(name, sorted(found[name], key=_share)) for name in (*known, *others)]
-
-
-def _plainest(results: Sequence[SettingResult]) -> tuple[float, str]:
-    draft = min(result.setting.draft for result in results)
-    return min(result.setting.gamma for result in results if result.setting.draft == draft), draft
+    return [Curve(name, found[name]) for name in (*known, *sorted(found.keys() - set(known)))]
 
 
 def _share(result: SettingResult) -> float:
@@ -147,14 +141,14 @@ def bars(results: Sequence[SettingResult]) -> list[Bars]:
     chosen = [result for result in results if result.setting.criterion == "delta_logp"]
     draft = min((result.setting.draft for result in chosen), default="base")
     groups: dict[float, list[SettingResult]] = {}
-    for result in chosen:
+    for result in sorted(chosen, key=lambda result: result.setting.gamma):
         if result.setting.draft == draft and result.setting.threshold is not None:
             groups.setdefault(result.setting.threshold, []).append(result)
-    return [
-        Bars(threshold, sorted(groups[threshold], key=lambda result: result.setting.gamma))
-        for threshold in sorted(groups)
-        if len(groups[threshold]) > 1
-    ]
+    return [Bars(threshold, group) for threshold, group in sorted(groups.items()) if len(group) > 1]
+
+
+def _gammas(groups: Sequence[Bars]) -> list[float]:
+    return sorted({result.setting.gamma for group in groups for result in group.results})
 
 
 def draw_curves(results: Sequence[SettingResult]) -> Figure:
@@ -179,20 +173,12 @@ def draw_curves(results: Sequence[SettingResult]) -> Figure:
             label=CRITERION_LABELS.get(curve.criterion, f"“{curve.criterion}”"),
         )
     _draw_models(axes, results)
-    axes.set_xlabel("replaced tokens [% of the response]", fontsize=12)
-    axes.set_ylabel("accuracy ± standard error", fontsize=12)
     setting = drawn[0].results[0].setting
-    what = (
-        "Replacement by the RL model"
-        if setting.gamma == 0
-        else f"Replacement with extrapolation, γ = {setting.gamma:g}"
-    )
-    if setting.draft == "rl":
-        what += ", drafts of the RL model"
-    axes.set_title(what, fontsize=13)
+    title = f"Replacement with extrapolation, γ = {setting.gamma:g}" if setting.gamma else "Replacement by the RL model"
+    title += ", drafts of the RL model" if setting.draft == "rl" else ""
     axes.set_xlim(left=0)
     axes.legend(title="replace by", fontsize=11, title_fontsize=11, frameon=False, loc="best")
-    tidy(axes)
+    tidy(axes, title, "replaced tokens [% of the response]", _ACCURACY)
     return figure
 
 
@@ -221,85 +207,61 @@ def _draw_models(axes: Axes, results: Sequence[SettingResult]) -> None:
 def draw_bars(results: Sequence[SettingResult]) -> Figure:
     """Both models alone, then for each threshold of `delta_logp` replacement without and with extrapolation."""
     groups = bars(results)
-    gammas = sorted({result.setting.gamma for group in groups for result in group.results})
-    figure = Figure(
-        figsize=(max(6.4, 2.6 + 0.55 * sum(len(group.results) + 1 for group in groups)), 4.8), layout="constrained"
-    )
+    gammas = _gammas(groups)
+    width = 2.6 + 0.55 * sum(len(group.results) + 1 for group in groups)
+    figure = Figure(figsize=(max(6.4, width), 4.8), layout="constrained")
     axes = figure.subplots()
-    ticks, labels = _draw_single_bars(axes, results)
-    place = float(len(ticks)) + 0.4 * bool(ticks)
-    named: set[float] = set()
-    for group in groups:
-        begin = place
-        for result in group.results:
-            gamma = result.setting.gamma
-            label = None if gamma in named else "replace only (γ = 0)" if gamma == 0 else f"extrapolate, γ = {gamma:g}"
-            named.add(gamma)
-            _draw_bar(axes, place, _accuracy(result), PALETTE[gammas.index(gamma) % len(PALETTE)], label)
-            place += 1
-        share = 100 * _share(group.results[0])
-        ticks.append((begin + place - 1) / 2)
-        labels.append(f"τ = {_signed(group.threshold)}\n{share:.1f} % replaced")
-        place += 0.6
-    axes.set_xticks(ticks, labels, fontsize=10)
-    axes.set_ylabel("accuracy ± standard error", fontsize=12)
-    axes.set_title("Selective replacement where Δlog p < τ, with and without extrapolation", fontsize=13)
-    axes.set_ylim(0, _headroom(axes))
-    axes.legend(fontsize=10.5, frameon=False, ncols=min(4, len(gammas)), loc="upper left")
-    tidy(axes)
-    axes.grid(visible=False, axis="x")
-    return figure
-
-
-def _draw_single_bars(axes: Axes, results: Sequence[SettingResult]) -> tuple[list[float], list[str]]:
-    ticks: list[float] = []
-    labels: list[str] = []
+    ticks: dict[float, str] = {}
     for setting, name, colour in ((BASE, "base", "0.75"), (RL, "RL", "0.5")):
         result = find(results, setting)
         if result is not None and result.accuracy is not None:
             _draw_bar(axes, len(ticks), result.accuracy, colour, None)
-            ticks.append(float(len(ticks)))
-            labels.append(name)
-    return ticks, labels
+            ticks[len(ticks)] = name
+    place = len(ticks) + 0.4 * bool(ticks)
+    named: set[float] = set()
+    for group in groups:
+        middle = place + (len(group.results) - 1) / 2
+        ticks[middle] = f"τ = {_signed(group.threshold)}\n{100 * _share(group.results[0]):.1f} % replaced"
+        for result in group.results:
+            gamma = result.setting.gamma
+            label = None if gamma in named else f"extrapolate, γ = {gamma:g}" if gamma else "replace only (γ = 0)"
+            named.add(gamma)
+            _draw_bar(axes, place, _accuracy(result), PALETTE[gammas.index(gamma) % len(PALETTE)], label)
+            place += 1
+        place += 0.6
+    axes.set_xticks(list(ticks), list(ticks.values()))
+    # Above the highest bar, room for its number and the legend.
+    axes.set_ylim(0, 1.22 * max(bar.get_height() for bar in axes.patches))  # type: ignore[attr-defined]
+    axes.legend(fontsize=10.5, frameon=False, ncols=min(4, len(gammas)), loc="upper left")
+    tidy(axes, "Selective replacement where Δlog p < τ, with and without extrapolation", "", _ACCURACY)
+    axes.grid(visible=False, axis="x")
+    return figure
 
 
 def _draw_bar(axes: Axes, place: float, accuracy: Estimate, colour: str, label: str | None) -> None:
-    error = _error(accuracy)
-    axes.bar(place, accuracy.mean, 0.86, yerr=error, color=colour, capsize=3, label=label, error_kw={"linewidth": 1.1})
-    axes.annotate(
-        f"{accuracy.mean:.3f}",
-        (place, accuracy.mean + error),
-        xytext=(0, 2),
-        textcoords="offset points",
-        ha="center",
-        va="bottom",
-        fontsize=8.5,
-    )
-
-
-def _headroom(axes: Axes) -> float:
-    """Above the highest bar, room for its number and the legend."""
-    return 1.22 * max(patch.get_height() for patch in axes.patches)  # type: ignore[attr-defined]
+    error, thin = _error(accuracy), {"linewidth": 1.1}
+    bar = axes.bar(place, accuracy.mean, 0.86, yerr=error, color=colour, capsize=3, label=label, error_kw=thin)
+    axes.bar_label(bar, fmt="%.3f", padding=2, fontsize=8.5)
 
 
 def draw_map(results: Sequence[SettingResult]) -> Figure:
     """Accuracy over the threshold of `delta_logp` and γ; a cell that was not drawn is empty."""
     groups = bars(results)
-    gammas = sorted({result.setting.gamma for group in groups for result in group.results})
+    gammas = _gammas(groups)
+    accuracies = {
+        (gammas.index(result.setting.gamma), column): _accuracy(result)
+        for column, group in enumerate(groups)
+        for result in group.results
+    }
     cells = np.full((len(gammas), len(groups)), np.nan)
-    texts: dict[tuple[int, int], str] = {}
-    for column, group in enumerate(groups):
-        for result in group.results:
-            row = gammas.index(result.setting.gamma)
-            accuracy = _accuracy(result)
-            cells[row, column] = accuracy.mean
-            texts[row, column] = f"{accuracy.mean:.3f}\n±{_error(accuracy):.3f}"
+    for place, accuracy in accuracies.items():
+        cells[place] = accuracy.mean
     figure = Figure(figsize=(2.6 + 0.95 * len(groups), 1.9 + 0.62 * len(gammas)), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(cells, cmap="viridis", aspect="auto", origin="lower")
     middle = (np.nanmin(cells) + np.nanmax(cells)) / 2
-    for (row, column), text in texts.items():
-        colour = "black" if cells[row, column] > middle else "white"
+    for (row, column), accuracy in accuracies.items():
+        text, colour = f"{accuracy.mean:.3f}\n±{_error(accuracy):.3f}", "black" if accuracy.mean > middle else "white"
         axes.text(column, row, text, ha="center", va="center", fontsize=9, color=colour)
     axes.set_xticks(range(len(groups)), [_signed(group.threshold) for group in groups])
     axes.set_yticks(range(len(gammas)), [f"{gamma:g}" for gamma in gammas])
@@ -324,12 +286,6 @@ def _error(estimate: Estimate | None) -> float:
     return 0.0 if estimate is None or estimate.standard_error is None else estimate.standard_error
 
 
-def _share_text(result: SettingResult) -> str:
-    share = result.replaced_share
-    error = "" if share is None or share.standard_error is None else f" ± {100 * share.standard_error:.2f}"
-    return "–" if share is None else f"{100 * share.mean:.2f}{error}"
-
-
 #: Headings of the table of results, and what stands below them.
 _COLUMNS: dict[str, Callable[[SettingResult], str]] = {
     "criterion": lambda result: escape_markdown(result.setting.criterion),
@@ -337,7 +293,9 @@ _COLUMNS: dict[str, Callable[[SettingResult], str]] = {
     "γ": lambda result: f"{result.setting.gamma:g}",
     "draft": lambda result: escape_markdown(result.setting.draft),
     "accuracy": lambda result: "–" if result.accuracy is None else str(result.accuracy),
-    "replaced [%]": _share_text,
+    "replaced [%]": lambda result: (
+        "–" if result.replaced_share is None else result.replaced_share.text(factor=100, digits=2)
+    ),
     "mean length": lambda result: f"{result.mean_length:,.1f}",
     "responses": lambda result: f"{result.responses:,}",
     "grader errors": lambda result: f"{result.grader_errors:,}",
@@ -365,6 +323,14 @@ def results_csv(results: Sequence[SettingResult]) -> str:
 
 
 def compare(results: Sequence[SettingResult], setting: Setting, other: Setting) -> Estimate | None:
-    """Accuracy of `setting` minus that of `other`, paired by problem; None where one of them was not drawn."""
+    """Mean accuracy of `setting` minus that of `other`, over the problems both have; None where one was not drawn.
+
+    Paired: settings of one seed share their noise, so the difference is known better than either accuracy. Each
+    problem counts once, however many responses it has.
+    """
     one, two = find(results, setting), find(results, other)
-    return None if one is None or two is None else difference(one, two)
+    if one is None or two is None:
+        return None
+    common = sorted(one.scores.keys() & two.scores.keys())
+    differences = np.array([one.scores[problem] - two.scores[problem] for problem in common])
+    return estimate(differences, np.ones(len(differences)))

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.acero as acero
-import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
@@ -71,24 +70,20 @@ def part_path(directory: Path, index: int) -> Path:
 
 def to_table(responses: Sequence[ResponseRows]) -> pa.Table:
     """The responses as rows of `SCHEMA`, in their order."""
-    lengths = [len(response.token_ids) for response in responses]
-    per_response = np.repeat(np.arange(len(responses)), lengths)
-    columns: dict[str, Any] = {
-        "sample_id": pa.array([response.sample_id for response in responses], pa.string()).take(per_response),
-        "line": np.repeat([response.line for response in responses], lengths),
-        "source": pa.array([response.source for response in responses], pa.string()).take(per_response),
-        "position": _concatenate([np.arange(length) for length in lengths], np.int32),
-        "token_id": _concatenate([response.token_ids for response in responses], np.int32),
-        "token_text": [text for response in responses for text in response.token_texts],
-    }
-    for field in list(SCHEMA)[len(columns) :]:
-        values = [response.statistics[field.name] for response in responses]
-        columns[field.name] = _concatenate(values, field.type.to_pandas_dtype())
-    return pa.table(columns, schema=SCHEMA)
-
-
-def _concatenate(arrays: Sequence[Any], dtype: type) -> np.ndarray:
-    return np.concatenate([np.asarray(array) for array in arrays]).astype(dtype) if arrays else np.empty(0, dtype)
+    tables = [SCHEMA.empty_table()]
+    for response in responses:
+        count = len(response.token_ids)
+        columns: dict[str, Any] = {
+            "sample_id": pa.repeat(response.sample_id, count),
+            "line": pa.repeat(response.line, count),
+            "source": pa.repeat(pa.scalar(response.source, pa.string()), count),
+            "position": np.arange(count),
+            "token_id": response.token_ids,
+            "token_text": response.token_texts,
+            **response.statistics,
+        }
+        tables.append(pa.table({name: columns[name] for name in SCHEMA.names}, schema=SCHEMA))
+    return pa.concat_tables(tables).combine_chunks()
 
 
 def write_part(directory: Path, index: int, table: pa.Table) -> tuple[Path, Piece]:
@@ -157,7 +152,7 @@ class TokenDataset:
         found: set[str | None] = set()
         with _explained_reads(self.directory):
             for batch in self._dataset.to_batches(columns=["source"]):
-                found.update(pc.unique(batch["source"]).to_pylist())
+                found.update(batch["source"].unique().to_pylist())
         return sorted(found, key=lambda source: (source is None, source or ""))
 
     def column(self, name: str, source: str | None = None, *, every_source: bool = False) -> np.ndarray:

@@ -107,7 +107,8 @@ def histograms(dataset: TokenDataset, panel: Panel) -> list[Histogram]:
         raise DatasetError(f"the data names {len(sources)} sources, expected at most {_MOST_SOURCES} to tell apart")
     values = {source: dataset.column(panel.column, source) for source in sources}
     edges = _edges(list(values.values()), signed=panel.signed)
-    return [_histogram(source, values[source], edges) for source in _in_drawing_order(sources)]
+    in_order = sorted(sources, key=lambda source: _KNOWN_SOURCES.get(source or "", ("", len(_KNOWN_SOURCES)))[1])
+    return [_histogram(source, values[source], edges) for source in in_order]
 
 
 def _histogram(source: str | None, values: np.ndarray, edges: np.ndarray) -> Histogram:
@@ -139,12 +140,6 @@ def _edges(values: Sequence[np.ndarray], *, signed: bool) -> np.ndarray:
     return (np.arange(first, last + 1) + 0.5) * width if first < last else np.array([-width / 2, width / 2])
 
 
-def _in_drawing_order(sources: Sequence[str | None]) -> list[str | None]:
-    """`rl`, `base`, then the others."""
-    known = [source for source in _KNOWN_SOURCES if source in sources]
-    return [*known, *(source for source in sources if source not in known)]
-
-
 def draw_histograms(dataset: TokenDataset) -> Figure:
     """Three panels side by side: entropy, KL, Δlog p; densities on a logarithmic axis, one line for each source."""
     figure = Figure(figsize=(13.5, 4.6), layout="constrained")
@@ -172,11 +167,9 @@ def _draw_panel(axes: Axes, panel: Panel, data: Sequence[Histogram]) -> None:
     first, last = data[0].edges[0], data[0].edges[-1]
     margin = 0.02 * (last - first)
     axes.set_xlim(first - margin, last + margin)
-    axes.set_title(panel.title, fontsize=13)
     num_beyond = sum(histogram.num_beyond for histogram in data)
-    axes.set_xlabel(panel.label + (f", {num_beyond:,} tokens beyond" if num_beyond else ""), fontsize=12)
-    axes.set_ylabel("density of tokens (log scale)", fontsize=12)
-    tidy(axes)
+    beyond = f", {num_beyond:,} tokens beyond" if num_beyond else ""
+    tidy(axes, panel.title, panel.label + beyond, "density of tokens (log scale)")
 
 
 def _label_and_number(histogram: Histogram, index: int) -> tuple[str, int]:

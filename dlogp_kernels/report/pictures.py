@@ -24,8 +24,11 @@ def style(index: int) -> tuple[str, str]:
     return PALETTE[index % len(PALETTE)], _LINES[index // len(PALETTE) % len(_LINES)]
 
 
-def tidy(axes: Axes) -> None:
-    """A grid behind what is drawn, and no frame."""
+def tidy(axes: Axes, title: str, x: str, y: str) -> None:
+    """A title, names of the axes, a grid behind what is drawn, and no frame."""
+    axes.set_title(title, fontsize=13)
+    axes.set_xlabel(x, fontsize=12)
+    axes.set_ylabel(y, fontsize=12)
     axes.tick_params(labelsize=11)
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.set_axisbelow(True)

@@ -1,24 +1,26 @@
 """The responses of `dlogp generate` and `dlogp sweep`: one JSON object a line, and what they say about each setting.
 
 DIR/responses.jsonl   one response a line, as `to_line` writes it; whole lines only, but for the last of a killed run
-DIR/summary.json      `describe` of them and what the run was; it appears when the run is complete
+DIR/summary.json      the results of each setting and what the run was; it appears when the run is complete
 """
 
 import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from .dataset import SUMMARY_FILE
 from .errors import DatasetError
 from .jsonl import MAX_WRITTEN_LINE_BYTES, written_lines
 from .ledger import Ledger, check
 
 RESPONSES_FILE = "responses.jsonl"
+#: So many of what took a token's place are told.
+_REPLACEMENTS = 4
 
 _SHOWN_CRITERIA = {
     "delta_logp": "Δlog p <",
@@ -136,8 +138,12 @@ class Estimate(NamedTuple):
     standard_error: float | None
 
     def __str__(self) -> str:
-        error = "" if self.standard_error is None else f" ± {self.standard_error:.3f}"
-        return f"{self.mean:.3f}{error}"
+        return self.text()
+
+    def text(self, sign: str = "", factor: int = 1, digits: int = 3) -> str:
+        """Both times `factor`; the sign "+" shows that of a mean above 0."""
+        error = "" if self.standard_error is None else f" ± {factor * self.standard_error:.{digits}f}"
+        return f"{factor * self.mean:{sign}.{digits}f}{error}"
 
 
 def estimate(sums: np.ndarray, counts: np.ndarray) -> Estimate | None:
@@ -203,17 +209,13 @@ class SettingResult(NamedTuple):
         return {**self.setting._asdict(), **columns}
 
 
-def _sums_of(response: Response) -> dict[str, float]:
-    """What a response adds to the sums of its problem under its setting."""
-    return {
-        "responses": 1,
-        "finished": response.finished,
-        "tokens": len(response.token_ids),
-        "replaced": len(response.selected),
-        "grader_errors": response.error is not None,
-        "graded": response.score is not None,
-        "score": response.score or 0.0,
-    }
+@dataclass
+class _ReplacedTally:
+    """Sums over the places where one token was replaced."""
+
+    text: str
+    delta_logp: float = 0.0
+    replacements: Counter[str] = field(default_factory=Counter)
 
 
 class Collector:
@@ -222,18 +224,28 @@ class Collector:
     def __init__(self) -> None:
         self._sums: dict[Setting, dict[int, Counter[str]]] = {}
         self._seeds: dict[Setting, set[int]] = {}
-        self._replaced: dict[tuple[str, int], _ReplacedTally] = {}
+        #: By criterion and token.
+        self._replaced: dict[str, dict[int, _ReplacedTally]] = {}
 
     def add(self, response: Response) -> None:
         """Count one response."""
         by_problem = self._sums.setdefault(response.setting, {})
-        by_problem.setdefault(response.problem, Counter()).update(_sums_of(response))  # type: ignore[arg-type]
+        by_problem.setdefault(response.problem, Counter()).update(  # type: ignore[call-overload]
+            responses=1,
+            finished=response.finished,
+            tokens=len(response.token_ids),
+            replaced=len(response.selected),
+            grader_errors=response.error is not None,
+            graded=response.score is not None,
+            score=response.score or 0.0,
+        )
         self._seeds.setdefault(response.setting, set()).add(response.seed)
         rows = zip(response.draft_ids, response.draft_texts, response.new_texts, response.delta_logp, strict=True)
         for token_id, text, new_text, delta_logp in rows:
-            key = (response.setting.criterion, token_id)
-            tally = self._replaced.get(key) or self._replaced.setdefault(key, _ReplacedTally(text))
-            tally.add(new_text, delta_logp)
+            tallies = self._replaced.setdefault(response.setting.criterion, {})
+            tally = tallies.get(token_id) or tallies.setdefault(token_id, _ReplacedTally(text))
+            tally.delta_logp += delta_logp
+            tally.replacements[new_text] += 1
 
     def results(self) -> list[SettingResult]:
         """One entry a setting, in the order in which they came."""
@@ -263,57 +275,18 @@ class Collector:
     def replaced_tokens(self, *, limit: int, min_count: int = 1) -> list[ReplacedToken]:
         """For each criterion but `all`, the `limit` tokens replaced most often, over all its settings; ties by id."""
         found: list[ReplacedToken] = []
-        for wanted in dict.fromkeys(criterion for criterion, _ in self._replaced if criterion != "all"):
-            tallies = {
-                token_id: tally for (criterion, token_id), tally in self._replaced.items() if criterion == wanted
-            }
-            total = sum(tally.count for tally in tallies.values())
-            rows = [
-                tally.row(wanted, token_id, total) for token_id, tally in tallies.items() if tally.count >= min_count
-            ]
-            found += sorted(rows, key=lambda row: (-row.occurrences, row.token_id))[:limit]
+        for criterion, tallies in self._replaced.items():
+            if criterion == "all":
+                continue
+            counts = {token_id: tally.replacements.total() for token_id, tally in tallies.items()}
+            total = sum(counts.values())
+            often = [(-count, token_id) for token_id, count in counts.items() if count >= min_count]
+            for _, token_id in sorted(often)[:limit]:
+                tally, count = tallies[token_id], counts[token_id]
+                new = sorted(tally.replacements.items(), key=lambda item: (-item[1], item[0]))[:_REPLACEMENTS]
+                share, delta_logp = count / total, tally.delta_logp / count
+                found.append(ReplacedToken(criterion, token_id, tally.text, count, share, delta_logp, new))
         return found
-
-
-class _ReplacedTally:
-    """Sums over the places where one token was replaced."""
-
-    def __init__(self, text: str) -> None:
-        self.count = 0
-        self._text = text
-        self._delta_logp = 0.0
-        self._new: dict[str, int] = {}
-
-    def add(self, new_text: str, delta_logp: float) -> None:
-        self.count += 1
-        self._delta_logp += delta_logp
-        self._new[new_text] = self._new.get(new_text, 0) + 1
-
-    def row(self, criterion: str, token_id: int, total: int) -> ReplacedToken:
-        replacements = sorted(self._new.items(), key=lambda item: (-item[1], item[0]))
-        return ReplacedToken(
-            criterion,
-            token_id,
-            self._text,
-            self.count,
-            self.count / total,
-            self._delta_logp / self.count,
-            replacements[:_REPLACEMENTS],
-        )
-
-
-_REPLACEMENTS = 4
-
-
-def difference(one: SettingResult, other: SettingResult) -> Estimate | None:
-    """Mean accuracy of `one` minus that of `other`, over the problems both have, with its standard error.
-
-    Paired: settings of one seed share their noise, so the difference is known better than either accuracy. Each
-    problem counts once, however many responses it has.
-    """
-    common = sorted(one.scores.keys() & other.scores.keys())
-    differences = np.array([one.scores[problem] - other.scores[problem] for problem in common])
-    return estimate(differences, np.ones(len(differences)))
 
 
 def read_responses(directory: str | Path) -> Iterator[Response]:
@@ -332,19 +305,9 @@ def read_responses(directory: str | Path) -> Iterator[Response]:
             raise DatasetError(f"{path}: line {number}: {error}") from error
 
 
-def is_complete(directory: str | Path) -> bool:
-    """Whether the run that writes there has finished."""
-    return (Path(directory) / SUMMARY_FILE).exists()
-
-
 def collect(responses: Iterable[Response]) -> Collector:
     """All of them counted."""
     collector = Collector()
     for response in responses:
         collector.add(response)
     return collector
-
-
-def describe(collector: Collector) -> list[Mapping[str, Any]]:
-    """The results as plain values, for a summary file."""
-    return [result.to_json() for result in collector.results()]

@@ -12,11 +12,14 @@ _ALIGNMENTS = {"l": ":---", "r": "---:"}
 def markdown_table(
     title: str, introduction: str, head: Sequence[str], align: str, rows: Iterable[Sequence[Any]]
 ) -> str:
-    """A page with one table; `align` has an l or an r for each column."""
-    lines = [f"# {title}", "", introduction, "", f"| {' | '.join(head)} |"]
-    lines.append(f"|{'|'.join(_ALIGNMENTS[side] for side in align)}|")
-    lines += [f"| {' | '.join(map(str, row))} |" for row in rows]
-    return "\n".join(lines) + "\n"
+    """A page with one table, as `table_lines` has it."""
+    return "\n".join([f"# {title}", "", introduction, "", *table_lines(head, align, rows)]) + "\n"
+
+
+def table_lines(head: Sequence[str], align: str, rows: Iterable[Sequence[Any]]) -> list[str]:
+    """A table in Markdown; `align` has an l or an r for each column."""
+    cells = [f"| {' | '.join(map(str, row))} |" for row in (head, *rows)]
+    return [cells[0], f"|{'|'.join(_ALIGNMENTS[side] for side in align)}|", *cells[1:]]
 
 
 def csv_table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

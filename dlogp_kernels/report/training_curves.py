@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from .errors import DatasetError
 from .ledger import MANIFEST_FILE, Ledger, check, read_manifest
 from .pictures import render, style, tidy, write_figures
+from .responses import Estimate
 from .tables import markdown_table
 from .text import escape_markdown
 from .training import LOG_FILE, read_log
@@ -93,29 +94,24 @@ def read_run(directory: Path) -> TrainingRun:
 
 def grouped(runs: Sequence[TrainingRun]) -> list[Group]:
     """Runs of equal settings but for the seed together, named by what differs between the groups."""
-    found: dict[str, list[TrainingRun]] = {}
+    groups: dict[str, list[TrainingRun]] = {}
     for run in runs:
         alike = {name: value for name, value in run.settings.items() if name != "seed"}
-        found.setdefault(json.dumps(alike, sort_keys=True), []).append(run)
-    members = list(found.values())
-    labels = [_label(group[0].settings) for group in members]
+        groups.setdefault(json.dumps(alike, sort_keys=True), []).append(run)
+    settings = [members[0].settings for members in groups.values()]
     differing = [
         name
-        for name in members[0][0].settings
-        if name not in ("seed", "reweight", "alpha")
-        and len({json.dumps(group[0].settings.get(name)) for group in members}) > 1
+        for name in settings[0]
+        if name not in ("seed", "reweight", "alpha") and len({json.dumps(each.get(name)) for each in settings}) > 1
     ]
-    result = []
-    for label, group in zip(labels, members, strict=True):
-        differences = "".join(f", {name} {group[0].settings.get(name)}" for name in differing)
-        result.append(Group(label + differences, group))
-    return result
+    return [Group(_label(each, differing), members) for each, members in zip(settings, groups.values(), strict=True)]
 
 
-def _label(settings: Mapping[str, Any]) -> str:
+def _label(settings: Mapping[str, Any], differing: Sequence[str]) -> str:
     method = settings.get("reweight", "none")
     alpha = "" if method == "none" or "alpha" not in settings else f", α = {settings['alpha']:g}"
-    return _METHODS.get(method, f"“{method}”") + alpha
+    differences = "".join(f", {name} {settings.get(name)}" for name in differing)
+    return _METHODS.get(method, f"“{method}”") + alpha + differences
 
 
 def line(group: Group, quantity: str, *, smoothed: bool = True) -> Line | None:
@@ -133,11 +129,8 @@ def line(group: Group, quantity: str, *, smoothed: bool = True) -> Line | None:
 
 def _moving_average(values: np.ndarray) -> np.ndarray:
     """Over a window in the middle of which each point stands; at the ends it is as long as there are points."""
-    reach = int(_SMOOTHED_SHARE * len(values)) // 2
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    places = np.arange(len(values))
-    begin, end = np.maximum(places - reach, 0), np.minimum(places + reach + 1, len(values))
-    return (sums[end] - sums[begin]) / (end - begin)
+    window = np.ones(2 * (int(_SMOOTHED_SHARE * len(values)) // 2) + 1)
+    return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")
 
 
 def draw_training(groups: Sequence[Group]) -> Figure:
@@ -149,7 +142,8 @@ def draw_training(groups: Sequence[Group]) -> Figure:
         ("length", "Response length", "tokens"),
     )
     figure = Figure(figsize=(13.2, 4.2), layout="constrained")
-    for number, (axes, (quantity, title, unit)) in enumerate(zip(figure.subplots(1, 3), panels, strict=True)):
+    all_axes = figure.subplots(1, len(panels))
+    for axes, (quantity, title, unit) in zip(all_axes, panels, strict=True):
         for index, group in enumerate(groups):
             # Measurements on held-out problems are few.
             drawn = line(group, quantity, smoothed=quantity != "eval_accuracy")
@@ -165,12 +159,9 @@ def draw_training(groups: Sequence[Group]) -> Figure:
             if drawn.standard_error is not None:
                 low, high = drawn.mean - drawn.standard_error, drawn.mean + drawn.standard_error
                 axes.fill_between(drawn.steps, low, high, color=colour, alpha=0.18, linewidth=0)
-        axes.set_title(title, fontsize=13)
-        axes.set_xlabel("step", fontsize=12)
-        axes.set_ylabel(unit, fontsize=11)
-        tidy(axes)
-        if number == 0:
-            axes.legend(fontsize=10, frameon=False, loc="best")
+        tidy(axes, title, "step", unit)
+        axes.yaxis.label.set_size(11)
+    all_axes[0].legend(fontsize=10, frameon=False, loc="best")
     return figure
 
 
@@ -189,5 +180,4 @@ def markdown(groups: Sequence[Group]) -> str:
 
 
 def _last(drawn: Line) -> str:
-    error = "" if drawn.standard_error is None else f" ± {drawn.standard_error[-1]:.3f}"
-    return f"{drawn.mean[-1]:.3f}{error}"
+    return str(Estimate(drawn.mean[-1], None if drawn.standard_error is None else drawn.standard_error[-1]))

@@ -1,223 +1,70 @@
 """nn.Module forms of the functions: they hold the options and have no parameters."""
 
-from typing import Any
+import inspect
+from collections.abc import Callable
+from typing import Any, ClassVar, get_args
 
 from torch import Tensor, nn
 
 from . import functional
-from .results import DeltaLogpStats, LogpStats, PolicyLoss
 
 
-class _Options(nn.Module):
+class _Form(nn.Module):
+    """Of a function: its parameters that may be a tensor are inputs of `forward`, all others are options to hold.
+
+    Inputs are given by name, or by place in the order of the function's parameters; options by name, with the
+    function's defaults.
+    """
+
+    _function: ClassVar[Callable[..., Any]]
+    _inputs: ClassVar[list[str]]
+    #: Of the constructor; what `help` shows.
+    __signature__: ClassVar[inspect.Signature]
+
+    def __init_subclass__(cls, function: Callable[..., Any]) -> None:
+        super().__init_subclass__()
+        parameters = inspect.signature(function).parameters.values()
+        cls._function = staticmethod(function)
+        cls._inputs = [parameter.name for parameter in parameters if _may_be_tensor(parameter)]
+        cls.__signature__ = inspect.Signature([p for p in parameters if not _may_be_tensor(p)])
+
     def __init__(self, **options: Any) -> None:
         super().__init__()
-        self.options = options
+        held = self.__signature__.bind(**options)
+        held.apply_defaults()
+        self.options = held.arguments
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        by_place = dict(zip(self._inputs[: len(inputs)], inputs, strict=True))
+        return self._function(**by_place, **named, **self.options)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.options.items())
 
 
-class _OneModelOptions(_Options):
-    def __init__(
-        self,
-        *,
-        temperature: float = 1.0,
-        softcap: float | None = None,
-        logit_scale: float = 1.0,
-        ignore_index: int = -100,
-        top: bool = False,
-    ) -> None:
-        super().__init__(
-            temperature=temperature, softcap=softcap, logit_scale=logit_scale, ignore_index=ignore_index, top=top
-        )
+def _may_be_tensor(parameter: inspect.Parameter) -> bool:
+    return Tensor in (parameter.annotation, *get_args(parameter.annotation))
 
 
-class _PairOptions(_OneModelOptions):
-    def __init__(
-        self,
-        *,
-        temperature: float = 1.0,
-        softcap: float | None = None,
-        base_softcap: float | None = None,
-        logit_scale: float = 1.0,
-        base_logit_scale: float = 1.0,
-        ignore_index: int = -100,
-        top: bool = False,
-    ) -> None:
-        super().__init__(
-            temperature=temperature, softcap=softcap, logit_scale=logit_scale, ignore_index=ignore_index, top=top
-        )
-        self.options |= {"base_softcap": base_softcap, "base_logit_scale": base_logit_scale}
-
-
-class LinearLogp(_OneModelOptions):
+class LinearLogp(_Form, function=functional.linear_logp):
     """Module form of `dlogp_kernels.linear_logp`."""
 
-    def forward(self, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None) -> LogpStats:
-        return functional.linear_logp(hidden, weight, target, bias=bias, **self.options)
 
-
-class LinearDeltaLogp(_PairOptions):
+class LinearDeltaLogp(_Form, function=functional.linear_delta_logp):
     """Module form of `dlogp_kernels.linear_delta_logp`."""
 
-    def forward(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        base_hidden: Tensor,
-        base_weight: Tensor,
-        target: Tensor,
-        bias: Tensor | None = None,
-        base_bias: Tensor | None = None,
-    ) -> DeltaLogpStats:
-        return functional.linear_delta_logp(
-            hidden, weight, base_hidden, base_weight, target, bias=bias, base_bias=base_bias, **self.options
-        )
 
-
-class Logp(_OneModelOptions):
+class Logp(_Form, function=functional.logp):
     """Module form of `dlogp_kernels.logp`."""
 
-    def forward(self, logits: Tensor, target: Tensor) -> LogpStats:
-        return functional.logp(logits, target, **self.options)
 
-
-class DeltaLogp(_PairOptions):
+class DeltaLogp(_Form, function=functional.delta_logp):
     """Module form of `dlogp_kernels.delta_logp`."""
 
-    def forward(self, logits: Tensor, base_logits: Tensor, target: Tensor) -> DeltaLogpStats:
-        return functional.delta_logp(logits, base_logits, target, **self.options)
 
-
-class _PolicyOptions(_Options):
-    def __init__(
-        self,
-        *,
-        loss_type: str = "dapo",
-        reweight: str = "low_prob",
-        alpha: float = 0.1,
-        reweight_sign: str = "both",
-        clip_low: float = 0.2,
-        clip_high: float = 0.28,
-        dual_clip: float | None = None,
-        importance: str = "token",
-        kl_beta: float = 0.0,
-        entropy_coef: float = 0.0,
-        max_length: int | None = None,
-        sapo_temperature_pos: float = 1.0,
-        sapo_temperature_neg: float = 1.05,
-    ) -> None:
-        super().__init__(
-            loss_type=loss_type,
-            reweight=reweight,
-            alpha=alpha,
-            reweight_sign=reweight_sign,
-            clip_low=clip_low,
-            clip_high=clip_high,
-            dual_clip=dual_clip,
-            importance=importance,
-            kl_beta=kl_beta,
-            entropy_coef=entropy_coef,
-            max_length=max_length,
-            sapo_temperature_pos=sapo_temperature_pos,
-            sapo_temperature_neg=sapo_temperature_neg,
-        )
-
-
-class PolicyLossModule(_PolicyOptions):
+class PolicyLossModule(_Form, function=functional.policy_loss):
     """Module form of `dlogp_kernels.policy_loss`."""
 
-    def forward(
-        self,
-        logp: Tensor,
-        old_logp: Tensor,
-        advantage: Tensor,
-        mask: Tensor,
-        *,
-        group: Tensor | None = None,
-        ref_logp: Tensor | None = None,
-        entropy: Tensor | None = None,
-        kl: Tensor | None = None,
-        token_weight: Tensor | None = None,
-        num_tokens: float | Tensor | None = None,
-        num_sequences: float | Tensor | None = None,
-        offsets: Tensor | None = None,
-    ) -> PolicyLoss:
-        return functional.policy_loss(
-            logp,
-            old_logp,
-            advantage,
-            mask,
-            group=group,
-            ref_logp=ref_logp,
-            entropy=entropy,
-            kl=kl,
-            token_weight=token_weight,
-            num_tokens=num_tokens,
-            num_sequences=num_sequences,
-            offsets=offsets,
-            **self.options,
-        )
 
-
-class LinearPolicyLoss(_PolicyOptions):
-    """Module form of `dlogp_kernels.linear_policy_loss`; the keyword arguments are options of the loss."""
-
-    def __init__(
-        self,
-        *,
-        temperature: float = 1.0,
-        softcap: float | None = None,
-        base_softcap: float | None = None,
-        logit_scale: float = 1.0,
-        base_logit_scale: float = 1.0,
-        **policy: Any,
-    ) -> None:
-        super().__init__(**policy)
-        self.options |= {
-            "temperature": temperature,
-            "softcap": softcap,
-            "base_softcap": base_softcap,
-            "logit_scale": logit_scale,
-            "base_logit_scale": base_logit_scale,
-        }
-
-    def forward(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        target: Tensor,
-        old_logp: Tensor,
-        advantage: Tensor,
-        mask: Tensor,
-        *,
-        bias: Tensor | None = None,
-        base_hidden: Tensor | None = None,
-        base_weight: Tensor | None = None,
-        base_bias: Tensor | None = None,
-        group: Tensor | None = None,
-        ref_logp: Tensor | None = None,
-        token_weight: Tensor | None = None,
-        num_tokens: float | Tensor | None = None,
-        num_sequences: float | Tensor | None = None,
-        offsets: Tensor | None = None,
-    ) -> PolicyLoss:
-        return functional.linear_policy_loss(
-            hidden,
-            weight,
-            target,
-            old_logp,
-            advantage,
-            mask,
-            bias=bias,
-            base_hidden=base_hidden,
-            base_weight=base_weight,
-            base_bias=base_bias,
-            group=group,
-            ref_logp=ref_logp,
-            token_weight=token_weight,
-            num_tokens=num_tokens,
-            num_sequences=num_sequences,
-            offsets=offsets,
-            **self.options,
-        )
+class LinearPolicyLoss(_Form, function=functional.linear_policy_loss):
+    """Module form of `dlogp_kernels.linear_policy_loss`."""

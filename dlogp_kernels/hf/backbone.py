@@ -13,14 +13,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .documents import Batch, check_vocabulary
-from .lengths import reset_frequencies, rope_side
+from .lengths import frequencies_of, reset_frequencies
 
 #: What the forward of a model calls its cache: `transformers` 5.24 renamed it, and state-space models had their own.
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
-_ONE_GO = (
-    "whose rotary frequencies follow from the length of a sequence: in chunks they can not be those of one go. "
-    "Expected prefill_chunk=None, or a memory_limit within which the sequence is run in one go"
-)
 
 
 def backbone_of(model: PreTrainedModel) -> nn.Module:
@@ -48,7 +44,9 @@ def run_backbone(model: PreTrainedModel, input_ids: Tensor, prefill_chunk: int |
         return run_backbone_in_chunks(model, input_ids, [*range(prefill_chunk, length, prefill_chunk), length])
     backbone = backbone_of(model)
     reset_frequencies(model)
-    options = {"use_cache": False} if _accepts(inspect.signature(backbone.forward).parameters, "use_cache") else {}
+    parameters = inspect.signature(backbone.forward).parameters.values()
+    takes_it = any(x.name == "use_cache" or x.kind is inspect.Parameter.VAR_KEYWORD for x in parameters)
+    options = {"use_cache": False} if takes_it else {}
     return _last_hidden(backbone(input_ids=input_ids, **options))
 
 
@@ -56,53 +54,27 @@ def run_backbone_in_chunks(model: PreTrainedModel, input_ids: Tensor, ends: Sequ
     """Hidden states (B, T, D) of tokens (B, T), through the cache from each of `ends` to the next; the last is T."""
     backbone = backbone_of(model)
     accepted = inspect.signature(backbone.forward).parameters
-    name, side, length = cache_name(accepted), rope_side(model), input_ids.shape[1]
-    reset_frequencies(model)
+    name = cache_name(accepted)
     cache: Any = None
     whole = torch.empty(0)
-    for begin, end in pairwise([0, *ends]):
-        # A token at the last position, which none of the others sees, shows the backbone how long the sequence is.
-        guide = side(end) != side(length)
-        output = backbone(use_cache=True, **{name: cache}, **_chunk(model, accepted, input_ids, begin, end, guide))
-        cache = getattr(output, name, None)
-        if cache is None:
-            raise ValueError(
-                f"model is {type(model).__name__}, whose body gives no key-value cache, expected one that does: "
-                "prefill_chunk and generate need it"
-            )
-        if guide:
-            _drop_last(cache, model)
-        chunk = _last_hidden(output)
-        if begin == 0:
-            whole = chunk.new_empty(*input_ids.shape, chunk.shape[-1])
-        whole[:, begin:end] = chunk[:, : end - begin]
+    with frequencies_of(model, input_ids.shape[1]):
+        for begin, end in pairwise([0, *ends]):
+            options: dict[str, Any] = {"use_cache": True, name: cache}
+            # Backbones that do not name them count the cache's tokens.
+            if "position_ids" in accepted:
+                options["position_ids"] = torch.arange(begin, end, device=input_ids.device)[None]
+            output = backbone(input_ids=input_ids[:, begin:end], **options)
+            cache = getattr(output, name, None)
+            if cache is None:
+                raise ValueError(
+                    f"model is {type(model).__name__}, whose body gives no key-value cache, expected one that does: "
+                    "prefill_chunk and generate need it"
+                )
+            chunk = _last_hidden(output)
+            if begin == 0:
+                whole = chunk.new_empty(*input_ids.shape, chunk.shape[-1])
+            whole[:, begin:end] = chunk
     return whole
-
-
-def _chunk(
-    model: PreTrainedModel, accepted: Any, input_ids: Tensor, begin: int, end: int, guide: bool
-) -> dict[str, Tensor]:
-    """Tokens `begin` to `end`, with their positions for the backbones that name them: the others count the
-    cache's tokens themselves. With a guide, the last token of all follows."""
-    options = {"input_ids": input_ids[:, begin:end]}
-    if "position_ids" in accepted:
-        options["position_ids"] = torch.arange(begin, end, device=input_ids.device)[None]
-    if guide:
-        if "position_ids" not in accepted or "attention_mask" not in accepted:
-            raise ValueError(f"model is {type(model).__name__}, {_ONE_GO}")
-        last = torch.full_like(options["position_ids"][:, :1], input_ids.shape[1] - 1)
-        options["input_ids"] = torch.cat([options["input_ids"], input_ids[:, -1:]], 1)
-        options["position_ids"] = torch.cat([options["position_ids"], last], 1)
-        # Without it, positions that leap would be taken for the next document of a packed row.
-        options["attention_mask"] = input_ids.new_ones(input_ids.shape[0], end + 1)
-    return options
-
-
-def _drop_last(cache: Any, model: PreTrainedModel) -> None:
-    try:
-        cache.crop(-1)
-    except (RuntimeError, ValueError, AttributeError, NotImplementedError) as error:
-        raise ValueError(f"model is {type(model).__name__}, {_ONE_GO}; its cache lets go of no token") from error
 
 
 def check_tokens(batch: Batch, model: PreTrainedModel) -> None:
@@ -139,10 +111,6 @@ def evaluation(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def _accepts(parameters: Any, name: str) -> bool:
-    return name in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
 
 
 def _last_hidden(output: Any) -> Tensor:

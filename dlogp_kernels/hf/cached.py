@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -26,7 +27,6 @@ from .verify_cache import error_beyond_rounding, repeated
 _GROWS = ("DynamicLayer", "LinearAttentionAndFullAttentionLayer")
 _SLIDES = ("DynamicSlidingWindowLayer", "LinearAttentionAndSlidingWindowAttentionLayer")
 _FIXED = ("LinearAttentionLayer", "DummyLayer")
-_STATES = ("conv_states", "recurrent_states")
 #: Beside its layers, a list with the state of some layers.
 _LISTS = ("linear_cache",)
 #: Tokens with which it is looked at what padding does, how many of them one by one, and beside how much padding.
@@ -35,24 +35,20 @@ _TOKENS, _STEPS, _PADDING = 16, 4, 3
 _known_padding: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 
 
+@dataclass
 class CachedRows:
     """Rows of one model in mid-sequence: its cache, `width` columns long, and the logits (b, V) of what comes next."""
 
-    def __init__(self, cache: Any, width: int, logits: Tensor) -> None:
-        self.cache = cache
-        self.width = width
-        self.logits = logits
+    cache: Any
+    width: int
+    logits: Tensor
 
     def take(self, rows: Sequence[int]) -> CachedRows:
         """Copies of some rows, in the given order; a row may be taken several times."""
         index = torch.tensor(rows, device=self.logits.device)
         cache = copy.copy(self.cache)
-        cache.layers = [_copied(layer) for layer in self.cache.layers]
-        cache.reorder_cache(index)
-        for name in _LISTS:
-            if hasattr(cache, name):
-                states = [state[index] if torch.is_tensor(state) else state for state in getattr(cache, name)]
-                setattr(cache, name, states)
+        cache.layers = [copy.copy(layer) for layer in self.cache.layers]
+        _replace_tensors(cache, lambda x: x.index_select(0, index))
         return CachedRows(cache, self.width, self.logits.index_select(0, index))
 
     def resize(self, width: int) -> None:
@@ -75,13 +71,7 @@ class CachedRows:
         width = max(self.width, other.width)
         self.resize(width)
         other.resize(width)
-        for layer, joining in zip(self.cache.layers, other.cache.layers, strict=True):
-            _append_layer(layer, joining)
-        for name in _LISTS:
-            states = zip(getattr(self.cache, name, ()), getattr(other.cache, name, ()), strict=True)
-            joined = [torch.cat(pair) if torch.is_tensor(pair[0]) else pair[0] for pair in states]
-            if joined:
-                setattr(self.cache, name, joined)
+        _replace_tensors(self.cache, lambda *pair: torch.cat(pair), other.cache)
         self.logits = torch.cat([self.logits, other.logits])
 
 
@@ -97,7 +87,6 @@ class CachedModel:
         self._accepted = inspect.signature(self.causal_lm.forward).parameters
         self._cache_name = cache_name(self._accepted)
         self._rope_side = rope_side(self.causal_lm)
-        self._has_switches = bool(self._rope_side(1))
 
     def prefill(self, prompts: Sequence[Tensor]) -> CachedRows:
         """Rows for prompts, 1-dimensional tensors of tokens, each ≥ 1 of them."""
@@ -128,7 +117,7 @@ class CachedModel:
 
     def changes_within(self, begin: int, end: int) -> bool:
         """Whether a row of `end` tokens has other rotary frequencies than its first `begin` tokens."""
-        return self._has_switches and self._rope_side(begin) != self._rope_side(end)
+        return self._rope_side(begin) != self._rope_side(end)
 
     def _parts(self, lengths: Sequence[int], tokens: Tensor, crossing: Sequence[bool] | None = None) -> list[list[int]]:
         """Places of the rows that may be run together; those that are `crossing` a change of frequencies are apart."""
@@ -248,27 +237,22 @@ def _check_layers(cache: Any, model: PreTrainedModel) -> None:
             )
 
 
-def _copied(layer: Any) -> Any:
-    """A layer that can change without the other; tensors are those of the other until they are replaced."""
-    copied = copy.copy(layer)
-    for name in _STATES:
-        if hasattr(layer, name):
-            setattr(copied, name, dict(getattr(layer, name)))
-    return copied
+def _replace_tensors(cache: Any, function: Callable[..., Tensor], *others: Any) -> None:
+    """Put `function` of each tensor with rows of a cache, and of those at its place in `others`, in its place."""
+    for parts in zip(*([x, *x.layers] for x in (cache, *others)), strict=True):
+        vars(parts[0]).update(_mapped(function, *map(vars, parts)))
+
+
+def _mapped(function: Callable[..., Tensor], value: Any, *others: Any) -> Any:
+    """A tensor, or dictionaries and lists of tensors and of other things, which stay."""
+    if isinstance(value, dict):
+        return {name: _mapped(function, part, *(other[name] for other in others)) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_mapped(function, *parts) for parts in zip(value, *others, strict=True)]
+    return function(value, *others) if torch.is_tensor(value) and value.dim() > 1 else value
 
 
 def _resized(x: Tensor, columns: int) -> Tensor:
     """x (b, heads, L, d) with L = `columns`: zeros on the left, or the last ones."""
     missing = columns - x.shape[-2]
     return nn.functional.pad(x, (0, 0, missing, 0)) if missing > 0 else x[..., -missing:, :]
-
-
-def _append_layer(layer: Any, joining: Any) -> None:
-    if getattr(layer, "keys", None) is not None:
-        layer.keys = torch.cat([layer.keys, joining.keys])
-        layer.values = torch.cat([layer.values, joining.values])
-    for name in _STATES:
-        states = getattr(layer, name, {})
-        for number, state in states.items():
-            if state is not None:
-                states[number] = torch.cat([state, getattr(joining, name)[number]])

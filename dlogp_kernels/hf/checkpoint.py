@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -12,14 +13,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-#: Floating dtypes that a model can compute in, by the names that safetensors has for them, with the bits of a mantissa.
-_FLOATS = {
-    "BF16": (torch.bfloat16, 8),
-    "F16": (torch.float16, 11),
-    "F32": (torch.float32, 24),
-    "F64": (torch.float64, 53),
-}
-_PRECISION = dict(_FLOATS.values())
+#: Floating dtypes that a model can compute in, by the names that safetensors has for them.
+_FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 _BLOCK_BYTES = 64 * 2**20
 
 
@@ -29,10 +24,6 @@ class Stored(NamedTuple):
     file: Path
     dtype: str
     shape: tuple[int, ...]
-
-    @property
-    def elements(self) -> int:
-        return torch.Size(self.shape).numel()
 
 
 def stored_tensors(name_or_path: str | Path) -> dict[str, Stored]:
@@ -57,16 +48,15 @@ def stored_tensors(name_or_path: str | Path) -> dict[str, Stored]:
 
 def own_dtype(tensors: Mapping[str, Stored]) -> torch.dtype | None:
     """The floating dtype of most weights; None where most are in one that models can not compute in (quantised)."""
-    count: dict[str, int] = {}
+    count: Counter[str] = Counter()
     for stored in tensors.values():
-        count[stored.dtype] = count.get(stored.dtype, 0) + stored.elements
-    most = max(count, key=lambda name: count[name], default="")
-    return _FLOATS[most][0] if most in _FLOATS else None
+        count[stored.dtype] += torch.Size(stored.shape).numel()
+    return _FLOATS.get(max(count, key=lambda name: count[name], default=""))
 
 
 def is_rounded(stored: Stored, dtype: torch.dtype) -> bool:
     """Whether the tensor has more digits than `dtype` keeps."""
-    return stored.dtype in _FLOATS and _FLOATS[stored.dtype][1] > _PRECISION[dtype]
+    return stored.dtype in _FLOATS and torch.finfo(_FLOATS[stored.dtype]).eps < torch.finfo(dtype).eps
 
 
 class Update(NamedTuple):

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
 from .backbone import CACHE_NAMES
-from .generation import OnStep, Streamer, as_tokens, generate
+from .generation import OnStep, as_tokens, generate
 from .heads import vocabulary_of
 
 #: What the decoding loop does itself, by the config's numbers.
@@ -44,7 +45,7 @@ def custom_generate(
     threshold: float | None = None,
     draft: str = "base",
     max_batch_size: int | None = None,
-    streamer: Streamer | None = None,
+    streamer: BaseStreamer | None = None,
     on_step: OnStep | None = None,
 ) -> Callable[..., Tensor | ExtrapolationOutput]:
     """What `model.generate(input_ids, custom_generate=custom_generate(base_model, …))` takes, model the RL model.

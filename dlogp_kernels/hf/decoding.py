@@ -4,6 +4,7 @@ that waits takes its place."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,7 @@ class _Row(NamedTuple):
         return len(self.prompt) + self.generated
 
 
+@dataclass
 class Decoder:
     """The rows that are in the batch, in mid-sequence in the cache of each model; always ready to draw.
 
@@ -40,23 +42,17 @@ class Decoder:
         max_new_tokens: of each row.
     """
 
-    def __init__(
-        self,
-        models: Sequence[CachedModel],
-        prompts: Sequence[Tensor],
-        samples: int,
-        draw: Callable[..., Sample],
-        row_ids: Sequence[int],
-        stop: frozenset[int],
-        max_new_tokens: int,
-    ) -> None:
+    models: Sequence[CachedModel]
+    prompts: Sequence[Tensor]
+    samples: int
+    draw: Callable[..., Sample]
+    row_ids: Sequence[int]
+    stop: frozenset[int]
+    max_new_tokens: int
+
+    def __post_init__(self) -> None:
         self.drawn = Drawn()
-        self._models = models
-        self._queue = _Queue(models, prompts, samples)
-        self._draw = draw
-        self._row_ids = row_ids
-        self._stop = stop
-        self._max_new_tokens = max_new_tokens
+        self._queue = _Queue(self.models, self.prompts, self.samples)
         self._rows: list[_Row] = []
         self._states: list[CachedRows] = []
         self._row_id = torch.empty(0)
@@ -82,7 +78,7 @@ class Decoder:
     def _step(self) -> Sample:
         """Draw a token for every row, let go of the rows that are done, and run the models for the others."""
         logits, base_logits = self._states[0].logits, self._states[-1].logits
-        sample = self._draw(logits, base_logits, row_id=self._row_id, step=self._places())
+        sample = self.draw(logits, base_logits, row_id=self._row_id, step=self._places())
         self.drawn.add(self._rows, sample)
         staying = self._staying(sample.token.tolist())
         tokens, any_leaves = sample.token, len(staying) < len(self._rows)
@@ -95,7 +91,7 @@ class Decoder:
                 # The width is of what the cache holds, all tokens but this one.
                 self._rows_changed(missing=1)
             lengths = [row.length for row in self._rows]
-            for model, state in zip(self._models, self._states, strict=True):
+            for model, state in zip(self.models, self._states, strict=True):
                 model.advance(state, tokens, lengths, self._tokens)
         return sample
 
@@ -119,9 +115,9 @@ class Decoder:
                     f"row {row.number}, step {row.generated}: {name} gives logits with NaN or +inf, or no finite one, "
                     "expected some from which a token can be drawn"
                 )
-            if token in self._stop:
+            if token in self.stop:
                 self.drawn.finished.append(row.number)
-            elif row.generated + 1 < self._max_new_tokens:
+            elif row.generated + 1 < self.max_new_tokens:
                 staying.append(place)
         return staying
 
@@ -129,39 +125,41 @@ class Decoder:
         width = max(row.length for row in self._rows) - missing
         for state in self._states:
             state.resize(width)
-        row_ids = [self._row_ids[row.number] for row in self._rows]
+        row_ids = [self.row_ids[row.number] for row in self._rows]
         self._row_id = torch.tensor(row_ids, device=self._states[0].logits.device)
 
 
+@dataclass
 class _Queue:
     """Rows that wait, in order. A prompt is run when its first sample leaves, and its state is kept for the others."""
 
-    def __init__(self, models: Sequence[CachedModel], prompts: Sequence[Tensor], samples: int) -> None:
-        self.remaining = len(prompts) * samples
-        self._models = models
-        self._prompts = prompts
-        self._samples = samples
+    models: Sequence[CachedModel]
+    prompts: Sequence[Tensor]
+    samples: int
+
+    def __post_init__(self) -> None:
+        self.remaining = len(self.prompts) * self.samples
         self._kept: list[CachedRows] = []
 
     def pop(self, count: int) -> tuple[list[_Row], list[CachedRows]]:
         """The next `count` rows, ready to draw their first token."""
-        begin = len(self._prompts) * self._samples - self.remaining
+        begin = len(self.prompts) * self.samples - self.remaining
         numbers = range(begin, begin + count)
-        prompt_of = [number // self._samples for number in numbers]
+        prompt_of = [number // self.samples for number in numbers]
         states = self._prefilled(prompt_of[0], prompt_of[-1] + 1)
         self.remaining -= count
-        last_waits = numbers.stop % self._samples > 0
+        last_waits = numbers.stop % self.samples > 0
         self._kept = _taken(states, [prompt_of[-1] - prompt_of[0]]) if last_waits else []
-        if self._samples > 1:
+        if self.samples > 1:
             states = _taken(states, [prompt - prompt_of[0] for prompt in prompt_of])
-        return [_Row(number, self._prompts[number // self._samples], 0) for number in numbers], states
+        return [_Row(number, self.prompts[number // self.samples], 0) for number in numbers], states
 
     def _prefilled(self, begin: int, end: int) -> list[CachedRows]:
         """The states after prompts `begin` to `end`, a row each; the first may have been run before."""
-        prompts = self._prompts[begin + bool(self._kept) : end]
+        prompts = self.prompts[begin + bool(self._kept) : end]
         if not prompts:
             return self._kept
-        states = [model.prefill(prompts) for model in self._models]
+        states = [model.prefill(prompts) for model in self.models]
         return _appended(self._kept, states) if self._kept else states
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
 
-from ..checks import INTEGER, check_tensor
+from ..checks import INTEGER, check_integer, check_tensor
 from ..functional import extrapolated_sample
 from ..results import Sample
 from .backbone import check_tokens, evaluation
@@ -25,14 +26,6 @@ from .verify_cache import verify_decoding
 
 #: Called after every step with the tokens generated so far, those of them that were selected, and the rows done.
 OnStep = Callable[[int, int, int], object]
-
-
-class Streamer(Protocol):
-    """As `transformers.TextStreamer`."""
-
-    def put(self, value: Tensor) -> None: ...
-
-    def end(self) -> None: ...
 
 
 class Generation(NamedTuple):
@@ -75,7 +68,7 @@ def generate(
     num_return_sequences: int = 1,
     row_id: Sequence[int] | Tensor | None = None,
     max_batch_size: int | None = None,
-    streamer: Streamer | None = None,
+    streamer: BaseStreamer | None = None,
     on_step: OnStep | None = None,
 ) -> Generation:
     """Decode with `extrapolated_sample` at every token of every row (Algorithm 1 and Fig. 4 of the paper).
@@ -126,14 +119,14 @@ def generate(
 
     Source: arXiv 2603.22117, Algorithm 1, Sec. 4 (extrapolation).
     """
-    _check_counts(max_new_tokens=max_new_tokens, num_return_sequences=num_return_sequences)
+    counts = {"max_new_tokens": max_new_tokens, "num_return_sequences": num_return_sequences}
+    for name, count in (counts | ({} if max_batch_size is None else {"max_batch_size": max_batch_size})).items():
+        check_integer(name, count, 1, 2**63)
     batch = as_batch(input_ids, attention_mask, None)
     pair = tuple(unwrapped(uncompiled(x)) for x in (model, base_model))
     vocabulary = _check_pair(pair, batch)
     prompts = _prompts(batch, pair, max_new_tokens)
     rows = len(prompts) * num_return_sequences
-    if max_batch_size is not None:
-        _check_counts(max_batch_size=max_batch_size)
     if streamer is not None and rows != 1:
         raise ValueError(f"streamer is given with {rows} rows, expected a single one")
     stop = _stop_tokens(stop_token_ids, pair, vocabulary)
@@ -208,14 +201,6 @@ def _as_in_one_go(
 def _draw(logits: Tensor, base_logits: Tensor, **options: Any) -> Sample:
     # A single place that calls, so that a warning about the options is shown once.
     return extrapolated_sample(logits, base_logits, **options)
-
-
-def _check_counts(**counts: int) -> None:
-    for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} is {value!r}, expected an integer")
-        if value < 1:
-            raise ValueError(f"{name} is {value}, expected a number ≥ 1")
 
 
 def _check_pair(pair: Sequence[PreTrainedModel], batch: Batch) -> int:

@@ -56,16 +56,7 @@ class LmHeadInputs(NamedTuple):
             target: (B, T) or (B, T, K); entry t is what follows token t, or `ignore_index`.
             temperature: > 0, divides the logits.
         """
-        return linear_logp(
-            self.hidden,
-            self.weight,
-            target,
-            bias=self.bias,
-            temperature=temperature,
-            softcap=self.softcap,
-            logit_scale=self.logit_scale,
-            ignore_index=ignore_index,
-        )
+        return linear_logp(target=target, temperature=temperature, ignore_index=ignore_index, **self._asdict())
 
 
 def unwrapped(model: nn.Module) -> PreTrainedModel:
@@ -124,6 +115,13 @@ def vocabulary_of(model: PreTrainedModel) -> int:
     # A quantised weight has another shape.
     rows = getattr(layer, "out_features", None) or layer.weight.shape[0]
     return min(rows, getattr(model.config.get_text_config(decoder=True), "unpadded_vocab_size", None) or rows)
+
+
+def lm_head_names(model: PreTrainedModel) -> tuple[str, ...]:
+    """How the names of the last layer's weight end, those of tied embeddings among them."""
+    weight = _lm_head_layer(model).weight
+    names = (name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter is weight)
+    return tuple(".".join(name.split(".")[-2:]) for name in names)
 
 
 def first_rows(head: LmHead, rows: int) -> LmHead:

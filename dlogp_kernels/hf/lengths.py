@@ -9,6 +9,8 @@ row alone.
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -33,12 +35,6 @@ class LengthSwitch(NamedTuple):
     length: int
     each: bool
 
-    def side(self, length: int) -> int:
-        """0 up to the switch; beyond it the same number for lengths that are alike."""
-        if length <= self.length:
-            return 0
-        return length if self.each else 1
-
 
 def rope_side(model: PreTrainedModel) -> Side:
     """Of the rotary frequencies: tokens at other sides of a sequence have to be computed again."""
@@ -61,7 +57,7 @@ def switch_lengths(model: PreTrainedModel) -> list[int]:
 def picks_by_length(model: PreTrainedModel, length: int) -> bool:
     """Whether a call of `length` tokens picks those that attention sees by an index, and by its length."""
     switch = _index_switch(model)
-    return switch is not None and switch.side(length) > 0
+    return switch is not None and length > switch.length
 
 
 def reset_frequencies(model: PreTrainedModel) -> None:
@@ -73,9 +69,34 @@ def reset_frequencies(model: PreTrainedModel) -> None:
             module(first.float(), position_ids=first, **options)
 
 
+@contextlib.contextmanager
+def frequencies_of(model: PreTrainedModel, length: int) -> Iterator[None]:
+    """Within this context tokens have the rotary frequencies of a sequence of `length` tokens, wherever they stand."""
+
+    def with_last(module: nn.Module, args: Any, named: Any) -> tuple[Any, Any]:
+        # The last position of all shows the module how long the sequence is.
+        call = inspect.signature(module.forward).bind(*args, **named)
+        positions = call.arguments["position_ids"]
+        call.arguments["position_ids"] = torch.cat([positions, torch.full_like(positions[..., :1], length - 1)], -1)
+        return call.args, call.kwargs
+
+    def without_last(module: nn.Module, args: Any, output: Any) -> Any:
+        return tuple(x[..., :-1, :] for x in output) if isinstance(output, tuple) else output[..., :-1, :]
+
+    reset_frequencies(model)
+    switching = {module for module, kind, layer in _rotary_modules(model) if _rope_switch(module, kind, layer)}
+    handles = [module.register_forward_pre_hook(with_last, with_kwargs=True) for module in switching]
+    handles += [module.register_forward_hook(without_last) for module in switching]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _side(switches: Sequence[LengthSwitch | None]) -> Side:
     distinct = list(dict.fromkeys(switch for switch in switches if switch is not None))
-    return lambda length: tuple(switch.side(length) for switch in distinct)
+    return lambda length: tuple(0 if length <= end else length if each else 1 for end, each in distinct)
 
 
 def _rotary_modules(model: PreTrainedModel) -> list[_RotaryModule]:

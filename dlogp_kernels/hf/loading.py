@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from tokenizers import Tokenizer
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -76,6 +77,16 @@ def load_model(
     if getattr(model.config, "quantization_config", None) is None:
         _check_floating(name_or_path, model, tensors)
     return model.to(device).eval()
+
+
+def load_without_weights(name_or_path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A causal language model on the meta device, from its config alone: what it takes is known before it is loaded.
+
+    Raises OSError where there is no config, ValueError where it is not that of a causal language model.
+    """
+    config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 
 def _load_adapter(

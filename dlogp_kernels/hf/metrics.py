@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -203,16 +203,13 @@ class _Backbones(NamedTuple):
     def to_run(self) -> list[PreTrainedModel]:
         return [self.model] if self.base is None else [self.model, self.base]
 
-    def inputs(
-        self, group: Group, head: LmHead, base_head: LmHead, prefill_chunk: int | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """hidden, weight, base_hidden and base_weight of a group's documents."""
+    def hidden(self, group: Group, prefill_chunk: int | None) -> dict[str, Any]:
+        """Of a group's documents, by the names that `linear_delta_logp` has for them."""
         if self.base is not None:
             base_hidden = run_backbone(self.base, group.input_ids, prefill_chunk)
         elif self.base_hidden is not None:
             base_hidden = gather(self.base_hidden.flatten(0, 1), group)
-        hidden = run_backbone(self.model, group.input_ids, prefill_chunk)
-        return hidden, head.weight, base_hidden, base_head.weight
+        return {"hidden": run_backbone(self.model, group.input_ids, prefill_chunk), "base_hidden": base_hidden}
 
 
 def _plan_within(
@@ -250,18 +247,14 @@ def _measure(
     """Statistics (B, T − 1), of as many tokens at once as the plan says."""
     dtype = accumulation_dtype(head.weight, base_head.weight, given.base_hidden)
     fields = allocated(DeltaLogpStats, target.flatten(), target.new_zeros, dtype, top)
+    heads = head._asdict() | {f"base_{name}": value for name, value in base_head._asdict().items()}
     for group in groups(batch, plan.max_tokens, side_of(given.to_run())):
-        # Within the call, so that a group's hidden states are gone before the next one's are made.
         stats = linear_delta_logp(
-            *given.inputs(group, head, base_head, plan.prefill_chunk),
-            gather(target.flatten(), group).masked_fill(group.place < 0, IGNORED),
-            bias=head.bias,
-            base_bias=base_head.bias,
+            # Within the call, so that a group's hidden states are gone before the next one's are made.
+            **given.hidden(group, plan.prefill_chunk),
+            **heads,
+            target=gather(target.flatten(), group).masked_fill(group.place < 0, IGNORED),
             temperature=temperature,
-            softcap=head.softcap,
-            base_softcap=base_head.softcap,
-            logit_scale=head.logit_scale,
-            base_logit_scale=base_head.logit_scale,
             ignore_index=IGNORED,
             top=top,
         )

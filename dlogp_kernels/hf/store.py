@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote, unquote
 
 import torch
@@ -66,13 +67,8 @@ class HiddenStore:
     def head(self) -> LmHead:
         """The last layer, its tensors mapped from the file."""
         tensors, options = _read(self.directory / _HEAD)
-        softcap = options.get("softcap")
-        return LmHead(
-            tensors["weight"],
-            tensors.get("bias"),
-            None if softcap is None else float(softcap),
-            float(options["logit_scale"]),
-        )
+        fields: dict[str, Any] = tensors | {name: float(text) for name, text in options.items() if name != _DIGEST}
+        return LmHead(**fields)
 
     def has(self, key: str, *, input_ids: Tensor | Sequence[int] | None = None) -> bool:
         """Whether a whole file of this sample is there, and of these tokens; a damaged one is not."""
@@ -180,12 +176,9 @@ def _fingerprint(tokens: Tensor) -> str:
 
 
 def _packed(head: LmHead) -> tuple[dict[str, Tensor], dict[str, str]]:
-    tensors = {"weight": head.weight, "bias": head.bias}
-    options = {"logit_scale": head.logit_scale, "softcap": head.softcap}
-    return (
-        {name: x.detach().cpu().contiguous() for name, x in tensors.items() if x is not None},
-        {name: repr(value) for name, value in options.items() if value is not None},
-    )
+    given = {name: value for name, value in head._asdict().items() if value is not None}
+    tensors = {name: x.detach().cpu().contiguous() for name, x in given.items() if isinstance(x, Tensor)}
+    return tensors, {name: repr(value) for name, value in given.items() if name not in tensors}
 
 
 def _write(path: Path, tensors: dict[str, Tensor], options: dict[str, str]) -> None:

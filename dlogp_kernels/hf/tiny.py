@@ -4,28 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
 
-# The two types are for callers, which must not import `transformers` themselves.
-__all__ = [
-    "PreTrainedModel",
-    "PreTrainedTokenizerFast",
-    "load_local",
-    "save_local",
-    "tiny_qwen3",
-    "word_tokenizer",
-]
+# The types of a model and a tokenizer are for callers too, which must not import `transformers` themselves.
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from .loading import load_model, load_tokenizer
 
 #: Of `Qwen3Config`, unless others are given.
 _SIZES = {
@@ -99,8 +86,4 @@ def save_local(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, direc
 
 def load_local(directory: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """The model (in evaluation mode) and the tokenizer of a local directory, without any network access."""
-    model = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True, use_safetensors=True)
-    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise TypeError(f"{directory}: expected a fast tokenizer, got {type(tokenizer).__name__}")
-    return model.eval(), tokenizer
+    return load_model(Path(directory)), cast(PreTrainedTokenizerFast, load_tokenizer(Path(directory)))

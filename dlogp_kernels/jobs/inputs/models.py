@@ -9,9 +9,10 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 
-from ...hf import check_same_tokenizer, load_model, load_tokenizer
+from ...hf import check_same_tokenizer, context_length, load_model, load_tokenizer
 from ...hf.checkpoint import Stored, is_rounded, own_dtype, stored_tensors, update_and_rounding
-from ...hf.limits import lm_head_names, model_limits
+from ...hf.heads import lm_head_names, vocabulary_of
+from ...hf.loading import load_without_weights
 from ...ops import backends
 from ..errors import JobError
 
@@ -111,9 +112,9 @@ def read_pair(rl: ModelPlace, base: ModelPlace) -> Reading:
         check_same_tokenizer(tokenizer, base_tokenizer, ignore=("eos_token", "pad_token"))
     except ValueError as error:
         raise JobError(f"the tokenizers of {rl} and {base} disagree: {error}") from error
-    limits = [_load_trusting(place, "the config", model_limits) for place in (rl, base)]
-    contexts = [limit.context for limit in limits if limit.context is not None]
-    return Reading(tokenizer, min(limit.vocabulary for limit in limits), min(contexts, default=None))
+    models = [_load_trusting(place, "the config", load_without_weights) for place in (rl, base)]
+    contexts = [context for context in map(context_length, models) if context is not None]
+    return Reading(tokenizer, min(map(vocabulary_of, models)), min(contexts, default=None))
 
 
 def warn_of_rounding(rl: ModelPlace, base: ModelPlace, dtype: str) -> None:
@@ -125,7 +126,7 @@ def warn_of_rounding(rl: ModelPlace, base: ModelPlace, dtype: str) -> None:
     kept = [_kept_dtype(dtype, tensors) for tensors in pair]
     if not any(is_rounded(stored, to) for tensors, to in zip(pair, kept, strict=True) for stored in tensors.values()):
         return
-    last_layer = _load_trusting(rl, "the config", lm_head_names)
+    last_layer = lm_head_names(_load_trusting(rl, "the config", load_without_weights))
     updates = update_and_rounding(pair[0], pair[1], (kept[0], kept[1]), last_layer)
     if all(update.rounding <= _TOLD_ROUNDING * update.norm for update in updates):
         return

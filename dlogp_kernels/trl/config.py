@@ -8,6 +8,7 @@ from typing import Any
 
 from trl import GRPOConfig
 
+from ..checks import check_choice
 from ..reference.policy import IMPORTANCES, LOSS_TYPES, REWEIGHT_SIGNS, REWEIGHTS
 
 
@@ -64,14 +65,10 @@ class ReweightedGRPOConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, choices in (
-            ("reweight", REWEIGHTS),
-            ("reweight_sign", REWEIGHT_SIGNS),
-            ("loss_type", LOSS_TYPES),
-            ("importance_sampling_level", IMPORTANCES),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(choices)}")
+        check_choice("reweight", self.reweight, REWEIGHTS)
+        check_choice("reweight_sign", self.reweight_sign, REWEIGHT_SIGNS)
+        check_choice("loss_type", self.loss_type, LOSS_TYPES)
+        check_choice("importance_sampling_level", self.importance_sampling_level, IMPORTANCES)
         for name in ("reweight_alpha", "overlong_penalty"):
             value = getattr(self, name)
             if not math.isfinite(value) or value < 0:

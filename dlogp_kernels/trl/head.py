@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
+from trl.trainer.utils import FusedCausalLMOutput
 
 from ..hf import lm_head_inputs
 
 
-@dataclass
-class TokenLogps(ModelOutput):
-    """`log_probs` and `entropy` (B, T − 1): entry t about predicting token t + 1, 0 where its label is −100."""
-
-    log_probs: Tensor | None = None
-    entropy: Tensor | None = None
-
-
 def add_logp_head(model: PreTrainedModel, *, temperature: float, float32_head: bool) -> None:
-    """Make `model(input_ids, attention_mask, labels=…, fused_lm_head=True)` return `TokenLogps`.
+    """Make `model(input_ids, attention_mask, labels=…, fused_lm_head=True)` return what TRL's own fused head does.
 
-    That is how TRL asks for log-probabilities. They have to come from within the model's forward, where DDP, FSDP and
-    mixed precision have their hooks. Any other call is what it was before, so generation is unchanged.
+    That is how TRL asks for log-probabilities and entropies, (B, T − 1): entry t is about predicting token t + 1, 0
+    where its label is −100. They have to come from within the model's forward, where DDP, FSDP and mixed precision have
+    their hooks. Any other call is what it was before, so generation is unchanged.
 
     Args:
         model: a causal language model, the innermost one where PEFT or a parallel wrapper is around it.
@@ -54,16 +46,10 @@ def _token_logps(
     labels: Tensor,
     temperature: float,
     float32_head: bool,
-    **others: Any,
-) -> TokenLogps:
-    given = [name for name, value in others.items() if value is not None]
-    if given:
-        raise ValueError(
-            f"the model is called with {', '.join(given)}, expected input_ids, attention_mask and labels alone"
-        )
+) -> FusedCausalLMOutput:
     inputs = lm_head_inputs(model, input_ids, attention_mask)
     device_type = inputs.hidden.device.type
     with torch.autocast(device_type, enabled=torch.is_autocast_enabled(device_type) and not float32_head):
         shifted = inputs._replace(hidden=inputs.hidden[:, :-1])
         stats = shifted.logp(labels[:, 1:], temperature=temperature)
-    return TokenLogps(stats.logp, stats.entropy)
+    return FusedCausalLMOutput(log_probs=stats.logp, entropy=stats.entropy)

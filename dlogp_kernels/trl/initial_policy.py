@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch import Tensor, nn
+from torch import nn
 
 
 class InitialPolicy:
@@ -29,10 +29,6 @@ class InitialPolicy:
             self._exchange()
 
     def _exchange(self) -> None:
-        exchanged: list[tuple[nn.Parameter, Tensor]] = []
         for parameter, kept in self._pairs:
-            now = parameter.data
             # The model may have been moved to a device since.
-            parameter.data = kept.to(now.device)
-            exchanged.append((parameter, now))
-        self._pairs = exchanged
+            parameter.data, kept.data = kept.to(parameter.device), parameter.data

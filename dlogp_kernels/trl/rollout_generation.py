@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from trl.models import unwrap_model_for_generation
 
 from ..hf import generate
@@ -26,13 +28,8 @@ def draw_responses(trainer: Any, prompt_ids: Sequence[Sequence[int]], samples: i
     groups = [prompt_ids[begin : begin + samples] for begin in range(0, len(prompt_ids), samples)]
     if all(len(group) == samples and all(prompt == group[0] for prompt in group) for group in groups):
         once = [group[0] for group in groups]
-    longest = max(map(len, once))
-    input_ids = torch.zeros(len(once), longest, dtype=torch.int64)
-    attention_mask = torch.zeros_like(input_ids)
-    for row, prompt in enumerate(once):
-        input_ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-        attention_mask[row, longest - len(prompt) :] = 1
-    device = trainer.accelerator.device
+    pad = functools.partial(pad_sequence, batch_first=True, padding_side="left")
+    prompts = [torch.tensor(prompt, device=trainer.accelerator.device) for prompt in once]
     with (
         unwrap_model_for_generation(
             trainer.model_wrapped,
@@ -45,8 +42,8 @@ def draw_responses(trainer: Any, prompt_ids: Sequence[Sequence[int]], samples: i
         drawn = generate(
             model,
             model,
-            input_ids.to(device),
-            attention_mask.to(device),
+            pad(prompts),
+            pad([torch.ones_like(prompt) for prompt in prompts]),
             criterion="none",
             draft="rl",
             temperature=args.temperature,

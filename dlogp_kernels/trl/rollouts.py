@@ -3,28 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 #: Of the batch as a whole; every other tensor has a row for each response.
 TOKENS_IN_BATCH = "num_items_in_batch"
-
-
-#: What a tensor (B, L) is widened with, one of prompts on the left; None stands for the padding token.
-_FILL = {
-    "prompt_ids": None,
-    "prompt_mask": 0,
-    "completion_ids": None,
-    "completion_mask": 0,
-    "tool_mask": 1,
-    "old_per_token_logps": 0,
-    "ref_per_token_logps": 0,
-    "sampling_per_token_logps": 0,
-    "importance_sampling_ratio": 1,
-}
 
 Rollouts = dict[str, Tensor]
 
@@ -46,16 +32,13 @@ def model_inputs(rollouts: Rollouts) -> tuple[Tensor, Tensor, int]:
     return input_ids, attention_mask, rollouts["completion_ids"].shape[1]
 
 
-def gathered(rollouts: Rollouts, accelerator: Accelerator, pad_token_id: int) -> Rollouts:
+def gathered(rollouts: Rollouts, accelerator: Accelerator) -> Rollouts:
     """The rows of all processes, in the order of the processes."""
-    result = {}
-    for name, value in rollouts.items():
-        if name in _FILL:
-            left, fill = _padding(name, pad_token_id)
-            value = accelerator.pad_across_processes(value, dim=1, pad_index=fill, pad_first=left)
-        if value.dim():
-            result[name] = accelerator.gather(value)
-    return result
+    return {
+        name: accelerator.gather(accelerator.pad_across_processes(value, dim=1, pad_first=_is_widened_left(name)))
+        for name, value in rollouts.items()
+        if value.dim()
+    }
 
 
 def rows(rollouts: Rollouts, index: Tensor | slice) -> Rollouts:
@@ -63,24 +46,21 @@ def rows(rollouts: Rollouts, index: Tensor | slice) -> Rollouts:
     return {name: value[index] if value.dim() else value for name, value in rollouts.items()}
 
 
-def joined(batches: Sequence[Rollouts], pad_token_id: int) -> Rollouts:
-    """The rows of several batches, which differ in width."""
+def joined(batches: Sequence[Rollouts]) -> Rollouts:
+    """The rows of several batches, which differ in width: what is widened with 0 is masked there."""
     result = {}
-    for name in batches[0]:
-        values = [batch[name] for batch in batches]
-        if name in _FILL:
-            left, fill = _padding(name, pad_token_id)
-            missing = [max(value.shape[1] for value in values) - value.shape[1] for value in values]
-            sides = [(n, 0) if left else (0, n) for n in missing]
-            values = [torch.nn.functional.pad(x, side, value=fill) for x, side in zip(values, sides, strict=True)]
-        result[name] = torch.cat(values)
+    for name, value in batches[0].items():
+        if value.dim() == 1:
+            result[name] = torch.cat([batch[name] for batch in batches])
+        else:
+            side = "left" if _is_widened_left(name) else "right"
+            everyone = [row for batch in batches for row in batch[name]]
+            result[name] = pad_sequence(everyone, batch_first=True, padding_side=side)
     return result
 
 
-def _padding(name: str, pad_token_id: int) -> tuple[bool, int]:
-    """Whether a column is widened on the left, and with what."""
-    fill = _FILL[name]
-    return name.startswith("prompt"), pad_token_id if fill is None else fill
+def _is_widened_left(name: str) -> bool:
+    return name.startswith("prompt")
 
 
 def masked_out(rollouts: Rollouts) -> Rollouts:
@@ -105,17 +85,14 @@ class PromptOrder:
 
     def take(self, count: int) -> list[int]:
         """The next `count` numbers."""
-        taken = [self._at(place) for place in range(self.position, self.position + count)]
+        places = [divmod(place, self._size) for place in range(self.position, self.position + count)]
         self.position += count
-        return taken
+        orders = {epoch: self._order(epoch) for epoch, _ in places}
+        return [int(orders[epoch][offset]) for epoch, offset in places]
 
-    def _at(self, place: int) -> int:
-        epoch, offset = divmod(place, self._size)
-        if getattr(self, "_epoch", None) != epoch:
-            generator = torch.Generator().manual_seed((self._seed * 1_000_003 + epoch) % 2**63)
-            self._epoch = epoch
-            self._order = torch.randperm(self._size, generator=generator).tolist()
-        return self._order[offset]
+    def _order(self, epoch: int) -> Tensor:
+        generator = torch.Generator().manual_seed((self._seed * 1_000_003 + epoch) % 2**63)
+        return torch.randperm(self._size, generator=generator)
 
 
 def num_groups_to_draw(missing: int, group_size: int, processes: int) -> int:
@@ -123,8 +100,3 @@ def num_groups_to_draw(missing: int, group_size: int, processes: int) -> int:
     while missing * group_size % processes:
         missing += 1
     return missing
-
-
-def repeated(examples: Sequence[dict[str, Any]], times: int) -> list[dict[str, Any]]:
-    """Each example `times` times in a row, as copies of their own: TRL writes into them."""
-    return [dict(example) for example in examples for _ in range(times)]

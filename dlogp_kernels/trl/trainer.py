@@ -34,7 +34,6 @@ from .rollouts import (
     model_inputs,
     num_groups_to_draw,
     num_rows,
-    repeated,
     rows,
 )
 
@@ -209,14 +208,14 @@ class ReweightedGRPOTrainer(GRPOTrainer):
         batch_size = self._batch_size
         wanted = batch_size // self.num_generations
         kept, left = self._sorted_out(rollouts)
+        kept_batches, left_batches = [kept], [left]
         found, drawn, refills = num_rows(kept) // self.num_generations, wanted, 0
-        batches, rest = [kept], [left]
         while found < wanted and refills < self.args.max_refills:
             count = num_groups_to_draw(wanted - found, self.num_generations, self.accelerator.num_processes)
             more = super()._generate_and_score_completions(self._further_examples(order.take(count)))
             kept, left = self._sorted_out(more)
-            batches.append(kept)
-            rest.append(left)
+            kept_batches.append(kept)
+            left_batches.append(left)
             found += num_rows(kept) // self.num_generations
             drawn += count
             refills += 1
@@ -228,8 +227,7 @@ class ReweightedGRPOTrainer(GRPOTrainer):
                 "places of the others do not count in this batch",
                 stacklevel=2,
             )
-        padding = self._tokenizer.pad_token_id
-        everyone = joined([*batches, masked_out(joined(rest, padding))], padding)
+        everyone = joined([*kept_batches, *map(masked_out, left_batches)])
         everyone = rows(everyone, slice(batch_size))
         return rows(everyone, self._own_rows(batch_size)) | {TOKENS_IN_BATCH: loss_mask(everyone).sum()}
 
@@ -237,13 +235,14 @@ class ReweightedGRPOTrainer(GRPOTrainer):
         """The rows of all processes whose group is informative, and the others."""
         informative = informative_groups(self._rewards, self.reward_weights, self.num_generations)
         index = informative.repeat_interleave(self.num_generations)
-        everyone = gathered(rollouts, self.accelerator, self._tokenizer.pad_token_id)
+        everyone = gathered(rollouts, self.accelerator)
         return rows(everyone, index), rows(everyone, ~index)
 
     def _further_examples(self, numbers: list[int]) -> list[dict[str, Any]]:
         """The rows that this process draws of further groups, as the data loader would give them."""
-        examples = repeated([self.train_dataset[number] for number in numbers], self.num_generations)
-        return examples[self._own_rows(len(examples))]
+        examples = [self.train_dataset[number] for number in numbers for _ in range(self.num_generations)]
+        # Copies of their own: TRL writes into them.
+        return [dict(example) for example in examples[self._own_rows(len(examples))]]
 
     def _own_rows(self, count: int) -> slice:
         """Those of this process among `count` rows of all."""

@@ -49,7 +49,7 @@ def generate(
 
     Killed and started again with the same arguments, it goes on where it was.
     """
-    from ..jobs.generate import run_generate
+    from ..jobs.decoding import run_generate
     from ..report.responses import Setting
     from .tables import print_results
 

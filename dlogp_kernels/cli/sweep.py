@@ -47,8 +47,8 @@ def sweep(
 
     Killed and started again with the same arguments, it goes on where it was.
     """
+    from ..jobs.decoding import run_sweep
     from ..jobs.settings import grid, parse_criteria, parse_numbers
-    from ..jobs.sweep import run_sweep
     from .tables import print_results
 
     decoding = Decoding(**with_line_limit(options))

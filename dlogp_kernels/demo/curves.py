@@ -15,11 +15,11 @@ import torch
 from rich.console import Console
 
 from ..hf.tiny import load_local
+from ..jobs.decoding import run_sweep
 from ..jobs.errors import JobError
 from ..jobs.metrics import run_metrics
 from ..jobs.options import Decoding
 from ..jobs.settings import grid
-from ..jobs.sweep import run_sweep
 from ..ops import backends
 from ..report.curves import CRITERION_LABELS, Curve, SweepPlot, compare, curves, find, plot_sweep, results_markdown
 from ..report.dataset import TokenDataset

@@ -1,4 +1,4 @@
-"""Draws and grades responses under a list of settings; what `generate` and `sweep` share.
+"""Responses to a file of problems under settings of extrapolated sampling, graded: `dlogp generate`, `dlogp sweep`.
 
 A response depends on its setting, seed and number alone, and chunks are cut from the data and the arguments alone: a
 run killed at any moment and started again gives the file of a run that was not interrupted. (On the same machine with
@@ -25,38 +25,81 @@ from ..hf import Generation, generate
 from ..report.responses import RESPONSES_FILE, Collector, Response, Setting, SettingResult
 from .allowed import check_options
 from .errors import JobError, explained_computation
-from .graders import Grader, load_grader
+from .graders import EXACT, Grader, load_grader
 from .inputs.models import ModelPlace, check_device, find_pair, read_pair, warn_of_rounding
 from .inputs.problems import Problem, check_problems, read_problems
 from .options import Decoding
 from .progress import bar, layers_told, say, show_layer
 from .resume.fingerprint import Fingerprints, versions
 from .resume.response_file import ResponseFile
-from .resume.run_directory import RunDirectory, State, known_stamps
-from .resume.stopwatch import Stopwatch
+from .resume.run_directory import RunDirectory, known_stamps
 from .settings import check_settings
 from .token_text import TokenTexts
 
 _NUM_ROW_IDS = 2**32
 
 
-def run_decoding(
-    command: str,
+def run_generate(
+    rl: str | Path,
+    base: str | Path,
+    data: str | Path,
+    out: str | Path,
+    *,
+    setting: Setting,
+    seed: int = 0,
+    decoding: Decoding | None = None,
+    grader: str = EXACT,
+    resume: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Draw and grade responses to the problems of `data` and write them to the directory `out`.
+
+    Args:
+        rl, base: directories of the two models, or their names on the Hub; safetensors only.
+        data: a JSONL file; its columns are described in `jobs.inputs.problems`.
+        out: receives `responses.jsonl` (`report.responses`), `manifest.json` and `summary.json`. Where it holds a run
+            of the same arguments, data and models, that run goes on, or nothing is done if it is complete; a run of
+            others is an error, and stays as it is.
+        setting: when a token of the draft is replaced, and from what.
+        seed: of the noise, 64 bits. Runs of one seed share their noise: their accuracies can be compared in pairs.
+        decoding: temperature and filters, samples, lengths, batches, device.
+        grader: `exact`, `math-verify` or `module:function`, see `jobs.graders`. One that raises, ends its process or
+            takes longer than `decoding.grader_timeout` is counted, and the reason is kept with the response.
+        resume: insist that `out` holds a run to go on with; without it a new run may begin.
+        progress: show progress on stderr.
+
+    Returns:
+        What `summary.json` holds: accuracy and replaced share with standard errors over problems, lengths, tokens,
+        errors of the grader.
+
+    Raises:
+        JobError: an argument, the data, a model or the directory can not be used, or the disk is full. UserWarning: a
+            threshold of `delta_logp` that is not below 0.
+    """
+    return run_sweep(
+        rl, base, data, out, settings=[setting], seeds=[seed], decoding=decoding, grader=grader, resume=resume,
+        progress=progress, command="generate",
+    )  # fmt: skip
+
+
+def run_sweep(
     rl: str | Path,
     base: str | Path,
     data: str | Path,
     out: str | Path,
     *,
     settings: Sequence[Setting],
-    seeds: Sequence[int],
-    decoding: Decoding | None,
-    grader: str,
-    resume: bool,
-    progress: bool,
+    seeds: Sequence[int] = (0,),
+    decoding: Decoding | None = None,
+    grader: str = EXACT,
+    resume: bool = False,
+    progress: bool = True,
+    command: str = "sweep",
 ) -> dict[str, Any]:
-    """Draw and grade the responses of every setting and seed, and write them to the directory `out`.
+    """Draw and grade responses to the problems of `data` under each setting with each seed; write them to `out`.
 
-    Returns what `summary.json` holds; raises JobError as `run_generate` and `run_sweep` say.
+    `settings` come from `jobs.settings.grid`, or from the caller; `command` names the run in its files. Everything else
+    is as in `run_generate`; `dlogp plot` draws what comes out.
     """
     decoding = decoding or Decoding()
     check_settings(settings, seeds)
@@ -66,11 +109,13 @@ def run_decoding(
     places = find_pair(rl, base, trust_remote_code=decoding.trust_remote_code)
     check_problems("--data", Path(data))
     fingerprints = Fingerprints(known_stamps(out), progress=progress)
+    stops = decoding.stop_token_ids
+    options = asdict(decoding) | {"device": device, "stop_token_ids": None if stops is None else list(stops)}
     identity: dict[str, Any] = {
         "command": command,
         "settings": [setting._asdict() for setting in settings],
         "seeds": list(seeds),
-        "decoding": _plain(decoding) | {"device": device},
+        "decoding": options,
         "grader": dict(loaded_grader.identity),
         "data": fingerprints.file(Path(data)),
         "rl": fingerprints.model(places[0]),
@@ -78,9 +123,9 @@ def run_decoding(
         "versions": versions(device, "extrapolated_sample"),
     }
     directory = RunDirectory(out, identity, fingerprints.stamps)
-    with directory.claimed(resume=resume) as state:
-        if state is State.COMPLETE:
-            return directory.summary()
+    with directory.claimed(resume=resume) as finished:
+        if finished is not None:
+            return finished
         reading = read_pair(*places)
         warn_of_rounding(*places, decoding.dtype)
         problems = read_problems(
@@ -100,19 +145,13 @@ def run_decoding(
         )
         run.compute(places)
         names = {"rl": str(rl), "base": str(base), "data": str(data), "grader": grader}
-        summary = run.summary() | {
-            "arguments": {"command": command, **names, "seeds": list(seeds), **identity["decoding"]},
-            "versions": {"python": platform.python_version(), **identity["versions"]},
-        }
-        with directory.writing():
-            directory.finish(summary)
-        return summary
-
-
-def _plain(decoding: Decoding) -> dict[str, Any]:
-    columns = asdict(decoding)
-    stops = columns["stop_token_ids"]
-    return columns | {"stop_token_ids": None if stops is None else list(stops)}
+        return directory.finish(
+            run.summary()
+            | {
+                "arguments": {"command": command, **names, "seeds": list(seeds), **options},
+                "versions": {"python": platform.python_version(), **identity["versions"]},
+            }
+        )
 
 
 class _Chunk(NamedTuple):
@@ -151,7 +190,6 @@ class _Run:
     def __post_init__(self) -> None:
         self._texts = TokenTexts(self.tokenizer)
         self._collector = Collector()
-        self._stopwatch = Stopwatch(self.directory.ledger)
 
     def compute(self, places: Sequence[ModelPlace]) -> None:
         """Draw, grade and write the chunks that are not there yet."""
@@ -176,13 +214,13 @@ class _Run:
         total, done = sum(lengths), sum(lengths[:num_kept])
         with bar(total=total, initial=done, unit=" responses", enabled=self.progress) as shown:
             progress = _Progress(shown)
-            self._stopwatch.start()
+            self.directory.start_lap()
             for chunk in missing:
                 progress.begin(chunk.setting)
                 responses = self._draw(chunk, models, progress)
                 with self.directory.writing():
                     file.append(responses)
-                    self._stopwatch.save_lap()
+                    self.directory.save_lap()
                 for response in responses:
                     self._collector.add(response)
                 progress.end(self._collector.result(chunk.setting))
@@ -191,14 +229,13 @@ class _Run:
         """What is written when all responses are there; without arguments and versions."""
         results = self._collector.results()
         tokens = sum(result.tokens for result in results)
-        seconds = self._stopwatch.seconds
         return {
             "settings": [result.to_json() for result in results],
             "responses": sum(result.responses for result in results),
             "tokens": tokens,
             "grader_errors": sum(result.grader_errors for result in results),
-            "seconds": round(seconds, 3),
-            "tokens_per_second": round(tokens / seconds, 1) if seconds else None,
+            "seconds": round(self.directory.ledger.seconds, 3),
+            "tokens_per_second": self.directory.rate(tokens),
         }
 
     def _draw(self, chunk: _Chunk, models: Sequence[Any], progress: "_Progress | None" = None) -> list[Response]:

@@ -7,20 +7,25 @@ does not fork, and the other one does not know them.
 import contextlib
 import json
 import os
-import selectors
 import signal
+import socket
 import subprocess
 import sys
-import time
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 _WORKER = Path(__file__).with_name("grader_worker.py")
 #: For imports, which may be large.
 _SECONDS_TO_START = 120.0
-_CHUNK = 2**16
+
+
+class Grade(NamedTuple):
+    """A score, usually 0 or 1; or what the grader raised."""
+
+    score: float | None = None
+    error: str | None = None
 
 
 class GraderFailure(Exception):
@@ -40,91 +45,68 @@ class GraderProcess:
     def __init__(self, name: str, timeout: float) -> None:
         self._name = name
         self._timeout = timeout
-        self._process: subprocess.Popen[bytes] | None = None
         #: What identifies the grader: the version of its package, or the digest of its module.
         self.identity: Mapping[str, Any] = self._start()
 
-    def grade(self, response: str, problem: Mapping[str, Any]) -> Mapping[str, Any]:
-        """`{"score": …}`, or `{"error": …}` with what the grader raised; GraderFailure if it did not come back."""
-        request = {"response": response, "problem": problem}
-        if self._process is None:
-            self._start()
-        return self._ask(request, self._timeout)
+    def __call__(self, response: str, problem: Mapping[str, Any]) -> Grade:
+        """The score, or what the grader raised; or why it did not come back."""
+        try:
+            if not self._stop.alive:
+                self._start()
+            return Grade(**self._ask({"response": response, "problem": problem}, self._timeout))
+        except GraderFailure as error:
+            return Grade(error=str(error))
 
     def _start(self) -> Mapping[str, Any]:
-        self._process = subprocess.Popen(
-            # -P: the modules beside the worker are not the user's.
-            [sys.executable, "-P", str(_WORKER)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            bufsize=0,
-            # A group of its own, so that the children of a grader end with it.
-            start_new_session=True,
-        )
-        self._stop = weakref.finalize(self, _stop, self._process)
+        self._socket, other_end = socket.socketpair()
+        with other_end:
+            self._process = subprocess.Popen(
+                # -P: the modules beside the worker are not the user's.
+                [sys.executable, "-P", str(_WORKER), str(other_end.fileno())],
+                # What the grader and its children read and print has nothing to do with what is asked and answered.
+                stdin=subprocess.DEVNULL,
+                stdout=2,
+                pass_fds=[other_end.fileno()],
+                # A group of its own, so that the children of a grader end with it.
+                start_new_session=True,
+            )
+        self._stop = weakref.finalize(self, _stop, self._process, self._socket)
         # A script that is started by its name finds modules beside it, not those of the current directory.
         path = sys.path if os.getcwd() in sys.path else [os.getcwd(), *sys.path]
         reply = self._ask({"path": path, "grader": self._name}, max(_SECONDS_TO_START, self._timeout))
         if "unusable" in reply:
-            self._end()
+            self._stop()
             raise GraderFailure(reply["unusable"])
         return reply["identity"]
 
-    def _ask(self, request: Mapping[str, Any], seconds: float) -> Mapping[str, Any]:
-        assert self._process is not None
+    def _ask(self, request: Mapping[str, Any], seconds: float) -> dict[str, Any]:
         try:
             line = json.dumps(request).encode() + b"\n"
         except (TypeError, ValueError, RecursionError) as error:
             raise GraderFailure(f"the grader can not be given this: {type(error).__name__}: {error}") from error
         try:
-            return json.loads(_exchange(self._process, line, seconds))
+            self._socket.settimeout(seconds)
+            self._socket.sendall(line)
+            with self._socket.makefile("rb") as replies:
+                reply = replies.readline()
+            if not reply.endswith(b"\n"):
+                raise EOFError
+            return json.loads(reply)
         except TimeoutError:
-            self._end()
+            self._stop()
             raise GraderFailure(f"TimeoutError: the grader took more than {seconds:g} s") from None
         except (OSError, EOFError):
-            process = self._process
-            self._end()
-            raise GraderFailure(f"the process of the grader ended, with status {process.returncode}") from None
+            self._stop()
+            raise GraderFailure(f"the process of the grader ended, with status {self._process.returncode}") from None
         except BaseException:
-            self._end()  # of a request that has no answer yet, which the next one would be given
+            self._stop()  # of a request that has no answer yet, which the next one would be given
             raise
 
-    def _end(self) -> None:
-        self._stop()
-        self._process = None
 
-
-def _exchange(process: "subprocess.Popen[bytes]", request: bytes, seconds: float) -> bytes:
-    """Write the request and read a line; TimeoutError, or EOFError or OSError if the process has ended."""
-    assert process.stdin is not None and process.stdout is not None
-    end = time.monotonic() + seconds
-    left, reply = memoryview(request), bytearray()
-    with selectors.DefaultSelector() as selector:
-        os.set_blocking(process.stdin.fileno(), False)
-        selector.register(process.stdin, selectors.EVENT_WRITE)
-        selector.register(process.stdout, selectors.EVENT_READ)
-        while not reply.endswith(b"\n"):
-            ready = selector.select(max(end - time.monotonic(), 0))
-            if not ready:
-                raise TimeoutError
-            for key, _ in ready:
-                if key.fileobj is process.stdin:
-                    left = left[os.write(key.fd, left[:_CHUNK]) :]
-                    if not left:
-                        selector.unregister(process.stdin)
-                elif chunk := os.read(key.fd, _CHUNK):
-                    reply += chunk
-                else:
-                    raise EOFError
-    return bytes(reply)
-
-
-def _stop(process: "subprocess.Popen[bytes]") -> None:
+def _stop(process: "subprocess.Popen[bytes]", connection: socket.socket) -> None:
     """End the process and its children, and keep its status."""
     process.poll()
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    for pipe in (process.stdin, process.stdout):
-        if pipe is not None:
-            pipe.close()
+    connection.close()

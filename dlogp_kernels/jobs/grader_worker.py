@@ -1,7 +1,7 @@
 """The process in which a grader runs that may hang, crash, print, or fork: a program that `grader_process` starts.
 
-It reads requests from its standard input and writes a reply to each to its standard output, a line of JSON each. It
-ends when its input does, that is with the process that started it. To start at once, it imports nothing of the package.
+It reads requests from the socket whose number it is given and writes a reply to each, a line of JSON each. It ends when
+the other end is closed, that is with the process that started it. To start at once, it imports nothing of the package.
 """
 
 import hashlib
@@ -12,6 +12,7 @@ import json
 import math
 import os
 import queue
+import socket
 import sys
 import threading
 from collections.abc import Callable, Mapping
@@ -29,12 +30,10 @@ class _Unusable(Exception):
 
 def main() -> None:
     """Load the grader that the first request names, then grade what the others hold."""
-    requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    # What the grader and its children read and print has nothing to do with both.
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.dup2(2, 1)
+    connection = socket.socket(fileno=int(sys.argv[1]))
+    connection.set_inheritable(False)
     received: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-    threading.Thread(target=_receive, args=(requests, received), daemon=True).start()
+    threading.Thread(target=_receive, args=(connection.makefile("rb"), received), daemon=True).start()
     process = os.getpid()
     first = json.loads(received.get())
     sys.path[:] = first["path"]
@@ -46,8 +45,7 @@ def main() -> None:
     while True:
         if os.getpid() != process:
             os._exit(0)  # a child that the grader has forked, and that came back from it
-        replies.write(json.dumps(reply).encode() + b"\n")
-        replies.flush()
+        connection.sendall(json.dumps(reply).encode() + b"\n")
         request = json.loads(received.get())
         try:
             reply = {"score": as_score(function(request["response"], request["problem"]))}

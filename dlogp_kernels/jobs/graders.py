@@ -3,12 +3,11 @@
 import re
 from collections.abc import Callable, Mapping
 from decimal import Decimal, InvalidOperation
-from functools import partial
 from typing import Any, NamedTuple
 
 from ..installation import how_to_install
 from .errors import JobError
-from .grader_process import GraderFailure, GraderProcess
+from .grader_process import Grade, GraderFailure, GraderProcess
 
 EXACT, MATH_VERIFY = "exact", "math-verify"
 DEFAULT_GRADER_SECONDS = 60.0
@@ -18,20 +17,12 @@ _NUMBER_COMMA = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _BOXED, _BRACES = r"\boxed{", re.compile(r"[{}]")
 
 
-class Grade(NamedTuple):
-    """A score, usually 0 or 1; or what the grader raised."""
-
-    score: float | None
-    error: str | None
-
-
 class Grader(NamedTuple):
     """A grading function with what identifies it.
 
     `grade` is called with the text of the response, without special tokens, and the columns of the problem's line.
     """
 
-    name: str
     grade: Callable[[str, Mapping[str, Any]], Grade]
     needs_answer: bool
     identity: Mapping[str, Any]
@@ -53,7 +44,7 @@ def load_grader(name: str, *, timeout: float = DEFAULT_GRADER_SECONDS) -> Grader
             and what it would have graded has this as its error; the next response gets a new process.
     """
     if name == EXACT:
-        return Grader(name, _exact, True, {"name": name})
+        return Grader(_exact, True, {"name": name})
     module, colon, function = name.partition(":")
     if name != MATH_VERIFY and not (colon and module and function):
         raise JobError(f"--grader is {name!r}, {_EXPECTED}")
@@ -62,15 +53,7 @@ def load_grader(name: str, *, timeout: float = DEFAULT_GRADER_SECONDS) -> Grader
     except GraderFailure as error:
         advice = f"; {_MATH_EXTRA}" if name == MATH_VERIFY else ""
         raise JobError(f"--grader {name}: {error}{advice}") from error
-    return Grader(name, partial(_grade_beside, process), name == MATH_VERIFY, {"name": name, **process.identity})
-
-
-def _grade_beside(process: GraderProcess, response: str, problem: Mapping[str, Any]) -> Grade:
-    try:
-        reply = process.grade(response, problem)
-    except GraderFailure as error:
-        return Grade(None, str(error))
-    return Grade(reply.get("score"), reply.get("error"))
+    return Grader(process, name == MATH_VERIFY, {"name": name, **process.identity})
 
 
 def final_answer(text: str) -> str:
@@ -117,4 +100,4 @@ def _as_number(text: str) -> Decimal | None:
 
 
 def _exact(response: str, problem: Mapping[str, Any]) -> Grade:
-    return Grade(float(same_answer(final_answer(response), final_answer(str(problem["answer"])))), None)
+    return Grade(float(same_answer(final_answer(response), final_answer(str(problem["answer"])))))

@@ -30,8 +30,7 @@ from .progress import bar, note, show_layer
 from .resume.fingerprint import Fingerprints, versions
 from .resume.plan import cut_batches, cut_parts
 from .resume.prepared import BrokenLineReport, PreparedData, prepare
-from .resume.run_directory import RunDirectory, State, known_stamps
-from .resume.stopwatch import Stopwatch
+from .resume.run_directory import RunDirectory, known_stamps
 from .summary import describe
 from .token_statistics import Computation, measure, response_hidden
 from .token_text import TokenTexts
@@ -88,12 +87,12 @@ def run_metrics(
         "versions": versions(arguments.device),
     }
     directory = RunDirectory(out, identity, fingerprints.stamps)
-    with directory.claimed(resume=resume) as state:
-        if state is State.COMPLETE:
-            return directory.summary()
+    with directory.claimed(resume=resume) as finished:
+        if finished is not None:
+            return finished
         reading = read_pair(rl_place, base_place)
         warn_of_rounding(rl_place, base_place, arguments.dtype)
-        if not (state is State.PARTIAL and PreparedData.exists(directory.work, directory.ledger)):
+        if not PreparedData.exists(directory.work, directory.ledger):
             encoder = Encoder(reading.tokenizer, vocabulary=reading.vocabulary, context=reading.context)
             with directory.writing():
                 prepare(
@@ -113,9 +112,7 @@ def run_metrics(
         run.compute()
         summary = run.summary({"rl": str(rl), "base": str(base), "data": str(data)}, identity)
         _warn_of_nan(summary)
-        with directory.writing():
-            directory.finish(summary)
-        return summary
+        return directory.finish(summary)
 
 
 def _checked(options: MeasuringOptions) -> Measuring:
@@ -175,7 +172,6 @@ class _Run:
         self._device = torch.device(arguments.device)
         self._computation = Computation(self._device, arguments.temperature, arguments.memory_limit, self._on_layer)
         self._shown: tqdm | None = None
-        self._stopwatch = Stopwatch(self.directory.ledger)
 
     def compute(self) -> None:
         """Compute and write the parts that are not there yet, or not as they were written."""
@@ -187,7 +183,6 @@ class _Run:
     def summary(self, names: Mapping[str, str], identity: Mapping[str, Any]) -> dict[str, Any]:
         """What is written when all parts are there."""
         num_tokens, num_response_tokens = int(self.data.lengths.sum()), int(self.data.response_lengths.sum())
-        seconds = self._stopwatch.seconds
         return {
             "responses": len(self.data),
             "response_tokens": num_response_tokens,
@@ -197,9 +192,9 @@ class _Run:
             "remarks": [remark._asdict() for remark in self.data.remarks()],
             "arguments": {**names, **asdict(self.arguments)},
             "versions": {"python": platform.python_version(), **identity["versions"]},
-            "seconds": round(seconds, 3),
-            "tokens_per_second": round(num_tokens / seconds, 1) if seconds else None,
-            "response_tokens_per_second": round(num_response_tokens / seconds, 1) if seconds else None,
+            "seconds": round(self.directory.ledger.seconds, 3),
+            "tokens_per_second": self.directory.rate(num_tokens),
+            "response_tokens_per_second": self.directory.rate(num_response_tokens),
         }
 
     def _is_written(self, index: int) -> bool:
@@ -238,7 +233,7 @@ class _Run:
             self.directory.begin(TOKENS_DIRECTORY)
             store = HiddenStore.create(directory, lm_head(base))
         with self._bar("base", parts) as shown:
-            self._stopwatch.start()
+            self.directory.start_lap()
             for index in parts:
                 computed = False
                 for samples, keys in self._batches(self._parts[index]):
@@ -252,7 +247,7 @@ class _Run:
                     shown.update(_count_tokens(samples))
                 if computed:
                     with self.directory.writing():
-                        self._stopwatch.save_lap()
+                        self.directory.save_lap()
         return store
 
     @staticmethod
@@ -261,7 +256,7 @@ class _Run:
 
     def _write_parts(self, missing: Sequence[int], statistics: _Statistics) -> None:
         with self._bar("rl" if self.arguments.sequential else "rl and base", missing) as shown:
-            self._stopwatch.start()
+            self.directory.start_lap()
             for index in missing:
                 rows: dict[str, ResponseRows] = {}
                 for samples, keys in self._batches(self._parts[index]):
@@ -274,7 +269,7 @@ class _Run:
                 table = to_table([rows[key] for key in sorted(rows)])
                 with self.directory.writing():
                     self.directory.begin(TOKENS_DIRECTORY)
-                    self._stopwatch.save_lap()
+                    self.directory.save_lap()
                     self.directory.ledger.record(*write_part(self.directory.out, index, table))
 
     def _batches(self, part: tuple[int, int]) -> Iterator[tuple[list[Example], list[str]]]:

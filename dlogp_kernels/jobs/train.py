@@ -34,8 +34,7 @@ from .options import Training, check_training
 from .progress import bar, say
 from .resume.fingerprint import Fingerprints, versions
 from .resume.response_file import PieceFile
-from .resume.run_directory import RunDirectory, State, known_stamps
-from .resume.stopwatch import Stopwatch
+from .resume.run_directory import RunDirectory, known_stamps
 
 MODEL_DIRECTORY = "model"
 _TRAINER_DIRECTORY, _TENSORBOARD_DIRECTORY = "trainer", "tensorboard"
@@ -97,9 +96,9 @@ def run_train(
         "versions": versions(device, "policy_loss_fwd") | {"trl": version("trl")},
     }
     directory = RunDirectory(out, identity, fingerprints.stamps)
-    with directory.claimed(resume=resume, mends=False) as state:
-        if state is State.COMPLETE:
-            return directory.summary()
+    with directory.claimed(resume=resume, mends=False) as finished:
+        if finished is not None:
+            return finished
         reading = read_pair(place, place)
         problems = [
             read_problems(
@@ -121,13 +120,14 @@ def run_train(
         run = _Run(directory, training, loaded_grader, reading.tokenizer, problems, model, progress)
         with directory.writing():
             run.train()
-            summary = run.summary() | {
-                "arguments": {"base": str(base), "data": str(data), "eval_data": eval_data and str(eval_data)}
-                | {"grader": grader, **identity["training"]},
+        names = {"base": str(base), "data": str(data), "eval_data": eval_data and str(eval_data), "grader": grader}
+        return directory.finish(
+            run.summary()
+            | {
+                "arguments": {**names, **identity["training"]},
                 "versions": {"python": platform.python_version(), **identity["versions"]},
             }
-            directory.finish(summary)
-        return summary
+        )
 
 
 @dataclass
@@ -145,7 +145,6 @@ class _Run:
     def __post_init__(self) -> None:
         self._trainer_directory = self.directory.work / _TRAINER_DIRECTORY
         self._log = _Log(self.directory.out, self.directory.ledger)
-        self._stopwatch = Stopwatch(self.directory.ledger)
         self._grader_errors = 0
         self._told = False
 
@@ -165,7 +164,7 @@ class _Run:
                 ),
                 processing_class=self.tokenizer,
             )
-            self._stopwatch.start()
+            self.directory.start_lap()
             if first == 0:
                 self._log.add({"step": 0} | self._evaluate())
             with bar(total=self.training.steps, initial=first, unit=" steps", enabled=self.progress) as shown:
@@ -176,7 +175,7 @@ class _Run:
                 else:
                     # From the checkpoint of the last step the trainer would take one step more.
                     trainer._load_from_checkpoint(str(checkpoints[first]))
-        self._stopwatch.save_lap()
+        self.directory.save_lap()
         self._log.write_csv()
         self._write_model(self.directory.out / MODEL_DIRECTORY)
         # What TensorBoard's writer did in this process and in those before it.
@@ -210,7 +209,7 @@ class _Run:
     def summary(self) -> dict[str, Any]:
         """What the log says of the first and the last measurements."""
         entries = self._log.entries
-        result: dict[str, Any] = {"steps": self.training.steps, "seconds": round(self._stopwatch.seconds, 3)}
+        result: dict[str, Any] = {"steps": self.training.steps, "seconds": round(self.directory.ledger.seconds, 3)}
         for name in ("accuracy", "eval_accuracy", "eval_accuracy_standard_error", "entropy", "length"):
             values = [entry[name] for entry in entries if name in entry]
             if values:
@@ -300,7 +299,7 @@ class _Run:
         show(entry)
 
     def _on_save(self) -> None:
-        self._stopwatch.save_lap()
+        self.directory.save_lap()
         self._log.write_csv()
         checkpoints = complete_checkpoints(self._trainer_directory)
         newest = checkpoints[max(checkpoints)]

@@ -275,8 +275,8 @@ def test_every_option_of_generate_and_sweep_reaches_the_job(dlogp, tmp_path, mon
         received.update(options, arguments=arguments)
         raise JobError("enough")
 
-    monkeypatch.setattr("dlogp_kernels.jobs.generate.run_generate", record)
-    monkeypatch.setattr("dlogp_kernels.jobs.sweep.run_sweep", record)
+    monkeypatch.setattr("dlogp_kernels.jobs.decoding.run_generate", record)
+    monkeypatch.setattr("dlogp_kernels.jobs.decoding.run_sweep", record)
     common = ["--rl", "R", "--base", "B", "--data", "D", "--out", tmp_path, "--draft", "rl", "--grader", "m:f"]
     common += ["--temperature", 0.6, "--top-k", 5, "--top-p", 0.7, "--min-p", 0.01, "--samples", 4]
     common += ["--max-new-tokens", 77, "--stop-token-id", 3, "--stop-token-id", 4, "--batch-size", 9]

@@ -24,8 +24,8 @@ from pair_files import WORDS, Pair, contents, random_rows, write_lines
 from dlogp_kernels.hf import HiddenStore, LmHead
 from dlogp_kernels.hf.tiny import save_local, tiny_qwen3, word_tokenizer
 from dlogp_kernels.jobs import metrics
+from dlogp_kernels.jobs.decoding import run_generate
 from dlogp_kernels.jobs.errors import JobError
-from dlogp_kernels.jobs.generate import run_generate
 from dlogp_kernels.jobs.inputs import models
 from dlogp_kernels.jobs.metrics import run_metrics
 from dlogp_kernels.jobs.options import Decoding

@@ -1,4 +1,4 @@
-"""`jobs.generate` and `jobs.sweep`: what is drawn, what is written, kills and goings-on, and input that can not be."""
+"""`run_generate` and `run_sweep`: what is drawn, what is written, kills and goings-on, and input that can not be."""
 
 import json
 import os
@@ -23,13 +23,12 @@ from pair_files import CONTEXT, VOCABULARY, WORDS, contents, token_ids, write_li
 
 from dlogp_kernels.hf import generate, load_model, load_tokenizer
 from dlogp_kernels.hf.tiny import save_local, tiny_qwen3, word_tokenizer
+from dlogp_kernels.jobs.decoding import run_generate, run_sweep
 from dlogp_kernels.jobs.errors import JobError
-from dlogp_kernels.jobs.generate import run_generate
 from dlogp_kernels.jobs.inputs.models import Reading, find_pair, read_pair
 from dlogp_kernels.jobs.inputs.problems import read_problems
 from dlogp_kernels.jobs.options import Decoding
 from dlogp_kernels.jobs.settings import grid, parse_criteria, parse_numbers
-from dlogp_kernels.jobs.sweep import run_sweep
 from dlogp_kernels.report.responses import BASE, RL, Setting, read_responses
 
 NUM_PROBLEMS = 11
@@ -48,7 +47,7 @@ torch.set_num_threads(1)
 from dlogp_kernels.hf.tiny import load_local
 from dlogp_kernels.jobs.resume import response_file
 from dlogp_kernels.jobs.options import Decoding
-from dlogp_kernels.jobs.sweep import run_sweep
+from dlogp_kernels.jobs.decoding import run_sweep
 from dlogp_kernels.report.responses import Setting
 
 places, settings, seeds, decoding, moments = json.loads(sys.argv[1])

@@ -14,9 +14,9 @@ import json
 import os
 import shutil
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Mapping
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +42,6 @@ def _let_go_of_locks() -> None:
 os.register_at_fork(after_in_child=_let_go_of_locks)
 
 
-class State(Enum):
-    """How far the run in a directory has come."""
-
-    NEW = "new"
-    PARTIAL = "partial"
-    COMPLETE = "complete"
-
-
 class RunDirectory:
     """The directory `out` of the run that `identity` describes (plain JSON values).
 
@@ -65,11 +57,12 @@ class RunDirectory:
         self._identity = json.loads(json.dumps(identity))
         self._stamps = dict(stamps or {})
         self._owner = os.getpid()
+        self._lap_began = time.monotonic()
 
-    def state(self) -> State:
-        """How far the run has come; JobError if the directory is another run's, or holds something else."""
+    def _own_manifest(self) -> dict[str, Any] | None:
+        """None before the first results; JobError if the directory is another run's, or holds something else."""
         if not self.out.exists():
-            return State.NEW
+            return None
         if not self.out.is_dir():
             raise JobError(f"--out {self.out}: it is a file, expected a directory or a name that is free")
         manifest = self.out / MANIFEST_FILE
@@ -81,13 +74,7 @@ class RunDirectory:
                     f"--out {self.out}: it holds other files ({', '.join(strangers[:3])}{'…' * (len(strangers) > 3)}), "
                     "expected a new or empty directory, or that of a run to go on with"
                 )
-            return State.NEW
-        found = self._read_manifest()
-        self._check_identity(found)
-        return State.COMPLETE if "finished" in found else State.PARTIAL
-
-    def _read_manifest(self) -> dict[str, Any]:
-        manifest = self.out / MANIFEST_FILE
+            return None
         try:
             found = read_manifest(manifest)
         except ValueError as error:
@@ -97,25 +84,24 @@ class RunDirectory:
             ) from error
         if found.get("format") != _FORMAT:
             raise JobError(f"--out {self.out}: a run in format {found.get('format')}, this version writes {_FORMAT}")
-        return found
-
-    def _check_identity(self, found: Mapping[str, Any]) -> None:
         differences = list(_differences(found["identity"], self._identity))
         if differences:
             raise JobError(
                 f"--out {self.out}: it holds the run of other arguments or data; choose another directory, or give "
                 "the same again to go on with that run. What differs:\n  " + "\n  ".join(differences)
             )
+        return found
 
     @contextlib.contextmanager
-    def claimed(self, *, resume: bool = False, mends: bool = True) -> Iterator[State]:
+    def claimed(self, *, resume: bool = False, mends: bool = True) -> Iterator[dict[str, Any] | None]:
         """Within this context this process alone writes to the directory, which exists, with its work directory.
 
-        If it is left by an exception before there were any results, the directory is as it was before. A complete run
-        of which a file is damaged is one to go on with where the job `mends` such files; else a JobError. So is a
-        directory without a run where the user insists to `resume` one.
+        It gives the summary of a complete run, for which there is nothing to do. If it is left by an exception before
+        there were any results, the directory is as it was before. A complete run of which a file is damaged is one to
+        go on with where the job `mends` such files; else a JobError. So is a directory without a run where the user
+        insists to `resume` one.
         """
-        if self.state() is State.NEW and resume:
+        if self._own_manifest() is None and resume:
             raise JobError(f"--out {self.out}: --resume is given, but there is no run to go on with")
         created = not self.out.exists()
         with explained_writes(self.out, "choose another directory"):
@@ -124,14 +110,16 @@ class RunDirectory:
         _LOCKS.add(descriptor)
         try:
             self._lock(descriptor)
-            state = self.state()
+            manifest = self._own_manifest()
             with explained_writes(self.out, "choose another directory"):
-                self._clean(state)
+                self._clean(manifest is None)
                 self.ledger = Ledger.read(self.out)
-                if state is State.COMPLETE:
-                    state = self._check_complete(mends)
+                finished = (manifest or {}).get("finished")
+                summary = None if finished is None else self._summary(finished["summary"], mends)
+                if summary is None:
+                    self.work.mkdir(exist_ok=True)
             try:
-                yield state
+                yield summary
             finally:
                 if os.getpid() == self._owner:
                     self._tidy(created)
@@ -148,37 +136,36 @@ class RunDirectory:
         except BlockingIOError as error:
             raise JobError(f"--out {self.out}: another process is writing there") from error
 
-    def _clean(self, state: State) -> None:
+    def _clean(self, new: bool) -> None:
         """Remove what a killed process left half-written."""
-        if state is State.NEW and self.work.exists():
+        if new and self.work.exists():
             shutil.rmtree(self.work)
         for leftover in (
             *self.out.glob(_HALF_WRITTEN),
             *(self.out / TOKENS_DIRECTORY).glob(_HALF_WRITTEN),
             *self.work.rglob(_HALF_WRITTEN),
         ):
-            _remove(leftover)
-        if state is not State.COMPLETE:
-            self.work.mkdir(exist_ok=True)
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink()
 
-    def _check_complete(self, mends: bool) -> State:
-        """Compare every file of a complete run with what was written; the summary is in the manifest before it is."""
-        damaged = list(self.ledger.damaged())
-        if damaged and not mends:
+    def _summary(self, written: dict[str, Any], mends: bool) -> dict[str, Any] | None:
+        """That of a complete run whose files are as they were; it was `written` to the manifest before its own file."""
+        summary, damaged = self.out / SUMMARY_FILE, next(self.ledger.damaged(), None)
+        if damaged is not None and not mends:
             raise JobError(
-                f"--out {self.out}: {damaged[0]} is not what the run wrote, or gone, and can not be made again alone: "
+                f"--out {self.out}: {damaged} is not what the run wrote, or gone, and can not be made again alone: "
                 f"put it back, or remove {self.out} to begin again"
             )
-        if damaged:
-            (self.out / SUMMARY_FILE).unlink(missing_ok=True)
-            self.work.mkdir(exist_ok=True)
-            return State.PARTIAL
-        summary, path = to_json(self._read_manifest()["finished"]["summary"]), self.out / SUMMARY_FILE
-        if not path.exists() or path.read_bytes() != summary:
-            if path.exists():
-                warnings.warn(f"{path} is damaged: it is made again", stacklevel=2)
-            write_atomically(path, summary)
-        return State.COMPLETE
+        if damaged is not None:
+            summary.unlink(missing_ok=True)
+            return None
+        if not summary.exists() or summary.read_bytes() != to_json(written):
+            if summary.exists():
+                warnings.warn(f"{summary} is damaged: it is made again", stacklevel=2)
+            write_atomically(summary, to_json(written))
+        return written
 
     def _tidy(self, created: bool) -> None:
         has_results = (self.out / MANIFEST_FILE).exists()
@@ -191,17 +178,16 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """For what writes to the directory: a failure is a JobError, and a copy of this process does not come here."""
-        self.end_copies()
-        with explained_writes(self.out, _GO_ON):
-            yield
+        """For what writes to the directory: a failure is a JobError, and a copy of this process does not come here.
 
-    def end_copies(self) -> None:
-        """End this process if it is a copy that a user's code (a grader) forked and let go on: two would write."""
+        One that a user's code (a grader) forked and let go on ends: two would write.
+        """
         if os.getpid() != self._owner:
             print(f"--out {self.out}: a forked copy of the process that writes there ends here", file=sys.stderr)
             sys.stderr.flush()
             os._exit(1)
+        with explained_writes(self.out, _GO_ON):
+            yield
 
     def begin(self, *subdirectories: str) -> None:
         """Record whose directory this is, before the first results, and make directories in it; again has no effect."""
@@ -210,19 +196,31 @@ class RunDirectory:
         for name in subdirectories:
             (self.out / name).mkdir(exist_ok=True)
 
-    def finish(self, summary: Mapping[str, Any]) -> None:
-        """Write the summary, which completes the run."""
-        self._write_manifest({"finished": self.ledger.to_json() | {"summary": summary}})
-        write_atomically(self.out / SUMMARY_FILE, to_json(summary))
+    def start_lap(self) -> None:
+        """Begin to take the time of a stretch of computation."""
+        self._lap_began = time.monotonic()
+
+    def save_lap(self) -> None:
+        """Keep the time it took in the ledger, where the next process finds it, and begin the next one."""
+        now = time.monotonic()
+        seconds, self._lap_began = self.ledger.seconds + now - self._lap_began, now
+        self.ledger.record_seconds(seconds)
+
+    def rate(self, count: int) -> float | None:
+        """So many of something, a second of computation; None where nothing was computed."""
+        return round(count / self.ledger.seconds, 1) if self.ledger.seconds else None
+
+    def finish(self, summary: dict[str, Any]) -> dict[str, Any]:
+        """Write the summary, which completes the run, and return it."""
+        with self.writing():
+            self._write_manifest({"finished": self.ledger.to_json() | {"summary": summary}})
+            write_atomically(self.out / SUMMARY_FILE, to_json(summary))
+        return summary
 
     def _write_manifest(self, more: Mapping[str, Any]) -> None:
         manifest = {"format": _FORMAT, "identity": self._identity, "stamps": self._stamps, **more}
         # Through JSON, so that the digest is of what will be read.
         write_atomically(self.out / MANIFEST_FILE, to_json(sealed(json.loads(json.dumps(manifest)))))
-
-    def summary(self) -> dict[str, Any]:
-        """The summary of a complete run."""
-        return json.loads((self.out / SUMMARY_FILE).read_text(encoding="utf-8"))
 
 
 def known_stamps(out: str | Path) -> Mapping[str, Any]:
@@ -236,13 +234,6 @@ def known_stamps(out: str | Path) -> Mapping[str, Any]:
 def to_json(value: Mapping[str, Any]) -> bytes:
     """Indented JSON without NaN and infinities, which JSON does not have."""
     return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
 
 
 def _differences(there: Any, here: Any, name: str = "") -> Iterator[str]:

@@ -1,12 +1,10 @@
 """What all commands are made of: options that are stated with a job, those of the files of a run, and a terminal."""
 
-import functools
 import inspect
 from collections import Counter
-from collections.abc import Callable, Sequence
-from enum import StrEnum
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 from typer.core import TyperCommand
@@ -16,13 +14,6 @@ from ..report.terminal import Terminal
 from ..report.text import printable
 
 console = Terminal()
-
-
-class Drafter(StrEnum):
-    """Who drafts."""
-
-    BASE = "base"
-    RL = "rl"
 
 
 Rl = Annotated[str, typer.Option(help="The RL model: a directory, or a name on the Hub.", show_default=False)]
@@ -38,7 +29,7 @@ ResponsesOut = Annotated[
     Path,
     typer.Option(help="Directory for the responses; a run of the same arguments there goes on.", show_default=False),
 ]
-Draft = Annotated[Drafter, typer.Option(help="Who draws the token that may be replaced.")]
+Draft = Annotated[Literal["base", "rl"], typer.Option(help="Who draws the token that may be replaced.")]
 Grader = Annotated[
     str,
     typer.Option(
@@ -73,17 +64,11 @@ def with_options(kind: type) -> Callable[[Callable[..., None]], Callable[..., No
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        parameters = [_parameter(kind, name, about) for name, about in options_of(kind).items()]
-        fields = {parameter.name: name for parameter, name in zip(parameters, options_of(kind), strict=True)}
-
-        @functools.wraps(command)
-        def called(**given: Any) -> None:
-            command(**{fields.get(name, name): getattr(value, "value", value) for name, value in given.items()})
-
         own = [one for one in inspect.signature(command).parameters.values() if one.kind is not one.VAR_KEYWORD]
-        called.__signature__ = inspect.Signature([*own, *parameters])  # type: ignore[attr-defined]
-        called.__annotations__ = {one.name: one.annotation for one in (*own, *parameters)}
-        return called
+        parameters = [*own, *(_parameter(kind, name, about) for name, about in options_of(kind).items())]
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {one.name: one.annotation for one in parameters}
+        return command
 
     return decorate
 
@@ -97,19 +82,13 @@ def _parameter(kind: type, name: str, about: Option) -> inspect.Parameter:
     elif about.in_bytes:
         annotation, default = (str | None, None) if default is None else (str, f"{default >> 20}MiB")
     elif isinstance(about.check, OneOf):
-        annotation = _words(about.check.choices)
-        default = annotation(default)
+        annotation = Literal[tuple(about.check.choices)]
     # A switch that is off has no second name to switch it off.
-    names = [flag_of(name)] if default is False else []
+    names = [flag_of(about.each or name)] if about.each or default is False else []
     shown = typer.Option(*names, help=about.help, show_default=about.unset or True)
     return inspect.Parameter(
-        about.each or name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[annotation, shown]
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[annotation, shown]
     )
-
-
-def _words(choices: Sequence[str]) -> Any:
-    """The type of an option that is one of these."""
-    return StrEnum("Words", {word: word for word in choices})  # type: ignore[misc]
 
 
 def with_line_limit(options: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from ..jobs.options import Decoding
 from .command import (
     Base,
     Draft,
-    Drafter,
     Grader,
     Problems,
     ResponsesOut,
@@ -39,7 +38,7 @@ def generate(
         typer.Option(help="τ of the criterion, in nats; of random, a probability.", show_default="none"),
     ] = None,
     gamma: Annotated[float, typer.Option(help="γ ≥ 0: how far to go beyond the RL model; 0 replaces only.")] = 0.0,
-    draft: Draft = Drafter.BASE,
+    draft: Draft = "base",
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
     grader: Grader = EXACT,
     resume: Resume = False,

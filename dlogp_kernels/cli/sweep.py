@@ -9,7 +9,6 @@ from ..jobs.options import Decoding
 from .command import (
     Base,
     Draft,
-    Drafter,
     Grader,
     Problems,
     ResponsesOut,
@@ -36,7 +35,7 @@ def sweep(
         ),
     ],
     gamma: Annotated[str, typer.Option(help="Values of γ ≥ 0, such as 0,0.05,0.1; 0 replaces only.")] = "0",
-    draft: Draft = Drafter.BASE,
+    draft: Draft = "base",
     seed: Annotated[str, typer.Option(help="Seeds, such as 0,1,2: responses of all are averaged.")] = "0",
     baselines: Annotated[bool, typer.Option(help="Draw from both models alone, too.")] = True,
     grader: Grader = EXACT,

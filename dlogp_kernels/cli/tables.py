@@ -7,7 +7,6 @@ from typing import Any
 
 from rich.console import Console
 
-from ..jobs.doctor import Report
 from ..ops.backends import BACKENDS, Choice
 from ..report.curves import SweepPlot
 from ..report.figures import Plot, TopToken
@@ -180,33 +179,32 @@ def replaced_token_table(tokens: Sequence[ReplacedToken]) -> TextTable:
     return TextTable("Tokens replaced most often", columns, rows, text_columns=3)
 
 
-def print_report(console: Console, report: Report) -> None:
+def print_report(console: Console, report: Mapping[str, Any]) -> None:
     """What `dlogp doctor` found."""
-    versions = {"python": report.python, **report.versions, **report.tools}
+    versions = {"python": report["python"], **report["versions"], **report["tools"]}
     rows = [(name, version or "not found") for name, version in versions.items()]
     console.print(TextTable("Installation", ("installed", "version"), rows, text_columns=2))
-    console.print(report.torch_trial)
+    console.print(report["torch_trial"])
     console.print(TextTable("Devices", ("device", "properties"), _devices(report), text_columns=2))
-    for device in dict.fromkeys(choice.device for choice in report.backends):
-        _print_choices(console, device, [choice for choice in report.backends if choice.device == device])
+    choices = [Choice(**choice) for choice in report["backends"]]
+    for device in dict.fromkeys(choice.device for choice in choices):
+        _print_choices(console, device, [choice for choice in choices if choice.device == device])
 
 
-def _devices(report: Report) -> list[tuple[str, str]]:
-    cpu = report.processor
-    instruction_sets = ", ".join(cpu.instruction_sets) or "none of the sets that matter"
+def _devices(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    cpu = report["processor"]
     rows = [
         (
             "cpu",
-            f"{cpu.name}, {cpu.cores} cores, {cpu.torch_threads} threads in torch\n"
-            f"torch uses {cpu.capability}; it has {instruction_sets}",
+            f"{cpu['name']}, {cpu['cores']} cores, {cpu['torch_threads']} threads in torch\ntorch uses "
+            f"{cpu['capability']}; it has {', '.join(cpu['instruction_sets']) or 'none of the sets that matter'}",
         )
     ]
-    for gpu in report.gpus:
-        rows.append(
-            (f"cuda:{gpu.number}", f"{gpu.name}, compute capability {gpu.compute_capability}, {gpu.memory_gib} GiB")
-        )
-    if not report.gpus:
-        build = f"built with CUDA {report.cuda}" if report.cuda else "built without CUDA"
+    for gpu in report["gpus"]:
+        capability = f"compute capability {gpu['compute_capability']}"
+        rows.append((f"cuda:{gpu['number']}", f"{gpu['name']}, {capability}, {gpu['memory_gib']} GiB"))
+    if not report["gpus"]:
+        build = f"built with CUDA {report['cuda']}" if report["cuda"] else "built without CUDA"
         rows.append(("cuda", f"none: torch sees no CUDA device (it is {build})"))
     return rows
 

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sysconfig
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import torch
 
@@ -41,64 +41,23 @@ _INSTRUCTION_SETS = (
 )
 
 
-class Processor(NamedTuple):
-    """The CPU: its name, what PyTorch uses of it, the instruction sets that matter, cores and threads."""
+def examine() -> dict[str, Any]:
+    """Look at the machine and at the installation, and change nothing; plain values, as `dlogp doctor --json` has them.
 
-    name: str
-    capability: str
-    instruction_sets: list[str]
-    cores: int
-    torch_threads: int
-
-
-class Gpu(NamedTuple):
-    """One CUDA device."""
-
-    number: int
-    name: str
-    compute_capability: str
-    memory_gib: float
-
-
-class Report(NamedTuple):
-    """What `dlogp doctor` shows; `versions` and `tools` map a name to None where it is missing.
-
-    `torch_trial` says where this version was tried with the installed torch, or with which ones instead.
+    `versions` and `tools` map a name to None where it is missing; `torch_trial` says where this version was tried with
+    the installed torch, or with which ones instead.
     """
-
-    python: str
-    system: str
-    versions: dict[str, str | None]
-    tools: dict[str, str | None]
-    torch_trial: str
-    processor: Processor
-    cuda: str | None
-    gpus: list[Gpu]
-    backends: list[backends.Choice]
-
-    def to_json(self) -> dict[str, object]:
-        """The report as plain dictionaries and lists."""
-        return {
-            **self._asdict(),
-            "processor": self.processor._asdict(),
-            "gpus": [gpu._asdict() for gpu in self.gpus],
-            "backends": [choice._asdict() for choice in self.backends],
-        }
-
-
-def examine() -> Report:
-    """Look at the machine and at the installation; nothing is changed."""
-    return Report(
-        python=platform.python_version(),
-        system=platform.platform(),
-        versions={"dlogp_kernels": __version__, **{name: _version(name) for name in _PACKAGES}},
-        tools={name: _first_tool(candidates) for name, candidates in _TOOLS.items()},
-        torch_trial=_torch_trial(),
-        processor=_processor(),
-        cuda=torch.version.cuda,
-        gpus=_gpus(),
-        backends=backends.report(),
-    )
+    return {
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "versions": {"dlogp_kernels": __version__, **{name: _version(name) for name in _PACKAGES}},
+        "tools": {name: _first_tool(candidates) for name, candidates in _TOOLS.items()},
+        "torch_trial": _torch_trial(),
+        "processor": _processor(),
+        "cuda": torch.version.cuda,
+        "gpus": _gpus(),
+        "backends": [choice._asdict() for choice in backends.report()],
+    }
 
 
 def _torch_trial() -> str:
@@ -140,16 +99,17 @@ def _tool_version(path: str) -> str:
     return next((line for line in lines if "release" in line), lines[0] if lines else "version unknown")
 
 
-def _processor() -> Processor:
+def _processor() -> dict[str, Any]:
+    """The CPU, the instruction sets that matter of those it has, and what PyTorch uses of it."""
     fields = _cpuinfo()
     flags = set(fields.get("flags", fields.get("Features", "")).split())
-    return Processor(
-        name=fields.get("model name") or platform.processor() or platform.machine(),
-        capability=torch.backends.cpu.get_cpu_capability(),
-        instruction_sets=[name for name in _INSTRUCTION_SETS if name in flags],
-        cores=os.cpu_count() or 1,
-        torch_threads=torch.get_num_threads(),
-    )
+    return {
+        "name": fields.get("model name") or platform.processor() or platform.machine(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "instruction_sets": [name for name in _INSTRUCTION_SETS if name in flags],
+        "cores": os.cpu_count() or 1,
+        "torch_threads": torch.get_num_threads(),
+    }
 
 
 def _cpuinfo() -> dict[str, str]:
@@ -162,12 +122,14 @@ def _cpuinfo() -> dict[str, str]:
     return {name.strip(): value.strip() for name, _, value in pairs}
 
 
-def _gpus() -> list[Gpu]:
-    if not torch.cuda.is_available():
-        return []
-    gpus = []
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        capability = f"{properties.major}.{properties.minor}"
-        gpus.append(Gpu(index, properties.name, capability, round(properties.total_memory / 2**30, 1)))
-    return gpus
+def _gpus() -> list[dict[str, Any]]:
+    found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count() if torch.cuda.is_available() else 0))
+    return [
+        {
+            "number": number,
+            "name": gpu.name,
+            "compute_capability": f"{gpu.major}.{gpu.minor}",
+            "memory_gib": round(gpu.total_memory / 2**30, 1),
+        }
+        for number, gpu in enumerate(found)
+    ]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from .allowed import check_options
 from .errors import JobError, explained_computation
 from .inputs.models import ModelPlace, check_device, find_pair, read_pair, warn_of_rounding
 from .inputs.records import Encoder, Example, line_limit, read_records
-from .options import Measuring, MeasuringOptions
+from .options import Measuring
 from .progress import bar, note, show_layer
 from .resume.fingerprint import Fingerprints, versions
 from .resume.plan import cut_batches, cut_parts
@@ -50,7 +50,7 @@ def run_metrics(
     *,
     resume: bool = False,
     progress: bool = True,
-    **options: Unpack[MeasuringOptions],
+    **options: Any,
 ) -> dict[str, Any]:
     """Compute the statistics of every response token of `data` and write them to the directory `out`.
 
@@ -62,10 +62,11 @@ def run_metrics(
             an error, and stays as it is.
         resume: insist that `out` holds a run to go on with; without it a new run may begin.
         progress: show progress and broken lines on stderr.
-        options: those of `jobs.options.Measuring`. The softmax is in float32 whatever `dtype` is; with `sequential` the
-            base model runs over all the data first, and its hidden states are on disk (below `out`) until the RL model
-            has run: the numbers are the same. A line that can not be used is, for `on_error`, a JobError that names it
-            before any model is run, or is skipped and listed in the summary.
+        options: the fields of `jobs.options.Measuring`, sizes also as text such as "4GiB". The softmax is in float32
+            whatever `dtype` is; with `sequential` the base model runs over all the data first, and its hidden states
+            are on disk (below `out`) until the RL model has run: the numbers are the same. A line that can not be used
+            is, for `on_error`, a JobError that names it before any model is run, or is skipped and listed in the
+            summary.
 
     Returns:
         What `summary.json` holds.
@@ -73,7 +74,7 @@ def run_metrics(
     Raises:
         JobError: an argument, the data, a model or the directory can not be used, or the disk is full.
     """
-    arguments = _checked(options)
+    arguments = _checked(Measuring(**options))
     rl_place, base_place = find_pair(rl, base, trust_remote_code=arguments.trust_remote_code)
     data_path = Path(data)
     # Opened here for the errors of a file that is missing or empty, before anything else is looked at.
@@ -101,7 +102,7 @@ def run_metrics(
                     bar(enabled=progress, iterable=records, desc="reading", unit=" lines", leave=False),
                     encoder,
                     skip_broken=arguments.on_error == "skip",
-                    on_broken=_Announcer(progress),
+                    on_broken=_announce if progress else None,
                 )
         prepared = PreparedData(directory.work)
         _check_not_empty(data_path, prepared)
@@ -115,9 +116,8 @@ def run_metrics(
         return directory.finish(summary)
 
 
-def _checked(options: MeasuringOptions) -> Measuring:
+def _checked(given: Measuring) -> Measuring:
     """The options in plain types, the default device named; JobError for a value that can not be."""
-    given = Measuring(**dict[str, Any](options))
     try:
         memory_limit = None if given.memory_limit is None else as_bytes(given.memory_limit)
     except ValueError as error:
@@ -138,19 +138,12 @@ def _check_not_empty(data: Path, prepared: PreparedData) -> None:
     raise JobError(f"--data {data}: there is no line in it, expected one response a line")
 
 
-class _Announcer:
-    """Shows broken lines as they are found, the first few in full."""
-
-    def __init__(self, enabled: bool) -> None:
-        self._enabled = enabled
-        self._count = 0
-
-    def __call__(self, broken: BrokenLineReport) -> None:
-        self._count += 1
-        if self._enabled and self._count <= _SHOWN_BROKEN_LINES:
-            note(f"skipped line {broken.line}: {broken.reason}")
-        if self._enabled and self._count == _SHOWN_BROKEN_LINES + 1:
-            note("more lines are skipped; summary.json will list them all")
+def _announce(broken: Sequence[BrokenLineReport]) -> None:
+    """Show the line that was found last, of the first few."""
+    if len(broken) <= _SHOWN_BROKEN_LINES:
+        note(f"skipped line {broken[-1].line}: {broken[-1].reason}")
+    elif len(broken) == _SHOWN_BROKEN_LINES + 1:
+        note("more lines are skipped; summary.json will list them all")
 
 
 @dataclass

@@ -6,7 +6,6 @@ So nothing heavy is imported here.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, TypedDict
 
 from ..checks import check_drawing_temperature, check_factor, check_scale
 from ..reference.policy import REWEIGHT_SIGNS, REWEIGHTS
@@ -56,20 +55,6 @@ class Measuring:
     max_line_size: int = _max_line_size()
 
 
-class MeasuringOptions(TypedDict, total=False):
-    """The fields of `Measuring` as keyword arguments of `run_metrics`, where sizes may be text such as "4GiB"."""
-
-    memory_limit: int | str | None
-    batch_tokens: int
-    dtype: str
-    device: str | None
-    sequential: bool
-    on_error: Literal["raise", "skip"]
-    temperature: float
-    trust_remote_code: bool
-    max_line_size: int | str
-
-
 @dataclass(frozen=True)
 class Decoding:
     """What all settings of a run of `dlogp generate` or `dlogp sweep` share.
@@ -98,16 +83,6 @@ class Decoding:
     trust_remote_code: bool = _trust_remote_code()
     grader_timeout: float = _grader_timeout()
     max_line_size: int = _max_line_size()
-
-    @property
-    def filters(self) -> dict[str, Any]:
-        """The arguments of both draws, by the names that the op has for them."""
-        return {
-            "temperature": float(self.temperature),
-            "top_k": self.top_k,
-            "top_p": float(self.top_p),
-            "min_p": float(self.min_p),
-        }
 
     @property
     def problems_per_chunk(self) -> int:

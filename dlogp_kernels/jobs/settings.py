@@ -9,7 +9,7 @@ import torch
 
 from ..reference.sampling import CRITERIA, WITH_THRESHOLD
 from ..report.responses import BASE, RL, Setting
-from .allowed import check_value, integer, number
+from .allowed import OneOf, check_value, integer, number
 from .errors import JobError
 from .options import FACTOR
 
@@ -17,6 +17,7 @@ from .options import FACTOR
 _LARGEST = torch.finfo(torch.float32).max
 _Number = TypeVar("_Number", int, float)
 _SEED = integer(0, 2**64)
+_CRITERION, _DRAFT = OneOf(CRITERIA), OneOf(("base", "rl"), "base or rl")
 _PROBABILITY = number("in [0, 1], a probability, for random", lambda value: 0 <= value <= 1)
 _THRESHOLD = number(
     "within the range of float32 (the criterion none replaces nowhere, all everywhere)",
@@ -64,8 +65,7 @@ def parse_criteria(texts: Sequence[str]) -> dict[str, list[float]]:
         name, colon, thresholds = text.partition(":")
         if name in criteria:
             raise JobError(f"--criterion {name} is given twice, expected its thresholds in one list: {name}:τ,τ…")
-        if name not in CRITERIA:
-            raise JobError(f"--criterion is {name!r}, expected one of {', '.join(CRITERIA)}")
+        check_value(_CRITERION, "--criterion", name)
         criteria[name] = parse_numbers(f"--criterion {name}", thresholds, float) if colon else []
     return criteria
 
@@ -99,8 +99,7 @@ def check_settings(settings: Sequence[Setting], seeds: Sequence[int]) -> None:
 
 def _check_setting(setting: Setting) -> None:
     criterion, threshold, gamma, draft = setting
-    if criterion not in CRITERIA:
-        raise JobError(f"--criterion is {criterion!r}, expected one of {', '.join(CRITERIA)}")
+    check_value(_CRITERION, "--criterion", criterion)
     if criterion not in WITH_THRESHOLD and threshold is not None:
         raise JobError(f"--threshold is {threshold:g}, but the criterion {criterion} has none")
     if criterion in WITH_THRESHOLD and threshold is None:
@@ -108,8 +107,7 @@ def _check_setting(setting: Setting) -> None:
     if threshold is not None:
         _check_threshold(criterion, threshold)
     check_value(FACTOR, "--gamma", gamma)
-    if draft not in ("base", "rl"):
-        raise JobError(f"--draft is {draft!r}, expected base or rl")
+    check_value(_DRAFT, "--draft", draft)
 
 
 def _check_threshold(criterion: str, threshold: float) -> None:

@@ -1,6 +1,5 @@
 """The command line: arguments reach the jobs, errors are one message on stderr, and `doctor` tells what there is."""
 
-import dataclasses
 import inspect
 import io
 import json
@@ -35,7 +34,7 @@ from dlogp_kernels.demo.generate import PAIR_DIRECTORY
 from dlogp_kernels.jobs.errors import JobError
 from dlogp_kernels.jobs.inputs.records import line_limit
 from dlogp_kernels.jobs.metrics import run_metrics
-from dlogp_kernels.jobs.options import Decoding, Measuring, MeasuringOptions, Training
+from dlogp_kernels.jobs.options import Decoding, Training
 from dlogp_kernels.report.responses import RL, Setting, collect, read_responses
 
 
@@ -53,7 +52,6 @@ def test_defaults_are_those_of_the_jobs():
             default = parameters[name].default
             default = line_limit(default) if name == "max_line_size" else getattr(default, "value", default)
             assert default == getattr(job, name), name
-    assert list(MeasuringOptions.__annotations__) == [field.name for field in dataclasses.fields(Measuring)]
 
 
 def metrics_arguments(pair: Pair, out: Path) -> list[object]:

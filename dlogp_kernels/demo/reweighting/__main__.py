@@ -123,7 +123,7 @@ def _environment() -> dict[str, Any]:
     failed, commit, _ = collect_env.run(f"git -C {Path(__file__).parent} describe --always --abbrev=10 --dirty")
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": doctor.examine().processor.name,
+        "machine": doctor.examine()["processor"]["name"],
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_average_at_start": os.getloadavg()[0],

@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,11 +56,11 @@ def prepare(
     encode: Encoder,
     *,
     skip_broken: bool,
-    on_broken: Callable[[BrokenLineReport], None],
+    on_broken: Callable[[Sequence[BrokenLineReport]], None] | None,
 ) -> None:
     """Encode all records into `directory`, whose files are in the ledger when that is done.
 
-    A broken line is told to `on_broken` and left out if `skip_broken`, else a JobError with its number.
+    A broken line is left out if `skip_broken`, and `on_broken` is given all so far; else a JobError with its number.
     """
     broken: list[BrokenLineReport] = []
 
@@ -72,7 +72,8 @@ def prepare(
                 if not skip_broken:
                     raise JobError(f"--data: line {record.line}: {error}") from error
                 broken.append(BrokenLineReport(record.line, str(error)))
-                on_broken(broken[-1])
+                if on_broken is not None:
+                    on_broken(broken)
 
     with replaced_atomically(directory / _SAMPLES_FILE) as temporary:
         _write_samples(temporary, samples())

@@ -6,12 +6,11 @@ as many threads: how many share a matrix product shows in the last bit.)
 """
 
 import itertools
-import platform
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +31,7 @@ from .options import Decoding
 from .progress import bar, layers_told, say, show_layer
 from .resume.fingerprint import Fingerprints, versions
 from .resume.response_file import ResponseFile
-from .resume.run_directory import RunDirectory, known_stamps
+from .resume.run_directory import RunDirectory
 from .settings import check_settings
 from .token_text import TokenTexts
 
@@ -104,18 +103,17 @@ def run_sweep(
     decoding = decoding or Decoding()
     check_settings(settings, seeds)
     check_options(decoding)
-    device = check_device(decoding.device)
+    device, stops = check_device(decoding.device), decoding.stop_token_ids
+    decoding = replace(decoding, device=device, stop_token_ids=None if stops is None else list(stops))
     loaded_grader = load_grader(grader, timeout=decoding.grader_timeout)
     places = find_pair(rl, base, trust_remote_code=decoding.trust_remote_code)
     check_problems("--data", Path(data))
-    fingerprints = Fingerprints(known_stamps(out), progress=progress)
-    stops = decoding.stop_token_ids
-    options = asdict(decoding) | {"device": device, "stop_token_ids": None if stops is None else list(stops)}
+    fingerprints = Fingerprints(out, progress=progress)
     identity: dict[str, Any] = {
         "command": command,
         "settings": [setting._asdict() for setting in settings],
         "seeds": list(seeds),
-        "decoding": options,
+        "decoding": asdict(decoding),
         "grader": dict(loaded_grader.identity),
         "data": fingerprints.file(Path(data)),
         "rl": fingerprints.model(places[0]),
@@ -145,13 +143,8 @@ def run_sweep(
         )
         run.compute(places)
         names = {"rl": str(rl), "base": str(base), "data": str(data), "grader": grader}
-        return directory.finish(
-            run.summary()
-            | {
-                "arguments": {"command": command, **names, "seeds": list(seeds), **options},
-                "versions": {"python": platform.python_version(), **identity["versions"]},
-            }
-        )
+        arguments = {"command": command, **names, "seeds": list(seeds), **identity["decoding"]}
+        return directory.finish(run.summary(), arguments)
 
 
 class _Chunk(NamedTuple):
@@ -204,7 +197,7 @@ class _Run:
         if damaged:
             warnings.warn(f"{file.path} is damaged: what is lost is drawn again", stacklevel=2)
         for index in (index for index in damaged if index < num_kept):
-            responses = self._draw(self.chunks[index], models)
+            responses = self._draw(self.chunks[index], models, _Progress(bar(enabled=False)))
             with self.directory.writing():
                 file.mend(index, responses, sum(lengths[:index]) + 1)
         for response in file.responses():
@@ -226,7 +219,7 @@ class _Run:
                 progress.end(self._collector.result(chunk.setting))
 
     def summary(self) -> dict[str, Any]:
-        """What is written when all responses are there; without arguments and versions."""
+        """What is written when all responses are there."""
         results = self._collector.results()
         tokens = sum(result.tokens for result in results)
         return {
@@ -234,11 +227,10 @@ class _Run:
             "responses": sum(result.responses for result in results),
             "tokens": tokens,
             "grader_errors": sum(result.grader_errors for result in results),
-            "seconds": round(self.directory.ledger.seconds, 3),
             "tokens_per_second": self.directory.rate(tokens),
         }
 
-    def _draw(self, chunk: _Chunk, models: Sequence[Any], progress: "_Progress | None" = None) -> list[Response]:
+    def _draw(self, chunk: _Chunk, models: Sequence[Any], progress: "_Progress") -> list[Response]:
         """The graded responses of a chunk, samples of a problem one after another."""
         samples = self.decoding.samples
         input_ids, attention_mask = pad_left([problem.prompt_ids for problem in chunk.problems], self.device)
@@ -246,14 +238,12 @@ class _Run:
             [problem.number * samples + sample for problem in chunk.problems for sample in range(samples)],
             device=self.device,
         )
-        on_layer = None if progress is None else progress.on_layer
-        with _explained_generation(), layers_told(models, on_layer) as enough:
+        with _explained_generation(), layers_told(models, progress.on_layer) as enough:
             rl, base = models
 
             def on_step(*counts: int) -> None:
                 enough()
-                if progress is not None:
-                    progress.on_step(*counts)
+                progress.on_step(*counts)
 
             generation = generate(
                 rl,

@@ -6,7 +6,6 @@ parts appear whole or not at all. (On the same machine with as many threads: how
 the last bit.)
 """
 
-import platform
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -30,7 +29,7 @@ from .progress import bar, note, show_layer
 from .resume.fingerprint import Fingerprints, versions
 from .resume.plan import cut_batches, cut_parts
 from .resume.prepared import BrokenLineReport, PreparedData, prepare
-from .resume.run_directory import RunDirectory, known_stamps
+from .resume.run_directory import RunDirectory
 from .summary import describe
 from .token_statistics import Computation, measure, response_hidden
 from .token_text import TokenTexts
@@ -79,7 +78,7 @@ def run_metrics(
     data_path = Path(data)
     # Opened here for the errors of a file that is missing or empty, before anything else is looked at.
     records = read_records(data_path, arguments.max_line_size)
-    fingerprints = Fingerprints(known_stamps(out), progress=progress)
+    fingerprints = Fingerprints(out, progress=progress)
     identity = {
         "arguments": asdict(arguments),
         "data": fingerprints.file(data_path),
@@ -94,7 +93,7 @@ def run_metrics(
         reading = read_pair(rl_place, base_place)
         warn_of_rounding(rl_place, base_place, arguments.dtype)
         if not PreparedData.exists(directory.work, directory.ledger):
-            encoder = Encoder(reading.tokenizer, vocabulary=reading.vocabulary, context=reading.context)
+            encoder = Encoder(*reading)
             with directory.writing():
                 prepare(
                     directory.work,
@@ -111,9 +110,9 @@ def run_metrics(
         texts = TokenTexts(reading.tokenizer)
         run = _Run(directory, arguments, prepared, texts, rl_place, base_place, fingerprints, progress)
         run.compute()
-        summary = run.summary({"rl": str(rl), "base": str(base), "data": str(data)}, identity)
-        _warn_of_nan(summary)
-        return directory.finish(summary)
+        found = run.summary()
+        _warn_of_nan(found)
+        return directory.finish(found, {"rl": str(rl), "base": str(base), "data": str(data), **asdict(arguments)})
 
 
 def _checked(given: Measuring) -> Measuring:
@@ -173,7 +172,7 @@ class _Run:
             statistics = self._from_disk(missing) if self.arguments.sequential else self._from_both_models()
             self._write_parts(missing, statistics)
 
-    def summary(self, names: Mapping[str, str], identity: Mapping[str, Any]) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
         """What is written when all parts are there."""
         num_tokens, num_response_tokens = int(self.data.lengths.sum()), int(self.data.response_lengths.sum())
         return {
@@ -183,9 +182,6 @@ class _Run:
             "sources": describe(TokenDataset(self.directory.out, verify=False)),
             "broken_lines": [broken._asdict() for broken in self.data.broken],
             "remarks": [remark._asdict() for remark in self.data.remarks()],
-            "arguments": {**names, **asdict(self.arguments)},
-            "versions": {"python": platform.python_version(), **identity["versions"]},
-            "seconds": round(self.directory.ledger.seconds, 3),
             "tokens_per_second": self.directory.rate(num_tokens),
             "response_tokens_per_second": self.directory.rate(num_response_tokens),
         }

@@ -36,7 +36,7 @@ def show_layer(shown: tqdm, done: int, total: int) -> None:
 
 
 @contextmanager
-def layers_told(models: Sequence[Any], on_layer: OnLayer | None) -> Iterator[Callable[[], None]]:
+def layers_told(models: Sequence[Any], on_layer: OnLayer) -> Iterator[Callable[[], None]]:
     """Within this context, or until the function that it gives is called, `on_layer` hears of each layer that ran."""
     layers = [layer for model in {id(model): model for model in models}.values() for layer in _layers(model)]
     done = 0
@@ -44,10 +44,9 @@ def layers_told(models: Sequence[Any], on_layer: OnLayer | None) -> Iterator[Cal
     def count(*_: object) -> None:
         nonlocal done
         done = done % len(layers) + 1
-        assert on_layer is not None
         on_layer(done, len(layers))
 
-    handles = [] if on_layer is None else [layer.register_forward_hook(count) for layer in layers]
+    handles = [layer.register_forward_hook(count) for layer in layers]
 
     def stop() -> None:
         while handles:

@@ -20,7 +20,7 @@ class Computation(NamedTuple):
     device: torch.device
     temperature: float
     memory_limit: int | None
-    on_layer: OnLayer | None = None
+    on_layer: OnLayer
 
 
 class _Batch(NamedTuple):

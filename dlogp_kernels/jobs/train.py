@@ -2,13 +2,10 @@
 
 import importlib.util
 import math
-import os
-import platform
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +15,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from tqdm import tqdm
+from transformers.integrations import TensorBoardCallback
 
 from ..hf import generate
 from ..report.files import sync, sync_tree, temporary_path, write_atomically
@@ -34,7 +32,7 @@ from .options import Training, check_training
 from .progress import bar, say
 from .resume.fingerprint import Fingerprints, versions
 from .resume.response_file import PieceFile
-from .resume.run_directory import RunDirectory, known_stamps
+from .resume.run_directory import RunDirectory
 
 MODEL_DIRECTORY = "model"
 _TRAINER_DIRECTORY, _TENSORBOARD_DIRECTORY = "trainer", "tensorboard"
@@ -80,15 +78,16 @@ def run_train(
     training = training or Training()
     check_training(training)
     device = check_device(training.device)
+    training = replace(training, device=device)
     loaded_grader = load_grader(grader, timeout=training.grader_timeout)
     place = find_model("--base", base, trust_remote_code=training.trust_remote_code)
     files = {"--data": Path(data)} if eval_data is None else {"--data": Path(data), "--eval-data": Path(eval_data)}
     for option, file in files.items():
         check_problems(option, file)
-    fingerprints = Fingerprints(known_stamps(out), progress=progress)
+    fingerprints = Fingerprints(out, progress=progress)
     identity: dict[str, Any] = {
         "command": "train",
-        "training": asdict(training) | {"device": device},
+        "training": asdict(training),
         "grader": dict(loaded_grader.identity),
         "data": fingerprints.file(files["--data"]),
         "eval_data": None if eval_data is None else fingerprints.file(files["--eval-data"]),
@@ -121,13 +120,7 @@ def run_train(
         with directory.writing():
             run.train()
         names = {"base": str(base), "data": str(data), "eval_data": eval_data and str(eval_data), "grader": grader}
-        return directory.finish(
-            run.summary()
-            | {
-                "arguments": {**names, **identity["training"]},
-                "versions": {"python": platform.python_version(), **identity["versions"]},
-            }
-        )
+        return directory.finish(run.summary(), {**names, **identity["training"]})
 
 
 @dataclass
@@ -154,32 +147,35 @@ class _Run:
         checkpoints = self._whole_checkpoints()
         first = max(checkpoints, default=0)
         self._log.restart(checkpoints.get(first))
-        with _tensorboard(self.directory.out / _TENSORBOARD_DIRECTORY) as reports:
-            trainer = ReweightedGRPOTrainer(
-                self.model,
-                self._reward(),
-                self._config(self._trainer_directory, reports),
-                Dataset.from_list(
-                    [{"prompt": problem.prompt_ids, "number": problem.number} for problem in self.problems[0]]
-                ),
-                processing_class=self.tokenizer,
-            )
-            self.directory.start_lap()
-            if first == 0:
-                self._log.add({"step": 0} | self._evaluate())
-            with bar(total=self.training.steps, initial=first, unit=" steps", enabled=self.progress) as shown:
-                show = partial(_show, shown, {})
-                report_to(trainer, lambda step, metrics: self._on_step(step, metrics, show), self._on_save)
-                if first < self.training.steps:
-                    trainer.train(resume_from_checkpoint=str(checkpoints[first]) if first else None)
-                else:
-                    # From the checkpoint of the last step the trainer would take one step more.
-                    trainer._load_from_checkpoint(str(checkpoints[first]))
+        trainer = ReweightedGRPOTrainer(
+            self.model,
+            self.grade,
+            self._config(),
+            Dataset.from_list(
+                [{"prompt": problem.prompt_ids, "number": problem.number} for problem in self.problems[0]]
+            ),
+            processing_class=self.tokenizer,
+        )
+        events = self.directory.out / _TENSORBOARD_DIRECTORY
+        self.directory.start_lap()
+        if first == 0:
+            self._log.add({"step": 0} | self._evaluate())
+        with bar(total=self.training.steps, initial=first, unit=" steps", enabled=self.progress) as shown:
+            show = partial(_show, shown, {})
+            report_to(trainer, lambda step, metrics: self._on_step(step, metrics, show), self._on_save)
+            if first < self.training.steps:
+                if importlib.util.find_spec("tensorboard") is not None:
+                    from torch.utils.tensorboard import SummaryWriter
+
+                    trainer.add_callback(TensorBoardCallback(SummaryWriter(events)))
+                trainer.train(resume_from_checkpoint=str(checkpoints[first]) if first else None)
+            else:
+                # From the checkpoint of the last step the trainer would take one step more.
+                trainer._load_from_checkpoint(str(checkpoints[first]))
         self.directory.save_lap()
         self._log.write_csv()
         self._write_model(self.directory.out / MODEL_DIRECTORY)
         # What TensorBoard's writer did in this process and in those before it.
-        events = self.directory.out / _TENSORBOARD_DIRECTORY
         self.directory.ledger.record_files(_files_below(events))
 
     def _whole_checkpoints(self) -> dict[int, Path]:
@@ -209,17 +205,17 @@ class _Run:
     def summary(self) -> dict[str, Any]:
         """What the log says of the first and the last measurements."""
         entries = self._log.entries
-        result: dict[str, Any] = {"steps": self.training.steps, "seconds": round(self.directory.ledger.seconds, 3)}
+        result: dict[str, Any] = {"steps": self.training.steps}
         for name in ("accuracy", "eval_accuracy", "eval_accuracy_standard_error", "entropy", "length"):
             values = [entry[name] for entry in entries if name in entry]
             if values:
                 result[f"first_{name}"], result[f"last_{name}"] = values[0], values[-1]
         return result | {"grader_errors": sum(entry.get("grader_errors", 0) for entry in entries)}
 
-    def _config(self, directory: Path, reports: list[str]) -> ReweightedGRPOConfig:
+    def _config(self) -> ReweightedGRPOConfig:
         training = self.training
         return ReweightedGRPOConfig(
-            output_dir=str(directory),
+            output_dir=str(self._trainer_directory),
             max_steps=training.steps,
             per_device_train_batch_size=training.rows,
             gradient_accumulation_steps=training.responses_per_step // training.rows,
@@ -254,34 +250,27 @@ class _Run:
             save_total_limit=_KEPT_CHECKPOINTS,
             logging_strategy="steps",
             logging_steps=1,
-            report_to=reports,
+            report_to=[],
             disable_tqdm=True,
         )
 
-    def _reward(self) -> Callable[..., list[float | None]]:
-        def grade(completion_ids: Sequence[list[int]], number: Sequence[int], **_: Any) -> list[float | None]:
-            return [
-                self._score(ids, self.problems[0][place]) for ids, place in zip(completion_ids, number, strict=True)
-            ]
-
-        return grade
+    def grade(self, completion_ids: Sequence[list[int]], number: Sequence[int], **_: Any) -> list[float | None]:
+        """The reward, as the trainer asks for it and names it in its log."""
+        return [self._score(ids, self.problems[0][place]) for ids, place in zip(completion_ids, number, strict=True)]
 
     def _score(self, ids: Sequence[int], problem: Problem) -> float | None:
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
         result = self.grader(text, problem.columns)
         if result.error is not None:
             self._grader_errors += 1
-            self._tell_once(problem, result.error)
+            if not self._told:
+                self._told = True
+                warnings.warn(
+                    f"the grader gave no score to a response to the problem {problem.problem_id}: {result.error}; such "
+                    "responses teach nothing, and are counted in the log",
+                    stacklevel=2,
+                )
         return result.score
-
-    def _tell_once(self, problem: Problem, error: str) -> None:
-        if not self._told:
-            self._told = True
-            warnings.warn(
-                f"the grader gave no score to a response to the problem {problem.problem_id}: {error}; such responses "
-                "teach nothing, and are counted in the log",
-                stacklevel=2,
-            )
 
     def _on_step(self, step: int, metrics: Mapping[str, Any], show: Callable[[Mapping[str, Any]], None]) -> None:
         entry = to_entry(step, metrics)
@@ -328,14 +317,12 @@ class _Run:
         )
         rows = zip(drawn.tokens.tolist(), drawn.lengths.tolist(), strict=True)
         before = self._grader_errors
-        scores = [self._score(tokens[:length], held_out[row // samples]) for row, (tokens, length) in enumerate(rows)]
+        graded = [self._score(tokens[:length], held_out[row // samples]) for row, (tokens, length) in enumerate(rows)]
         # Those of the responses that were learned from are counted.
         self._grader_errors = before
-        groups = [
-            [score for score in scores[i : i + samples] if score is not None] for i in range(0, len(scores), samples)
-        ]
+        scores = np.array(graded, np.float64).reshape(-1, samples)
         entry: dict[str, Any] = {"eval_length": float(drawn.lengths.float().mean())}
-        accuracy = estimate(np.array(list(map(sum, groups))), np.array(list(map(len, groups))))
+        accuracy = estimate(np.nansum(scores, axis=1), np.isfinite(scores).sum(axis=1))
         if accuracy is not None:
             entry["eval_accuracy"] = accuracy.mean
             if accuracy.standard_error is not None:
@@ -388,21 +375,3 @@ def _show(shown: tqdm, last: dict[str, str], entry: Mapping[str, Any]) -> None:
         if name in entry:
             last[title] = f"{entry[name]:.3g}" if name == "loss" else f"{entry[name]:.3f}".rstrip("0").rstrip(".")
     say(shown, ", ".join(f"{title} {text}" for title, text in last.items()), 1)
-
-
-@contextmanager
-def _tensorboard(directory: Path) -> Iterator[list[str]]:
-    """What the trainer is to report to: TensorBoard, in `directory`, where it is installed."""
-    if importlib.util.find_spec("tensorboard") is None:
-        yield []
-        return
-    name = "TENSORBOARD_LOGGING_DIR"
-    before = os.environ.get(name)
-    os.environ[name] = str(directory)
-    try:
-        yield ["tensorboard"]
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before

@@ -7,7 +7,6 @@ can not be measured, and the line is refused.
 
 import contextlib
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 from .values import BrokenLine
@@ -46,11 +45,6 @@ def _opening(tokenizer: Any, plain: list[int], wrapped: list[int]) -> list[int]:
         if wrapped[begin : begin + len(plain)] == plain:
             return wrapped[:begin]
     raise BrokenLine(f"the tokenizer splits the prompt otherwise beside special tokens: {GIVE_IDS}")
-
-
-def encode_pair(tokenizer: Any, prompt: str, response: str) -> Encoded:
-    """Token ids of two texts."""
-    return encode_after(tokenizer, prompt, response, partial(encode_prompt, tokenizer))
 
 
 def encode_after(tokenizer: Any, prompt: str, response: str, encode: _Encode) -> Encoded:

@@ -16,6 +16,7 @@ import json
 import stat
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,8 +27,9 @@ import pyarrow.parquet as pq
 from ...hf.memory import as_bytes
 from ...report.jsonl import MAX_LINE_BYTES, bounded_lines
 from ..errors import JobError
-from .encoding import Encoded, encode_pair
+from .encoding import Encoded, encode_after, encode_prompt
 from .messages import RESPONSE_KEYS, ChatTemplate, as_conversation
+from .models import Reading
 from .values import BrokenLine, as_id_list, as_text, check_range, is_missing, kind_of, shown
 
 _FORMS = (("prompt_ids", "response_ids"), ("messages",), ("prompt", "response"))
@@ -169,19 +171,8 @@ def fullest_form(columns: Mapping[str, Any], forms: Sequence[tuple[str, ...]]) -
     return max((form for form in forms if columns.keys() >= set(form)), key=share, default=None)
 
 
-class Encoder:
-    """Turns the columns of a line into an `Example`.
-
-    Args:
-        tokenizer: of both models.
-        vocabulary: token ids of the data must be below it.
-        context: prompt and response together must not be longer.
-    """
-
-    def __init__(self, tokenizer: Any, *, vocabulary: int, context: int | None) -> None:
-        self._tokenizer = tokenizer
-        self._vocabulary = vocabulary
-        self._context = context
+class Encoder(Reading):
+    """Turns the columns of a line into an `Example`: token ids below the vocabulary, together within the context."""
 
     def __call__(self, record: Record) -> Example:
         """The sample of a line; BrokenLine if it has none."""
@@ -192,12 +183,12 @@ class Encoder:
         if not prompt_ids:
             raise BrokenLine("the prompt has no tokens: nothing precedes the first token of the response")
         for name, ids in (("prompt", prompt_ids), ("response", response_ids)):
-            check_range(name, ids, self._vocabulary)
+            check_range(name, ids, self.vocabulary)
         length = len(prompt_ids) + len(response_ids)
-        if self._context is not None and length > self._context:
+        if self.context is not None and length > self.context:
             raise BrokenLine(
                 f"prompt ({len(prompt_ids)} tokens) and response ({len(response_ids)}) are longer than the context "
-                f"of the models, {self._context} tokens"
+                f"of the models, {self.context} tokens"
             )
         return Example(
             record.line,
@@ -216,11 +207,12 @@ class Encoder:
             case ("messages",):
                 return self._encode_messages(columns)
             case ("prompt", "response") as form:
-                return encode_pair(self._tokenizer, *(as_text(name, columns[name]) for name in form))
+                prompt, response = (as_text(name, columns[name]) for name in form)
+                return encode_after(self.tokenizer, prompt, response, partial(encode_prompt, self.tokenizer))
         raise missing_columns(columns, _EXPECTED)
 
     def _encode_messages(self, columns: Mapping[str, Any]) -> Encoded:
-        template = ChatTemplate(self._tokenizer, columns, otherwise="prompt and response")
+        template = ChatTemplate(self.tokenizer, columns, otherwise="prompt and response")
         conversation = as_conversation(columns["messages"])
         if len(conversation) < 2:
             raise BrokenLine(f"messages has {len(conversation)} entries, expected a prompt and a response")

@@ -1,5 +1,6 @@
 """What a run is of: data and model files by their content, arguments, versions."""
 
+import contextlib
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from tqdm import tqdm
 from ... import __version__
 from ...ops import backends
 from ...report.files import file_digest
+from ...report.ledger import MANIFEST_FILE, read_manifest
 from ..errors import JobError
 from ..inputs.models import ModelPlace, load_weights
 from ..progress import bar
@@ -37,15 +39,17 @@ class Fingerprints:
     """Sizes and SHA-256 of whole files, several read at once; `stamps` is for the next time that they are asked for.
 
     Args:
-        known: the `stamps` of an earlier time. A file that has the size and the times of change that it had then is
-            not read again; any other is, whatever it turns out to hold.
+        out: the directory of a run whose manifest may have the `stamps` of an earlier time. A file that has the size
+            and the times of change that it had then is not read again; any other is, whatever it turns out to hold.
         progress: show progress on stderr, where it takes a while.
     """
 
-    def __init__(self, known: Mapping[str, Any], *, progress: bool) -> None:
+    def __init__(self, out: str | Path, *, progress: bool) -> None:
         #: By the file's path: its size, its times of change and its digest.
         self.stamps: dict[str, list[Any]] = {}
-        self._known = known
+        self._known: Mapping[str, Any] = {}
+        with contextlib.suppress(OSError, ValueError):
+            self._known = read_manifest(Path(out) / MANIFEST_FILE).get("stamps", {})
         self._progress = progress
 
     def model(self, place: ModelPlace) -> dict[str, Any]:

@@ -47,12 +47,7 @@ class PieceFile:
 
     def add(self, data: bytes) -> None:
         """Write a piece behind the others and wait until it is on the disk."""
-        begin = self._path.stat().st_size
-        with open(self._path, "ab") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        self._record(len(self._pieces), piece_of(data, begin))
+        self._write(len(self._pieces), piece_of(data, self._path.stat().st_size), data)
 
     def replace(self, index: int, data: bytes) -> bool:
         """Write a damaged piece again, in its place; whether `data` is what had been there, or else may have been."""
@@ -60,15 +55,15 @@ class PieceFile:
         piece = piece_of(data, before.end if before else 0)
         if (there and there != piece) or (after and after.begin != piece.end):
             return False
+        self._write(index, piece, data)
+        return True
+
+    def _write(self, index: int, piece: Piece, data: bytes) -> None:
         with open(self._path, "r+b") as file:
             file.seek(piece.begin)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        self._record(index, piece)
-        return True
-
-    def _record(self, index: int, piece: Piece) -> None:
         self._pieces[index] = piece
         self._ledger.record(self._path, piece, index)
 

@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import json
 import os
+import platform
 import shutil
 import sys
 import time
@@ -46,7 +47,7 @@ class RunDirectory:
     """The directory `out` of the run that `identity` describes (plain JSON values).
 
     A directory belongs to the run whose results it holds; a run with another identity is refused, and nothing in the
-    directory is touched. `stamps` are kept in the manifest, see `known_stamps`, and may differ.
+    directory is touched. `stamps` are kept in the manifest for `Fingerprints`, and may differ.
     """
 
     def __init__(self, out: str | Path, identity: Mapping[str, Any], stamps: Mapping[str, Any] | None = None) -> None:
@@ -210,8 +211,10 @@ class RunDirectory:
         """So many of something, a second of computation; None where nothing was computed."""
         return round(count / self.ledger.seconds, 1) if self.ledger.seconds else None
 
-    def finish(self, summary: dict[str, Any]) -> dict[str, Any]:
-        """Write the summary, which completes the run, and return it."""
+    def finish(self, found: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Write what was found, with arguments, versions and seconds, as the summary, which completes the run."""
+        versions = {"python": platform.python_version(), **self._identity["versions"]}
+        summary = {**found, "seconds": round(self.ledger.seconds, 3), "arguments": arguments, "versions": versions}
         with self.writing():
             self._write_manifest({"finished": self.ledger.to_json() | {"summary": summary}})
             write_atomically(self.out / SUMMARY_FILE, to_json(summary))
@@ -221,14 +224,6 @@ class RunDirectory:
         manifest = {"format": _FORMAT, "identity": self._identity, "stamps": self._stamps, **more}
         # Through JSON, so that the digest is of what will be read.
         write_atomically(self.out / MANIFEST_FILE, to_json(sealed(json.loads(json.dumps(manifest)))))
-
-
-def known_stamps(out: str | Path) -> Mapping[str, Any]:
-    """The stamps in the manifest of the directory; none if it has no manifest that can be read."""
-    try:
-        return read_manifest(Path(out) / MANIFEST_FILE).get("stamps", {})
-    except (OSError, ValueError):
-        return {}
 
 
 def to_json(value: Mapping[str, Any]) -> bytes:

@@ -2,16 +2,14 @@
 
 The others replay the tokens that `hf.generate` drew, row by row with the same batches, and draw nothing:
 
-- forwards: the two models' forwards, each with its cache; only the time within the models' calls counts;
-- generate calls: two `model.generate(max_new_tokens=1)` calls a step, on all tokens so far;
-- generate calls, caches kept: the same, each model's cache handed from call to call. No rows leave.
+- forwards: the two models' forwards, each with its cache, from which rows leave that are done;
+- generate calls: two `model.generate(max_new_tokens=1)` calls a step, on all tokens so far.
 
 `transformers` is imported where it is called: in the processes that measure the ops' memory it would only take time.
 """
 
 import inspect
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -42,92 +40,10 @@ class Replay:
     prompts: Tensor
     drawn: Any
 
-    def steps(self) -> Iterator[Tensor]:
-        """The rows (b,) that are in the batch at each step."""
+    def steps(self) -> Iterator[tuple[int, Tensor]]:
+        """Each step, and the rows (b,) that are in its batch."""
         for step in range(int(self.drawn.lengths.max())):
-            yield (self.drawn.lengths > step).nonzero().squeeze(-1)
-
-
-def generate(replay: Replay) -> float:
-    """Seconds of all that `hf.generate` does."""
-    start = time.perf_counter()
-    _drawn(replay.models, replay.prompts)
-    return time.perf_counter() - start
-
-
-@torch.no_grad()
-def forwards(replay: Replay) -> float:
-    """Seconds within the models' forwards; rows that are done leave the caches outside of them."""
-    seconds = 0.0
-    caches: list[Any] = [None, None]
-    names = [_cache_name(model) for model in replay.models]
-    batch, input_ids = torch.arange(len(replay.prompts)), replay.prompts
-    for step, rows in enumerate(replay.steps()):
-        if step > 0:
-            input_ids = replay.drawn.tokens[rows, step - 1, None]
-        if len(rows) < len(batch):
-            staying = torch.isin(batch, rows).nonzero().squeeze(-1)
-            for cache in caches:
-                cache.reorder_cache(staying)
-        batch = rows
-        start = time.perf_counter()
-        for number, model in enumerate(replay.models):
-            output = model(input_ids=input_ids, use_cache=True, logits_to_keep=1, **{names[number]: caches[number]})
-            caches[number] = getattr(output, names[number])
-        seconds += time.perf_counter() - start
-    return seconds
-
-
-def generate_calls(replay: Replay) -> float:
-    """Seconds of two calls a step on the whole rows that are not done."""
-    start = time.perf_counter()
-    for step, rows in enumerate(replay.steps()):
-        input_ids = torch.cat([replay.prompts[rows], replay.drawn.tokens[rows, :step]], 1)
-        for model in replay.models:
-            _one_token(model, input_ids)
-    return time.perf_counter() - start
-
-
-def generate_calls_with_caches(replay: Replay) -> float:
-    """The same, all rows to the end, each model on one new token a call."""
-    caches: list[Any] = [None, None]
-    names = [_cache_name(model) for model in replay.models]
-    start = time.perf_counter()
-    for step in range(int(replay.drawn.lengths.max())):
-        input_ids = torch.cat([replay.prompts, replay.drawn.tokens[:, :step]], 1)
-        for number, model in enumerate(replay.models):
-            output = _one_token(model, input_ids, **{names[number]: caches[number]})
-            caches[number] = getattr(output, names[number])
-    return time.perf_counter() - start
-
-
-def _cache_name(model: Any) -> str:
-    from dlogp_kernels.hf.backbone import cache_name
-
-    return cache_name(inspect.signature(model.forward).parameters)
-
-
-def _one_token(model: Any, input_ids: Tensor, **options: Any) -> Any:
-    """With the logits, from which the token would be drawn."""
-    return model.generate(
-        input_ids,
-        attention_mask=torch.ones_like(input_ids),
-        max_new_tokens=1,
-        do_sample=True,
-        top_k=0,
-        return_dict_in_generate=True,
-        output_logits=True,
-        **{name: value for name, value in options.items() if value is not None},
-    )
-
-
-#: Seconds of each.
-_CANDIDATES: Mapping[str, Callable[[Replay], float]] = {
-    "ours": generate,
-    "forwards": forwards,
-    "generate calls": generate_calls,
-    "generate calls, caches kept": generate_calls_with_caches,
-}
+            yield step, (self.drawn.lengths > step).nonzero().squeeze(-1)
 
 
 def build(work: Workload, device: torch.device) -> Replay:
@@ -139,22 +55,54 @@ def build(work: Workload, device: torch.device) -> Replay:
     except ModuleNotFoundError as error:
         raise NotMeasuredError(f"not installed: {error.name}") from error
     tokenizer = hf.load_tokenizer(PAIR_DIRECTORY / "rl")
-    models = [hf.load_model(PAIR_DIRECTORY / name, dtype=torch.float32) for name in ("rl", "base")]
+    model, base = (hf.load_model(PAIR_DIRECTORY / name, dtype=torch.float32) for name in ("rl", "base"))
     texts = [problem.prompt for problem in task.generate_problems(work.n, seed=0)]
     prompts = torch.tensor(tokenizer(texts, add_special_tokens=False)["input_ids"])
-    return Replay((models[0], models[1]), prompts, _drawn(models, prompts))
+    return Replay((model, base), prompts, _drawn((model, base), prompts))
 
 
 def candidates(replay: Replay) -> list[Candidate]:
-    """Each returns its seconds."""
-    ours, *others = (Candidate(name, partial(function, replay)) for name, function in _CANDIDATES.items())
-    return [Candidate("ours", ours.forward, check=partial(errors_of, replay), limits=_LIMITS), *others]
+    ours = partial(_drawn, replay.models, replay.prompts)
+    others = (Candidate(name, partial(function, replay)) for name, function in OTHERS.items())
+    return [Candidate("ours", ours, check=partial(errors_of, replay), limits=_LIMITS), *others]
 
 
-def _drawn(models: Sequence[Any], prompts: Tensor) -> Any:
+def _drawn(models: tuple[Any, Any], prompts: Tensor) -> Any:
     from dlogp_kernels import hf
 
-    return hf.generate(models[0], models[1], prompts, max_new_tokens=_MAX_NEW_TOKENS, **_SETTING)
+    return hf.generate(*models, prompts, max_new_tokens=_MAX_NEW_TOKENS, **_SETTING)
+
+
+@torch.no_grad()
+def forwards(replay: Replay) -> None:
+    from dlogp_kernels.hf.backbone import cache_name
+
+    caches: list[Any] = [None, None]
+    names = [cache_name(inspect.signature(model.forward).parameters) for model in replay.models]
+    batch, input_ids = torch.arange(len(replay.prompts)), replay.prompts
+    for step, rows in replay.steps():
+        if step > 0:
+            input_ids = replay.drawn.tokens[rows, step - 1, None]
+        if len(rows) < len(batch):
+            for cache in caches:
+                cache.reorder_cache(torch.isin(batch, rows).nonzero().squeeze(-1))
+        batch = rows
+        for i, (model, name) in enumerate(zip(replay.models, names, strict=True)):
+            output = model(input_ids=input_ids, use_cache=True, logits_to_keep=1, **{name: caches[i]})
+            caches[i] = getattr(output, name)
+
+
+def generate_calls(replay: Replay) -> None:
+    """With the logits, from which the token would be drawn."""
+    options = {"max_new_tokens": 1, "do_sample": True, "top_k": 0}
+    for step, rows in replay.steps():
+        input_ids = torch.cat([replay.prompts[rows], replay.drawn.tokens[rows, :step]], 1)
+        mask = torch.ones_like(input_ids)
+        for model in replay.models:
+            model.generate(input_ids, attention_mask=mask, return_dict_in_generate=True, output_logits=True, **options)
+
+
+OTHERS: Mapping[str, Callable[[Replay], None]] = {"forwards": forwards, "generate calls": generate_calls}
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from dlogp_kernels.reference import sampling as reference_sample
 
 from . import problem
 from .floors import bare_products
+from .problem import float64_logits
 from .shapes import Workload
 from .timing import OURS, Candidate, NotMeasuredError, WrongResultError, verify
 
@@ -57,16 +58,13 @@ class Draws:
 
     def logits(self) -> tuple[Tensor, Tensor]:
         """Of both models, float32."""
-        return _logits(self.inputs, "").float(), _logits(self.inputs, "base_").float()
+        if not self.work.linear:
+            return self.inputs["logits"].float(), self.inputs["base_logits"].float()
+        hidden, weight, base_hidden, base_weight = self.inputs.values()
+        return (hidden @ weight.t()).float(), (base_hidden @ base_weight.t()).float()
 
     def first_rows(self) -> dict[str, Tensor]:
         return {name: x if "weight" in name else x[:_CHECKED_ROWS] for name, x in self.inputs.items()}
-
-
-def _logits(inputs: Mapping[str, Tensor], prefix: str) -> Tensor:
-    if f"{prefix}logits" in inputs:
-        return inputs[f"{prefix}logits"]
-    return inputs[f"{prefix}hidden"] @ inputs[f"{prefix}weight"].t()
 
 
 def build(work: Workload, device: torch.device) -> Draws:
@@ -121,20 +119,19 @@ def warpers(draws: Draws) -> Tensor:
 
 
 def candidates(draws: Draws) -> list[Candidate]:
-    def of_ours(name: str, options: Mapping[str, Any], draw: Callable[..., Sample] = ours) -> Candidate:
-        draw = partial(draw, draws, options) if draw is ours else partial(draw, draws)
-
+    def of_ours(name: str, options: Mapping[str, Any]) -> Candidate:
         def check() -> dict[str, float]:
-            few, drawn_from = Sample(*(x[:_CHECKED_ROWS] for x in draw())), _logits(draws.first_rows(), "")
-            largest = max(1.0, drawn_from.abs().max().item())
-            return check_draws(few, draws.first_rows(), {**options, **draws.filters}, OURS["output"] / largest)
+            few = draws.first_rows()
+            drawn, limit = Sample(*(x[:_CHECKED_ROWS] for x in ours(draws, options))), OURS["output"]
+            if not drawn.token.is_cuda:  # whose tensor cores truncate their sums
+                limit /= float64_logits(few, "").abs().max().clamp_min(1.0).item()
+            return check_draws(drawn, few, {**options, **draws.filters}, limit)
 
-        return Candidate(name, draw, check=check, limits=OURS)
+        return Candidate(name, lambda: ours(draws, options), check=check, limits=OURS)
 
     def other(name: str, draw: Callable[[Draws], Tensor]) -> Candidate:
-        return Candidate(
-            name, partial(draw, draws), check=lambda: _excluded(draw(draws), draws), limits={"output": 0.0}
-        )
+        excluded = lambda: _excluded(draw(draws), draws)  # noqa: E731
+        return Candidate(name, partial(draw, draws), check=excluded, limits={"output": 0.0})
 
     found = [of_ours("ours", _OPTIONS), of_ours("ours, all replaced", _ALL_REPLACED), other("eager", eager)]
     if not draws.work.linear:
@@ -156,7 +153,7 @@ def _excluded(tokens: Tensor, draws: Draws) -> dict[str, float]:
     filters["top_k"] += 1 if filters["top_k"] else 0
     filters["top_p"], filters["min_p"] = min(1.0, filters["top_p"] + _SLACK), filters["min_p"] * (1 - _SLACK)
     few = draws.first_rows()
-    logits, base_logits = (_logits(few, prefix).double() for prefix in ("", "base_"))
+    logits, base_logits = (float64_logits(few, prefix) for prefix in ("", "base_"))
     scores = (base_logits, logits, (1 + GAMMA) * logits - GAMMA * base_logits)
     allowed = torch.stack([reference_sample.kept_tokens(x, **filters) for x in scores]).any(0)
     return {"excluded token": (~allowed.gather(-1, tokens[: len(allowed), None].long())).double().mean().item()}
@@ -167,8 +164,7 @@ def check_draws(drawn: Sample, inputs: Mapping[str, Tensor], options: dict[str, 
 
     Raises WrongResultError where a token is another one than the definition's, or log p is off by more than `limit`.
     """
-    exact = {name: x.double() for name, x in inputs.items()}
-    z, base_z = _logits(exact, ""), _logits(exact, "base_")
+    z, base_z = (float64_logits(inputs, prefix) for prefix in ("", "base_"))
     chosen = _DEFAULTS | options
     seed, step = (torch.tensor([value], device=z.device) for value in (chosen.pop("seed"), 0))
     rows = torch.arange(z.shape[0], device=z.device)

@@ -18,7 +18,6 @@ from .timing import (
     Candidate,
     Clock,
     NotMeasuredError,
-    OwnClock,
     Timings,
     WrongResultError,
     measure,
@@ -37,7 +36,6 @@ class Bench:
     build: Callable[[Workload, torch.device], Any]
     candidates: Callable[[Any], list[Candidate]]
     floor: Callable[[Any], list[Candidate]] = lambda problem: []
-    clock: Callable[[torch.device], Clock] = Clock
 
 
 _STATISTICS = Bench(bench_statistics.build, bench_statistics.candidates, bench_statistics.floor)
@@ -47,8 +45,8 @@ BENCHES = {
     "extrapolated_sample": _SAMPLING,
     "linear_extrapolated_sample": _SAMPLING,
     "policy_loss": Bench(bench_policy.build, bench_policy.candidates),
-    "linear_policy_loss": Bench(bench_policy.build_step, bench_policy.linear_candidates, bench_policy.linear_floor),
-    bench_generate.OP: Bench(bench_generate.build, bench_generate.candidates, clock=OwnClock),
+    "linear_policy_loss": Bench(bench_policy.build_linear, bench_policy.linear_candidates, bench_policy.linear_floor),
+    bench_generate.OP: Bench(bench_generate.build, bench_generate.candidates),
 }
 _QUICK = ("ours", "eager", "TRL", "warpers", "forwards", "generate calls")
 
@@ -140,7 +138,7 @@ def compare(work: Workload, device: torch.device, budget: Budget, names: Sequenc
             right.append(candidate)
     found = [*right, *bench.floor(problem)]
     if found:
-        timings = measure(found, budget, bench.clock(device))
+        timings = measure(found, budget, Clock(device))
         yield from _times(work, found, timings, errors, device)
 
 

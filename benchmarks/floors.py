@@ -1,11 +1,36 @@
 """What no implementation can do without: the products of a linear op, a pass over given logits, a copy of its bytes."""
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .shapes import Workload
 from .timing import Candidate
+
+
+class Cost(NamedTuple):
+    """Operations, unit "tflops", or bytes, "gb_per_s", that forward and backward need."""
+
+    unit: str
+    forward: float
+    backward: float = 0.0
+
+
+def cost(work: Workload) -> Cost:
+    n, v, size = float(work.n), work.shape.v, work.element_size
+    if work.op == "policy_loss":
+        # float32: reads logp, old_logp, mask and writes the gradient unscaled; backward reads that and scales it.
+        return Cost("gb_per_s", 13 * n, 8 * n)
+    if "sample" in work.op:
+        return Cost("gb_per_s", 2 * size * v * (work.shape.d if work.linear else n))
+    if not work.linear:
+        # Backward reads the logits again and writes a gradient.
+        return Cost("gb_per_s", n * v * size * (1 + work.pair), n * v * size * (2 + work.pair))
+    # Products of N·V·D: one a model, in backward once more (unless logits are kept) and two for the gradients.
+    one, again = 2 * n * v * work.shape.d, 0 if "policy" in work.op else 1 + work.pair
+    return Cost("tflops", one * (1 + work.pair), one * (2 + again) * work.training)
 
 
 def bare_products(

@@ -1,23 +1,19 @@
 """Other libraries' kernels for the same work, each behind one function that takes our arguments.
 
-`function(hidden, weight, target)` for `linear_logp`; `function(inputs of linear_policy_loss)` returns the loss. Nothing
-of a library is imported before `load()`. Written from the source of liger-kernel 0.8.5 and trl 1.16.0.
+`function(hidden, weight, target)` for `linear_logp`; of the inputs of `linear_policy_loss` the loss. Nothing of a
+library is imported before `load()`. Written from the source of liger-kernel 0.8.5 and trl 1.16.0.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-
-class Single(NamedTuple):
-    """None: the library does not give it."""
-
-    logp: Tensor
-    entropy: Tensor | None = None
+from .bench_policy import Loss
+from .bench_statistics import SingleStats, linear_logp
 
 
 @dataclass(frozen=True)
@@ -31,54 +27,54 @@ class Peer:
     note: str | None = None
 
 
-def _liger_flce() -> Callable[..., Single]:
+def _liger_flce() -> Callable[..., SingleStats]:
     """liger_kernel/transformers/fused_linear_cross_entropy.py: the weight comes first; "none" gives float32 NLL."""
     from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
 
     of_tokens = LigerFusedLinearCrossEntropyLoss(reduction="none")
-    return lambda hidden, weight, target: Single(-of_tokens(weight, hidden, target))
+    return lambda hidden, weight, target: SingleStats(-of_tokens(weight, hidden, target))
 
 
-def _liger_sm90() -> Callable[..., Single]:
+def _liger_sm90() -> Callable[..., SingleStats]:
     """liger_kernel/ops/fused_linear_scaled_cross_entropy.py: NLL in float32, entropy in bfloat16."""
     from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction
 
-    def function(hidden: Tensor, weight: Tensor, target: Tensor) -> Single:
+    def function(hidden: Tensor, weight: Tensor, target: Tensor) -> SingleStats:
         # Input, weight, target, temperature, ignore_index, m_tiles_per_cluster (has no effect), return_entropy.
         nll, entropy = LigerFusedLinearScaledCrossEntropyFunction.apply(hidden, weight, target, 1.0, -100, 1, True)
-        return Single(-nll, entropy.float())
+        return SingleStats(-nll, entropy.float())
 
     return function
 
 
-def _liger_grpo() -> Callable[..., Tensor]:
+def _liger_grpo() -> Callable[..., Loss]:
     """liger_kernel/chunked_loss/grpo_loss.py, with its defaults: one response at a time, the loss compiled."""
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
     options = {"beta": 0.0, "use_ref_model": False, "epsilon_low": 0.2, "epsilon_high": 0.28, "loss_type": "dapo"}
     of_batch = LigerFusedLinearGRPOLoss(**options)
-    # Input, weight, selected_token_ids, attention_mask, advantages; returns the loss and metrics.
-    return lambda hidden, weight, target, old_logp, advantage, mask: of_batch(
-        hidden, weight, target, mask, advantage, old_per_token_logps=old_logp
-    )[0]
+
+    def function(hidden: Tensor, weight: Tensor, target: Tensor, mask: Tensor, advantage: Tensor, **rest: Any) -> Loss:
+        # Input, weight, selected_token_ids, attention_mask, advantages; returns the loss and metrics.
+        return Loss(of_batch(hidden, weight, target, mask, advantage, old_per_token_logps=rest["old_logp"])[0])
+
+    return function
 
 
-def _trl_linear() -> Callable[..., Single]:
+def _trl_linear() -> Callable[..., SingleStats]:
     """trl/kernels/chunked_logprob.py: log p, and of the optional outputs only the entropy."""
     from trl.kernels import ChunkedLogProbFunction
 
-    def function(hidden: Tensor, weight: Tensor, target: Tensor) -> Single:
+    def function(hidden: Tensor, weight: Tensor, target: Tensor) -> SingleStats:
         # Hidden, weight, bias, targets, temperature, chunk_size (TRL's), softcap, logit_scale, outputs.
         arguments = (hidden, weight, None, target, 1.0, 32768, None, 1.0, ("entropy",))
-        return Single(*ChunkedLogProbFunction.apply(*arguments)[:2])
+        return SingleStats(*ChunkedLogProbFunction.apply(*arguments)[:2])
 
     return function
 
 
 def _itself(compiled: bool) -> Callable[..., Any]:
     """PyTorch as it is written today, eager or compiled."""
-    from .bench_statistics import linear_logp
-
     return torch.compile(linear_logp, dynamic=False) if compiled else linear_logp
 
 

@@ -1,6 +1,5 @@
 """The picture of the README: time and memory over N, from the table of results."""
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,7 @@ import matplotlib as mpl
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from .shapes import MAIN, SWEEP_N
 
@@ -35,7 +34,7 @@ def draw(table: pd.DataFrame, path: Path) -> None:
         for (left, right), op in zip(figure.subplots(len(ops), 2, squeeze=False), ops, strict=True):
             matmuls = "two bare matmuls" if "delta" in op else "a bare matmul"
             times = table[(table.op == op) & (table.kind == "time")].pivot(index="n", columns="candidate")["over_ours"]
-            _lines(left, times.div(times["matmul"], axis=0), f"{op}: time ÷ {matmuls}", _ratio)
+            _lines(left, times.div(times["matmul"], axis=0), f"{op}: time ÷ {matmuls}", lambda x, _: f"{x:g} ×")
             left.axhline(1, color="#666666", lw=1, ls="--")
             memory = table[(table.op == op) & (table.kind == "memory")]
             # Less than a page is not to be had; on a logarithmic axis 0 has no place.
@@ -47,54 +46,21 @@ def draw(table: pd.DataFrame, path: Path) -> None:
         figure.savefig(path, dpi=150)
 
 
-def _ratio(value: float, _: object) -> str:
-    return f"{value:g} ×"
-
-
 def _size(mib: float, _: object) -> str:
     return f"{mib / 1024:g} GiB" if mib >= 1024 else f"{mib:g} MiB"
 
 
 def _lines(axes: Axes, values: pd.DataFrame, title: str, form: Any) -> None:
-    """A line a candidate over N, both axes logarithmic, named at its end."""
-    axes.set_title(title, loc="left")
-    ends = {}
+    """A line a candidate over N, both axes logarithmic."""
     for name, (color, width) in _STYLES.items():
-        if name in values and not (line := values[name].dropna()).empty:
-            axes.plot(line.index, line, "o-", color=color, lw=width, ms=4)
-            ends[name] = (line.index[-1], line.iloc[-1])
+        if name in values:
+            line = values[name].dropna()
+            axes.plot(line.index, line, "o-", color=color, lw=width, ms=4, label=name)
+    axes.set(title=title, xlabel="N, tokens", xticks=[*values.index])
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
-    _name_ends(axes, ends)
-    low, high = axes.get_ylim()
-    step = 0.5 if high / low < 10 else 1 if high / low < 100 else 2
-    ticks = [round(2 ** (step * k), 1 if step < 1 else 4) for k in range(int(-4 / step), int(18 / step))]
-    _ticks(axes.yaxis, [tick for tick in ticks if low <= tick <= high], form)
-    _ticks(axes.xaxis, [*values.index], "{x:.0f}")
+    axes.xaxis.set_major_formatter("{x:.0f}")
+    axes.yaxis.set_major_formatter(FuncFormatter(form))
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(axis="y", color="#e4e4e4", lw=0.7)
-    axes.set_axisbelow(True)
-    axes.set_xlabel("N, tokens")
-    # Room for the names at the ends of the lines.
-    first, last = values.index[0], values.index[-1]
-    axes.set_xlim(first * 0.8, last * (last / first) ** 0.25)
-
-
-def _ticks(axis: Any, places: Sequence[float], form: Any) -> None:
-    axis.set_major_locator(FixedLocator(places))
-    axis.set_major_formatter(FuncFormatter(form) if callable(form) else form)
-    axis.set_minor_locator(NullLocator())
-
-
-def _name_ends(axes: Axes, ends: Mapping[str, tuple[float, float]]) -> None:
-    """Each line's name at its end, moved apart where lines meet."""
-    low, high = axes.get_ylim()
-    least_gap = (high / low) ** 0.065
-    at = 0.0
-    for name, (x, y) in sorted(ends.items(), key=lambda item: item[1][1]):
-        at = max(y, at * least_gap)
-        weight = "bold" if name == "ours" else "normal"
-        axes.annotate(
-            name, (x, at), xytext=(7, 0), textcoords="offset points", va="center", color=_STYLES[name][0], weight=weight
-        )
-    # The highest name may have moved above the lines.
-    axes.set_ylim(low, max(high, at * least_gap))
+    axes.legend(frameon=False)

@@ -90,26 +90,6 @@ class Workload:
         return f"{self.op} {self.shape.name} N={self.n}{width} V={self.shape.v} {self.dtype} {steps}{variant}"
 
 
-def input_bytes(work: Workload) -> int:
-    """Bytes of the inputs, with the gradients of the model that is trained."""
-    models = 2 if work.pair else 1
-    elements = work.n * work.shape.d + work.shape.v * work.shape.d if work.linear else work.n * work.shape.v
-    return elements * work.element_size * (models + work.training) + 8 * work.n
-
-
-def estimated_bytes(work: Workload, candidate: str) -> int:
-    """Bytes that `candidate` needs over the inputs; on the safe side of measured."""
-    logits = work.n * work.shape.v
-    models = 2 if work.pair else 1
-    weight = work.shape.v * work.shape.d * work.element_size if work.linear else 0
-    fixed = 2**30  # the check against float64: a block of the weight, blocks of rows
-    if candidate in ("eager", "compiled"):
-        return fixed + logits * models * (work.element_size + (32 if work.training else 20))
-    if candidate == "chunked":
-        return fixed + 3 * weight * work.training
-    return fixed
-
-
 def available_bytes(device: torch.device) -> int:
     """Memory that a new allocation can have without swapping."""
     if device.type == "cuda":
@@ -141,10 +121,20 @@ def _product_seconds(dtype: torch.dtype) -> float:
 
 
 def require_fit(work: Workload, candidate: str, device: torch.device, built: bool = False) -> None:
-    """Raise NotMeasuredError if this machine has not the memory for `candidate` now; `built`: the inputs are there."""
-    # Where the inputs are built, the candidate is timed beside the floor, which writes logits.
-    floor = work.n * work.shape.v * work.element_size
-    need = estimated_bytes(work, candidate) + (floor if built else input_bytes(work))
+    """Raise NotMeasuredError if this machine has not the memory for `candidate` now, on the safe side of measured.
+
+    Where inputs, and gradients of the model that is trained, are `built`, the floor beside it still writes logits.
+    """
+    logits, models, size = work.n * work.shape.v, 1 + work.pair, work.element_size
+    weight = work.shape.v * work.shape.d if work.linear else 0
+    inputs = work.n * work.shape.d + weight if work.linear else logits
+    need = 2**30 + (logits * size if built else inputs * size * (models + work.training) + 8 * work.n)
+    # The check against float64 has blocks of logits, and in training the weight and its gradient.
+    need += 16 * weight * work.training
+    if candidate in ("eager", "compiled"):
+        need += logits * models * (size + (32 if work.training else 20))
+    elif candidate == "chunked":
+        need += 3 * weight * size * work.training
     have = available_bytes(device)
     if need > have:
         raise NotMeasuredError(f"needs about {need / 2**30:.1f} GiB, {have / 2**30:.1f} GiB are available")

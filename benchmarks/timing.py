@@ -7,7 +7,8 @@ that rotates, a ratio is taken within each round, and the median of these ratios
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -27,6 +28,8 @@ _SHORTEST_SAMPLE = 0.02
 #: More than the L2 of any GPU, and long enough (a quarter of a millisecond) that the host is ahead of the GPU when the
 #: clock starts: a launch is then not part of a short kernel's time.
 _L2_FLUSH_BYTES = 2**30
+#: Rows of a block of an error.
+_ERROR_ROWS = 8192
 
 
 class NotMeasuredError(RuntimeError):
@@ -51,6 +54,19 @@ class Candidate:
     check: Callable[[], Mapping[str, float]] | None = None
     limits: Mapping[str, float] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def within(self, context: Callable[[], AbstractContextManager[None]], name: str, **facts: Any) -> "Candidate":
+        """The same by another name, each call of it within a context."""
+
+        def inside(call: Callable[..., Any]) -> Callable[..., Any]:
+            def called(*arguments: Any) -> Any:
+                with context():
+                    return call(*arguments)
+
+            return called
+
+        backward, check = (call and inside(call) for call in (self.backward, self.check))
+        return replace(self, name=name, forward=inside(self.forward), backward=backward, check=check, facts=facts)
 
     def step(self) -> list[Tensor]:
         """All that one call leaves: its outputs and, if it has a backward, the gradients."""
@@ -118,13 +134,6 @@ class Clock:
         return Sample(forward / repeats, backward / repeats)
 
 
-class OwnClock(Clock):
-    """A call that times itself: what it returns are its seconds."""
-
-    def seconds(self, call: Callable[[], Any]) -> tuple[float, Any]:
-        return call(), None
-
-
 @dataclass(frozen=True)
 class Timings:
     """Samples of every candidate in every round."""
@@ -164,14 +173,17 @@ def _repeats(warm_up: Sample) -> int:
     return max(1, min(100, math.ceil(_SHORTEST_SAMPLE / max(warm_up.phase("both"), 1e-6))))
 
 
-def absolute_error(value: Tensor, truth: Tensor) -> float:
-    """Largest |value − truth|; NaN where one is NaN and the other is not."""
-    return (value.double() - truth).abs().max().item()
+def absolute_error(value: Tensor, truth: Tensor, scaled: bool = False) -> float:
+    """Largest |value − truth|, `scaled` over max(1, |truth|); NaN where one is NaN and the other is not."""
+    error = (value.double() - truth).abs()
+    return (error / truth.abs().clamp_min(1.0) if scaled else error).max().item()
 
 
 def relative_error(value: Tensor, truth: Tensor) -> float:
-    """‖value − truth‖ / ‖truth‖."""
-    return ((value.double() - truth).norm() / truth.norm()).item()
+    """‖value − truth‖ / ‖truth‖, in blocks: a gradient of a weight in float64 is large."""
+    blocks = zip(value.split(_ERROR_ROWS), truth.split(_ERROR_ROWS), strict=True)
+    errors = sum((block.double() - exact).square().sum() for block, exact in blocks)
+    return (errors**0.5 / truth.norm()).item()
 
 
 def verify(name: str, errors: Mapping[str, float], limits: Mapping[str, float]) -> None:

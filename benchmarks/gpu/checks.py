@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from .children import ROOT, run_command
+from .processes import ROOT, run_command
 
 #: When time runs out, the last ones are missing: the first are those that no GPU has run to their end.
 _FILES = (
@@ -72,7 +72,7 @@ def pytest_runtest_setup(item: Any) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ and device != "cpu":
         import torch
 
-        from .child import usable
+        from .processes import usable
 
         if not usable(torch.device(device)):
             os._exit(3)

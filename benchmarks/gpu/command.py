@@ -23,9 +23,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..peers import PEERS
 from . import checks, profile, table
-from .children import ROOT, Job, run_jobs
+from .processes import ROOT, Job, Session, run_jobs
 from .smoke import FAMILIES
 
 _LIMITS = {1: 280.0, 2: 420.0}
@@ -115,8 +117,8 @@ class _Visit:
         smoke = [Job(family, "benchmarks.gpu.smoke:cases", {"group": family}) for family in FAMILIES]
         # Shares of the timed kernels are compiled while processors are to spare; the interpreter has nothing to gain.
         for i in range(0 if number == 2 else 1 if tiny else _PREWARM):
-            share = {"prewarm": True, "share": [i, 8 if tiny else _PREWARM]}
-            smoke.append(Job(f"prewarm {i + 1}", "benchmarks.gpu.timing:cases", share, quiet=True))
+            part = {"prewarm": True, "group": f"{i}/{8 if tiny else _PREWARM}"}
+            smoke.append(Job(f"prewarm {i + 1}", "benchmarks.gpu.timing:prewarm", part))
         self._jobs("machine", [Job("machine", "benchmarks.gpu.smoke:machine")], self._seconds(40.0))
         self._jobs("smoke", smoke, self._seconds(_SMOKE_SECONDS[number]))
         if number == 1:
@@ -141,16 +143,18 @@ class _Visit:
 
     def _jobs(self, part: str, jobs: list[Job], seconds: float, at_once: int | None = None) -> None:
         def record(job: str, entry: dict[str, Any]) -> None:
+            if "prewarm" in job and entry["status"] != "failed":
+                return
             self.document["entries"].append({"part": part, "job": job, **entry, "at": round(self._passed(), 1)})
             self.put()
             if entry["status"] != "passed":
                 where = " ".join(filter(None, (entry["case"], entry.get("candidate"))))
                 print(f"{part} {job}: {where}: {entry['status']}: {entry['error']}", file=sys.stderr, flush=True)
 
-        request = {"device": self._options.device, "tiny": self._options.tiny}
+        session = Session(torch.device(self._options.device), self._options.tiny)
         with self._part(part):
             at_once = at_once or max(2, (os.cpu_count() or 2) - 2)
-            run_jobs(jobs, request, time.monotonic() + seconds, record, self.stop, at_once)
+            run_jobs(jobs, session, time.monotonic() + seconds, record, self.stop, at_once)
 
 
 def _environment(device: str, commit: str | None) -> dict[str, Any]:

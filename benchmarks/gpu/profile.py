@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from .children import run_command
+from .processes import run_command
 
 _SECTIONS = (
     "SpeedOfLight", "MemoryWorkloadAnalysis", "WarpStateStats", "SchedulerStats", "ComputeWorkloadAnalysis",

@@ -7,8 +7,9 @@ does not import, hangs or crashes costs its own figures only.
 
 import itertools
 import timeit
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,25 +17,22 @@ import torch
 from torch import Tensor
 
 import dlogp_kernels
-from dlogp_kernels import Sample, backends
+from dlogp_kernels import backends
 from dlogp_kernels.demo.memory import peak_over
 
-from .. import bench_policy, bench_statistics, timing
-from ..bench_sampling import check_draws
-from ..floors import bare_copy
+from .. import bench_policy, timing
+from ..cases import BENCHES
+from ..floors import Cost, bare_copy, cost
 from ..memory import MIB
 from ..peers import PEERS, Peer
-from ..problem import Problem, Truth, build
+from ..problem import build
 from ..shapes import Shape, Workload
-from ..timing import BASELINE, OURS, PHASES, Budget, Candidate, Clock, NotMeasuredError, verify
+from ..timing import BASELINE, PHASES, Budget, Candidate, Clock, NotMeasuredError, verify
 from . import library
-from .child import Case, Entry, Session, failure, usable
+from .processes import Case, Entry, Session, failure, usable
 
-Context = Callable[[], AbstractContextManager[None]]
-Options = dict[str, Any]
-#: Of what multiplies there: their sums are truncated.
-_ON_TENSOR_CORES = OURS | {"output": 1e-3}
-_FILTERS: Mapping[str, Options] = {"top-p 0.7": {"top_p": 0.7}, "no filter": {}}
+#: By name: how ours is called, and what the entry says of it.
+Variants = Iterator[tuple[str, Callable[[], AbstractContextManager[None]], Entry]]
 
 
 class Sizes(NamedTuple):
@@ -44,7 +42,7 @@ class Sizes(NamedTuple):
     heads: tuple[Shape, ...]
     logits_n: int
     batches: tuple[int, ...]
-    responses: tuple[int, int]
+    tokens: int
     copy: int
     #: Block rows, tokens, dims, warps, stages, group: of one model, of a pair, of draws from hidden states.
     single: tuple[tuple[int, ...], ...]
@@ -59,7 +57,7 @@ class Sizes(NamedTuple):
 
 
 REAL = Sizes(
-    n=8192, logits_n=2048, batches=(1, 64, 512), responses=(256, 4096), copy=2**30,
+    n=8192, logits_n=2048, batches=(1, 64, 512), tokens=256 * 4096, copy=2**30,
     heads=(Shape("D 4096", 4096, 151_936), Shape("D 896", 896, 151_936), Shape("D 2048", 2048, 128_256)),
     single=(*((128, 256, 64, 8, 3, group) for group in (8, 16, 32)), (256, 128, 64, 8, 3), (128, 128, 64, 8, 4)),
     pair=(*((128, 128, 64, 8, 4, group) for group in (8, 16, 32)), (128, 128, 64, 8, 5), (128, 128, 128, 8, 3)),
@@ -69,10 +67,10 @@ REAL = Sizes(
 )  # fmt: skip
 PREWARM = REAL._replace(n=512, logits_n=64, copy=2**20)
 TINY = Sizes(
-    n=8, logits_n=4, batches=(2,), responses=(2, 16), copy=2**16,
-    heads=(Shape("D 16", 16, 130), Shape("D 8", 8, 60)),
+    n=8, logits_n=4, batches=(2,), tokens=32, copy=2**16,
+    heads=(Shape("D 16", 16, 70),),
     single=((32, 64, 32, 1, 1), (16, 128, 16, 1, 1)), pair=((32, 64, 32, 1, 1),), draws=((32, 64, 32, 1, 1),),
-    gemm=((32, 128), (16, 128)), policy_rows=((16, 16),), dtype="float32", budget=Budget(seconds=0.0, least=1, most=1),
+    gemm=((16, 64), (16, 48)), policy_rows=((16, 16),), dtype="float32", budget=Budget(seconds=0.0, least=1, most=1),
 )  # fmt: skip
 
 
@@ -81,28 +79,37 @@ def cases(session: Session, configurations: bool = True) -> list[Case]:
     sizes = _sizes(session)
     if not configurations:
         sizes = sizes._replace(single=(), pair=(), draws=(), gemm=(), policy_rows=())
-    head = sizes.heads[0]
+    first, *others = sizes.heads
 
-    def case(name: str, run: Callable[..., Iterator[Entry]], *arguments: Any) -> Case:
-        return Case(name, partial(run, session, sizes, *arguments))
+    def case(name: str, op: str, shape: Shape, n: int, dtype: str = sizes.dtype, **changes: Any) -> Case:
+        return Case(name, partial(_timed, session, sizes, Workload(op, shape, n, dtype, **changes)))
 
     def linear(op: str, head: Shape, training: bool = False) -> Case:
-        return case(f"{op} {head.name}{' training' * training}", _linear, op, head, training)
+        return case(f"{op} {head.name}{' training' * training}", op, head, sizes.n, training=training)
 
     # The host's time first: a process that has profiled its kernels launches more slowly.
-    found = [case("host time", _host)] + ([] if session.prewarm else [case("ceilings", _ceilings)])
-    found += [linear("linear_logp", head), linear("linear_delta_logp", head), linear("linear_logp", head, True)]
-    found += [case("linear_policy_loss", _policy_step)]
+    found = [Case("host time", partial(_host, session, sizes))]
+    found += [] if session.prewarm else [Case("ceilings", partial(_ceilings, session, sizes))]
+    found += [linear("linear_logp", first), linear("linear_delta_logp", first), linear("linear_logp", first, True)]
+    found += [case("linear_policy_loss", "linear_policy_loss", first, sizes.n, training=True)]
+    op = "extrapolated_sample"
     for batch in sizes.batches:
-        for name, options in _FILTERS.items():
-            found.append(
-                case(f"extrapolated_sample B {batch} {name}", _sampling, "extrapolated_sample", batch, options)
-            )
-    found += [case("policy_loss", _policy_loss), linear("linear_delta_logp", head, True)]
-    found += [case(op, _logits, op) for op in ("logp", "delta_logp")]
-    found += [linear(op, other) for other in sizes.heads[1:] for op in ("linear_logp", "linear_delta_logp")]
+        for variant in ("top-p 0.7", ""):
+            found += [case(f"{op} B {batch} {variant or 'no filter'}", op, first, batch, variant=variant)]
+    losses: dict[str, Any] = {"dtype": "float32", "training": True, "variant": "DAPO"}
+    found += [case("policy_loss", "policy_loss", bench_policy.SHAPE, sizes.tokens, **losses)]
+    found += [linear("linear_delta_logp", first, True)]
+    given = Shape("given", 0, first.v)
+    found += [case(op, op, given, sizes.logits_n, training=True) for op in ("logp", "delta_logp")]
+    found += [linear(op, other) for other in others for op in ("linear_logp", "linear_delta_logp")]
     op = "linear_extrapolated_sample"
-    return found + [case(f"{op} B {batch}", _sampling, op, batch, {}) for batch in sizes.batches[:2]]
+    return found + [case(f"{op} B {batch}", op, first, batch) for batch in sizes.batches[:2]]
+
+
+def prewarm(session: Session) -> list[Case]:
+    """Of the request's group i/n every n-th one."""
+    first, step = map(int, session.group.split("/"))
+    return cases(session)[first::step]
 
 
 def headline(session: Session) -> list[Case]:
@@ -114,13 +121,11 @@ def peers(session: Session) -> list[Case]:
     """The peers of the request's group, each beside ours."""
     sizes, found = _sizes(session), []
     for peer in PEERS[session.group]:
-        for training in (False, True)[: 1 + bool(peer.gives)]:
-            run = (
-                partial(_policy_step, session, sizes)
-                if "policy" in peer.op
-                else partial(_linear, session, sizes, peer.op, sizes.heads[0], training)
-            )
-            found.append(Case(f"{peer.op}{' training' * training} beside {peer.name}", partial(run, peer=peer)))
+        policy = "policy" in peer.op
+        for training in (True,) if policy else (False, True)[: 1 + bool(peer.gives)]:
+            work = Workload(peer.op, sizes.heads[0], sizes.n, sizes.dtype, training)
+            name = f"{peer.op}{' training' * (training and not policy)} beside {peer.name}"
+            found.append(Case(name, partial(_beside, session, work, peer)))
     return found
 
 
@@ -140,13 +145,9 @@ class _WatchedClock(Clock):
         return super().sample(candidate, repeats)
 
 
-def measured(
-    session: Session, found: Sequence[Candidate], unit: str, forward: float, backward: float = 0.0
-) -> Iterator[Entry]:
-    """Entries of all candidates that are right; the others are compared with the first.
-
-    Forward and backward need so many operations, unit "tflops", or bytes, "gb_per_s".
-    """
+def measured(session: Session, found: Sequence[Candidate], needs: Cost) -> Iterator[Entry]:
+    """Entries of all candidates that are right; the others are compared with the first."""
+    unit, forward, backward = needs
     scale = 1e12 if unit == "tflops" else 1e9
     needed = {"forward": forward / scale, "backward": backward / scale, "both": (forward + backward) / scale}
     right: dict[str, Candidate] = {}
@@ -207,185 +208,108 @@ def _kernels(candidate: Candidate) -> dict[str, float]:
     return {event.key[:80]: event.self_device_time_total for event in events[:10] if event.self_device_time_total > 0}
 
 
-def _within(context: Context, call: Callable[..., Any]) -> Callable[..., Any]:
-    def called(*arguments: Any, **options: Any) -> Any:
-        with context():
-            return call(*arguments, **options)
+def _timed(session: Session, sizes: Sizes, work: Workload) -> Iterator[Entry]:
+    """Bare products, or a copy of as many bytes; ours in all its variants; and of policy losses TRL's."""
+    session.watch("inputs")
+    bench, needs = BENCHES[work.op], cost(work)
+    problem = bench.build(work, session.device)
+    by_name = {candidate.name: candidate for candidate in bench.candidates(problem)}
+    if needs.unit == "tflops":
+        found = bench.floor(problem)
+    else:
+        found = [bare_copy(session.device, needs.forward, needs.backward if work.training else None)]
+    # What draws has the most to do where every row draws twice.
+    ours = by_name.get("ours, all replaced", by_name["ours"])
+    found += [ours.within(context, name, **facts) for name, context, facts in _variants(session, sizes, work)]
+    yield from measured(session, [*found, *(by_name[name] for name in ("TRL",) if name in by_name)], needs)
 
-    return called
+
+def _variants(session: Session, sizes: Sizes, work: Workload) -> Variants:
+    """The default, every configuration of the fused kernel and tile of a GEMM; in training every tile of backward."""
+    if "sample" in work.op:
+        for backend in ("triton", "cuda"):
+            if backends.unavailable(backend, work.op, session.device) is None:
+                yield backend, partial(backends.use_backend, backend), {}
+    elif work.op in ("linear_logp", "linear_delta_logp"):
+        yield "ours", nullcontext, {}
+    else:
+        yield "ours", library.fused, {}
+    if "policy" in work.op:
+        for rows in sizes.policy_rows if work.linear else ():
+            yield f"rows {rows}", partial(library.policy_rows, *rows), {}
+    elif work.linear and not work.training:
+        for shape in sizes.draws if "sample" in work.op else sizes.pair if work.pair else sizes.single:
+            config = library.configs.Config(*shape)
+            name = library.named(config)
+            yield name.removeprefix("Config"), partial(library.fused, config), {"config": name}
+    if work.op in ("linear_logp", "linear_delta_logp"):
+        name, backend = ("backward tile", "triton") if work.training else ("gemm", "gemm")
+        for tile in sizes.gemm[work.training :]:
+            context = partial(library.gemm, *tile, backend=backend)
+            yield f"{name} {tile[0]}x{tile[1]}", context, {"config": f"gemm tile {tile}"}
 
 
-def _loaded(session: Session, peer: Peer) -> Callable[..., Any]:
+def _beside(session: Session, work: Workload, peer: Peer) -> Iterator[Entry]:
+    session.watch("inputs")
+    bench = BENCHES[work.op]
+    problem = bench.build(work, session.device)
+    ours = next(candidate for candidate in bench.candidates(problem) if candidate.name == "ours")
     session.watch(f"import of {peer.name}")
     try:
-        return peer.load()
+        function = peer.load()
     except ImportError as error:
         raise NotMeasuredError(f"does not import: {error}") from error
-
-
-def _inputs(session: Session, work: Workload) -> Problem:
-    session.watch("inputs")
-    return build(work, session.device)
+    if "policy" in work.op:
+        theirs = bench_policy.as_others(problem).candidate(peer.name, function, bench_policy.LINEAR_LIMITS["eager"])
+        yield from measured(session, [ours.within(library.fused, "ours"), theirs], cost(work))
+    else:
+        asked = problem.asking(peer.gives) if work.training else problem
+        theirs = replace(asked.candidate(peer.name, function, BASELINE), facts={"note": peer.note})
+        yield from measured(session, [ours, bench.floor(problem)[0], theirs], cost(work))
 
 
 def _ceilings(session: Session, sizes: Sizes) -> Iterator[Entry]:
     """cuBLAS with bf16 and with float32 output, and a copy."""
-    head = sizes.heads[0]
-    inputs = _inputs(session, Workload("linear_logp", head, sizes.n, sizes.dtype)).inputs
+    work = Workload("linear_logp", sizes.heads[0], sizes.n, sizes.dtype)
+    session.watch("inputs")
+    inputs = build(work, session.device).inputs
     hidden, weight = inputs["hidden"], inputs["weight"].t()
     found = []
     for name, dtype in (("bf16", hidden.dtype), ("float32", torch.float32)):
-        out = torch.empty(sizes.n, head.v, dtype=dtype, device=session.device)
+        out = torch.empty(sizes.n, work.shape.v, dtype=dtype, device=session.device)
         wider, product = torch.ops.aten.mm.dtype_out, partial(torch.mm, hidden, weight, out=out)
         call = product if dtype == hidden.dtype else partial(wider, hidden, weight, dtype, out=out)
         found.append(Candidate(f"cuBLAS {name} out", call))
-    yield from measured(session, found, "tflops", 2.0 * sizes.n * head.v * head.d)
-    yield from measured(session, [bare_copy(session.device, 2.0 * sizes.copy)], "gb_per_s", 2.0 * sizes.copy)
-
-
-def _candidates(session: Session, problem: Problem, limits: Mapping[str, float]) -> Callable[..., Candidate]:
-    """Makes functions of the problem's inputs candidates, compared with float64 on some rows."""
-    session.watch("float64")
-    truth = None if session.prewarm else Truth(problem)
-
-    def timed(name: str, function: Callable[..., Any], context: Context = nullcontext, **facts: Any) -> Candidate:
-        function = _within(context, function)
-        plain = problem.candidate(name, function)
-        backward = None if plain.backward is None else _within(context, plain.backward)
-        check = None if truth is None else _within(context, partial(truth.errors, function))
-        return Candidate(name, plain.forward, backward, check, limits, facts)
-
-    return timed
-
-
-def _linear(
-    session: Session, sizes: Sizes, op: str, head: Shape, training: bool, peer: Peer | None = None
-) -> Iterator[Entry]:
-    """Bare products, the default, every configuration of the fused kernel and tile of the GEMM; or a peer beside ours.
-
-    In training every tile of backward; of a pair that is trained the base is frozen.
-    """
-    work = Workload(op, head, sizes.n, sizes.dtype, training)
-    problem = _inputs(session, work)
-    # Products of N·V·D: one a model, in backward once more and two for the gradients of the model that is trained.
-    one = 2.0 * work.n * head.v * head.d
-    cost = ("tflops", one * (1 + work.pair), one * (3 + work.pair) * training)
-    timed, function = _candidates(session, problem, _ON_TENSOR_CORES), getattr(dlogp_kernels, op)
-    ours, products = timed("ours", function), bench_statistics.floor(problem)
-    if peer is not None:
-        beside = _candidates(session, problem.asking(peer.gives) if training else problem, BASELINE)
-        theirs = beside(peer.name, _loaded(session, peer), note=peer.note)
-        yield from measured(session, [ours, products[0], theirs], *cost)
-        return
-
-    def tiled(name: str, backend: str, tile: tuple[int, int]) -> Candidate:
-        context = partial(library.gemm, *tile, backend=backend)
-        return timed(f"{name} {tile[0]}x{tile[1]}", function, context, config=f"gemm tile {tile}")
-
-    def configured(config: Any) -> Candidate:
-        name = library.named(config)
-        return timed(name.removeprefix("Config"), function, partial(library.fused, config), config=name)
-
-    configs = [library.configs.Config(*shape) for shape in (sizes.pair if work.pair else sizes.single)]
-    found = [*map(configured, configs), *(tiled("gemm", "gemm", tile) for tile in sizes.gemm)]
-    if training:
-        found = [tiled("backward tile", "triton", tile) for tile in sizes.gemm[1:]]
-    yield from measured(session, [*products, ours, *found], *cost)
-
-
-def _policy_step(session: Session, sizes: Sizes, peer: Peer | None = None) -> Iterator[Entry]:
-    """Reweighting, which others have not, is off where a form is checked."""
-    work = Workload("linear_policy_loss", sizes.heads[0], sizes.n, sizes.dtype, training=True)
-    session.watch("inputs")
-    step = bench_policy.build_step(work, session.device)
-    limits = bench_policy.LINEAR_LIMITS["eager" if peer else "ours"]
-
-    def timed(name: str, function: Callable[..., Tensor], context: Context = nullcontext, **plain: Any) -> Candidate:
-        function = _within(context, function)
-        check = partial(bench_policy.linear_errors_of, partial(function, **plain), step)
-        return Candidate(name, partial(function, step), step.gradients, check, limits)
-
-    found: list[Candidate] = [timed("ours", bench_policy.linear_ours, library.fused, reweight="none")]
-    if peer is None:
-        found = [*bench_policy.linear_floor(step), *found]
-        for rows in sizes.policy_rows:
-            context = partial(library.policy_rows, *rows)
-            found.append(timed(f"rows {rows}", bench_policy.linear_ours, context, reweight="none"))
-    else:
-        theirs = _loaded(session, peer)
-        found.append(timed(peer.name, lambda step: theirs(**step.inputs)))
-    one = 2.0 * work.n * work.shape.v * work.shape.d
-    yield from measured(session, found, "tflops", one, 2 * one)
-
-
-def _logits(session: Session, sizes: Sizes, op: str) -> Iterator[Entry]:
-    work = Workload(op, Shape("given", 0, sizes.heads[0].v), sizes.logits_n, sizes.dtype, training=True)
-    problem = _inputs(session, work)
-    # Backward reads the logits again and writes a gradient.
-    size = float(work.n * work.shape.v * work.element_size)
-    forward, backward = size * (1 + work.pair), size * (2 + work.pair)
-    ours = _candidates(session, problem, OURS)("triton", getattr(dlogp_kernels, op), library.fused)
-    found = [bare_copy(session.device, forward, backward), ours]
-    yield from measured(session, found, "gb_per_s", forward, backward)
-
-
-def _sampling(session: Session, sizes: Sizes, op: str, batch: int, options: Options) -> Iterator[Entry]:
-    """Both backends beside a copy of both models' logits, or weights."""
-    work = Workload(op, sizes.heads[0], batch, sizes.dtype)
-    inputs = {name: x for name, x in _inputs(session, work).inputs.items() if name != "target"}
-    chosen: Options = {"gamma": 0.5, "seed": 7, **options}
-
-    def ours(name: str, context: Context, **facts: Any) -> Candidate:
-        draw = _within(context, partial(getattr(dlogp_kernels, op), **inputs, **chosen))
-
-        def check() -> Mapping[str, float]:
-            few = {name: x if "weight" in name else x[:4] for name, x in inputs.items()}
-            return check_draws(Sample(*(x[:4] for x in draw())), few, chosen, OURS["output"])
-
-        return Candidate(name, draw, None, check, OURS, facts)
-
-    size = 2.0 * work.element_size * work.shape.v * (work.shape.d if work.linear else batch)
-    found: list[Candidate] = [bare_copy(session.device, size)]
-    for backend in ("triton", "cuda"):
-        problem = backends.unavailable(backend, op, session.device)
-        if problem is None:
-            found.append(ours(backend, partial(backends.use_backend, backend)))
-        elif not work.linear:
-            yield {"candidate": backend, "status": "skipped", "error": problem}
-    for config in (library.configs.Config(*shape) for shape in sizes.draws if work.linear):
-        name = library.named(config)
-        found.append(ours(name.removeprefix("Config"), partial(library.fused, config), config=name))
-    yield from measured(session, found, "gb_per_s", size)
-
-
-def _policy_loss(session: Session, sizes: Sizes) -> Iterator[Entry]:
-    """float32: reads logp, old_logp, mask and writes the gradient unscaled; backward reads that and scales it."""
-    session.watch("inputs")
-    batch = bench_policy.build_batch(*sizes.responses, session.device)
-    loss = bench_policy.DAPO
-    check = partial(bench_policy.errors_of, partial(bench_policy.ours, reweight="none"), batch, loss)
-    forward, backward = 13.0 * batch.logp.numel(), 8.0 * batch.logp.numel()
-    ours = Candidate("ours", partial(bench_policy.ours, batch, loss), batch.gradient, check, bench_policy.LIMITS)
-    eager = Candidate("eager", partial(bench_policy.trl_loss, batch, loss), batch.gradient)
-    found = [bare_copy(session.device, forward, backward), ours, eager]
-    yield from measured(session, found, "gb_per_s", forward, backward)
+    yield from measured(session, found, cost(work))
+    size = 2.0 * sizes.copy
+    yield from measured(session, [bare_copy(session.device, size)], Cost("gb_per_s", size))
 
 
 def _host(session: Session, sizes: Sizes) -> Iterator[Entry]:
     """Microseconds until a call returns, of inputs so small that the GPU keeps up."""
+    session.watch("inputs")
     shape = Shape("small", 64, 4096) if session.on_gpu else sizes.heads[0]
+
     works = (Workload(op, shape, 1, sizes.dtype) for op in ("linear_logp", "linear_delta_logp", "delta_logp"))
-    given: list[Options] = [{**_inputs(session, work).inputs} for work in works]
+    given: list[dict[str, Any]] = [{**build(work, session.device).inputs} for work in works]
     one, pair, logits = given
     del logits["target"]
-    batch, steps = bench_policy.build_batch(2, 16, session.device), itertools.count()
+    batch: Any = bench_policy.build_batch(2, 16, session.device)
+    batch["logp"].requires_grad_()
+    steps = itertools.count()
+
+    def loss() -> Tensor:
+        return dlogp_kernels.policy_loss(**batch).loss
+
     calls: dict[str, Callable[[], Any]] = {
         "linear_logp": lambda: dlogp_kernels.linear_logp(**one),
         "linear_delta_logp": lambda: dlogp_kernels.linear_delta_logp(**pair),
         # The step changes at every call, as in decoding.
-        "extrapolated_sample": lambda: dlogp_kernels.extrapolated_sample(**logits, seed=1, step=next(steps), top_p=0.7),
-        "policy_loss": lambda: bench_policy.ours(batch, bench_policy.DAPO),
-        "policy_loss with backward": lambda: batch.gradient(bench_policy.ours(batch, bench_policy.DAPO)),
+        "extrapolated_sample": lambda: dlogp_kernels.extrapolated_sample(
+            **logits, gamma=0.5, seed=1, step=next(steps), top_p=0.7
+        ),
+        "policy_loss": loss,
+        "policy_loss with backward": lambda: torch.autograd.grad(loss(), batch["logp"]),
     }
     wait = torch.cuda.synchronize if session.on_gpu else lambda: None
     number = 50 if session.on_gpu and not session.prewarm else 1

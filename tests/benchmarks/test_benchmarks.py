@@ -5,7 +5,6 @@ import json
 import subprocess
 import sys
 import time
-from functools import partial
 
 import pytest
 import torch
@@ -25,7 +24,7 @@ from benchmarks import (
 from benchmarks.__main__ import main
 from benchmarks.cases import BENCHES, MODES, compare, memory
 from benchmarks.memory import in_fresh_process, peak_of
-from benchmarks.problem import Truth, build
+from benchmarks.problem import build
 from benchmarks.shapes import LONG_N, MAIN, MAIN_N, SWEEP_N, Shape, Workload, require_fit
 from benchmarks.timing import (
     BASELINE,
@@ -176,7 +175,7 @@ def test_every_candidate_is_right(op, training, shape):
 @pytest.mark.parametrize("op", ["linear_logp", "linear_delta_logp"])
 def test_a_wrong_candidate_is_refused(op):
     problem = build(Workload(op, SMALL, 50, "float32", training=True), CPU)
-    eager, truth = bench_statistics.EAGER[op], Truth(problem)
+    eager = bench_statistics.EAGER[op]
     ours, *others = bench_statistics.candidates(problem)
 
     def off_by_a_bit(**inputs):
@@ -192,7 +191,7 @@ def test_a_wrong_candidate_is_refused(op):
 
     for function, output in ((off_by_a_bit, "entropy"), (half_the_gradient, "d_hidden"), (nan, "logp")):
         with pytest.raises(WrongResultError, match=f"candidate: {output} is off by"):
-            verify("candidate", truth.errors(function), ours.limits)
+            verify("candidate", problem.errors(function), ours.limits)
     assert ours.name == "ours" and all(other.limits == BASELINE for other in others)
 
 
@@ -240,20 +239,23 @@ def test_what_a_mode_has(mode):
     assert len(swept) == (0 if mode == "quick" else 5)
 
 
-@pytest.mark.parametrize("loss", bench_policy.LOSSES.values(), ids=bench_policy.LOSSES)
+@pytest.mark.parametrize("loss", bench_policy.LOSSES)
 def test_the_policy_loss_beside_trls(loss):
-    batch = bench_policy.build_batch(4, 50, CPU)
-    for function in (bench_policy.trl_loss, partial(bench_policy.ours, reweight="none")):
-        assert max(bench_policy.errors_of(function, batch, loss).values()) <= 1e-5
-    wrong = bench_policy.errors_of(lambda *inputs: 2 * bench_policy.trl_loss(*inputs), batch, loss)
+    work = Workload("policy_loss", bench_policy.SHAPE, 200, "float32", training=True, variant=loss)
+    problem = bench_policy.build(work, CPU)
+    for candidate in bench_policy.candidates(problem):
+        assert max(candidate.check().values()) <= 1e-5
+    others = bench_policy.as_others(problem)
+    wrong = others.errors(lambda **inputs: bench_policy.Loss(2 * bench_policy.trl_loss(**inputs).loss))
     assert wrong["d_logp"] > 0.5
 
 
 def test_the_linear_policy_loss_beside_eager():
-    step = bench_policy.build_step(Workload("linear_policy_loss", Shape("tiny", 16, 500), 32, "float32"), CPU)
-    for function in (bench_policy.linear_eager, partial(bench_policy.linear_ours, reweight="none")):
-        assert max(bench_policy.linear_errors_of(function, step).values()) <= 1e-5
-    floor = bench_policy.linear_floor(step)
+    work = Workload("linear_policy_loss", Shape("tiny", 16, 500), 32, "float32", training=True)
+    problem = bench_policy.build_linear(work, CPU)
+    for candidate in bench_policy.linear_candidates(problem):
+        assert max(candidate.check().values()) <= 1e-5
+    floor = bench_policy.linear_floor(problem)
     assert [candidate.name for candidate in floor] == ["matmul", "matmul, real"]
     for candidate in floor:
         candidate.step()
@@ -282,7 +284,7 @@ def test_a_wrong_way_of_sampling_is_refused(monkeypatch):
 def test_decoding_beside_forwards_and_generate_calls(monkeypatch):
     monkeypatch.setattr(bench_generate, "_MAX_NEW_TOKENS", 5)
     rows = list(compare(dataclasses.replace(bench_generate.WORK, n=3), CPU, ONCE))
-    assert [row["candidate"] for row in rows] == list(bench_generate._CANDIDATES)
+    assert [row["candidate"] for row in rows] == ["ours", *bench_generate.OTHERS]
     assert not any(row.get("skipped") for row in rows) and rows[0]["error_logp"] < 1e-3 and rows[0]["ms"] > 0
 
 

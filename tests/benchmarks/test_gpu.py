@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from paths import ROOT
 
 from benchmarks.gpu import checks, profile, table
-from benchmarks.gpu.children import Job, run_jobs
+from benchmarks.gpu.processes import Job, Session, run_jobs
 from benchmarks.gpu.smoke import FAMILIES
 from benchmarks.peers import PEERS
 
@@ -96,17 +97,20 @@ def test_faults_are_named_and_the_rest_goes_on():
     def record(job: str, entry: dict[str, Any]) -> None:
         entries.append(entry)
 
-    # Both wait for what hangs at the same time.
-    jobs = [Job(name, f"tests.helpers.gpu_faults:{name}", hang=12.0) for name in ("cases", "candidates")]
-    run_jobs(jobs, {"device": "cpu", "tiny": True}, time.monotonic() + 150, record, threading.Event(), 2)
+    # Both wait for what hangs at the same time, once the server that forks them has imported what it needs.
+    session = Session(torch.device("cpu"), tiny=True)
+    first, stop = Job("first", "tests.helpers.gpu_faults:none"), threading.Event()
+    run_jobs([first], session, time.monotonic() + 60, record, stop, 1)
+    jobs = [Job(name, f"tests.helpers.gpu_faults:{name}", hang=4.0) for name in ("cases", "candidates")]
+    run_jobs(jobs, session, time.monotonic() + 150, record, stop, 2)
     by_name = {(entry["case"], entry.get("candidate")): entry for entry in entries}
     reasons = {
         ("raises", None): ("failed", "ValueError: the first line"),
-        ("hangs", None): ("failed", "no progress for 12 s, its process was ended"),
+        ("hangs", None): ("failed", "no progress for 4 s, its process was ended"),
         ("crashes", None): ("failed", f"its process ended with exit status {-signal.SIGABRT}"),
         ("is missing", None): ("skipped", "not installed"),
         ("candidates", "nan"): ("failed", "WrongResultError: nan: logp is off by nan, expected at most 1.00e+00"),
-        ("candidates", "hanging"): ("failed", "no progress for 12 s, its process was ended"),
+        ("candidates", "hanging"): ("failed", "no progress for 4 s, its process was ended"),
         ("candidates", "crashing"): ("failed", f"its process ended with exit status {-signal.SIGABRT}"),
     }
     for where, reason in reasons.items():
@@ -119,7 +123,7 @@ def test_faults_are_named_and_the_rest_goes_on():
 def test_a_process_that_does_not_start_is_named():
     entries: list[dict[str, Any]] = []
     jobs = [Job("no module", "benchmarks.gpu.nothing:cases"), Job("none", "tests.helpers.gpu_faults:nothing")]
-    request, deadline = {"device": "cpu", "tiny": True}, time.monotonic() + 60
+    request, deadline = Session(torch.device("cpu"), tiny=True), time.monotonic() + 60
     run_jobs(jobs, request, deadline, lambda job, entry: entries.append(entry), threading.Event(), 2)
     assert [entry["status"] for entry in entries] == ["failed", "failed"]
     assert any("No module named 'benchmarks.gpu.nothing'" in entry["log"] for entry in entries)

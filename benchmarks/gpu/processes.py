@@ -1,0 +1,266 @@
+"""Cases, the processes that do them one after the other, and what happens when one hangs, crashes or loses the GPU.
+
+A kernel that never returns holds its process for ever, and one that reads out of bounds leaves the GPU unusable for it.
+Then the process is ended, what it was at is recorded as failed, and a new process does what is left.
+"""
+
+import contextlib
+import importlib
+import multiprocessing
+import os
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ..timing import NotMeasuredError, WrongResultError
+
+ROOT = Path(__file__).resolve().parents[2]
+_SLICE, _GRACE_SECONDS = 0.2, 5.0
+_MOST_STARTS = 12
+#: The exit status of a process that has lost its GPU.
+_NOT_USABLE = 3
+_LOG_CHARACTERS = 3000
+#: A server that has imported all of this, and never touches the GPU, forks the processes: they start at once.
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["benchmarks.gpu.smoke", "benchmarks.gpu.timing"])
+
+#: Of the server's children only one thread at a time asks how they have ended.
+_LOCK = threading.Lock()
+
+Entry = dict[str, Any]
+
+
+class Case(NamedTuple):
+    """`run()` yields an entry for each thing that it looked at: {} says that it passed."""
+
+    name: str
+    run: Callable[[], Iterable[Entry]]
+
+
+def _unwatched(step: str) -> None:
+    """Nobody asks what runs now."""
+
+
+@dataclass
+class Session:
+    """What the cases of a process are told; `case` and `watch(step)` say what runs now."""
+
+    device: torch.device
+    tiny: bool = False
+    #: Compile only: every candidate once, of few rows.
+    prewarm: bool = False
+    #: Which of several sets of cases.
+    group: str = ""
+    #: Case → candidates that ended a process.
+    excluded: dict[str, list[str]] = field(default_factory=dict)
+    watch: Callable[[str], None] = _unwatched
+    case: str = ""
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+
+class Job(NamedTuple):
+    """The cases of `module:function`, for one process at a time; `options` are fields of its session.
+
+    Without progress for `hang` seconds a process counts as hanging.
+    """
+
+    name: str
+    cases: str
+    options: Mapping[str, Any] = {}
+    hang: float = 45.0
+
+
+class _LostError(RuntimeError):
+    """The process is gone, or had to be ended: why, and the status of what it was at."""
+
+
+def failure(error: BaseException) -> Entry:
+    """The fields of an entry that say what went wrong."""
+    if isinstance(error, NotMeasuredError) and not isinstance(error, WrongResultError):
+        return {"status": "skipped", "error": str(error)}
+    message = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    return {"status": "failed", "error": message, "traceback": "".join(traceback.format_exception(error))}
+
+
+def usable(device: torch.device) -> bool:
+    """Whether the device still answers. After an illegal memory access, for example, it does not, in this process."""
+    try:
+        return torch.ones(1, device=device).add_(1).item() == 2.0
+    except RuntimeError:
+        return False
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    session: Session,
+    deadline: float,
+    record: Callable[[str, Entry], None],
+    stop: threading.Event,
+    at_once: int,
+) -> None:
+    """All jobs until `deadline` (of time.monotonic), `at_once` side by side; `record(job, entry)` takes their finds."""
+
+    def run(job: Job) -> None:
+        try:
+            _run_job(job, session, deadline, partial(record, job.name), stop)
+        except Exception as error:  # which must not end a visit
+            record(job.name, {"case": "", "status": "failed", "error": f"{type(error).__name__}: {error}"})
+
+    with ThreadPoolExecutor(max(1, at_once)) as pool:
+        try:
+            list(pool.map(run, jobs))
+        except BaseException:
+            stop.set()
+            raise
+
+
+def _run_job(
+    job: Job, session: Session, deadline: float, record: Callable[[Entry], None], stop: threading.Event
+) -> None:
+    """In a new process after each that is lost, without what it was lost at."""
+    done: list[str] = []
+    session = replace(session, **job.options, excluded={})
+    for _ in range(_MOST_STARTS):
+        case = step = ""
+        with tempfile.NamedTemporaryFile() as log, _process(job, session, done, log.name) as (process, events):
+            try:
+                for kind, value in _received(process, events, deadline, job.hang, stop):
+                    if kind == "at":
+                        case, step = value
+                    elif kind == "done":
+                        done.append(case)
+                        case = step = ""
+                    else:
+                        record(value)
+            except _LostError as lost:
+                reason, status = lost.args
+                printed = log.read().decode(errors="replace")[-_LOG_CHARACTERS:]
+                entry = {"case": case, "status": status, "error": reason, "log": printed}
+                record(entry | ({"candidate": step} if case and step else {}))
+                if status != "failed" or not case:
+                    return
+            else:
+                return
+        if step and step not in session.excluded.get(case, []):
+            session.excluded.setdefault(case, []).append(step)
+        else:
+            done.append(case)
+
+
+@contextlib.contextmanager
+def _process(job: Job, session: Session, done: list[str], log: str) -> Iterator[tuple[ForkServerProcess, Connection]]:
+    """One that serves the job's cases, and what it sends."""
+    events, to_send = _CONTEXT.Pipe(duplex=False)
+    process = _CONTEXT.Process(target=_serve, args=(job, session, done, to_send, log))
+    with _LOCK:
+        process.start()
+    to_send.close()
+    try:
+        yield process, events
+    finally:
+        process.kill()
+        _end_group(process.pid)
+        process.join(_GRACE_SECONDS)
+        events.close()
+
+
+def _received(
+    process: ForkServerProcess, events: Connection, deadline: float, hang: float, stop: threading.Event
+) -> Iterator[tuple[str, Any]]:
+    """What it sends, until it has come to its end."""
+    heard = time.monotonic()
+    while True:
+        now = time.monotonic()
+        if stop.is_set() or now > deadline:
+            raise _LostError("stopped" if stop.is_set() else "out of time", "cut off")
+        if now - heard > hang:
+            raise _LostError(f"no progress for {hang:.0f} s, its process was ended", "failed")
+        if not events.poll(_SLICE):
+            continue
+        try:
+            yield events.recv()
+        except EOFError:
+            with _LOCK:
+                process.join()
+            if process.exitcode == 0:
+                return
+            raise _LostError(f"its process ended with exit status {process.exitcode}", "failed") from None
+        heard = time.monotonic()
+
+
+def _serve(job: Job, session: Session, done: list[str], events: Connection, log: str) -> None:
+    """In a process group of its own, so that its compilers end with it; what it prints is in `log`."""
+    os.setsid()
+    for stream in (1, 2):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), stream)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    session.watch = lambda step: events.send(("at", (session.case, step)))
+    session.watch("import")
+    module, name = job.cases.split(":")
+    cases: list[Case] = getattr(importlib.import_module(module), name)(session)
+    for case in (case for case in cases if case.name not in done):
+        session.case = case.name
+        session.watch("")
+        try:
+            for entry in case.run():
+                events.send(("entry", {"status": "passed", **entry, "case": case.name}))
+        except Exception as error:
+            events.send(("entry", {**failure(error), "case": case.name}))
+        if not usable(session.device):
+            os._exit(_NOT_USABLE)
+        events.send(("done", None))
+        if session.on_gpu:
+            # What is kept for tensors of this case's sizes is in the way of the next one's.
+            torch.cuda.empty_cache()
+    # Not by way of destructors, which may wait for a lost device.
+    os._exit(0)
+
+
+def _end_with_parent() -> None:
+    """A visit that was killed leaves nothing running."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _end_group(leader: int | None) -> None:
+    """End a process that leads a session, and all that it started."""
+    assert leader is not None
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(leader, signal.SIGKILL)
+
+
+def run_command(command: Iterable[str], seconds: float, **variables: str) -> tuple[int | None, str]:
+    """Exit status (None: it was ended after `seconds`) and output of a command, with these environment variables."""
+    with tempfile.TemporaryFile("w+b") as output:
+        pipes: Any = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
+        environment = os.environ | variables
+        process = subprocess.Popen([*command], cwd=ROOT, **pipes, start_new_session=True, env=environment)
+        code = None
+        try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                code = process.wait(seconds)
+        finally:
+            _end_group(process.pid)
+            # A process that waits for the GPU may take its time to go.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_GRACE_SECONDS)
+        output.seek(0)
+        return code, output.read().decode(errors="replace")

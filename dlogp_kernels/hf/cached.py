@@ -21,7 +21,7 @@ from .backbone import cache_name
 from .heads import uncompiled, unwrapped
 from .lengths import reset_frequencies, rope_side
 from .loading import context_length
-from .verify_cache import error_beyond_rounding, repeated
+from .verify import error_beyond_rounding, repeated
 
 #: Layers of a cache that can be taken apart by rows and put together; by name, as not every version has all of them.
 _GROWS = ("DynamicLayer", "LinearAttentionAndFullAttentionLayer")

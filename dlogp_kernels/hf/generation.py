@@ -22,7 +22,7 @@ from .documents import Batch, as_batch, common_vocabulary
 from .heads import LmHead, LmHeadInputs, first_rows, uncompiled, unwrapped, vocabulary_of
 from .loading import context_length
 from .metrics import lm_head_inputs
-from .verify_cache import verify_decoding
+from .verify import verify_decoding
 
 #: Called after every step with the tokens generated so far, those of them that were selected, and the rows done.
 OnStep = Callable[[int, int, int], object]

@@ -30,8 +30,7 @@ from .documents import (
 from .heads import IGNORED, LmHead, LmHeadInputs, first_rows, unwrapped
 from .lengths import side_of
 from .memory import Plan, as_bytes, merged_bytes, plan_memory
-from .verify_cache import verify_in_chunks
-from .verify_head import verified_lm_head
+from .verify import verified_lm_head, verify_in_chunks
 
 
 def lm_head_inputs(

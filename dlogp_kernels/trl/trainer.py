@@ -13,7 +13,7 @@ from trl import GRPOTrainer
 
 from ..functional import policy_loss
 from ..hf.heads import unwrapped
-from ..hf.verify_head import verified_lm_head
+from ..hf.verify import verified_lm_head
 from ..policy_checks import check_options
 from ..reference import grpo
 from .checkpoints import read_rollouts, write_rollouts

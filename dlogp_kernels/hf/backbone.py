@@ -1,7 +1,5 @@
 """Running a model's backbone, which ends with the hidden states that the last layer reads."""
 
-from __future__ import annotations
-
 import contextlib
 import inspect
 from collections.abc import Collection, Iterator, Sequence

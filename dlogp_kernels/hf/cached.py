@@ -3,8 +3,6 @@
 All rows of a batch end at the same column; shorter ones have padding on the left, which is masked.
 """
 
-from __future__ import annotations
-
 import copy
 import inspect
 from collections.abc import Callable, Sequence
@@ -43,7 +41,7 @@ class CachedRows:
     width: int
     logits: Tensor
 
-    def take(self, rows: Sequence[int]) -> CachedRows:
+    def take(self, rows: Sequence[int]) -> "CachedRows":
         """Copies of some rows, in the given order; a row may be taken several times."""
         index = torch.tensor(rows, device=self.logits.device)
         cache = copy.copy(self.cache)
@@ -66,7 +64,7 @@ class CachedRows:
             layer.keys, layer.values = _resized(layer.keys, columns), _resized(layer.values, columns)
         self.width = width
 
-    def append(self, other: CachedRows) -> None:
+    def append(self, other: "CachedRows") -> None:
         """Put the rows of `other`, which is spent, behind these; both get the width of the wider."""
         width = max(self.width, other.width)
         self.resize(width)

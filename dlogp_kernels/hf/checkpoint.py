@@ -1,7 +1,5 @@
 """The weights of a checkpoint as its safetensors files hold them, read a block of rows at a time."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,5 @@
 """The decoding loop for `model.generate(…, custom_generate=…)` of `transformers`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any

@@ -1,8 +1,6 @@
 """The loop that draws the tokens of many rows: each prompt is run once, a row that is done leaves the batch, and one
 that waits takes its place."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple

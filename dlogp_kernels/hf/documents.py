@@ -5,8 +5,6 @@ right, where a causal model does not look; so each gives the numbers it gives al
 every attention implementation, and masked tokens cost nothing but that padding.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Extrapolation for pipelines that take logits processors, with a key-value cache of the base model's own."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 

@@ -1,7 +1,5 @@
 """Selective token replacement and extrapolation, decoded from a pair of models with a key-value cache each."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Collection, Sequence
 from functools import partial

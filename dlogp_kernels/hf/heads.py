@@ -1,7 +1,5 @@
 """The last layer of a causal language model: its weight, its bias and what is done to the logits after it."""
 
-from __future__ import annotations
-
 import sys
 from operator import mul, truediv
 from typing import Any, NamedTuple

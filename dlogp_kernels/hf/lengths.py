@@ -7,8 +7,6 @@ together, and what is put into one cache, has to be on one side of such a length
 row alone.
 """
 
-from __future__ import annotations
-
 import contextlib
 import inspect
 import re

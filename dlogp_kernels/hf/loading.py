@@ -1,7 +1,5 @@
 """Loading models and tokenizers, and comparing the tokenizers of a pair."""
 
-from __future__ import annotations
-
 import json
 import re
 import warnings

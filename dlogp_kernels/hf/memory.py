@@ -1,7 +1,5 @@
 """How much of a batch is run at once within a limit of memory. Estimates from configs; bytes throughout."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple

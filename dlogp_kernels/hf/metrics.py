@@ -1,7 +1,5 @@
 """Hidden states with their last layer, and the statistics of a pair of models at the tokens of a batch."""
 
-from __future__ import annotations
-
 import contextlib
 from typing import Any, NamedTuple
 

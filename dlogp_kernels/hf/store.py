@@ -1,7 +1,5 @@
 """A base model's hidden states on disk, so that the two models of a pair need not be in memory together."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -35,7 +33,7 @@ class HiddenStore:
         self.directory = directory
 
     @classmethod
-    def create(cls, directory: str | Path, head: LmHead) -> HiddenStore:
+    def create(cls, directory: str | Path, head: LmHead) -> "HiddenStore":
         """A store for the model whose last layer is `head`; one of the same model that is there is opened.
 
         Raises ValueError where `directory` holds the hidden states of another model.
@@ -52,7 +50,7 @@ class HiddenStore:
         return store
 
     @classmethod
-    def open(cls, directory: str | Path) -> HiddenStore:
+    def open(cls, directory: str | Path) -> "HiddenStore":
         """The store in `directory`; FileNotFoundError if there is none."""
         store = cls(Path(directory))
         if not (store.directory / _HEAD).is_file():
@@ -60,7 +58,7 @@ class HiddenStore:
         return store
 
     @classmethod
-    def whole(cls, directory: str | Path) -> HiddenStore | None:
+    def whole(cls, directory: str | Path) -> "HiddenStore | None":
         """The store in `directory` if there is one whose last layer is not damaged; the samples may be."""
         return None if _whole(Path(directory) / _HEAD) is None else cls(Path(directory))
 

@@ -1,7 +1,5 @@
 """Small Qwen3 models and word-level tokenizers, for the demo pair and for tests."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast

@@ -1,8 +1,6 @@
 """Checks of each model, once, on a few tokens: that its logits are those of its hidden states and its last layer, and
 that its key-value cache gives what one go gives (not all do)."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from functools import partial

@@ -1,7 +1,5 @@
 """What a caller wants to know while a trainer trains."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

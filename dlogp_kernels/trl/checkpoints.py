@@ -1,7 +1,5 @@
 """What a checkpoint holds beside that of TRL: the responses that are still to be learned from."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

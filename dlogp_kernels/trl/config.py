@@ -1,7 +1,5 @@
 """The options of `ReweightedGRPOTrainer`: those of TRL's GRPOConfig, the reweighting, and what DAPO adds."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field
 from typing import Any

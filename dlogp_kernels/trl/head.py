@@ -1,7 +1,5 @@
 """Log-probabilities and entropies instead of logits, from within a model's own forward."""
 
-from __future__ import annotations
-
 import functools
 from types import MethodType
 from typing import Any

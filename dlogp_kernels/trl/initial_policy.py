@@ -1,7 +1,5 @@
 """The policy at the start of training, kept as a copy of the parameters that are trained."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

@@ -1,7 +1,5 @@
 """Means over the tokens of all processes, for the log."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -4,8 +4,6 @@ Both functions return a trainer: call `.train()` on it, and find the trained wei
 Neither writes checkpoints.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Reward functions of the user, checked, and DAPO's overlong penalty."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import inspect

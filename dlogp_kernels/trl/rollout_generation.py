@@ -1,7 +1,5 @@
 """Responses drawn by `dlogp_kernels.hf.generate`: the same ones on any number of processes."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """A batch of responses as TRL makes it, its rows taken and joined across calls and processes."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """TRL's GRPO trainer with the fused ops, reweighted advantages and DAPO's sampling."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import warnings

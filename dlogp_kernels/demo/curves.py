@@ -16,16 +16,15 @@ from rich.console import Console
 
 from ..hf.tiny import load_local
 from ..jobs.decoding import run_sweep
-from ..jobs.errors import JobError
 from ..jobs.metrics import run_metrics
 from ..jobs.options import Decoding
 from ..jobs.settings import grid
-from ..ops import backends
-from ..report.curves import CRITERION_LABELS, Curve, SweepPlot, compare, curves, find, plot_sweep, results_markdown
+from ..report.curves import CRITERION_LABELS, SweepPlot, compare, curves, find, plot_sweep, results_markdown
 from ..report.dataset import TokenDataset
 from ..report.files import write_atomically
 from ..report.responses import BASE, RL, Estimate, Setting, SettingResult
-from ..report.terminal import Terminal, TextTable, print_files
+from ..report.tables import table_lines
+from ..report.terminal import TextTable, print_files
 from . import task
 from .generate import generate_responses, response_rows, write_jsonl
 from .run import find_pair
@@ -41,6 +40,9 @@ _SEED, _CALIBRATION_SEED = 2, 3
 _BATCH_SIZE = 256
 #: Thresholds of a criterion are quantiles of this statistic; of `delta_logp` the lower ones, of others the upper.
 _STATISTICS = {"delta_logp": "delta_logp", "kl": "kl", "entropy": "base_entropy"}
+#: Headings of the tables.
+_REPLACED = "replaced [%]"
+_DIFFERENCE = ("replaced where", "minus", "difference")
 
 
 class Finding(NamedTuple):
@@ -50,14 +52,11 @@ class Finding(NamedTuple):
     other: Setting
     difference: Estimate
 
-
-class CurvesResult(NamedTuple):
-    """What `run_curves` found: thresholds, figures with results, differences, and the Markdown file that tells them."""
-
-    thresholds: Mapping[str, Sequence[float]]
-    figures: SweepPlot
-    findings: list[Finding]
-    summary: Path
+    def cells(self) -> tuple[str, str, str, str]:
+        """Of a table: both settings, the difference, and how many standard errors it is."""
+        other = "RL model" if self.other == RL else str(self.other)
+        mean, error = self.difference
+        return str(self.setting), other, self.difference.text("+"), f"{mean / error:+.1f}" if error else "–"
 
 
 def run_curves(
@@ -66,9 +65,8 @@ def run_curves(
     num_problems: int | None = None,
     quick: bool = False,
     retrain: bool = False,
-    console: Console | None = None,
-    progress: bool = True,
-) -> CurvesResult:
+    console: Console,
+) -> None:
     """Sweep criteria, thresholds and γ over held-out problems with the demo pair, and draw the curves.
 
     Args:
@@ -78,19 +76,16 @@ def run_curves(
         quick: fewer problems: half a minute.
         retrain: train the pair anew first, which takes minutes, and use that instead of the one that comes along.
         console: where findings are printed.
-        progress: show progress on stderr.
     """
-    console = console or Terminal()
     count = num_problems if num_problems is not None else QUICK_NUM_PROBLEMS if quick else NUM_PROBLEMS
-    if count < 1:
-        raise JobError(f"--problems is {count}, expected at least 1")
-    backends.warn_of_missing_kernels("cpu")
     started = time.monotonic()
-    pair = find_pair(Path(out), retrain, console)
+    pair = find_pair(Path(out), count, retrain, console)
     directory = Path(out) / f"curves-{count}-problems"
+    data = directory / "problems.jsonl"
+    problems = task.generate_problems(count, _SEED, "held_out")
+    write_jsonl(data, ({"prompt": problem.prompt, "answer": str(problem.answer)} for problem in problems))
     with _one_thread():
-        thresholds = _calibrate(pair, directory / "calibration", progress)
-        data = _write_problems(directory / "problems.jsonl", count)
+        thresholds = _calibrate(pair, directory / "calibration")
         decoding = Decoding(
             max_new_tokens=task.MAX_RESPONSE_WORDS, dtype="fp32", device="cpu", batch_size=_BATCH_SIZE, chunk_size=1000
         )
@@ -102,7 +97,6 @@ def run_curves(
             settings=settings_of(thresholds),
             seeds=(_SEED,),
             decoding=decoding,
-            progress=progress,
         )
     figures = plot_sweep(directory / "sweep")
     findings = find_differences(figures.results)
@@ -110,7 +104,6 @@ def run_curves(
     write_atomically(summary, summary_markdown(count, figures.results, findings).encode())
     _print(console, figures, findings)
     console.print(f"{summary}\nThat took {time.monotonic() - started:.0f} s.")
-    return CurvesResult(thresholds, figures, findings, summary)
 
 
 @contextlib.contextmanager
@@ -124,16 +117,15 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _calibrate(pair: Path, directory: Path, progress: bool) -> dict[str, list[float]]:
+def _calibrate(pair: Path, directory: Path) -> dict[str, list[float]]:
     """Thresholds by criterion at which `SHARES` of the tokens of base responses would be replaced."""
     base, tokenizer = load_local(pair / "base")
     problems = task.generate_problems(CALIBRATION_PROBLEMS, _CALIBRATION_SEED, "held_out")
     responses = generate_responses(base, tokenizer, problems, seed=_CALIBRATION_SEED)
-    directory.mkdir(parents=True, exist_ok=True)
     data = directory / "responses.jsonl"
     write_jsonl(data, response_rows(responses, "base"))
     metrics = directory / "metrics"
-    run_metrics(pair / "rl", pair / "base", data, metrics, dtype="fp32", device="cpu", progress=progress)
+    run_metrics(pair / "rl", pair / "base", data, metrics, dtype="fp32", device="cpu")
     dataset = TokenDataset(metrics)
     thresholds = {
         criterion: quantiles(dataset.column(name, every_source=True), lower=criterion == "delta_logp")
@@ -156,43 +148,30 @@ def settings_of(thresholds: Mapping[str, Sequence[float]]) -> list[Setting]:
     return grid(thresholds) + grid({"delta_logp": lowest}, GAMMAS, baselines=False) + everywhere
 
 
-def _write_problems(path: Path, count: int) -> Path:
-    problems = task.generate_problems(count, _SEED, "held_out")
-    write_jsonl(path, ({"prompt": problem.prompt, "answer": str(problem.answer)} for problem in problems))
-    return path
-
-
 def find_differences(results: Sequence[SettingResult]) -> list[Finding]:
     """`delta_logp` at γ = 0 against the RL model; then each extrapolation against the same setting at γ = 0."""
-    pairs = [
-        (result.setting, result.setting._replace(gamma=0.0) if result.setting.gamma else RL)
-        for result in results
-        if result.setting.criterion == "delta_logp" or (result.setting.criterion == "all" and result.setting.gamma)
-    ]
-    pairs.sort(key=lambda pair: pair[0].gamma > 0)
-    found = [(setting, other, compare(results, setting, other)) for setting, other in pairs]
-    return [Finding(setting, other, difference) for setting, other, difference in found if difference is not None]
-
-
-def share_to_reach(curve: Curve, target: Estimate) -> SettingResult | None:
-    """The point of a curve with the least replaced share whose accuracy is at least `target`'s mean."""
-    reached = (result for result in curve.results if result.accuracy and result.accuracy.mean >= target.mean)
-    return next(reached, None)
+    settings = [result.setting for result in results]
+    pairs = [(setting, RL) for setting in settings if setting.criterion == "delta_logp" and not setting.gamma]
+    pairs += [(setting, setting._replace(gamma=0.0)) for setting in settings if setting.gamma]
+    return [Finding(*pair, found) for pair in pairs if (found := compare(results, *pair)) is not None]
 
 
 def summary_markdown(num_problems: int, results: Sequence[SettingResult], findings: Sequence[Finding]) -> str:
     """What the sweep found, in words and tables."""
+    models = _models(results)
     lines = [
         "# Replacement and extrapolation on the demo pair",
         "",
         f"{num_problems} held-out problems, one response to each under every setting, temperature 1, no filters. "
         "± is one standard error over problems. All settings share one seed: the same noise drafts the tokens.",
         "",
-        *_models_lines(results),
+        *(f"- {name[0].upper()}{name[1:]}: {accuracy}" for name, accuracy in models.items()),
         "",
         "## Which criterion needs the fewest replacements",
         "",
-        *_reach_lines(results),
+        f"The first point whose accuracy is at least that of the RL model, {models['RL model'].mean:.3f}:",
+        "",
+        *table_lines(("criterion", _REPLACED, "accuracy"), "lrr", _first_to_reach(results, models["RL model"])),
         "",
         "## Differences of accuracy, paired by problem",
         "",
@@ -200,73 +179,37 @@ def summary_markdown(num_problems: int, results: Sequence[SettingResult], findin
         "against it. What extrapolation adds is the difference to γ = 0 at the same threshold. Nothing is corrected "
         "for how many differences were looked at.",
         "",
-        "| replaced where | minus | difference | in standard errors |",
-        "|:---|:---|---:|---:|",
-        *(
-            f"| {finding.setting} | {_name(finding.other)} | {_signed(finding.difference)} | {_ratio(finding)} |"
-            for finding in findings
-        ),
+        *table_lines((*_DIFFERENCE, "in standard errors"), "llrr", (finding.cells() for finding in findings)),
         "",
         results_markdown(results).replace("# Accuracy", "## Accuracy", 1),
     ]
     return "\n".join(lines)
 
 
-def _models_lines(results: Sequence[SettingResult]) -> list[str]:
-    found = [(name, find(results, setting)) for name, setting in (("Base model", BASE), ("RL model", RL))]
-    return [f"- {name}: {result.accuracy}" for name, result in found if result is not None]
+def _models(results: Sequence[SettingResult]) -> dict[str, Estimate]:
+    """The accuracy of each model alone."""
+    found = {"base model": find(results, BASE), "RL model": find(results, RL)}
+    return {name: result.accuracy for name, result in found.items() if result is not None and result.accuracy}
 
 
-def _reach_lines(results: Sequence[SettingResult]) -> list[str]:
-    rl = find(results, RL)
-    if rl is None or rl.accuracy is None:
-        return []
-    lines = [
-        f"The first point whose accuracy is at least that of the RL model, {rl.accuracy.mean:.3f}:",
-        "",
-        "| criterion | replaced [%] | accuracy |",
-        "|:---|---:|---:|",
-    ]
+def _first_to_reach(results: Sequence[SettingResult], target: Estimate) -> Iterator[tuple[str, str, Estimate | None]]:
+    """Of each criterion the point with the least replaced share whose accuracy is at least `target`'s mean."""
     for curve in curves(results):
-        label = CRITERION_LABELS.get(curve.criterion, curve.criterion)
-        point = share_to_reach(curve, rl.accuracy)
-        if point is None:
-            last = curve.results[-1]
-            lines.append(f"| {label} | not reached up to {_percent(last)} | {last.accuracy} |")
-        else:
-            lines.append(f"| {label} | {_percent(point)} | {point.accuracy} |")
-    return lines
+        reached = [result for result in curve.results if result.accuracy and result.accuracy.mean >= target.mean]
+        result = (reached or curve.results[-1:])[0]
+        share = _percent(result) if reached else f"not reached up to {_percent(result)}"
+        yield CRITERION_LABELS[curve.criterion], share, result.accuracy
 
 
 def _percent(result: SettingResult) -> str:
     return "–" if result.replaced_share is None else f"{100 * result.replaced_share.mean:.1f}"
 
 
-def _name(setting: Setting) -> str:
-    return "RL model" if setting == RL else str(setting)
-
-
-def _signed(difference: Estimate) -> str:
-    error = "" if difference.standard_error is None else f" ± {difference.standard_error:.3f}"
-    return f"{difference.mean:+.3f}{error}"
-
-
-def _ratio(finding: Finding) -> str:
-    error = finding.difference.standard_error
-    return f"{finding.difference.mean / error:+.1f}" if error else "–"
-
-
 def _print(console: Console, figures: SweepPlot, findings: Sequence[Finding]) -> None:
-    rows = []
-    for name, setting in (("base model", BASE), ("RL model", RL)):
-        result = find(figures.results, setting)
-        if result is not None:
-            rows.append((name, "–", str(result.accuracy)))
+    rows = [(name, "–", str(accuracy)) for name, accuracy in _models(figures.results).items()]
     for curve in curves(figures.results):
         rows += [(str(result.setting), _percent(result), str(result.accuracy)) for result in curve.results]
-    columns = ("criterion", "replaced [%]", "accuracy")
-    console.print(TextTable("Replacement by the RL model (γ = 0)", columns, rows))
-    rows = [(str(finding.setting), _name(finding.other), _signed(finding.difference)) for finding in findings]
-    columns = ("replaced where", "minus", "difference")
-    console.print(TextTable("Differences of accuracy, paired by problem", columns, rows, text_columns=2))
+    console.print(TextTable("Replacement by the RL model (γ = 0)", ("criterion", _REPLACED, "accuracy"), rows))
+    title, rows = "Differences of accuracy, paired by problem", [finding.cells()[:3] for finding in findings]
+    console.print(TextTable(title, _DIFFERENCE, rows, text_columns=2))
     print_files(console, figures.files)

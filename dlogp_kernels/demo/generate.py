@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import torch
 
 from . import task
 
-Source = Literal["base", "rl"]
-
 PAIR_DIRECTORY = Path(__file__).parent / "pair"
 """The pair that comes with the package: `base/`, `rl/` and `metadata.json`."""
 
 
-@dataclass(frozen=True)
-class Response:
+class Response(NamedTuple):
     """One sampled response; `prompt_ids` and `token_ids` are the ids that the model read and wrote."""
 
     problem: task.Problem
@@ -80,7 +76,7 @@ def accuracy(responses: Sequence[Response]) -> tuple[float, float]:
     return mean, (mean * (1 - mean) / len(responses)) ** 0.5
 
 
-def response_rows(responses: Sequence[Response], source: Source) -> Iterator[dict[str, Any]]:
+def response_rows(responses: Sequence[Response], source: str) -> Iterator[dict[str, Any]]:
     """The rows of a file of responses; the tokenizer encodes `prompt` and `response` back to their ids."""
     for index, response in enumerate(responses):
         yield {
@@ -93,7 +89,8 @@ def response_rows(responses: Sequence[Response], source: Source) -> Iterator[dic
 
 
 def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write one JSON object a line."""
+    """Write one JSON object a line, in a folder that is made where there is none."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -21,7 +21,6 @@ from ..functional import linear_delta_logp
 
 HIDDEN_SIZE = 896
 VOCABULARY = 151_936
-_FLOAT32_BYTES = 4
 _PROC = Path("/proc/self")
 _RESET_PEAK = "5"
 _M_PERTURB = -6
@@ -108,12 +107,7 @@ class Measurement(NamedTuple):
     @property
     def logits_bytes(self) -> int:
         """Of the float32 logits of both models, which are not formed."""
-        return 2 * self.num_tokens * VOCABULARY * _FLOAT32_BYTES
-
-    @property
-    def log_softmax_bytes(self) -> int:
-        """Of those logits with a log-softmax of each beside them."""
-        return 2 * self.logits_bytes
+        return 2 * self.num_tokens * VOCABULARY * torch.float32.itemsize
 
 
 def measure_in_subprocess(num_tokens: int) -> Measurement:

@@ -4,7 +4,7 @@ import importlib.util
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.console import Console
 
@@ -14,10 +14,11 @@ from ..jobs.errors import JobError
 from ..jobs.metrics import run_metrics
 from ..ops import backends
 from ..report.figures import Plot, plot
-from ..report.terminal import Terminal, TextTable, print_files
+from ..report.responses import Estimate
+from ..report.terminal import TextTable, print_files
 from ..report.text import visible
 from . import task
-from .generate import PAIR_DIRECTORY, Source, accuracy, generate_responses, response_rows, write_jsonl
+from .generate import PAIR_DIRECTORY, accuracy, generate_responses, response_rows, write_jsonl
 from .memory import VOCABULARY, Measurement, measure_in_subprocess
 
 NUM_PROBLEMS = 1000
@@ -26,23 +27,6 @@ MEMORY_TOKENS = 8192
 QUICK_MEMORY_TOKENS = 1024
 _SEED = 1
 _SHOWN_TOKENS = 8
-_GIBIBYTE = 2**30
-
-
-class Accuracy(NamedTuple):
-    """The share of right answers and its standard error."""
-
-    mean: float
-    standard_error: float
-
-
-class DemoResult(NamedTuple):
-    """What the demo found: accuracies by source, the summary of the metrics, the figures, the memory measured."""
-
-    accuracies: dict[Source, Accuracy]
-    summary: Mapping[str, Any]
-    figures: Plot
-    memory: Measurement
 
 
 def run_demo(
@@ -51,8 +35,8 @@ def run_demo(
     num_problems: int | None = None,
     quick: bool = False,
     retrain: bool = False,
-    console: Console | None = None,
-) -> DemoResult:
+    console: Console,
+) -> None:
     """Sample responses of both models to held-out problems, measure and plot them, and measure memory at full size.
 
     Args:
@@ -65,14 +49,9 @@ def run_demo(
 
     Raises JobError if `out` holds the demo of another pair, or with `retrain` a pair already.
     """
-    console = console or Terminal()
     count = num_problems if num_problems is not None else QUICK_NUM_PROBLEMS if quick else NUM_PROBLEMS
-    if count < 1:
-        raise JobError(f"--problems is {count}, expected at least 1")
-    backends.warn_of_missing_kernels("cpu")
-    directory = Path(out)
-    pair = find_pair(directory, retrain, console)
-    directory = directory / f"{count}-problems"
+    pair = find_pair(Path(out), count, retrain, console)
+    directory = Path(out) / f"{count}-problems"
     started = time.monotonic()
     data = directory / "responses.jsonl"
     accuracies = _respond(pair, count, data)
@@ -84,19 +63,22 @@ def run_demo(
     console.print(
         f"That took {time.monotonic() - started:.0f} s. Now the size of a real model, in a process of its own…"
     )
-    memory = measure_in_subprocess(QUICK_MEMORY_TOKENS if quick else MEMORY_TOKENS)
-    _print_memory(console, memory)
-    return DemoResult(accuracies, summary, figures, memory)
+    _print_memory(console, measure_in_subprocess(QUICK_MEMORY_TOKENS if quick else MEMORY_TOKENS))
 
 
-def find_pair(out: Path, retrain: bool, console: Console) -> Path:
-    """The pair that comes along, or with `retrain` one that is trained into `out / "pair"` first."""
-    return _retrain(out / "pair", console) if retrain else PAIR_DIRECTORY
+def find_pair(out: Path, num_problems: int, retrain: bool, console: Console) -> Path:
+    """The pair that comes along, or with `retrain` one that is trained into `out / "pair"` first.
 
-
-def _retrain(directory: Path, console: Console) -> Path:
+    Before that, JobError for a number of problems that can not be, and a warning where there are no compiled kernels.
+    """
+    if num_problems < 1:
+        raise JobError(f"--problems is {num_problems}, expected at least 1")
+    backends.warn_of_missing_kernels("cpu")
+    if not retrain:
+        return PAIR_DIRECTORY
+    directory = out / "pair"
     if directory.exists():
-        raise JobError(f"--out {directory.parent}: it holds a pair already, expected another directory to train into")
+        raise JobError(f"--out {out}: it holds a pair already, expected another directory to train into")
     # It imports trl, which a demo of the pair that comes along can do without.
     if importlib.util.find_spec("trl") is None:
         raise JobError(f"--retrain: trl can not be imported, expected the extra 'trl': {how_to_install('trl')}")
@@ -107,24 +89,22 @@ def _retrain(directory: Path, console: Console) -> Path:
     return directory
 
 
-def _respond(pair: Path, num_problems: int, data: Path) -> dict[Source, Accuracy]:
+def _respond(pair: Path, num_problems: int, data: Path) -> dict[str, Estimate]:
     """Write both models' responses to `data`, and grade them."""
     problems = task.generate_problems(num_problems, _SEED, "held_out")
-    accuracies: dict[Source, Accuracy] = {}
+    accuracies: dict[str, Estimate] = {}
     rows: list[dict[str, Any]] = []
-    sources: tuple[Source, ...] = ("base", "rl")
-    for source in sources:
+    for source in ("base", "rl"):
         model, tokenizer = load_local(pair / source)
         responses = generate_responses(model, tokenizer, problems, seed=_SEED)
-        accuracies[source] = Accuracy(*accuracy(responses))
+        accuracies[source] = Estimate(*accuracy(responses))
         rows += response_rows(responses, source)
-    data.parent.mkdir(parents=True, exist_ok=True)
     write_jsonl(data, rows)
     return accuracies
 
 
 def _print_findings(
-    console: Console, accuracies: Mapping[Source, Accuracy], summary: Mapping[str, Any], figures: Plot
+    console: Console, accuracies: Mapping[str, Estimate], summary: Mapping[str, Any], figures: Plot
 ) -> None:
     rows = []
     for source, graded in accuracies.items():
@@ -133,7 +113,7 @@ def _print_findings(
         rows.append(
             (
                 source,
-                f"{graded.mean:.3f} ± {graded.standard_error:.3f}",
+                str(graded),
                 f"{described['response_tokens']:,}",
                 f"{tails['below -1']:.2%}",
                 f"{tails['above 0.25']:.2%}",
@@ -155,7 +135,7 @@ def _print_memory(console: Console, memory: Measurement) -> None:
         f"{memory.seconds:.1f} s, {memory.extra_bytes / 2**20:.0f} MiB over inputs "
         f"({memory.input_bytes / 2**20:.0f} MiB) and outputs."
     )
+    logits = memory.logits_bytes / 2**30
     console.print(
-        f"Float32 logits of both models would take {memory.logits_bytes / _GIBIBYTE:.1f} GiB, "
-        f"{memory.log_softmax_bytes / _GIBIBYTE:.1f} GiB with a log-softmax of each."
+        f"Float32 logits of both models would take {logits:.1f} GiB, {2 * logits:.1f} GiB with a log-softmax of each."
     )

@@ -13,6 +13,7 @@ the answer unless a later error happens to undo it.
 
 from __future__ import annotations
 
+import operator
 import random
 import re
 from collections.abc import Mapping, Sequence
@@ -22,11 +23,13 @@ from typing import Literal
 
 MODULUS = 10
 OPERANDS: Mapping[str, Sequence[int]] = {"+": range(1, 10), "-": range(1, 10), "*": (3, 7, 9)}
+_OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 LETTERS = "abcdef"
 NUM_OPERATIONS = len(LETTERS)
 FILLERS = ("so", "then", "now", "next")
 
-PAD, BOS, EOS, SEPARATOR = "<pad>", "<bos>", "<eos>", "<sep>"
+#: Special words as `word_tokenizer` has them.
+BOS, EOS, SEPARATOR = "<bos>", "<eos>", "<sep>"
 JUMP, EQUALS, ANSWER = "jump", "=", "#"
 
 # Without the four special words, which the tokenizer puts first.
@@ -46,14 +49,7 @@ class Operation:
     operand: int
 
     def __call__(self, state: int) -> int:
-        match self.symbol:
-            case "+":
-                return (state + self.operand) % MODULUS
-            case "-":
-                return (state - self.operand) % MODULUS
-            case "*":
-                return (state * self.operand) % MODULUS
-        raise ValueError(f"unknown operation {self.symbol!r}, expected one of {', '.join(OPERANDS)}")
+        return _OPERATORS[self.symbol](state, self.operand) % MODULUS
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from .. import delta_logp
+from ..hf import token_metrics
 from ..hf.tiny import (
     PreTrainedModel,
-    PreTrainedTokenizerFast,
     load_local,
     save_local,
     tiny_qwen3,
@@ -65,14 +65,14 @@ def train_pair(
     """
     started = time.monotonic()
     directory = Path(out_dir)
-    sft = {
+    sft: dict[str, Any] = {
         "steps": sft_steps,
         "batch_size": sft_batch_size,
         "learning_rate": 3e-3,
         "warmup_steps": min(50, sft_steps),
         "min_learning_rate_ratio": 0.05,
     }
-    grpo = {
+    grpo: dict[str, Any] = {
         "rollouts": rollouts,
         "prompts_per_rollout": prompts_per_rollout,
         "samples_per_prompt": samples_per_prompt,
@@ -82,16 +82,26 @@ def train_pair(
     }
     demonstrator = task.Demonstrator()
 
-    _announce(f"supervised learning from {num_demonstrations} demonstrations", show_progress)
-    tokenizer = _task_tokenizer()
-    model = _fresh_model(tokenizer, seed)
-    _imitate(model, tokenizer, demonstrator, num_demonstrations, sft, seed, show_progress)
-    save_local(model, tokenizer, directory / "base")
-    base_seconds = time.monotonic() - started
-    _announce(f"reinforcement learning from {rollouts} rollouts", show_progress)
-    model, _ = load_local(directory / "base")
-    _reinforce(model, tokenizer, grpo, seed, show_progress)
-    save_local(model, tokenizer, directory / "rl")
+    with tempfile.TemporaryDirectory() as scratch:
+        offline: dict[str, Any] = {"output_dir": scratch, "seed": seed, "show_progress": show_progress}
+        _announce(f"supervised learning from {num_demonstrations} demonstrations", show_progress)
+        tokenizer = word_tokenizer(task.WORDS)
+        ends = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+        model: PreTrainedModel = tiny_qwen3(len(tokenizer), seed=seed, **ends)
+        problems = task.generate_problems(num_demonstrations, seed, "supervised")
+        rng = random.Random(f"demonstrations {seed}")
+        responses = [demonstrator.respond(problem, rng) for problem in problems]
+        prompts = [problem.prompt for problem in problems]
+        sft_trainer(model, tokenizer, prompts, responses, **offline, **sft).train()
+        save_local(model, tokenizer, directory / "base")
+        base_seconds = time.monotonic() - started
+
+        _announce(f"reinforcement learning from {rollouts} rollouts", show_progress)
+        model, _ = load_local(directory / "base")
+        problems = task.generate_problems(rollouts * prompts_per_rollout, seed, "reinforcement")
+        prompts, length = [problem.prompt for problem in problems], task.MAX_RESPONSE_WORDS
+        grpo_trainer(model, tokenizer, prompts, answer_rewards, max_response_tokens=length, **offline, **grpo).train()
+        save_local(model, tokenizer, directory / "rl")
     rl_seconds = time.monotonic() - started - base_seconds
     _announce(f"evaluation on {num_held_out} held-out problems", show_progress)
     evaluation = evaluate_pair(directory, num_held_out, seed)
@@ -150,88 +160,17 @@ def response_delta_logp(
     rl: PreTrainedModel, base: PreTrainedModel, responses: Sequence[Response], *, batch_size: int = 256
 ) -> Tensor:
     """Δlog p of every response token, in order, at temperature 1: (number of tokens,)."""
-    ignored = -100
     values = []
     for start in range(0, len(responses), batch_size):
         batch = responses[start : start + batch_size]
-        width = max(len(response.prompt_ids) + len(response.token_ids) for response in batch)
-        input_ids = torch.zeros(len(batch), width, dtype=torch.int64)
-        target = torch.full((len(batch), width), ignored)
-        for row, response in enumerate(batch):
-            prompt_length, length = len(response.prompt_ids), len(response.prompt_ids + response.token_ids)
-            input_ids[row, :length] = torch.tensor(response.prompt_ids + response.token_ids)
-            target[row, prompt_length - 1 : length - 1] = torch.tensor(response.token_ids)
+        tokens = [torch.tensor(response.prompt_ids + response.token_ids) for response in batch]
+        written = [
+            torch.arange(len(row)) >= len(response.prompt_ids) for row, response in zip(tokens, batch, strict=True)
+        ]
         # Padding is on the right, where a causal model's earlier positions cannot see it.
-        stats = delta_logp(rl(input_ids).logits, base(input_ids).logits, target, ignore_index=ignored)
-        values.append(stats.delta_logp[target != ignored])
+        input_ids, mask = pad_sequence(tokens, batch_first=True), pad_sequence(written, batch_first=True)
+        values.append(token_metrics(rl, base, input_ids, loss_mask=mask).delta_logp[mask[:, 1:]])
     return torch.cat(values)
-
-
-def _task_tokenizer() -> PreTrainedTokenizerFast:
-    return word_tokenizer(
-        task.WORDS,
-        pad_token=task.PAD,
-        bos_token=task.BOS,
-        eos_token=task.EOS,
-        sep_token=task.SEPARATOR,
-    )
-
-
-def _fresh_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel:
-    return tiny_qwen3(
-        len(tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        seed=seed,
-    )
-
-
-def _imitate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    demonstrator: task.Demonstrator,
-    num_demonstrations: int,
-    settings: Mapping[str, Any],
-    seed: int,
-    show_progress: bool,
-) -> None:
-    problems = task.generate_problems(num_demonstrations, seed, "supervised")
-    rng = random.Random(f"demonstrations {seed}")
-    with tempfile.TemporaryDirectory() as scratch:
-        sft_trainer(
-            model,
-            tokenizer,
-            [problem.prompt for problem in problems],
-            [demonstrator.respond(problem, rng) for problem in problems],
-            output_dir=scratch,
-            seed=seed,
-            show_progress=show_progress,
-            **settings,
-        ).train()
-
-
-def _reinforce(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    settings: Mapping[str, Any],
-    seed: int,
-    show_progress: bool,
-) -> None:
-    num_problems = settings["rollouts"] * settings["prompts_per_rollout"]
-    problems = task.generate_problems(num_problems, seed, "reinforcement")
-    with tempfile.TemporaryDirectory() as scratch:
-        grpo_trainer(
-            model,
-            tokenizer,
-            [problem.prompt for problem in problems],
-            answer_rewards,
-            max_response_tokens=task.MAX_RESPONSE_WORDS,
-            output_dir=scratch,
-            seed=seed,
-            show_progress=show_progress,
-            **settings,
-        ).train()
 
 
 def answer_rewards(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:

@@ -17,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from torch.utils import collect_env
 
@@ -29,7 +30,6 @@ from .training import METHODS, Budget
 
 #: The settings that differ between runs.
 _OWN = ("method", "alpha", "seed")
-_DRAWN = ("accuracy", "entropy", "length")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -100,10 +100,9 @@ def _groups(results: dict[str, Any]) -> list[Group]:
     """The curves of each method's runs, by optimiser step."""
     of_method: dict[str, list[TrainingRun]] = {}
     for run in results["runs"]:
-        steps = [results["settings"]["minibatches"] * rollout for rollout in run["curves"]["rollout"]]
-        rows = zip(steps, *(run["curves"][name] for name in _DRAWN), strict=True)
-        entries = [dict(zip(("step", *_DRAWN), row, strict=True)) for row in rows]
-        of_method.setdefault(run["method"], []).append(TrainingRun(str(run["seed"]), {}, entries))
+        curves = pd.DataFrame(run["curves"])
+        curves["step"] = results["settings"]["minibatches"] * curves["rollout"]
+        of_method.setdefault(run["method"], []).append(TrainingRun(str(run["seed"]), {}, curves.to_dict("records")))
     return [Group(summary.NAMES[method], runs) for method, runs in of_method.items()]
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...functional import logp, policy_loss
+from ...reference.policy import PolicyOptions, clipped_places, reweighting
 
 _IGNORED = -100
 
@@ -34,61 +35,34 @@ def check(
     old_logp: Tensor,
     advantage: Tensor,
     mask: Tensor,
-    *,
-    reweight: str,
-    alpha: float,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float,
+    **options: Any,
 ) -> Lemma:
     """Both sides of the lemma in float64.
 
     Args:
         logits: (B, T, V), under which the tokens `target` (B, T) are scored.
         old_logp, mask: (B, T); advantage: (B,).
-        reweight: `none`, `low_prob` or `dominate`; what depends on whole groups is in `advantage` already.
+        options: of `policy_loss`, of DAPO's loss; a reweighting of whole groups, `ppl`, is in `advantage` already.
     """
     leaf = logits.detach().double().requires_grad_()
     mask = mask.bool()
     token_logp = logp(leaf, target.masked_fill(~mask, _IGNORED), ignore_index=_IGNORED).logp
     old_logp, advantage = old_logp.double(), advantage.double()
     # The sum of the tokens' losses: each has its own gradient.
-    loss = policy_loss(
-        token_logp,
-        old_logp,
-        advantage,
-        mask,
-        reweight=reweight,
-        alpha=alpha,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        dual_clip=dual_clip,
-        num_tokens=1,
-    ).loss
+    loss = policy_loss(token_logp, old_logp, advantage, mask, **options, num_tokens=1).loss
     (gradient,) = torch.autograd.grad(loss, leaf)
     measured = gradient.abs().sum(-1)[mask]
 
     token_logp, old_logp = token_logp.detach()[mask], old_logp[mask]
     advantage = advantage[:, None].expand_as(mask)[mask]
-    ratio = (token_logp - old_logp).exp()
-    clipped = (advantage > 0) & (ratio > 1 + clip_high)
-    clipped |= (advantage < 0) & ((ratio < 1 - clip_low) | (ratio > dual_clip))
-    w = ratio * _weight(old_logp.exp(), reweight, alpha) * advantage
+    ratio, chosen = (token_logp - old_logp).exp(), PolicyOptions(**options)
+    low, high, dual = clipped_places(ratio, advantage, chosen)
+    clipped = low | high | dual
+    w = ratio * reweighting(old_logp, advantage, None, chosen) * advantage
     expected = 2 * w.abs() * -torch.expm1(token_logp)
     counted = ~clipped & (expected > 0)
     deviation = (measured - expected)[counted].abs() / expected[counted]
     return Lemma(_largest(deviation), int(counted.sum()), _largest(measured[clipped]), int(clipped.sum()))
-
-
-def _weight(p: Tensor, reweight: str, alpha: float) -> Any:
-    match reweight:
-        case "none":
-            return 1.0
-        case "low_prob":
-            return 1 + alpha * (1 - p)
-        case "dominate":
-            return alpha * p + 1 - alpha
-    raise ValueError(f"reweight is {reweight!r}, expected none, low_prob or dominate")
 
 
 def _largest(x: Tensor) -> float:

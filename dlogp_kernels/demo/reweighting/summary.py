@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 
+from ...report.tables import table_lines
 from .training import METHODS
 
 NAMES = {"none": "DAPO", "low_prob": "low_prob", "dominate": "dominate", "ppl": "ppl"}
@@ -135,15 +136,10 @@ def _num_seeds(results: dict[str, Any]) -> int:
 
 def _runs_table(results: dict[str, Any]) -> str:
     samples = results["settings"]["samples_per_problem"]
-    lines = [
-        f"| seed | method | avg@{samples} | pass@{samples} | jumps a response | tokens a response | entropy, last "
-        "rollout |",
-        "|---:|:---|---:|---:|---:|---:|---:|",
-    ]
+    head = ["seed", "method", f"avg@{samples}", f"pass@{samples}", "jumps a response", "tokens a response"]
+    rows = []
     for run in results["runs"]:
-        found = run["evaluation"]
-        lines.append(
-            f"| {run['seed']} | {NAMES[run['method']]} | {found['avg']:.4f} | {found['pass']:.4f} | "
-            f"{found['jumps_per_response']:.3f} | {found['mean_length']:.1f} | {run['curves']['entropy'][-1]:.4f} |"
-        )
-    return "\n".join(lines)
+        found, entropy = run["evaluation"], run["curves"]["entropy"][-1]
+        cells = f"{found['avg']:.4f}", f"{found['pass']:.4f}", f"{found['jumps_per_response']:.3f}"
+        rows.append((run["seed"], NAMES[run["method"]], *cells, f"{found['mean_length']:.1f}", f"{entropy:.4f}"))
+    return "\n".join(table_lines([*head, "entropy, last rollout"], "rlrrrrr", rows))

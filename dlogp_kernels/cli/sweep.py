@@ -6,18 +6,7 @@ import typer
 
 from ..jobs.graders import EXACT
 from ..jobs.options import Decoding
-from .command import (
-    Base,
-    Draft,
-    Grader,
-    Problems,
-    ResponsesOut,
-    Resume,
-    Rl,
-    console,
-    with_line_limit,
-    with_options,
-)
+from .command import Base, Draft, Grader, Problems, ResponsesOut, Resume, Rl, console, with_line_limit, with_options
 
 
 @with_options(Decoding)

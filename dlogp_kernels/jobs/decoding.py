@@ -234,10 +234,8 @@ class _Run:
         """The graded responses of a chunk, samples of a problem one after another."""
         samples = self.decoding.samples
         input_ids, attention_mask = pad_left([problem.prompt_ids for problem in chunk.problems], self.device)
-        row_id = torch.tensor(
-            [problem.number * samples + sample for problem in chunk.problems for sample in range(samples)],
-            device=self.device,
-        )
+        # The numbers of a chunk's problems follow each other.
+        first = chunk.problems[0].number * samples
         with _explained_generation(), layers_told(models, progress.on_layer) as enough:
             rl, base = models
 
@@ -259,7 +257,7 @@ class _Run:
                 max_new_tokens=self.decoding.max_new_tokens,
                 stop_token_ids=self.decoding.stop_token_ids,
                 num_return_sequences=samples,
-                row_id=row_id,
+                row_id=range(first, first + len(chunk.problems) * samples),
                 max_batch_size=self.decoding.batch_size,
                 on_step=on_step,
             )

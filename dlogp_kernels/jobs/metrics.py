@@ -7,7 +7,7 @@ the last bit.)
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -36,9 +36,6 @@ from .token_text import TokenTexts
 
 _HIDDEN_DIRECTORY = "base_hidden"
 _SHOWN_BROKEN_LINES = 20
-
-#: Takes the examples of a batch and their keys.
-_Statistics = Callable[[Sequence[Example], Sequence[str]], list[dict[str, np.ndarray]]]
 
 
 def run_metrics(
@@ -161,16 +158,20 @@ class _Run:
     def __post_init__(self) -> None:
         arguments = self.arguments
         self._parts = cut_parts(self.data.lengths, arguments.batch_tokens)
-        self._device = torch.device(arguments.device)
-        self._computation = Computation(self._device, arguments.temperature, arguments.memory_limit, self._on_layer)
-        self._shown: tqdm | None = None
+        self._how = Computation(
+            torch.device(arguments.device), arguments.temperature, arguments.memory_limit, self._on_layer
+        )
+        self._shown = bar(enabled=False)
 
     def compute(self) -> None:
         """Compute and write the parts that are not there yet, or not as they were written."""
         missing = [index for index in range(len(self._parts)) if not self._is_written(index)]
-        if missing:
-            statistics = self._from_disk(missing) if self.arguments.sequential else self._from_both_models()
-            self._write_parts(missing, statistics)
+        if not missing:
+            return
+        store = self._store_base(missing) if self.arguments.sequential else None
+        rl = self._load(self.rl)
+        base = self._load(self.base) if store is None else _on_device(store.head(), self._how.device)
+        self._write_parts(missing, rl, base, store)
 
     def summary(self) -> dict[str, Any]:
         """What is written when all parts are there."""
@@ -194,27 +195,11 @@ class _Run:
             warnings.warn(f"{path} is damaged or gone: it is computed again", stacklevel=2)
         return False
 
-    def _from_both_models(self) -> _Statistics:
-        models = self._load(self.rl), self._load(self.base)
-        return lambda samples, _: measure(samples, *models, self._computation)
-
-    def _from_disk(self, parts: Sequence[int]) -> _Statistics:
-        """Statistics from the base model's hidden states on disk, which are computed first, and the RL model."""
-        store = self._store_base(parts)
-        head = _on_device(store.head(), self._computation.device)
-        model = self._load(self.rl)
-
-        def statistics(samples: Sequence[Example], keys: Sequence[str]) -> list[dict[str, np.ndarray]]:
-            hidden = [store.read(key, input_ids=_response(sample)) for sample, key in zip(samples, keys, strict=True)]
-            return measure(samples, model, head, self._computation, hidden)
-
-        return statistics
-
     def _store_base(self, parts: Sequence[int]) -> HiddenStore:
         """The base model's hidden states of all samples of the parts; what is there and whole stays."""
         directory = self.directory.work / _HIDDEN_DIRECTORY
         if (found := HiddenStore.whole(directory)) and all(
-            self._has(found, *batch) for index in parts for batch in self._batches(self._parts[index])
+            self._has(found, samples) for index in parts for samples in self._batches(self._parts[index])
         ):
             return found
         base = self._load(self.base)
@@ -225,14 +210,14 @@ class _Run:
             self.directory.start_lap()
             for index in parts:
                 computed = False
-                for samples, keys in self._batches(self._parts[index]):
-                    if not self._has(store, samples, keys):
+                for samples in self._batches(self._parts[index]):
+                    if not self._has(store, samples):
                         computed = True
                         with _explained():
-                            hidden = response_hidden(samples, base, self._computation)
+                            hidden = response_hidden(samples, base, self._how)
                         with self.directory.writing():
-                            for sample, key, states in zip(samples, keys, hidden, strict=True):
-                                store.write(key, states, input_ids=_response(sample))
+                            for sample, states in zip(samples, hidden, strict=True):
+                                store.write(_key(sample), states, input_ids=sample.response_ids.tolist())
                     shown.update(_count_tokens(samples))
                 if computed:
                     with self.directory.writing():
@@ -240,40 +225,40 @@ class _Run:
         return store
 
     @staticmethod
-    def _has(store: HiddenStore, samples: Sequence[Example], keys: Sequence[str]) -> bool:
-        return all(store.has(key, input_ids=_response(sample)) for sample, key in zip(samples, keys, strict=True))
+    def _has(store: HiddenStore, samples: Sequence[Example]) -> bool:
+        return all(store.has(_key(sample), input_ids=sample.response_ids.tolist()) for sample in samples)
 
-    def _write_parts(self, missing: Sequence[int], statistics: _Statistics) -> None:
-        with self._bar("rl" if self.arguments.sequential else "rl and base", missing) as shown:
+    def _write_parts(self, missing: Sequence[int], rl: Any, base: Any, store: HiddenStore | None) -> None:
+        """With the base model itself, or with its last layer and what is in the store."""
+        with self._bar("rl and base" if store is None else "rl", missing) as shown:
             self.directory.start_lap()
             for index in missing:
-                rows: dict[str, ResponseRows] = {}
-                for samples, keys in self._batches(self._parts[index]):
+                rows: list[ResponseRows] = []
+                for samples in self._batches(self._parts[index]):
                     with _explained():
-                        measured = statistics(samples, keys)
+                        hidden = None if store is None else [_read(store, sample) for sample in samples]
+                        measured = measure(samples, rl, base, self._how, hidden)
                         _check_numbers(samples, measured)
-                    rows.update(zip(keys, map(self._rows, samples, measured), strict=True))
+                    rows += map(self._rows, samples, measured)
                     shown.update(_count_tokens(samples))
-                # Keys sort as the data do.
-                table = to_table([rows[key] for key in sorted(rows)])
+                table = to_table(sorted(rows, key=lambda row: row.line))
                 with self.directory.writing():
                     self.directory.begin(TOKENS_DIRECTORY)
                     self.directory.save_lap()
                     self.directory.ledger.record(*write_part(self.directory.out, index, table))
 
-    def _batches(self, part: tuple[int, int]) -> Iterator[tuple[list[Example], list[str]]]:
-        """The samples of a part in batches, each with a key of its own."""
-        begin, end = part
-        samples = self.data.samples(begin, end)
-        for members in cut_batches(self.data.lengths[begin:end], self.arguments.batch_tokens):
-            yield [samples[member] for member in members], [f"{begin + member:012d}" for member in members]
+    def _batches(self, part: tuple[int, int]) -> Iterator[list[Example]]:
+        """The samples of a part in batches."""
+        samples = self.data.samples(*part)
+        for members in cut_batches(self.data.lengths[slice(*part)], self.arguments.batch_tokens):
+            yield [samples[member] for member in members]
 
     def _rows(self, sample: Example, statistics: Mapping[str, np.ndarray]) -> ResponseRows:
         texts = self.texts(sample.response_ids)
         return ResponseRows(sample.sample_id, sample.line, sample.source, sample.response_ids, texts, statistics)
 
     def _load(self, place: ModelPlace) -> Any:
-        return self.fingerprints.load(place, self.arguments.dtype, self._device)
+        return self.fingerprints.load(place, self.arguments.dtype, self._how.device)
 
     def _bar(self, name: str, parts: Sequence[int]) -> tqdm:
         """A bar of tokens, prompts included; its rate and time left are of the parts that are computed now."""
@@ -289,8 +274,7 @@ class _Run:
         return self._shown
 
     def _on_layer(self, done: int, total: int) -> None:
-        if self._shown is not None:
-            show_layer(self._shown, done, total)
+        show_layer(self._shown, done, total)
 
 
 def _explained() -> AbstractContextManager[None]:
@@ -320,8 +304,13 @@ def _on_device(head: LmHead, device: torch.device) -> LmHead:
     return head._replace(weight=head.weight.to(device), bias=bias)
 
 
-def _response(sample: Example) -> torch.Tensor:
-    return torch.tensor(sample.response_ids)
+def _key(sample: Example) -> str:
+    """What the base model's hidden states of a sample are kept under."""
+    return f"{sample.line:012d}"
+
+
+def _read(store: HiddenStore, sample: Example) -> torch.Tensor:
+    return store.read(_key(sample), input_ids=sample.response_ids.tolist())
 
 
 def _count_tokens(samples: Sequence[Example]) -> int:

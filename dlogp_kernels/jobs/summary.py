@@ -18,14 +18,12 @@ def describe(dataset: TokenDataset) -> dict[str, Any]:
 
 
 def _describe_source(dataset: TokenDataset, source: str | None) -> dict[str, Any]:
-    columns: dict[str, Any] = {}
-    for name in STATISTICS:
-        values = dataset.column(name, source)
-        columns[name] = _describe_column(values)
-        if name == "delta_logp":
-            tails = _tail_masses(values)
-            num_tokens = len(values)
-    return {"response_tokens": num_tokens, "delta_logp_tails": tails, "statistics": columns}
+    delta_logp = dataset.column("delta_logp", source)
+    return {
+        "response_tokens": len(delta_logp),
+        "delta_logp_tails": _tail_masses(delta_logp),
+        "statistics": {name: _describe_column(dataset.column(name, source)) for name in STATISTICS},
+    }
 
 
 def _describe_column(values: np.ndarray) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The text of single tokens."""
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -13,14 +14,11 @@ class TokenTexts:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._known: dict[int, str] = {}
+        self._text = functools.cache(self._look_up)
 
     def __call__(self, token_ids: np.ndarray) -> list[str]:
         """The text of each id."""
-        ids = token_ids.tolist()
-        for token_id in set(ids) - self._known.keys():
-            self._known[token_id] = self._look_up(token_id)
-        return [self._known[token_id] for token_id in ids]
+        return list(map(self._text, token_ids.tolist()))
 
     def _look_up(self, token_id: int) -> str:
         """As it reads inside a text; the vocabulary's own spelling for a piece of a character; "" for padding rows."""

@@ -16,13 +16,14 @@ import torch
 from datasets import Dataset
 from tqdm import tqdm
 from transformers.integrations import TensorBoardCallback
+from transformers.trainer_utils import get_last_checkpoint
 
 from ..hf import generate
 from ..report.files import sync, sync_tree, temporary_path, write_atomically
 from ..report.ledger import Ledger
 from ..report.responses import estimate
 from ..report.training import CSV_FILE, LOG_FILE, read_log, to_csv, to_entry, to_line
-from ..trl import ReweightedGRPOConfig, ReweightedGRPOTrainer, complete_checkpoints, report_to
+from ..trl import ReweightedGRPOConfig, ReweightedGRPOTrainer, report_to
 from .decoding import pad_left
 from .errors import JobError
 from .graders import EXACT, Grader, load_grader
@@ -181,14 +182,13 @@ class _Run:
     def _whole_checkpoints(self) -> dict[int, Path]:
         """By step, those that are as they were written; others, which a kill may have left, are removed."""
         found = {}
-        for step, path in complete_checkpoints(self._trainer_directory).items():
+        for path in filter(Path.is_dir, self._trainer_directory.glob("*")):
             if self.directory.ledger.holds_tree(path):
-                found[step] = path
-            elif self.directory.ledger.known_below(path):
+                found[int(path.name.rpartition("-")[2])] = path
+                continue
+            if self.directory.ledger.known_below(path):
                 warnings.warn(f"{path} is damaged: its steps are taken again", stacklevel=2)
-        for path in self._trainer_directory.glob("*"):
-            if path.is_dir() and path not in found.values():
-                shutil.rmtree(path)
+            shutil.rmtree(path)
         return found
 
     def _write_model(self, target: Path) -> None:
@@ -290,8 +290,7 @@ class _Run:
     def _on_save(self) -> None:
         self.directory.save_lap()
         self._log.write_csv()
-        checkpoints = complete_checkpoints(self._trainer_directory)
-        newest = checkpoints[max(checkpoints)]
+        newest = Path(get_last_checkpoint(self._trainer_directory))
         self._log.copy_into(newest)
         sync_tree(newest)
         self.directory.ledger.record_files(_files_below(newest))

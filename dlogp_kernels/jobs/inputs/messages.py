@@ -105,7 +105,7 @@ class ChatTemplate:
         reasoning = _reasoning(last)
         _check_held([*reasoning, last["content"]], whole[start:], "the response")
         end = start
-        for spellings in _all_spellings(last["tool_calls"]):
+        for spellings in _spellings(last["tool_calls"]):
             places = [(whole.find(text, begin), text) for begin in (end, start) for text in spellings]
             place, text = next((found for found in places if found[0] >= 0), (-1, ""))
             if place < 0:
@@ -158,13 +158,6 @@ def _check_held(texts: Sequence[str], rendered: str, what: str) -> None:
             raise BrokenLine(f"the chat template leaves {what} {shown(text)} out, or changes it: {GIVE_IDS}")
 
 
-def _all_spellings(calls: Any) -> list[list[str]]:
-    try:
-        return list(_spellings(calls))
-    except RecursionError as error:
-        raise BrokenLine("messages tool_calls is nested too deeply") from error
-
-
 def _spellings(calls: Any) -> Iterator[list[str]]:
     """How a template may write each name and each value of tool calls."""
     for call in calls:
@@ -181,15 +174,16 @@ def _spellings(calls: Any) -> Iterator[list[str]]:
 
 
 def _leaves(value: Any) -> Iterator[Any]:
-    if isinstance(value, Mapping):
-        for key, entry in value.items():
-            yield str(key)
-            yield from _leaves(entry)
-    elif isinstance(value, list):
-        for entry in value:
-            yield from _leaves(entry)
-    elif value is not None and value != "":
-        yield value
+    """Keys and values in their order, however deeply they are nested."""
+    left = [value]
+    while left:
+        value = left.pop()
+        if isinstance(value, Mapping):
+            left += reversed([part for item in value.items() for part in item])
+        elif isinstance(value, list):
+            left += reversed(value)
+        elif value is not None and value != "":
+            yield value
 
 
 def _function(tool: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -100,15 +100,12 @@ def _prompt_ids(columns: Mapping[str, Any], tokenizer: Any) -> list[int]:
         case (("prompt_ids") as form,):
             return as_id_list(form, columns[form])
         case ("messages",):
-            return _render(columns, tokenizer)
+            template = ChatTemplate(tokenizer, columns, otherwise="prompt")
+            conversation = as_conversation(columns["messages"])
+            if conversation and conversation[-1]["role"] != "assistant":
+                return template.encode_prompt(conversation)
+            shown_conversation = shown(json.dumps(conversation))
+            raise BrokenLine(f"messages is {shown_conversation}, expected a conversation that a user ends")
         case (("prompt") as form,):
             return encode_prompt(tokenizer, as_text(form, columns[form]))
     raise missing_columns(columns, "expected prompt, or prompt_ids, or messages")
-
-
-def _render(columns: Mapping[str, Any], tokenizer: Any) -> list[int]:
-    template = ChatTemplate(tokenizer, columns, otherwise="prompt")
-    conversation = as_conversation(columns["messages"])
-    if not conversation or conversation[-1]["role"] == "assistant":
-        raise BrokenLine(f"messages is {shown(json.dumps(conversation))}, expected a conversation that a user ends")
-    return template.encode_prompt(conversation)

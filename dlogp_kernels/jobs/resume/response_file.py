@@ -16,7 +16,6 @@ class PieceFile:
     def __init__(self, path: Path, ledger: Ledger) -> None:
         self._path = path
         self._ledger = ledger
-        self._pieces: dict[int, Piece] = {}
 
     def keep(self, most: int) -> tuple[int, list[int]]:
         """Cut the file off after `most` pieces or the last whole one; how many are left, and which are damaged or gone.
@@ -31,14 +30,12 @@ class PieceFile:
         sync(self._path)
         sync(self._path.parent)
         self._ledger.forget_pieces(self._path, number)
-        self._pieces = self._ledger.pieces(self._path)
         return number, sorted({*range(number), *(index for index in known if index < most)}.difference(whole))
 
     def restart(self, data: bytes) -> None:
         """Let the file hold `data`, as one piece, and nothing else."""
         write_atomically(self._path, data)
         self._ledger.record_files([self._path])
-        self._pieces = self._ledger.pieces(self._path)
 
     @property
     def path(self) -> Path:
@@ -47,11 +44,11 @@ class PieceFile:
 
     def add(self, data: bytes) -> None:
         """Write a piece behind the others and wait until it is on the disk."""
-        self._write(len(self._pieces), piece_of(data, self._path.stat().st_size), data)
+        self._write(len(self._ledger.pieces(self._path)), piece_of(data, self._path.stat().st_size), data)
 
     def replace(self, index: int, data: bytes) -> bool:
         """Write a damaged piece again, in its place; whether `data` is what had been there, or else may have been."""
-        before, there, after = (self._pieces.get(place) for place in (index - 1, index, index + 1))
+        before, there, after = map(self._ledger.pieces(self._path).get, (index - 1, index, index + 1))
         piece = piece_of(data, before.end if before else 0)
         if (there and there != piece) or (after and after.begin != piece.end):
             return False
@@ -64,7 +61,6 @@ class PieceFile:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        self._pieces[index] = piece
         self._ledger.record(self._path, piece, index)
 
 

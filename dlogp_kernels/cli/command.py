@@ -67,7 +67,6 @@ def with_options(kind: type) -> Callable[[Callable[..., None]], Callable[..., No
         own = [one for one in inspect.signature(command).parameters.values() if one.kind is not one.VAR_KEYWORD]
         parameters = [*own, *(_parameter(kind, name, about) for name, about in options_of(kind).items())]
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        command.__annotations__ = {one.name: one.annotation for one in parameters}
         return command
 
     return decorate

@@ -63,7 +63,8 @@ def linear_logp(
     head = checks.check_head(hidden, weight, bias)
     targets = checks.check_target(target, "hidden", hidden, ignore_index, weight.shape[0])
     transform = checks.check_transform(temperature, softcap, logit_scale)
-    outputs = torch.ops.dlogp.linear_logp_fwd(*head, transform, targets, ignore_index, checks.check_top(top))
+    checks.check_top(top, weight.shape[0])
+    outputs = torch.ops.dlogp.linear_logp_fwd(*head, transform, targets, ignore_index, top)
     return stats_of(LogpStats, outputs, hidden, target, top)
 
 
@@ -113,9 +114,8 @@ def linear_delta_logp(
     targets = checks.check_target(target, "hidden", hidden, ignore_index, weight.shape[0])
     transform = checks.check_transform(temperature, softcap, logit_scale)
     base_transform = checks.check_transform(temperature, base_softcap, base_logit_scale, "base_")
-    outputs = torch.ops.dlogp.linear_delta_logp_fwd(
-        *head, transform, *base, base_transform, targets, ignore_index, checks.check_top(top)
-    )
+    checks.check_top(top, weight.shape[0])
+    outputs = torch.ops.dlogp.linear_delta_logp_fwd(*head, transform, *base, base_transform, targets, ignore_index, top)
     return stats_of(DeltaLogpStats, outputs, hidden, target, top)
 
 
@@ -146,7 +146,8 @@ def logp(
     checks.check_logits("logits", logits)
     targets = checks.check_target(target, "logits", logits, ignore_index, logits.shape[-1])
     transform = checks.check_transform(temperature, softcap, logit_scale)
-    outputs = torch.ops.dlogp.logp_fwd(checks.as_rows(logits), transform, targets, ignore_index, checks.check_top(top))
+    checks.check_top(top, logits.shape[-1])
+    outputs = torch.ops.dlogp.logp_fwd(checks.as_rows(logits), transform, targets, ignore_index, top)
     return stats_of(LogpStats, outputs, logits, target, top)
 
 
@@ -184,9 +185,8 @@ def delta_logp(
     transform = checks.check_transform(temperature, softcap, logit_scale)
     base_transform = checks.check_transform(temperature, base_softcap, base_logit_scale, "base_")
     rows, base_rows = checks.as_rows(logits), checks.as_rows(base_logits)
-    outputs = torch.ops.dlogp.delta_logp_fwd(
-        rows, transform, base_rows, base_transform, targets, ignore_index, checks.check_top(top)
-    )
+    checks.check_top(top, logits.shape[-1])
+    outputs = torch.ops.dlogp.delta_logp_fwd(rows, transform, base_rows, base_transform, targets, ignore_index, top)
     return stats_of(DeltaLogpStats, outputs, logits, target, top)
 
 

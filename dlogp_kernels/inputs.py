@@ -82,23 +82,32 @@ class PairGradients(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What backward has from forward of one model: its entropy (N,), and `normalizer` (2, N), lse in two parts.
+    """What backward has from forward of one model: its entropy (N,), and `extra` (2 or more, N), lse in two parts.
 
-    log p_j = (z_j − normalizer[0]) − normalizer[1], the row's maximum and log Σ e^{z − maximum}: their sum would have
-    lost, to a common offset of the logits, what distinguishes tokens.
+    log p_j = (z_j − extra[0]) − extra[1], the row's maximum and log Σ e^{z − maximum}, the normalizer: their sum would
+    have lost, to a common offset of the logits, what distinguishes tokens.
     """
 
     entropy: Tensor
-    normalizer: Tensor
+    extra: Tensor
 
 
 class PairSaved(NamedTuple):
-    """Those of a pair."""
+    """Those of a pair, in whose `extra` (4 or more, N) the base's normalizer follows that of the model."""
 
-    model: Saved
-    base: Saved
+    entropy: Tensor
+    base_entropy: Tensor
     kl: Tensor
     reverse_kl: Tensor
+    extra: Tensor
+
+    @property
+    def model(self) -> Saved:
+        return Saved(self.entropy, self.extra)
+
+    @property
+    def base(self) -> Saved:
+        return Saved(self.base_entropy, self.extra[2:])
 
 
 class Argument(NamedTuple):

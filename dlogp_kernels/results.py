@@ -13,17 +13,16 @@ from torch import Tensor
 
 
 class Shape(Enum):
-    """Of a statistic inside an op, for target (N, K)."""
+    """Of an output of an op, for target (N, K)."""
 
     TARGET = "(N, K)"
     ROW = "(N,)"
-    TOP = "(N,), or (0,) where the most likely token is not asked for"
 
 
 PerTarget = Annotated[Tensor, Shape.TARGET]
 PerRow = Annotated[Tensor, Shape.ROW]
-TopToken = Annotated[Tensor | None, Shape.TOP, torch.int64]
-TopLogp = Annotated[Tensor | None, Shape.TOP]
+#: Of each row, in `extra`.
+OnDemand = Tensor | None
 
 
 class LogpStats(NamedTuple):
@@ -37,8 +36,8 @@ class LogpStats(NamedTuple):
     logp: PerTarget
     entropy: PerRow
     lse: PerRow
-    top_token: TopToken = None
-    top_logp: TopLogp = None
+    top_token: OnDemand = None
+    top_logp: OnDemand = None
 
 
 class DeltaLogpStats(NamedTuple):
@@ -57,36 +56,53 @@ class DeltaLogpStats(NamedTuple):
     reverse_kl: PerRow
     lse: PerRow
     base_lse: PerRow
-    top_token: TopToken = None
-    top_logp: TopLogp = None
-    base_top_token: TopToken = None
-    base_top_logp: TopLogp = None
+    top_token: OnDemand = None
+    top_logp: OnDemand = None
+    base_top_token: OnDemand = None
+    base_top_logp: OnDemand = None
 
 
 _Stats = TypeVar("_Stats", LogpStats, DeltaLogpStats)
 
 
 @functools.cache
-def _fields(kind: Any) -> tuple[tuple[Shape, torch.dtype | None], ...]:
-    """Shape of each field of LogpStats or DeltaLogpStats, and its dtype where that is not the one of the op."""
-    hints = get_type_hints(kind, include_extras=True).values()
-    return tuple((shape, *dtype, None)[:2] for shape, *dtype in (hint.__metadata__ for hint in hints))
+def shapes_of(kind: Any) -> dict[str, Shape]:
+    """Of the fields of LogpStats or DeltaLogpStats that are outputs of an op by themselves."""
+    hints = get_type_hints(kind, include_extras=True)
+    return {name: hint.__metadata__[0] for name, hint in hints.items() if name not in kind._field_defaults}
 
 
-def allocated(kind: Any, target: Tensor, new: Callable[..., Tensor], dtype: torch.dtype, top: bool) -> Any:
-    """A `kind` of tensors, each from new(its shape, dtype=…), for target (N, K); a token is −1."""
-    sizes = {Shape.TARGET: target.shape, Shape.ROW: target.shape[:1], Shape.TOP: target.shape[:1] if top else (0,)}
-    made = [new(sizes[shape], dtype=own or dtype) for shape, own in _fields(kind)]
-    for (_, own), tensor in zip(_fields(kind), made, strict=True):
-        if top and own is torch.int64:
-            tensor.fill_(-1)
-    return kind(*made)
+class Outputs(NamedTuple):
+    """What a forward op returns: LogpStats or DeltaLogpStats without what is on demand, and `extra` (rows, N).
+
+    extra has of each row the normalizer of each model, see inputs.Saved, two rows for one, and if they are asked for
+    the fields on demand in their order. They are one tensor because every output of an op takes its time.
+    """
+
+    stats: Any
+    extra: Tensor
+
+    def flat(self) -> tuple[Tensor, ...]:
+        return *self.stats[: -len(self.stats._field_defaults)], self.extra
+
+
+def allocated(kind: Any, target: Tensor, new: Callable[..., Tensor], dtype: torch.dtype, top: bool) -> Outputs:
+    """The outputs of an op for target (N, K), each from new(its shape, dtype=…); tokens are −1."""
+    sizes = {Shape.TARGET: target.shape, Shape.ROW: target.shape[:1]}
+    on_demand = len(kind._field_defaults)
+    extra = new((on_demand * (2 if top else 1), target.shape[0]), dtype=dtype)
+    if top:
+        extra[on_demand::2] = -1
+    return Outputs(kind(*(new(sizes[shape], dtype=dtype) for shape in shapes_of(kind).values())), extra)
 
 
 def stats_of(kind: type[_Stats], outputs: Sequence[Tensor], rows: Tensor, target: Tensor, top: bool) -> _Stats:
-    """What the function returns of an op's outputs, which end in what is for backward alone."""
-    count = len(kind._fields) - (0 if top else len(kind._field_defaults))
-    return kind(*shaped(outputs[:count], rows, target))
+    """What the function returns of an op's outputs."""
+    *stats, extra = outputs
+    if top:
+        on_demand = zip(kind._field_defaults, extra[len(kind._field_defaults) :], strict=True)
+        stats += [x.to(torch.int64) if name.endswith("token") else x for name, x in on_demand]
+    return kind(*shaped(stats, rows, target))
 
 
 def present(results: Any) -> dict[str, Tensor]:

@@ -8,6 +8,8 @@
 
 #include <array>
 #include <tuple>
+#include <utility>
+#include <vector>
 
 #include "../csrc/cpu/linear_backward.h"
 #include "../csrc/cpu/linear_forward.h"
@@ -32,26 +34,18 @@ struct TargetArguments {
   bool top = false;  // whether forward is asked for the most likely token
 };
 
-// Upstream gradients of a model's statistics.
-struct GradientArguments {
-  const OptionalTensor &logp, &entropy, &lse;
-};
-struct SavedArguments {
-  const Tensor &entropy, &normalizer;
+// Upstream gradients of a model's statistics, and its entropy.
+struct ModelArguments {
+  const OptionalTensor &grad_logp, &grad_entropy, &grad_lse;
+  const Tensor& entropy;
 };
 
 // What backward is given of one model's statistics, or of a pair's.
 template <int Models>
 struct UpstreamArguments {
-  GradientArguments grads[Models];
-  SavedArguments saved[Models];
-};
-template <>
-struct UpstreamArguments<2> {
-  GradientArguments grads[2];
-  SavedArguments saved[2];
-  const OptionalTensor &grad_kl, &grad_reverse_kl;
-  const Tensor &kl, &reverse_kl;
+  ModelArguments models[Models];
+  const Tensor& extra;
+  OptionalTensor grad_kl, grad_reverse_kl, kl, reverse_kl;
 };
 
 // Which gradients of a head are wanted: of hidden, weight and bias.
@@ -66,29 +60,31 @@ class Stats {
     const auto options = target.options().dtype(is_double ? at::kDouble : at::kFloat);
     auto tensor = tensors_.begin();
 #define DLOGP_PER_TARGET(name, value) *tensor++ = at::zeros(target.sizes(), options);
-#define DLOGP_TOP_TOKEN(name, state) \
-  *tensor++ = at::full(sizes_if(targets.top, target.sizes().slice(0, 1)), -1, target.options());
-#define DLOGP_TOP_LOGP(name, state) *tensor++ = at::zeros(sizes_if(targets.top, target.sizes().slice(0, 1)), options);
 #define DLOGP_PER_ROW(name, value) *tensor++ = at::zeros(target.sizes().slice(0, 1), options);
-#define DLOGP_NORMALIZER(name, state) *tensor++ = at::zeros({2, target.size(0)}, options);
-    DLOGP_STATS(Models, DLOGP_PER_TARGET, DLOGP_PER_ROW, DLOGP_TOP_TOKEN, DLOGP_TOP_LOGP, DLOGP_NORMALIZER)
+    DLOGP_STATS(Models, DLOGP_PER_TARGET, DLOGP_PER_ROW, DLOGP_NOTHING, DLOGP_NOTHING)
 #undef DLOGP_PER_TARGET
 #undef DLOGP_PER_ROW
-#undef DLOGP_TOP_TOKEN
-#undef DLOGP_TOP_LOGP
-#undef DLOGP_NORMALIZER
+    constexpr int64_t on_demand = 2 * Models;
+    *tensor = at::zeros({targets.top ? 2 * on_demand : on_demand, target.size(0)}, options);
+    if (targets.top) tensor->slice(0, on_demand, std::nullopt, 2).fill_(-1);  // every other one is a token
   }
 
   template <typename Acc>
   StatsOutputs<Acc> outputs() const {
     StatsOutputs<Acc> outputs;
-    outputs.rows = tensors_[0].size(0);
     auto tensor = tensors_.begin();
-    // Of an empty tensor null.
-#define DLOGP_POINTER(name, value) \
-  outputs.name = (tensor++)->template mutable_data_ptr<std::remove_pointer_t<decltype(outputs.name)>>();
-    DLOGP_STATS(Models, DLOGP_POINTER, DLOGP_POINTER, DLOGP_POINTER, DLOGP_POINTER, DLOGP_POINTER)
+#define DLOGP_POINTER(name, value) outputs.name = (tensor++)->template mutable_data_ptr<Acc>();
+    DLOGP_STATS(Models, DLOGP_POINTER, DLOGP_POINTER, DLOGP_NOTHING, DLOGP_NOTHING)
 #undef DLOGP_POINTER
+    const int64_t rows = tensor->size(1);
+    Acc* row = tensor->template mutable_data_ptr<Acc>();
+    const Acc* end = row + tensor->numel();
+#define DLOGP_EXTRA(name, value) outputs.name = std::exchange(row, row + rows);
+#define DLOGP_ON_DEMAND(name, value) \
+  if (row != end) outputs.name = std::exchange(row, row + rows);
+    DLOGP_STATS(Models, DLOGP_NOTHING, DLOGP_NOTHING, DLOGP_EXTRA, DLOGP_ON_DEMAND)
+#undef DLOGP_EXTRA
+#undef DLOGP_ON_DEMAND
     return outputs;
   }
 
@@ -98,9 +94,9 @@ class Stats {
 
  private:
 #define DLOGP_ONE(name, value) +1
-  static constexpr size_t kCount =
-      Models == 1 ? 0 DLOGP_LOGP_STATS(DLOGP_ONE, DLOGP_ONE, DLOGP_ONE, DLOGP_ONE, DLOGP_ONE)
-                  : 0 DLOGP_DELTA_LOGP_STATS(DLOGP_ONE, DLOGP_ONE, DLOGP_ONE, DLOGP_ONE, DLOGP_ONE);
+  static constexpr size_t kCount = Models == 1
+                                       ? 1 DLOGP_LOGP_STATS(DLOGP_ONE, DLOGP_ONE, DLOGP_NOTHING, DLOGP_NOTHING)
+                                       : 1 DLOGP_DELTA_LOGP_STATS(DLOGP_ONE, DLOGP_ONE, DLOGP_NOTHING, DLOGP_NOTHING);
 #undef DLOGP_ONE
   std::array<Tensor, kCount> tensors_;
 };
@@ -125,45 +121,39 @@ struct HeadGradients {
   }
 };
 
-// Upstream gradients and saved statistics, kept alive.
+// Upstream gradients of a model's statistics and its entropy, kept alive.
 template <typename Acc>
 struct ModelValues {
-  Values<Acc> grad_logp, grad_entropy, grad_lse, entropy, normalizer;
-  int64_t rows;
+  Values<Acc> grad_logp, grad_entropy, grad_lse, entropy;
 
-  ModelValues(const Tensor& target, const GradientArguments& grads, const SavedArguments& saved)
-      : grad_logp(grads.logp, target.sizes(), "grad_logp"),
-        grad_entropy(grads.entropy, target.sizes().slice(0, 1), "grad_entropy"),
-        grad_lse(grads.lse, target.sizes().slice(0, 1), "grad_lse"),
-        entropy(saved.entropy, target.sizes().slice(0, 1), "entropy"),
-        normalizer(saved.normalizer, {2, target.size(0)}, "normalizer"),
-        rows(target.size(0)) {}
-
-  ModelUpstream<Acc> get() const {
-    return {grad_logp.get(), grad_entropy.get(), grad_lse.get(), entropy.get(), normalizer.get(), rows};
-  }
+  ModelValues(const Tensor& target, const ModelArguments& given)
+      : grad_logp(given.grad_logp, target.sizes(), "grad_logp"),
+        grad_entropy(given.grad_entropy, target.sizes().slice(0, 1), "grad_entropy"),
+        grad_lse(given.grad_lse, target.sizes().slice(0, 1), "grad_lse"),
+        entropy(given.entropy, target.sizes().slice(0, 1), "entropy") {}
 };
 
 // Calls use(upstream), which it keeps alive meanwhile.
-template <typename Acc, typename Use>
-void with_upstream(const Tensor& target, const UpstreamArguments<1>& given, const KeptRows& kept, Use use) {
-  const ModelValues<Acc> model(target, given.grads[0], given.saved[0]);
-  use(Upstream<Acc>{{model.get(), {}}, nullptr, nullptr, nullptr, nullptr, kept.candidates, kept.ignore_index});
-}
-template <typename Acc, typename Use>
-void with_upstream(const Tensor& target, const UpstreamArguments<2>& given, const KeptRows& kept, Use use) {
-  const ModelValues<Acc> model(target, given.grads[0], given.saved[0]), base(target, given.grads[1], given.saved[1]);
+template <typename Acc, int Models, typename Use>
+void with_upstream(const Tensor& target, const UpstreamArguments<Models>& given, const KeptRows& kept, Use use) {
   const at::IntArrayRef rows = target.sizes().slice(0, 1);
   const Values<Acc> grad_kl(given.grad_kl, rows, "grad_kl"),
       grad_reverse_kl(given.grad_reverse_kl, rows, "grad_reverse_kl");
   const Values<Acc> kl(given.kl, rows, "kl"), reverse_kl(given.reverse_kl, rows, "reverse_kl");
-  use(Upstream<Acc>{{model.get(), base.get()},
-                    grad_kl.get(),
-                    grad_reverse_kl.get(),
-                    kl.get(),
-                    reverse_kl.get(),
-                    kept.candidates,
-                    kept.ignore_index});
+  // What is on demand may follow the normalizers.
+  const int64_t normalizers = 2 * Models;
+  const bool with_more = given.extra.dim() == 2 && given.extra.size(0) == 2 * normalizers;
+  const Values<Acc> extra(given.extra, {with_more ? 2 * normalizers : normalizers, rows[0]}, "extra");
+  Upstream<Acc> upstream = {
+      {}, grad_kl.get(), grad_reverse_kl.get(), kl.get(), reverse_kl.get(), kept.candidates, kept.ignore_index};
+  std::vector<ModelValues<Acc>> values;
+  for (int model = 0; model < Models; ++model) {
+    const auto& own = values.emplace_back(target, given.models[model]);
+    const Acc* normalizer = extra.get() + 2 * model * rows[0];
+    upstream.models[model] = {own.grad_logp.get(), own.grad_entropy.get(), own.grad_lse.get(), own.entropy.get(),
+                              normalizer,          normalizer + rows[0]};
+  }
+  use(upstream);
 }
 
 template <int Models>
@@ -279,10 +269,9 @@ std::tuple<Tensor, Tensor, Tensor> linear_logp_bwd(const OptionalTensor& grad_lo
                                                    const OptionalTensor& grad_lse, const Tensor& hidden,
                                                    const Tensor& weight, const OptionalTensor& bias,
                                                    at::ArrayRef<double> transform, const Tensor& target,
-                                                   int64_t ignore_index, const Tensor& entropy,
-                                                   const Tensor& normalizer, std::array<bool, 3> output_mask,
-                                                   int64_t workspace) {
-  const auto found = linear_gradients<1>({{{grad_logp, grad_entropy, grad_lse}}, {{entropy, normalizer}}},
+                                                   int64_t ignore_index, const Tensor& entropy, const Tensor& extra,
+                                                   std::array<bool, 3> output_mask, int64_t workspace) {
+  const auto found = linear_gradients<1>({{{grad_logp, grad_entropy, grad_lse, entropy}}, extra},
                                          {{{hidden, weight, bias, transform_of(transform)}}}, {target, ignore_index},
                                          {output_mask}, workspace);
   return {found[0].hidden, found[0].weight, found[0].bias};
@@ -303,12 +292,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_delta_logp_bwd
     const OptionalTensor& grad_kl, const OptionalTensor& grad_reverse_kl, const Tensor& hidden, const Tensor& weight,
     const OptionalTensor& bias, at::ArrayRef<double> transform, const Tensor& base_hidden, const Tensor& base_weight,
     const OptionalTensor& base_bias, at::ArrayRef<double> base_transform, const Tensor& target, int64_t ignore_index,
-    const Tensor& entropy, const Tensor& normalizer, const Tensor& base_entropy, const Tensor& base_normalizer,
-    const Tensor& kl, const Tensor& reverse_kl, std::array<bool, 6> output_mask, int64_t workspace) {
+    const Tensor& entropy, const Tensor& base_entropy, const Tensor& kl, const Tensor& reverse_kl, const Tensor& extra,
+    std::array<bool, 6> output_mask, int64_t workspace) {
   const auto& wanted = output_mask;
   const auto found = linear_gradients<2>(
-      {{{grad_logp, grad_entropy, grad_lse}, {grad_base_logp, grad_base_entropy, grad_base_lse}},
-       {{entropy, normalizer}, {base_entropy, base_normalizer}},
+      {{{grad_logp, grad_entropy, grad_lse, entropy}, {grad_base_logp, grad_base_entropy, grad_base_lse, base_entropy}},
+       extra,
        grad_kl,
        grad_reverse_kl,
        kl,
@@ -326,8 +315,8 @@ auto logp_fwd(const Tensor& logits, at::ArrayRef<double> transform, const Tensor
 
 Tensor logp_bwd(const OptionalTensor& grad_logp, const OptionalTensor& grad_entropy, const OptionalTensor& grad_lse,
                 const Tensor& logits, at::ArrayRef<double> transform, const Tensor& target, int64_t ignore_index,
-                const Tensor& entropy, const Tensor& normalizer, std::array<bool, 1> output_mask, int64_t workspace) {
-  return logits_gradients<1>({{{grad_logp, grad_entropy, grad_lse}}, {{entropy, normalizer}}},
+                const Tensor& entropy, const Tensor& extra, std::array<bool, 1> output_mask, int64_t workspace) {
+  return logits_gradients<1>({{{grad_logp, grad_entropy, grad_lse, entropy}}, extra},
                              {{{logits, transform_of(transform)}}}, {target, ignore_index}, output_mask)[0];
 }
 
@@ -345,18 +334,17 @@ std::tuple<Tensor, Tensor> delta_logp_bwd(const OptionalTensor& grad_logp, const
                                           const Tensor& logits, at::ArrayRef<double> transform,
                                           const Tensor& base_logits, at::ArrayRef<double> base_transform,
                                           const Tensor& target, int64_t ignore_index, const Tensor& entropy,
-                                          const Tensor& normalizer, const Tensor& base_entropy,
-                                          const Tensor& base_normalizer, const Tensor& kl, const Tensor& reverse_kl,
-                                          std::array<bool, 2> output_mask, int64_t workspace) {
-  const auto found =
-      logits_gradients<2>({{{grad_logp, grad_entropy, grad_lse}, {grad_base_logp, grad_base_entropy, grad_base_lse}},
-                           {{entropy, normalizer}, {base_entropy, base_normalizer}},
-                           grad_kl,
-                           grad_reverse_kl,
-                           kl,
-                           reverse_kl},
-                          {{{logits, transform_of(transform)}, {base_logits, transform_of(base_transform)}}},
-                          {target, ignore_index}, output_mask);
+                                          const Tensor& base_entropy, const Tensor& kl, const Tensor& reverse_kl,
+                                          const Tensor& extra, std::array<bool, 2> output_mask, int64_t workspace) {
+  const auto found = logits_gradients<2>(
+      {{{grad_logp, grad_entropy, grad_lse, entropy}, {grad_base_logp, grad_base_entropy, grad_base_lse, base_entropy}},
+       extra,
+       grad_kl,
+       grad_reverse_kl,
+       kl,
+       reverse_kl},
+      {{{logits, transform_of(transform)}, {base_logits, transform_of(base_transform)}}}, {target, ignore_index},
+      output_mask);
   return {found[0], found[1]};
 }
 

@@ -31,10 +31,10 @@ GradientTerms<Acc> Upstream<Acc>::terms(int model, int64_t row, const int64_t* t
   const double derivative = transform.derivative();
   const double constant = value_of(own.grad_lse, row) - grad_logp_sum - product_of(own.grad_entropy, own.entropy, row) -
                           product_of(own_grad_kl, own_kl, row) + value_of(other_grad_kl, row);
-  return {own.maxima()[row],
-          own.log_sums()[row],
-          Acc(value_of(other.maxima(), row)),
-          Acc(value_of(other.log_sums(), row)),
+  return {own.max[row],
+          own.log_sum[row],
+          Acc(value_of(other.max, row)),
+          Acc(value_of(other.log_sum, row)),
           Acc(derivative * constant),
           Acc(-derivative * value_of(own.grad_entropy, row)),
           Acc(derivative * value_of(own_grad_kl, row)),

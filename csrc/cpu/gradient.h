@@ -8,16 +8,12 @@
 
 namespace dlogp {
 
-// Of one model, over all N rows, `normalizer` (2, N) as in statistics.h. Upstream gradients may be null, which counts
-// as zero.
+// Of one model, over all N rows, max and log_sum as in statistics.h. Upstream gradients may be null, which counts as
+// zero.
 template <typename Acc>
 struct ModelUpstream {
   const Acc *grad_logp, *grad_entropy, *grad_lse;
-  const Acc *entropy, *normalizer;
-  int64_t rows;
-
-  const Acc* maxima() const { return normalizer; }
-  const Acc* log_sums() const { return normalizer == nullptr ? nullptr : normalizer + rows; }
+  const Acc *entropy, *max, *log_sum;
 };
 
 // Of one model, or of a pair: then models[1] is the base model.

@@ -31,12 +31,11 @@ struct PolicyBlock {
   }
 
   Upstream<Acc> upstream(int64_t ignore_index) const {
-    const int64_t rows = int64_t(stats.entropy.size());
-    const ModelUpstream<Acc> model = {grad_logp.data(),     grad_entropy.data(),     nullptr,
-                                      stats.entropy.data(), stats.normalizer.data(), rows};
+    const ModelUpstream<Acc> model = {grad_logp.data(),     grad_entropy.data(), nullptr,
+                                      stats.entropy.data(), stats.max.data(),    stats.log_sum.data()};
     if (Models == 1) return {{model, {}}, nullptr, nullptr, nullptr, nullptr, 1, ignore_index};
-    const ModelUpstream<Acc> base = {nullptr, nullptr, nullptr, stats.base_entropy.data(), stats.base_normalizer.data(),
-                                     rows};
+    const ModelUpstream<Acc> base = {
+        nullptr, nullptr, nullptr, stats.base_entropy.data(), stats.base_max.data(), stats.base_log_sum.data()};
     return {{model, base}, grad_kl.data(), nullptr, stats.kl.data(), nullptr, 1, ignore_index};
   }
 

@@ -62,33 +62,25 @@ void write_statistics(const State<Acc, Models>* states, int64_t splits, const Ac
                       const RowBlock& block, const int64_t* places, int64_t begin, int64_t end,
                       const StatsOutputs<Acc>& outputs) {
 #define DLOGP_WRITE_ROW(name, value) outputs.name[row] = Acc(value);
-#define DLOGP_WRITE_TOP_TOKEN(name, state) \
-  if (outputs.name != nullptr) outputs.name[row] = state.top_token();
-#define DLOGP_WRITE_TOP_LOGP(name, state) \
-  if (outputs.name != nullptr) outputs.name[row] = Acc(state.top_logp());
-#define DLOGP_WRITE_NORMALIZER(name, state) \
-  outputs.name[row] = state.max;            \
-  outputs.name[outputs.rows + row] = Acc(state.log_sum());
+#define DLOGP_WRITE_ON_DEMAND(name, value) \
+  if (outputs.name != nullptr) outputs.name[row] = Acc(value);
 #define DLOGP_WRITE_TARGET(name, value) outputs.name[row * block.candidates + k] = Acc(value);
   for (int64_t i = begin; i < end; ++i) {
     State<Acc, Models> pair = states[i * splits];
     for (int64_t split = 1; split < splits; ++split) merge(pair, states[i * splits + split]);
     const SoftmaxState<Acc>&model = model_of(pair), &base = base_of(pair);
     const int64_t row = places[i];
-    DLOGP_STATS(Models, DLOGP_NOTHING, DLOGP_WRITE_ROW, DLOGP_WRITE_TOP_TOKEN, DLOGP_WRITE_TOP_LOGP,
-                DLOGP_WRITE_NORMALIZER)
+    DLOGP_STATS(Models, DLOGP_NOTHING, DLOGP_WRITE_ROW, DLOGP_WRITE_ROW, DLOGP_WRITE_ON_DEMAND)
     for (int64_t k = 0; k < block.candidates; ++k) {
       const int64_t place = i * block.candidates + k;
       if (block.target[place] == block.ignore_index) continue;
       const double logp = model.logp(target_logits[0][place]);
       const double base_logp = Models == 1 ? logp : base.logp(target_logits[Models - 1][place]);
-      DLOGP_STATS(Models, DLOGP_WRITE_TARGET, DLOGP_NOTHING, DLOGP_NOTHING, DLOGP_NOTHING, DLOGP_NOTHING)
+      DLOGP_STATS(Models, DLOGP_WRITE_TARGET, DLOGP_NOTHING, DLOGP_NOTHING, DLOGP_NOTHING)
     }
   }
 #undef DLOGP_WRITE_ROW
-#undef DLOGP_WRITE_TOP_TOKEN
-#undef DLOGP_WRITE_TOP_LOGP
-#undef DLOGP_WRITE_NORMALIZER
+#undef DLOGP_WRITE_ON_DEMAND
 #undef DLOGP_WRITE_TARGET
 }
 

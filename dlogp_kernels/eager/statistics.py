@@ -5,7 +5,7 @@ float32 accumulation (float64 for float64 inputs); deterministic as far as the d
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from ..checks import check_target_range
 from ..inputs import Asked, Gradients, Head, Logits, PairGradients, PairSaved, Saved, Targets
 from ..reference import statistics as reference
 from ..reference.statistics import accumulation_dtype, transform_gradient, transform_logits
-from ..results import DeltaLogpStats, LogpStats, allocated
+from ..results import DeltaLogpStats, LogpStats, Outputs, allocated
 from ._blocks import (
     BackwardBlocks,
     HeadGradients,
@@ -135,17 +135,17 @@ def delta_logp_bwd(
 def _forward_of_heads(
     kind: Any, definition: _Definition, heads: Sequence[Head], targets: Targets, asked: Asked, workspace: int
 ) -> tuple[Tensor, ...]:
-    """A `kind` of statistics, by their definition for the log-softmax of one or two models, and their normalizers."""
+    """A `kind` of statistics, by their definition for the log-softmax of one or two models."""
     dtype, vocabulary = accumulation_dtype(*(x for head in heads for x in head[:3])), heads[0].weight.shape[0]
     targets, bad_rows = check_targets(targets, vocabulary)
-    out = _zeros(kind, targets, len(heads), dtype, asked)
+    out = allocated(kind, targets.target, targets.target.new_zeros, dtype, asked.top)
     blocks = forward_blocks(heads, dtype, workspace)
     for rows in kept_blocks(targets, blocks.rows):
         raw = [tiled_logits(head, rows, dtype, blocks.tile) for head in heads]
         for some, *values in zip(*(x.split(blocks.rows_of_statistics) for x in (rows, *raw)), strict=True):
             _write(out, definition, values, heads, targets, asked, some)
         del raw, values  # before there are the next ones
-    return out.without(bad_rows)
+    return _without(bad_rows, out)
 
 
 def _forward_of_logits(
@@ -153,38 +153,25 @@ def _forward_of_logits(
 ) -> tuple[Tensor, ...]:
     dtype, vocabulary = accumulation_dtype(*(model.logits for model in models)), models[0].logits.shape[-1]
     targets, bad_rows = check_targets(targets, vocabulary)
-    out = _zeros(kind, targets, len(models), dtype, asked)
+    out = allocated(kind, targets.target, targets.target.new_zeros, dtype, asked.top)
     for rows in row_blocks(targets, vocabulary, dtype, len(models), workspace):
         _write(out, definition, [rows_of(x.logits, rows).to(dtype) for x in models], models, targets, asked, rows)
-    return out.without(bad_rows)
+    return _without(bad_rows, out)
 
 
-class _Outputs(NamedTuple):
-    """Of forward: statistics, and the normalizer (2, N) of each model."""
-
-    stats: Any
-    normalizers: list[Tensor]
-
-    def without(self, bad_rows: Tensor | None) -> tuple[Tensor, ...]:
-        """In the order of the schema, NaN in these rows (N,)."""
-        if bad_rows is not None:
-            for value in filter(Tensor.numel, self.stats):
-                nothing = torch.nan if value.is_floating_point() else -1
-                value.masked_fill_(bad_rows if value.dim() == 1 else bad_rows[:, None], nothing)
-            for normalizer in self.normalizers:
-                normalizer.masked_fill_(bad_rows, torch.nan)
-        return *self.stats, *self.normalizers
-
-
-def _zeros(kind: Any, targets: Targets, models: int, dtype: torch.dtype, asked: Asked) -> _Outputs:
-    new, num_rows = targets.target.new_zeros, targets.target.shape[0]
-    return _Outputs(
-        allocated(kind, targets.target, new, dtype, asked.top), [new((2, num_rows), dtype=dtype) for _ in range(models)]
-    )
+def _without(bad_rows: Tensor | None, out: Outputs) -> tuple[Tensor, ...]:
+    """In the order of the schema, NaN and no token in these rows (N,)."""
+    outputs = out.flat()
+    if bad_rows is not None:
+        for value in outputs[:-1]:
+            value.masked_fill_(bad_rows if value.dim() == 1 else bad_rows[:, None], torch.nan)
+        out.extra.masked_fill_(bad_rows, torch.nan)
+        out.extra[len(out.stats._field_defaults) :: 2].masked_fill_(bad_rows, -1.0)
+    return outputs
 
 
 def _write(
-    out: _Outputs,
+    out: Outputs,
     definition: _Definition,
     raw: Sequence[Tensor],
     models: Sequence[Head | Logits],
@@ -197,11 +184,12 @@ def _write(
         reference.log_softmax(transform_logits(x, *model.transform)) for x, model in zip(raw, models, strict=True)
     ]
     stats = definition(*of_models, targets.target[rows], targets.ignore_index, *asked)
-    for field, value in zip(out.stats, stats, strict=True):
-        if value is not None:
-            field[rows] = value
-    for normalizer, model in zip(out.normalizers, of_models, strict=True):
-        normalizer[:, rows] = torch.cat((model.largest, model.log_sum), 1).t()
+    *fields, extra = out.flat()
+    values = [value for value in stats if value is not None]
+    normalizers = [x[:, 0] for model in of_models for x in (model.largest, model.log_sum)]
+    values[len(fields) : len(fields)] = normalizers
+    for field, value in zip((*fields, *extra), values, strict=True):
+        field[rows] = value.to(field.dtype)
 
 
 def _backward_of_heads(
@@ -358,7 +346,7 @@ class _ModelRows:
         self.grad_logp = grad.masked_fill(self.target == targets.ignore_index, 0.0)
         self.grad_entropy = _rows_or_zero(grads.entropy, rows, saved.entropy)
         self.grad_lse = _rows_or_zero(grads.lse, rows, saved.entropy)
-        self.entropy, (self.largest, self.log_sum) = saved.entropy[rows], saved.normalizer[:, rows, None]
+        self.entropy, (self.largest, self.log_sum) = saved.entropy[rows], saved.extra[:2, rows, None]
 
     def logp_all(self, z: Tensor) -> Tensor:
         return (z - self.largest).sub_(self.log_sum)

@@ -1,16 +1,15 @@
 """Every schema string of the library, once. Those of the statistics follow from results.py and inputs.py:
 
     linear_logp_fwd(Tensor hidden, Tensor weight, Tensor? bias, float[] transform, Tensor target, int ignore_index,
-        bool top) -> (Tensor logp, Tensor entropy, Tensor lse, Tensor top_token, Tensor top_logp, Tensor normalizer)
+        bool top) -> (Tensor logp, Tensor entropy, Tensor lse, Tensor extra)
     linear_logp_bwd(Tensor? grad_logp, Tensor? grad_entropy, Tensor? grad_lse, <as forward but top>, Tensor entropy,
-        Tensor normalizer, bool[3] output_mask) -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)
+        Tensor extra, bool[3] output_mask) -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)
 
 N tokens lie in the leading dimensions, at least one, of hidden (…, D) and logits (…, V); weight is (V, D). Targets
-are flat, (N, K) int64, and so are outputs, (N, K) or (N,) as results.py says; after them comes what backward needs
-besides, a normalizer (2, N) of each model. In a backward op `output_mask` says which
-gradients to compute, in the order of the floating inputs; the others come back empty. Sampling has no gradient; its
-seed (64 bits, as int64) and step come as numbers, or from the device as int64 tensors, seed (1,), step (1,) or (N,),
-which then count; row_id is (N,) int64, or None for 0 … N − 1.
+are flat, (N, K) int64, and so are outputs, (N, K) or (N,) as results.py says; after them comes `extra`, see
+results.allocated. In a backward op `output_mask` says which gradients to compute, in the order of the floating inputs;
+the others come back empty. Sampling has no gradient; its seed (64 bits, as int64) and step come as numbers, or from the
+device as int64 tensors, seed (1,), step (1,) or (N,), which then count; row_id is (N,) int64, or None for 0 … N − 1.
 
 The policy loss takes logp and reference.policy.TokenInputs: tokens (B, T), or (N,) with the offsets (B + 1,) int64 of
 B sequences; advantage is of each token or (B,), mask bool, group (B,) int64, denominator () of the dtype of the loss:
@@ -33,7 +32,7 @@ from typing import Any, NamedTuple
 from ..inputs import Argument, Asked, Gradients, Head, Logits, PairGradients, PairSaved, Saved, Targets, arguments
 from ..reference.policy import TokenInputs
 from ..reference.rows import PolicyRows
-from ..results import DeltaLogpStats, LogpStats, Sample
+from ..results import DeltaLogpStats, LogpStats, Sample, shapes_of
 
 
 class Statistics(NamedTuple):
@@ -49,9 +48,10 @@ class Statistics(NamedTuple):
         models = (arguments(model, prefix) for model, prefix in zip(self.models, ("", "base_"), strict=False))
         return (*(argument for model in models for argument in model), *arguments(Targets))
 
-    def private(self) -> tuple[str, ...]:
-        """What forward returns after its statistics, for backward alone."""
-        return tuple(x.name for x in arguments(self.saved) if x.name not in self.stats._fields)
+    def outputs(self) -> tuple[str, ...]:
+        """Of forward."""
+        kind: Any = self.stats
+        return *shapes_of(kind), "extra"
 
     def upstream(self) -> tuple[Argument, ...]:
         return tuple(Argument(x.type, f"grad_{x.name}") for x in arguments(self.grads))
@@ -61,7 +61,7 @@ class Statistics(NamedTuple):
         return [i for i, x in enumerate(self.inputs()) if x.type.startswith("Tensor") and x.name != "target"]
 
     def forward(self) -> tuple[str, str]:
-        return _joined((*self.inputs(), *arguments(Asked))), _tuple_of((*self.stats._fields, *self.private()))
+        return _joined((*self.inputs(), *arguments(Asked))), _tuple_of(self.outputs())
 
     def backward(self) -> tuple[str, str]:
         takes = _joined((*self.upstream(), *self.inputs(), *arguments(self.saved)))

@@ -17,7 +17,7 @@ def _register(name: str, op: Statistics) -> None:
     inputs, upstream, differentiable = op.inputs(), op.upstream(), op.differentiable()
     tensors = [i for i, x in enumerate(inputs) if x.type.startswith("Tensor")]
     options = [i for i in range(len(inputs)) if i not in tensors]
-    fields: tuple[str, ...] = (*op.stats._fields, *op.private())
+    fields = op.outputs()
     saved = [fields.index(x.name) for x in arguments(op.saved)]
     constant = [i for i, x in enumerate(fields) if f"grad_{x}" not in {*(x.name for x in upstream), "grad_delta_logp"}]
     target = next(i for i in tensors if inputs[i].name == "target")
@@ -29,9 +29,8 @@ def _register(name: str, op: Statistics) -> None:
 
     def fake_fwd(*values: Any) -> tuple[Tensor, ...]:
         dtype = accumulation_dtype(*(values[i] for i in differentiable))
-        new, asked = values[target].new_empty, Asked._make(values[len(inputs) :])
-        normalizers = [new((2, values[target].shape[0]), dtype=dtype) for _ in op.private()]
-        return *allocated(op.stats, values[target], new, dtype, asked.top), *normalizers
+        asked = Asked._make(values[len(inputs) :])
+        return allocated(op.stats, values[target], values[target].new_empty, dtype, asked.top).flat()
 
     def fake_bwd(*values: Any) -> Tensor | tuple[Tensor, ...]:
         given = tuple(values[len(upstream) + i] for i in differentiable)
@@ -40,8 +39,7 @@ def _register(name: str, op: Statistics) -> None:
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.save_for_backward(*[inputs[i] for i in tensors], *[output[i] for i in saved])
         ctx.options = [inputs[i] for i in options]
-        if constant:
-            ctx.mark_non_differentiable(*[output[i] for i in constant])
+        ctx.mark_non_differentiable(*[output[i] for i in constant])
         ctx.set_materialize_grads(False)
 
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:

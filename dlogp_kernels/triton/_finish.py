@@ -33,15 +33,18 @@ def store_row_statistics(out, n, values, kept, bad, mask, FIRST: tl.constexpr):
 
 
 @triton.jit
-def store_top(token_ptr, logp_ptr, n, top, state, kept, bad, mask):
-    """Token −1 where ignored, and where log p is NaN."""
-    logp = mask_ignored_and_invalid(_top.top_logp_of(top, state), kept, bad)
-    tl.store(token_ptr + n, tl.where(kept & (logp == logp), top.token, -1).to(tl.int64), mask=mask)
-    tl.store(logp_ptr + n, logp, mask=mask)
+def store_extra(extra_ptr, n, N, values, kept, bad, mask, FIRST: tl.constexpr):
+    """To extra (rows, N), see results.Outputs, from the row FIRST on."""
+    for i in tl.static_range(len(values)):
+        pointer = extra_ptr + (FIRST + i) * tl.cast(N, tl.int64) + n
+        tl.store(pointer, mask_ignored_and_invalid(values[i], kept, bad), mask=mask)
 
 
 @triton.jit
-def store_normalizer(normalizer_ptr, n, N, normalizer, kept, bad, mask):
-    """To normalizer (2, N)."""
-    for i in tl.static_range(2):
-        tl.store(normalizer_ptr + i * N + n, mask_ignored_and_invalid(normalizer[i], kept, bad), mask=mask)
+def store_top(extra_ptr, n, N, top, state, kept, bad, mask, FIRST: tl.constexpr):
+    """Likewise, token −1 where ignored, and where log p is NaN."""
+    logp = mask_ignored_and_invalid(_top.top_logp_of(top, state), kept, bad)
+    token = tl.where(kept & (logp == logp), top.token, -1).to(tl.float32)
+    pointer = extra_ptr + FIRST * tl.cast(N, tl.int64) + n
+    tl.store(pointer, token, mask=mask)
+    tl.store(pointer + N, logp, mask=mask)

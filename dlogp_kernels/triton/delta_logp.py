@@ -5,10 +5,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..inputs import Asked, Logits, PairGradients, PairSaved, Targets
-from ..results import DeltaLogpStats
+from ..results import DeltaLogpStats, Outputs
 from . import _math, _top
 from ._device import on_device_of
-from ._finish import check_targets, mask_ignored_and_invalid, store_normalizer, store_row_statistics, store_top
+from ._finish import check_targets, mask_ignored_and_invalid, store_extra, store_row_statistics, store_top
 from ._launch import Launch, call_of, launch_anew
 from ._math import MASKED_LOGIT
 from ._rows import Matrix, Rows, matrix
@@ -24,9 +24,8 @@ from .logp import (
     load_x,
     logp_all_of,
     model_gradient,
-    new_normalizer,
+    new_outputs,
     new_states,
-    new_stats,
     num_warps,
     pick,
     row_of,
@@ -124,11 +123,11 @@ def store_pair_top(pointer, stride, top, base_top, mask):
 
 @triton.jit(do_not_specialize=["first", "N", "R", "V", "num_splits", "ignore_index"])
 def _finish_delta_logp_kernel(
-    state_ptr, target_logits_ptr, target_ptr, index_ptr, count_ptr, out, normalizer_ptr, base_normalizer_ptr, first, N,
-    R, V, K, num_splits, output_scale, base_output_scale, ignore_index, SPLITS: tl.constexpr, ROWS: tl.constexpr,
+    state_ptr, target_logits_ptr, target_ptr, index_ptr, count_ptr, out, extra_ptr, first, N, R,
+    V, K, num_splits, output_scale, base_output_scale, ignore_index, SPLITS: tl.constexpr, ROWS: tl.constexpr,
     TOP: tl.constexpr,
 ):  # fmt: skip
-    """DeltaLogpStats `out` and both normalizers (2, N), float32, of rows index[first + i], i < R.
+    """DeltaLogpStats `out` and `extra` (results.Outputs), float32, of rows index[first + i], i < R.
 
     From their states and both x at the targets.
 
@@ -163,20 +162,20 @@ def _finish_delta_logp_kernel(
         stride, splits_mask = num_splits * R, (splits < num_splits) & mask[None, :]
         pointer = state_ptr + _math.PAIR_STATE_SIZE * stride + splits * R + i[None, :]
         top = _top.merge_top(_top.load_top(pointer, stride, splits_mask), states.model, output_scale)
-        store_top(out.top_token, out.top_logp, n, top, state.model, kept, bad, mask)
+        store_top(extra_ptr, n, N, top, state.model, kept, bad, mask, 4)
         base_top = _top.load_top(pointer + _top.TOP_SIZE * stride, stride, splits_mask)
         base_top = _top.merge_top(base_top, states.base, base_output_scale)
-        store_top(out.base_top_token, out.base_top_logp, n, base_top, state.base, kept, bad, mask)
+        store_top(extra_ptr, n, N, base_top, state.base, kept, bad, mask, 6)
     normalizer = _math.normalizer_of(state.model, output_scale)
     base_normalizer = _math.normalizer_of(state.base, base_output_scale)
-    store_normalizer(normalizer_ptr, n, N, normalizer, kept, bad, mask)
-    store_normalizer(base_normalizer_ptr, n, N, base_normalizer, kept, bad, mask)
+    store_extra(extra_ptr, n, N, normalizer, kept, bad, mask, 0)
+    store_extra(extra_ptr, n, N, base_normalizer, kept, bad, mask, 2)
 
 
 @triton.jit(do_not_specialize=["first", "N", "column", "ignore_index"])
 def _delta_logp_bwd_kernel(
-    raw, transform, base_raw, base_transform, out, base_out, target_ptr, saved, base_saved, kl_ptr, reverse_kl_ptr,
-    grads, base_grads, grad_kl_ptr, grad_reverse_kl_ptr, scale_ptr, first, N, width, column, K, ignore_index,
+    raw, transform, base_raw, base_transform, out, base_out, target_ptr, saved, grads,
+    base_grads, grad_kl_ptr, grad_reverse_kl_ptr, scale_ptr, first, N, width, column, K, ignore_index,
     IN_PLACE: tl.constexpr, BASE_IN_PLACE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Gradients by both models' raw logits of a tile's rows, 0 for an ignored row.
@@ -191,22 +190,22 @@ def _delta_logp_bwd_kernel(
     if is_kept(target_ptr, n, K, ignore_index):
         x = load_x(raw, transform, i, local, column, inside)
         base_x = load_x(base_raw, base_transform, i, local, column, inside)
-        logp_all = logp_all_of(x, transform, saved, n, N)
-        base_logp_all = logp_all_of(base_x, base_transform, base_saved, n, N)
+        logp_all = logp_all_of(x, transform, saved.extra, n, N, 0)
+        base_logp_all = logp_all_of(base_x, base_transform, saved.extra, n, N, 2)
         grad_kl, grad_reverse_kl = load_or_zero(grad_kl_ptr, n), load_or_zero(grad_reverse_kl_ptr, n)
         if out is not None:
             total, at_target = target_gradient(grads.logp, target_ptr, n, column + local, begin, K, ignore_index, TILE)
-            grad_z = model_gradient(logp_all, at_target, total, grads, saved, n)
-            grad_z += _math.divergence_gradient(logp_all, base_logp_all, tl.load(kl_ptr + n), grad_kl, grad_reverse_kl)
+            grad_z = model_gradient(logp_all, at_target, total, grads, saved.entropy, n)
+            kl = tl.load(saved.kl + n)
+            grad_z += _math.divergence_gradient(logp_all, base_logp_all, kl, grad_kl, grad_reverse_kl)
             store_raw_gradient(out, i, local, inside, grad_z, x, raw, transform, scale_ptr, IN_PLACE)
         if base_out is not None:
             total, at_target = target_gradient(
                 base_grads.logp, target_ptr, n, column + local, begin, K, ignore_index, TILE
             )
-            grad_z = model_gradient(base_logp_all, at_target, total, base_grads, base_saved, n)
-            grad_z += _math.divergence_gradient(
-                base_logp_all, logp_all, tl.load(reverse_kl_ptr + n), grad_reverse_kl, grad_kl
-            )
+            grad_z = model_gradient(base_logp_all, at_target, total, base_grads, saved.base_entropy, n)
+            kl = tl.load(saved.reverse_kl + n)
+            grad_z += _math.divergence_gradient(base_logp_all, logp_all, kl, grad_reverse_kl, grad_kl)
             store_raw_gradient(
                 base_out, i, local, inside, grad_z, base_x, base_raw, base_transform, scale_ptr, BASE_IN_PLACE
             )
@@ -253,8 +252,7 @@ def finish_delta_logp(
     target_logits: Tensor,
     target: Tensor,
     rows: Rows,
-    out: DeltaLogpStats,
-    normalizers: tuple[Tensor, Tensor],
+    out: Outputs,
     vocabulary: int,
     output_scale: float,
     base_output_scale: float,
@@ -262,10 +260,10 @@ def finish_delta_logp(
     first: int = 0,
     launch: Launch = launch_anew,
 ) -> None:
-    """Write the statistics and normalizers of the rows whose states are in state (pair_state_size, splits, R)."""
+    """Write the outputs of the rows whose states are in state (pair_state_size, splits, R)."""
     size, num_splits, num_rows = state.shape
     arguments = (
-        state, target_logits, target, *rows, out, *normalizers, first, target.shape[0], num_rows, vocabulary,
+        state, target_logits, target, *rows, *out, first, target.shape[0], num_rows, vocabulary,
         target.shape[1], num_splits, output_scale, base_output_scale, ignore_index,
     )  # fmt: skip
     top = size > pair_state_size(top=False)
@@ -279,8 +277,7 @@ def delta_logp_fwd(model: Logits, base: Logits, targets: Targets, asked: Asked, 
     launch = call_of(
         "delta_logp_fwd", logits.device, logits, base.logits, target, uncapped, ignore_index, asked, workspace
     ).launch  # fmt: skip
-    out = new_stats(DeltaLogpStats, target, EVERY_ROW, asked.top)
-    normalizers = new_normalizer(target, EVERY_ROW), new_normalizer(target, EVERY_ROW)
+    out = new_outputs(DeltaLogpStats, target, EVERY_ROW, asked.top)
     tile, base_tile = tile_of_logits(model), tile_of_logits(base)
     with on_device_of(logits):
         state, target_logits = new_states(target, v, pair_state_size(asked.top), 2, workspace)
@@ -291,10 +288,10 @@ def delta_logp_fwd(model: Logits, base: Logits, targets: Targets, asked: Asked, 
                 launch=launch,
             )  # fmt: skip
             finish_delta_logp(
-                state, target_logits, target, EVERY_ROW, out, normalizers, v, tile.output_scale,
+                state, target_logits, target, EVERY_ROW, out, v, tile.output_scale,
                 base_tile.output_scale, ignore_index, first, launch,
             )  # fmt: skip
-    return *out, *normalizers
+    return out.flat()
 
 
 def pair_tile_gradient(
@@ -315,7 +312,7 @@ def pair_tile_gradient(
     """Gradients by the raw logits of both tiles of `shape`, into out and base_out; `in_place` as for one model."""
     width = tile_width(shape[1])
     _delta_logp_bwd_kernel[(shape[0], ceil_div(shape[1], width))](
-        *logits, *base_logits, out, base_out, target, *saved, *grads, scale, first, target.shape[0], shape[1], column,
+        *logits, *base_logits, out, base_out, target, saved, *grads, scale, first, target.shape[0], shape[1], column,
         target.shape[1], ignore_index, IN_PLACE=in_place[0], BASE_IN_PLACE=in_place[1], TILE=width,
         num_warps=num_warps(width),
     )  # fmt: skip

@@ -18,7 +18,7 @@ from ._sizes import ceil_div
 from .configs import gemm_tile
 from .delta_logp import finish_delta_logp, fold_pair_tile, pair_state_size
 from .linear_forward import with_contiguous_bias
-from .logp import Tile, finish_logp, fold_tile, new_normalizer, new_stats, state_size, transform_of
+from .logp import Tile, finish_logp, fold_tile, new_outputs, state_size, transform_of
 
 
 def linear_logp_fwd(head: Head, targets: Targets, asked: Asked, workspace: int) -> tuple[Tensor, ...]:
@@ -26,7 +26,7 @@ def linear_logp_fwd(head: Head, targets: Targets, asked: Asked, workspace: int) 
     vocabulary, (num_rows, num_tokens) = head.weight.shape[0], gemm_tile(head.hidden.device)
     with on_device_of(target):
         rows = _rows.kept_rows(target, ignore_index)
-        out, normalizer = new_stats(LogpStats, target, rows, asked.top), new_normalizer(target, rows)
+        out = new_outputs(LogpStats, target, rows, asked.top)
         tiles = _Tiles(with_contiguous_bias(head), rows)
         state, target_logits = _states(target, vocabulary, state_size(asked.top), 1)
         for first in range(0, target.shape[0], num_rows):
@@ -34,10 +34,8 @@ def linear_logp_fwd(head: Head, targets: Targets, asked: Asked, workspace: int) 
             for split, column in enumerate(range(0, vocabulary, num_tokens)):
                 tile, shape = tiles.logits(column)
                 fold_tile(tile, shape, target, rows, ignore_index, state, target_logits, first, column, split)
-            finish_logp(
-                state, target_logits, target, rows, out, normalizer, vocabulary, tile.output_scale, ignore_index, first
-            )
-    return *out, normalizer
+            finish_logp(state, target_logits, target, rows, out, vocabulary, tile.output_scale, ignore_index, first)
+    return out.flat()
 
 
 def linear_delta_logp_fwd(head: Head, base: Head, targets: Targets, asked: Asked, workspace: int) -> tuple[Tensor, ...]:
@@ -45,8 +43,7 @@ def linear_delta_logp_fwd(head: Head, base: Head, targets: Targets, asked: Asked
     vocabulary, (num_rows, num_tokens) = head.weight.shape[0], gemm_tile(head.hidden.device)
     with on_device_of(target):
         rows = _rows.kept_rows(target, ignore_index)
-        out = new_stats(DeltaLogpStats, target, rows, asked.top)
-        normalizers = new_normalizer(target, rows), new_normalizer(target, rows)
+        out = new_outputs(DeltaLogpStats, target, rows, asked.top)
         tiles, base_tiles = _Tiles(with_contiguous_bias(head), rows), _Tiles(with_contiguous_bias(base), rows)
         state, target_logits = _states(target, vocabulary, pair_state_size(asked.top), 2)
         for first in range(0, target.shape[0], num_rows):
@@ -58,10 +55,10 @@ def linear_delta_logp_fwd(head: Head, base: Head, targets: Targets, asked: Asked
                     tile, base_tile, shape, target, rows, ignore_index, state, target_logits, first, column, split
                 )  # fmt: skip
             finish_delta_logp(
-                state, target_logits, target, rows, out, normalizers, vocabulary, tile.output_scale,
+                state, target_logits, target, rows, out, vocabulary, tile.output_scale,
                 base_tile.output_scale, ignore_index, first,
             )  # fmt: skip
-    return *out, *normalizers
+    return out.flat()
 
 
 class _Tiles:

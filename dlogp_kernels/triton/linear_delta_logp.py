@@ -30,7 +30,7 @@ from .linear_forward import (
     with_contiguous_bias,
     with_softcap,
 )
-from .logp import new_normalizer, new_stats
+from .logp import new_outputs
 
 
 @triton.jit(do_not_specialize=["first", "N", "R"])
@@ -118,8 +118,7 @@ def linear_delta_logp_fwd(head: Head, base: Head, targets: Targets, asked: Asked
             call.plan = _plan(head, base, target, asked, workspace)
         cut, constants = call.plan
         rows = rows_of(target, cut, ignore_index)
-        out = new_stats(DeltaLogpStats, target, rows, asked.top)
-        normalizers = new_normalizer(target, rows), new_normalizer(target, rows)
+        out = new_outputs(DeltaLogpStats, target, rows, asked.top)
         state = hidden.new_empty((pair_state_size(asked.top), cut.num_splits, cut.num_rows), dtype=torch.float32)
         target_logits = hidden.new_empty((2 * target.shape[1], cut.num_rows), dtype=torch.float32)
         gathered, base_gathered = gather_buffer(head, cut, rows), gather_buffer(base, cut, rows)
@@ -132,7 +131,7 @@ def linear_delta_logp_fwd(head: Head, base: Head, targets: Targets, asked: Asked
             )  # fmt: skip
             call.launch(_linear_delta_logp_fwd_kernel, (cut.programs,), arguments, constants)
             finish_delta_logp(
-                state, target_logits, target, rows, out, normalizers, vocabulary, operands.layout.output_scale,
+                state, target_logits, target, rows, out, vocabulary, operands.layout.output_scale,
                 base_operands.layout.output_scale, ignore_index, first, call.launch,
             )  # fmt: skip
-    return *out, *normalizers
+    return out.flat()

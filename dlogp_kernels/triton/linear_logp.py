@@ -23,7 +23,7 @@ from .linear_forward import (
     with_contiguous_bias,
     with_softcap,
 )
-from .logp import finish_logp, new_normalizer, new_stats, state_size
+from .logp import finish_logp, new_outputs, state_size
 
 
 @triton.jit(do_not_specialize=["first", "N", "R"])
@@ -91,7 +91,7 @@ def linear_logp_fwd(head: Head, targets: Targets, asked: Asked, workspace: int) 
             call.plan = cut, cut.constants(is_masked(head, cut)) | constants
         cut, constants = call.plan
         rows = rows_of(target, cut, ignore_index)
-        out, normalizer = new_stats(LogpStats, target, rows, asked.top), new_normalizer(target, rows)
+        out = new_outputs(LogpStats, target, rows, asked.top)
         state = hidden.new_empty((state_size(asked.top), cut.num_splits, cut.num_rows), dtype=torch.float32)
         target_logits = hidden.new_empty((target.shape[1], cut.num_rows), dtype=torch.float32)
         gathered = gather_buffer(head, cut, rows)
@@ -103,7 +103,7 @@ def linear_logp_fwd(head: Head, targets: Targets, asked: Asked, workspace: int) 
             )  # fmt: skip
             call.launch(_linear_logp_fwd_kernel, (cut.programs,), arguments, constants)
             finish_logp(
-                state, target_logits, target, rows, out, normalizer, vocabulary, operands.layout.output_scale,
+                state, target_logits, target, rows, out, vocabulary, operands.layout.output_scale,
                 ignore_index, first, call.launch,
             )  # fmt: skip
-    return *out, normalizer
+    return out.flat()

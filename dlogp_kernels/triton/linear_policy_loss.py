@@ -19,7 +19,7 @@ from torch import Tensor
 from ..inputs import Asked, Gradients, Head, PairGradients, PairSaved, Saved, Targets, Transform
 from ..reference import policy as reference_policy
 from ..reference.rows import PolicyRows
-from ..results import DeltaLogpStats, LogpStats, PolicyMetrics
+from ..results import DeltaLogpStats, LogpStats, Outputs, PolicyMetrics
 from . import _math, _policy, _rows
 from ._device import on_device_of
 from ._gemm import add_product, product
@@ -49,8 +49,7 @@ from .logp import (
     Tile,
     finish_logp,
     fold_tile,
-    new_normalizer,
-    new_stats,
+    new_outputs,
     split_of,
     tile_gradient,
     transform_of,
@@ -322,7 +321,7 @@ def _statistics(models: list[Head], target: Tensor, ignore_index: int, workspace
     if len(models) == 1:
         *stats, _ = linear_logp_fwd(models[0], targets, asked, workspace)
         return LogpStats(*stats)
-    *stats, _, _ = linear_delta_logp_fwd(models[0], models[1], targets, asked, workspace)
+    *stats, _ = linear_delta_logp_fwd(models[0], models[1], targets, asked, workspace)
     return DeltaLogpStats(*stats)
 
 
@@ -336,8 +335,7 @@ def _in_blocks(
     largest = (policy.known.scale * policy.known.advantage.abs()).amax()
     accumulators = _Accumulators(models[0], output_mask, tiling.block, largest)
     pair = len(models) == 2
-    stats = new_stats(DeltaLogpStats if pair else LogpStats, target, EVERY_ROW, top=False)
-    normalizers = tuple(new_normalizer(target, EVERY_ROW) for _ in models)
+    out = new_outputs(DeltaLogpStats if pair else LogpStats, target, EVERY_ROW, top=False)
     size = _math.PAIR_STATE_SIZE if pair else _math.STATE_SIZE
     state = policy.new(size.value, ceil_div(vocabulary, split_of(vocabulary)), tiling.slice)
     target_logits = policy.new(len(models), tiling.slice)
@@ -349,10 +347,10 @@ def _in_blocks(
             row, count = first + begin, min(tiling.slice, num_rows - begin)
             shape = (count, vocabulary)
             tiles = [block.logits(begin, count) for block in blocks]
-            _fold(tiles, shape, target, ignore_index, state, target_logits, stats, normalizers, row)
-            policy.rows(stats, row, row + count, ignore_index)
+            _fold(tiles, shape, target, ignore_index, state, target_logits, out, row)
+            policy.rows(out.stats, row, row + count, ignore_index)
             grad_logits = accumulators.grad_logits[begin : begin + count]
-            _logits_gradient(tiles, shape, policy, stats, normalizers, accumulators, grad_logits, ignore_index, row)
+            _logits_gradient(tiles, shape, policy, out, accumulators, grad_logits, ignore_index, row)
             accumulators.add_bias(blocks[0], count)
         accumulators.add(blocks[0], first, num_rows)
     return accumulators.gradients()
@@ -379,22 +377,21 @@ def _fold(
     ignore_index: int,
     state: Tensor,
     target_logits: Tensor,
-    stats: Any,
-    normalizers: tuple[Tensor, ...],
+    out: Outputs,
     first: int,
 ) -> None:
-    """Statistics and normalizers of a block of rows."""
+    """Outputs of a block of rows."""
     if len(tiles) == 1:
         fold_tile(tiles[0], shape, target, EVERY_ROW, ignore_index, state, target_logits, first)
         finish_logp(
-            state, target_logits, target, EVERY_ROW, stats, normalizers[0], shape[1], tiles[0].output_scale,
+            state, target_logits, target, EVERY_ROW, out, shape[1], tiles[0].output_scale,
             ignore_index, first,
         )  # fmt: skip
         return
-    (tile, base_tile), (normalizer, base_normalizer) = tiles, normalizers
+    tile, base_tile = tiles
     fold_pair_tile(tile, base_tile, shape, target, EVERY_ROW, ignore_index, state, target_logits, first)
     finish_delta_logp(
-        state, target_logits, target, EVERY_ROW, stats, (normalizer, base_normalizer), shape[1], tile.output_scale,
+        state, target_logits, target, EVERY_ROW, out, shape[1], tile.output_scale,
         base_tile.output_scale, ignore_index, first,
     )  # fmt: skip
 
@@ -403,24 +400,24 @@ def _logits_gradient(
     tiles: list[Tile],
     shape: tuple[int, int],
     policy: _Policy,
-    stats: Any,
-    normalizers: tuple[Tensor, ...],
+    forward: Outputs,
     accumulators: _Accumulators,
     grad_logits: Tensor,
     ignore_index: int,
     first: int,
 ) -> None:
     """Into grad_logits; for a bias also over the logits themselves, in float32."""
-    grads, saved = Gradients(*policy.out[:2], None), Saved(stats.entropy, normalizers[0])
+    grads, (stats, extra) = Gradients(*policy.out[:2], None), forward
     out, scale, in_place = matrix(grad_logits), accumulators.scale, accumulators.wants_bias
     target = policy.target
     if len(tiles) == 1:
+        saved = Saved(stats.entropy, extra)
         tile_gradient(tiles[0], out, shape, target, saved, grads, ignore_index, scale, first, in_place=in_place)
         return
     tile, base_tile = tiles
     pair_tile_gradient(
         tile, base_tile, out, None, shape, target,
-        PairSaved(saved, Saved(stats.base_entropy, normalizers[1]), stats.kl, stats.reverse_kl),
+        PairSaved(stats.entropy, stats.base_entropy, stats.kl, stats.reverse_kl, extra),
         PairGradients(grads, Gradients(None, None, None), policy.out.grad_kl, None), ignore_index, scale, first,
         in_place=(in_place, False),
     )  # fmt: skip

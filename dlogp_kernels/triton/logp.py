@@ -1,6 +1,5 @@
 """`logp` on GPUs: statistics of given logits, and what every forward of one model ends with."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -9,10 +8,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..inputs import Asked, Gradients, Logits, Saved, Targets, Transform
-from ..results import LogpStats, allocated
+from ..results import LogpStats, Outputs, allocated
 from . import _math, _top
 from ._device import on_device_of
-from ._finish import check_targets, mask_ignored_and_invalid, store_normalizer, store_row_statistics, store_top
+from ._finish import check_targets, mask_ignored_and_invalid, store_extra, store_row_statistics, store_top
 from ._launch import Launch, call_of, launch_anew
 from ._math import MASKED_LOGIT
 from ._rows import Matrix, Rows, matrix, row_offset
@@ -192,10 +191,10 @@ def _logp_fwd_kernel(
 
 @triton.jit(do_not_specialize=["first", "N", "R", "V", "num_splits", "ignore_index"])
 def _finish_logp_kernel(
-    state_ptr, target_logits_ptr, target_ptr, index_ptr, count_ptr, out, normalizer_ptr, first, N, R, V, K, num_splits,
+    state_ptr, target_logits_ptr, target_ptr, index_ptr, count_ptr, out, extra_ptr, first, N, R, V, K, num_splits,
     output_scale, ignore_index, SPLITS: tl.constexpr, ROWS: tl.constexpr, TOP: tl.constexpr,
 ):  # fmt: skip
-    """LogpStats `out` and normalizer (2, N), float32, of rows index[first + i], i < R, from states and x at targets.
+    """LogpStats `out` and `extra` (results.Outputs), float32, of rows index[first + i], i < R, of their states and x.
 
     Shapes as in `_logp_fwd_kernel`; a program merges the states of ROWS rows in one fixed order. Deterministic.
     """
@@ -221,8 +220,8 @@ def _finish_logp_kernel(
         pointer, stride = state_ptr + splits * R + i[None, :], num_splits * R
         top = _top.load_top(pointer + _math.STATE_SIZE * stride, stride, splits_mask)
         top = _top.merge_top(top, states, output_scale)
-        store_top(out.top_token, out.top_logp, n, top, state, kept, bad, mask)
-    store_normalizer(normalizer_ptr, n, N, _math.normalizer_of(state, output_scale), kept, bad, mask)
+        store_top(extra_ptr, n, N, top, state, kept, bad, mask, 2)
+    store_extra(extra_ptr, n, N, _math.normalizer_of(state, output_scale), kept, bad, mask, 0)
 
 
 @triton.jit
@@ -249,17 +248,17 @@ def target_gradient(grad_ptr, target_ptr, n, tokens, begin, K, ignore_index, TIL
 
 
 @triton.jit
-def logp_all_of(x, transform, saved, n, N):
-    """log p of tokens of row n, of N, with these x."""
-    normalizer = tl.load(saved.normalizer + n), tl.load(saved.normalizer + N + n)
-    return _math.logp_of_x(x, normalizer, transform.output_scale)
+def logp_all_of(x, transform, extra_ptr, n, N, FIRST: tl.constexpr):
+    """log p of tokens of row n, of N, with these x; the normalizer begins at row FIRST of extra."""
+    pointer = extra_ptr + FIRST * tl.cast(N, tl.int64) + n
+    return _math.logp_of_x(x, (tl.load(pointer), tl.load(pointer + N)), transform.output_scale)
 
 
 @triton.jit
-def model_gradient(logp_all, at_target, total, grads, saved, n):
+def model_gradient(logp_all, at_target, total, grads, entropy_ptr, n):
     """By z, of one model's own statistics."""
     own = _math.logits_gradient(
-        logp_all, tl.load(saved.entropy + n), total, load_or_zero(grads.entropy, n), load_or_zero(grads.lse, n)
+        logp_all, tl.load(entropy_ptr + n), total, load_or_zero(grads.entropy, n), load_or_zero(grads.lse, n)
     )
     return at_target + own
 
@@ -297,8 +296,8 @@ def _logp_bwd_kernel(
         x = load_x(raw, transform, i, local, column, inside)
         begin = column + s * TILE
         total, at_target = target_gradient(grads.logp, target_ptr, n, column + local, begin, K, ignore_index, TILE)
-        logp_all = logp_all_of(x, transform, saved, n, N)
-        grad_z = model_gradient(logp_all, at_target, total, grads, saved, n)
+        logp_all = logp_all_of(x, transform, saved.extra, n, N, 0)
+        grad_z = model_gradient(logp_all, at_target, total, grads, saved.entropy, n)
         store_raw_gradient(out, i, local, inside, grad_z, x, raw, transform, scale_ptr, IN_PLACE)
     else:
         zero = tl.zeros([TILE], tl.float32)
@@ -337,18 +336,10 @@ def num_warps(columns: int) -> int:
     return max(1, columns // 512)
 
 
-def new_stats(kind: Any, target: Tensor, rows: Rows, top: bool) -> Any:
-    """A `kind` of float32 tensors: zeros where ignored rows are left out; else every row will be written."""
-    return allocated(kind, target, _allocator(target, rows), torch.float32, top)
-
-
-def new_normalizer(target: Tensor, rows: Rows) -> Tensor:
-    """Of one model, (2, N), likewise."""
-    return _allocator(target, rows)((2, target.shape[0]), dtype=torch.float32)
-
-
-def _allocator(target: Tensor, rows: Rows) -> Callable[..., Tensor]:
-    return target.new_empty if rows.row_index is None else target.new_zeros
+def new_outputs(kind: Any, target: Tensor, rows: Rows, top: bool) -> Outputs:
+    """Of float32 tensors: zeros where ignored rows are left out; else every row will be written."""
+    new = target.new_empty if rows.row_index is None else target.new_zeros
+    return allocated(kind, target, new, torch.float32, top)
 
 
 def state_size(top: bool) -> int:
@@ -395,18 +386,17 @@ def finish_logp(
     target_logits: Tensor,
     target: Tensor,
     rows: Rows,
-    out: LogpStats,
-    normalizer: Tensor,
+    out: Outputs,
     vocabulary: int,
     output_scale: float,
     ignore_index: int,
     first: int = 0,
     launch: Launch = launch_anew,
 ) -> None:
-    """Write the statistics and normalizers of the rows whose states are in state (state_size, splits, R)."""
+    """Write the outputs of the rows whose states are in state (state_size, splits, R)."""
     size, num_splits, num_rows = state.shape
     arguments = (
-        state, target_logits, target, *rows, out, normalizer, first, target.shape[0], num_rows, vocabulary,
+        state, target_logits, target, *rows, *out, first, target.shape[0], num_rows, vocabulary,
         target.shape[1], num_splits, output_scale, ignore_index,
     )  # fmt: skip
     top = size > state_size(top=False)
@@ -418,7 +408,7 @@ def logp_fwd(model: Logits, targets: Targets, asked: Asked, workspace: int) -> t
     logits, (target, ignore_index) = model.logits, (targets.target.contiguous(), targets.ignore_index)
     uncapped, v = model.transform.softcap is None, logits.shape[-1]
     launch = call_of("logp_fwd", logits.device, logits, target, uncapped, ignore_index, asked, workspace).launch
-    out, normalizer = new_stats(LogpStats, target, EVERY_ROW, asked.top), new_normalizer(target, EVERY_ROW)
+    out = new_outputs(LogpStats, target, EVERY_ROW, asked.top)
     tile = tile_of_logits(model)
     with on_device_of(logits):
         state, target_logits = new_states(target, v, state_size(asked.top), 1, workspace)
@@ -429,10 +419,10 @@ def logp_fwd(model: Logits, targets: Targets, asked: Asked, workspace: int) -> t
                 launch=launch,
             )  # fmt: skip
             finish_logp(
-                state, target_logits, target, EVERY_ROW, out, normalizer, v, tile.output_scale, ignore_index, first,
+                state, target_logits, target, EVERY_ROW, out, v, tile.output_scale, ignore_index, first,
                 launch,
             )  # fmt: skip
-    return *out, normalizer
+    return out.flat()
 
 
 def tile_gradient(

@@ -24,18 +24,21 @@ def _table(header: str, name: str) -> list[tuple[str, str]]:
     [("DLOGP_LOGP_STATS", LogpStats, "logp"), ("DLOGP_DELTA_LOGP_STATS", DeltaLogpStats, "delta_logp")],
 )
 def test_statistics(name, results, op):
-    """And after the statistics what forward returns for backward alone."""
+    """Outputs by themselves, and the rows of `extra`: normalizers and what is on demand."""
     table = _table("statistics.h", name)
-    fields = tuple(field for _, field in table)
-    assert fields[: len(results._fields)] == results._fields
+    extra = [field for kind, field in table if kind in ("EXTRA", "ON_DEMAND")]
+    fields = [field for _, field in table if field not in extra]
+    assert [*fields, *(field for kind, field in table if kind == "ON_DEMAND")] == [*results._fields]
     for schema in (f"{op}_fwd", f"linear_{op}_fwd"):
         returned = getattr(torch.ops.dlogp, schema).default._schema.returns
-        assert tuple(x.name for x in returned) == fields
+        assert [x.name for x in returned] == [*fields, "extra"]
     logits, transform, models = torch.zeros(4, 5), flat_transform(1.0, None, 1.0), 1 + (op == "delta_logp")
     target = torch.zeros(4, 3, dtype=torch.int64)
     outputs = getattr(torch.ops.dlogp, f"{op}_fwd")(*[logits, transform] * models, target, -100, True)
-    shapes = {"PER_TARGET": (4, 3), "PER_ROW": (4,), "TOP_TOKEN": (4,), "TOP_LOGP": (4,), "NORMALIZER": (2, 4)}
-    assert [shapes[kind] for kind, _ in table] == [tuple(x.shape) for x in outputs]
+    shapes = {"PER_TARGET": (4, 3), "PER_ROW": (4,)}
+    expected = [shapes[kind] for kind, _ in table if kind in shapes]
+    assert [tuple(x.shape) for x in outputs] == [*expected, (len(extra), 4)]
+    assert extra == ["max", "log_sum", *["base_max", "base_log_sum"] * (models - 1), *results._field_defaults]
 
 
 def test_policy_metrics():

@@ -145,6 +145,17 @@ def test_top_must_be_true_or_false(op, value):
     _refused(op, TypeError, r"^top is .*, expected True or False", top=value)
 
 
+def test_the_most_likely_token_of_more_tokens_than_float32_tells_apart():
+    """The last of those that it does is told; of one more, nothing, before anything is read."""
+    logits = torch.zeros(1, 2**24 + 1)
+    logits[0, -2:] = 1.0
+    target = torch.tensor([0])
+    assert dlogp_kernels.logp(logits[:, :-1], target, top=True).top_token.item() == 2**24 - 1
+    with pytest.raises(ValueError, match="top is True for a vocabulary of 16777217, expected at most 16777216 tokens"):
+        dlogp_kernels.logp(logits, target, top=True)
+    assert dlogp_kernels.logp(logits, target).top_token is None
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_misspelt_options_are_refused(op):
     _refused(op, TypeError, "unexpected keyword argument 'temprature'", temprature=1.0)

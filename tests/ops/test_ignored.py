@@ -117,8 +117,10 @@ def _unvalidated(op: str, target: torch.Tensor) -> tuple[torch.Tensor, ...]:
     arguments = [{"ignore_index": -100, **inputs}.get(x.name) for x in schemas.STATISTICS[op].inputs()]
     asked = (True for _ in Asked._fields)
     found = [x.cpu() for x in getattr(torch.ops.dlogp, f"{op}_fwd")(*arguments, *asked)]
-    count = len(schemas.STATISTICS[op].private())
-    return *found[:-count], *(normalizer.t() for normalizer in found[-count:])
+    *stats, extra = found
+    top = len(extra) // 2  # where what is on demand begins, a token and its log p of each model
+    tokens, top_logp = extra[top::2].to(torch.int64), extra[top + 1 :: 2]
+    return *stats, *extra[:top], *tokens, *top_logp
 
 
 @pytest.mark.cpu_only

@@ -269,7 +269,7 @@ def test_a_common_offset_costs_the_policy_loss_nothing(offset, base):
 
 
 def outputs_of(op: str, inputs: cases.Inputs, temperature: float = 1.0) -> dict[str, Tensor]:
-    """All that the op `<op>_fwd` returns, by name; the normalizers are what backward has of forward."""
+    """All that the op `<op>_fwd` returns, by name; `extra` is what backward has of forward."""
     given = cases.on_device(inputs) | {"ignore_index": -100}
     given |= {name: flat_transform(temperature, None, 1.0) for name in ("transform", "base_transform")}
     forward = getattr(torch.ops.dlogp, f"{op}_fwd").default
@@ -288,8 +288,8 @@ def test_the_normalizer_is_the_largest_logit_and_the_log_of_the_rest(op, tempera
     inputs["target"][2] = -100
     found = outputs_of(op, inputs, temperature)
     kept = torch.arange(6) != 2
-    for prefix in ("", "base_")[: 1 + is_pair(op)]:
-        largest, log_sum = found[f"{prefix}normalizer"]
+    for model, prefix in enumerate(("", "base_")[: 1 + is_pair(op)]):
+        largest, log_sum = found["extra"][2 * model : 2 * model + 2]
         assert largest[2] == 0 and log_sum[2] == 0
         name = f"{prefix}logits"
         z = inputs[name] if name in inputs else inputs[f"{prefix}weight"].t() + 1e5

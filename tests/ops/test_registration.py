@@ -83,22 +83,21 @@ def test_opcheck_backward(op, present, mask):
 _STATISTICS_SCHEMAS = {
     "linear_logp_fwd": """(
         Tensor hidden, Tensor weight, Tensor? bias, float[] transform, Tensor target, int ignore_index, bool top
-        ) -> (Tensor logp, Tensor entropy, Tensor lse, Tensor top_token, Tensor top_logp, Tensor normalizer)""",
+        ) -> (Tensor logp, Tensor entropy, Tensor lse, Tensor extra)""",
     "logp_bwd": """(
         Tensor? grad_logp, Tensor? grad_entropy, Tensor? grad_lse, Tensor logits, float[] transform, Tensor target,
-        int ignore_index, Tensor entropy, Tensor normalizer, bool[1] output_mask
+        int ignore_index, Tensor entropy, Tensor extra, bool[1] output_mask
         ) -> Tensor grad_logits""",
     "delta_logp_fwd": """(
         Tensor logits, float[] transform, Tensor base_logits, float[] base_transform, Tensor target, int ignore_index,
         bool top) -> (Tensor delta_logp, Tensor logp, Tensor base_logp, Tensor entropy, Tensor base_entropy, Tensor kl,
-        Tensor reverse_kl, Tensor lse, Tensor base_lse, Tensor top_token, Tensor top_logp, Tensor base_top_token,
-        Tensor base_top_logp, Tensor normalizer, Tensor base_normalizer)""",
+        Tensor reverse_kl, Tensor lse, Tensor base_lse, Tensor extra)""",
     "linear_delta_logp_bwd": """(
         Tensor? grad_logp, Tensor? grad_entropy, Tensor? grad_lse, Tensor? grad_base_logp, Tensor? grad_base_entropy,
         Tensor? grad_base_lse, Tensor? grad_kl, Tensor? grad_reverse_kl, Tensor hidden, Tensor weight, Tensor? bias,
         float[] transform, Tensor base_hidden, Tensor base_weight, Tensor? base_bias, float[] base_transform,
-        Tensor target, int ignore_index, Tensor entropy, Tensor normalizer, Tensor base_entropy,
-        Tensor base_normalizer, Tensor kl, Tensor reverse_kl, bool[6] output_mask
+        Tensor target, int ignore_index, Tensor entropy, Tensor base_entropy, Tensor kl,
+        Tensor reverse_kl, Tensor extra, bool[6] output_mask
         ) -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias, Tensor grad_base_hidden,
         Tensor grad_base_weight, Tensor grad_base_bias)""",
 }

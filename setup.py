@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,8 @@ from setuptools import Extension, setup
 
 ROOT = Path(__file__).parent
 CUDA = "dlogp_kernels._cuda"
-CPU_SOURCES = sorted(
-    str(path.relative_to(ROOT))
-    for pattern in ("python_bindings/*_cpu.cpp", "csrc/cpu/*.cpp")
-    for path in ROOT.glob(pattern)
-)
-CUDA_SOURCES = [
-    "python_bindings/sampling_cuda.cpp",
-    *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cuda/*.cu")),
-]
+CPU_SOURCES = sorted(glob("python_bindings/*_cpu.cpp", root_dir=ROOT) + glob("csrc/cpu/*.cpp", root_dir=ROOT))
+CUDA_SOURCES = ["python_bindings/sampling_cuda.cpp", *sorted(glob("csrc/cuda/*.cu", root_dir=ROOT))]
 COMPILE_FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
 #: What a sanitizer finds ends the process.
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]

@@ -19,10 +19,10 @@ from ..jobs.decoding import run_sweep
 from ..jobs.metrics import run_metrics
 from ..jobs.options import Decoding
 from ..jobs.settings import grid
-from ..report.curves import CRITERION_LABELS, SweepPlot, compare, curves, find, plot_sweep, results_markdown
+from ..report.curves import CRITERION_LABELS, SweepPlot, compare, curves, models_alone, plot_sweep, results_markdown
 from ..report.dataset import TokenDataset
 from ..report.files import write_atomically
-from ..report.responses import BASE, RL, Estimate, Setting, SettingResult
+from ..report.responses import RL, Estimate, Setting, SettingResult
 from ..report.tables import table_lines
 from ..report.terminal import TextTable, print_files
 from . import task
@@ -158,20 +158,21 @@ def find_differences(results: Sequence[SettingResult]) -> list[Finding]:
 
 def summary_markdown(num_problems: int, results: Sequence[SettingResult], findings: Sequence[Finding]) -> str:
     """What the sweep found, in words and tables."""
-    models = _models(results)
+    models = models_alone(results)
     lines = [
         "# Replacement and extrapolation on the demo pair",
         "",
         f"{num_problems} held-out problems, one response to each under every setting, temperature 1, no filters. "
         "± is one standard error over problems. All settings share one seed: the same noise drafts the tokens.",
         "",
-        *(f"- {name[0].upper()}{name[1:]}: {accuracy}" for name, accuracy in models.items()),
+        f"- Base model: {models['base']}",
+        f"- RL model: {models['RL']}",
         "",
         "## Which criterion needs the fewest replacements",
         "",
-        f"The first point whose accuracy is at least that of the RL model, {models['RL model'].mean:.3f}:",
+        f"The first point whose accuracy is at least that of the RL model, {models['RL'].mean:.3f}:",
         "",
-        *table_lines(("criterion", _REPLACED, "accuracy"), "lrr", _first_to_reach(results, models["RL model"])),
+        *table_lines(("criterion", _REPLACED, "accuracy"), "lrr", _first_to_reach(results, models["RL"])),
         "",
         "## Differences of accuracy, paired by problem",
         "",
@@ -184,12 +185,6 @@ def summary_markdown(num_problems: int, results: Sequence[SettingResult], findin
         results_markdown(results).replace("# Accuracy", "## Accuracy", 1),
     ]
     return "\n".join(lines)
-
-
-def _models(results: Sequence[SettingResult]) -> dict[str, Estimate]:
-    """The accuracy of each model alone."""
-    found = {"base model": find(results, BASE), "RL model": find(results, RL)}
-    return {name: result.accuracy for name, result in found.items() if result is not None and result.accuracy}
 
 
 def _first_to_reach(results: Sequence[SettingResult], target: Estimate) -> Iterator[tuple[str, str, Estimate | None]]:
@@ -206,7 +201,7 @@ def _percent(result: SettingResult) -> str:
 
 
 def _print(console: Console, figures: SweepPlot, findings: Sequence[Finding]) -> None:
-    rows = [(name, "–", str(accuracy)) for name, accuracy in _models(figures.results).items()]
+    rows = [(f"{name} model", "–", str(accuracy)) for name, accuracy in models_alone(figures.results).items()]
     for curve in curves(figures.results):
         rows += [(str(result.setting), _percent(result), str(result.accuracy)) for result in curve.results]
     console.print(TextTable("Replacement by the RL model (γ = 0)", ("criterion", _REPLACED, "accuracy"), rows))

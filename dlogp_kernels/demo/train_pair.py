@@ -144,11 +144,12 @@ def evaluate_pair(directory: str | Path, num_problems: int, seed: int) -> dict[s
         responses = generate_responses(model, tokenizer, problems, seed=seed)
         mean, standard_error = accuracy(responses)
         delta_logp = response_delta_logp(rl, base, responses)
+        jumps = sum(response.text.split().count(task.JUMP) for response in responses)
         result[source] = {
             "accuracy": round(mean, 5),
             "standard_error": round(standard_error, 5),
             "num_tokens": delta_logp.numel(),
-            "jumps_per_response": round(_count(responses, task.JUMP) / num_problems, 4),
+            "jumps_per_response": round(jumps / num_problems, 4),
             f"share_delta_logp_below_{LOWERED_BELOW}": _share(delta_logp < LOWERED_BELOW),
             f"share_delta_logp_above_{RAISED_ABOVE}": _share(delta_logp > RAISED_ABOVE),
         }
@@ -179,10 +180,6 @@ def answer_rewards(prompts: Sequence[str], responses: Sequence[str]) -> list[flo
         float(task.is_correct(task.parse_prompt(prompt), response))
         for prompt, response in zip(prompts, responses, strict=True)
     ]
-
-
-def _count(responses: Sequence[Response], word: str) -> int:
-    return sum(response.text.split().count(word) for response in responses)
 
 
 def _share(condition: Tensor) -> float:

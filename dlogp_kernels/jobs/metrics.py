@@ -191,7 +191,7 @@ class _Run:
         path = part_path(self.directory.out, index)
         if self.directory.ledger.holds(path):
             return True
-        if self.directory.ledger.knows(path):
+        if self.directory.ledger.pieces(path):
             warnings.warn(f"{path} is damaged or gone: it is computed again", stacklevel=2)
         return False
 

@@ -120,6 +120,12 @@ def find(results: Sequence[SettingResult], setting: Setting) -> SettingResult | 
     return next((result for result in results if result.setting == setting), None)
 
 
+def models_alone(results: Sequence[SettingResult]) -> dict[str, Estimate]:
+    """The accuracies of the base model and the RL model alone, of those that were drawn and graded."""
+    found = {"base": find(results, BASE), "RL": find(results, RL)}
+    return {name: result.accuracy for name, result in found.items() if result is not None and result.accuracy}
+
+
 def curves(results: Sequence[SettingResult]) -> list[Curve]:
     """The criteria that have a threshold, with the base model's drafts if there are any and at their least γ."""
     with_threshold = [result for result in results if result.setting.threshold is not None]
@@ -184,15 +190,13 @@ def draw_curves(results: Sequence[SettingResult]) -> Figure:
 
 def _draw_models(axes: Axes, results: Sequence[SettingResult]) -> None:
     """The accuracies of both models alone, with a band of one standard error, named at the right edge."""
-    for setting, name, style in ((BASE, "base model", "--"), (RL, "RL model", "-.")):
-        result = find(results, setting)
-        if result is None or result.accuracy is None:
-            continue
-        mean, error = result.accuracy.mean, _error(result.accuracy)
-        axes.axhline(mean, color=_GREY, linewidth=1.2, linestyle=style, zorder=0)
+    dashes = {"base": "--", "RL": "-."}
+    for name, accuracy in models_alone(results).items():
+        mean, error = accuracy.mean, _error(accuracy)
+        axes.axhline(mean, color=_GREY, linewidth=1.2, linestyle=dashes[name], zorder=0)
         axes.axhspan(mean - error, mean + error, color=_GREY, alpha=0.13, linewidth=0, zorder=0)
         axes.annotate(
-            name,
+            f"{name} model",
             (1, mean),
             xycoords=("axes fraction", "data"),
             xytext=(5, 0),
@@ -212,11 +216,10 @@ def draw_bars(results: Sequence[SettingResult]) -> Figure:
     figure = Figure(figsize=(max(6.4, width), 4.8), layout="constrained")
     axes = figure.subplots()
     ticks: dict[float, str] = {}
-    for setting, name, colour in ((BASE, "base", "0.75"), (RL, "RL", "0.5")):
-        result = find(results, setting)
-        if result is not None and result.accuracy is not None:
-            _draw_bar(axes, len(ticks), result.accuracy, colour, None)
-            ticks[len(ticks)] = name
+    greys = {"base": "0.75", "RL": "0.5"}
+    for name, accuracy in models_alone(results).items():
+        _draw_bar(axes, len(ticks), accuracy, greys[name], None)
+        ticks[len(ticks)] = name
     place = len(ticks) + 0.4 * bool(ticks)
     named: set[float] = set()
     for group in groups:

@@ -8,7 +8,6 @@ nothing else, so `pandas.read_parquet("DIR/tokens")` works.
 """
 
 import contextlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -136,14 +135,6 @@ class TokenDataset:
         """Whether the run that writes this data set has finished."""
         return (self.directory / SUMMARY_FILE).exists()
 
-    def summary(self) -> dict[str, Any]:
-        """What `summary.json` holds."""
-        path = self.directory / SUMMARY_FILE
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise DatasetError(f"{path} is damaged ({error}): start the run again to have it made again") from error
-
     def __len__(self) -> int:
         return self._dataset.count_rows()
 
@@ -166,14 +157,11 @@ class TokenDataset:
         names = ["token_id", "token_text", *columns]
         aggregates: list[Any] = [("token_text", "hash_one", None, "text"), ([], "hash_count_all", None, "count")]
         aggregates += [(name, "hash_mean", None, name) for name in columns]
+        # In order and by one thread, so that the same data give the same sums.
         in_order = acero.ScanNodeOptions(self._dataset, columns=names, require_sequenced_output=True)
-        steps = [
-            acero.Declaration("scan", in_order),
-            acero.Declaration("project", acero.ProjectNodeOptions([ds.field(name) for name in names], names)),
-            acero.Declaration("aggregate", acero.AggregateNodeOptions(aggregates, keys=["token_id"])),
-        ]
+        by_token = acero.AggregateNodeOptions(aggregates, keys=["token_id"])
+        steps = [acero.Declaration("scan", in_order), acero.Declaration("aggregate", by_token)]
         with _explained_reads(self.directory):
-            # In order and by one thread, so that the same data give the same sums.
             return acero.Declaration.from_sequence(steps).to_table(use_threads=False)
 
 

@@ -139,10 +139,6 @@ class Ledger:
         """What is known of a file, by the index of the piece; nothing if it is not known to be finished."""
         return dict(self._files.get(self._name(path), {}))
 
-    def knows(self, path: Path) -> bool:
-        """Whether the file was finished, whatever became of it."""
-        return bool(self._files.get(self._name(path)))
-
     def holds(self, path: Path) -> bool:
         """Whether the file was finished and is as it was then."""
         pieces = self._files.get(self._name(path))

@@ -17,7 +17,7 @@ def visible(text: str) -> str:
 
     Right-to-left marks, zero-width characters and terminal escapes do nothing any more.
     """
-    shown = "".join(map(_visible_character, text))
+    shown = "".join(_NAMED.get(character) or _spelt(character) for character in text)
     # A combining mark would join whatever comes before it.
     return f"◌{shown}" if shown and unicodedata.category(shown[0]).startswith("M") else shown or "∅"
 
@@ -33,10 +33,6 @@ def printable(text: str) -> str:
 def one_line(text: str) -> str:
     """`printable` text with the ends of its lines spelt out, too: a name, a cell of a table."""
     return printable(text).replace("\n", "\\n")
-
-
-def _visible_character(character: str) -> str:
-    return _NAMED.get(character) or _spelt(character)
 
 
 def _spelt(character: str) -> str:

@@ -59,14 +59,7 @@ class Finding(NamedTuple):
         return str(self.setting), other, self.difference.text("+"), f"{mean / error:+.1f}" if error else "–"
 
 
-def run_curves(
-    out: str | Path,
-    *,
-    num_problems: int | None = None,
-    quick: bool = False,
-    retrain: bool = False,
-    console: Console,
-) -> None:
+def run_curves(out: Path, *, num_problems: int | None, quick: bool, retrain: bool, console: Console) -> None:
     """Sweep criteria, thresholds and γ over held-out problems with the demo pair, and draw the curves.
 
     Args:
@@ -79,8 +72,8 @@ def run_curves(
     """
     count = num_problems if num_problems is not None else QUICK_NUM_PROBLEMS if quick else NUM_PROBLEMS
     started = time.monotonic()
-    pair = find_pair(Path(out), count, retrain, console)
-    directory = Path(out) / f"curves-{count}-problems"
+    pair = find_pair(out, count, retrain, console)
+    directory = out / f"curves-{count}-problems"
     data = directory / "problems.jsonl"
     problems = task.generate_problems(count, _SEED, "held_out")
     write_jsonl(data, ({"prompt": problem.prompt, "answer": str(problem.answer)} for problem in problems))

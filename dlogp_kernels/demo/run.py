@@ -29,14 +29,7 @@ _SEED = 1
 _SHOWN_TOKENS = 8
 
 
-def run_demo(
-    out: str | Path,
-    *,
-    num_problems: int | None = None,
-    quick: bool = False,
-    retrain: bool = False,
-    console: Console,
-) -> None:
+def run_demo(out: Path, *, num_problems: int | None, quick: bool, retrain: bool, console: Console) -> None:
     """Sample responses of both models to held-out problems, measure and plot them, and measure memory at full size.
 
     Args:
@@ -50,8 +43,8 @@ def run_demo(
     Raises JobError if `out` holds the demo of another pair, or with `retrain` a pair already.
     """
     count = num_problems if num_problems is not None else QUICK_NUM_PROBLEMS if quick else NUM_PROBLEMS
-    pair = find_pair(Path(out), count, retrain, console)
-    directory = Path(out) / f"{count}-problems"
+    pair = find_pair(out, count, retrain, console)
+    directory = out / f"{count}-problems"
     started = time.monotonic()
     data = directory / "responses.jsonl"
     accuracies = _respond(pair, count, data)

@@ -119,7 +119,7 @@ def _histogram(source: str | None, values: np.ndarray, edges: np.ndarray) -> His
 
 
 def _edges(values: Sequence[np.ndarray], *, signed: bool) -> np.ndarray:
-    """Equal bins from the lowest to the highest token but a few outliers; for signed values 0 is an edge.
+    """Equal bins from the lowest to the highest token but a few outliers.
 
     Signed values get an odd picture if the bin at 0 lies on one side: most tokens are within rounding of 0.
     So there the edges are at half widths, and the bin in the middle is centred on 0.

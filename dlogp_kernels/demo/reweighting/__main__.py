@@ -11,7 +11,6 @@ import json
 import os
 import platform
 import sys
-import time
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -63,10 +62,9 @@ def run_all(directory: Path, seeds: range, budget: Budget) -> None:
         for method in METHODS:
             path = directory / f"seed-{seed}-{method}.json"
             if _missing(path, training.settings(method, seed, budget)):
-                begin = time.monotonic()
                 run = training.train(method, seed, budget)
                 _write(path, {**run, "environment": where})
-                _progress(f"seed {seed} {method}: avg {run['evaluation']['avg']:.4f}, {time.monotonic() - begin:.0f} s")
+                _progress(f"seed {seed} {method}: avg {run['evaluation']['avg']:.4f}, {run['seconds']['all']:.0f} s")
 
 
 def collect(directory: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from .backbone import cache_name
@@ -88,17 +89,18 @@ class CachedModel:
 
     def prefill(self, prompts: Sequence[Tensor]) -> CachedRows:
         """Rows for prompts, 1-dimensional tensors of tokens, each ≥ 1 of them."""
-        parts = self._parts([len(prompt) for prompt in prompts], prompts[0])
+        parts = self._parts([len(prompt) for prompt in prompts], prompts[0], [False] * len(prompts))
         return _run_apart(parts, lambda places: self._prefill([prompts[place] for place in places]))
 
-    def advance(self, rows: CachedRows, tokens: Tensor, lengths: Sequence[int], row: Callable[[int], Tensor]) -> None:
-        """Feed each row a token (b,); `lengths` are the tokens of each row, this one included, `row(place)` all of
-        them."""
+    def advance(
+        self, rows: CachedRows, tokens: Tensor, lengths: Sequence[int], row: Callable[[int], Tensor]
+    ) -> CachedRows:
+        """The rows, which are spent, after each is fed a token (b,); `lengths` are the tokens of each row, this one
+        included, `row(place)` all of them."""
         crossing = [self.changes_within(length - 1, length) for length in lengths]
         parts = self._parts(lengths, tokens, crossing)
         if len(parts) == 1 and not crossing[0]:
-            self._advance(rows, tokens, lengths)
-            return
+            return self._forward(tokens[:, None], lengths, rows.cache, rows.width)
 
         def run(places: list[int]) -> CachedRows:
             if crossing[places[0]]:
@@ -107,42 +109,32 @@ class CachedModel:
             own = [lengths[place] for place in places]
             part = rows.take(places)
             part.resize(max(own) - 1)
-            self._advance(part, tokens[places], own)
-            return part
+            return self._forward(tokens[places][:, None], own, part.cache, part.width)
 
-        advanced = _run_apart(parts, run)
-        rows.cache, rows.width, rows.logits = advanced.cache, advanced.width, advanced.logits
+        return _run_apart(parts, run)
 
     def changes_within(self, begin: int, end: int) -> bool:
         """Whether a row of `end` tokens has other rotary frequencies than its first `begin` tokens."""
         return self._rope_side(begin) != self._rope_side(end)
 
-    def _parts(self, lengths: Sequence[int], tokens: Tensor, crossing: Sequence[bool] | None = None) -> list[list[int]]:
+    def _parts(self, lengths: Sequence[int], tokens: Tensor, crossing: Sequence[bool]) -> list[list[int]]:
         """Places of the rows that may be run together; those that are `crossing` a change of frequencies are apart."""
         alone = len(set(lengths)) > 1 and not _takes_padding(self.causal_lm, tokens)
         parts: dict[Any, list[int]] = {}
-        for place, length in enumerate(lengths):
-            crosses = crossing is not None and crossing[place]
+        for place, (length, crosses) in enumerate(zip(lengths, crossing, strict=True)):
             parts.setdefault((length if alone else 0, self._rope_side(length), crosses), []).append(place)
         return list(parts.values())
 
     def _prefill(self, prompts: Sequence[Tensor]) -> CachedRows:
-        lengths = [len(prompt) for prompt in prompts]
-        width = max(lengths)
-        input_ids = torch.stack([nn.functional.pad(prompt, (width - len(prompt), 0)) for prompt in prompts])
-        reset_frequencies(self.causal_lm)
-        cache, logits = self._forward(input_ids, None, lengths, width)
-        return CachedRows(cache, width, logits)
+        input_ids = pad_sequence(list(prompts), batch_first=True, padding_side="left")
+        return self._forward(input_ids, [len(prompt) for prompt in prompts])
 
-    def _advance(self, rows: CachedRows, tokens: Tensor, lengths: Sequence[int]) -> None:
+    def _forward(self, input_ids: Tensor, lengths: Sequence[int], cache: Any = None, width: int = 0) -> CachedRows:
+        """Rows of these lengths after tokens (b, columns), which follow on those in the cache, `width` columns."""
         reset_frequencies(self.causal_lm)
-        rows.cache, rows.logits = self._forward(tokens[:, None], rows.cache, lengths, rows.width + 1)
-        rows.width += 1
-
-    def _forward(self, input_ids: Tensor, cache: Any, lengths: Sequence[int], width: int) -> tuple[Any, Tensor]:
-        """The cache, and logits (b, V) after the last column; `width` columns with those of the cache."""
         options: dict[str, Any] = {"use_cache": True, self._cache_name: cache}
         device, columns = input_ids.device, input_ids.shape[1]
+        width += columns
         if "position_ids" in self._accepted:
             # Not all models count what is in their cache.
             options["position_ids"] = _positions(lengths, columns, device)
@@ -160,8 +152,7 @@ class CachedModel:
                 "model that does"
             )
         _check_layers(cache, self.causal_lm)
-        logits = output.logits[:, -1]
-        return cache, logits if self._vocabulary is None else logits[:, : self._vocabulary]
+        return CachedRows(cache, width, output.logits[:, -1, : self._vocabulary])
 
 
 def _takes_padding(model: PreTrainedModel, tokens: Tensor) -> bool:
@@ -189,7 +180,7 @@ def _stepwise(cached: CachedModel, input_ids: Tensor, padding: int) -> Tensor:
     logits = [rows.logits[0]]
     for token in last:
         lengths = [length + 1 for length in lengths]
-        cached._advance(rows, token.repeat(len(prompts)), lengths)
+        rows = cached._forward(token.repeat(len(prompts), 1), lengths, rows.cache, rows.width)
         logits.append(rows.logits[0])
     return torch.stack(logits)[None]
 

@@ -135,10 +135,6 @@ def _check_inputs(inputs: Mapping[str, Any]) -> None:
 def _sampling(config: GenerationConfig) -> dict[str, Any]:
     if not config.do_sample:
         return {"temperature": 0.0}
-    temperature, top_k, top_p, min_p = config.temperature, config.top_k, config.top_p, config.min_p
-    return {
-        "temperature": 1.0 if temperature is None else float(temperature),
-        "top_k": top_k or 0,
-        "top_p": 1.0 if top_p is None else float(top_p),
-        "min_p": min_p or 0.0,
-    }
+    defaults = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    given = {name: getattr(config, name) for name in defaults}
+    return defaults | {name: value for name, value in given.items() if value is not None}

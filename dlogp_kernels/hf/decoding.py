@@ -16,15 +16,15 @@ _REFILL_SHARE = 1 / 8
 
 
 class _Row(NamedTuple):
-    """A row of the batch: its number among all, its prompt, and how many tokens were generated."""
+    """A row of the batch: its number among all, its prompt, and the tokens that were generated."""
 
     number: int
     prompt: Tensor
-    generated: int
+    tokens: list[int]
 
     @property
     def length(self) -> int:
-        return len(self.prompt) + self.generated
+        return len(self.prompt) + len(self.tokens)
 
 
 @dataclass
@@ -83,39 +83,40 @@ class Decoder:
         if any_leaves:
             tokens = tokens[staying]
             self._states = _taken(self._states, staying) if staying else []
-        self._rows = [self._rows[place]._replace(generated=self._rows[place].generated + 1) for place in staying]
+        self._rows = [self._rows[place] for place in staying]
         if self._rows:
             if any_leaves:
                 # The width is of what the cache holds, all tokens but this one.
                 self._rows_changed(missing=1)
             lengths = [row.length for row in self._rows]
-            for model, state in zip(self.models, self._states, strict=True):
-                model.advance(state, tokens, lengths, self._tokens)
+            pairs = zip(self.models, self._states, strict=True)
+            self._states = [model.advance(state, tokens, lengths, self._tokens) for model, state in pairs]
         return sample
 
     def _tokens(self, place: int) -> Tensor:
         """All tokens of the row at that place of the batch."""
         row = self._rows[place]
-        return torch.cat([row.prompt, self.drawn.tokens_of(row.number)])
+        return torch.cat([row.prompt, row.prompt.new_tensor(row.tokens)])
 
     def _places(self) -> int | Tensor:
         """The place of the token to draw in each row: a number where it is the same in all."""
-        places = [row.generated for row in self._rows]
+        places = [len(row.tokens) for row in self._rows]
         return places[0] if min(places) == max(places) else torch.tensor(places, device=self._row_id.device)
 
     def _staying(self, tokens: Sequence[int]) -> list[int]:
-        """Places of the rows that go on after these tokens."""
+        """Places of the rows that go on after these tokens, which each gets."""
         staying = []
         for place, (row, token) in enumerate(zip(self._rows, tokens, strict=True)):
             if token < 0:
                 name = "model" if _is_bad(self._states[0].logits[place]) else "base_model"
                 raise RuntimeError(
-                    f"row {row.number}, step {row.generated}: {name} gives logits with NaN or +inf, or no finite one, "
-                    "expected some from which a token can be drawn"
+                    f"row {row.number}, step {len(row.tokens)}: {name} gives logits with NaN or +inf, or no finite "
+                    "one, expected some from which a token can be drawn"
                 )
+            row.tokens.append(token)
             if token in self.stop:
                 self.drawn.finished.append(row.number)
-            elif row.generated + 1 < self.max_new_tokens:
+            elif len(row.tokens) < self.max_new_tokens:
                 staying.append(place)
         return staying
 
@@ -150,7 +151,7 @@ class _Queue:
         self._kept = _taken(states, [prompt_of[-1] - prompt_of[0]]) if last_waits else []
         if self.samples > 1:
             states = _taken(states, [prompt - prompt_of[0] for prompt in prompt_of])
-        return [_Row(number, self.prompts[number // self.samples], 0) for number in numbers], states
+        return [_Row(number, self.prompts[number // self.samples], []) for number in numbers], states
 
     def _prefilled(self, begin: int, end: int) -> list[CachedRows]:
         """The states after prompts `begin` to `end`, a row each; the first may have been run before."""
@@ -175,13 +176,8 @@ class Drawn:
 
     def add(self, rows: Sequence[_Row], sample: Sample) -> None:
         self.rows += [row.number for row in rows]
-        self.places += [row.generated for row in rows]
+        self.places += [len(row.tokens) for row in rows]
         self.samples.append(sample)
-
-    def tokens_of(self, number: int) -> Tensor:
-        """The tokens of a row so far."""
-        places = [place for place, row in enumerate(self.rows) if row == number]
-        return torch.cat([sample.token for sample in self.samples])[places]
 
     def selected(self) -> int:
         """How many tokens were selected so far."""

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ..checks import INTEGER, check_tensor
 from .lengths import Side
@@ -98,17 +99,16 @@ def groups(batch: Batch, max_tokens: int, side: Side) -> Iterator[Group]:
         return
     documents = batch.document.flatten()
     place = (documents >= 0).nonzero().squeeze(-1)
-    lengths = torch.bincount(documents[place])
-    begins = lengths.cumsum(0) - lengths
-    order = lengths.argsort(descending=True, stable=True).tolist()
-    length_of = lengths.tolist()
-    while order:
-        longest = length_of[order[0]]
+    waiting = sorted(place.split(torch.bincount(documents[place]).tolist()), key=len, reverse=True)
+    while waiting:
+        longest = len(waiting[0])
         count = max(1, max_tokens // longest)
-        alike = [side(length_of[document]) == side(longest) for document in order[:count]]
+        alike = [side(len(document)) == side(longest) for document in waiting[:count]]
         count = alike.index(False) if False in alike else count
-        members, order = order[:count], order[count:]
-        yield _padded(batch, place, begins[members], lengths[members], longest)
+        places = pad_sequence(waiting[:count], batch_first=True, padding_value=-1)
+        # Any token will do as padding: what stands on the right is not looked at.
+        yield Group(batch.input_ids.flatten()[torch.where(places < 0, place[0], places)], places, whole=False)
+        waiting = waiting[count:]
 
 
 def check_vocabulary(batch: Batch, rows: int, of: str) -> None:
@@ -142,12 +142,8 @@ def scatter(rows: Tensor, group: Group, into: Tensor) -> None:
 
 
 def gather(values: Tensor, group: Group) -> Tensor:
-    """Rows (n, L, …) of `values` (B·T, …) at the group's places; 0 where padded."""
-    if group.whole:
-        return values.view(*group.place.shape, *values.shape[1:])
-    rows = values[group.place.clamp_min(0)]
-    kept = (group.place >= 0).view(*group.place.shape, *(1 for _ in values.shape[1:]))
-    return torch.where(kept, rows, torch.zeros_like(rows))
+    """Rows (n, L, …) of `values` (B·T, …) at the group's places; any of them where padded."""
+    return values.unflatten(0, group.place.shape) if group.whole else values[group.place.clamp_min(0)]
 
 
 def _restarts(position_ids: Tensor, input_ids: Tensor, kept: Tensor) -> Tensor:
@@ -172,13 +168,3 @@ def _restarts(position_ids: Tensor, input_ids: Tensor, kept: Tensor) -> Tensor:
             "0, 1, 2, … over the tokens of each document that are not masked"
         )
     return starts
-
-
-def _padded(batch: Batch, place: Tensor, begins: Tensor, lengths: Tensor, longest: int) -> Group:
-    """`place` lists the batch's kept tokens; the group's documents begin there at `begins`."""
-    offset = torch.arange(longest, device=place.device)
-    inside = offset < lengths[:, None]
-    where = (begins[:, None] + offset).masked_fill(~inside, 0)
-    # Any token will do as padding: what stands on the right is not looked at.
-    tokens = batch.input_ids.flatten()[place[where]]
-    return Group(tokens, place[where].masked_fill(~inside, -1), whole=False)

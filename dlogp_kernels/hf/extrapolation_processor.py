@@ -11,7 +11,6 @@ from .. import functional
 from ..reference import sampling as reference_sample
 from .backbone import evaluation
 from .cached import CachedModel, CachedRows
-from .heads import uncompiled, unwrapped
 
 #: Of those that need no token that was drawn before.
 _CRITERIA = ("kl", "reverse_kl", "avg_kl", "entropy", "rl_entropy", "all")
@@ -57,8 +56,8 @@ class ExtrapolationLogitsProcessor(LogitsProcessor):
                 f"criterion is {criterion!r}, expected one of {', '.join(_CRITERIA)}: a logits processor does not see "
                 "which token is drawn; use dlogp_kernels.hf.generate, or custom_generate in model.generate"
             )
-        self._base = unwrapped(uncompiled(base_model))
         self._cached = CachedModel(base_model)
+        self._base = self._cached.causal_lm
         self._gamma = gamma
         self._criterion = criterion
         self._threshold = threshold
@@ -102,7 +101,8 @@ class ExtrapolationLogitsProcessor(LogitsProcessor):
         with evaluation(self._base):
             if self._rows is not None and self._goes_on(tokens):
                 self._lengths = [length + 1 for length in self._lengths]
-                self._cached.advance(self._rows, tokens[:, -1], self._lengths, partial(_row, tokens, self._lengths))
+                row = partial(_row, tokens, self._lengths)
+                self._rows = self._cached.advance(self._rows, tokens[:, -1], self._lengths, row)
             else:
                 self._lengths = self._row_lengths(tokens)
                 self._rows = self._cached.prefill([_row(tokens, self._lengths, i) for i in range(len(tokens))])

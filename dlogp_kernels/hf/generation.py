@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from ..checks import INTEGER, check_integer, check_tensor
+from ..checks import check_integer
 from ..functional import extrapolated_sample
 from ..results import Sample
 from .backbone import check_tokens, evaluation
@@ -235,11 +235,7 @@ def _stop_tokens(
         # One that the models' logits do not have can not be drawn.
         return frozenset(token for x in pair for token in _special_tokens(x, "eos_token_id"))
     tokens = [given] if isinstance(given, int) else list(given)
-    for token in tokens:
-        if isinstance(token, bool) or not isinstance(token, int):
-            raise TypeError(f"stop_token_ids has {token!r}, expected integers")
-        if not 0 <= token < vocabulary:
-            raise ValueError(f"stop_token_ids has {token}, expected tokens in [0, {vocabulary})")
+    _check_integers("stop_token_ids", tokens, vocabulary, f"tokens in [0, {vocabulary})")
     return frozenset(tokens)
 
 
@@ -264,14 +260,16 @@ def _padding_token(pair: Sequence[PreTrainedModel], stop: Collection[int], vocab
 def _row_ids(given: Sequence[int] | Tensor | None, rows: int) -> list[int]:
     if given is None:
         return list(range(rows))
-    if isinstance(given, Tensor):
-        check_tensor("row_id", given, INTEGER, "an integer dtype")
     ids = given.tolist() if isinstance(given, Tensor) else list(given)
     if len(ids) != rows:
         raise ValueError(f"row_id has {len(ids)} numbers, expected {rows}, one of each row")
-    for number in ids:
-        if isinstance(number, bool) or not isinstance(number, int):
-            raise TypeError(f"row_id has {number!r}, expected integers")
-        if not 0 <= number < 2**32:
-            raise ValueError(f"row_id has {number}, expected integers in [0, 2**32)")
+    _check_integers("row_id", ids, 2**32, "integers in [0, 2**32)")
     return ids
+
+
+def _check_integers(name: str, values: Sequence[Any], end: int, expected: str) -> None:
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} has {value!r}, expected integers")
+        if not 0 <= value < end:
+            raise ValueError(f"{name} has {value}, expected {expected}")

@@ -83,13 +83,11 @@ def frequencies_of(model: PreTrainedModel, length: int) -> Iterator[None]:
 
     reset_frequencies(model)
     switching = {module for module, kind, layer in _rotary_modules(model) if _rope_switch(module, kind, layer)}
-    handles = [module.register_forward_pre_hook(with_last, with_kwargs=True) for module in switching]
-    handles += [module.register_forward_hook(without_last) for module in switching]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for module in switching:
+            hooks.enter_context(module.register_forward_pre_hook(with_last, with_kwargs=True))
+            hooks.enter_context(module.register_forward_hook(without_last))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _side(switches: Sequence[LengthSwitch | None]) -> Side:

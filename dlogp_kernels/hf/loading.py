@@ -59,7 +59,11 @@ def load_model(
     _check_directory(name_or_path, ("*.safetensors",), "weights in *.safetensors")
     adapter = find_adapter_config_file(str(name_or_path))
     if adapter is not None:
-        return _load_adapter(name_or_path, Path(adapter), dtype, device, trust_remote_code=trust_remote_code)
+        model: Any = load_model(_base_of_adapter(Path(adapter)), dtype=dtype, trust_remote_code=trust_remote_code)
+        found = model.load_adapter(str(name_or_path))
+        if found is not None:
+            _check_complete(name_or_path, model, found.to_dict())
+        return model.to(device).eval()
     tensors = stored_tensors(name_or_path)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         name_or_path,
@@ -87,23 +91,11 @@ def load_without_weights(name_or_path: str | Path, *, trust_remote_code: bool = 
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 
-def _load_adapter(
-    name_or_path: str | Path,
-    config_file: Path,
-    dtype: torch.dtype | Literal["auto"],
-    device: str | torch.device,
-    *,
-    trust_remote_code: bool,
-) -> PreTrainedModel:
-    """The model that the adapter names, with the adapter in it."""
+def _base_of_adapter(config_file: Path) -> str:
     base = json.loads(config_file.read_text(encoding="utf-8")).get("base_model_name_or_path")
     if not base:
         raise ValueError(f"{config_file}: has no base_model_name_or_path, expected the model that it was trained on")
-    model: Any = load_model(base, dtype=dtype, trust_remote_code=trust_remote_code)
-    loading = model.load_adapter(str(name_or_path))
-    if loading is not None:
-        _check_complete(name_or_path, model, loading.to_dict())
-    return model.to(device).eval()
+    return base
 
 
 def _dtype_in_memory(

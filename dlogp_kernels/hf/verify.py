@@ -109,11 +109,8 @@ def _own_logits(model: PreTrainedModel, input_ids: Tensor) -> tuple[Tensor, torc
         within.append(torch.autocast(device_type, dtype=dtype, enabled=torch.is_autocast_enabled(device_type)))
 
     look()
-    handle = backbone_of(model).register_forward_pre_hook(look)
-    try:
+    with backbone_of(model).register_forward_pre_hook(look):
         logits = model(input_ids=input_ids, use_cache=False).logits
-    finally:
-        handle.remove()
     return logits, within[-1]
 
 
@@ -254,12 +251,10 @@ def _disturbed(model: PreTrainedModel, seed: int) -> Iterator[None]:
         uniform = torch.rand(output.shape, dtype=kind, device=output.device, generator=generators[output.device])
         return (output * (1 + _spacing(output.dtype) * (2 * uniform - 1))).to(output.dtype)
 
-    hooks = [module.register_forward_hook(disturb) for module in backbone_of(model).modules()]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for module in backbone_of(model).modules():
+            hooks.enter_context(module.register_forward_hook(disturb))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def repeated(tokens: Tensor, length: int) -> Tensor:

@@ -3,19 +3,15 @@
 from ..installation import how_to_install
 
 try:
-    import accelerate  # noqa: F401
-    import datasets  # noqa: F401
-    import trl  # noqa: F401
+    from .callbacks import report_to
+    from .checkpoints import complete_checkpoints
+    from .config import ReweightedGRPOConfig
+    from .offline_trainers import grpo_trainer, sft_trainer
+    from .trainer import ReweightedGRPOTrainer
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         f"dlogp_kernels.trl needs {error.name}: {how_to_install('trl')}", name=error.name
     ) from error
-
-from .callbacks import report_to
-from .checkpoints import complete_checkpoints
-from .config import ReweightedGRPOConfig
-from .offline_trainers import grpo_trainer, sft_trainer
-from .trainer import ReweightedGRPOTrainer
 
 __all__ = [
     "ReweightedGRPOConfig",

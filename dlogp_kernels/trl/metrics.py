@@ -1,6 +1,7 @@
 """Means over the tokens of all processes, for the log."""
 
 import math
+from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
@@ -20,37 +21,26 @@ _NAMES = {
 }
 
 
+@dataclass
 class TokenSums:
-    """Sums over tokens of this process, and extremes; `means` puts all processes together."""
+    """Sums over tokens of this process, each with the number of tokens, and extremes: −inf or +inf where there are no
+    tokens."""
 
-    def __init__(self) -> None:
-        self._sums: dict[str, tuple[Tensor, Tensor]] = {}
-        #: The largest of a quantity times a sign.
-        self._extremes: dict[str, tuple[Tensor, float]] = {}
-
-    def add(self, name: str, total: Tensor, count: Tensor) -> None:
-        """The sum of a quantity over `count` tokens."""
-        self._sums[name] = total.float(), count.float()
-
-    def add_largest(self, name: str, value: Tensor) -> None:
-        """The largest value of a quantity; −inf where there are no tokens."""
-        self._extremes[name] = value.float(), 1.0
-
-    def add_least(self, name: str, value: Tensor) -> None:
-        """The least value of a quantity; +inf where there are no tokens."""
-        self._extremes[name] = -value.float(), -1.0
+    totals: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    largest: dict[str, Tensor] = field(default_factory=dict)
+    least: dict[str, Tensor] = field(default_factory=dict)
 
     def means(self, accelerator: Accelerator) -> dict[str, float]:
         """Means and extremes over the tokens of all processes, of what there are tokens of."""
-        pairs = torch.stack([torch.stack(pair) for pair in self._sums.values()])
+        pairs = torch.stack([torch.stack([total.float(), count.float()]) for total, count in self.totals.values()])
         totals = accelerator.reduce(pairs, reduction="sum").tolist()
-        values = {name: total / count for name, (total, count) in zip(self._sums, totals, strict=True) if count}
-        if self._extremes:
-            largest = torch.stack([value for value, _ in self._extremes.values()])[None]
-            all_largest = accelerator.gather(largest).amax(0).tolist()
-            for (name, (_, sign)), value in zip(self._extremes.items(), all_largest, strict=True):
+        values = {name: total / count for name, (total, count) in zip(self.totals, totals, strict=True) if count}
+        extremes = self.largest | {name: -value for name, value in self.least.items()}
+        if extremes:
+            gathered = accelerator.gather(torch.stack([value.float() for value in extremes.values()])[None])
+            for name, value in zip(extremes, gathered.amax(0).tolist(), strict=True):
                 if math.isfinite(value):
-                    values[name] = sign * value
+                    values[name] = -value if name in self.least else value
         return values
 
 
@@ -58,10 +48,10 @@ def policy_sums(metrics: PolicyMetrics, count: Tensor, *, reweighted: bool, kl: 
     """What the loss says about its `count` tokens: its weights if it has `reweighted` the advantages, a divergence from
     the reference model if there is `kl`."""
     sums = TokenSums()
-    for field, name in _NAMES.items():
-        if {"mean_weight": reweighted, "ref_kl": kl}.get(field, True):
-            sums.add(name, getattr(metrics, field) * count, count)
-    sums.add_largest("ratio/max", metrics.max_ratio)
+    for metric, name in _NAMES.items():
+        if {"mean_weight": reweighted, "ref_kl": kl}.get(metric, True):
+            sums.totals[name] = getattr(metrics, metric) * count, count
+    sums.largest["ratio/max"] = metrics.max_ratio
     return sums
 
 
@@ -74,19 +64,19 @@ def add_clip_ratios(sums: TokenSums, low: Tensor, high: Tensor, dual: Tensor, ma
     total, lengths = mask.sum(), mask.sum(1)
     shares = {"low": low & mask, "high": high & mask, "region": (low | high) & mask, "dual": dual & mask}
     for name, places in shares.items():
-        sums.add(f"clip_ratio/{name}_mean", places.sum(), total)
+        sums.totals[f"clip_ratio/{name}_mean"] = places.sum(), total
     if cispo:
-        sums.add("cispo_clip_ratio", shares["high"].sum(), total)
-    sums.add_least("clip_ratio/low_min", (shares["low"].sum(1) / lengths).masked_fill(lengths == 0, torch.inf).amin())
+        sums.totals["cispo_clip_ratio"] = shares["high"].sum(), total
+    sums.least["clip_ratio/low_min"] = (shares["low"].sum(1) / lengths).masked_fill(lengths == 0, torch.inf).amin()
     high_shares = (shares["high"].sum(1) / lengths).masked_fill(lengths == 0, -torch.inf)
-    sums.add_largest("clip_ratio/high_max", high_shares.amax())
+    sums.largest["clip_ratio/high_max"] = high_shares.amax()
 
 
 def add_delta_logp(sums: TokenSums, delta_logp: Tensor, mask: Tensor) -> None:
     """Mean, extremes and tails of Δlog p (B, T) where `mask` (B, T); nothing is read elsewhere."""
     kept, count = delta_logp.masked_fill(~mask, 0.0), mask.sum()
-    sums.add("delta_logp/mean", kept.sum(), count)
-    sums.add(f"delta_logp/below_{LOWERED_BELOW:g}", (kept < LOWERED_BELOW).sum(), count)
-    sums.add(f"delta_logp/above_{RAISED_ABOVE:g}", (kept > RAISED_ABOVE).sum(), count)
-    sums.add_largest("delta_logp/max", delta_logp.masked_fill(~mask, -torch.inf).amax())
-    sums.add_least("delta_logp/min", delta_logp.masked_fill(~mask, torch.inf).amin())
+    sums.totals["delta_logp/mean"] = kept.sum(), count
+    sums.totals[f"delta_logp/below_{LOWERED_BELOW:g}"] = (kept < LOWERED_BELOW).sum(), count
+    sums.totals[f"delta_logp/above_{RAISED_ABOVE:g}"] = (kept > RAISED_ABOVE).sum(), count
+    sums.largest["delta_logp/max"] = delta_logp.masked_fill(~mask, -torch.inf).amax()
+    sums.least["delta_logp/min"] = delta_logp.masked_fill(~mask, torch.inf).amin()

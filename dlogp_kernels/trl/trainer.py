@@ -260,9 +260,7 @@ class ReweightedGRPOTrainer(GRPOTrainer):
         alpha, sign = self.args.reweight_alpha, self.args.reweight_sign
         weight = grpo.perplexity_weight(perplexity, advantage, count, group, alpha, sign)[self._own_rows(len(count))]
         rollouts["advantages"] = weight * advantages
-        sums = TokenSums()
-        sums.add("reweight/mean_weight", (weight * counts).sum(), counts.sum())
-        self._log_means(sums)
+        self._log_means(TokenSums({"reweight/mean_weight": ((weight * counts).sum(), counts.sum())}))
 
     @torch.no_grad()
     def _logps_without_gradient(self, rollouts: Rollouts) -> Tensor:

@@ -243,7 +243,8 @@ def _measure(
 ) -> DeltaLogpStats:
     """Statistics (B, T − 1), of as many tokens at once as the plan says."""
     dtype = accumulation_dtype(head.weight, base_head.weight, given.base_hidden)
-    fields = allocated(DeltaLogpStats, target.flatten(), target.new_zeros, dtype, top)
+    outputs = allocated(DeltaLogpStats, target.flatten(), target.new_zeros, dtype, top).flat()
+    fields = present(stats_of(DeltaLogpStats, outputs, target[..., None], target, top))
     heads = head._asdict() | {f"base_{name}": value for name, value in base_head._asdict().items()}
     for group in groups(batch, plan.max_tokens, side_of(given.to_run())):
         stats = linear_delta_logp(
@@ -256,9 +257,8 @@ def _measure(
             top=top,
         )
         for name, value in present(stats).items():
-            scatter(value, group, getattr(fields, name))
-    found = stats_of(DeltaLogpStats, fields, target[..., None], target, top)
-    return DeltaLogpStats(**{name: field[:, :-1] for name, field in present(found).items()})
+            scatter(value, group, fields[name].view(-1))
+    return DeltaLogpStats(**{name: field[:, :-1] for name, field in fields.items()})
 
 
 def _targets(batch: Batch, name: str, mask: Tensor | None) -> Tensor:

@@ -137,17 +137,15 @@ def run_sweep(
             raise JobError(
                 f"--samples: {len(problems)} problems × {decoding.samples} are too many, expected below 2**32"
             )
-        chunks = _cut_chunks(problems, settings, seeds, decoding)
-        run = _Run(
-            directory, loaded_grader, reading.tokenizer, chunks, decoding, torch.device(device), fingerprints, progress
-        )
+        drawing = Drawing(loaded_grader, reading.tokenizer, decoding, torch.device(device))
+        run = _Run(directory, drawing, _cut_chunks(problems, settings, seeds, decoding), fingerprints, progress)
         run.compute(places)
         names = {"rl": str(rl), "base": str(base), "data": str(data), "grader": grader}
         arguments = {"command": command, **names, "seeds": list(seeds), **identity["decoding"]}
         return directory.finish(run.summary(), arguments)
 
 
-class _Chunk(NamedTuple):
+class Chunk(NamedTuple):
     """The responses that are drawn and written together: `samples` to each of some problems."""
 
     setting: Setting
@@ -157,10 +155,10 @@ class _Chunk(NamedTuple):
 
 def _cut_chunks(
     problems: Sequence[Problem], settings: Sequence[Setting], seeds: Sequence[int], decoding: Decoding
-) -> list[_Chunk]:
+) -> list[Chunk]:
     size = decoding.problems_per_chunk
     return [
-        _Chunk(setting, seed, problems[begin : begin + size])
+        Chunk(setting, seed, problems[begin : begin + size])
         for setting in settings
         for seed in seeds
         for begin in range(0, len(problems), size)
@@ -172,32 +170,30 @@ class _Run:
     """The computation of a run whose problems are read."""
 
     directory: RunDirectory
-    grader: Grader
-    tokenizer: Any
-    chunks: Sequence[_Chunk]
-    decoding: Decoding
-    device: torch.device
+    drawing: "Drawing"
+    chunks: Sequence[Chunk]
     fingerprints: Fingerprints
     progress: bool
 
     def __post_init__(self) -> None:
-        self._texts = TokenTexts(self.tokenizer)
         self._collector = Collector()
 
     def compute(self, places: Sequence[ModelPlace]) -> None:
         """Draw, grade and write the chunks that are not there yet."""
         file = ResponseFile(self.directory.out / RESPONSES_FILE, self.directory.ledger)
-        lengths = [len(chunk.problems) * self.decoding.samples for chunk in self.chunks]
+        decoding = self.drawing.decoding
+        lengths = [len(chunk.problems) * decoding.samples for chunk in self.chunks]
         with self.directory.writing():
             self.directory.begin()
             num_kept, damaged = file.keep(len(self.chunks))
         missing = self.chunks[num_kept:]
-        load = partial(self.fingerprints.load, dtype=self.decoding.dtype, device=self.device)
+        load = partial(self.fingerprints.load, dtype=decoding.dtype, device=self.drawing.device)
         models = list(map(load, places)) if missing or damaged else []
+        draw = _explained_generation()(partial(self.drawing, models))
         if damaged:
             warnings.warn(f"{file.path} is damaged: what is lost is drawn again", stacklevel=2)
         for index in (index for index in damaged if index < num_kept):
-            responses = self._draw(self.chunks[index], models, _Progress(bar(enabled=False)))
+            responses = draw(self.chunks[index])
             with self.directory.writing():
                 file.mend(index, responses, sum(lengths[:index]) + 1)
         for response in file.responses():
@@ -210,7 +206,7 @@ class _Run:
             self.directory.start_lap()
             for chunk in missing:
                 progress.begin(chunk.setting)
-                responses = self._draw(chunk, models, progress)
+                responses = draw(chunk, progress)
                 with self.directory.writing():
                     file.append(responses)
                     self.directory.save_lap()
@@ -230,14 +226,28 @@ class _Run:
             "tokens_per_second": self.directory.rate(tokens),
         }
 
-    def _draw(self, chunk: _Chunk, models: Sequence[Any], progress: "_Progress") -> list[Response]:
-        """The graded responses of a chunk, samples of a problem one after another."""
+
+@dataclass
+class Drawing:
+    """Draws the responses of chunks, and grades them."""
+
+    grader: Grader
+    tokenizer: Any
+    decoding: Decoding
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        self._texts = TokenTexts(self.tokenizer)
+
+    def __call__(self, models: Sequence[Any], chunk: Chunk, progress: "_Progress | None" = None) -> list[Response]:
+        """The graded responses of a chunk, samples of a problem one after another; `models` are RL and base."""
+        rl, base = models
+        progress = progress or _Progress(bar(enabled=False))
         samples = self.decoding.samples
-        input_ids, attention_mask = pad_left([problem.prompt_ids for problem in chunk.problems], self.device)
+        input_ids, attention_mask = _pad_left([problem.prompt_ids for problem in chunk.problems], self.device)
         # The numbers of a chunk's problems follow each other.
         first = chunk.problems[0].number * samples
-        with _explained_generation(), layers_told(models, progress.on_layer) as enough:
-            rl, base = models
+        with layers_told(models, progress.on_layer) as enough:
 
             def on_step(*counts: int) -> None:
                 enough()
@@ -263,7 +273,7 @@ class _Run:
             )
         return list(self._responses(chunk, generation))
 
-    def _responses(self, chunk: _Chunk, generation: Generation) -> Iterator[Response]:
+    def _responses(self, chunk: Chunk, generation: Generation) -> Iterator[Response]:
         """The rows of a generation as responses; each knows the places, Δlog p and drafts of its replaced tokens."""
         names = ("tokens", "draft_tokens", "selected", "delta_logp", "lengths", "finished")
         columns = (getattr(generation, name).cpu() for name in names)
@@ -292,7 +302,7 @@ class _Run:
             )
 
 
-def pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+def _pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """Token ids and attention mask (B, longest prompt)."""
     rows = [torch.tensor(prompt) for prompt in prompts]
     pad = partial(pad_sequence, batch_first=True, padding_side="left")

@@ -11,25 +11,23 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import Dataset
 from tqdm import tqdm
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..hf import generate
 from ..report.files import sync, sync_tree, temporary_path, write_atomically
 from ..report.ledger import Ledger
-from ..report.responses import estimate
+from ..report.responses import Setting, collect
 from ..report.training import CSV_FILE, LOG_FILE, read_log, to_csv, to_entry, to_line
 from ..trl import ReweightedGRPOConfig, ReweightedGRPOTrainer, report_to
-from .decoding import pad_left
+from .decoding import Chunk, Drawing
 from .errors import JobError
 from .graders import EXACT, Grader, load_grader
 from .inputs.models import check_device, find_model, read_pair, warn_of_rounded_start
 from .inputs.problems import Problem, check_problems, read_problems
-from .options import Training, check_training
+from .options import Decoding, Training, check_training
 from .progress import bar, say
 from .resume.fingerprint import Fingerprints, versions
 from .resume.response_file import PieceFile
@@ -256,21 +254,23 @@ class _Run:
 
     def grade(self, completion_ids: Sequence[list[int]], number: Sequence[int], **_: Any) -> list[float | None]:
         """The reward, as the trainer asks for it and names it in its log."""
-        return [self._score(ids, self.problems[0][place]) for ids, place in zip(completion_ids, number, strict=True)]
+        scores = []
+        for ids, place in zip(completion_ids, number, strict=True):
+            problem = self.problems[0][place]
+            result = self.grader(self.tokenizer.decode(ids, skip_special_tokens=True), problem.columns)
+            self._grader_errors += result.error is not None
+            self._tell_once(problem.problem_id, result.error)
+            scores.append(result.score)
+        return scores
 
-    def _score(self, ids: Sequence[int], problem: Problem) -> float | None:
-        text = self.tokenizer.decode(ids, skip_special_tokens=True)
-        result = self.grader(text, problem.columns)
-        if result.error is not None:
-            self._grader_errors += 1
-            if not self._told:
-                self._told = True
-                warnings.warn(
-                    f"the grader gave no score to a response to the problem {problem.problem_id}: {result.error}; such "
-                    "responses teach nothing, and are counted in the log",
-                    stacklevel=2,
-                )
-        return result.score
+    def _tell_once(self, problem_id: str, error: str | None) -> None:
+        if error is not None and not self._told:
+            self._told = True
+            warnings.warn(
+                f"the grader gave no score to a response to the problem {problem_id}: {error}; such responses teach "
+                "nothing, and are counted in the log",
+                stacklevel=2,
+            )
 
     def _on_step(self, step: int, metrics: Mapping[str, Any], show: Callable[[Mapping[str, Any]], None]) -> None:
         entry = to_entry(step, metrics)
@@ -300,33 +300,19 @@ class _Run:
         held_out = self.problems[1] if len(self.problems) > 1 else []
         if not held_out:
             return {}
-        samples = self.training.eval_samples
-        input_ids, attention_mask = pad_left([problem.prompt_ids for problem in held_out], self.model.device)
-        drawn = generate(
-            self.model,
-            self.model,
-            input_ids,
-            attention_mask,
-            criterion="none",
-            draft="rl",
-            seed=self.training.seed,
+        decoding = Decoding(
+            samples=self.training.eval_samples,
             max_new_tokens=self.training.max_new_tokens,
-            num_return_sequences=samples,
-            max_batch_size=self.training.responses,
+            batch_size=self.training.responses,
         )
-        rows = zip(drawn.tokens.tolist(), drawn.lengths.tolist(), strict=True)
-        before = self._grader_errors
-        graded = [self._score(tokens[:length], held_out[row // samples]) for row, (tokens, length) in enumerate(rows)]
-        # Those of the responses that were learned from are counted.
-        self._grader_errors = before
-        scores = np.array(graded, np.float64).reshape(-1, samples)
-        entry: dict[str, Any] = {"eval_length": float(drawn.lengths.float().mean())}
-        accuracy = estimate(np.nansum(scores, axis=1), np.isfinite(scores).sum(axis=1))
-        if accuracy is not None:
-            entry["eval_accuracy"] = accuracy.mean
-            if accuracy.standard_error is not None:
-                entry["eval_accuracy_standard_error"] = accuracy.standard_error
-        return entry
+        draw, alone = Drawing(self.grader, self.tokenizer, decoding, self.model.device), Setting("none", draft="rl")
+        responses = draw((self.model, self.model), Chunk(alone, self.training.seed, held_out))
+        for response in responses:
+            self._tell_once(response.problem_id, response.error)
+        found = collect(responses).result(alone).to_json()
+        entry = {"eval_length": found["mean_length"]}
+        entry |= {f"eval_{name}": found[name] for name in ("accuracy", "accuracy_standard_error")}
+        return {name: value for name, value in entry.items() if value is not None}
 
 
 def _files_below(directory: Path) -> list[Path]:

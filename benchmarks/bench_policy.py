@@ -19,7 +19,7 @@ from dlogp_kernels import linear_policy_loss, policy_loss
 from . import problem
 from .floors import bare_products
 from .problem import Function, Problem
-from .shapes import Shape, Workload
+from .shapes import DTYPES, Shape, Workload
 from .timing import Candidate
 
 #: The batch of given log-probabilities, its responses' length, and the responses of a batch from hidden states.
@@ -76,6 +76,7 @@ def build_batch(sequences: int, tokens: int, device: torch.device) -> dict[str, 
 def build(work: Workload, device: torch.device) -> Problem:
     sequences, options = max(2, work.n // _LENGTH), LOSSES[work.variant]
     inputs = build_batch(sequences, work.n // sequences, device)
+    inputs = {name: x.to(DTYPES[work.dtype]) if x.is_floating_point() else x for name, x in inputs.items()}
     inputs["logp"].requires_grad_()
     if not options.get("kl_beta"):
         del inputs["ref_logp"]

@@ -10,19 +10,19 @@ filter excludes.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dlogp_kernels import Sample, extrapolated_sample, linear_extrapolated_sample
+import dlogp_kernels
+from dlogp_kernels import Sample
 from dlogp_kernels.reference import sampling as reference_sample
 
 from . import problem
 from .floors import bare_products
-from .problem import float64_logits
+from .problem import Problem, float64_logits
 from .shapes import Workload
 from .timing import OURS, Candidate, NotMeasuredError, WrongResultError, verify
 
@@ -45,47 +45,39 @@ _CHECKED_ROWS = 16
 _SLACK = 1e-3
 
 
-@dataclass(frozen=True)
-class Draws:
-    """Logits (B, V), or hidden states and weights, of two models that are near one another."""
-
-    work: Workload
-    inputs: Mapping[str, Tensor]
-
-    @property
-    def filters(self) -> dict[str, Any]:
-        return FILTERS[self.work.variant]
-
-    def logits(self) -> tuple[Tensor, Tensor]:
-        """Of both models, float32."""
-        if not self.work.linear:
-            return self.inputs["logits"].float(), self.inputs["base_logits"].float()
-        hidden, weight, base_hidden, base_weight = self.inputs.values()
-        return (hidden @ weight.t()).float(), (base_hidden @ base_weight.t()).float()
-
-    def first_rows(self) -> dict[str, Tensor]:
-        return {name: x if "weight" in name else x[:_CHECKED_ROWS] for name, x in self.inputs.items()}
+def build(work: Workload, device: torch.device) -> Problem:
+    """Logits (B, V), or hidden states and weights, of two models that are near one another; options are filters."""
+    given = problem.build(work, device)
+    inputs = {name: x for name, x in given.inputs.items() if name != "target"}
+    return Problem(work, inputs, FILTERS[work.variant])
 
 
-def build(work: Workload, device: torch.device) -> Draws:
-    return Draws(work, {name: x for name, x in problem.build(work, device).inputs.items() if name != "target"})
+def _logits(draws: Problem) -> list[Tensor]:
+    """Of both models, float32."""
+    given = [*draws.inputs.values()]
+    if draws.work.linear:
+        given = [given[0] @ given[1].t(), given[2] @ given[3].t()]
+    return [logits.float() for logits in given]
 
 
-def ours(draws: Draws, options: Mapping[str, Any] = _OPTIONS) -> Sample:
-    draw: Callable[..., Sample] = linear_extrapolated_sample if draws.work.linear else extrapolated_sample
-    return draw(**draws.inputs, **options, **draws.filters)
+def _first_rows(draws: Problem) -> dict[str, Tensor]:
+    return {name: x if "weight" in name else x[:_CHECKED_ROWS] for name, x in draws.inputs.items()}
 
 
-def from_logits(draws: Draws) -> Sample:
-    logits, base_logits = draws.logits()
-    return extrapolated_sample(logits, base_logits, **_OPTIONS, **draws.filters)
+def ours(draws: Problem, options: Mapping[str, Any] = _OPTIONS) -> Sample:
+    return draws.call(partial(getattr(dlogp_kernels, draws.work.op), **options))
 
 
-def eager(draws: Draws) -> Tensor:
-    logits, base_logits = draws.logits()
-    draft = _draw(base_logits, **draws.filters)
+def from_logits(draws: Problem) -> Sample:
+    logits, base_logits = _logits(draws)
+    return dlogp_kernels.extrapolated_sample(logits, base_logits, **_OPTIONS, **draws.options)
+
+
+def eager(draws: Problem) -> Tensor:
+    logits, base_logits = _logits(draws)
+    draft = _draw(base_logits, **draws.options)
     logp, base_logp = (x.log_softmax(-1).gather(-1, draft[:, None])[:, 0] for x in (logits, base_logits))
-    replacement = _draw((1 + GAMMA) * logits - GAMMA * base_logits, **draws.filters)
+    replacement = _draw((1 + GAMMA) * logits - GAMMA * base_logits, **draws.options)
     return torch.where(logp - base_logp < THRESHOLD, replacement, draft)
 
 
@@ -104,32 +96,32 @@ def _draw(logits: Tensor, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
     return order.gather(-1, place)[:, 0]
 
 
-def warpers(draws: Draws) -> Tensor:
+def warpers(draws: Problem) -> Tensor:
     try:
         from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper  # which no GPU needs
     except ModuleNotFoundError as error:
         raise NotMeasuredError(f"not installed: {error.name}") from error
 
     kinds = {"top_k": TopKLogitsWarper, "top_p": TopPLogitsWarper, "min_p": MinPLogitsWarper}
-    logits, base_logits = draws.logits()
+    logits, base_logits = _logits(draws)
     scores = (1 + GAMMA) * logits - GAMMA * base_logits
-    for name, value in draws.filters.items():
+    for name, value in draws.options.items():
         scores = kinds[name](value)(None, scores)
     return torch.multinomial(scores.softmax(-1), 1)[:, 0]
 
 
-def candidates(draws: Draws) -> list[Candidate]:
+def candidates(draws: Problem) -> list[Candidate]:
     def of_ours(name: str, options: Mapping[str, Any]) -> Candidate:
         def check() -> dict[str, float]:
-            few = draws.first_rows()
+            few = _first_rows(draws)
             drawn, limit = Sample(*(x[:_CHECKED_ROWS] for x in ours(draws, options))), OURS["output"]
             if not drawn.token.is_cuda:  # whose tensor cores truncate their sums
                 limit /= float64_logits(few, "").abs().max().clamp_min(1.0).item()
-            return check_draws(drawn, few, {**options, **draws.filters}, limit)
+            return check_draws(drawn, few, {**options, **draws.options}, limit)
 
         return Candidate(name, lambda: ours(draws, options), check=check, limits=OURS)
 
-    def other(name: str, draw: Callable[[Draws], Tensor]) -> Candidate:
+    def other(name: str, draw: Callable[[Problem], Tensor]) -> Candidate:
         excluded = lambda: _excluded(draw(draws), draws)  # noqa: E731
         return Candidate(name, partial(draw, draws), check=excluded, limits={"output": 0.0})
 
@@ -140,19 +132,19 @@ def candidates(draws: Draws) -> list[Candidate]:
     return [*found, Candidate("logits", partial(from_logits, draws))]
 
 
-def floor(draws: Draws) -> list[Candidate]:
+def floor(draws: Problem) -> list[Candidate]:
     if not draws.work.linear:
         return []
     pairs = [(draws.inputs[f"{x}hidden"], draws.inputs[f"{x}weight"]) for x in ("", "base_")]
     return bare_products(pairs, training=False)
 
 
-def _excluded(tokens: Tensor, draws: Draws) -> dict[str, float]:
+def _excluded(tokens: Tensor, draws: Problem) -> dict[str, float]:
     """The share of some rows' tokens that the filters, a little looser, exclude from what may be drawn."""
-    filters = dict(_NO_FILTERS) | draws.filters
+    filters = {**_NO_FILTERS, **draws.options}
     filters["top_k"] += 1 if filters["top_k"] else 0
     filters["top_p"], filters["min_p"] = min(1.0, filters["top_p"] + _SLACK), filters["min_p"] * (1 - _SLACK)
-    few = draws.first_rows()
+    few = _first_rows(draws)
     logits, base_logits = (float64_logits(few, prefix) for prefix in ("", "base_"))
     scores = (base_logits, logits, (1 + GAMMA) * logits - GAMMA * base_logits)
     allowed = torch.stack([reference_sample.kept_tokens(x, **filters) for x in scores]).any(0)

@@ -16,8 +16,10 @@ from .problem import Problem
 from .timing import BASELINE, OURS, Candidate
 
 OPS = ("linear_logp", "linear_delta_logp", "logp", "delta_logp")
-#: Rows of a block, of logits that are given and of logits that are multiplied first.
-_LOGITS_ROWS, _LINEAR_ROWS = 8, 128
+#: A variant: every second target, at random, is to be ignored, beside all of them.
+HALF_IGNORED = "half ignored"
+#: Rows of a block of logits that are given, and of logits that are products.
+_LOGITS_ROWS, _LINEAR_ROWS = 8, 64
 #: Of products on tensor cores: their sums are truncated.
 _ON_TENSOR_CORES = OURS | {"output": 1e-3}
 
@@ -91,25 +93,15 @@ EAGER: Mapping[str, Callable[..., NamedTuple]] = {
 
 
 def chunked(op: str, **inputs: Any) -> NamedTuple:
-    """The same in blocks of rows: of a product, then its softmax in smaller ones; in training a block is recomputed."""
+    """The same in blocks of rows; in training a block is recomputed."""
     rows = {name: x for name, x in inputs.items() if name == "target" or name.endswith(("hidden", "logits"))}
     rest = {name: x for name, x in inputs.items() if name not in rows}
     block: Callable[..., NamedTuple] = partial(EAGER[op], **rest)
     if torch.is_grad_enabled():
         block = partial(checkpoint, block, use_reentrant=False)
-    elif op.startswith("linear"):
-        block = partial(_chunked_after_product, op.removeprefix("linear_"), rest)
     parts = zip(*(x.split(_LINEAR_ROWS if "hidden" in inputs else _LOGITS_ROWS) for x in rows.values()), strict=True)
     stats: list[Any] = [block(**dict(zip(rows, part, strict=True))) for part in parts]
     return type(stats[0])(*map(torch.cat, zip(*stats, strict=True)))
-
-
-def _chunked_after_product(op: str, rest: Mapping[str, Any], target: Tensor, **hidden: Tensor) -> NamedTuple:
-    softcaps = {name: value for name, value in rest.items() if "softcap" in name}
-    logits = {
-        name.replace("hidden", "logits"): x @ rest[name.replace("hidden", "weight")].t() for name, x in hidden.items()
-    }
-    return chunked(op, **logits, target=target, **softcaps)
 
 
 def functions(op: str) -> dict[str, Callable[..., NamedTuple]]:
@@ -130,6 +122,10 @@ def functions(op: str) -> dict[str, Callable[..., NamedTuple]]:
 
 
 def candidates(problem: Problem) -> list[Candidate]:
+    if problem.work.variant == HALF_IGNORED:
+        ours = getattr(dlogp_kernels, problem.work.op)
+        half = problem.half_ignored()
+        return [problem.candidate("ours", ours, OURS), half.candidate(f"ours, {HALF_IGNORED}", ours, OURS)]
     on_tensor_cores = problem.work.linear and problem.inputs["target"].is_cuda
     limits = {"ours": _ON_TENSOR_CORES if on_tensor_cores else OURS}
     found = functions(problem.work.op).items()

@@ -1,17 +1,19 @@
 """What is measured: the ops, their shapes in each mode, and how a case becomes rows of results."""
 
+import multiprocessing
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
 from dlogp_kernels import backends
+from dlogp_kernels.demo.memory import Peak, peak_over
 
 from . import bench_generate, bench_policy, bench_sampling, bench_statistics
-from .memory import MIB, in_fresh_process, peak_of
-from .shapes import LONG_N, MAIN, MAIN_N, OTHER, SHAPES, SWEEP_N, Workload, require_fit, require_products
+from .shapes import LONG_N, MAIN, MAIN_N, OTHER, SHAPES, SWEEP_N, Shape, Workload, require_fit, require_products
 from .timing import (
     PHASES,
     Budget,
@@ -21,16 +23,19 @@ from .timing import (
     Timings,
     WrongResultError,
     measure,
-    verify,
 )
 
 MODES = ("quick", "default", "full")
+MIB = 2**20
+_WARM_UP, _WARM_UP_N = Shape("warm-up", 64, 4096), 64
+#: A process that has imported all of this, and done nothing, forks those that do one call.
+_FRESH = multiprocessing.get_context("forkserver")
+_FRESH.set_forkserver_preload(["benchmarks.cases"])
 #: A line of results: a candidate's time (a phase each) or its memory, or why there is none.
 Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Bench:
+class Bench(NamedTuple):
     """One op: its inputs, what computes it (ours first), and what no implementation can do without."""
 
     build: Callable[[Workload, torch.device], Any]
@@ -48,25 +53,18 @@ BENCHES = {
     "linear_policy_loss": Bench(bench_policy.build_linear, bench_policy.linear_candidates, bench_policy.linear_floor),
     bench_generate.OP: Bench(bench_generate.build, bench_generate.candidates),
 }
-_QUICK = ("ours", "eager", "TRL", "warpers", "forwards", "generate calls")
+_QUICK = ("ours", f"ours, {bench_statistics.HALF_IGNORED}", "eager", "TRL", "warpers", "forwards", "generate calls")
 
 
-class Case(NamedTuple):
-    label: str
-    run: Callable[[], Iterable[Row]]
-
-
-def cases(op: str, device: torch.device, mode: str) -> Iterator[Case]:
-    """The cases of an op in a mode: times first, then memory."""
+def cases(op: str, device: torch.device, mode: str) -> Iterator[tuple[str, Callable[[], Iterable[Row]]]]:
+    """The cases of an op in a mode, each with its description: times first, then memory."""
     quick = mode == "quick"
     budget = Budget(seconds=4) if quick else Budget(seconds=20, least=5)
     for work in dict.fromkeys(_timed(op, quick)):
-        yield Case(f"time: {work}", partial(compare, work, device, budget, _QUICK if quick else None))
-    if op == "linear_logp":
-        yield Case(f"time: {op}, half ignored", partial(_half_ignored, Workload(op, MAIN, MAIN_N), device, budget))
+        yield f"time: {work}", partial(compare, work, device, budget, _QUICK if quick else None)
     for work, names in _measured(op, mode):
         for name in names:
-            yield Case(f"memory: {work} {name}", partial(memory, work, name, device))
+            yield f"memory: {work} {name}", partial(memory, work, name, device)
 
 
 def _timed(op: str, quick: bool) -> Iterator[Workload]:
@@ -86,6 +84,8 @@ def _timed(op: str, quick: bool) -> Iterator[Workload]:
             yield Workload(op, MAIN, MAIN_N, first)
         if not quick or op in ("linear_logp", "linear_policy_loss"):
             yield Workload(op, MAIN, MAIN_N, first, training=True)
+        if op == "linear_logp":
+            yield Workload(op, MAIN, MAIN_N, variant=bench_statistics.HALF_IGNORED)
         if not quick:
             yield Workload(op, MAIN, MAIN_N, second, training=op == "linear_policy_loss")
             if op in ("linear_logp", "linear_delta_logp"):
@@ -115,8 +115,11 @@ def _measured(op: str, mode: str) -> Iterator[tuple[Workload, Sequence[str]]]:
 
 
 def compare(work: Workload, device: torch.device, budget: Budget, names: Sequence[str] | None = None) -> Iterator[Row]:
-    """Candidates of these names (None: all), and the floor, in rounds; those that are wrong or do not fit say so."""
-    bench, right, errors = BENCHES[work.op], [], {}
+    """Candidates of these names (None: all), and the floor, in rounds; those that are wrong or do not fit say so.
+
+    `over_ours` is the median of the ratios to ours within a round.
+    """
+    bench, right, errors = BENCHES[work.op], list[Candidate](), dict[str, Row]()
     try:
         require_fit(work, "ours", device)
         if work.training:
@@ -126,30 +129,22 @@ def compare(work: Workload, device: torch.device, budget: Budget, names: Sequenc
         yield _row(work, "time", "ours", skipped=str(error))
         return
     for candidate in bench.candidates(problem):
-        if names is not None and candidate.name not in names:
+        name = candidate.name
+        if names is not None and name not in names:
             continue
         try:
-            require_fit(work, candidate.name, device, built=True)
-            errors[candidate.name] = dict(candidate.check()) if candidate.check is not None else {}
-            verify(candidate.name, errors[candidate.name], candidate.limits)
+            require_fit(work, name, device, built=True)
+            errors[name] = {f"error_{output}": error for output, error in candidate.errors().items()}
         except NotMeasuredError as error:
-            yield _row(work, "time", candidate.name, skipped=str(error), wrong=isinstance(error, WrongResultError))
+            yield _row(work, "time", name, skipped=str(error), wrong=isinstance(error, WrongResultError))
         else:
             right.append(candidate)
     found = [*right, *bench.floor(problem)]
-    if found:
-        timings = measure(found, budget, Clock(device))
-        yield from _times(work, found, timings, errors, device)
-
-
-def _times(
-    work: Workload, found: Sequence[Candidate], timings: Timings, errors: dict[str, Any], device: torch.device
-) -> Iterator[Row]:
-    """`over_ours` is the median of the ratios to ours within a round."""
+    timings = measure(found, budget, Clock(device)) if found else Timings([])
     for phase in PHASES if work.training else PHASES[:1]:
         for name in (candidate.name for candidate in found):
             ms = [1e3 * seconds for seconds in timings.quantiles(name, phase)]
-            row = _row(work, "time", name, phase=phase, rounds=len(timings.rounds), **_error_columns(errors.get(name)))
+            row = _row(work, "time", name, phase=phase, rounds=len(timings.rounds), **errors.get(name, {}))
             row |= dict(zip(("ms", "p20_ms", "p80_ms"), ms, strict=True))
             if found[0].name == "ours":
                 row["over_ours"] = timings.ratio(name, "ours", phase).median
@@ -158,24 +153,31 @@ def _times(
             yield row
 
 
-def _half_ignored(work: Workload, device: torch.device, budget: Budget) -> Iterator[Row]:
-    """Of rows whose target is to be ignored, every second one, beside all of them."""
-    problem = bench_statistics.build(work, device)
-    ours = bench_statistics.functions(work.op)["ours"]
-    found = [problem.candidate("ours", ours), problem.half_ignored().candidate("ours, half ignored", ours)]
-    rows = _times(work, found, measure(found, budget, Clock(device)), {}, device)
-    yield from (row | {"variant": "half ignored"} for row in rows)
-
-
 def memory(work: Workload, name: str, device: torch.device) -> Iterator[Row]:
     """The peak of one call over its inputs and outputs, in a process of its own."""
     try:
         require_fit(work, name, device)
-        peak = in_fresh_process(peak_of, work, name, device, torch.get_num_threads())
-    except NotMeasuredError as error:
-        yield _row(work, "memory", name, skipped=str(error))
+        with ProcessPoolExecutor(1, _FRESH) as pool:
+            peak = pool.submit(_peak_of, work, name, device, torch.get_num_threads()).result()
+    except Exception as error:
+        reason = str(error) if isinstance(error, NotMeasuredError) else f"{type(error).__name__}: {error}"
+        yield _row(work, "memory", name, skipped=reason)
     else:
         yield _row(work, "memory", name, peak_mib=peak.extra / MIB, output_mib=peak.outputs / MIB)
+
+
+def _peak_of(work: Workload, name: str, device: torch.device, threads: int) -> Peak:
+    """In a process that does nothing else, after a call so small that nothing of the workload's size is in a cache."""
+    torch.set_num_threads(threads)
+    bench = BENCHES[work.op]
+
+    def candidate(work: Workload) -> Callable[[], list[torch.Tensor]]:
+        return next(c.step for c in bench.candidates(bench.build(work, device)) if c.name == name)
+
+    step = candidate(work)
+    # A compiled graph is of one shape: there the compiler's own memory counts unless it ran before.
+    (step if name == "compiled" else candidate(replace(work, shape=_WARM_UP, n=_WARM_UP_N)))()
+    return peak_over(step, device)
 
 
 def served_by(work: Workload, device: torch.device) -> str:
@@ -191,7 +193,3 @@ def _row(work: Workload, kind: str, name: str, phase: str | None = None, **measu
         "d": work.shape.d if work.linear else 0, "v": work.shape.v, "dtype": work.dtype, "training": work.training,
         "candidate": name, "phase": phase or ("both" if work.training else "forward"), **measured,
     }  # fmt: skip
-
-
-def _error_columns(errors: Any) -> Row:
-    return {f"error_{name}": error for name, error in (errors or {}).items()}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from . import results, table
+from . import results
 from .cases import BENCHES, MODES, Row, cases, compare, memory
 from .results import RESULTS
 from .shapes import DTYPES, Shape, Workload
@@ -67,22 +67,18 @@ def _measure(options: argparse.Namespace) -> None:
     """Every case, its rows written as soon as it has ended."""
     where, everything = results.environment(options.device)
     path = options.out / f"{options.device.type}.csv"
-    chosen = [
-        case
-        for op in options.only or BENCHES
-        for case in cases(op, options.device, options.mode)
-        if options.case is None or options.case in case.label
-    ]
+    chosen = [case for op in options.only or BENCHES for case in cases(op, options.device, options.mode)]
+    chosen = [(label, run) for label, run in chosen if options.case is None or options.case in label]
     start, found = time.perf_counter(), list[Row]()
-    for number, case in enumerate(chosen, 1):
-        _progress(f"[{number}/{len(chosen)}] {case.label}")
-        rows = [row | where for row in case.run()]
+    for number, (label, run) in enumerate(chosen, 1):
+        _progress(f"[{number}/{len(chosen)}] {label}")
+        rows = [row | where for row in run()]
         found += rows
         results.write(results.merged(results.read(path) if path.exists() else None, rows), path)
-        _progress(f"{table.measured(pd.DataFrame(rows))}\n    {time.perf_counter() - start:.0f} s in all")
+        _progress(f"{results.measured(pd.DataFrame(rows))}\n    {time.perf_counter() - start:.0f} s in all")
     if found:
         path.with_name(f"{options.device.type}_environment.txt").write_text(f"{everything}\n")
-        print(table.measured(pd.DataFrame(found)))
+        print(results.measured(pd.DataFrame(found)))
     _refuse_wrong(found)
 
 
@@ -94,7 +90,7 @@ def _shape(options: argparse.Namespace) -> None:
     rows = list(compare(work, options.device, Budget(options.seconds), names))
     for name in names:
         rows += memory(work, name, options.device)
-    print(table.measured(pd.DataFrame(rows)))
+    print(results.measured(pd.DataFrame(rows)))
     _refuse_wrong(rows)
 
 
@@ -119,7 +115,7 @@ def _refuse_wrong(rows: Iterable[Row]) -> None:
 
 
 def _readme(options: argparse.Namespace) -> None:
-    table.put_into(options.readme, table.ratios(results.read(options.results)))
+    results.put_into(options.readme, results.ratios(results.read(options.results)))
 
 
 def _plot(options: argparse.Namespace) -> None:

@@ -17,6 +17,10 @@ class Cost(NamedTuple):
     forward: float
     backward: float = 0.0
 
+    @property
+    def both(self) -> float:
+        return self.forward + self.backward
+
 
 def cost(work: Workload) -> Cost:
     n, v, size = float(work.n), work.shape.v, work.element_size
@@ -46,28 +50,20 @@ def bare_products(
     hidden, weight = models[0]
     logits = torch.empty(hidden.shape[0], weight.shape[0], dtype=hidden.dtype, device=hidden.device)
 
-    def products() -> None:
+    def products(models: Sequence[tuple[Tensor, Tensor]] = models) -> None:
         for x, w in models:
             torch.mm(x, w.t(), out=logits)
 
     if not training:
         return [Candidate("matmul", products)]
-    d_hidden, d_weight = torch.empty_like(hidden), torch.empty_like(weight)
-
-    def again() -> None:
-        if not logits_kept:
-            products()
-
-    def backward(_: object) -> None:
-        again()
-        torch.mm(hidden, weight.t(), out=logits)
-        torch.mm(hidden, weight.t(), out=logits)
+    d_hidden, d_weight, again = torch.empty_like(hidden), torch.empty_like(weight), [] if logits_kept else models
 
     def real_backward(_: object) -> None:
-        again()
+        products(again)
         torch.mm(logits, weight, out=d_hidden)
         torch.mm(logits.t(), hidden, out=d_weight)
 
+    backward = lambda _: products([*again, *2 * models[:1]])  # noqa: E731
     return [Candidate("matmul", products, backward), Candidate("matmul, real", products, real_backward)]
 
 

@@ -6,7 +6,6 @@ library is imported before `load()`. Written from the source of liger-kernel 0.8
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -73,17 +72,12 @@ def _trl_linear() -> Callable[..., SingleStats]:
     return function
 
 
-def _itself(compiled: bool) -> Callable[..., Any]:
-    """PyTorch as it is written today, eager or compiled."""
-    return torch.compile(linear_logp, dynamic=False) if compiled else linear_logp
-
-
 _ROUNDED = "logits are rounded to the inputs' dtype"
 _BOTH = ("logp", "entropy")
 #: By the process that measures them.
 PEERS = {
-    "eager": (Peer("eager", "linear_logp", partial(_itself, False), _BOTH, _ROUNDED),),
-    "compiled": (Peer("compiled", "linear_logp", partial(_itself, True), _BOTH, _ROUNDED),),
+    "eager": (Peer("eager", "linear_logp", lambda: linear_logp, _BOTH, _ROUNDED),),
+    "compiled": (Peer("compiled", "linear_logp", lambda: torch.compile(linear_logp, dynamic=False), _BOTH, _ROUNDED),),
     "liger": (
         Peer("liger sm90", "linear_logp", _liger_sm90, _BOTH, "logits pass through float16, entropy is bfloat16"),
         Peer("liger flce", "linear_logp", _liger_flce, ("logp",), f"{_ROUNDED}; no entropy"),

@@ -74,8 +74,11 @@ class Problem:
         }
         if self.leaves:
             # The gradient of a weight needs all rows; where only those that count have an upstream gradient, they do.
-            asked = replace(self, upstream={name: self._only_few(x) for name, x in self.upstream.items()})
-            for name, gradient in zip(self.leaves, asked.gradients(outputs), strict=True):
+            upstream = {
+                name: x if self.rows is None else torch.zeros_like(x).index_copy(0, self.rows, x[self.rows])
+                for name, x in self.upstream.items()
+            }
+            for name, gradient in zip(self.leaves, replace(self, upstream=upstream).gradients(outputs), strict=True):
                 errors[f"d_{name}"] = relative_error(self._few(name, gradient), self.truth[f"d_{name}"])
         return errors
 
@@ -96,9 +99,6 @@ class Problem:
 
     def _few(self, name: str, x: Tensor) -> Tensor:
         return x if self.rows is None or "weight" in name else x[self.rows]
-
-    def _only_few(self, x: Tensor) -> Tensor:
-        return x if self.rows is None else torch.zeros_like(x).index_copy(0, self.rows, x[self.rows])
 
 
 def named(outputs: Any) -> Iterator[tuple[str, Tensor]]:
@@ -156,12 +156,14 @@ def build(work: Workload, device: torch.device) -> Problem:
         for name, (_, _, std) in sizes.items():
             inputs[f"base_{name}"] = add_noise(inputs[name].clone(), std * _BASE_NOISE)
     inputs["target"] = torch.randint(shape.v, (work.n,), generator=generator, device=device)
+    softcap = dict.fromkeys(("softcap", "base_softcap")[: 1 + work.pair], shape.softcap)
+    options = {} if shape.softcap is None else softcap
     rows = torch.linspace(0, work.n - 1, min(work.n, _CHECKED_ROWS), device=device).long()
     if not work.training:
-        return Problem(work, inputs, work.options, rows=rows)
+        return Problem(work, inputs, options, rows=rows)
     outputs = ("delta_logp", "kl") if work.pair else ("logp", "entropy")
     upstream = {name: torch.randn(work.n, generator=generator, device=device) for name in outputs}
     leaves = ("hidden", "weight") if work.linear else ("logits",)
     for name in leaves:
         inputs[name].requires_grad_()
-    return Problem(work, inputs, work.options, leaves, upstream, rows)
+    return Problem(work, inputs, options, leaves, upstream, rows)

@@ -74,12 +74,6 @@ class Workload:
         return self.op.startswith("linear")
 
     @property
-    def options(self) -> dict[str, float]:
-        if self.shape.softcap is None:
-            return {}
-        return {name: self.shape.softcap for name in (("softcap", "base_softcap") if self.pair else ("softcap",))}
-
-    @property
     def element_size(self) -> int:
         return DTYPES[self.dtype].itemsize
 

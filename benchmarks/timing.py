@@ -55,7 +55,9 @@ class Candidate:
     limits: Mapping[str, float] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
 
-    def within(self, context: Callable[[], AbstractContextManager[None]], name: str, **facts: Any) -> "Candidate":
+    def within(
+        self, context: Callable[[], AbstractContextManager[None]], name: str, facts: Mapping[str, Any]
+    ) -> "Candidate":
         """The same by another name, each call of it within a context."""
 
         def inside(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -67,6 +69,15 @@ class Candidate:
 
         backward, check = (call and inside(call) for call in (self.backward, self.check))
         return replace(self, name=name, forward=inside(self.forward), backward=backward, check=check, facts=facts)
+
+    def errors(self) -> dict[str, float]:
+        """Of `check`; WrongResultError if one is above its limit, or NaN.
+
+        A limit is that of the error's name, or else of what it is of: an "output", or a "gradient" (`d_<input>`).
+        """
+        errors = {} if self.check is None else dict(self.check())
+        verify(self.name, errors, self.limits)
+        return errors
 
     def step(self) -> list[Tensor]:
         """All that one call leaves: its outputs and, if it has a backward, the gradients."""
@@ -101,10 +112,10 @@ class Budget:
 
 
 class Clock:
-    """Times one call on a device, with everything it started there."""
+    """Times one call on a device, with everything it started there; `watch` is told whose turn it is before each."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, watch: Callable[[str], None] = lambda name: None) -> None:
+        self.device, self._watch = device, watch
         on_cuda = device.type == "cuda"
         self._flush = torch.empty(_L2_FLUSH_BYTES, dtype=torch.uint8, device=device) if on_cuda else None
 
@@ -124,6 +135,7 @@ class Clock:
 
     def sample(self, candidate: Candidate, repeats: int = 1) -> Sample:
         """Mean seconds of `repeats` calls in a row."""
+        self._watch(candidate.name)
         forward = backward = 0.0
         for _ in range(repeats):
             seconds, outputs = self.seconds(candidate.forward)
@@ -155,7 +167,8 @@ def quantiles(values: Sequence[float]) -> Quantiles:
 
 def measure(candidates: Sequence[Candidate], budget: Budget, clock: Clock) -> Timings:
     """Samples of `candidates` in rounds, after a warm-up call of each."""
-    repeats = {candidate.name: _repeats(clock.sample(candidate)) for candidate in candidates}
+    seconds = {candidate.name: clock.sample(candidate).phase("both") for candidate in candidates}
+    repeats = {name: max(1, min(100, math.ceil(_SHORTEST_SAMPLE / max(x, 1e-6)))) for name, x in seconds.items()}
     rounds: list[dict[str, Sample]] = []
     start = time.perf_counter()
     while len(rounds) < budget.most:
@@ -167,10 +180,6 @@ def measure(candidates: Sequence[Candidate], budget: Budget, clock: Clock) -> Ti
         order = [*candidates[first:], *candidates[:first]]
         rounds.append({candidate.name: clock.sample(candidate, repeats[candidate.name]) for candidate in order})
     return Timings(rounds)
-
-
-def _repeats(warm_up: Sample) -> int:
-    return max(1, min(100, math.ceil(_SHORTEST_SAMPLE / max(warm_up.phase("both"), 1e-6))))
 
 
 def absolute_error(value: Tensor, truth: Tensor, scaled: bool = False) -> float:
@@ -187,10 +196,7 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
 
 
 def verify(name: str, errors: Mapping[str, float], limits: Mapping[str, float]) -> None:
-    """Raise WrongResultError if an error of the candidate `name` is above its limit, or NaN.
-
-    A limit is that of the error's name, or else of what it is of: an "output", or a "gradient" (`d_<input>`).
-    """
+    """Raise WrongResultError if an error is above its limit, or NaN."""
     for output, error in errors.items():
         limit = limits.get(output, limits.get("gradient" if output.startswith("d_") else "output", 0.0))
         if not error <= limit:

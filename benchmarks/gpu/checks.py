@@ -3,16 +3,21 @@
 This module is also a plugin of that pytest: it writes every outcome at once, so that tests that are cut off count too.
 """
 
+import contextlib
 import importlib.util
 import json
 import os
+import signal
+import subprocess
 import sys
+import tempfile
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .processes import ROOT, run_command
-
+ROOT = Path(__file__).resolve().parents[2]
+_GRACE_SECONDS = 5.0
 #: When time runs out, the last ones are missing: the first are those that no GPU has run to their end.
 _FILES = (
     "ops/test_gpu_only.py", "ops/test_near_certainty.py", "ops/test_top.py", "ops/test_accuracy.py",
@@ -76,3 +81,29 @@ def pytest_runtest_setup(item: Any) -> None:
 
         if not usable(torch.device(device)):
             os._exit(3)
+
+
+def end_group(leader: int | None) -> None:
+    """End a process that leads a session, and all that it started."""
+    assert leader is not None
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(leader, signal.SIGKILL)
+
+
+def run_command(command: Iterable[str], seconds: float, **variables: str) -> tuple[int | None, str]:
+    """Exit status (None: it was ended after `seconds`) and output of a command, with these environment variables."""
+    with tempfile.TemporaryFile("w+b") as output:
+        pipes: Any = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
+        environment = os.environ | variables
+        process = subprocess.Popen([*command], cwd=ROOT, **pipes, start_new_session=True, env=environment)
+        code = None
+        try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                code = process.wait(seconds)
+        finally:
+            end_group(process.pid)
+            # A process that waits for the GPU may take its time to go.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_GRACE_SECONDS)
+        output.seek(0)
+        return code, output.read().decode(errors="replace")

@@ -8,6 +8,7 @@ import argparse
 import datetime
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
@@ -18,8 +19,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ import torch
 
 from ..peers import PEERS
 from . import checks, profile, table
-from .processes import ROOT, Job, Session, run_jobs
+from .checks import ROOT
+from .processes import Session, run_sessions
 from .smoke import FAMILIES
 
 _LIMITS = {1: 280.0, 2: 420.0}
@@ -78,20 +80,23 @@ class _Visit:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self._start, self._options, self.stop = time.monotonic(), options, threading.Event()
-        self._limit = _LIMITS[options.visit] if options.seconds is None else options.seconds
-        self._lock = threading.Lock()
+        self._limit, self._lock = options.seconds or _LIMITS[options.visit], threading.Lock()
         found = _environment(options.device, options.commit)
         self.document: dict[str, Any] = {
             "visit": options.visit, "stopped": None, "environment": found, "parts": {}, "entries": [],
         }  # fmt: skip
+        # h100, for example: the part of the card's name that tells it from others; cpu where there is none.
+        name = found["gpu"].get("name", options.device.split(":")[0])
+        model = re.search(r"\b([A-Z]+\d+\w*)\b", name)
+        card = re.sub(r"[^a-z0-9]+", "-", (model.group(1) if model else name).lower())
         options.out.mkdir(parents=True, exist_ok=True)
-        self._path = options.out / f"{_card(found)}_visit{options.visit}.json"
+        self._path = options.out / f"{card}_visit{options.visit}.json"
         self.put()
 
     def _passed(self) -> float:
         return time.monotonic() - self._start
 
-    def _seconds(self, most: float, reserve: float = _RESERVE) -> float:
+    def _seconds(self, most: float = math.inf, reserve: float = _RESERVE) -> float:
         """At most so many, and `reserve` less than are left."""
         return max(0.0, min(most, self._limit - self._passed() - reserve))
 
@@ -114,34 +119,33 @@ class _Visit:
 
     def run(self) -> None:
         tiny, device, number = self._options.tiny, self._options.device, self._options.visit
-        smoke = [Job(family, "benchmarks.gpu.smoke:cases", {"group": family}) for family in FAMILIES]
+        session = partial(Session, device=torch.device(device), tiny=tiny)
+        smoke = [session(family, "benchmarks.gpu.smoke:cases", group=family) for family in FAMILIES]
         # Shares of the timed kernels are compiled while processors are to spare; the interpreter has nothing to gain.
         for i in range(0 if number == 2 else 1 if tiny else _PREWARM):
-            part = {"prewarm": True, "group": f"{i}/{8 if tiny else _PREWARM}"}
-            smoke.append(Job(f"prewarm {i + 1}", "benchmarks.gpu.timing:prewarm", part))
-        self._jobs("machine", [Job("machine", "benchmarks.gpu.smoke:machine")], self._seconds(40.0))
-        self._jobs("smoke", smoke, self._seconds(_SMOKE_SECONDS[number]))
+            share = f"{i}/{8 if tiny else _PREWARM}"
+            smoke.append(session(f"prewarm {i + 1}", "benchmarks.gpu.timing:prewarm", prewarm=True, group=share))
+        self._sessions("machine", [session("machine", "benchmarks.gpu.smoke:machine")], self._seconds(40.0))
+        self._sessions("smoke", smoke, self._seconds(_SMOKE_SECONDS[number]))
         if number == 1:
             reserve = _RESERVE + (_PROFILE_SECONDS if self.document["environment"]["ncu"] else 0.0)
-            self._jobs("timing", [Job("timing", "benchmarks.gpu.timing:cases")], self._seconds(self._limit, reserve))
-            with self._part("ncu"):
-                self.put(ncu=profile.run(self._seconds(_PROFILE_SECONDS), tiny, device))
+            self._sessions("timing", [session("timing", "benchmarks.gpu.timing:cases")], self._seconds(reserve=reserve))
+            self._part("ncu", lambda: self.put(ncu=profile.run(self._seconds(_PROFILE_SECONDS), tiny, device)))
             return
-        with self._part("tests"):
-            outcomes = self._path.with_name(f"{self._path.stem}_tests.jsonl")
-            self.put(tests=checks.run(device, tiny, self._seconds(_TEST_SECONDS), outcomes))
-        peers = [Job(group, "benchmarks.gpu.timing:peers", {"group": group}, hang=_PEER_SECONDS) for group in PEERS]
-        headline = [Job("headline", "benchmarks.gpu.timing:headline"), *peers]
-        self._jobs("headline", headline, self._seconds(self._limit), at_once=1)
+        outcomes = self._path.with_name(f"{self._path.stem}_tests.jsonl")
+        self._part("tests", lambda: self.put(tests=checks.run(device, tiny, self._seconds(_TEST_SECONDS), outcomes)))
+        headline = [session("headline", "benchmarks.gpu.timing:headline")]
+        for group in PEERS:
+            headline.append(session(group, "benchmarks.gpu.timing:peers", group=group, hang=_PEER_SECONDS))
+        self._sessions("headline", headline, self._seconds(), at_once=1)
 
-    @contextmanager
-    def _part(self, name: str) -> Iterator[None]:
+    def _part(self, name: str, run: Callable[[], None]) -> None:
         since = self._passed()
-        yield
+        run()
         self.document["parts"][name] = round(self._passed() - since, 1)
         self.put()
 
-    def _jobs(self, part: str, jobs: list[Job], seconds: float, at_once: int | None = None) -> None:
+    def _sessions(self, part: str, sessions: list[Session], seconds: float, at_once: int | None = None) -> None:
         def record(job: str, entry: dict[str, Any]) -> None:
             if "prewarm" in job and entry["status"] != "failed":
                 return
@@ -151,10 +155,8 @@ class _Visit:
                 where = " ".join(filter(None, (entry["case"], entry.get("candidate"))))
                 print(f"{part} {job}: {where}: {entry['status']}: {entry['error']}", file=sys.stderr, flush=True)
 
-        session = Session(torch.device(self._options.device), self._options.tiny)
-        with self._part(part):
-            at_once = at_once or max(2, (os.cpu_count() or 2) - 2)
-            run_jobs(jobs, session, time.monotonic() + seconds, record, self.stop, at_once)
+        at_once, deadline = at_once or max(2, (os.cpu_count() or 2) - 2), time.monotonic() + seconds
+        self._part(part, lambda: run_sessions(sessions, deadline, record, self.stop, at_once))
 
 
 def _environment(device: str, commit: str | None) -> dict[str, Any]:
@@ -170,13 +172,6 @@ def _environment(device: str, commit: str | None) -> dict[str, Any]:
         "dirty": bool(_output("git", "status", "--porcelain", "--untracked-files=no")),
         "ncu": shutil.which("ncu"),
     }
-
-
-def _card(found: dict[str, Any]) -> str:
-    """h100, for example: the part of the name that tells it from others; cpu where there is none."""
-    name = found["gpu"].get("name", found["device"].split(":")[0])
-    model = re.search(r"\b([A-Z]+\d+\w*)\b", name)
-    return re.sub(r"[^a-z0-9]+", "-", (model.group(1) if model else name).lower())
 
 
 def _output(*command: str) -> str | None:

@@ -8,26 +8,23 @@ import contextlib
 import importlib
 import multiprocessing
 import os
-import signal
-import subprocess
 import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from ..timing import NotMeasuredError, WrongResultError
+from .checks import end_group
 
-ROOT = Path(__file__).resolve().parents[2]
 _SLICE, _GRACE_SECONDS = 0.2, 5.0
 _MOST_STARTS = 12
 #: The exit status of a process that has lost its GPU.
@@ -56,14 +53,21 @@ def _unwatched(step: str) -> None:
 
 @dataclass
 class Session:
-    """What the cases of a process are told; `case` and `watch(step)` say what runs now."""
+    """The cases of `cases`, "module:function", which is told this; for one process at a time.
 
+    Without progress for `hang` seconds a process counts as hanging; `case` and `watch(step)` say what runs now.
+    """
+
+    name: str
+    cases: str
     device: torch.device
     tiny: bool = False
     #: Compile only: every candidate once, of few rows.
     prewarm: bool = False
     #: Which of several sets of cases.
     group: str = ""
+    hang: float = 45.0
+    done: list[str] = field(default_factory=list)
     #: Case → candidates that ended a process.
     excluded: dict[str, list[str]] = field(default_factory=dict)
     watch: Callable[[str], None] = _unwatched
@@ -72,18 +76,6 @@ class Session:
     @property
     def on_gpu(self) -> bool:
         return self.device.type == "cuda"
-
-
-class Job(NamedTuple):
-    """The cases of `module:function`, for one process at a time; `options` are fields of its session.
-
-    Without progress for `hang` seconds a process counts as hanging.
-    """
-
-    name: str
-    cases: str
-    options: Mapping[str, Any] = {}
-    hang: float = 45.0
 
 
 class _LostError(RuntimeError):
@@ -106,68 +98,63 @@ def usable(device: torch.device) -> bool:
         return False
 
 
-def run_jobs(
-    jobs: Sequence[Job],
-    session: Session,
+def run_sessions(
+    sessions: Sequence[Session],
     deadline: float,
     record: Callable[[str, Entry], None],
     stop: threading.Event,
     at_once: int,
 ) -> None:
-    """All jobs until `deadline` (of time.monotonic), `at_once` side by side; `record(job, entry)` takes their finds."""
+    """All until `deadline` (of time.monotonic), `at_once` side by side; `record(name, entry)` takes their finds."""
 
-    def run(job: Job) -> None:
+    def run(session: Session) -> None:
         try:
-            _run_job(job, session, deadline, partial(record, job.name), stop)
+            _run(session, deadline, partial(record, session.name), stop)
         except Exception as error:  # which must not end a visit
-            record(job.name, {"case": "", "status": "failed", "error": f"{type(error).__name__}: {error}"})
+            record(session.name, {"case": "", "status": "failed", "error": f"{type(error).__name__}: {error}"})
 
     with ThreadPoolExecutor(max(1, at_once)) as pool:
         try:
-            list(pool.map(run, jobs))
+            list(pool.map(run, sessions))
         except BaseException:
             stop.set()
             raise
 
 
-def _run_job(
-    job: Job, session: Session, deadline: float, record: Callable[[Entry], None], stop: threading.Event
-) -> None:
+def _run(session: Session, deadline: float, record: Callable[[Entry], None], stop: threading.Event) -> None:
     """In a new process after each that is lost, without what it was lost at."""
-    done: list[str] = []
-    session = replace(session, **job.options, excluded={})
     for _ in range(_MOST_STARTS):
         case = step = ""
-        with tempfile.NamedTemporaryFile() as log, _process(job, session, done, log.name) as (process, events):
+        with tempfile.NamedTemporaryFile() as log, _process(session, log.name) as (process, events):
             try:
-                for kind, value in _received(process, events, deadline, job.hang, stop):
+                for kind, value in _received(process, events, deadline, session.hang, stop):
                     if kind == "at":
                         case, step = value
                     elif kind == "done":
-                        done.append(case)
+                        session.done.append(case)
                         case = step = ""
                     else:
                         record(value)
+                return
             except _LostError as lost:
                 reason, status = lost.args
                 printed = log.read().decode(errors="replace")[-_LOG_CHARACTERS:]
                 entry = {"case": case, "status": status, "error": reason, "log": printed}
                 record(entry | ({"candidate": step} if case and step else {}))
-                if status != "failed" or not case:
-                    return
-            else:
-                return
-        if step and step not in session.excluded.get(case, []):
-            session.excluded.setdefault(case, []).append(step)
+        if status != "failed" or not case:
+            return
+        excluded = session.excluded.setdefault(case, [])
+        if step in ("", *excluded):
+            session.done.append(case)
         else:
-            done.append(case)
+            excluded.append(step)
 
 
 @contextlib.contextmanager
-def _process(job: Job, session: Session, done: list[str], log: str) -> Iterator[tuple[ForkServerProcess, Connection]]:
-    """One that serves the job's cases, and what it sends."""
+def _process(session: Session, log: str) -> Iterator[tuple[ForkServerProcess, Connection]]:
+    """One that does the session's cases, and what it sends."""
     events, to_send = _CONTEXT.Pipe(duplex=False)
-    process = _CONTEXT.Process(target=_serve, args=(job, session, done, to_send, log))
+    process = _CONTEXT.Process(target=_serve, args=(session, to_send, log))
     with _LOCK:
         process.start()
     to_send.close()
@@ -175,7 +162,7 @@ def _process(job: Job, session: Session, done: list[str], log: str) -> Iterator[
         yield process, events
     finally:
         process.kill()
-        _end_group(process.pid)
+        end_group(process.pid)
         process.join(_GRACE_SECONDS)
         events.close()
 
@@ -204,17 +191,19 @@ def _received(
         heard = time.monotonic()
 
 
-def _serve(job: Job, session: Session, done: list[str], events: Connection, log: str) -> None:
+def _serve(session: Session, events: Connection, log: str) -> None:
     """In a process group of its own, so that its compilers end with it; what it prints is in `log`."""
     os.setsid()
     for stream in (1, 2):
         os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), stream)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    # A visit that was killed leaves nothing running.
+    parent: Any = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     session.watch = lambda step: events.send(("at", (session.case, step)))
     session.watch("import")
-    module, name = job.cases.split(":")
+    module, name = session.cases.split(":")
     cases: list[Case] = getattr(importlib.import_module(module), name)(session)
-    for case in (case for case in cases if case.name not in done):
+    for case in (case for case in cases if case.name not in session.done):
         session.case = case.name
         session.watch("")
         try:
@@ -230,37 +219,3 @@ def _serve(job: Job, session: Session, done: list[str], events: Connection, log:
             torch.cuda.empty_cache()
     # Not by way of destructors, which may wait for a lost device.
     os._exit(0)
-
-
-def _end_with_parent() -> None:
-    """A visit that was killed leaves nothing running."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _end_group(leader: int | None) -> None:
-    """End a process that leads a session, and all that it started."""
-    assert leader is not None
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(leader, signal.SIGKILL)
-
-
-def run_command(command: Iterable[str], seconds: float, **variables: str) -> tuple[int | None, str]:
-    """Exit status (None: it was ended after `seconds`) and output of a command, with these environment variables."""
-    with tempfile.TemporaryFile("w+b") as output:
-        pipes: Any = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
-        environment = os.environ | variables
-        process = subprocess.Popen([*command], cwd=ROOT, **pipes, start_new_session=True, env=environment)
-        code = None
-        try:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                code = process.wait(seconds)
-        finally:
-            _end_group(process.pid)
-            # A process that waits for the GPU may take its time to go.
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(_GRACE_SECONDS)
-        output.seek(0)
-        return code, output.read().decode(errors="replace")

@@ -1,13 +1,15 @@
 """One launch of some kernels under ncu: what they wait for. This module is also what ncu runs."""
 
+import contextlib
 import csv
+import itertools
 import re
 import shutil
 import sys
 from collections.abc import Iterator
 from typing import Any
 
-from .processes import run_command
+from .checks import run_command
 
 _SECTIONS = (
     "SpeedOfLight", "MemoryWorkloadAnalysis", "WarpStateStats", "SchedulerStats", "ComputeWorkloadAnalysis",
@@ -47,14 +49,11 @@ def run(seconds: float, tiny: bool, device: str) -> dict[str, Any]:
 
 def read(output: str) -> Iterator[tuple[str, dict[str, str]]]:
     """(number and kernel, its metrics) of ncu's raw page: a line of names, one of units, one a launch."""
-    lines = [line for line in output.splitlines() if line.startswith('"')]
-    if lines:
-        names, _, *rows = csv.reader(lines)
-        for number, row in enumerate(rows, 1):
-            metrics = dict(zip(names, row, strict=False))
-            found = re.search(r"\w*_kernel", metrics.get("Kernel Name", ""))
-            name = f"{number} {found[0] if found else 'kernel'}"
-            yield name, {metric: value for metric, value in metrics.items() if value and "__" in metric}
+    rows = csv.DictReader(line for line in output.splitlines() if line.startswith('"'))
+    for number, row in enumerate(itertools.islice(rows, 1, None), 1):
+        found = re.search(r"\w*_kernel", row["Kernel Name"])
+        metrics = {name: value for name, value in row.items() if value and "__" in name}
+        yield f"{number} {found[0] if found else 'kernel'}", metrics
 
 
 def summary(metrics: dict[str, str]) -> dict[str, str]:
@@ -72,24 +71,18 @@ def summary(metrics: dict[str, str]) -> dict[str, str]:
 def _main(device: str, tiny: bool) -> None:
     import torch
 
-    import dlogp_kernels
-
-    from ..problem import build
+    from ..cases import BENCHES
     from ..shapes import Shape, Workload
-    from . import library
+    from .timing import fused
 
-    head = Shape("tiny", 16, 300) if tiny else Shape("D 4096", 4096, 151_936)
-    dtype = "float32" if tiny else "bfloat16"
-    works = Workload("linear_delta_logp", head, 24 if tiny else 2048, dtype), Workload("delta_logp", head, 64, dtype)
-    given: list[dict[str, Any]] = [{**build(work, torch.device(device)).inputs} for work in works]
-    inputs, logits = given
-    with library.fused():
-        dlogp_kernels.linear_logp(inputs["hidden"], inputs["weight"], inputs["target"])
-        dlogp_kernels.linear_delta_logp(**inputs)
-        dlogp_kernels.delta_logp(**logits)
-    del logits["target"]
-    for top_p in (1.0, 0.7):
-        dlogp_kernels.extrapolated_sample(**logits, gamma=0.5, seed=7, top_p=top_p)
+    head, dtype = (Shape("", 16, 300), "float32") if tiny else (Shape("", 4096, 151_936), "bfloat16")
+    rows = {"linear_logp": 2048, "linear_delta_logp": 2048, "delta_logp": 64, "extrapolated_sample": 64}
+    for op, n in rows.items():
+        for variant in ("", "top-p 0.7") if "sample" in op else ("",):
+            work = Workload(op, head, 24 if tiny else n, dtype, variant=variant)
+            ours = BENCHES[op].candidates(BENCHES[op].build(work, torch.device(device)))[0]
+            with contextlib.nullcontext() if "sample" in op else fused():
+                ours.forward()
 
 
 if __name__ == "__main__":

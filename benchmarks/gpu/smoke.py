@@ -6,9 +6,8 @@ with NaN before, so that a number that is never written is seen.
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import torch
@@ -18,10 +17,10 @@ from torch.nn.functional import pad
 import dlogp_kernels
 from dlogp_kernels import backends
 
-from .. import bench_policy
 from ..bench_sampling import check_draws
-from ..problem import IGNORE_INDEX, Problem, build, definition, named
-from ..shapes import DTYPES, Shape, Workload
+from ..cases import BENCHES
+from ..problem import IGNORE_INDEX, Problem, definition, named
+from ..shapes import Shape, Workload
 from ..timing import NotMeasuredError, WrongResultError, verify
 from .processes import Case, Entry, Session
 
@@ -36,47 +35,19 @@ _LIMITS = {
 }
 
 
-class Kind(NamedTuple):
-    """Rows, hidden size, vocabulary, candidates a row; whether options are on; every so many rows one is ignored.
-
-    Of given log-probabilities: responses, and tokens of each for the vocabulary.
-    """
-
-    n: int
-    d: int
-    v: int
-    k: int = 1
-    options: bool = False
-    ignored: int = 0
-    dtypes: tuple[str, ...] = ("bfloat16", "float16", "float32")
-
-
-_KINDS = {
-    "aligned": Kind(200, 128, 4096),
-    "odd D and V": Kind(133, 45, 1187),
-    "large": Kind(700, 1024, 20_011, dtypes=("bfloat16",)),
-    "options": Kind(150, 128, 1187, k=2, options=True, ignored=3),
-    "options, odd D": Kind(77, 45, 301, k=2, options=True, ignored=5, dtypes=("bfloat16", "float32")),
-    "half ignored": Kind(600, 256, 4096, ignored=2, dtypes=("bfloat16",)),
-}
-#: Triton's interpreter computes bfloat16 wrongly.
-_TINY_KINDS = {
-    "aligned": Kind(9, 16, 97, dtypes=("float32", "float16")),
-    "options": Kind(7, 13, 61, k=2, options=True, ignored=3, dtypes=("float32",)),
-}
-_DRAWN = {"aligned": Kind(5, 128, 4096), "odd": Kind(9, 45, 1187), "large": Kind(3, 512, 151_936)}
-_STEPS = {
-    "aligned": Kind(640, 128, 4096),
-    "odd D and V": Kind(96, 45, 1187),
-    "large": Kind(1200, 1024, 20_011, dtypes=("bfloat16",)),
-}
-_TINY = {"aligned": Kind(8, 16, 45, dtypes=("float32",))}
-_RESPONSES = {name: Kind(9, 0, 700, dtypes=("float32", "bfloat16")) for name in ("padded", "packed")}
-_TINY_RESPONSES = {"padded": Kind(3, 0, 16, dtypes=("float32",))}
+#: Rows of each shape: of draws a few, as rounding changes a token in one of thousands; of given log-probabilities more.
+_ROWS, _ROWS_A_DRAW, _TOKENS_A_ROW = {"aligned": 200, "odd": 136, "large": 704, "tiny": 8}, 40, 200
+_SHAPES = (Shape("aligned", 128, 4096), Shape("odd", 45, 1187))
+#: By dtype; Triton's interpreter computes bfloat16 wrongly.
+_REAL = {"bfloat16": (*_SHAPES, Shape("large", 1024, 20_011)), "float16": _SHAPES, "float32": _SHAPES}
+_TINY = {"float32": (Shape("tiny", 16, 45),)}
+#: With a bias, two candidates a row, and every third row ignored.
+_HEAD: dict[str, Options] = {"": {}, "options": {"temperature": 0.7, "softcap": 6.0, "logit_scale": 1.3}}
+_BASE: Options = {"base_softcap": 9.0, "base_logit_scale": 0.8}
 _POLICIES: dict[str, Options] = {
     "dapo": {},
     "dapo, dual clip, k3": {"dual_clip": 3.0, "kl_beta": 0.3},
-    "grpo, ppl": {"loss_type": "grpo", "reweight": "ppl"},
+    "grpo": {"loss_type": "grpo"},
     "grpo, sequence": {"loss_type": "grpo", "importance": "sequence"},
     "cispo": {"loss_type": "cispo", "clip_high": 5.0},
     "sapo, dominate": {"loss_type": "sapo", "reweight": "dominate"},
@@ -98,115 +69,63 @@ _SAMPLERS: dict[str, Options] = {
     },
     "greedy": {"seed": 7, "temperature": 0.0},
 }  # fmt: skip
-#: Backend, ops, and whether gradients are compared too (a policy's are), of each process; those that take long first.
-FAMILIES: dict[str, tuple[str, tuple[str, ...], bool]] = {
-    "linear sampling": ("triton", ("linear_extrapolated_sample",), False),
-    "linear": ("triton", ("linear_logp",), False),
-    "pair": ("triton", ("linear_delta_logp",), False),
-    "sampling cuda": ("cuda", ("extrapolated_sample",), False),
-    "sampling triton": ("triton", ("extrapolated_sample",), False),
-    "policy_loss": ("triton", ("policy_loss",), True),
-    "backward": ("triton", ("linear_logp", "linear_delta_logp"), True),
-    "linear_policy_loss": ("triton", ("linear_policy_loss",), True),
-    "logits": ("triton", ("logp", "delta_logp"), True),
-    "gemm": ("gemm", ("linear_logp", "linear_delta_logp"), False),
+_OPTIONS: dict[str, dict[str, Options]] = {
+    "policy_loss": _POLICIES,
+    "linear_policy_loss": _LINEAR_POLICIES,
+    "extrapolated_sample": _SAMPLERS,
+    "linear_extrapolated_sample": _SAMPLERS,
 }
+#: What each process looks at, those first that take long: backend and op.
+FAMILIES = (
+    *(f"triton {op}" for op in (*reversed(_OPTIONS), "linear_logp", "linear_delta_logp", "logp", "delta_logp")),
+    "cuda extrapolated_sample", "gemm linear_logp", "gemm linear_delta_logp",
+)  # fmt: skip
 
 
 def cases(session: Session) -> list[Case]:
-    """Of the request's family: the plain case of each op first; on a GPU then another stream and a CUDA graph."""
-    backend, ops, training = FAMILIES[session.group]
+    """Of the request's family: the plain case first; on a GPU then another stream and a CUDA graph."""
+    backend, op = session.group.split()
     found = []
-    for op in ops:
-        for number, (name, make) in enumerate(_problems(session, op, training)):
-            given = partial(_required, backend, op, session.device, make)
-            found.append(Case(f"{op} {name}", partial(_compared, backend, given)))
-            if number == 0 and session.on_gpu:
-                found.append(Case(f"{op} on another stream", partial(_on_another_stream, backend, given)))
-                found.append(Case(f"{op} as a CUDA graph", partial(_as_a_graph, backend, given)))
+    for dtype, shape in [(dtype, shape) for dtype, of in (_TINY if session.tiny else _REAL).items() for shape in of]:
+        n, variant = _ROWS[shape.name], "DAPO" if op == "policy_loss" else ""
+        rows = max(3, n // _ROWS_A_DRAW) if "sample" in op else n * _TOKENS_A_ROW if variant and not session.tiny else n
+        work = Workload(op, shape, rows, dtype, backend == "triton", variant)
+        for name, options in _OPTIONS.get(op, _HEAD).items():
+            given = partial(_problem, session, backend, work, options)
+            found.append(Case(f"{dtype} {shape.name} {name}".strip(), partial(_compared, backend, given)))
+            if len(found) == 1 and session.on_gpu:
+                found.append(Case("another stream and a CUDA graph", partial(_elsewhere, backend, given)))
     return found
 
 
-def _problems(session: Session, op: str, training: bool) -> Iterator[tuple[str, Callable[[], Problem]]]:
-    """By name, a case for each dtype, kind of inputs, and options; made when its turn comes."""
-    draws = "sample" in op
-    if op == "policy_loss":
-        kinds, table = _TINY_RESPONSES if session.tiny else _RESPONSES, _POLICIES
-    elif draws or "policy" in op:
-        kinds, table = _TINY if session.tiny else _DRAWN if draws else _STEPS, _SAMPLERS if draws else _LINEAR_POLICIES
-    else:
-        kinds, table = _TINY_KINDS if session.tiny else _KINDS, {"": {}}
-    for dtype in DTYPES:
-        for size, kind in kinds.items():
-            for name, options in table.items() if dtype in kind.dtypes else ():
-                make = partial(_problem, Workload(op, Shape(size, kind.d, kind.v), kind.n, dtype), kind, options)
-                yield f"{dtype} {size} {name}".strip(), partial(make, training, session.device)
-
-
-def _problem(work: Workload, kind: Kind, options: Options, training: bool, device: torch.device) -> Problem:
-    """With a fixed random gradient of every output that has one."""
-    leaves: tuple[str, ...]
-    if work.op == "policy_loss":
-        inputs, leaves = _tokens(work, options, device), ("logp",)
-    elif work.op == "linear_policy_loss":
-        inputs, leaves = {**bench_policy.build_linear(work, device).inputs}, bench_policy.LEAVES
-        inputs["mask"][-1] = False
-    else:
-        inputs, options = _head_inputs(work, kind, device), {**options, **_head_options(work, kind)}
-        leaves = tuple(name for name, x in inputs.items() if training and x.is_floating_point())
-    inputs = {name: x.detach().requires_grad_(name in leaves) for name, x in inputs.items()}
-    problem = Problem(work, inputs, options, leaves)
-    if not leaves:
-        return problem
-    generator, outputs = torch.Generator(device).manual_seed(1), named(definition(work.op, inputs, options))
-    upstream = {
-        name: torch.randn(x.shape, generator=generator, device=device) for name, x in outputs if x.requires_grad
-    }
-    return replace(problem, upstream=upstream)
-
-
-def _head_options(work: Workload, kind: Kind) -> Options:
-    if not kind.options:
-        return {}
-    base = {"base_softcap": 9.0, "base_logit_scale": 0.8} if work.pair else {}
-    return {"temperature": 0.7, "softcap": 6.0, "logit_scale": 1.3, **base}
-
-
-def _head_inputs(work: Workload, kind: Kind, device: torch.device) -> Inputs:
-    """Of one model, or of two with hidden sizes of their own; of targets some are ignored. What samples has none."""
-    inputs = {**build(work, device).inputs}
-    target = inputs.pop("target")
-    for name in [name for name in inputs if name in ("base_hidden", "base_weight")]:
-        inputs[name] = pad(inputs[name], (0, 8), value=0.1)
-    if kind.options:
-        inputs |= {name.replace("weight", "bias"): x[:, 0] + 0 for name, x in inputs.items() if "weight" in name}
-    if "sample" in work.op:
-        return inputs
-    if kind.ignored:
-        target[:: kind.ignored] = IGNORE_INDEX
-    return inputs | {"target": target if kind.k == 1 else torch.stack([target.roll(k) for k in range(kind.k)], 1)}
-
-
-def _tokens(work: Workload, options: Options, device: torch.device) -> Inputs:
-    """Ratios near 1, some of them clipped; the last response has no tokens."""
-    batch = bench_policy.build_batch(work.n, work.shape.v, device)
-    mask = batch["mask"]
-    mask[-1] = False
-    inputs = {name: x.to(DTYPES[work.dtype]) if x.is_floating_point() else x for name, x in batch.items()}
-    if not options.get("kl_beta"):
-        del inputs["ref_logp"]
-    if work.shape.name == "packed":
-        inputs = {name: x[mask] if x.dim() == 2 else x for name, x in inputs.items()}
-        inputs["offsets"] = pad(mask.sum(-1).cumsum(0), (1, 0))
-    return inputs | ({"group": torch.arange(work.n, device=device) // 3} if options.get("reweight") == "ppl" else {})
-
-
-def _required(backend: str, op: str, device: torch.device, make: Callable[[], Problem]) -> Problem:
-    """The inputs, if the backend can take them."""
+def _problem(session: Session, backend: str, work: Workload, options: Options) -> Problem:
+    """If the backend can take it, with a fixed random gradient of every output that has one."""
+    device, op = session.device, work.op
     reason = backends.unavailable(backend, op if "sample" in op else f"{op}_fwd", device)
     if reason is not None:
         raise NotMeasuredError(f"backend {backend}: {reason}")
-    return make()
+    problem = BENCHES[op].build(work, device)
+    inputs = {name: x.detach() for name, x in problem.inputs.items()}
+    if "mask" in inputs:
+        inputs["mask"][-1] = False  # a response without tokens
+    if options.get("kl_beta"):
+        inputs["ref_logp"] = inputs["old_logp"] + 0.1
+    for name in ("base_hidden", "base_weight") if "base_hidden" in inputs else ():
+        inputs[name] = pad(inputs[name], (0, 8), value=0.1)  # the base has a hidden size of its own
+    if op not in _OPTIONS and options:
+        options = options | _BASE if work.pair else options
+        inputs |= {name.replace("weight", "bias"): x[:, 0] + 0 for name, x in inputs.items() if "weight" in name}
+        inputs["target"][::3] = IGNORE_INDEX
+        inputs["target"] = torch.stack([inputs["target"], inputs["target"].roll(1)], 1)
+    trained = problem.leaves
+    if trained and "policy" not in op:
+        trained = tuple(name for name in inputs if name != "target")
+    inputs |= {name: inputs[name].requires_grad_() for name in trained}
+    generator, upstream = torch.Generator(device).manual_seed(1), {}
+    for name, x in named(definition(op, inputs, options)) if trained else ():
+        if x.requires_grad:
+            upstream[name] = torch.randn(x.shape, generator=generator, device=device)
+    return Problem(work, inputs, options, trained, upstream)
 
 
 def _compared(backend: str, given: Callable[[], Problem]) -> Iterator[Entry]:
@@ -226,32 +145,25 @@ def _compared(backend: str, given: Callable[[], Problem]) -> Iterator[Entry]:
     yield {"error_of": errors, "largest": max(errors.values())}
 
 
-def _on_another_stream(backend: str, given: Callable[[], Problem]) -> Iterator[Entry]:
-    """Inputs that a stream still computes are waited for on that stream."""
-    ready, call = _detached(given())
-    with backends.use_backend(backend):
-        expected = call(ready)
-        torch.cuda.synchronize()
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            torch.cuda._sleep(50_000_000)
-            found = call({name: x.clone() for name, x in ready.items()})
-        stream.synchronize()
-    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
-    yield {}
+def _elsewhere(backend: str, given: Callable[[], Problem]) -> Iterator[Entry]:
+    """Another stream waits for what it still computes; a graph's replay with other inputs gives what a call gives."""
+    problem = given()
+    function = getattr(dlogp_kernels, problem.work.op)
+    inputs = {name: x.detach() for name, x in problem.inputs.items()}
+    others = {name: x.flip(0).clone() for name, x in inputs.items()}
 
+    def call(given: Mapping[str, Tensor]) -> Inputs:
+        return dict(named(function(**given, **problem.options)))
 
-def _as_a_graph(backend: str, given: Callable[[], Problem]) -> Iterator[Entry]:
-    """A replay with other inputs gives what a call gives."""
-    inputs, call = _detached(given())
     with backends.use_backend(backend):
-        others = {name: x.flip(0).clone() for name, x in inputs.items()}
         expected = call(others)
         torch.cuda.synchronize()
-        with torch.cuda.stream(torch.cuda.Stream()):
-            call(inputs)
-            torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
+        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(50_000_000)
+            found = call({name: x.clone() for name, x in others.items()})
+        stream.synchronize()
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
         with torch.cuda.graph(graph):
             found = call(inputs)
         for name, x in inputs.items():
@@ -260,13 +172,6 @@ def _as_a_graph(backend: str, given: Callable[[], Problem]) -> Iterator[Entry]:
         torch.cuda.synchronize()
     torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
     yield {}
-
-
-def _detached(problem: Problem) -> tuple[Inputs, Callable[[Mapping[str, Tensor]], Inputs]]:
-    """Inputs that need no gradient, and the op of such inputs."""
-    function = getattr(dlogp_kernels, problem.work.op)
-    inputs = {name: x.detach() for name, x in problem.inputs.items()}
-    return inputs, lambda given: dict(named(function(**given, **problem.options)))
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """The table at the end of a visit, at most 60 lines: what failed first, then figures."""
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -23,22 +24,21 @@ def lines(document: dict[str, Any]) -> list[str]:
 
 
 def _at_most(number: int, found: list[str]) -> list[str]:
-    return (
-        found if len(found) <= number else [*found[: number - 1], f"… and {len(found) - number + 1} more in the JSON"]
-    )
+    more = len(found) - number + 1
+    return found if more <= 1 else [*found[: number - 1], f"… and {more} more in the JSON"]
 
 
 def _head(document: dict[str, Any]) -> Iterator[str]:
     env = document["environment"]
     gpu, packages = env["gpu"], env["packages"]
     card = f"{gpu.get('name', env['device'])}, driver {gpu.get('driver_version')}"
-    yield f"Visit {document['visit']} on {card}, {_joined({x: packages.get(x) for x in ('torch', 'triton')})}"
+    yield f"Visit {document['visit']} on {card}, torch {packages.get('torch')}, triton {packages.get('triton')}"
     parts = _joined(document["parts"], "{} {:.0f} s")
     yield f"commit {env['commit']}{' with changes' * env['dirty']}; {parts}; in all {document['seconds']:.0f} s"
     if document["stopped"]:
         yield f"NOT WHOLE: {document['stopped']}"
     for entry in document["entries"]:
-        if entry["part"] == "machine" and "served" in entry:
+        if "served" in entry:
             served = "; ".join(f"{backend}: {', '.join(ops)}" for backend, ops in entry["served"].items())
             yield f"backends: {served}"
     smoke = [entry for entry in document["entries"] if entry["part"] == "smoke" and "prewarm" not in entry["job"]]
@@ -52,14 +52,13 @@ def _problems(entries: Iterable[Entry]) -> Iterator[str]:
     """Each reason once, with the first place and how many more there are."""
     places: dict[tuple[str, str, str], list[str]] = {}
     for entry in entries:
-        if entry["status"] == "passed":
-            continue
         where = " ".join(filter(None, (entry["case"], entry.get("candidate"))))
         places.setdefault((entry["status"], entry["job"], str(entry.get("error"))), []).append(where)
-    order = {"failed": 0, "cut off": 1, "skipped": 2}
-    for (status, job, error), found in sorted(places.items(), key=lambda item: order[item[0][0]]):
-        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
-        yield f"- {status}: {job}: {found[0]}{more}: {error}"
+    for wanted in ("failed", "cut off", "skipped"):
+        for (status, job, error), found in places.items():
+            if status == wanted:
+                more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+                yield f"- {status}: {job}: {found[0]}{more}: {error}"
 
 
 def _tests(tests: dict[str, Any] | None) -> Iterator[str]:
@@ -74,28 +73,25 @@ def _joined(found: dict[str, Any], form: str = "{} {}") -> str:
 
 def _timing(entries: Iterable[Entry]) -> Iterator[str]:
     """A line a case: its candidates, forward and backward, and the part of the reference's speed."""
-    by_case: dict[str, dict[str, dict[str, Entry]]] = {}
-    for entry in entries:
-        if "ms" in entry or "host_us" in entry:
-            phases = by_case.setdefault(entry["case"], {}).setdefault(entry["candidate"], {})
-            phases[entry.get("phase", "forward")] = entry
-    for case, candidates in by_case.items():
-        yield f"{case}: " + "; ".join(f"{name} {' '.join(_cells(phases))}" for name, phases in candidates.items())
+    timed = [entry for entry in entries if "ms" in entry or "host_us" in entry]
+    cases = dict.fromkeys(entry["case"] for entry in timed)
+    for case in cases:
+        of_case = [entry for entry in timed if entry["case"] == case]
+        by_name = itertools.groupby(of_case, lambda entry: entry["candidate"])
+        yield f"{case}: " + "; ".join(f"{name} {' '.join(map(_cell, phases))}".strip() for name, phases in by_name)
 
 
-def _cells(phases: dict[str, Entry]) -> Iterator[str]:
-    for name, entry in phases.items():
-        if "host_us" in entry:
-            yield f"{entry['host_us']:.0f} µs"
-        elif name != "both":
-            ms = entry["ms"]
-            time = f"{ms:.2f} ms" if ms >= 1 else f"{1e3 * ms:.0f} µs"
-            speed = f"{entry['tflops']:.0f} TFLOP/s" if "tflops" in entry else f"{entry.get('gb_per_s', 0.0):.0f} GB/s"
-            yield f"{time} ({entry['of'][1]:.2f}×)" if "of" in entry else f"{time} ({speed})"
-            if ms < _SHORT_MS and "kernels_us" in entry and name == "forward":
-                yield f"[GPU {sum(entry['kernels_us'].values()):.0f} µs]"
-    if "both" in phases and "of" in phases["both"]:
-        yield f"= {phases['both']['ms']:.2f} ms ({phases['both']['of'][1]:.2f}×)"
+def _cell(entry: Entry) -> str:
+    if "host_us" in entry:
+        return f"{entry['host_us']:.0f} µs"
+    ms = entry["ms"]
+    time = f"{ms:.2f} ms" if ms >= 1 else f"{1e3 * ms:.0f} µs"
+    part = f"{entry['tflops']:.0f} TFLOP/s" if "tflops" in entry else f"{entry.get('gb_per_s', 0.0):.0f} GB/s"
+    part = f"{entry['of'][1]:.2f}×" if "of" in entry else part
+    cell = f"{'= ' * (entry['phase'] == 'both')}{time} ({part})"
+    if ms < _SHORT_MS and "kernels_us" in entry and entry["phase"] == "forward":
+        cell += f" [GPU {sum(entry['kernels_us'].values()):.0f} µs]"
+    return cell
 
 
 def _best(entries: Iterable[Entry]) -> Iterator[str]:

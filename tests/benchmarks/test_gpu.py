@@ -7,50 +7,50 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
+from multiprocessing import forkserver
 from typing import Any
 
 import pytest
 import torch
 from paths import ROOT
 
-from benchmarks.gpu import checks, profile, table
-from benchmarks.gpu.processes import Job, Session, run_jobs
+from benchmarks.__main__ import main
+from benchmarks.gpu import checks, command, profile, table
+from benchmarks.gpu.processes import Session, run_sessions
 from benchmarks.gpu.smoke import FAMILIES
 from benchmarks.peers import PEERS
 
 pytestmark = pytest.mark.cpu_only
 
-#: `python -m benchmarks` with one family of kernels in the smoke of a visit.
-_ONE_FAMILY = """
-from benchmarks.__main__ import main
-from benchmarks.gpu import command
-command.FAMILIES = {"logits": command.FAMILIES["logits"]}
-main()
-"""
+_FAULTS = "tests.helpers.gpu_faults"
+_ARGUMENTS = ("--tiny", "--device", "cpu", "--commit", "0123abc")
 
 
-def visit(
-    number: int, folder: Path, *options: str, how: tuple[str, str] = ("-m", "benchmarks"), **variables: str
-) -> subprocess.Popen[str]:
-    command = [sys.executable, *how, "gpu", "--visit", str(number), "--out", str(folder)]
-    command += ["--tiny", "--device", "cpu", "--commit", "0123abc", *options]
-    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, env=os.environ | variables, **pipes)
+@pytest.fixture(scope="module", autouse=True)
+def interpreting_server():
+    """The server that forks the processes of all visits here, with what visits set in their environment.
+
+    What torch compiles is that of `python -m benchmarks shape`, too, and not compiled here.
+    """
+    pytest.importorskip("triton")
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("TRITON_INTERPRET", "TRITON_CACHE_DIR", "OMP_NUM_THREADS", "TORCHDYNAMO_DISABLE"):
+            patch.setenv(name, "1")
+        forkserver._forkserver._stop()
+        yield
+        forkserver._forkserver._stop()
+    signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.mark.parametrize(
     ("number", "parts"), [(1, "machine smoke timing ncu"), (2, "machine smoke tests headline")], ids=["1", "2"]
 )
-def test_a_visit_of_each_kind_goes_through_all_of_it(tmp_path, number, parts):
-    pytest.importorskip("triton")
-    if number == 1:
-        process = visit(number, tmp_path)
-    else:
-        # The smoke is that of visit 1, and what is compiled is `python -m benchmarks shape`'s as well.
-        process = visit(number, tmp_path, how=("-c", _ONE_FAMILY), TORCHDYNAMO_DISABLE="1")
-    printed, problems = process.communicate(timeout=600)
-    assert process.returncode == 0, problems
+def test_a_visit_of_each_kind_goes_through_all_of_it(tmp_path, monkeypatch, capsys, number, parts):
+    if number == 2:  # the smoke is that of visit 1
+        monkeypatch.setattr(command, "FAMILIES", ("triton logp",))
+    main(["gpu", "--visit", str(number), "--out", str(tmp_path), *_ARGUMENTS])
+    printed = capsys.readouterr().out
     document = json.loads((tmp_path / f"cpu_visit{number}.json").read_text())
     assert document["stopped"] is None and [*document["parts"]] == parts.split()
     assert document["environment"]["commit"] == "0123abc"
@@ -60,19 +60,18 @@ def test_a_visit_of_each_kind_goes_through_all_of_it(tmp_path, number, parts):
     assert len(printed.splitlines()) <= table.MOST_LINES
     timed = [entry for entry in document["entries"] if "ms" in entry]
     assert {"linear_logp D 16", "policy_loss", "delta_logp"} <= {entry["case"] for entry in timed}
+    jobs = {entry["job"] for entry in document["entries"]}
+    assert len(list(tmp_path.iterdir())) == number + 1
     if number == 1:
-        smoked = {entry["job"] for entry in document["entries"] if entry["part"] == "smoke"}
-        assert {*FAMILIES} <= smoked and "best, linear_delta_logp D 16: Config(" in printed
+        assert {*FAMILIES} <= jobs and "best, linear_delta_logp D 16: Config(" in printed
         assert document["ncu"]["status"] in ("passed", "skipped", "failed")
-        assert len(list(tmp_path.iterdir())) == 2
     else:
-        assert {*PEERS} <= {entry["job"] for entry in document["entries"]}
-        assert document["tests"]["counts"] == {"passed": 4} and document["tests"]["whole"]
-        assert len(list(tmp_path.iterdir())) == 3
+        assert {*PEERS} <= jobs and document["tests"]["counts"] == {"passed": 4} and document["tests"]["whole"]
 
 
 def test_a_visit_that_is_ended_prints_what_it_has(tmp_path):
-    process = visit(1, tmp_path)
+    arguments = [sys.executable, "-m", "benchmarks", "gpu", "--visit", "1", "--out", str(tmp_path), *_ARGUMENTS]
+    process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     path = tmp_path / "cpu_visit1.json"
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not (path.exists() and '"served"' in path.read_text()):
@@ -84,34 +83,36 @@ def test_a_visit_that_is_ended_prints_what_it_has(tmp_path):
     assert json.loads(path.read_text())["stopped"].startswith("KeyboardInterrupt")
 
 
-def test_a_visit_ends_within_its_time(tmp_path):
-    """By its own clock: how long a busy machine needs to start a process does not count."""
-    printed, _ = visit(1, tmp_path, "--seconds", "12").communicate(timeout=120)
-    assert json.loads((tmp_path / "cpu_visit1.json").read_text())["seconds"] <= 12
-    assert "cut off: " in printed
+def test_a_visit_ends_within_its_time(tmp_path, capsys):
+    main(["gpu", "--visit", "1", "--out", str(tmp_path), "--seconds", "6", *_ARGUMENTS])
+    assert json.loads((tmp_path / "cpu_visit1.json").read_text())["seconds"] <= 6
+    assert "cut off: " in capsys.readouterr().out
+
+
+def _entries(*cases: str, hang: float = 45.0) -> list[dict[str, Any]]:
+    entries: list[dict[str, Any]] = []
+    sessions = [Session(name, name, torch.device("cpu"), tiny=True, hang=hang) for name in cases]
+    deadline, stop = time.monotonic() + 150, threading.Event()
+    run_sessions(sessions, deadline, lambda name, entry: entries.append(entry), stop, 2)
+    return entries
 
 
 def test_faults_are_named_and_the_rest_goes_on():
-    entries: list[dict[str, Any]] = []
-
-    def record(job: str, entry: dict[str, Any]) -> None:
-        entries.append(entry)
-
-    # Both wait for what hangs at the same time, once the server that forks them has imported what it needs.
-    session = Session(torch.device("cpu"), tiny=True)
-    first, stop = Job("first", "tests.helpers.gpu_faults:none"), threading.Event()
-    run_jobs([first], session, time.monotonic() + 60, record, stop, 1)
-    jobs = [Job(name, f"tests.helpers.gpu_faults:{name}", hang=4.0) for name in ("cases", "candidates")]
-    run_jobs(jobs, session, time.monotonic() + 150, record, stop, 2)
+    # Both wait for what hangs at the same time.
+    entries = _entries(f"{_FAULTS}:cases", f"{_FAULTS}:candidates", hang=4.0)
     by_name = {(entry["case"], entry.get("candidate")): entry for entry in entries}
+    hanging, aborted = (
+        ("failed", "no progress for 4 s, its process was ended"),
+        ("failed", f"its process ended with exit status {-signal.SIGABRT}"),
+    )
     reasons = {
         ("raises", None): ("failed", "ValueError: the first line"),
-        ("hangs", None): ("failed", "no progress for 4 s, its process was ended"),
-        ("crashes", None): ("failed", f"its process ended with exit status {-signal.SIGABRT}"),
+        ("hangs", None): hanging,
+        ("crashes", None): aborted,
         ("is missing", None): ("skipped", "not installed"),
         ("candidates", "nan"): ("failed", "WrongResultError: nan: logp is off by nan, expected at most 1.00e+00"),
-        ("candidates", "hanging"): ("failed", "no progress for 4 s, its process was ended"),
-        ("candidates", "crashing"): ("failed", f"its process ended with exit status {-signal.SIGABRT}"),
+        ("candidates", "hanging"): hanging,
+        ("candidates", "crashing"): aborted,
     }
     for where, reason in reasons.items():
         assert (by_name[where]["status"], by_name[where]["error"]) == reason
@@ -121,25 +122,19 @@ def test_faults_are_named_and_the_rest_goes_on():
 
 
 def test_a_process_that_does_not_start_is_named():
-    entries: list[dict[str, Any]] = []
-    jobs = [Job("no module", "benchmarks.gpu.nothing:cases"), Job("none", "tests.helpers.gpu_faults:nothing")]
-    request, deadline = Session(torch.device("cpu"), tiny=True), time.monotonic() + 60
-    run_jobs(jobs, request, deadline, lambda job, entry: entries.append(entry), threading.Event(), 2)
+    entries = _entries("benchmarks.gpu.nothing:cases", f"{_FAULTS}:nothing")
     assert [entry["status"] for entry in entries] == ["failed", "failed"]
     assert any("No module named 'benchmarks.gpu.nothing'" in entry["log"] for entry in entries)
 
 
-def test_without_ncu_its_part_says_so(monkeypatch):
+def test_ncu_that_is_missing_fails_or_hangs(tmp_path, monkeypatch):
+    path = os.environ["PATH"]
     monkeypatch.setenv("PATH", "")
-    found = profile.run(1.0, True, "cpu")
-    assert found == {"status": "skipped", "error": "ncu is not on PATH"}
-
-
-def test_ncu_that_fails_and_ncu_that_hangs(tmp_path, monkeypatch):
+    assert profile.run(1.0, True, "cpu") == {"status": "skipped", "error": "ncu is not on PATH"}
     ncu = tmp_path / "ncu"
     ncu.write_text("#!/bin/sh\necho '==ERROR== no permission'\nexit 1\n")
     ncu.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{path}")
     found = profile.run(20.0, True, "cpu")
     assert (found["status"], found["error"]) == ("failed", "ncu ended with exit status 1 ==ERROR== no permission")
     ncu.write_text("#!/bin/sh\nsleep 60\n")
@@ -169,7 +164,7 @@ def test_tests_that_are_cut_off_count(tmp_path, monkeypatch):
     )
     (tmp_path / "conftest.py").write_text("def pytest_addoption(parser): parser.addoption('--device')\n")
     monkeypatch.setattr(checks, "_TINY_FILES", (test,))
-    found = checks.run("cpu", True, 15.0, tmp_path / "outcomes")
+    found = checks.run("cpu", True, 6.0, tmp_path / "outcomes")
     assert found["counts"] == {"passed": 1, "failed": 1} and not found["whole"]
     assert [failure["test"].split("::")[1] for failure in found["failures"]] == ["test_b"]
     assert found["failures"][0]["message"].startswith("assert 1 == 2")

@@ -12,10 +12,6 @@ from benchmarks.gpu.timing import measured
 from benchmarks.timing import Candidate, NotMeasuredError, absolute_error
 
 
-def none(session: Session) -> list[Case]:
-    return []
-
-
 def cases(session: Session) -> list[Case]:
     return [
         Case("raises", _raises),

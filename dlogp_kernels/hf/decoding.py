@@ -50,7 +50,9 @@ class Decoder:
 
     def __post_init__(self) -> None:
         self.drawn = Drawn()
-        self._queue = _Queue(self.models, self.prompts, self.samples)
+        self._waiting = len(self.prompts) * self.samples
+        #: The state after the prompt of the first row that waits, if another row began with it.
+        self._kept: list[CachedRows] = []
         self._rows: list[_Row] = []
         self._states: list[CachedRows] = []
         self._row_id = torch.empty(0)
@@ -58,20 +60,38 @@ class Decoder:
     @property
     def remaining(self) -> int:
         """Rows that are not done."""
-        return self._queue.remaining + len(self._rows)
+        return self._waiting + len(self._rows)
 
     def steps(self, max_batch_size: int) -> Iterator[Sample]:
         """What is drawn at each step until no row is left."""
         while self.remaining:
-            free = min(max_batch_size - len(self._rows), self._queue.remaining)
+            free = min(max_batch_size - len(self._rows), self._waiting)
             if free and (not self._rows or free >= max_batch_size * _REFILL_SHARE):
-                self._enter(*self._queue.pop(free))
+                self._enter(free)
             yield self._step()
 
-    def _enter(self, rows: Sequence[_Row], states: list[CachedRows]) -> None:
+    def _enter(self, count: int) -> None:
+        """The next rows join, ready to draw their first token."""
+        begin = len(self.prompts) * self.samples - self._waiting
+        numbers = range(begin, begin + count)
+        prompt_of = [number // self.samples for number in numbers]
+        states = self._prefilled(prompt_of[0], prompt_of[-1] + 1)
+        self._waiting -= count
+        last_waits = numbers.stop % self.samples > 0
+        self._kept = _taken(states, [prompt_of[-1] - prompt_of[0]]) if last_waits else []
+        if self.samples > 1:
+            states = _taken(states, [prompt - prompt_of[0] for prompt in prompt_of])
         self._states = _appended(self._states, states) if self._states else states
-        self._rows = [*self._rows, *rows]
+        self._rows += [_Row(number, self.prompts[number // self.samples], []) for number in numbers]
         self._rows_changed()
+
+    def _prefilled(self, begin: int, end: int) -> list[CachedRows]:
+        """The states after prompts `begin` to `end`, a row each; the first may have been run before."""
+        prompts = self.prompts[begin + bool(self._kept) : end]
+        if not prompts:
+            return self._kept
+        states = [model.prefill(prompts) for model in self.models]
+        return _appended(self._kept, states) if self._kept else states
 
     def _step(self) -> Sample:
         """Draw a token for every row, let go of the rows that are done, and run the models for the others."""
@@ -126,40 +146,6 @@ class Decoder:
             state.resize(width)
         row_ids = [self.row_ids[row.number] for row in self._rows]
         self._row_id = torch.tensor(row_ids, device=self._states[0].logits.device)
-
-
-@dataclass
-class _Queue:
-    """Rows that wait, in order. A prompt is run when its first sample leaves, and its state is kept for the others."""
-
-    models: Sequence[CachedModel]
-    prompts: Sequence[Tensor]
-    samples: int
-
-    def __post_init__(self) -> None:
-        self.remaining = len(self.prompts) * self.samples
-        self._kept: list[CachedRows] = []
-
-    def pop(self, count: int) -> tuple[list[_Row], list[CachedRows]]:
-        """The next `count` rows, ready to draw their first token."""
-        begin = len(self.prompts) * self.samples - self.remaining
-        numbers = range(begin, begin + count)
-        prompt_of = [number // self.samples for number in numbers]
-        states = self._prefilled(prompt_of[0], prompt_of[-1] + 1)
-        self.remaining -= count
-        last_waits = numbers.stop % self.samples > 0
-        self._kept = _taken(states, [prompt_of[-1] - prompt_of[0]]) if last_waits else []
-        if self.samples > 1:
-            states = _taken(states, [prompt - prompt_of[0] for prompt in prompt_of])
-        return [_Row(number, self.prompts[number // self.samples], []) for number in numbers], states
-
-    def _prefilled(self, begin: int, end: int) -> list[CachedRows]:
-        """The states after prompts `begin` to `end`, a row each; the first may have been run before."""
-        prompts = self.prompts[begin + bool(self._kept) : end]
-        if not prompts:
-            return self._kept
-        states = [model.prefill(prompts) for model in self.models]
-        return _appended(self._kept, states) if self._kept else states
 
 
 class Drawn:

@@ -121,8 +121,12 @@ def generate(
     for name, count in (counts | ({} if max_batch_size is None else {"max_batch_size": max_batch_size})).items():
         check_integer(name, count, 1, 2**63)
     batch = as_batch(input_ids, attention_mask, None)
-    pair = tuple(unwrapped(uncompiled(x)) for x in (model, base_model))
-    vocabulary = _check_pair(pair, batch)
+    pair = unwrapped(uncompiled(model)), unwrapped(uncompiled(base_model))
+    if pair[0].device != pair[1].device:
+        raise ValueError(f"base_model is on {pair[1].device}, expected {pair[0].device}, the device of model")
+    for x in pair:
+        check_tokens(batch, x)
+    vocabulary = common_vocabulary(vocabulary_of(pair[0]), vocabulary_of(pair[1]), batch)
     prompts = _prompts(batch, pair, max_new_tokens)
     rows = len(prompts) * num_return_sequences
     if streamer is not None and rows != 1:
@@ -199,16 +203,6 @@ def _as_in_one_go(
 def _draw(logits: Tensor, base_logits: Tensor, **options: Any) -> Sample:
     # A single place that calls, so that a warning about the options is shown once.
     return extrapolated_sample(logits, base_logits, **options)
-
-
-def _check_pair(pair: Sequence[PreTrainedModel], batch: Batch) -> int:
-    """The size of the vocabulary that both models have; errors where models and tokens do not fit together."""
-    model, base_model = pair
-    if model.device != base_model.device:
-        raise ValueError(f"base_model is on {base_model.device}, expected {model.device}, the device of model")
-    for x in pair:
-        check_tokens(batch, x)
-    return common_vocabulary(vocabulary_of(model), vocabulary_of(base_model), batch)
 
 
 def _prompts(batch: Batch, pair: Sequence[PreTrainedModel], max_new_tokens: int) -> list[Tensor]:

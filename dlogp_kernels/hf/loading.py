@@ -154,7 +154,7 @@ def load_tokenizer(name_or_path: str | Path, *, trust_remote_code: bool = False)
     _check_directory(name_or_path, ("*token*",), "a tokenizer (tokenizer.json or tokenizer_config.json)")
     tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     file = Path(name_or_path) / "tokenizer.json"
-    if file.is_file() and not _is_closed(tokenizer) and _split_of_file(file) != _split(tokenizer):
+    if file.is_file() and not _is_closed(tokenizer) and not _splits_as_file(tokenizer, file):
         return PreTrainedTokenizerFast.from_pretrained(name_or_path)
     return tokenizer
 
@@ -237,15 +237,12 @@ def _check_same_split(tokenizer: PreTrainedTokenizerBase, base_tokenizer: PreTra
     )
 
 
-def _split(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return tokenizer(_SAMPLE, add_special_tokens=False)["input_ids"]
-
-
-def _split_of_file(file: Path) -> list[int]:
-    tokenizer = Tokenizer.from_file(str(file))
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer.encode(_SAMPLE, add_special_tokens=False).ids
+def _splits_as_file(tokenizer: PreTrainedTokenizerBase, file: Path) -> bool:
+    own = Tokenizer.from_file(str(file))
+    own.no_truncation()
+    own.no_padding()
+    ids = tokenizer(_SAMPLE, add_special_tokens=False)["input_ids"]
+    return own.encode(_SAMPLE, add_special_tokens=False).ids == ids
 
 
 def _is_closed(tokenizer: PreTrainedTokenizerBase) -> bool:

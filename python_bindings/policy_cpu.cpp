@@ -145,9 +145,9 @@ LinearPolicyOutputs linear_policy_of(const std::array<HeadArguments, Models>& gi
     using T = decltype(type);
     using Acc = Accumulator<T>;
     const PolicyRowValues<Acc> values(heads.rows(), rows);
-    const PolicyGradients<Acc> gradients = {pointer_if<Acc>(wanted[0], grad_hidden),
-                                            pointer_if<Acc>(wanted[1], grad_weight),
-                                            pointer_if<Acc>(wanted[2], grad_bias)};
+    const HeadAccumulators<Acc> gradients = {pointer_if<Acc>(wanted[0], grad_hidden),
+                                             pointer_if<Acc>(wanted[1], grad_weight),
+                                             pointer_if<Acc>(wanted[2], grad_bias)};
     PolicySums sums;
     *loss.mutable_data_ptr<Acc>() =
         Acc(linear_policy<T, Models>(heads.heads, kept, options, values.get(), workspace, gradients, sums));

@@ -140,11 +140,11 @@ template <typename T>
 void pack_columns(int64_t first, int64_t count, const T* from, int64_t from_stride, const Packed<T>& to) {
   if constexpr (kGroup<T> == 2) {
     transpose_words(count, to.inner / 2, reinterpret_cast<const uint32_t*>(from), from_stride / 2,
-                    reinterpret_cast<uint32_t*>(to.data + first * 2), to.columns);
+                    reinterpret_cast<uint32_t*>(to.at_column(first)), to.columns);
   } else {
     for (int64_t column = 0; column < count; column += kPanel<T>)
       transpose(std::min(kPanel<T>, count - column), to.inner, from + column * from_stride, from_stride,
-                to.data + (first + column) * to.inner, kPanel<T>);
+                to.at_column(first + column), kPanel<T>);
   }
 }
 

@@ -71,6 +71,8 @@ struct Packed {
   T* data;
   int64_t inner, columns;
 
+  // Where a column begins that is a multiple of kPanel.
+  T* at_column(int64_t column) const { return data + column * (kGroup<T> == 2 ? 2 : inner); }
   static int64_t size(int64_t inner, int64_t columns) {
     return inner * (kGroup<T> == 2 ? columns : round_up(columns, kPanel<T>));
   }

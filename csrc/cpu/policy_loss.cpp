@@ -19,66 +19,8 @@ struct PolicySequence {
   double mean_log_ratio() const { return count == 0 ? 0 : log_ratio / double(count); }
 };
 
-// `from` may be `to`.
-template <typename Acc>
-DLOGP_INLINE void copy_counted_body(int64_t count, const Acc* mask, const Acc* from, Acc* to) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) to[i] = mask[i] != 0 ? from[i] : Acc(0);
-}
-
-template <typename Acc>
-DLOGP_INLINE void mask_body(int64_t count, const uint8_t* from, Acc* to) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) to[i] = Acc(int32_t(from[i] != 0));
-}
-
-template <typename Acc>
-DLOGP_INLINE void multiply_body(int64_t count, Acc factor, const Acc* from, Acc* to) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) to[i] = from[i] * factor;
-}
-
-// Adds `value` where tokens count. A product with the mask would make 0 · ∞ of the others.
-template <typename Acc>
-DLOGP_INLINE void add_counted_body(int64_t count, const Acc* mask, Acc value, Acc* to) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) to[i] += mask[i] != 0 ? value : Acc(0);
-}
-
-template <typename Acc>
-DLOGP_INLINE void sum_body(int64_t count, const Acc* mask, const Acc* logp, const Acc* old_logp,
-                           PolicySequence& sequence) {
-  Acc tokens = 0;
-  double sum = 0, log_ratio = 0;
-#pragma omp simd reduction(+ : tokens, sum, log_ratio)
-  for (int64_t i = 0; i < count; ++i) {
-    const Acc old = mask[i] != 0 ? old_logp[i] : Acc(0), own = mask[i] != 0 ? logp[i] : Acc(0);
-    tokens += mask[i];
-    sum += double(old);
-    log_ratio += double(own - old);
-  }
-  sequence.count += int64_t(tokens);
-  sequence.old_logp += sum;
-  sequence.log_ratio += log_ratio;
-}
-
-#define DLOGP_DEFINE(attribute, Acc)                                                                   \
-  attribute void copy_counted(int64_t count, const Acc* mask, const Acc* from, Acc* to) {              \
-    copy_counted_body(count, mask, from, to);                                                          \
-  }                                                                                                    \
-  attribute void mask_row(int64_t count, const uint8_t* from, Acc* to) { mask_body(count, from, to); } \
-  attribute void multiply_row(int64_t count, Acc factor, const Acc* from, Acc* to) {                   \
-    multiply_body(count, factor, from, to);                                                            \
-  }                                                                                                    \
-  attribute void add_counted(int64_t count, const Acc* mask, Acc value, Acc* to) {                     \
-    add_counted_body(count, mask, value, to);                                                          \
-  }                                                                                                    \
-  attribute void sum_tokens(int64_t count, const Acc* mask, const Acc* logp, const Acc* old_logp,      \
-                            PolicySequence& sequence) {                                                \
-    sum_body(count, mask, logp, old_logp, sequence);                                                   \
-  }
-DLOGP_FOR_EACH_ACCUMULATOR(DLOGP_DEFINE)
-#undef DLOGP_DEFINE
+#define DLOGP_LOOPS "policy_loops.h"
+#include "for_each_accumulator.h"
 
 DLOGP_CLONES bool any_counts(int64_t count, const uint8_t* mask) {
   uint8_t any = 0;
@@ -147,25 +89,24 @@ void normalize_in_groups(const int64_t* group, std::vector<PolicySequence>& sequ
     double count = 0, mean = 0, square = 0;
   };
   std::unordered_map<int64_t, Statistics> groups;
-  const auto perplexity = [](const PolicySequence& x) { return -x.old_logp / double(x.count); };
-  for (size_t b = 0; b < sequences.size(); ++b) {
-    if (sequences[b].count == 0) continue;
-    Statistics& own = groups[group[b]];
+  const auto for_sequences = [&](auto use) {
+    for (size_t b = 0; b < sequences.size(); ++b) {
+      PolicySequence& sequence = sequences[b];
+      if (sequence.count > 0) use(groups[group[b]], sequence, -sequence.old_logp / double(sequence.count));
+    }
+  };
+  for_sequences([](Statistics& own, PolicySequence&, double perplexity) {
     own.count += 1;
-    own.mean += perplexity(sequences[b]);
-  }
+    own.mean += perplexity;
+  });
   for (auto& [id, own] : groups) own.mean /= own.count;
-  for (size_t b = 0; b < sequences.size(); ++b) {
-    if (sequences[b].count == 0) continue;
-    Statistics& own = groups[group[b]];
-    const double distance = perplexity(sequences[b]) - own.mean;
+  for_sequences([](Statistics& own, PolicySequence&, double perplexity) {
+    const double distance = perplexity - own.mean;
     own.square += distance * distance;
-  }
-  for (size_t b = 0; b < sequences.size(); ++b) {
-    if (sequences[b].count == 0) continue;
-    const Statistics& own = groups[group[b]];
-    sequences[b].score = (perplexity(sequences[b]) - own.mean) / (std::sqrt(own.square / own.count) + kGroupEpsilon);
-  }
+  });
+  for_sequences([](const Statistics& own, PolicySequence& sequence, double perplexity) {
+    sequence.score = (perplexity - own.mean) / (std::sqrt(own.square / own.count) + kGroupEpsilon);
+  });
 }
 
 // One span: its sums, and its tokens of `grad_logp_unscaled` unless that is null.
@@ -193,13 +134,13 @@ void policy_span(const PolicyOptions& options, const PolicyInputs& inputs, const
   });
 }
 
-// Adds `slope` to a span's gradients where tokens count.
+// Adds `value` to a span's gradients where tokens count; with `anew` the others are 0.
 template <typename Acc>
-void add_slope(const BoolMatrix& mask, const PolicySpan& span, double slope, Acc* grad_logp_unscaled) {
+void add_where_counted(const BoolMatrix& mask, const PolicySpan& span, double value, bool anew, Acc* grad) {
   Acc counted[kTokensPerBlock];
   for_blocks(span, [&](const PolicySpan& block) {
-    if (read_mask(mask, block, counted))
-      add_counted(block.count, counted, Acc(slope), grad_logp_unscaled + block.place);
+    if (anew) std::fill_n(grad + block.place, block.count, Acc(0));
+    if (read_mask(mask, block, counted)) add_counted(block.count, counted, Acc(value), grad + block.place);
   });
 }
 
@@ -216,16 +157,6 @@ double policy_scale(const PolicyOptions& options, double count, double total, in
       return inverse(batch * double(divisor.max_length));
   }
   return 0;
-}
-
-// grad[i] = value where tokens count, else 0.
-template <typename Acc>
-void fill_span(const BoolMatrix& mask, const PolicySpan& span, double value, Acc* grad) {
-  Acc counted[kTokensPerBlock];
-  for_blocks(span, [&](const PolicySpan& block) {
-    std::fill_n(grad + block.place, block.count, Acc(0));
-    if (read_mask(mask, block, counted)) add_counted(block.count, counted, Acc(value), grad + block.place);
-  });
 }
 
 // So many spans are a few microseconds of work.
@@ -281,7 +212,7 @@ double policy_forward(const PolicyOptions& options, const PolicyInputs& inputs, 
       const PolicySpan& span = spans.spans[i];
       const double slope =
           slope_of_sequence(options, common[span.sequence].mean_log_ratio(), of_sequences[span.sequence]);
-      if (slope != 0) add_slope<Acc>(inputs.mask, span, slope, grad_logp_unscaled);
+      if (slope != 0) add_where_counted(inputs.mask, span, slope, false, grad_logp_unscaled);
     });
   }
   double loss = 0;
@@ -301,8 +232,8 @@ void policy_backward(const PolicySpans& spans, const BoolMatrix& mask, const Acc
     const double factor = double(scale[span.sequence]) * upstream;
     if (gradients.logp != nullptr)
       multiply_row(span.count, Acc(factor), grad_logp_unscaled + span.place, gradients.logp + span.place);
-    if (gradients.entropy != nullptr) fill_span<Acc>(mask, span, -entropy_coef * factor, gradients.entropy);
-    if (gradients.kl != nullptr) fill_span<Acc>(mask, span, kl_beta * factor, gradients.kl);
+    if (gradients.entropy != nullptr) add_where_counted(mask, span, -entropy_coef * factor, true, gradients.entropy);
+    if (gradients.kl != nullptr) add_where_counted(mask, span, kl_beta * factor, true, gradients.kl);
   });
 }
 

@@ -48,15 +48,10 @@ inline PolicyOptions policy_options(const std::vector<std::string>& str_options,
   options.reweight = choice_of(reweights, str_options[1], "reweight");
   options.reweight_sign = choice_of(signs, str_options[2], "reweight_sign");
   options.importance = choice_of(importances, str_options[3], "importance");
-  double* const values[] = {&options.alpha,
-                            &options.clip_low,
-                            &options.clip_high,
-                            &options.dual_clip,
-                            &options.kl_beta,
-                            &options.entropy_coef,
-                            &options.sapo_temperature_pos,
-                            &options.sapo_temperature_neg};
-  for (size_t i = 0; i < float_options.size(); ++i) *values[i] = float_options[i];
+  auto number = float_options.begin();
+  for (double* to : {&options.alpha, &options.clip_low, &options.clip_high, &options.dual_clip, &options.kl_beta,
+                     &options.entropy_coef, &options.sapo_temperature_pos, &options.sapo_temperature_neg})
+    *to = *number++;
   return options;
 }
 

@@ -9,24 +9,6 @@ namespace dlogp {
 namespace {
 
 template <typename Acc>
-DLOGP_INLINE void transform_body(const LogitTransform& transform, int64_t count, const Acc* bias, Acc* z) {
-  if (bias != nullptr) {
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) z[i] += bias[i];
-  }
-  if (transform.is_identity()) return;
-  const Acc output_scale = Acc(transform.output_scale());
-  if (!transform.has_softcap()) {
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) z[i] *= output_scale;
-    return;
-  }
-  const Acc tanh_scale = Acc(transform.tanh_scale());
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) z[i] = output_scale * tanh_of(z[i] * tanh_scale);
-}
-
-template <typename Acc>
 DLOGP_INLINE Acc largest(int64_t count, const Acc* z) {
   Acc max = kMaskedLogit<Acc>;
 #pragma omp simd reduction(max : max)
@@ -206,106 +188,13 @@ DLOGP_INLINE PairTileSums<Acc> sum_pair_tile(int64_t count, const Acc* z, const 
           base_cross};
 }
 
-template <typename Acc>
-DLOGP_INLINE void fold_pair_body(int64_t count, const Acc* z, const Acc* base_z, PairState<Acc>& state) {
-  PairTileSums<Acc> tile = {};
-  if (state.model.empty() || state.base.empty()) {
-    tile.model.largest = largest(count, z);
-    tile.base.largest = largest(count, base_z);
-  } else {
-    tile = sum_pair_tile<Maxima::kSummed>(count, z, base_z, state.model.max, state.base.max);
-  }
-  const bool apart = tile.is_far_above(state);
-  if (apart)
-    tile = sum_pair_tile<Maxima::kApart>(count, z, base_z, larger(tile.model.largest, state.model.max),
-                                         larger(tile.base.largest, state.base.max));
-  if (!tile.finite()) return fold_special(count, z, base_z, state);
-  if (apart) return tile.add_apart(state);
-  tile.add_summed(state);
-  tile.move_summed(state);
-}
-
 // A log-probability below this has p = 0 in float32; the bound keeps 0·(−inf) from being NaN.
 template <typename Acc>
 DLOGP_INLINE Acc bounded(Acc logp) {
   return logp < Acc(-1e30) ? Acc(-1e30) : logp;
 }
 
-template <typename Acc>
-DLOGP_INLINE void gradient_body(const GradientTerms<Acc>& terms, int64_t count, const Acc* z, Acc* grad) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) {
-    const Acc logp = bounded((z[i] - terms.max) - terms.log_sum);
-    grad[i] = exp_of(logp) * (terms.constant + terms.log_term * logp);
-  }
-}
-
-template <typename Acc>
-DLOGP_INLINE void gradient_pair_body(const GradientTerms<Acc>& terms, int64_t count, const Acc* z, const Acc* other_z,
-                                     Acc* grad) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) {
-    const Acc logp = bounded((z[i] - terms.max) - terms.log_sum);
-    const Acc other_logp = bounded((other_z[i] - terms.other_max) - terms.other_log_sum);
-    const Acc own = terms.constant + terms.log_term * logp + terms.ratio_term * (logp - other_logp);
-    grad[i] = exp_of(logp) * own + terms.other_term * exp_of(other_logp);
-  }
-}
-
-template <typename Acc>
-DLOGP_INLINE void softcap_gradient_body(const LogitTransform& transform, int64_t count, const Acc* z, Acc* grad) {
-  const Acc to_tanh = Acc(transform.temperature / transform.softcap);
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) {
-    const Acc t = z[i] * to_tanh;
-    grad[i] *= (Acc(1) - t) * (Acc(1) + t);
-  }
-}
-
-template <typename Acc>
-DLOGP_INLINE void add_body(int64_t count, const Acc* values, Acc* sums) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) sums[i] += values[i];
-}
-
 }  // namespace
-
-#define DLOGP_DEFINE(attribute, Acc)                                                                             \
-  template <>                                                                                                    \
-  attribute void transform_row(const LogitTransform& transform, int64_t count, const Acc* bias, Acc* z) {        \
-    transform_body(transform, count, bias, z);                                                                   \
-  }                                                                                                              \
-  template <>                                                                                                    \
-  attribute void fold_row(int64_t count, const Acc* z, SoftmaxState<Acc>& state) {                               \
-    fold_body<true>(count, z, state);                                                                            \
-  }                                                                                                              \
-  template <>                                                                                                    \
-  attribute void fold_sum(int64_t count, const Acc* z, SoftmaxState<Acc>& state) {                               \
-    fold_body<false>(count, z, state);                                                                           \
-  }                                                                                                              \
-  template <>                                                                                                    \
-  attribute void fold_row(int64_t count, const Acc* z, const Acc* base_z, PairState<Acc>& state) {               \
-    fold_pair_body(count, z, base_z, state);                                                                     \
-  }                                                                                                              \
-  template <>                                                                                                    \
-  attribute void gradient_row(const GradientTerms<Acc>& terms, int64_t count, const Acc* z, Acc* grad) {         \
-    gradient_body(terms, count, z, grad);                                                                        \
-  }                                                                                                              \
-  template <>                                                                                                    \
-  attribute void gradient_row(const GradientTerms<Acc>& terms, int64_t count, const Acc* z, const Acc* other_z,  \
-                              Acc* grad) {                                                                       \
-    gradient_pair_body(terms, count, z, other_z, grad);                                                          \
-  }                                                                                                              \
-  template <>                                                                                                    \
-  attribute void softcap_gradient_row(const LogitTransform& transform, int64_t count, const Acc* z, Acc* grad) { \
-    softcap_gradient_body(transform, count, z, grad);                                                            \
-  }                                                                                                              \
-  template <>                                                                                                    \
-  attribute void add_row(int64_t count, const Acc* values, Acc* sums) {                                          \
-    add_body(count, values, sums);                                                                               \
-  }
-DLOGP_FOR_EACH_ACCUMULATOR(DLOGP_DEFINE)
-#undef DLOGP_DEFINE
 
 DLOGP_CLONES void round_row(int64_t count, const float* from, uint16_t* to) {
 #pragma omp simd
@@ -318,3 +207,6 @@ DLOGP_CLONES void round_row(int64_t count, const float* from, uint16_t* to) {
 }
 
 }  // namespace dlogp
+
+#define DLOGP_LOOPS "fold_loops.h"
+#include "for_each_accumulator.h"

@@ -5,7 +5,6 @@ from types import MethodType
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
@@ -29,25 +28,14 @@ def add_logp_head(model: PreTrainedModel, *, temperature: float, float32_head: b
     # The signature stays: `generate` looks its arguments up there.
     @functools.wraps(type(model).forward)
     def forward(self: PreTrainedModel, *args: Any, fused_lm_head: bool = False, **options: Any) -> Any:
-        if fused_lm_head:
-            return _token_logps(self, *args, temperature=temperature, float32_head=float32_head, **options)
-        return forward_before(*args, **options)
+        if not fused_lm_head:
+            return forward_before(*args, **options)
+        labels = options.pop("labels")
+        inputs = lm_head_inputs(self, *args, **options)
+        device_type = inputs.hidden.device.type
+        with torch.autocast(device_type, enabled=torch.is_autocast_enabled(device_type) and not float32_head):
+            shifted = inputs._replace(hidden=inputs.hidden[:, :-1])
+            stats = shifted.logp(labels[:, 1:], temperature=temperature)
+        return FusedCausalLMOutput(log_probs=stats.logp, entropy=stats.entropy)
 
     model.forward = MethodType(forward, model)  # type: ignore[method-assign]
-
-
-def _token_logps(
-    model: PreTrainedModel,
-    input_ids: Tensor,
-    attention_mask: Tensor | None = None,
-    *,
-    labels: Tensor,
-    temperature: float,
-    float32_head: bool,
-) -> FusedCausalLMOutput:
-    inputs = lm_head_inputs(model, input_ids, attention_mask)
-    device_type = inputs.hidden.device.type
-    with torch.autocast(device_type, enabled=torch.is_autocast_enabled(device_type) and not float32_head):
-        shifted = inputs._replace(hidden=inputs.hidden[:, :-1])
-        stats = shifted.logp(labels[:, 1:], temperature=temperature)
-    return FusedCausalLMOutput(log_probs=stats.logp, entropy=stats.entropy)

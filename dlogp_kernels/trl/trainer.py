@@ -20,11 +20,11 @@ from .head import add_logp_head
 from .initial_policy import InitialPolicy
 from .metrics import TokenSums, add_clip_ratios, add_delta_logp, policy_sums
 from .rewards import OVERLONG_PENALTY, checked, informative_groups, overlong_penalty, without_scores_unpenalised
-from .rollout_generation import draw_responses
 from .rollouts import (
     TOKENS_IN_BATCH,
     PromptOrder,
     Rollouts,
+    draw_responses,
     gathered,
     joined,
     loss_mask,

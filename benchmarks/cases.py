@@ -14,16 +14,7 @@ from dlogp_kernels.demo.memory import Peak, peak_over
 
 from . import bench_generate, bench_policy, bench_sampling, bench_statistics
 from .shapes import LONG_N, MAIN, MAIN_N, OTHER, SHAPES, SWEEP_N, Shape, Workload, require_fit, require_products
-from .timing import (
-    PHASES,
-    Budget,
-    Candidate,
-    Clock,
-    NotMeasuredError,
-    Timings,
-    WrongResultError,
-    measure,
-)
+from .timing import PHASES, Budget, Candidate, Clock, NotMeasuredError, Timings, WrongResultError, measure
 
 MODES = ("quick", "default", "full")
 MIB = 2**20

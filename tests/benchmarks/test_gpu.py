@@ -84,8 +84,8 @@ def test_a_visit_that_is_ended_prints_what_it_has(tmp_path):
 
 
 def test_a_visit_ends_within_its_time(tmp_path, capsys):
-    main(["gpu", "--visit", "1", "--out", str(tmp_path), "--seconds", "6", *_ARGUMENTS])
-    assert json.loads((tmp_path / "cpu_visit1.json").read_text())["seconds"] <= 6
+    main(["gpu", "--visit", "1", "--out", str(tmp_path), "--seconds", "5", *_ARGUMENTS])
+    assert json.loads((tmp_path / "cpu_visit1.json").read_text())["seconds"] <= 5
     assert "cut off: " in capsys.readouterr().out
 
 
@@ -99,10 +99,10 @@ def _entries(*cases: str, hang: float = 45.0) -> list[dict[str, Any]]:
 
 def test_faults_are_named_and_the_rest_goes_on():
     # Both wait for what hangs at the same time.
-    entries = _entries(f"{_FAULTS}:cases", f"{_FAULTS}:candidates", hang=4.0)
+    entries = _entries(f"{_FAULTS}:cases", f"{_FAULTS}:candidates", hang=3.0)
     by_name = {(entry["case"], entry.get("candidate")): entry for entry in entries}
     hanging, aborted = (
-        ("failed", "no progress for 4 s, its process was ended"),
+        ("failed", "no progress for 3 s, its process was ended"),
         ("failed", f"its process ended with exit status {-signal.SIGABRT}"),
     )
     reasons = {
@@ -164,7 +164,7 @@ def test_tests_that_are_cut_off_count(tmp_path, monkeypatch):
     )
     (tmp_path / "conftest.py").write_text("def pytest_addoption(parser): parser.addoption('--device')\n")
     monkeypatch.setattr(checks, "_TINY_FILES", (test,))
-    found = checks.run("cpu", True, 6.0, tmp_path / "outcomes")
+    found = checks.run("cpu", True, 5.0, tmp_path / "outcomes")
     assert found["counts"] == {"passed": 1, "failed": 1} and not found["whole"]
     assert [failure["test"].split("::")[1] for failure in found["failures"]] == ["test_b"]
     assert found["failures"][0]["message"].startswith("assert 1 == 2")

@@ -81,7 +81,9 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
     return collection_path.name not in _FOLDERS[kind] or None
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Each case by one backend after the other: the float64 truth of the last case is kept (cases.py)."""
     if "backend" in metafunc.fixturenames:
         names = _BACKENDS[_kind_of_process()]
         if metafunc.config.getoption("--quick") or metafunc.definition.get_closest_marker("around_launchers"):

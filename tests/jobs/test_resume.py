@@ -119,31 +119,42 @@ def assert_same_result(out: Path, whole: Path) -> None:
     assert summaries[0] == summaries[1]
 
 
-def test_killed_again_and_again_and_resumed(pair, uninterrupted, tmp_path):
+PREPARATION, BASE, PARTS_OF_RL = [0, 1, 2, 3, 4, 5], [0, 1, 20, 21, 16, 17], [0, 1, 2, 3] * 2
+MOMENTS = {False: PREPARATION + PARTS_OF_RL, True: PREPARATION + BASE + PARTS_OF_RL}
+#: Sequential or not, and how each attempt is to end, of each run.
+PLANS = {
+    "joint": (False, [*(["moment", moment] for moment in MOMENTS[False]), ["run", 0]]),
+    "sequential": (True, [*(["moment", moment] for moment in MOMENTS[True]), ["run", 0]]),
+    # The first is over before any run is.
+    "random": (False, [*(["seconds", longest] for longest in (0.05, 0.2, 0.4, 0.6, 0.8, 1.0)), ["run", 0]]),
+    # Two files of the preparation, the manifest, a part, the time it took, and the next part.
+    "left": (False, [["moment", 11]]),
+}
+
+
+@pytest.fixture(scope="module")
+def killed(pair, tmp_path_factory) -> dict[str, tuple[Path, list[list[int]]]]:
+    """Of each of PLANS the directory, and how its attempts ended."""
+    directories = {name: tmp_path_factory.mktemp("killed") / name for name in PLANS}
+    ends = attempts(pair, {directories[name]: plan for name, plan in PLANS.items()})
+    return dict(zip(PLANS, zip(directories.values(), ends, strict=True), strict=True))
+
+
+def test_killed_again_and_again_and_resumed(killed, uninterrupted):
     """Just before or just after a file appears, a little further on in each attempt; and at random moments."""
-    preparation, base, parts_of_rl = [0, 1, 2, 3, 4, 5], [0, 1, 20, 21, 16, 17], [0, 1, 2, 3] * 2
-    moments = {False: preparation + parts_of_rl, True: preparation + base + parts_of_rl}
-    longest = [0.05, 0.2, 0.4, 0.6, 0.8, 1.0]  # the first is over before any run is
-    plans = {
-        tmp_path / "joint": (False, [*(["moment", moment] for moment in moments[False]), ["run", 0]]),
-        tmp_path / "sequential": (True, [*(["moment", moment] for moment in moments[True]), ["run", 0]]),
-        tmp_path / "random": (False, [*(["seconds", value] for value in longest), ["run", 0]]),
-    }
-    *at_writes, at_random = attempts(pair, plans)
-    for sequential, ends in zip((False, True), at_writes, strict=True):
-        assert [code for code, _ in ends] == [-9] * len(moments[sequential]) + [0]
+    for name in ("joint", "sequential"):
+        sequential, ends = PLANS[name][0], killed[name][1]
+        assert [code for code, _ in ends] == [-9] * len(MOMENTS[sequential]) + [0]
         parts = [count for _, count in ends]
         assert parts == sorted(parts), "a part that was there is gone"
         assert len(set(parts)) > 3
-    assert at_random[0][0] == -9
-    for out, (sequential, _) in plans.items():
-        assert_same_result(out, uninterrupted[sequential])
+    assert killed["random"][1][0][0] == -9
+    for name in ("joint", "sequential", "random"):
+        assert_same_result(killed[name][0], uninterrupted[PLANS[name][0]])
 
 
-def test_what_a_killed_run_left_is_whole_and_belongs_to_it(pair, uninterrupted, tmp_path):
-    out = tmp_path / "out"
-    # Two files of the preparation, the manifest, a part, the time it took, and the next part.
-    [[[code, num_parts]]] = attempts(pair, {out: (False, [["moment", 11]])})
+def test_what_a_killed_run_left_is_whole_and_belongs_to_it(pair, killed, uninterrupted):
+    out, [[code, num_parts]] = killed["left"]
     assert code == -9 and 0 < num_parts < len(contents(uninterrupted[False] / "tokens"))
     whole = contents(uninterrupted[False] / "tokens")
     for name, content in contents(out / "tokens").items():

@@ -207,11 +207,12 @@ std::tuple<Tensor, Tensor, Tensor> linear_policy_loss_bwd(const Tensor& grad_los
 }
 
 }  // namespace
-}  // namespace dlogp
 
-TORCH_LIBRARY_IMPL(dlogp, CPU, library) {
-  library.impl("_cpu_policy_loss_fwd", &dlogp::policy_loss_fwd);
-  library.impl("_cpu_policy_loss_bwd", &dlogp::policy_loss_bwd);
-  library.impl("_cpu_linear_policy_loss_fwd", &dlogp::linear_policy_loss_fwd);
-  library.impl("_cpu_linear_policy_loss_bwd", &dlogp::linear_policy_loss_bwd);
+void register_policy(torch::Library& library) {
+  library.impl("_cpu_policy_loss_fwd", &policy_loss_fwd);
+  library.impl("_cpu_policy_loss_bwd", &policy_loss_bwd);
+  library.impl("_cpu_linear_policy_loss_fwd", &linear_policy_loss_fwd);
+  library.impl("_cpu_linear_policy_loss_bwd", &linear_policy_loss_bwd);
 }
+
+}  // namespace dlogp

@@ -128,9 +128,10 @@ auto linear_extrapolated_sample_cpu(const Tensor& hidden, const Tensor& weight, 
 }
 
 }  // namespace
-}  // namespace dlogp
 
-TORCH_LIBRARY_IMPL(dlogp, CPU, library) {
-  library.impl("_cpu_extrapolated_sample", &dlogp::extrapolated_sample_cpu);
-  library.impl("_cpu_linear_extrapolated_sample", &dlogp::linear_extrapolated_sample_cpu);
+void register_sampling(torch::Library& library) {
+  library.impl("_cpu_extrapolated_sample", &extrapolated_sample_cpu);
+  library.impl("_cpu_linear_extrapolated_sample", &linear_extrapolated_sample_cpu);
 }
+
+}  // namespace dlogp

@@ -7,6 +7,7 @@
 #include <torch/library.h>
 
 #include <array>
+#include <memory>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -18,6 +19,11 @@
 #include "heads.h"
 
 namespace dlogp {
+
+void register_statistics(torch::Library& library);
+void register_policy(torch::Library& library);
+void register_sampling(torch::Library& library);
+
 namespace {
 
 using at::Tensor;
@@ -349,21 +355,33 @@ std::tuple<Tensor, Tensor> delta_logp_bwd(const OptionalTensor& grad_logp, const
 }
 
 }  // namespace
-}  // namespace dlogp
 
-TORCH_LIBRARY_IMPL(dlogp, CPU, library) {
-  library.impl("_cpu_linear_logp_fwd", &dlogp::linear_logp_fwd);
-  library.impl("_cpu_linear_logp_bwd", &dlogp::linear_logp_bwd);
-  library.impl("_cpu_linear_delta_logp_fwd", &dlogp::linear_delta_logp_fwd);
-  library.impl("_cpu_linear_delta_logp_bwd", &dlogp::linear_delta_logp_bwd);
-  library.impl("_cpu_logp_fwd", &dlogp::logp_fwd);
-  library.impl("_cpu_logp_bwd", &dlogp::logp_bwd);
-  library.impl("_cpu_delta_logp_fwd", &dlogp::delta_logp_fwd);
-  library.impl("_cpu_delta_logp_bwd", &dlogp::delta_logp_bwd);
+void register_statistics(torch::Library& library) {
+  library.impl("_cpu_linear_logp_fwd", &linear_logp_fwd);
+  library.impl("_cpu_linear_logp_bwd", &linear_logp_bwd);
+  library.impl("_cpu_linear_delta_logp_fwd", &linear_delta_logp_fwd);
+  library.impl("_cpu_linear_delta_logp_bwd", &linear_delta_logp_bwd);
+  library.impl("_cpu_logp_fwd", &logp_fwd);
+  library.impl("_cpu_logp_bwd", &logp_bwd);
+  library.impl("_cpu_delta_logp_fwd", &delta_logp_fwd);
+  library.impl("_cpu_delta_logp_bwd", &delta_logp_bwd);
 }
 
-// Importing the module loads the library; it has no contents of its own.
+}  // namespace dlogp
+
+// Importing the module registers the ops; it has no contents of its own. Those that were built for other schemas than
+// Python's are an ImportError.
 PyMODINIT_FUNC PyInit__cpu() {
   static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_cpu", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  static std::unique_ptr<torch::Library> registered;
+  try {
+    registered =
+        std::make_unique<torch::Library>(torch::Library::IMPL, "dlogp", c10::DispatchKey::CPU, __FILE__, __LINE__);
+    for (auto add : {dlogp::register_statistics, dlogp::register_policy, dlogp::register_sampling}) add(*registered);
+  } catch (const c10::Error& error) {
+    registered.reset();
+    PyErr_SetString(PyExc_ImportError, error.what_without_backtrace());
+    return nullptr;
+  }
   return PyModule_Create(&module);
 }

@@ -219,8 +219,10 @@ _LSE = ("lse", "base_lse")
 
 
 @pytest.mark.gemm_interpreted
-@pytest.mark.parametrize("temperature", [1.0, 0.5])
-@pytest.mark.parametrize("offset", [1e5, -1e5, 1e7])
+@pytest.mark.parametrize(
+    ("offset", "temperature"),
+    fewer(list(itertools.product([1e5, -1e5, 1e7], [1.0, 0.5])), [(1e5, 0.5), (-1e5, 1.0), (1e7, 0.5)]),
+)
 @pytest.mark.parametrize("op", OPS)
 def test_a_common_offset_costs_nothing(accuracy, op, offset, temperature):
     """All outputs but lse, and the gradients of all: as near to float64 as without, of numbers that float32 holds."""

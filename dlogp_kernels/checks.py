@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from .inputs import flat_transform
+from .inputs import NoiseInputs, SampleOptions, flat_transform
 from .reference import sampling as reference_sample
 
 FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -232,25 +232,20 @@ def check_transform(temperature: float, softcap: float | None, logit_scale: floa
     return flat_transform(temperature, softcap, logit_scale)
 
 
+def check_transforms(
+    temperature: float, softcap: float | None, base_softcap: float | None, logit_scale: float, base_logit_scale: float
+) -> tuple[list[float], list[float]]:
+    """Of both models' logits."""
+    transform = check_transform(temperature, softcap, logit_scale)
+    return transform, check_transform(temperature, base_softcap, base_logit_scale, "base_")
+
+
 def check_top(top: bool, vocabulary: int) -> None:
     """Ops give tokens as floating-point numbers."""
     if not isinstance(top, bool):
         raise TypeError(f"top is {top!r}, expected True or False")
     if top and vocabulary > _MOST_TOP_TOKENS:
         raise ValueError(f"top is True for a vocabulary of {vocabulary}, expected at most {_MOST_TOP_TOKENS} tokens")
-
-
-def check_pair_of_transforms(
-    temperature: float,
-    softcap: float | None,
-    base_softcap: float | None,
-    logit_scale: float,
-    base_logit_scale: float,
-) -> tuple[float, float | None, float | None, float, float]:
-    """Those of both models' logits, as floats in the order of these arguments."""
-    temperature, cap, logit_scale = check_transform(temperature, softcap, logit_scale)
-    _, base_cap, base_logit_scale = check_transform(temperature, base_softcap, base_logit_scale, "base_")
-    return temperature, cap or None, base_cap or None, logit_scale, base_logit_scale
 
 
 def check_target(target: Tensor, rows_name: str, rows: Tensor, ignore_index: int, vocabulary: int) -> Tensor:
@@ -302,8 +297,7 @@ def check_sampling(
     top_k: int,
     top_p: float,
     min_p: float,
-) -> tuple[float, str, float | None, str, float, int, float, float]:
-    """The options of sampling in the order of these arguments."""
+) -> SampleOptions:
     _check_criterion(criterion, threshold)
     check_choice("draft", draft, ("base", "rl"))
     check_factor("gamma", gamma)
@@ -314,7 +308,7 @@ def check_sampling(
     check_number("min_p", min_p, 0.0, 1.0)
     check_integer("top_k", top_k, 0, 2**63)
     limit = None if threshold is None else float(threshold)
-    return float(gamma), criterion, limit, draft, float(temperature), top_k, float(top_p), float(min_p)
+    return SampleOptions(float(gamma), criterion, limit, draft, float(temperature), top_k, float(top_p), float(min_p))
 
 
 def _check_criterion(criterion: str, threshold: float | None) -> None:
@@ -339,14 +333,13 @@ def _check_criterion(criterion: str, threshold: float | None) -> None:
 
 def check_noise(
     rows_name: str, rows: Tensor, seed: int | Tensor, row_id: Tensor | None, step: int | Tensor
-) -> tuple[Tensor | None, int, int, Tensor | None, Tensor | None]:
-    """What the noise depends on: row_id, both numbers, both tensors."""
+) -> NoiseInputs:
     flat_row_id = None if row_id is None else _per_row("row_id", row_id, rows_name, rows)
     seed_number, seed_tensor = _counter("seed", seed, 2**64, rows_name, rows)
     if isinstance(step, Tensor) and step.numel() != 1:
-        return flat_row_id, seed_number, 0, seed_tensor, _per_row("step", step, rows_name, rows)
+        return NoiseInputs(flat_row_id, seed_number, 0, seed_tensor, _per_row("step", step, rows_name, rows))
     step_number, step_tensor = _counter("step", step, 2**32, rows_name, rows)
-    return flat_row_id, seed_number, step_number, seed_tensor, step_tensor
+    return NoiseInputs(flat_row_id, seed_number, step_number, seed_tensor, step_tensor)
 
 
 def _per_row(name: str, value: Tensor, rows_name: str, rows: Tensor) -> Tensor:

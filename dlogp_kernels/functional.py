@@ -112,10 +112,10 @@ def linear_delta_logp(
     head = checks.check_head(hidden, weight, bias)
     base = checks.check_base_head(hidden, weight, base_hidden, base_weight, base_bias)
     targets = checks.check_target(target, "hidden", hidden, ignore_index, weight.shape[0])
-    transform = checks.check_transform(temperature, softcap, logit_scale)
-    base_transform = checks.check_transform(temperature, base_softcap, base_logit_scale, "base_")
+    transforms = checks.check_transforms(temperature, softcap, base_softcap, logit_scale, base_logit_scale)
     checks.check_top(top, weight.shape[0])
-    outputs = torch.ops.dlogp.linear_delta_logp_fwd(*head, transform, *base, base_transform, targets, ignore_index, top)
+    heads = *head, transforms[0], *base, transforms[1]
+    outputs = torch.ops.dlogp.linear_delta_logp_fwd(*heads, targets, ignore_index, top)
     return stats_of(DeltaLogpStats, outputs, hidden, target, top)
 
 
@@ -182,11 +182,10 @@ def delta_logp(
     """
     checks.check_pair_of_logits(logits, base_logits)
     targets = checks.check_target(target, "logits", logits, ignore_index, logits.shape[-1])
-    transform = checks.check_transform(temperature, softcap, logit_scale)
-    base_transform = checks.check_transform(temperature, base_softcap, base_logit_scale, "base_")
-    rows, base_rows = checks.as_rows(logits), checks.as_rows(base_logits)
+    transforms = checks.check_transforms(temperature, softcap, base_softcap, logit_scale, base_logit_scale)
     checks.check_top(top, logits.shape[-1])
-    outputs = torch.ops.dlogp.delta_logp_fwd(rows, transform, base_rows, base_transform, targets, ignore_index, top)
+    models = checks.as_rows(logits), transforms[0], checks.as_rows(base_logits), transforms[1]
+    outputs = torch.ops.dlogp.delta_logp_fwd(*models, targets, ignore_index, top)
     return stats_of(DeltaLogpStats, outputs, logits, target, top)
 
 
@@ -306,13 +305,13 @@ def linear_extrapolated_sample(
 
     Source: arXiv 2603.22117, Algorithm 1, Sec. 4 (extrapolation).
     """
-    rows, weight, bias = checks.check_head(hidden, weight, bias)
-    base_rows, base_weight, base_bias = checks.check_base_head(hidden, weight, base_hidden, base_weight, base_bias)
-    _, *transforms = checks.check_pair_of_transforms(1.0, softcap, base_softcap, logit_scale, base_logit_scale)
+    head = checks.check_head(hidden, weight, bias)
+    base = checks.check_base_head(hidden, weight, base_hidden, base_weight, base_bias)
+    transforms = checks.check_transforms(1.0, softcap, base_softcap, logit_scale, base_logit_scale)
     options = checks.check_sampling(gamma, criterion, threshold, draft, temperature, top_k, top_p, min_p)
     noise = checks.check_noise("hidden", hidden, seed, row_id, step)
-    heads = rows, weight, base_rows, base_weight, bias, base_bias
-    drawn = without_gradient(torch.ops.dlogp.linear_extrapolated_sample, *heads, *transforms, *noise, *options)
+    heads = *head, transforms[0], *base, transforms[1]
+    drawn = without_gradient(torch.ops.dlogp.linear_extrapolated_sample, *heads, *noise, *options)
     return Sample(*shaped(drawn, hidden))
 
 
@@ -487,7 +486,7 @@ def linear_policy_loss(
     """
     head = checks.check_head(hidden, weight, bias)
     base = policy_checks.check_frozen_base(hidden, weight, base_hidden, base_weight, base_bias)
-    transforms = checks.check_pair_of_transforms(temperature, softcap, base_softcap, logit_scale, base_logit_scale)
+    transforms = checks.check_transforms(temperature, softcap, base_softcap, logit_scale, base_logit_scale)
     options = policy_checks.check_options(
         loss_type=loss_type, reweight=reweight, reweight_sign=reweight_sign, importance=importance, alpha=alpha,
         clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, kl_beta=kl_beta, entropy_coef=entropy_coef,
@@ -497,4 +496,4 @@ def linear_policy_loss(
     targets, tokens = policy_checks.check_target_and_tokens(
         target, hidden, head, base, options, tokens, num_tokens, num_sequences
     )
-    return ops.linear_policy_loss.loss_of(head, base, targets, transforms, tokens, options)
+    return ops.linear_policy_loss.loss_of(head, base, transforms, targets, tokens, options)

@@ -44,6 +44,20 @@ class Head(NamedTuple):
         return torch.promote_types(self.hidden.dtype, self.weight.dtype)
 
 
+class OptionalHead(NamedTuple):
+    """That of a model which need not be given: then its tensors are None."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    transform: Transform
+
+    def given(self) -> Head | None:
+        if self.hidden is None or self.weight is None:
+            return None
+        return Head(self.hidden, self.weight, self.bias, self.transform)
+
+
 class Logits(NamedTuple):
     """One model's given logits (…, V)."""
 
@@ -62,6 +76,35 @@ class Asked(NamedTuple):
     """What forward computes only on demand: `top`, the most likely token of each model and its log p."""
 
     top: bool
+
+
+class NoiseInputs(NamedTuple):
+    """What the noise of a draw depends on: row_id (N,) int64, or None for 0 … N − 1, the seed (64 bits, as int64) and
+    the step, which come as numbers, or from the device as int64 tensors, (1,) and (1,) or (N,), which then count.
+    """
+
+    row_id: Tensor | None
+    seed: int
+    step: int
+    seed_tensor: Tensor | None
+    step_tensor: Tensor | None
+
+
+class SampleOptions(NamedTuple):
+    """Of both draws, and of the criterion, as `extrapolated_sample` has them."""
+
+    gamma: float
+    criterion: str
+    threshold: float | None
+    draft: str
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+
+    def truncate(self, vocabulary: int) -> bool:
+        """A filter has to see a whole row of logits before a token is drawn; at temperature 0 none changes it."""
+        return self.temperature > 0.0 and (0 < self.top_k < vocabulary or self.top_p < 1.0 or self.min_p > 0.0)
 
 
 class Gradients(NamedTuple):
@@ -119,7 +162,8 @@ class Argument(NamedTuple):
 
 #: Types of fields that are one argument; a field of another type is a structure of its own.
 _ARGUMENT_TYPES: dict[Any, str] = {
-    Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", bool: "bool", Transform: "float[]",
+    Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", bool: "bool", float: "float", float | None: "float?",
+    str: "str", Transform: "float[]",
 }  # fmt: skip
 _PREFIXES = {"model": "", "base": "base_"}
 
@@ -136,13 +180,15 @@ def arguments(structure: Any, prefix: str = "") -> tuple[Argument, ...]:
 
 
 def rebuilt(structures: Iterable[Any], flat: Iterator[Any]) -> list[Any]:
-    """The structures that a flat list begins with; the rest of it stays in `flat`."""
+    """The structures, or single arguments, that a flat list begins with; the rest of it stays in `flat`."""
     return [_rebuild(structure, flat) for structure in structures]
 
 
 def _rebuild(structure: Any, flat: Iterator[Any]) -> Any:
     if structure is Transform:
         return Transform.of(next(flat))
+    if structure in _ARGUMENT_TYPES:
+        return next(flat)
     return structure._make([next(flat) if kind is None else _rebuild(kind, flat) for kind in _parts(structure)])
 
 

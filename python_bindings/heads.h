@@ -12,11 +12,6 @@
 
 namespace dlogp {
 
-// Softcap: none, or a positive number.
-inline LogitTransform transform_of(double temperature, std::optional<double> softcap, double logit_scale) {
-  return {.logit_scale = logit_scale, .softcap = softcap.value_or(0), .temperature = temperature};
-}
-
 // A Transform as a schema has it, `float[]`: (temperature, softcap, logit_scale), 0 for no softcap.
 inline LogitTransform transform_of(at::ArrayRef<double> flat) {
   TORCH_CHECK_VALUE(flat.size() == 3, "a transform has ", flat.size(), " numbers, expected 3");

@@ -157,12 +157,11 @@ LinearPolicyOutputs linear_policy_of(const std::array<HeadArguments, Models>& gi
 }
 
 LinearPolicyOutputs linear_policy_loss_fwd(
-    const Tensor& hidden, const Tensor& weight, const Tensor& target, const OptionalTensor& bias,
+    const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias, at::ArrayRef<double> transform,
     const OptionalTensor& base_hidden, const OptionalTensor& base_weight, const OptionalTensor& base_bias,
-    const Tensor& old_logp, const Tensor& advantage, const Tensor& scale, const OptionalTensor& score,
-    const OptionalTensor& ref_logp, const OptionalTensor& token_weight, const std::vector<std::string>& str_options,
-    at::ArrayRef<double> float_options, double temperature, std::optional<double> softcap,
-    std::optional<double> base_softcap, double logit_scale, double base_logit_scale, int64_t ignore_index,
+    at::ArrayRef<double> base_transform, const Tensor& target, int64_t ignore_index, const Tensor& old_logp,
+    const Tensor& advantage, const Tensor& scale, const OptionalTensor& score, const OptionalTensor& ref_logp,
+    const OptionalTensor& token_weight, const std::vector<std::string>& str_options, at::ArrayRef<double> float_options,
     std::array<bool, 3> output_mask, int64_t workspace) {
   const PolicyOptions options = policy_options(str_options, float_options);
   TORCH_CHECK_VALUE(options.importance == PolicyImportance::kToken, "importance is '", str_options[3],
@@ -172,12 +171,11 @@ LinearPolicyOutputs linear_policy_loss_fwd(
   TORCH_CHECK_VALUE(base_hidden.has_value() == base_weight.has_value(),
                     "base_hidden and base_weight are expected together");
   TORCH_CHECK_VALUE(target.dim() == 2 && target.size(1) == 1, "target has shape ", target.sizes(), ", expected [N, 1]");
-  const HeadArguments model = {hidden, weight, bias, transform_of(temperature, softcap, logit_scale)};
+  const HeadArguments model = {hidden, weight, bias, transform_of(transform)};
   const PolicyRowArguments rows = {old_logp, advantage, scale, score, ref_logp, token_weight};
   if (!base_hidden.has_value())
     return linear_policy_of<1>({model}, target, ignore_index, rows, options, output_mask, workspace);
-  const HeadArguments base = {*base_hidden, *base_weight, base_bias,
-                              transform_of(temperature, base_softcap, base_logit_scale)};
+  const HeadArguments base = {*base_hidden, *base_weight, base_bias, transform_of(base_transform)};
   return linear_policy_of<2>({model, base}, target, ignore_index, rows, options, output_mask, workspace);
 }
 

@@ -103,17 +103,16 @@ auto extrapolated_sample_cpu(const Tensor& logits, const Tensor& base_logits, co
   return sample.all();
 }
 
-auto linear_extrapolated_sample_cpu(const Tensor& hidden, const Tensor& weight, const Tensor& base_hidden,
-                                    const Tensor& base_weight, const OptionalTensor& bias,
-                                    const OptionalTensor& base_bias, std::optional<double> softcap,
-                                    std::optional<double> base_softcap, double logit_scale, double base_logit_scale,
-                                    const OptionalTensor& row_id, int64_t seed, int64_t step,
-                                    const OptionalTensor& seed_tensor, const OptionalTensor& step_tensor, double gamma,
-                                    std::string_view criterion, std::optional<double> threshold, std::string_view draft,
-                                    double temperature, int64_t top_k, double top_p, double min_p, int64_t workspace) {
-  const CheckedHeads<2> heads(
-      {{{hidden, weight, bias, transform_of(1, softcap, logit_scale)},
-        {base_hidden, base_weight, base_bias, transform_of(1, base_softcap, base_logit_scale)}}});
+auto linear_extrapolated_sample_cpu(const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias,
+                                    at::ArrayRef<double> transform, const Tensor& base_hidden,
+                                    const Tensor& base_weight, const OptionalTensor& base_bias,
+                                    at::ArrayRef<double> base_transform, const OptionalTensor& row_id, int64_t seed,
+                                    int64_t step, const OptionalTensor& seed_tensor, const OptionalTensor& step_tensor,
+                                    double gamma, std::string_view criterion, std::optional<double> threshold,
+                                    std::string_view draft, double temperature, int64_t top_k, double top_p,
+                                    double min_p, int64_t workspace) {
+  const CheckedHeads<2> heads({{{hidden, weight, bias, transform_of(transform)},
+                                {base_hidden, base_weight, base_bias, transform_of(base_transform)}}});
   const SampleArguments given(heads.rows(), row_id, seed, step, seed_tensor, step_tensor, gamma, criterion, threshold,
                               draft, temperature, {top_k, top_p, min_p});
   TORCH_CHECK_VALUE(temperature == 0 || !given.options.filters.any(heads.vocabulary()),

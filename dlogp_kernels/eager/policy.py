@@ -5,10 +5,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..inputs import Head, Targets, Transform
+from ..inputs import Head, OptionalHead, Targets
 from ..reference import policy as reference_policy
 from ..reference import statistics as reference
-from ..reference.policy import PolicyTokens
+from ..reference.policy import PolicyTokens, TokenInputs
 from ..reference.rows import PolicyRows
 from ..reference.statistics import accumulation_dtype
 from ..results import PolicyMetrics
@@ -23,16 +23,7 @@ _NO_TARGET = -1
 
 def policy_loss_fwd(
     logp: Tensor,
-    old_logp: Tensor,
-    advantage: Tensor,
-    mask: Tensor,
-    offsets: Tensor | None,
-    group: Tensor | None,
-    ref_logp: Tensor | None,
-    entropy: Tensor | None,
-    kl: Tensor | None,
-    token_weight: Tensor | None,
-    denominator: Tensor | None,
+    given: TokenInputs,
     str_options: list[str],
     float_options: list[float],
     max_length: int | None,
@@ -40,18 +31,16 @@ def policy_loss_fwd(
     workspace: int,
 ) -> tuple[Tensor, ...]:
     options = reference_policy.PolicyOptions.of(str_options, float_options, max_length)
-    sequences = _Sequences(
-        PolicyTokens(logp, old_logp, advantage, mask, ref_logp, entropy, kl, token_weight), offsets, workspace
-    )
+    sequences = _Sequences(PolicyTokens.of(logp, given), given.offsets, workspace)
     counts, s = sequences.counts(), None
     if options.reweight == "ppl":
-        assert group is not None
+        assert given.group is not None
         perplexity = [reference_policy.log_perplexity(x.old_logp, x.mask) for _, x in sequences.blocks()]
         joined = torch.cat([logp.new_zeros(0, dtype=sequences.dtype), *perplexity])
-        s = reference_policy.normalized_in_group(joined, group, counts > 0)
+        s = reference_policy.normalized_in_group(joined, given.group, counts > 0)
     longest = logp.shape[-1] if max_length is None else max_length
     scale = reference_policy.sequence_scale(
-        counts, counts.sum(), counts.shape[0], longest, denominator, options.loss_type
+        counts, counts.sum(), counts.shape[0], longest, given.denominator, options.loss_type
     )
     grad_logp_unscaled = torch.zeros_like(logp, dtype=sequences.dtype) if with_gradient else logp.new_empty(0)
     loss = torch.zeros((), dtype=torch.float64, device=logp.device)
@@ -101,45 +90,27 @@ def policy_loss_bwd(
 
 
 def linear_policy_loss_fwd(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    base_hidden: Tensor | None,
-    base_weight: Tensor | None,
-    base_bias: Tensor | None,
-    old_logp: Tensor,
-    advantage: Tensor,
-    scale: Tensor,
-    score: Tensor | None,
-    ref_logp: Tensor | None,
-    token_weight: Tensor | None,
+    policy_head: Head,
+    base_head: OptionalHead,
+    given_targets: Targets,
+    known: PolicyRows,
     str_options: list[str],
     float_options: list[float],
-    temperature: float,
-    softcap: float | None,
-    base_softcap: float | None,
-    logit_scale: float,
-    base_logit_scale: float,
-    ignore_index: int,
     output_mask: list[bool],
     workspace: int,
 ) -> tuple[Tensor, ...]:
-    targets, bad_rows = check_targets(Targets(target, ignore_index), weight.shape[0])
-    options, dtype = reference_policy.PolicyOptions.of(str_options, float_options, None), scale.dtype
-    known = PolicyRows(old_logp, advantage, scale, score, ref_logp, token_weight)
-    policy_head = Head(hidden, weight, bias, Transform(temperature, softcap, logit_scale))
+    vocabulary, device = policy_head.weight.shape[0], policy_head.hidden.device
+    targets, bad_rows = check_targets(given_targets, vocabulary)
+    options, dtype = reference_policy.PolicyOptions.of(str_options, float_options, None), known.scale.dtype
     head = HeadGradients(policy_head, zero_gradients(policy_head, output_mask, dtype), dtype)
-    base, heads = None, [policy_head]
-    if base_hidden is not None and base_weight is not None:
-        heads.append(Head(base_hidden, base_weight, base_bias, Transform(temperature, base_softcap, base_logit_scale)))
-        base = HeadGradients(heads[1], [None] * 3, dtype)
+    heads = [x for x in (policy_head, base_head.given()) if x is not None]
+    base = HeadGradients(heads[1], [None] * 3, dtype) if len(heads) == 2 else None
     # Tiles take a quarter of the workspace, blocks of rows with their logits the rest.
     tile = forward_blocks(heads, dtype, workspace).tile
-    loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
-    sums = torch.zeros(len(PolicyMetrics._fields), dtype=torch.float64, device=hidden.device)
+    loss = torch.zeros((), dtype=torch.float64, device=device)
+    sums = torch.zeros(len(PolicyMetrics._fields), dtype=torch.float64, device=device)
     count = 0
-    for rows in row_blocks(targets, weight.shape[0], dtype, len(heads), workspace * 3 // 4):
+    for rows in row_blocks(targets, vocabulary, dtype, len(heads), workspace * 3 // 4):
         block = _PolicyBlock(head, base, rows, targets.target[rows], known, options, tile)
         loss, sums = loss + block.loss, reference_policy.merged(sums, block.sums)
         count += rows.numel()
@@ -148,8 +119,8 @@ def linear_policy_loss_fwd(
         del block  # before there is the next one
     if bad_rows is not None:
         loss = loss.masked_fill(bad_rows.any(), torch.nan)
-    metrics = reference_policy.finished_metrics(sums, torch.tensor(count, device=hidden.device))
-    gradients = (hidden.new_zeros(0, dtype=dtype) if grad is None else grad for grad in head.grads)
+    metrics = reference_policy.finished_metrics(sums, torch.tensor(count, device=device))
+    gradients = (known.scale.new_zeros(0) if grad is None else grad for grad in head.grads)
     return loss.to(dtype), metrics.to(dtype), *gradients
 
 

@@ -4,26 +4,20 @@ from typing import Any
 
 from torch import Tensor
 
+from ..inputs import Head, rebuilt
 from ..reference.statistics import accumulation_dtype
 from . import library
+from .schemas import STRUCTURES
 
 
-def _fake(
-    hidden: Tensor,
-    weight: Tensor,
-    base_hidden: Tensor,
-    base_weight: Tensor,
-    bias: Tensor | None,
-    base_bias: Tensor | None,
-    *options: Any,
-) -> tuple[Tensor, ...]:
-    return library.fake_sample(hidden, accumulation_dtype(hidden, weight, base_hidden, base_weight, bias, base_bias))
+def _fake(*flat: Any) -> tuple[Tensor, ...]:
+    head, base = rebuilt((Head, Head), iter(flat))
+    return library.fake_sample(head.hidden, accumulation_dtype(*head[:3], *base[:3]))
 
 
-def _truncates(hidden: Tensor, weight: Tensor, *arguments: Any) -> bool:
-    """A filter has to see a whole row of logits before a token is drawn; at temperature 0 none changes the token."""
-    temperature, top_k, top_p, min_p = arguments[-4:]
-    return temperature > 0.0 and (0 < top_k < weight.shape[0] or top_p < 1.0 or min_p > 0.0)
+def _truncates(*flat: Any) -> bool:
+    head, _, _, options = rebuilt(STRUCTURES["linear_extrapolated_sample"], iter(flat))
+    return options.truncate(head.weight.shape[0])
 
 
 library.register("linear_extrapolated_sample", _fake, in_blocks=_truncates)

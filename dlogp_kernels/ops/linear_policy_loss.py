@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..inputs import flat_transform
 from ..reference.policy import PolicyOptions, TokenInputs
 from ..reference.rows import MASKED, policy_rows
 from ..reference.statistics import accumulation_dtype
@@ -13,14 +12,14 @@ from ..results import DeltaLogpStats, PolicyLoss, PolicyMetrics
 from . import library, policy_loss
 
 #: Places of hidden, weight and bias among the arguments.
-_DIFFERENTIABLE = (0, 1, 3)
+_DIFFERENTIABLE = (0, 1, 2)
 
 
 def loss_of(
     head: tuple[Tensor, Tensor, Tensor | None],
     base: tuple[Tensor | None, Tensor | None, Tensor | None],
+    transforms: tuple[list[float], list[float]],
     target: Tensor,
-    transforms: tuple[float, float | None, float | None, float, float],
     tokens: TokenInputs,
     options: PolicyOptions,
 ) -> PolicyLoss:
@@ -29,40 +28,31 @@ def loss_of(
     A ratio of a response is not known before all of its tokens are: then it is a composition of two ops.
     """
     if options.importance != "token":
-        logp, entropy, kl = _statistics(head, base, target, transforms)
+        logp, entropy, kl = _statistics((*head, transforms[0]), (*base, transforms[1]), target)
         shape, entropy = tokens.mask.shape, entropy if options.entropy_coef != 0 else entropy.detach()
         if kl is not None:
             kl = (kl if options.kl_beta != 0 else kl.detach()).view(shape)
         return policy_loss.loss_of(logp.view(shape), tokens._replace(entropy=entropy.view(shape), kl=kl), options)
     rows = policy_rows(tokens, options, accumulation_dtype(*head, *base))
-    (hidden, weight, bias), (str_options, float_options, _) = head, options.arguments()
     loss, metrics, *_ = torch.ops.dlogp.linear_policy_loss_fwd(
-        hidden, weight, target, bias, *base, *rows, str_options, float_options, *transforms, MASKED,
+        *head, transforms[0], *base, transforms[1], target, MASKED, *rows, *options.arguments()[:2],
         [torch.is_grad_enabled() and x is not None and x.requires_grad for x in head],
     )  # fmt: skip
     return PolicyLoss(loss, PolicyMetrics(*metrics.unbind()))
 
 
-def _statistics(
-    head: tuple[Tensor, Tensor, Tensor | None],
-    base: tuple[Tensor | None, Tensor | None, Tensor | None],
-    target: Tensor,
-    transforms: tuple[float, float | None, float | None, float, float],
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def _statistics(head: tuple[Any, ...], base: tuple[Any, ...], target: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """log p, entropy and, with a reference model, the divergence to it."""
-    temperature, softcap, base_softcap, logit_scale, base_logit_scale = transforms
-    transform = flat_transform(temperature, softcap, logit_scale)
     if base[0] is None:
-        logp, entropy, *_ = torch.ops.dlogp.linear_logp_fwd(*head, transform, target, MASKED, False)
+        logp, entropy, *_ = torch.ops.dlogp.linear_logp_fwd(*head, target, MASKED, False)
         return logp, entropy, None
-    base_transform = flat_transform(temperature, base_softcap, base_logit_scale)
-    found = torch.ops.dlogp.linear_delta_logp_fwd(*head, transform, *base, base_transform, target, MASKED, False)
-    stats = DeltaLogpStats(*found[: len(DeltaLogpStats._fields)])
-    return stats.logp, stats.entropy, stats.kl
+    *stats, _ = torch.ops.dlogp.linear_delta_logp_fwd(*head, *base, target, MASKED, False)
+    pair = DeltaLogpStats(*stats)
+    return pair.logp, pair.entropy, pair.kl
 
 
 def _fake_fwd(*arguments: Any) -> tuple[Tensor, ...]:
-    hidden, weight, _, bias = arguments[:4]
+    hidden, weight, bias = arguments[:3]
     output_mask = arguments[-1]
     dtype = accumulation_dtype(*(x for x in arguments if isinstance(x, Tensor)))
     inputs = (hidden, weight, weight if bias is None else bias)

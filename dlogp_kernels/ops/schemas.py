@@ -8,8 +8,7 @@
 N tokens lie in the leading dimensions, at least one, of hidden (…, D) and logits (…, V); weight is (V, D). Targets
 are flat, (N, K) int64, and so are outputs, (N, K) or (N,) as results.py says; after them comes `extra`, see
 results.allocated. In a backward op `output_mask` says which gradients to compute, in the order of the floating inputs;
-the others come back empty. Sampling has no gradient; its seed (64 bits, as int64) and step come as numbers, or from the
-device as int64 tensors, seed (1,), step (1,) or (N,), which then count; row_id is (N,) int64, or None for 0 … N − 1.
+the others come back empty. Sampling has no gradient.
 
 The policy loss takes logp and reference.policy.TokenInputs: tokens (B, T), or (N,) with the offsets (B + 1,) int64 of
 B sequences; advantage is of each token or (B,), mask bool, group (B,) int64, denominator () of the dtype of the loss:
@@ -29,7 +28,23 @@ the workspace in bytes; `backends.py` chooses between them.
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from ..inputs import Argument, Asked, Gradients, Head, Logits, PairGradients, PairSaved, Saved, Targets, arguments
+from torch import Tensor
+
+from ..inputs import (
+    Argument,
+    Asked,
+    Gradients,
+    Head,
+    Logits,
+    NoiseInputs,
+    OptionalHead,
+    PairGradients,
+    PairSaved,
+    SampleOptions,
+    Saved,
+    Targets,
+    arguments,
+)
 from ..reference.policy import TokenInputs
 from ..reference.rows import PolicyRows
 from ..results import DeltaLogpStats, LogpStats, Sample, shapes_of
@@ -84,22 +99,17 @@ STATISTICS = {
     "delta_logp": Statistics(DeltaLogpStats, (Logits, Logits), PairGradients, PairSaved),
 }
 
-_LINEAR_SAMPLE_INPUTS = (
-    "Tensor hidden, Tensor weight, Tensor base_hidden, Tensor base_weight, Tensor? bias, Tensor? base_bias, "
-    "float? softcap, float? base_softcap, float logit_scale, float base_logit_scale"
-)
-_SAMPLE_OPTIONS = (
-    "Tensor? row_id, int seed, int step, Tensor? seed_tensor, Tensor? step_tensor, float gamma, str criterion, "
-    "float? threshold, str draft, float temperature, int top_k, float top_p, float min_p"
-)
+_PAIR_OF_HEADS = _joined((*arguments(Head), *arguments(Head, "base_")))
+_SAMPLE_OPTIONS = _joined((*arguments(NoiseInputs), *arguments(SampleOptions)))
 _POLICY_OPTIONS = "str[] str_options, float[] float_options"
+_LINEAR_POLICY = (*arguments(Head), *arguments(OptionalHead, "base_"), *arguments(Targets), *arguments(PolicyRows))
 _SAMPLE = _tuple_of(Sample._fields)
 #: op name → (arguments, returns)
 SCHEMAS: dict[str, tuple[str, str]] = {
     **{f"{name}_fwd": op.forward() for name, op in STATISTICS.items()},
     **{f"{name}_bwd": op.backward() for name, op in STATISTICS.items()},
     "extrapolated_sample": (f"Tensor logits, Tensor base_logits, {_SAMPLE_OPTIONS}", _SAMPLE),
-    "linear_extrapolated_sample": (f"{_LINEAR_SAMPLE_INPUTS}, {_SAMPLE_OPTIONS}", _SAMPLE),
+    "linear_extrapolated_sample": (f"{_PAIR_OF_HEADS}, {_SAMPLE_OPTIONS}", _SAMPLE),
     "policy_loss_fwd": (
         f"Tensor logp, {_joined(arguments(TokenInputs))}, {_POLICY_OPTIONS}, int? max_length, bool with_gradient",
         "(Tensor loss, Tensor metrics, Tensor grad_logp_unscaled, Tensor scale)",
@@ -110,9 +120,7 @@ SCHEMAS: dict[str, tuple[str, str]] = {
         "(Tensor grad_logp, Tensor grad_entropy, Tensor grad_kl)",
     ),
     "linear_policy_loss_fwd": (
-        "Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor? base_hidden, Tensor? base_weight, "
-        f"Tensor? base_bias, {_joined(arguments(PolicyRows))}, {_POLICY_OPTIONS}, float temperature, float? softcap, "
-        "float? base_softcap, float logit_scale, float base_logit_scale, int ignore_index, bool[3] output_mask",
+        f"{_joined(_LINEAR_POLICY)}, {_POLICY_OPTIONS}, bool[3] output_mask",
         "(Tensor loss, Tensor metrics, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
     ),
     "linear_policy_loss_bwd": (
@@ -126,6 +134,10 @@ SCHEMAS: dict[str, tuple[str, str]] = {
 STRUCTURES: dict[str, tuple[type[Any], ...]] = {
     **{f"{name}_fwd": (*op.models, Targets, Asked) for name, op in STATISTICS.items()},
     **{f"{name}_bwd": (op.grads, *op.models, Targets, op.saved) for name, op in STATISTICS.items()},
+    "extrapolated_sample": (Tensor, Tensor, NoiseInputs, SampleOptions),
+    "linear_extrapolated_sample": (Head, Head, NoiseInputs, SampleOptions),
+    "policy_loss_fwd": (Tensor, TokenInputs),
+    "linear_policy_loss_fwd": (Head, OptionalHead, Targets, PolicyRows),
 }
 
 

@@ -102,6 +102,10 @@ class PolicyTokens(NamedTuple):
     kl: Tensor | None
     token_weight: Tensor | None
 
+    @classmethod
+    def of(cls, logp: Tensor, given: TokenInputs) -> "PolicyTokens":
+        return cls(logp, *(getattr(given, name) for name in cls._fields[1:]))
+
 
 def log_perplexity(old_logp: Tensor, mask: Tensor) -> Tensor:
     """ℓ = −mean_t log π_old of each response (B,); 0 for one without tokens."""

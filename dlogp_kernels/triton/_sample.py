@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..inputs import NoiseInputs
 from ..reference import sampling as reference_sampling
 from ..results import Sample
 from . import _math
@@ -115,10 +116,8 @@ def random_limit(threshold: float | None) -> int:
     return math.ceil(Fraction(min(max(threshold or 0.0, 0.0), 2.0)) * 2**32 - Fraction(1, 2))
 
 
-def noise_of(
-    row_id: Tensor | None, seed: int, step: int, seed_tensor: Tensor | None, step_tensor: Tensor | None
-) -> Noise:
-    """Of an op's arguments."""
+def noise_of(given: NoiseInputs) -> Noise:
+    row_id, seed, step, seed_tensor, step_tensor = given
     if step_tensor is not None:
         step = int(step_tensor.numel() > 1)
     elif step >= 2**31:  # the same 32 bits; Triton would pass 64

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..inputs import NoiseInputs, SampleOptions
 from ..results import Sample
 from . import _math
 from ._device import on_device_of
@@ -239,34 +240,23 @@ def _extrapolated_sample_kernel(
 def extrapolated_sample(
     logits: Tensor,
     base_logits: Tensor,
-    row_id: Tensor | None,
-    seed: int,
-    step: int,
-    seed_tensor: Tensor | None,
-    step_tensor: Tensor | None,
-    gamma: float,
-    criterion: str,
-    threshold: float | None,
-    draft: str,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
+    noise: NoiseInputs,
+    options: SampleOptions,
     workspace: int,
 ) -> Sample:
+    gamma, criterion, threshold, draft, temperature, top_k, top_p, min_p = options
     n, v = logits.shape[:-1].numel(), logits.shape[-1]
     out = new_sample(n, logits)
     if n == 0:
         return out
     greedy = temperature == 0.0
-    noise = noise_of(row_id, seed, step, seed_tensor, step_tensor)
     choices = criterion, draft == "base", greedy, 0 < top_k < v and not greedy, top_p < 1.0 and not greedy
     with on_device_of(logits):
         call = call_of(
-            "extrapolated_sample", logits.device, logits, base_logits, row_id, seed_tensor, step_tensor, *choices
+            "extrapolated_sample", logits.device, logits, base_logits, noise.row_id, *noise[3:], *choices
         )  # fmt: skip
         arguments = (
-            matrix(logits), matrix(base_logits), gamma, 1.0 if greedy else temperature, *noise, out, v,
+            matrix(logits), matrix(base_logits), gamma, 1.0 if greedy else temperature, *noise_of(noise), out, v,
             threshold or 0.0, random_limit(threshold), top_k, top_p, min_p,
         )  # fmt: skip
         if call.plan is None:

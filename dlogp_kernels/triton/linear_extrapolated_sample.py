@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ..inputs import Head, Transform
+from ..inputs import Head, NoiseInputs, SampleOptions
 from ..results import Sample
 from . import _math
 from ._device import on_device_of, precision, properties
@@ -357,47 +356,27 @@ def _plan(
 
 
 def linear_extrapolated_sample(
-    hidden: Tensor,
-    weight: Tensor,
-    base_hidden: Tensor,
-    base_weight: Tensor,
-    bias: Tensor | None,
-    base_bias: Tensor | None,
-    softcap: float | None,
-    base_softcap: float | None,
-    logit_scale: float,
-    base_logit_scale: float,
-    row_id: Tensor | None,
-    seed: int,
-    step: int,
-    seed_tensor: Tensor | None,
-    step_tensor: Tensor | None,
-    gamma: float,
-    criterion: str,
-    threshold: float | None,
-    draft: str,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
+    head: Head,
+    base_head: Head,
+    given_noise: NoiseInputs,
+    options: SampleOptions,
     workspace: int,
 ) -> Sample:
     """Without the filters, which eager/ serves."""
-    n, v = hidden.shape[:-1].numel(), weight.shape[0]
+    gamma, criterion, threshold, draft, temperature, *_ = options
+    hidden, n, v = head.hidden, head.hidden.shape[:-1].numel(), head.weight.shape[0]
     out = new_sample(n, hidden)
     if n == 0:
         return out
-    model = with_contiguous_bias(Head(hidden.reshape(n, -1), weight, bias, Transform(1.0, softcap, logit_scale)))
-    base_transform = Transform(1.0, base_softcap, base_logit_scale)
-    base = with_contiguous_bias(Head(base_hidden.reshape(n, -1), base_weight, base_bias, base_transform))
-    noise = noise_of(row_id, seed, step, seed_tensor, step_tensor)
+    model, base = (with_contiguous_bias(x._replace(hidden=x.hidden.reshape(n, -1))) for x in (head, base_head))
+    noise = noise_of(given_noise)
     greedy, replaces = temperature == 0.0, criterion != "none"
     divisor, extrapolates = 1.0 if greedy else temperature, gamma > 0.0
     with on_device_of(hidden):
         choices = criterion, draft == "base", greedy, replaces, extrapolates
         call = call_of(
-            "linear_extrapolated_sample", hidden.device, *model, *base, *noise[2:], workspace,
-            precision(properties(hidden.device), model.dtype), weight.data_ptr() == base_weight.data_ptr(), *choices,
+            "linear_extrapolated_sample", hidden.device, *model, *base, *noise[2:], workspace, *choices,
+            precision(properties(hidden.device), model.dtype), model.weight.data_ptr() == base.weight.data_ptr(),
         )  # fmt: skip
         if call.plan is None:
             call.plan = _plan(model, base, n, workspace, *choices)

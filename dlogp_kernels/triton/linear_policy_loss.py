@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..inputs import Asked, Gradients, Head, PairGradients, PairSaved, Saved, Targets, Transform
+from ..inputs import Asked, Gradients, Head, OptionalHead, PairGradients, PairSaved, Saved, Targets
 from ..reference import policy as reference_policy
 from ..reference.rows import PolicyRows
 from ..results import DeltaLogpStats, LogpStats, Outputs, PolicyMetrics
@@ -270,46 +270,28 @@ def _float16_scale(largest: Tensor) -> Tensor:
 
 
 def linear_policy_loss_fwd(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    base_hidden: Tensor | None,
-    base_weight: Tensor | None,
-    base_bias: Tensor | None,
-    old_logp: Tensor,
-    advantage: Tensor,
-    scale: Tensor,
-    score: Tensor | None,
-    ref_logp: Tensor | None,
-    token_weight: Tensor | None,
+    head: Head,
+    base: OptionalHead,
+    targets: Targets,
+    rows: PolicyRows,
     str_options: list[str],
     float_options: list[float],
-    temperature: float,
-    softcap: float | None,
-    base_softcap: float | None,
-    logit_scale: float,
-    base_logit_scale: float,
-    ignore_index: int,
     output_mask: list[bool],
     workspace: int,
 ) -> tuple[Tensor, ...]:
-    options, target = reference_policy.PolicyOptions.of(str_options, float_options, None), target.contiguous()
-    optional = (None if x is None else x.contiguous() for x in (score, ref_logp, token_weight))
-    known = PolicyRows(old_logp.contiguous(), advantage.contiguous(), scale.contiguous(), *optional)
-    policy = _Policy(known, target, variant_of(options), scalars_of(options), base_hidden is not None)
-    models = [with_contiguous_bias(Head(hidden, weight, bias, Transform(temperature, softcap, logit_scale)))]
-    if base_hidden is not None and base_weight is not None:
-        base_transform = Transform(temperature, base_softcap, base_logit_scale)
-        models.append(with_contiguous_bias(Head(base_hidden, base_weight, base_bias, base_transform)))
+    options = reference_policy.PolicyOptions.of(str_options, float_options, None)
+    target, ignore_index = targets.target.contiguous(), targets.ignore_index
+    models = [with_contiguous_bias(x) for x in (head, base.given()) if x is not None]
+    known = PolicyRows._make(None if x is None else x.contiguous() for x in rows)
+    policy = _Policy(known, target, variant_of(options), scalars_of(options), len(models) == 2)
     gradients: tuple[Tensor, ...]
-    with on_device_of(hidden):
+    with on_device_of(head.hidden):
         if any(output_mask) and target.shape[0] > 0:
             gradients = _in_blocks(models, policy, output_mask, ignore_index, workspace)
         elif any(output_mask):
-            gradients = _Accumulators(models[0], output_mask, 0, scale).gradients()
+            gradients = _Accumulators(models[0], output_mask, 0, known.scale).gradients()
         else:
-            gradients = tuple(hidden.new_empty(0, dtype=torch.float32) for _ in output_mask)
+            gradients = tuple(head.hidden.new_empty(0, dtype=torch.float32) for _ in output_mask)
             if target.shape[0] > 0:
                 stats = _statistics(models, target, ignore_index, workspace)
                 policy.rows(stats, 0, target.shape[0], ignore_index)

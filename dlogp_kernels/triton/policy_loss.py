@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference.policy import PolicyOptions
+from ..reference.policy import PolicyOptions, TokenInputs
 from ..results import PolicyMetrics
 from . import _policy
 from ._device import on_device_of
@@ -314,22 +314,14 @@ def _policy_loss_bwd_kernel(
 
 def policy_loss_fwd(
     logp: Tensor,
-    old_logp: Tensor,
-    advantage: Tensor,
-    mask: Tensor,
-    offsets: Tensor | None,
-    group: Tensor | None,
-    ref_logp: Tensor | None,
-    entropy: Tensor | None,
-    kl: Tensor | None,
-    token_weight: Tensor | None,
-    denominator: Tensor | None,
+    tokens: TokenInputs,
     str_options: list[str],
     float_options: list[float],
     max_length: int | None,
     with_gradient: bool,
     workspace: int,
 ) -> tuple[Tensor, ...]:
+    old_logp, advantage, mask, offsets, group, ref_logp, entropy, kl, token_weight, denominator = tokens
     options = PolicyOptions.of(str_options, float_options, max_length)
     variant, device, columns, packed = variant_of(options), logp.device, logp.shape[-1], offsets is not None
     sequences = logp.shape[0] if offsets is None else offsets.shape[0] - 1
@@ -352,8 +344,8 @@ def policy_loss_fwd(
     finished = allocate(1 + sequences, dtype=torch.int32, device=device)
     group = None if group is None else group.contiguous()
     launch = call_of(
-        "policy_loss_fwd", device, logp, old_logp, advantage, mask, offsets, group, ref_logp, entropy, kl, token_weight,
-        denominator, *str_options, max_length, with_gradient,
+        "policy_loss_fwd", device, logp, old_logp, advantage, mask, offsets, group, *tokens[5:], *str_options,
+        max_length, with_gradient,
     ).launch  # fmt: skip
     with on_device_of(logp):
         if by_sequence:

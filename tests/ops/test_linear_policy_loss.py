@@ -1,5 +1,7 @@
 """`linear_policy_loss` of every backend: every option against float64, and against the composition of the two ops."""
 
+from typing import Any
+
 import cases
 import linear_policy_cases
 import pytest
@@ -9,6 +11,7 @@ from linear_policy_cases import BASE_HEADS, DIFFERENTIABLE, HEADS, call, check_a
 
 import dlogp_kernels
 from dlogp_kernels import backends
+from dlogp_kernels.inputs import flat_transform
 from dlogp_kernels.reference import policy as reference_policy
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -252,26 +255,27 @@ def test_without_gradients_none_is_formed():
 def _arguments(dtype: torch.dtype, present: bool, wanted: bool = True) -> list:
     """Every argument of linear_policy_loss_fwd in order, on the device under test; optional ones given or None."""
     inputs = {n: x.to(cases.DEVICE) for n, x in make_inputs(2, 4, v=31, d=5, dtype=dtype, base=present).items()}
-    names = ("hidden", "weight", "target", "bias", "base_hidden", "base_weight", "base_bias")
-    given = [inputs.get(name) for name in names]
-    given[2] = given[2].reshape(-1, 1)
+    heads: list[Any] = []
+    for prefix, options in (("", (4.0, 1.3)), ("base_", (3.0, 0.6))):
+        heads += [inputs.get(f"{prefix}{name}") for name in ("hidden", "weight", "bias")]
+        heads.append(flat_transform(0.7, *options) if present else flat_transform(1.0, None, 1.0))
     if not present:
-        given[3] = None
+        heads[2] = None
     kind = FP64 if dtype == FP64 else FP32
     rows = [torch.rand(8, dtype=kind, device=cases.DEVICE) - 0.5 for _ in range(6 if present else 3)]
     rows += [None] * (6 - len(rows))
     if present:
         rows[4] = None  # the base model takes its place
     options = reference_policy.PolicyOptions(reweight="ppl" if present else "none", **(EXTRAS if present else {}))
-    heads = [0.7, 4.0, 3.0, 1.3, 0.6] if present else [1.0, None, None, 1.0, 1.0]
-    return [*given, *rows, *options.arguments()[:2], *heads, -100, [wanted, wanted, wanted and present]]
+    target = inputs["target"].reshape(-1, 1)
+    return [*heads, target, -100, *rows, *options.arguments()[:2], [wanted, wanted, wanted and present]]
 
 
 @pytest.mark.parametrize("present", [True, False], ids=["every optional argument", "no optional argument"])
 @pytest.mark.parametrize("dtype", fewer([BF16, FP32, FP64], [BF16]), ids=str)
 def test_opcheck_forward(dtype, present):
     arguments = _arguments(dtype, present)
-    arguments = [x.requires_grad_() if i in (0, 1, 3) and x is not None else x for i, x in enumerate(arguments)]
+    arguments = [x.requires_grad_() if i in (0, 1, 2) and x is not None else x for i, x in enumerate(arguments)]
     torch.library.opcheck(torch.ops.dlogp.linear_policy_loss_fwd.default, arguments)
     if not backends.interpreting():
         nothing = _arguments(dtype, present, wanted=False)

@@ -26,6 +26,7 @@ from torch import Tensor
 
 import dlogp_kernels
 from dlogp_kernels import Sample, backends
+from dlogp_kernels.inputs import flat_transform
 from dlogp_kernels.reference import statistics as reference
 from dlogp_kernels.reference.sampling import CRITERIA
 
@@ -446,14 +447,15 @@ def test_no_rows(leading, options):
 def _op_arguments(dtype: torch.dtype, present: bool, top_p: float) -> list[Any]:
     """Every argument of the op in order; optional ones given, or None."""
     inputs = cases.on_device(pair_inputs(6, v=31, d=5, dtype=dtype))
-    tensors = [inputs[name] for name in ("hidden", "weight", "base_hidden", "base_weight")]
-    biases = [inputs[name] if present else None for name in ("bias", "base_bias")]
-    heads = [5.0, 4.0, 1.3, 0.7] if present else [None, None, 1.0, 1.0]
+    heads: list[Any] = []
+    for prefix, options in (("", (5.0, 1.3)), ("base_", (4.0, 0.7))):
+        heads += [inputs[f"{prefix}hidden"], inputs[f"{prefix}weight"], inputs[f"{prefix}bias"] if present else None]
+        heads.append(flat_transform(1.0, *(options if present else (None, 1.0))))
     row_id = torch.arange(6, device=cases.DEVICE) + 3 if present else None
     counters = [torch.tensor([x], device=cases.DEVICE) if present else None for x in (5, 2)]
     criterion, threshold = ("delta_logp", -0.1) if present else ("all", None)
     return [
-        *tensors, *biases, *heads, row_id, 5, 2, *counters, 0.3, criterion, threshold, "rl", 0.7, 0, top_p, 0.0
+        *heads, row_id, 5, 2, *counters, 0.3, criterion, threshold, "rl", 0.7, 0, top_p, 0.0
     ]  # fmt: skip
 
 

@@ -127,8 +127,9 @@ class HeadGradients:
         grad = transform_gradient(grad_z, raw, *self.head.transform)
         grad_hidden, grad_weight, grad_bias = self.grads
         if grad_hidden is not None:
-            grad_hidden.view(-1, grad_hidden.shape[-1])[rows] += grad @ self.head.weight[tile].to(self.dtype)
+            of_rows = grad_hidden.view(-1, grad_hidden.shape[-1])
+            of_rows.index_add_(0, rows, grad @ self.head.weight[tile].to(self.dtype))
         if grad_weight is not None:
-            grad_weight[tile] += grad.t() @ rows_of(self.head.hidden, rows).to(self.dtype)
+            grad_weight[tile].add_(grad.t() @ rows_of(self.head.hidden, rows).to(self.dtype))
         if grad_bias is not None:
-            grad_bias[tile] += grad.sum(0)
+            grad_bias[tile].add_(grad.sum(0))

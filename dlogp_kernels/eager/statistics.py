@@ -211,8 +211,7 @@ def _backward_of_heads(
         totals = [None if by_hidden is None else by_hidden.to(dtype) for by_hidden, *_ in found]
         _walk_tiles(found, totals, of_rows, heads, targets, blocks, dtype)
         for total, (by_hidden, *_) in zip(totals, found, strict=True):
-            if total is not None and by_hidden is not None:
-                by_hidden.copy_(total)
+            _put(by_hidden, total)
     else:
         if any(any(mask[1:]) for mask in masks):
             _walk_tiles(found, [None for _ in heads], of_rows, heads, targets, blocks, dtype)
@@ -238,15 +237,20 @@ def _walk_tiles(
     for tile in tiles(heads[0].weight.shape[0], blocks.tile):
         parts = []
         for head, total, (_, *grads) in zip(heads, totals, found, strict=True):
-            part = tile_of(head, tile, dtype)
-            sums = zero_gradients(part, [False, *(grad is not None for grad in grads)])
-            parts.append(HeadGradients(part, [total, *sums[1:]], dtype))
+            # In the gradient itself where it has the dtype of the sums; it is zero so far.
+            sums = (None if grad is None else grad[tile].to(dtype) for grad in grads)
+            parts.append(HeadGradients(tile_of(head, tile, dtype), [total, *sums], dtype))
         for rows in kept_blocks(targets, blocks.rows):
             _accumulate(parts, of_rows(rows), rows, tile)
         for complete, (_, *grads) in zip(parts, found, strict=True):
             for grad, of_tile in zip(grads, complete.grads[1:], strict=True):
-                if grad is not None and of_tile is not None:
-                    grad[tile] = of_tile
+                _put(None if grad is None else grad[tile], of_tile)
+
+
+def _put(gradient: Tensor | None, sums: Tensor | None) -> None:
+    """Sums, if there are any, where they are not yet: they may have been formed in the gradient itself."""
+    if gradient is not None and sums is not None and sums.data_ptr() != gradient.data_ptr():
+        gradient.copy_(sums)
 
 
 def _walk_rows(

@@ -35,7 +35,10 @@ class _Form(nn.Module):
         self.options = held.arguments
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
-        by_place = dict(zip(self._inputs[: len(inputs)], inputs, strict=True))
+        if len(inputs) > len(self._inputs):
+            expected = f"at most {len(self._inputs)}: {', '.join(self._inputs)}"
+            raise TypeError(f"{type(self).__name__} is given {len(inputs)} inputs by place, expected {expected}")
+        by_place = dict(zip(self._inputs, inputs, strict=False))
         return self._function(**by_place, **named, **self.options)
 
     def extra_repr(self) -> str:

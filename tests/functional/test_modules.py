@@ -48,6 +48,14 @@ def test_unknown_options_are_refused(op):
         MODULES[op](temprature=1.0)
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_more_inputs_than_there_are_are_refused(op):
+    with pytest.raises(
+        TypeError, match=rf"^{MODULES[op].__name__} is given 99 inputs by place, expected at most \d+: \w+"
+    ):
+        MODULES[op]()(*[torch.zeros(1)] * 99)
+
+
 def test_gradients_flow_to_a_linear_layer():
     head = nn.Linear(6, 11)
     stats = dlogp_kernels.LinearLogp()(torch.randn(4, 6), head.weight, torch.randint(11, (4,)), head.bias)

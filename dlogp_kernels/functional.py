@@ -40,7 +40,7 @@ def linear_logp(
         logit_scale: > 0; logits are multiplied by it, before the softcap (Cohere, Granite).
         ignore_index: where the target is this, outputs are 0, without gradient, and a row whose targets are all
             ignored is not read and costs nothing.
-        top: also give the most likely token, the first of several, and its log p.
+        top: also give the most likely token, the first of several, and its log p; of up to 2²⁴ tokens.
 
     Returns:
         LogpStats: `logp` (the shape of `target`), `entropy` and `lse` = log Σ exp z (…), in nats, float32 (float64 if

@@ -30,7 +30,10 @@ class _Form(nn.Module):
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
-        held = self.__signature__.bind(**options)
+        try:
+            held = self.__signature__.bind(**options)
+        except TypeError as error:
+            raise TypeError(f"{type(self).__name__}: {error}") from None
         held.apply_defaults()
         self.options = held.arguments
 

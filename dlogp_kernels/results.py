@@ -101,7 +101,8 @@ def stats_of(kind: type[_Stats], outputs: Sequence[Tensor], rows: Tensor, target
     *stats, extra = outputs
     if top:
         on_demand = zip(kind._field_defaults, extra[len(kind._field_defaults) :], strict=True)
-        stats += [x.to(torch.int64) if name.endswith("token") else x for name, x in on_demand]
+        # Copies: `extra` is saved for backward, and what is returned may be written to.
+        stats += [x.to(torch.int64) if name.endswith("token") else x.clone() for name, x in on_demand]
     return kind(*shaped(stats, rows, target))
 
 

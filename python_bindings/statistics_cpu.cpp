@@ -57,7 +57,7 @@ struct UpstreamArguments {
 // Which gradients of a head are wanted: of hidden, weight and bias.
 using HeadMask = std::array<bool, 3>;
 
-// Outputs of forward, zero, of tokens −1, where a row is ignored; empty what is not asked for.
+// Outputs of forward, zero, of tokens −1, where a row is ignored; `extra` has no rows for what is not asked for.
 template <int Models>
 class Stats {
  public:

@@ -49,15 +49,16 @@ class BackwardBlock {
   BackwardBlock(const Head* heads, const Tiling& tiling) : heads_(heads), tiling_(tiling) {}
 
   // The rows of the tiles that follow, in blocks of `row_block` that a thread takes at a time: `hidden` of each model
-  // has a whole number of them, zero from rows.count on. rows.rows are places in what `upstream` holds.
-  void set_rows(const RowBlock& rows, int64_t row_block, const PackedRows<T>* hidden, bool with_weight) {
+  // has a whole number of them, zero from rows.count on. rows.rows are places in what `upstream` holds. `with_weight`:
+  // whether the gradient of each model's weight is wanted.
+  void set_rows(const RowBlock& rows, int64_t row_block, const PackedRows<T>* hidden, const bool* with_weight) {
     rows_ = rows;
     row_block_ = row_block;
     inner_ = round_up(rows.count, row_block);
     for (int model = 0; model < Models; ++model) {
       Storage& own = storage_[model];
       own.hidden = hidden[model];
-      if (!with_weight) continue;
+      if (!with_weight[model]) continue;
       own.packed_hidden.resize(Packed<T>::size(inner_, own.hidden.stride));
       pack_rows<T>(0, inner_, own.hidden.data, own.hidden.stride,
                    {own.packed_hidden.data(), inner_, own.hidden.stride});

@@ -100,10 +100,13 @@ class LinearBackward {
 
   void gather(const RowBlock& rows) {
     PackedRows<T> hidden[Models];
-    for (int model = 0; model < Models; ++model)
-      hidden[model] =
-          pack_hidden(heads_[model].hidden, rows.rows, rows.count, padded(rows.count), storage_[model].hidden_rows);
-    block_.set_rows(rows, row_block_, hidden, with_weight_);
+    bool with_weight[Models];
+    for (int model = 0; model < Models; ++model) {
+      HeadStorage& own = storage_[model];
+      hidden[model] = pack_hidden(heads_[model].hidden, rows.rows, rows.count, padded(rows.count), own.hidden_rows);
+      with_weight[model] = with_weight_ && own.out.weight;
+    }
+    block_.set_rows(rows, row_block_, hidden, with_weight);
   }
 
   // Tile `index` of the vocabulary, whose accumulators are at `place`, and the rows from `first` on.

@@ -142,7 +142,8 @@ class LinearPolicy {
     RowBlock placed = rows;
     placed.rows = places_.data();
     const int64_t stride = forward_.hidden[0].stride, width = heads_[0].width();
-    backward_.set_rows(placed, backward_row_block(rows.count), forward_.hidden, gradients_.weight != nullptr);
+    const bool with_weight[] = {gradients_.weight != nullptr, false};
+    backward_.set_rows(placed, backward_row_block(rows.count), forward_.hidden, with_weight);
     if (gradients_.hidden != nullptr) grad_hidden_.assign(inner_of(rows) * stride, Acc(0));
     const Upstream<Acc> upstream = block_.upstream(rows.ignore_index);
     for (int64_t index = 0; index < tiling_.tiles(); ++index) {

@@ -3,17 +3,20 @@
 from ..installation import how_to_install
 
 try:
-    from .custom import ExtrapolationOutput, custom_generate
-    from .extrapolation_processor import ExtrapolationLogitsProcessor
-    from .generation import Generation, generate
-    from .heads import LmHead, LmHeadInputs, lm_head
-    from .loading import check_same_tokenizer, context_length, load_model, load_tokenizer
-    from .metrics import lm_head_inputs, token_logp, token_metrics
-    from .store import HiddenStore, store_base_hidden
+    import safetensors  # noqa: F401
+    import transformers  # noqa: F401
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         f"dlogp_kernels.hf needs {error.name}: {how_to_install('hf')}", name=error.name
     ) from error
+
+from .custom import ExtrapolationOutput, custom_generate
+from .extrapolation_processor import ExtrapolationLogitsProcessor
+from .generation import Generation, generate
+from .heads import LmHead, LmHeadInputs, lm_head
+from .loading import check_same_tokenizer, context_length, load_model, load_tokenizer
+from .metrics import lm_head_inputs, token_logp, token_metrics
+from .store import HiddenStore, store_base_hidden
 
 __all__ = [
     "ExtrapolationLogitsProcessor",

@@ -47,7 +47,7 @@ class CachedRows:
         index = torch.tensor(rows, device=self.logits.device)
         cache = copy.copy(self.cache)
         cache.layers = [copy.copy(layer) for layer in self.cache.layers]
-        _replace_tensors(cache, lambda x: x.index_select(0, index))
+        _replace_tensors(cache, lambda x: x.index_select(0, index.to(x.device)))  # layers may be on several
         return CachedRows(cache, self.width, self.logits.index_select(0, index))
 
     def resize(self, width: int) -> None:

@@ -189,7 +189,7 @@ class _Run:
         missing = self.chunks[num_kept:]
         load = partial(self.fingerprints.load, dtype=decoding.dtype, device=self.drawing.device)
         models = list(map(load, places)) if missing or damaged else []
-        draw = _explained_generation()(partial(self.drawing, models))
+        draw = partial(self.drawing, models)
         if damaged:
             warnings.warn(f"{file.path} is damaged: what is lost is drawn again", stacklevel=2)
         for index in (index for index in damaged if index < num_kept):
@@ -247,7 +247,7 @@ class Drawing:
         input_ids, attention_mask = _pad_left([problem.prompt_ids for problem in chunk.problems], self.device)
         # The numbers of a chunk's problems follow each other.
         first = chunk.problems[0].number * samples
-        with layers_told(models, progress.on_layer) as enough:
+        with _explained_generation(), layers_told(models, progress.on_layer) as enough:
 
             def on_step(*counts: int) -> None:
                 enough()

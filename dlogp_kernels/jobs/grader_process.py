@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,8 @@ from typing import Any, NamedTuple
 _WORKER = Path(__file__).with_name("grader_worker.py")
 #: For imports, which may be large.
 _SECONDS_TO_START = 120.0
+#: A limit of 0 would mean not to wait at all.
+_LEAST_SECONDS = 1e-3
 
 
 class Grade(NamedTuple):
@@ -84,9 +87,11 @@ class GraderProcess:
             line = json.dumps(request).encode() + b"\n"
         except (TypeError, ValueError, RecursionError) as error:
             raise GraderFailure(f"the grader can not be given this: {type(error).__name__}: {error}") from error
+        end = time.monotonic() + seconds
         try:
             self._socket.settimeout(seconds)
             self._socket.sendall(line)
+            self._socket.settimeout(max(end - time.monotonic(), _LEAST_SECONDS))
             with self._socket.makefile("rb") as replies:
                 reply = replies.readline()
             if not reply.endswith(b"\n"):

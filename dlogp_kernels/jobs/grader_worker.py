@@ -32,6 +32,7 @@ def main() -> None:
     """Load the grader that the first request names, then grade what the others hold."""
     connection = socket.socket(fileno=int(sys.argv[1]))
     connection.set_inheritable(False)
+    connection.setblocking(True)  # whatever the other process has for new sockets
     received: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(connection.makefile("rb"), received), daemon=True).start()
     process = os.getpid()
@@ -54,9 +55,11 @@ def main() -> None:
 
 
 def _receive(requests: BinaryIO, received: "queue.SimpleQueue[bytes]") -> None:
-    for request in requests:
-        received.put(request)
-    os._exit(0)
+    try:
+        for request in requests:
+            received.put(request)
+    finally:  # an end with a reply that was not read is a ConnectionResetError
+        os._exit(0)
 
 
 def load(name: str) -> tuple[_Function, dict[str, Any]]:

@@ -306,7 +306,7 @@ def _on_device(head: LmHead, device: torch.device) -> LmHead:
 
 def _key(sample: Example) -> str:
     """What the base model's hidden states of a sample are kept under."""
-    return f"{sample.line:012d}"
+    return f"line {sample.line:012d}"
 
 
 def _read(store: HiddenStore, sample: Example) -> torch.Tensor:

@@ -119,8 +119,8 @@ def load_extensions() -> None:
         _extension_problems["cpu"] = installation.why_no_kernels()
     except ImportError as error:
         _extension_problems["cpu"] = (
-            f"the compiled extension does not load with torch {torch.__version__}: {error}. To build it anew: "
-            f"{installation.how_to_install()}"
+            f"the compiled extension does not load with torch {torch.__version__} (was it built for another version?): "
+            f"{error}. To build it anew: {installation.how_to_install()}"
         )
     problem = _load_cuda_library()
     if problem is not None:

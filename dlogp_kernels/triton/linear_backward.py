@@ -307,7 +307,9 @@ def linear_delta_logp_bwd(
 ) -> tuple[Tensor, ...]:
     if grads.kl is None and grads.reverse_kl is None:  # each model's gradients are its own affair
         own = linear_logp_bwd(grads.model, head, targets, saved.model, output_mask[:3], workspace)
-        return *own, *linear_logp_bwd(grads.base, base, targets, saved.base, output_mask[3:], workspace)
+        # A copy of its own: an address that is aligned otherwise would be another kernel to compile.
+        base_saved = saved.base._replace(extra=saved.base.extra.clone())
+        return *own, *linear_logp_bwd(grads.base, base, targets, base_saved, output_mask[3:], workspace)
     target, ignore_index = targets.target.contiguous(), targets.ignore_index
     models, grads = [HeadGradients(head, output_mask[:3]), HeadGradients(base, output_mask[3:])], contiguous_pair(grads)
     every = (*grads.model, *grads.base, grads.kl, grads.reverse_kl)

@@ -10,6 +10,8 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from ..hf import lm_head_inputs
 
+_INPUTS = ("input_ids", "attention_mask")
+
 
 def add_logp_head(model: PreTrainedModel, *, temperature: float, float32_head: bool) -> None:
     """Make `model(input_ids, attention_mask, labels=…, fused_lm_head=True)` return what TRL's own fused head does.
@@ -31,7 +33,12 @@ def add_logp_head(model: PreTrainedModel, *, temperature: float, float32_head: b
         if not fused_lm_head:
             return forward_before(*args, **options)
         labels = options.pop("labels")
-        inputs = lm_head_inputs(self, *args, **options)
+        others = [name for name, value in options.items() if value is not None and name not in _INPUTS]
+        if others:
+            raise ValueError(
+                f"the model is called with {', '.join(others)}, expected input_ids, attention_mask and labels alone"
+            )
+        inputs = lm_head_inputs(self, *args, **{name: options[name] for name in _INPUTS if name in options})
         device_type = inputs.hidden.device.type
         with torch.autocast(device_type, enabled=torch.is_autocast_enabled(device_type) and not float32_head):
             shifted = inputs._replace(hidden=inputs.hidden[:, :-1])

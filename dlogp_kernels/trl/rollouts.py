@@ -35,7 +35,7 @@ def draw_responses(trainer: Any, prompt_ids: Sequence[Sequence[int]], samples: i
     if all(len(group) == samples and all(prompt == group[0] for prompt in group) for group in groups):
         once = [group[0] for group in groups]
     pad = functools.partial(pad_sequence, batch_first=True, padding_side="left")
-    prompts = [torch.tensor(prompt, device=trainer.accelerator.device) for prompt in once]
+    prompts = [torch.tensor(prompt, dtype=torch.int64, device=trainer.accelerator.device) for prompt in once]
     with (
         unwrap_model_for_generation(
             trainer.model_wrapped,
@@ -138,7 +138,7 @@ class PromptOrder:
         """The next `count` numbers."""
         places = [divmod(place, self._size) for place in range(self.position, self.position + count)]
         self.position += count
-        orders = {epoch: self._order(epoch) for epoch, _ in places}
+        orders = {epoch: self._order(epoch) for epoch in {epoch for epoch, _ in places}}
         return [int(orders[epoch][offset]) for epoch, offset in places]
 
     def _order(self, epoch: int) -> Tensor:

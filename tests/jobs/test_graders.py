@@ -1,6 +1,9 @@
 """Graders: what counts as the final answer, when two answers are the same, and graders of the user's that misbehave."""
 
 import os
+import signal
+import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,6 +15,7 @@ pytest.importorskip("tqdm")
 pytest.importorskip("psutil")
 
 import psutil
+from paths import ROOT
 
 from dlogp_kernels.jobs.errors import JobError
 from dlogp_kernels.jobs.graders import final_answer, load_grader, same_answer
@@ -185,6 +189,38 @@ def test_the_process_of_a_grader_ends_with_it_and_its_children(own_module):
     del grade
     _, alive = psutil.wait_procs([psutil.Process(pid) for pid in processes if psutil.pid_exists(pid)], timeout=10)
     assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def test_the_process_of_a_grader_ends_with_one_that_was_killed_before_it_read_the_reply(own_module):
+    code = "import os, time\nfrom pathlib import Path\n\ndef grade(response, problem):\n"
+    code += (
+        "    Path('pid').write_text(str(os.getpid()))\n    time.sleep(1)\n    Path('graded').touch()\n    return 1\n"
+    )
+    run = f"from dlogp_kernels.jobs.graders import load_grader; load_grader('{own_module(code)}:grade')('', {{}})"
+    asking = subprocess.Popen([sys.executable, "-c", run], env=os.environ | {"PYTHONPATH": str(ROOT)})
+    wait_for(Path("pid"))
+    asking.send_signal(signal.SIGSTOP)
+    worker = psutil.Process(int(Path("pid").read_text()))
+    wait_for(Path("graded"))
+    time.sleep(0.5)  # until the reply is on its way
+    asking.kill()
+    asking.wait()
+    worker.wait(timeout=10)
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not (path.exists() and (path.name != "pid" or path.read_text())) and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def test_a_limit_for_new_sockets_is_none_for_graders(own_module):
+    module = own_module("def grade(response, problem):\n    return 1\n")
+    socket.setdefaulttimeout(5.0)
+    try:
+        assert load_grader(f"{module}:grade")("", {}) == (1, None)
+    finally:
+        socket.setdefaulttimeout(None)
 
 
 def test_what_math_verify_does_not_finish_is_an_error(own_module):

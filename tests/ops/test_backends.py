@@ -199,6 +199,33 @@ def test_import_is_quiet_and_leaves_torch_alone():
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
 
 
+@pytest.mark.not_interpreted("the same without it")
+def test_an_extension_for_other_schemas_is_an_import_error():
+    found = sorted((ROOT / "dlogp_kernels").glob("_cpu*.so"))
+    if not found:
+        pytest.skip("no compiled extension")
+    code = (
+        "import importlib.util, torch; library = torch.library.Library('dlogp', 'DEF');"
+        "library.define('_cpu_delta_logp_fwd(Tensor x, int workspace) -> Tensor');"
+        f"importlib.util.module_from_spec(importlib.util.spec_from_file_location('_cpu', {str(found[0])!r}))"
+    )
+    run = _python(code)
+    assert run.returncode == 1 and "ImportError" in run.stderr and "_cpu_delta_logp_fwd" in run.stderr
+
+
+@pytest.mark.not_interpreted("the same without it")
+def test_packages_that_are_missing_are_named_with_how_to_install_them():
+    code = (
+        "import sys\nfor name, package in (('safetensors', 'hf'), ('datasets', 'trl')):\n    sys.modules[name] = None\n"
+    )
+    code += "    try:\n        __import__(f'dlogp_kernels.{package}')\n    except ModuleNotFoundError as error:\n"
+    code += "        print(error, error.name)\n    del sys.modules[name]\n"
+    lines = _python(code).stdout.splitlines()
+    for line, package, name in zip(lines, ("hf", "trl"), ("safetensors", "datasets"), strict=True):
+        assert line.startswith(f"dlogp_kernels.{package} needs {name}: ") and f"[{package}]" in line
+        assert line.endswith(f" {name}")
+
+
 def test_allocations_are_poisoned():
     """The fixture of all tests works: Python, and a library's own malloc."""
     for size in (10_000, 10**6):

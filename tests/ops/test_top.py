@@ -283,6 +283,18 @@ def test_there_is_none_where_it_is_not_asked_for(op):
 
 
 @pytest.mark.parametrize("op", OPS)
+def test_it_may_be_written_to_before_backward(op):
+    inputs = on_device(make_inputs(op))
+    leaves = [inputs[name].requires_grad_() for name in floating(inputs)]
+    expected = torch.autograd.grad(getattr(dlogp_kernels, op)(**inputs).logp.sum(), leaves, allow_unused=True)
+    stats = getattr(dlogp_kernels, op)(**inputs, top=True)
+    for name in fields_of(op):
+        getattr(stats, name).zero_()
+    found = torch.autograd.grad(stats.logp.sum(), leaves, allow_unused=True)
+    assert all(x is y or torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("op", OPS)
 def test_it_has_no_gradient(op):
     inputs = make_inputs(op)
     for name in floating(inputs):

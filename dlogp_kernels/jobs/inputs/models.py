@@ -112,9 +112,19 @@ def read_pair(rl: ModelPlace, base: ModelPlace) -> Reading:
         check_same_tokenizer(tokenizer, base_tokenizer, ignore=("eos_token", "pad_token"))
     except ValueError as error:
         raise JobError(f"the tokenizers of {rl} and {base} disagree: {error}") from error
-    models = [_load_trusting(place, "the config", load_without_weights) for place in (rl, base)]
-    contexts = [context for context in map(context_length, models) if context is not None]
-    return Reading(tokenizer, min(map(vocabulary_of, models)), min(contexts, default=None))
+    limits = [_load_trusting(place, "the config", _limits) for place in (rl, base)]
+    contexts = [context for _, context in limits if context is not None]
+    return Reading(tokenizer, min(vocabulary for vocabulary, _ in limits), min(contexts, default=None))
+
+
+def _limits(directory: Path, **options: Any) -> tuple[int, int | None]:
+    """Vocabulary and context of a model."""
+    model = load_without_weights(directory, **options)
+    return vocabulary_of(model), context_length(model)
+
+
+def _lm_head_names(directory: Path, **options: Any) -> tuple[str, ...]:
+    return lm_head_names(load_without_weights(directory, **options))
 
 
 def warn_of_rounding(rl: ModelPlace, base: ModelPlace, dtype: str) -> None:
@@ -126,7 +136,7 @@ def warn_of_rounding(rl: ModelPlace, base: ModelPlace, dtype: str) -> None:
     kept = [_kept_dtype(dtype, tensors) for tensors in pair]
     if not any(is_rounded(stored, to) for tensors, to in zip(pair, kept, strict=True) for stored in tensors.values()):
         return
-    last_layer = lm_head_names(_load_trusting(rl, "the config", load_without_weights))
+    last_layer = _load_trusting(rl, "the config", _lm_head_names)
     updates = update_and_rounding(pair[0], pair[1], (kept[0], kept[1]), last_layer)
     if all(update.rounding <= _TOLD_ROUNDING * update.norm for update in updates):
         return

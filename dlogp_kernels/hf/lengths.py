@@ -74,7 +74,13 @@ def frequencies_of(model: PreTrainedModel, length: int) -> Iterator[None]:
     def with_last(module: nn.Module, args: Any, named: Any) -> tuple[Any, Any]:
         # The last position of all shows the module how long the sequence is.
         call = inspect.signature(module.forward).bind(*args, **named)
-        positions = call.arguments["position_ids"]
+        positions = call.arguments.get("position_ids")
+        if positions is None:
+            raise ValueError(
+                f"{type(model).__name__}: its rotary frequencies follow the length of a sequence, which "
+                f"{type(module).__name__} is not told, expected position_ids: its chunks can not be those of one go; "
+                "give prefill_chunk=None"
+            )
         call.arguments["position_ids"] = torch.cat([positions, torch.full_like(positions[..., :1], length - 1)], -1)
         return call.args, call.kwargs
 

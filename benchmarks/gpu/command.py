@@ -147,7 +147,7 @@ class _Visit:
 
     def _sessions(self, part: str, sessions: list[Session], seconds: float, at_once: int | None = None) -> None:
         def record(job: str, entry: dict[str, Any]) -> None:
-            if "prewarm" in job and entry["status"] != "failed":
+            if "prewarm" in job and entry["status"] not in ("failed", "cut off"):
                 return
             self.document["entries"].append({"part": part, "job": job, **entry, "at": round(self._passed(), 1)})
             self.put()

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from typing import Any, NamedTuple
@@ -32,7 +33,11 @@ _NOT_USABLE = 3
 _LOG_CHARACTERS = 3000
 #: A server that has imported all of this, and never touches the GPU, forks the processes: they start at once.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["benchmarks.gpu.smoke", "benchmarks.gpu.timing"])
+_CONTEXT.set_forkserver_preload(["benchmarks.gpu.preload"])
+#: Names of `multiprocessing` that only these processes need: what waits for a process that can not be ended.
+_children: set[Any] = vars(multiprocessing.process)["_children"]
+_server: Any = vars(forkserver)["_forkserver"]
+_tracker: Any = vars(resource_tracker)["_resource_tracker"]
 
 #: Of the server's children only one thread at a time asks how they have ended.
 _LOCK = threading.Lock()
@@ -124,7 +129,10 @@ def run_sessions(
 def _run(session: Session, deadline: float, record: Callable[[Entry], None], stop: threading.Event) -> None:
     """In a new process after each that is lost, without what it was lost at."""
     for _ in range(_MOST_STARTS):
-        case = step = ""
+        if stop.is_set() or time.monotonic() > deadline:
+            record({"case": "", "status": "cut off", "error": "out of time before it began"})
+            return
+        case = step = failed = ""
         with tempfile.NamedTemporaryFile() as log, _process(session, log.name) as (process, events):
             try:
                 for kind, value in _received(process, events, deadline, session.hang, stop):
@@ -134,13 +142,16 @@ def _run(session: Session, deadline: float, record: Callable[[Entry], None], sto
                         session.done.append(case)
                         case = step = ""
                     else:
+                        failed = case if value["status"] == "failed" else failed
                         record(value)
                 return
             except _LostError as lost:
                 reason, status = lost.args
-                printed = log.read().decode(errors="replace")[-_LOG_CHARACTERS:]
-                entry = {"case": case, "status": status, "error": reason, "log": printed}
-                record(entry | ({"candidate": step} if case and step else {}))
+                # Why the GPU was lost is said already, if the case failed by it.
+                if process.exitcode != _NOT_USABLE or failed != case:
+                    printed = log.read().decode(errors="replace")[-_LOG_CHARACTERS:]
+                    entry = {"case": case, "status": status, "error": reason, "log": printed}
+                    record(entry | ({"candidate": step} if case and step else {}))
         if status != "failed" or not case:
             return
         excluded = session.excluded.setdefault(case, [])
@@ -164,6 +175,8 @@ def _process(session: Session, log: str) -> Iterator[tuple[ForkServerProcess, Co
         process.kill()
         end_group(process.pid)
         process.join(_GRACE_SECONDS)
+        # One that waits for the GPU may outlive its end: the visit's own is not to wait for it.
+        _children.discard(process)
         events.close()
 
 
@@ -184,7 +197,7 @@ def _received(
             yield events.recv()
         except EOFError:
             with _LOCK:
-                process.join()
+                process.join(_GRACE_SECONDS)
             if process.exitcode == 0:
                 return
             raise _LostError(f"its process ended with exit status {process.exitcode}", "failed") from None
@@ -196,6 +209,10 @@ def _serve(session: Session, events: Connection, log: str) -> None:
     os.setsid()
     for stream in (1, 2):
         os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), stream)
+    # The server and the tracker live, and hold what the visit prints to, until nobody has these.
+    os.close(_server._forkserver_alive_fd)
+    os.close(_tracker._fd)
+    _tracker._fd = None
     # A visit that was killed leaves nothing running.
     parent: Any = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

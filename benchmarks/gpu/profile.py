@@ -51,7 +51,7 @@ def read(output: str) -> Iterator[tuple[str, dict[str, str]]]:
     """(number and kernel, its metrics) of ncu's raw page: a line of names, one of units, one a launch."""
     rows = csv.DictReader(line for line in output.splitlines() if line.startswith('"'))
     for number, row in enumerate(itertools.islice(rows, 1, None), 1):
-        found = re.search(r"\w*_kernel", row["Kernel Name"])
+        found = re.search(r"\w*_kernel", row.get("Kernel Name") or "")
         metrics = {name: value for name, value in row.items() if value and "__" in name}
         yield f"{number} {found[0] if found else 'kernel'}", metrics
 

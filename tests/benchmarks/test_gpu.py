@@ -1,13 +1,15 @@
 """`python -m benchmarks gpu` without a GPU: both visits as a whole, tiny, and what goes wrong in them."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
+from multiprocessing.context import ForkServerProcess
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ import torch
 from paths import ROOT
 
 from benchmarks.__main__ import main
-from benchmarks.gpu import checks, command, profile, table
+from benchmarks.gpu import checks, command, processes, profile, table
 from benchmarks.gpu.processes import Session, run_sessions
 from benchmarks.gpu.smoke import FAMILIES
 from benchmarks.peers import PEERS
@@ -80,6 +82,7 @@ def test_a_visit_that_is_ended_prints_what_it_has(tmp_path):
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 0
     assert "NOT WHOLE: KeyboardInterrupt" in printed and "backends: " in printed
+    assert printed == (tmp_path / "cpu_visit1.txt").read_text()
     assert json.loads(path.read_text())["stopped"].startswith("KeyboardInterrupt")
 
 
@@ -125,6 +128,23 @@ def test_a_process_that_does_not_start_is_named():
     entries = _entries("benchmarks.gpu.nothing:cases", f"{_FAULTS}:nothing")
     assert [entry["status"] for entry in entries] == ["failed", "failed"]
     assert any("No module named 'benchmarks.gpu.nothing'" in entry["log"] for entry in entries)
+
+
+def test_a_process_that_can_not_be_ended_is_left_alone(monkeypatch):
+    """As one that waits for a lost GPU: the visit does not wait for it, and nothing that it holds keeps the visit."""
+    left: list[ForkServerProcess] = []
+    monkeypatch.setattr(processes, "_GRACE_SECONDS", 0.1)
+    monkeypatch.setattr(processes, "end_group", lambda leader: None)
+    monkeypatch.setattr(ForkServerProcess, "kill", lambda process: left.append(process))
+    assert [entry["status"] for entry in _entries(f"{_FAULTS}:hangs", hang=2.0)] == ["failed"]
+    hanging = left[0].pid
+    try:
+        assert not multiprocessing.active_children()
+        held = {os.readlink(f"/proc/{hanging}/fd/{fd}") for fd in os.listdir(f"/proc/{hanging}/fd")}
+        kept = (forkserver._forkserver._forkserver_alive_fd, resource_tracker._resource_tracker._fd)
+        assert not held & {os.readlink(f"/proc/self/fd/{fd}") for fd in kept}
+    finally:
+        os.kill(hanging, signal.SIGKILL)
 
 
 def test_ncu_that_is_missing_fails_or_hangs(tmp_path, monkeypatch):

@@ -110,22 +110,24 @@ def warpers(draws: Problem) -> Tensor:
     return torch.multinomial(scores.softmax(-1), 1)[:, 0]
 
 
+def of_ours(draws: Problem, name: str, options: Mapping[str, Any]) -> Candidate:
+    def check() -> dict[str, float]:
+        few = _first_rows(draws)
+        drawn, limit = Sample(*(x[:_CHECKED_ROWS] for x in ours(draws, options))), OURS["output"]
+        if not drawn.token.is_cuda:  # whose tensor cores truncate their sums
+            limit /= float64_logits(few, "").abs().max().clamp_min(1.0).item()
+        return check_draws(drawn, few, {**options, **draws.options}, limit)
+
+    return Candidate(name, lambda: ours(draws, options), check=check, limits=OURS)
+
+
 def candidates(draws: Problem) -> list[Candidate]:
-    def of_ours(name: str, options: Mapping[str, Any]) -> Candidate:
-        def check() -> dict[str, float]:
-            few = _first_rows(draws)
-            drawn, limit = Sample(*(x[:_CHECKED_ROWS] for x in ours(draws, options))), OURS["output"]
-            if not drawn.token.is_cuda:  # whose tensor cores truncate their sums
-                limit /= float64_logits(few, "").abs().max().clamp_min(1.0).item()
-            return check_draws(drawn, few, {**options, **draws.options}, limit)
-
-        return Candidate(name, lambda: ours(draws, options), check=check, limits=OURS)
-
     def other(name: str, draw: Callable[[Problem], Tensor]) -> Candidate:
         excluded = lambda: _excluded(draw(draws), draws)  # noqa: E731
         return Candidate(name, partial(draw, draws), check=excluded, limits={"output": 0.0})
 
-    found = [of_ours("ours", _OPTIONS), of_ours("ours, all replaced", _ALL_REPLACED), other("eager", eager)]
+    found = [of_ours(draws, "ours", _OPTIONS), of_ours(draws, "ours, all replaced", _ALL_REPLACED)]
+    found.append(other("eager", eager))
     if not draws.work.linear:
         return [*found, other("warpers", warpers)]
     # Its logits are rounded to the inputs' dtype, which changes tokens: it is not checked.

@@ -41,13 +41,16 @@ _SHAPES = (Shape("aligned", 128, 4096), Shape("odd", 45, 1187))
 #: By dtype; Triton's interpreter computes bfloat16 wrongly.
 _REAL = {"bfloat16": (*_SHAPES, Shape("large", 1024, 20_011)), "float16": _SHAPES, "float32": _SHAPES}
 _TINY = {"float32": (Shape("tiny", 16, 45),)}
-#: With a bias, two candidates a row, and every third row ignored.
-_HEAD: dict[str, Options] = {"": {}, "options": {"temperature": 0.7, "softcap": 6.0, "logit_scale": 1.3}}
+#: Options with a bias, two candidates a row, and every third row ignored.
+_HEAD: dict[str, Options] = {
+    "": {}, "options": {"temperature": 0.7, "softcap": 6.0, "logit_scale": 1.3}, "half ignored": {"half_ignored": True},
+}  # fmt: skip
 _BASE: Options = {"base_softcap": 9.0, "base_logit_scale": 0.8}
 _POLICIES: dict[str, Options] = {
     "dapo": {},
     "dapo, dual clip, k3": {"dual_clip": 3.0, "kl_beta": 0.3},
-    "grpo": {"loss_type": "grpo"},
+    "dapo, packed": {"packed": True},
+    "grpo, ppl": {"loss_type": "grpo", "reweight": "ppl"},
     "grpo, sequence": {"loss_type": "grpo", "importance": "sequence"},
     "cispo": {"loss_type": "cispo", "clip_high": 5.0},
     "sapo, dominate": {"loss_type": "sapo", "reweight": "dominate"},
@@ -91,6 +94,8 @@ def cases(session: Session) -> list[Case]:
         rows = max(3, n // _ROWS_A_DRAW) if "sample" in op else n * _TOKENS_A_ROW if variant and not session.tiny else n
         work = Workload(op, shape, rows, dtype, backend == "triton", variant)
         for name, options in _OPTIONS.get(op, _HEAD).items():
+            if name == "half ignored" and shape.name != "large":  # where whole blocks of rows are left out
+                continue
             given = partial(_problem, session, backend, work, options)
             found.append(Case(f"{dtype} {shape.name} {name}".strip(), partial(_compared, backend, given)))
             if len(found) == 1 and session.on_gpu:
@@ -104,12 +109,20 @@ def _problem(session: Session, backend: str, work: Workload, options: Options) -
     reason = backends.unavailable(backend, op if "sample" in op else f"{op}_fwd", device)
     if reason is not None:
         raise NotMeasuredError(f"backend {backend}: {reason}")
-    problem = BENCHES[op].build(work, device)
+    problem, options = BENCHES[op].build(work, device), {**options}
     inputs = {name: x.detach() for name, x in problem.inputs.items()}
     if "mask" in inputs:
         inputs["mask"][-1] = False  # a response without tokens
     if options.get("kl_beta"):
         inputs["ref_logp"] = inputs["old_logp"] + 0.1
+    if options.get("reweight") == "ppl":
+        inputs["group"] = torch.arange(len(inputs["mask"]), device=device) // 3
+    if options.pop("packed", False):
+        mask = inputs["mask"]
+        inputs = {name: x[mask] if x.dim() == 2 else x for name, x in inputs.items()}
+        inputs["offsets"] = pad(mask.sum(-1).cumsum(0), (1, 0))
+    if options.pop("half_ignored", False):
+        inputs["target"][::2] = IGNORE_INDEX
     for name in ("base_hidden", "base_weight") if "base_hidden" in inputs else ():
         inputs[name] = pad(inputs[name], (0, 8), value=0.1)  # the base has a hidden size of its own
     if op not in _OPTIONS and options:

@@ -18,7 +18,7 @@ import torch
 from dlogp_kernels import backends
 from dlogp_kernels.demo.memory import peak_over
 
-from .. import bench_policy, timing
+from .. import bench_policy, bench_sampling, timing
 from ..cases import BENCHES, MIB
 from ..floors import Cost, bare_copy, cost
 from ..peers import PEERS, Peer
@@ -33,6 +33,8 @@ try:
 except ImportError:  # without Triton nothing of it is measured
     configs = None
 
+#: Of draws: every row draws twice, by the options of the earlier figures.
+_DRAWS = {"gamma": 0.5, "seed": 7}
 #: How ours is called, its name then, and what its entry says of it.
 Variants = Iterator[tuple[Callable[[], AbstractContextManager[None]], str, Entry]]
 
@@ -46,6 +48,8 @@ class Sizes(NamedTuple):
     batches: tuple[int, ...]
     #: Of given log-probabilities.
     tokens: int
+    #: Bytes of the copy that is a ceiling.
+    copy: int
     #: Block rows, tokens, dims, warps, stages, group: of one model, of a pair, of draws from hidden states.
     single: tuple[tuple[int, ...], ...]
     pair: tuple[tuple[int, ...], ...]
@@ -59,7 +63,7 @@ class Sizes(NamedTuple):
 
 
 REAL = Sizes(
-    n=8192, logits_n=2048, batches=(1, 64, 512), tokens=256 * 4096,
+    n=8192, logits_n=2048, batches=(1, 64, 512), tokens=256 * 4096, copy=2**30,
     heads=(Shape("D 4096", 4096, 151_936), Shape("D 896", 896, 151_936), Shape("D 2048", 2048, 128_256)),
     single=(*((128, 256, 64, 8, 3, group) for group in (8, 16, 32)), (256, 128, 64, 8, 3), (128, 128, 64, 8, 4)),
     pair=(*((128, 128, 64, 8, 4, group) for group in (8, 16, 32)), (128, 128, 64, 8, 5), (128, 128, 128, 8, 3)),
@@ -67,9 +71,9 @@ REAL = Sizes(
     gemm=((1024, 4096), (2048, 4096), (4096, 4096), (8192, 1024)),
     policy_rows=((384, 1920), (512, 2048), (1024, 4096)),
 )  # fmt: skip
-PREWARM = REAL._replace(n=512, logits_n=64)
+PREWARM = REAL._replace(n=512, logits_n=64, copy=2**20)
 TINY = Sizes(
-    n=8, logits_n=4, batches=(2,), tokens=32,
+    n=8, logits_n=4, batches=(2,), tokens=32, copy=2**16,
     heads=(Shape("D 16", 16, 40),),
     single=((32, 64, 32, 1, 1), (16, 128, 16, 1, 1)), pair=((32, 64, 32, 1, 1),), draws=((32, 64, 32, 1, 1),),
     gemm=((16, 64), (16, 32)), policy_rows=((16, 16),), dtype="float32", budget=Budget(seconds=0.0, least=1, most=1),
@@ -91,6 +95,7 @@ def cases(session: Session, configurations: bool = True) -> list[Case]:
 
     # The host's time first: a process that has profiled its kernels launches more slowly.
     found = [Case("host time", partial(_host, session, sizes))]
+    found += [] if session.prewarm else [Case("ceilings", partial(_ceilings, session, sizes))]
     found += [linear("linear_logp", first), linear("linear_delta_logp", first), linear("linear_logp", first, True)]
     found += [case("linear_policy_loss", "linear_policy_loss", first, sizes.n, training=True)]
     op = "extrapolated_sample"
@@ -206,11 +211,30 @@ def _timed(session: Session, sizes: Sizes, work: Workload, peer: Peer | None = N
     if peer is not None:
         found = [by_name["ours"], floor[0], _of_peer(session, problem, peer)]
     else:
-        # What draws has the most to do where every row draws twice.
-        ours = by_name.get("ours, all replaced", by_name["ours"])
+        draws = "sample" in work.op
+        ours = bench_sampling.of_ours(problem, "ours", _DRAWS) if draws else by_name["ours"]
+        for backend in ("triton", "cuda") if draws and not work.linear else ():
+            reason = backends.unavailable(backend, work.op, session.device)
+            if reason is not None:
+                yield {"candidate": backend, "status": "skipped", "error": reason}
         found = [*floor, *(ours.within(*variant) for variant in _variants(session, sizes, work))]
         found += [by_name["TRL"]] if "TRL" in by_name else []
     yield from measured(session, found, needs)
+
+
+def _ceilings(session: Session, sizes: Sizes) -> Iterator[Entry]:
+    """cuBLAS with output of the inputs' dtype and with float32 output, and a copy."""
+    work = Workload("linear_logp", sizes.heads[0], sizes.n, sizes.dtype)
+    inputs = BENCHES[work.op].build(work, session.device).inputs
+    hidden, weight, found = inputs["hidden"], inputs["weight"].t(), []
+    for name, dtype in (("bf16", hidden.dtype), ("float32", torch.float32)):
+        out = torch.empty(work.n, work.shape.v, dtype=dtype, device=session.device)
+        wider, product = torch.ops.aten.mm.dtype_out, partial(torch.mm, hidden, weight, out=out)
+        call = product if dtype == hidden.dtype else partial(wider, hidden, weight, dtype, out=out)
+        found.append(Candidate(f"cuBLAS {name} out", call))
+    yield from measured(session, found, cost(work))
+    size = 2.0 * sizes.copy
+    yield from measured(session, [bare_copy(session.device, size)], Cost("gb_per_s", size))
 
 
 def _of_peer(session: Session, problem: Problem, peer: Peer) -> Candidate:
@@ -256,13 +280,19 @@ def _host(session: Session, sizes: Sizes) -> Iterator[Entry]:
     variants = {"linear_logp": "", "linear_delta_logp": "", "extrapolated_sample": "top-p 0.7", "policy_loss": "DAPO"}
     for op, variant in variants.items():
         training = op == "policy_loss"
-        work = Workload(op, shape, 32 if training else 1, sizes.dtype, training, variant)
-        ours = BENCHES[op].candidates(BENCHES[op].build(work, session.device))[0]
-        for name, call in [(op, ours.forward), (f"{op} with backward", ours.step)][: 1 + training]:
-            session.watch(name)
-            call()
-            seconds = timing.quantiles(timeit.repeat(call, wait, number=number, repeat=7)).median
-            yield {"candidate": name, "host_us": 1e6 * seconds / number}
+        work = Workload(op, shape, 32 if training else 1, "float32" if training else sizes.dtype, training, variant)
+        session.watch(op)
+        try:
+            problem = BENCHES[op].build(work, session.device)
+            draws = "sample" in op
+            ours = bench_sampling.of_ours(problem, op, {"seed": 1}) if draws else BENCHES[op].candidates(problem)[0]
+            for name, call in [(op, ours.forward), (f"{op} with backward", ours.step)][: 1 + training]:
+                session.watch(name)
+                call()
+                seconds = timing.quantiles(timeit.repeat(call, wait, number=number, repeat=7)).median
+                yield {"candidate": name, "host_us": 1e6 * seconds / number}
+        except Exception as error:
+            yield {**failure(error), "candidate": op}
 
 
 @contextmanager

@@ -18,8 +18,8 @@ from .timing import BASELINE, OURS, Candidate
 OPS = ("linear_logp", "linear_delta_logp", "logp", "delta_logp")
 #: A variant: every second target, at random, is to be ignored, beside all of them.
 HALF_IGNORED = "half ignored"
-#: Rows of a block of logits that are given, and of logits that are products.
-_LOGITS_ROWS, _LINEAR_ROWS = 8, 64
+#: Rows of a block, of logits that are given and of logits that are multiplied first.
+_LOGITS_ROWS, _LINEAR_ROWS = 8, 128
 #: Of products on tensor cores: their sums are truncated.
 _ON_TENSOR_CORES = OURS | {"output": 1e-3}
 
@@ -93,15 +93,25 @@ EAGER: Mapping[str, Callable[..., NamedTuple]] = {
 
 
 def chunked(op: str, **inputs: Any) -> NamedTuple:
-    """The same in blocks of rows; in training a block is recomputed."""
+    """The same in blocks of rows: of a product, then its softmax in smaller ones; in training a block is recomputed."""
     rows = {name: x for name, x in inputs.items() if name == "target" or name.endswith(("hidden", "logits"))}
     rest = {name: x for name, x in inputs.items() if name not in rows}
     block: Callable[..., NamedTuple] = partial(EAGER[op], **rest)
     if torch.is_grad_enabled():
         block = partial(checkpoint, block, use_reentrant=False)
+    elif op.startswith("linear"):
+        block = partial(_chunked_after_product, op.removeprefix("linear_"), rest)
     parts = zip(*(x.split(_LINEAR_ROWS if "hidden" in inputs else _LOGITS_ROWS) for x in rows.values()), strict=True)
     stats: list[Any] = [block(**dict(zip(rows, part, strict=True))) for part in parts]
     return type(stats[0])(*map(torch.cat, zip(*stats, strict=True)))
+
+
+def _chunked_after_product(op: str, rest: Mapping[str, Any], target: Tensor, **hidden: Tensor) -> NamedTuple:
+    softcaps = {name: value for name, value in rest.items() if "softcap" in name}
+    logits = {
+        name.replace("hidden", "logits"): x @ rest[name.replace("hidden", "weight")].t() for name, x in hidden.items()
+    }
+    return chunked(op, **logits, target=target, **softcaps)
 
 
 def functions(op: str) -> dict[str, Callable[..., NamedTuple]]:

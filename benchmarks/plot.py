@@ -7,7 +7,7 @@ import matplotlib as mpl
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from .shapes import MAIN, SWEEP_N
 
@@ -56,11 +56,16 @@ def _lines(axes: Axes, values: pd.DataFrame, title: str, form: Any) -> None:
         if name in values:
             line = values[name].dropna()
             axes.plot(line.index, line, "o-", color=color, lw=width, ms=4, label=name)
-    axes.set(title=title, xlabel="N, tokens", xticks=[*values.index])
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log", base=2)
-    axes.xaxis.set_major_formatter("{x:.0f}")
-    axes.yaxis.set_major_formatter(FuncFormatter(form))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set(title=title, xlabel="N, tokens", xscale="log", yscale="log")
+    low, high = axes.get_ylim()
+    # Half steps where the lines are near one another.
+    step = 0.5 if high / low < 10 else 1 if high / low < 100 else 2
+    powers = [2 ** (step * k) for k in range(int(-4 / step), int(18 / step))]
+    within = [round(x, 1 if step < 1 else 4) for x in powers if low <= x <= high]
+    ticks = ((axes.xaxis, [*values.index], "{x:.0f}"), (axes.yaxis, within, FuncFormatter(form)))
+    for axis, places, formatter in ticks:
+        axis.set_major_locator(FixedLocator(places))
+        axis.set_major_formatter(formatter)
+        axis.set_minor_locator(NullLocator())
     axes.grid(axis="y", color="#e4e4e4", lw=0.7)
     axes.legend(frameon=False)

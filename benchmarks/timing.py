@@ -183,9 +183,15 @@ def measure(candidates: Sequence[Candidate], budget: Budget, clock: Clock) -> Ti
 
 
 def absolute_error(value: Tensor, truth: Tensor, scaled: bool = False) -> float:
-    """Largest |value − truth|, `scaled` over max(1, |truth|); NaN where one is NaN and the other is not."""
-    error = (value.double() - truth).abs()
-    return (error / truth.abs().clamp_min(1.0) if scaled else error).max().item()
+    """Largest |value − truth|, `scaled` over max(1, |truth|); NaN where one is NaN and the other is not.
+
+    Infinities are equal if their signs are; of another shape all is wrong.
+    """
+    if value.shape != truth.shape:
+        return math.inf
+    value = value.double()
+    error = (value - truth).abs() / (truth.abs().clamp_min(1.0) if scaled else 1.0)
+    return error.masked_fill((value == truth) | (value.isnan() & truth.isnan()), 0.0).max().item()
 
 
 def relative_error(value: Tensor, truth: Tensor) -> float:

@@ -33,6 +33,7 @@ from benchmarks.timing import (
     Sample,
     Timings,
     WrongResultError,
+    absolute_error,
     measure,
     quantiles,
     verify,
@@ -60,6 +61,14 @@ def test_a_ratio_of_known_costs():
     assert timings.quantiles("slow", "forward").median == pytest.approx(0.3)
     ratios = {"forward": 3, "backward": 0.5, "both": 1.75}
     assert all(timings.ratio("slow", "fast", phase).median == pytest.approx(x) for phase, x in ratios.items())
+
+
+def test_the_error_of_what_is_not_finite_or_of_another_shape():
+    truth = torch.tensor([0.0, torch.inf, torch.nan], dtype=torch.float64)
+    assert absolute_error(truth.float(), truth) == absolute_error(truth.float(), truth, scaled=True) == 0
+    assert absolute_error(truth[:2].float(), truth) == torch.inf
+    for wrong in ([0.0, -torch.inf, torch.nan], [0.0, torch.inf, 1.0], [torch.nan, torch.inf, torch.nan]):
+        assert not absolute_error(torch.tensor(wrong), truth) < 1e30
 
 
 def test_a_clock_waits_for_the_call():
@@ -178,7 +187,10 @@ def test_every_candidate_is_right(work):
             outputs = {"logp", "entropy"} if work.op in bench_statistics.OPS else set()
             assert {*outputs, *(f"d_{name}" for name in problem.leaves)} <= errors.keys()
             verify(candidate.name, errors, limits or candidate.limits)
-    for candidate in bench.floor(problem):
+    floor = bench.floor(problem)
+    if work.op == "linear_policy_loss":
+        assert [candidate.name for candidate in floor] == ["matmul", "matmul, real"]
+    for candidate in floor:
         Clock(CPU).sample(candidate)
 
 
@@ -249,8 +261,9 @@ def test_what_a_mode_has(mode):
     assert len(swept) == (0 if mode == "quick" else 5)
 
 
-def test_a_wrong_policy_loss_is_refused():
-    work = Workload("policy_loss", bench_policy.SHAPE, 200, "float32", training=True, variant="DAPO")
+@pytest.mark.parametrize("loss", bench_policy.LOSSES)
+def test_a_wrong_policy_loss_is_refused(loss):
+    work = Workload("policy_loss", bench_policy.SHAPE, 200, "float32", training=True, variant=loss)
     problem = bench_policy.as_others(bench_policy.build(work, CPU))
     wrong = problem.errors(lambda **inputs: bench_policy.Loss(2 * bench_policy.trl_loss(**inputs).loss))
     assert wrong["d_logp"] > 0.5

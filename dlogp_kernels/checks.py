@@ -263,12 +263,12 @@ def check_target(target: Tensor, rows_name: str, rows: Tensor, ignore_index: int
             f"of shape {tuple(rows.shape)}"
         )
     check_same_device("target", target, rows_name, rows)
-    if has_values(target) and not _all_inside(target, vocabulary):
+    if has_values(target) and not all_inside(target, vocabulary):
         check_target_range(target, target != ignore_index, vocabulary, f"or ignore_index ({ignore_index})")
     return target.reshape(-1, target.shape[-1] if target.dim() == rows.dim() else 1).to(torch.int64)
 
 
-def _all_inside(target: Tensor, vocabulary: int) -> bool:
+def all_inside(target: Tensor, vocabulary: int) -> bool:
     """The usual case, told with one operation instead of six: they take as long as a small batch."""
     if target.numel() == 0:
         return True

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..checks import check_target_range
+from ..checks import all_inside, check_target_range
 from ..inputs import Asked, Gradients, Head, Logits, PairGradients, PairSaved, Saved, Targets
 from ..reference import statistics as reference
 from ..reference.statistics import accumulation_dtype, transform_gradient, transform_logits
@@ -187,9 +187,9 @@ def _write(
     *fields, extra = out.flat()
     values = [value for value in stats if value is not None]
     normalizers = [x[:, 0] for model in of_models for x in (model.largest, model.log_sum)]
-    values[len(fields) : len(fields)] = normalizers
-    for field, value in zip((*fields, *extra), values, strict=True):
-        field[rows] = value.to(field.dtype)
+    for field, value in zip(fields, values, strict=False):
+        field[rows] = value
+    extra[:, rows] = torch.stack([x.to(extra.dtype) for x in (*normalizers, *values[len(fields) :])])
 
 
 def _backward_of_heads(
@@ -329,11 +329,11 @@ def check_targets(targets: Targets, vocabulary: int) -> tuple[Targets, Tensor | 
     wait for the device; such a target becomes 0, and its row NaN.
     """
     target, ignore_index = targets
-    counted = target != ignore_index
     if target.device.type == "cpu":
-        check_target_range(target, counted, vocabulary, f"or ignore_index ({ignore_index})")
+        if not all_inside(target, vocabulary):
+            check_target_range(target, target != ignore_index, vocabulary, f"or ignore_index ({ignore_index})")
         return targets, None
-    bad = ((target < 0) | (target >= vocabulary)) & counted
+    bad = ((target < 0) | (target >= vocabulary)) & (target != ignore_index)
     return targets._replace(target=target.masked_fill(bad, 0)), bad.any(-1)
 
 

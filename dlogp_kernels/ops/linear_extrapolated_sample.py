@@ -4,10 +4,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..inputs import Head, rebuilt
+from ..inputs import Head, SampleOptions, rebuilt
 from ..reference.statistics import accumulation_dtype
 from . import library
-from .schemas import STRUCTURES
 
 
 def _fake(*flat: Any) -> tuple[Tensor, ...]:
@@ -15,9 +14,8 @@ def _fake(*flat: Any) -> tuple[Tensor, ...]:
     return library.fake_sample(head.hidden, accumulation_dtype(*head[:3], *base[:3]))
 
 
-def _truncates(*flat: Any) -> bool:
-    head, _, _, options = rebuilt(STRUCTURES["linear_extrapolated_sample"], iter(flat))
-    return options.truncate(head.weight.shape[0])
+def _truncates(hidden: Tensor, weight: Tensor, *rest: Any) -> bool:
+    return SampleOptions._make(rest[-len(SampleOptions._fields) :]).truncate(weight.shape[0])
 
 
 library.register("linear_extrapolated_sample", _fake, in_blocks=_truncates)

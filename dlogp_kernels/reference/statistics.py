@@ -61,10 +61,11 @@ class LogSoftmax(NamedTuple):
 def log_softmax(z: Tensor) -> LogSoftmax:
     """Of z (N, V). The sum leaves out the largest term, a 1 in which those of the others would drown."""
     token = z.argmax(-1, keepdim=True)
-    largest = z.gather(-1, token).detach()
+    of_token = z.gather(-1, token)
+    largest = of_token.detach()
     shift = largest.masked_fill(largest.isinf(), 0.0)  # ∞ − ∞ would be NaN
     others = (z - shift).scatter_(-1, token, -torch.inf).exp_().sum(-1, keepdim=True)
-    of_largest = (z.gather(-1, token) - shift).expm1_()  # 0, with the derivative of the largest term
+    of_largest = (of_token - shift).expm1_()  # 0, with the derivative of the largest term
     log_sum = (others + of_largest).log1p()
     return LogSoftmax((z - largest).sub_(log_sum), token, largest, log_sum)
 

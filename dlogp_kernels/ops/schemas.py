@@ -7,7 +7,7 @@
 
 N tokens lie in the leading dimensions, at least one, of hidden (…, D) and logits (…, V); weight is (V, D). Targets
 are flat, (N, K) int64, and so are outputs, (N, K) or (N,) as results.py says; after them comes `extra`, see
-results.allocated. In a backward op `output_mask` says which gradients to compute, in the order of the floating inputs;
+results.Outputs. In a backward op `output_mask` says which gradients to compute, in the order of the floating inputs;
 the others come back empty. Sampling has no gradient.
 
 The policy loss takes logp and reference.policy.TokenInputs: tokens (B, T), or (N,) with the offsets (B + 1,) int64 of

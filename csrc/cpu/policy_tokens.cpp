@@ -227,7 +227,8 @@ double slope_of_sequence(const PolicyOptions& options, double log_ratio, const P
                                PolicySums& sums) {                                                     \
     policy_body(options, count, tokens, sums);                                                         \
   }
-DLOGP_FOR_EACH_ACCUMULATOR(DLOGP_DEFINE)
+DLOGP_DEFINE(DLOGP_CLONES, float)
+DLOGP_DEFINE(, double)
 #undef DLOGP_DEFINE
 
 }  // namespace dlogp

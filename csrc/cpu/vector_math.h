@@ -15,9 +15,6 @@
 #endif
 #define DLOGP_INLINE inline __attribute__((always_inline))
 
-// Calls define(attribute, Acc) for the types that accumulate: float, compiled for each instruction set, and double.
-#define DLOGP_FOR_EACH_ACCUMULATOR(define) define(DLOGP_CLONES, float) define(, double)
-
 namespace dlogp {
 
 // e^x for x ≤ 80 with a relative error below 2e-7; 0 below −87. NaN stays NaN.

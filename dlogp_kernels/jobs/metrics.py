@@ -158,7 +158,7 @@ class _Run:
     def __post_init__(self) -> None:
         arguments = self.arguments
         self._parts = cut_parts(self.data.lengths, arguments.batch_tokens)
-        self._how = Computation(
+        self._computation = Computation(
             torch.device(arguments.device), arguments.temperature, arguments.memory_limit, self._on_layer
         )
         self._shown = bar(enabled=False)
@@ -170,7 +170,7 @@ class _Run:
             return
         store = self._store_base(missing) if self.arguments.sequential else None
         rl = self._load(self.rl)
-        base = self._load(self.base) if store is None else _on_device(store.head(), self._how.device)
+        base = self._load(self.base) if store is None else _on_device(store.head(), self._computation.device)
         self._write_parts(missing, rl, base, store)
 
     def summary(self) -> dict[str, Any]:
@@ -214,7 +214,7 @@ class _Run:
                     if not self._has(store, samples):
                         computed = True
                         with _explained():
-                            hidden = response_hidden(samples, base, self._how)
+                            hidden = response_hidden(samples, base, self._computation)
                         with self.directory.writing():
                             for sample, states in zip(samples, hidden, strict=True):
                                 store.write(_key(sample), states, input_ids=sample.response_ids.tolist())
@@ -237,7 +237,7 @@ class _Run:
                 for samples in self._batches(self._parts[index]):
                     with _explained():
                         hidden = None if store is None else [_read(store, sample) for sample in samples]
-                        measured = measure(samples, rl, base, self._how, hidden)
+                        measured = measure(samples, rl, base, self._computation, hidden)
                         _check_numbers(samples, measured)
                     rows += map(self._rows, samples, measured)
                     shown.update(_count_tokens(samples))
@@ -258,7 +258,7 @@ class _Run:
         return ResponseRows(sample.sample_id, sample.line, sample.source, sample.response_ids, texts, statistics)
 
     def _load(self, place: ModelPlace) -> Any:
-        return self.fingerprints.load(place, self.arguments.dtype, self._how.device)
+        return self.fingerprints.load(place, self.arguments.dtype, self._computation.device)
 
     def _bar(self, name: str, parts: Sequence[int]) -> tqdm:
         """A bar of tokens, prompts included; its rate and time left are of the parts that are computed now."""

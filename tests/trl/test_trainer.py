@@ -13,7 +13,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
 from dlogp_kernels.hf.tiny import load_local
-from dlogp_kernels.trl import ReweightedGRPOConfig
+from dlogp_kernels.trl import ReweightedGRPOConfig, complete_checkpoints
 from dlogp_kernels.trl.rewards import checked, informative_groups, overlong_penalty
 from dlogp_kernels.trl.rollouts import PromptOrder
 
@@ -418,6 +418,15 @@ def test_what_is_not_supported_says_so(tmp_path):
     with pytest.raises(ValueError, match=r"router_aux_loss_coef is 0\.1, expected 0"):
         trl_runs.trainer(tmp_path, experts)
     trl_runs.trainer(tmp_path, experts, router_aux_loss_coef=0.0, max_steps=1).train()
+
+
+def test_checkpoints_that_were_not_written_to_their_end_do_not_count(tmp_path):
+    trainer = trl_runs.trainer(tmp_path, trl_runs.policy(), max_steps=2, save_strategy="steps", save_steps=1)
+    trainer.train()
+    whole = {step: tmp_path / f"checkpoint-{step}" for step in (1, 2)}
+    assert complete_checkpoints(tmp_path) == whole
+    (whole.pop(2) / "rollouts_0.pt").unlink()  # the file that is written last
+    assert complete_checkpoints(str(tmp_path)) == whole
 
 
 def test_the_trained_model_is_saved_as_it_was_loaded(tmp_path):

@@ -349,6 +349,13 @@ def test_impossible_tokens(exact, gamma):
     assert ((drawn.token >= 20) & (drawn.token < 30)).any()
 
 
+def test_the_least_base_logit_may_be_the_last():
+    """It stands in for −inf in z_B, here of token 3, which then is nearly always the replacement."""
+    logits, base_logits = torch.zeros(2, 4, 1027)
+    logits[:, -1], base_logits[:, -1], base_logits[:, 3] = -60.0, -20.0, -torch.inf
+    assert (sample(logits, base_logits, gamma=1.0).token == 3).all()
+
+
 @pytest.mark.parametrize("options", [{}, {"top_p": 0.8}, {"temperature": 0.6, "top_k": 9}], ids=str)
 def test_a_row_does_not_depend_on_the_batch(options):
     logits, base_logits = random_pair(cases.fewer(33, 4), 1187, FP32)

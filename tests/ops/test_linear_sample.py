@@ -269,6 +269,18 @@ def test_the_smaller_workspace_draws_the_same():
         assert_equal(sample(inputs, **options), expected)
 
 
+@pytest.mark.served_by("reference")
+def test_blocks_of_rows_of_logits():
+    """As many rows as the smallest workspace has room for, which plain PyTorch hands on with what is theirs alone."""
+    rows = 17
+    inputs = pair_inputs(rows, v=3_000, dtype=FP64)
+    options = {"row_id": torch.arange(rows).flip(0), "step": torch.arange(rows) % 3, "gamma": 0.3}
+    expected = sample(inputs, **options)
+    with backends.workspace_limit(2**20):
+        drawn = sample(inputs, **options)
+    assert torch.equal(drawn.token, expected.token) and torch.equal(drawn.draft_token, expected.draft_token)
+
+
 @pytest.mark.not_interpreted("thousands of rows")
 @pytest.mark.served_by("cpu", "triton")
 def test_thousands_of_rows(accuracy):

@@ -118,6 +118,15 @@ def test_long_and_many_sequences(accuracy, importance):
         check_against_truth(accuracy, make_inputs(fewer(1_300, 130), 3), importance=importance, reweight="ppl")
 
 
+@pytest.mark.served_by("reference")
+def test_blocks_of_sequences(accuracy):
+    """As many as the smallest workspace has room for, here two, then the last one alone."""
+    inputs = make_inputs(5, 2_501)
+    with backends.workspace_limit(2**20):
+        for given in (inputs, pack(inputs, [2_501, 2_300, 5, 0, 700])):
+            check_against_truth(accuracy, given, reweight="ppl", **ALL_EXTRAS)
+
+
 @pytest.mark.parametrize("shape", [(600, 3), (2, 2_501)], ids=str)
 def test_means_of_many_and_of_long_sequences(accuracy, shape):
     """Each by its own number of tokens: of more parts than a kernel adds at a time, of several parts a sequence."""

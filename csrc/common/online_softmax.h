@@ -8,6 +8,7 @@
 //   log sum = log1p(rest),   log p = d − log sum,   lse = m + log sum,
 //   entropy = log sum − weighted / sum,   kl = cross / sum − log sum + log base_sum.
 // A rest far below the precision of 1 is kept: where one token has nearly all the mass, its log p is about −rest.
+// Until `settle` m may also be a logit a little below the largest: all of this holds about that one too.
 #pragma once
 
 #include <cmath>
@@ -26,9 +27,10 @@ constexpr Acc kMaskedLogit = -std::numeric_limits<Acc>::infinity();
 template <typename Acc>
 struct SoftmaxState {
   Acc max = kMaskedLogit<Acc>;
-  double rest = -1;  // there is no maximum to leave out yet
+  Acc largest = kMaskedLogit<Acc>;  // that which `settle` makes the maximum
+  double rest = -1;                 // there is no maximum to leave out yet
   double weighted = 0;
-  int64_t top = -1;  // the first token with z = max, where that is asked for
+  int64_t top = -1;  // the first token with z = largest, where that is asked for
 
   DLOGP_HOST_DEVICE bool empty() const { return rest == -1; }
   DLOGP_HOST_DEVICE double sum() const { return 1 + rest; }
@@ -72,6 +74,11 @@ DLOGP_HOST_DEVICE inline double shift_to(const SoftmaxState<Acc>& state, Acc max
   return state.empty() ? 0 : double(state.max) - double(max);
 }
 
+template <typename Acc>
+DLOGP_HOST_DEVICE inline Acc larger(Acc a, Acc b) {
+  return a > b ? a : b;
+}
+
 // Moves the maximum up to `max`, that of a token that is not in the state yet: all that are become the rest.
 template <typename Acc>
 DLOGP_HOST_DEVICE inline void rebase(SoftmaxState<Acc>& state, Acc max) {
@@ -79,6 +86,7 @@ DLOGP_HOST_DEVICE inline void rebase(SoftmaxState<Acc>& state, Acc max) {
   state.weighted = factor * (state.weighted + shift * state.sum());
   state.rest = factor * state.sum();
   state.max = max;
+  state.largest = larger(state.largest, max);
 }
 
 // Moves the sums over both models to other maxima, before the models' own follow.
@@ -91,9 +99,20 @@ DLOGP_HOST_DEVICE inline void move_cross(PairState<Acc>& state, Acc max, Acc bas
   state.base_cross = std::exp(base_shift) * (state.base_cross + (base_shift - shift) * state.base.sum());
 }
 
+// Moves the maximum up to the largest logit, which is in the state already: before states are merged or their maxima
+// are read.
 template <typename Acc>
-DLOGP_HOST_DEVICE inline Acc larger(Acc a, Acc b) {
-  return a > b ? a : b;
+DLOGP_HOST_DEVICE inline void settle(SoftmaxState<Acc>& state) {
+  if (state.max == state.largest) return;
+  rebase(state, state.largest);
+  state.rest -= 1;
+}
+
+template <typename Acc>
+DLOGP_HOST_DEVICE inline void settle(PairState<Acc>& state) {
+  move_cross(state, state.model.largest, state.base.largest);
+  settle(state.model);
+  settle(state.base);
 }
 
 template <typename Acc>

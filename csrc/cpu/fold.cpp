@@ -62,8 +62,9 @@ void fold_special(int64_t count, const Acc* z, const Acc* base_z, PairState<Acc>
   }
 }
 
-// How far above a state's maximum a tile's may lie, so that most tiles are read once, not first for their maximum. The
-// old maximum then is a good part of the rest, which so may be had from the sum by taking away the new one's 1.
+// How far above a state's maximum a tile's may lie, so that most tiles are read once, not first for their maximum, and
+// the state's need not follow each time. The old maximum is a good part of the rest about the new one, so that `settle`
+// may take the new one's 1 from the sum.
 constexpr int kSlack = 2;
 
 // The sums of a tile about `max`. Either all its tokens are in `sum`, and `largest` may exceed `max` by kSlack; or it
@@ -80,10 +81,7 @@ struct TileSums {
   void add_summed(SoftmaxState<Acc>& state) const {
     state.rest += sum;
     state.weighted += weighted;
-  }
-  // The state's maximum follows to one that has been added.
-  void move_summed(SoftmaxState<Acc>& state) const {
-    if (raise(state, largest)) state.rest -= 1;
+    state.largest = larger(state.largest, largest);
   }
   // To a state about `max` or less.
   void add_apart(SoftmaxState<Acc>& state) const {
@@ -121,7 +119,6 @@ DLOGP_INLINE void fold_body(int64_t count, const Acc* z, SoftmaxState<Acc>& stat
   if (!std::isfinite(tile.sum + tile.weighted)) return fold_special(count, z, state);
   if (apart) return tile.add_apart(state);
   tile.add_summed(state);
-  tile.move_summed(state);
 }
 
 template <typename Acc>
@@ -138,11 +135,6 @@ struct PairTileSums {
     model.add_summed(state.model);
     base.add_summed(state.base);
     add_cross(state);
-  }
-  void move_summed(PairState<Acc>& state) const {
-    move_cross(state, larger(model.largest, state.model.max), larger(base.largest, state.base.max));
-    model.move_summed(state.model);
-    base.move_summed(state.base);
   }
   void add_apart(PairState<Acc>& state) const {
     move_cross(state, model.max, base.max);

@@ -13,7 +13,7 @@ namespace dlogp {
 template <typename Acc>
 void transform_row(const LogitTransform& transform, int64_t count, const Acc* bias, Acc* z);
 
-// Add `count` transformed logits to a state.
+// Add `count` transformed logits to a state, which is to be settled after the last.
 template <typename Acc>
 void fold_row(int64_t count, const Acc* z, SoftmaxState<Acc>& state);
 // The same for a state whose entropy nobody asks for: `weighted` then means nothing.

@@ -46,7 +46,6 @@ DLOGP_CLONED void fold_row(int64_t count, const Acc* z, const Acc* base_z, PairS
   if (!tile.finite()) return fold_special(count, z, base_z, state);
   if (apart) return tile.add_apart(state);
   tile.add_summed(state);
-  tile.move_summed(state);
 }
 
 template <>

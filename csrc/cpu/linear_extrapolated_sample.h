@@ -281,6 +281,7 @@ void fold_and_draw_split(const Head* heads, const PackedHidden<T>* hidden, const
       }
     }
   }
+  for (int64_t row = 0; row < count; ++row) settle(states[row * tiling.splits + split]);
   release_products<T>();
 }
 

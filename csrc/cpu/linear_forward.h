@@ -73,6 +73,7 @@ struct ForwardBlock {
         }
       }
     }
+    for (int64_t r = 0; r < rows.count; ++r) settle(states[r * tiling.splits + split]);
     release_products<T>();
   }
 };

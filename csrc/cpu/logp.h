@@ -49,7 +49,7 @@ template <typename Acc, int Models>
 State<Acc, Models> fold_split(const Logits* logits, const RowBlock& rows, int64_t row, const Tiling& tiling,
                               int64_t split, Acc* const* target_logits) {
   State<Acc, Models> state;
-  Acc buffers[Models][kLogitsChunk];
+  alignas(kLine) Acc buffers[Models][kLogitsChunk];
   for (int64_t begin = tiling.split_begin(split); begin < tiling.split_end(split); begin += tiling.columns) {
     const int64_t count = std::min(tiling.columns, tiling.vocabulary - begin);
     const Acc* z[Models];
@@ -57,6 +57,7 @@ State<Acc, Models> fold_split(const Logits* logits, const RowBlock& rows, int64_
       z[model] = transformed(logits[model], rows.rows[row], begin, count, buffers[model]);
     fold_tile<Acc, Models>(rows, row, begin, count, z, state, target_logits);
   }
+  settle(state);
   return state;
 }
 
@@ -64,7 +65,7 @@ State<Acc, Models> fold_split(const Logits* logits, const RowBlock& rows, int64_
 template <typename Acc, int Models>
 void backward_split(const Logits* logits, int64_t row, const int64_t* target, const Tiling& tiling, int64_t split,
                     const Upstream<Acc>& upstream, const Output* outputs) {
-  Acc buffers[Models][kLogitsChunk], grad[kLogitsChunk];
+  alignas(kLine) Acc buffers[Models][kLogitsChunk], grad[kLogitsChunk];
   GradientTerms<Acc> terms[Models];
   for (int model = 0; model < Models; ++model)
     terms[model] = upstream.terms(model, row, target, logits[model].transform);

@@ -59,9 +59,12 @@ void transpose(int64_t rows, int64_t columns, const T* from, int64_t from_stride
 
 int64_t round_up(int64_t value, int64_t multiple);
 
-// Columns of a panel, which are a line of the cache.
+// Bytes of a line of the cache. Where a vector that is stored and loaded again straddles two, it takes longer.
+constexpr size_t kLine = 64;
+
+// Columns of a panel, which are a line.
 template <typename T>
-constexpr int64_t kPanel = 64 / int64_t(sizeof(T));
+constexpr int64_t kPanel = kLine / int64_t(sizeof(T));
 
 // The right operand (inner, columns) of a product. bfloat16 lies as (inner / group, columns, group), `inner` being a
 // multiple of the group; float and double as panels (columns / kPanel, inner, kPanel), the last of them to its whole
@@ -78,7 +81,7 @@ struct Packed {
   }
 };
 
-// Storage that begins a line of the cache, as whole panels should.
+// Storage that begins a line, as whole panels should.
 template <typename T>
 struct LineAllocator {
   using value_type = T;
@@ -86,11 +89,9 @@ struct LineAllocator {
   LineAllocator() = default;
   template <typename Other>
   LineAllocator(const LineAllocator<Other>&) {}
-  T* allocate(size_t count) { return static_cast<T*>(::operator new(count * sizeof(T), kLine)); }
-  void deallocate(T* data, size_t) { ::operator delete(data, kLine); }
+  T* allocate(size_t count) { return static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t(kLine))); }
+  void deallocate(T* data, size_t) { ::operator delete(data, std::align_val_t(kLine)); }
   bool operator==(const LineAllocator&) const { return true; }
-
-  static constexpr std::align_val_t kLine{64};
 };
 template <typename T>
 using PackedStorage = std::vector<T, LineAllocator<T>>;

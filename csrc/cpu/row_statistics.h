@@ -69,12 +69,12 @@ int64_t place_of(Acc max, int64_t count, const Acc* z) {
 template <typename Acc, int Models>
 void fold_tile(const RowBlock& block, int64_t row, int64_t begin, int64_t count, const Acc* const (&z)[Models],
                State<Acc, Models>& state, Acc* const* target_logits) {
-  const Acc before = state_of(state, 0).max, base_before = state_of(state, 1).max;
+  const Acc before = state_of(state, 0).largest, base_before = state_of(state, 1).largest;
   fold_row(count, z, state);
   if (block.with_top) {
     SoftmaxState<Acc>&model = state_of(state, 0), &base = state_of(state, 1);
-    if (model.max > before) model.top = begin + place_of(model.max, count, z[0]);
-    if (Models == 2 && base.max > base_before) base.top = begin + place_of(base.max, count, z[Models - 1]);
+    if (model.largest > before) model.top = begin + place_of(model.largest, count, z[0]);
+    if (Models == 2 && base.largest > base_before) base.top = begin + place_of(base.largest, count, z[Models - 1]);
   }
   for (int64_t place = row * block.candidates; place < (row + 1) * block.candidates; ++place) {
     const int64_t column = block.target[place] - begin;

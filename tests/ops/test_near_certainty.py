@@ -123,11 +123,12 @@ def test_where_the_two_likeliest_tokens_lie(op):
     assert_near(stats.logp, expected)
 
 
+@pytest.mark.parametrize("step", [18.5, 1.5])
 @pytest.mark.parametrize("op", OPS)
-def test_maxima_that_rise_from_tile_to_tile(op):
+def test_maxima_that_rise_from_tile_to_tile(op, step):
     """Each likelier token makes the one before it one of the others; falling, it stays the one."""
     v, places = _places(op)
-    levels = torch.arange(len(places)) * 18.5 - 18.5 * (len(places) - 1)
+    levels = torch.arange(len(places)) * step - step * (len(places) - 1)
     z = torch.full((2, v), -150.0)
     z[0, places], z[1, places] = levels, levels.flip(0)
     target = torch.tensor([places[::-1], places])

@@ -1,0 +1,308 @@
+// The kernel of linear_forward_sm90.h.
+//
+// Layout. A tile is 128 rows × 256 tokens, of a pair 128 rows × 160 tokens of each model. A block has a producer and
+// two consumers, warp groups all: a consumer multiplies 64 rows by the tile's tokens, with the sums in its registers,
+// and folds them there (linear_fold.cuh), so no logit is ever in memory. What is multiplied lies in a ring of stages,
+// 64 dimensions each, that the producer fills ahead:
+//
+//            64 dimensions                         tokens of the tile
+//         ┌────────────────┐              ┌──────────────────────────────┐
+//    128  │ hidden, upper  │ ─ wgmma ──►  │ consumer 0: 64 rows of logits│ ─ fold ─► state
+//    rows │ hidden, lower  │ ─ wgmma ──►  │ consumer 1: 64 rows of logits│ ─ fold ─► state
+//         └────────────────┘     ▲        └──────────────────────────────┘
+//         ┌────────────────┐     │
+//  tokens │     weight     │ ────┘   half of it loaded by each of the cluster's two blocks, for both
+//         └────────────────┘
+//
+// The two blocks of a cluster have neighbouring tiles of rows and the same tokens, so the L2 cache gives each weight
+// once for both. A stage is full when its bytes have come, and empty when both consumers of both blocks have multiplied
+// it.
+//
+// Schedule. The vocabulary is cut into splits, and a unit is a pair of row tiles times a split: the cluster walks
+// through its tiles, stores a state for every row, and goes on to its next unit. Units that run at the same time are of
+// kGroup pairs of row tiles, whose hidden states stay in the L2 cache, and of as few splits as that leaves. While one
+// consumer folds, the other one has the matrix units to itself.
+//
+// A row's sums run over dimensions, tokens and splits in an order that depends on D, V and the device alone.
+#pragma once
+
+#include <type_traits>
+
+#include "linear_fold.cuh"
+
+namespace dlogp::hopper {
+
+constexpr int kTileRows = 128, kDepth = 64, kConsumers = 2, kBlocks = 2;
+constexpr int kThreads = 128 * (1 + kConsumers);
+constexpr int kGroup = 16;
+constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+
+template <int kModels>
+struct Tile {
+  static constexpr int kColumns = tile_columns(kModels), kElements = kColumns / 2;  // of a thread
+  static constexpr int kStages = kModels == 1 ? 4 : 6;
+  static constexpr int kHiddenBytes = 2 * kTileRows * kDepth, kWeightBytes = 2 * kColumns * kDepth;
+  static constexpr int kStageBytes = kHiddenBytes + kWeightBytes;
+  static constexpr int kSharedBytes = 1024 + kStages * (kStageBytes + 16);  // 1024: to begin at a multiple of it
+};
+
+struct KernelArguments : LinearForwardArguments {
+  TensorMap hidden[2], weight[2];
+};
+
+// Where a block's stages and their barriers lie.
+template <int kModels>
+class Ring {
+  using T = Tile<kModels>;
+
+ public:
+  __device__ explicit Ring(const void* shared) : begin_((shared_address(shared) + 1023) & ~1023u) {}
+
+  __device__ uint32_t hidden(int stage) const { return begin_ + stage * T::kStageBytes; }
+  __device__ uint32_t weight(int stage) const { return hidden(stage) + T::kHiddenBytes; }
+  __device__ uint32_t full(int stage) const { return begin_ + T::kStages * T::kStageBytes + 8 * stage; }
+  __device__ uint32_t empty(int stage) const { return full(T::kStages + stage); }
+
+  __device__ void init() const {
+    if (threadIdx.x == 0) {
+      for (int stage = 0; stage < T::kStages; ++stage) {
+        init_barrier(full(stage), 1);
+        init_barrier(empty(stage), kConsumers * kBlocks);
+      }
+      publish_barriers();
+    }
+    cluster_sync();
+  }
+
+  // By all threads of a consumer, that it will not read the stage any more: to both blocks, which load into it.
+  __device__ void release(int stage) const {
+    if (threadIdx.x % 128 < kBlocks) arrive_at(empty(stage), threadIdx.x % 128);
+  }
+
+ private:
+  uint32_t begin_;
+};
+
+// A stage of the ring, and the parity of its barriers' phase.
+template <int kModels>
+struct Cursor {
+  int stage = 0, parity = 0;
+
+  __device__ void advance() {
+    if (++stage == Tile<kModels>::kStages) stage = 0, parity ^= 1;
+  }
+};
+
+// The units of a cluster, one after the other.
+struct Unit {
+  int row, split, first_tile, end_tile;  // row: the first of this block's tile
+};
+
+template <int kModels>
+class Schedule {
+ public:
+  __device__ explicit Schedule(const KernelArguments& p) : splits_(int(p.splits)) {
+    const int64_t rows = p.num_rows == nullptr ? p.total_rows : *p.num_rows;
+    num_rows = int(min(rows - p.first, p.rows));
+    row_pairs_ = (num_rows + kBlocks * kTileRows - 1) / (kBlocks * kTileRows);
+    tiles_ = int((p.vocabulary + Tile<kModels>::kColumns - 1) / Tile<kModels>::kColumns);
+  }
+
+  __device__ int count() const { return row_pairs_ * splits_; }
+
+  __device__ Unit unit(int index) const {
+    const int first = index / (kGroup * splits_) * kGroup, size = min(row_pairs_ - first, kGroup);
+    const int local = index - first * splits_, split = local / size;
+    return {(kBlocks * (first + local % size) + int(cluster_rank())) * kTileRows, split, tile_of(split),
+            tile_of(split + 1)};
+  }
+
+  int num_rows;
+
+ private:
+  __device__ int tile_of(int split) const { return int(int64_t(tiles_) * split / splits_); }
+
+  int splits_, row_pairs_, tiles_;
+};
+
+// One thread fills the ring with all that the block multiplies.
+template <int kModels>
+__device__ void produce(const KernelArguments& p, const Ring<kModels>& ring, const Schedule<kModels>& schedule) {
+  using T = Tile<kModels>;
+  constexpr int kHalf = T::kColumns / kBlocks;
+  const int rank = int(cluster_rank());
+  Cursor<kModels> at;
+  for (int index = blockIdx.x / kBlocks; index < schedule.count(); index += gridDim.x / kBlocks) {
+    const Unit unit = schedule.unit(index);
+    for (int tile = unit.first_tile; tile < unit.end_tile; ++tile)
+      for (int model = 0; model < kModels; ++model)
+        for (int d = 0; d < p.hidden_size; d += kDepth) {
+          wait_for(ring.empty(at.stage), at.parity ^ 1);
+          arrive_expecting(ring.full(at.stage), T::kStageBytes);
+          load_box(ring.hidden(at.stage), p.hidden[model], ring.full(at.stage), d, unit.row);
+          load_box_for((1 << kBlocks) - 1, ring.weight(at.stage) + rank * (T::kWeightBytes / kBlocks), p.weight[model],
+                       ring.full(at.stage), d, tile * T::kColumns + rank * kHalf);
+          at.advance();
+        }
+  }
+}
+
+// The two rows of a consumer's thread.
+struct ThreadRows {
+  int i[2];          // of states
+  int64_t place[2];  // of targets, of the first of K
+  int target[2];     // that
+  bool inside[2];
+
+  __device__ void load(const KernelArguments& p, int row, int num_rows) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      i[r] = row + 8 * r;
+      inside[r] = i[r] < num_rows;
+      int64_t n = p.first + i[r];
+      if (inside[r] && p.row_index != nullptr) n = p.row_index[n];
+      place[r] = n * p.num_targets;
+      target[r] = inside[r] ? int(p.target[place[r]]) : -1;
+    }
+  }
+};
+
+// Stores x at the targets that lie in this thread's columns of the tile, and says of which rows some do.
+template <int kCount, typename Store>
+__device__ inline void pick(const KernelArguments& p, const ThreadRows& rows, int column, bool (&has_target)[2],
+                            Store store_x) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    has_target[r] = false;
+    int target = rows.target[r];
+    for (int k = 0;;) {
+      const unsigned local = unsigned(target - column - 2 * quad_lane());
+      if (local < 2 * kCount && local % 8 < 2) {
+        has_target[r] = true;
+        store_x(r, k, int(local));
+      }
+      if (++k >= p.num_targets || !rows.inside[r]) break;
+      target = int(p.target[rows.place[r] + k]);
+    }
+  }
+}
+
+// A consumer's products of one tile and model. A stage is released when the next one's products are on their way.
+template <typename T, int kModels>
+class Consumer {
+  static constexpr int kElements = Tile<kModels>::kElements;
+
+ public:
+  __device__ Consumer(const Ring<kModels>& ring, int index) : ring_(ring), index_(index) {}
+
+  __device__ void multiply(int hidden_size, float (&x)[kElements]) {
+    const int steps = (hidden_size + kDepth - 1) / kDepth;
+    int previous = -1;
+    for (int step = 0; step < steps; ++step) {
+      wait_for(ring_.full(at_.stage), at_.parity);
+      const uint64_t hidden = operand_at(ring_.hidden(at_.stage) + index_ * (Tile<kModels>::kHiddenBytes / kConsumers));
+      const uint64_t weight = operand_at(ring_.weight(at_.stage));
+      hold(x);
+      begin_products();
+#pragma unroll
+      for (int k = 0; k < kDepth / 16; ++k)  // 16 elements are 32 bytes, and operands count in 16
+        Product<T, Tile<kModels>::kColumns>::add(x, hidden + 2 * k, weight + 2 * k, step | k);
+      commit_products();
+      hold(x);
+      if (previous >= 0) {
+        wait_for_products<1>();
+        ring_.release(previous);
+      }
+      previous = at_.stage;
+      at_.advance();
+    }
+    wait_for_products<0>();
+    hold(x);
+    ring_.release(previous);
+  }
+
+ private:
+  const Ring<kModels>& ring_;
+  const int index_;
+  Cursor<kModels> at_;
+};
+
+template <typename T, int kModels, bool kTransformed>
+__device__ void consume(const KernelArguments& p, const Ring<kModels>& ring, const Schedule<kModels>& schedule,
+                        int index) {
+  using States = std::conditional_t<kModels == 1, State, PairState>;
+  constexpr int kColumns = Tile<kModels>::kColumns, kElements = Tile<kModels>::kElements;
+  const int vocabulary = int(p.vocabulary), hidden_size = int(p.hidden_size);
+  const float scale = kLog2e * p.heads[0].output_scale, base_scale = kLog2e * p.heads[1].output_scale;
+  const int thread_row = 64 * index + (threadIdx.x % 128) / 32 * 16 + threadIdx.x % 32 / 4;
+  Consumer<T, kModels> consumer(ring, index);
+  float x[kElements], base_x[kModels == 1 ? 1 : kElements];
+  for (int at = blockIdx.x / kBlocks; at < schedule.count(); at += gridDim.x / kBlocks) {
+    const Unit unit = schedule.unit(at);
+    ThreadRows rows;
+    rows.load(p, unit.row + thread_row, schedule.num_rows);
+    States states[2];
+    int found = 0;
+    for (int tile = unit.first_tile; tile < unit.end_tile; ++tile) {
+      const int column = tile * kColumns;
+      bool has_target[2];
+      consumer.multiply(hidden_size, x);
+      if constexpr (kModels == 2) consumer.multiply(hidden_size, base_x);
+      if constexpr (kTransformed) transform(p.heads[0], column, x);
+      mask_from(vocabulary, column, x);
+      if constexpr (kModels == 1) {
+        pick<kElements>(p, rows, column, has_target, [&](int r, int k, int local) {
+          p.target_logits[k * p.rows + rows.i[r]] = element_at(x, r, local);
+        });
+        fold(x, scale, has_target, states);
+      } else {
+        if constexpr (kTransformed) {
+          transform(p.heads[1], column, base_x);
+          found |= unsupported<kElements>(p.heads[0], p.heads[1], vocabulary, column);
+        }
+        mask_from(vocabulary, column, base_x);
+        pick<kElements>(p, rows, column, has_target, [&](int r, int k, int local) {
+          p.target_logits[k * p.rows + rows.i[r]] = element_at(x, r, local);
+          p.target_logits[(p.num_targets + k) * p.rows + rows.i[r]] = element_at(base_x, r, local);
+        });
+        fold(x, base_x, scale, base_scale, has_target, states);
+      }
+    }
+    if constexpr (kModels == 2)
+      for (int mask = 1; mask <= 2; mask *= 2) found |= __shfl_xor_sync(kWholeWarp, found, mask);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      merge_quad(states[r], scale, base_scale);
+      if (quad_lane() != 0 || !rows.inside[r]) continue;
+      float* place = p.state + unit.split * p.rows + rows.i[r];
+      const int64_t stride = p.splits * p.rows;
+      store(place, stride, states[r]);
+      if constexpr (kModels == 2) {
+        place[8 * stride] = found & 1;
+        place[9 * stride] = found >> 1;
+      }
+    }
+  }
+}
+
+template <typename T, int kModels, bool kTransformed>
+__global__ void __launch_bounds__(kThreads, 1) linear_forward_kernel(const __grid_constant__ KernelArguments p) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  extern __shared__ unsigned char shared[];
+  const Ring<kModels> ring(shared);
+  ring.init();
+  const Schedule<kModels> schedule(p);
+  const int group = __shfl_sync(kWholeWarp, int(threadIdx.x) / 128, 0);
+  if (group == 0) {
+    give_registers<kProducerRegisters>();
+    if (threadIdx.x == 0) produce(p, ring, schedule);
+    __syncwarp();
+  } else {
+    take_registers<kConsumerRegisters>();
+    consume<T, kModels, kTransformed>(p, ring, schedule, group - 1);
+  }
+  cluster_sync();  // no block ends while the other still loads into it
+#endif
+}
+
+}  // namespace dlogp::hopper

@@ -23,7 +23,8 @@ from setuptools import Extension, setup
 ROOT = Path(__file__).parent
 CUDA = "dlogp_kernels._cuda"
 CPU_SOURCES = sorted(glob("python_bindings/*_cpu.cpp", root_dir=ROOT) + glob("csrc/cpu/*.cpp", root_dir=ROOT))
-CUDA_SOURCES = ["python_bindings/sampling_cuda.cpp", *sorted(glob("csrc/cuda/*.cu", root_dir=ROOT))]
+CUDA_BINDINGS = sorted(glob("python_bindings/*_cuda.cpp", root_dir=ROOT))
+CUDA_SOURCES = [*CUDA_BINDINGS, *sorted(glob("csrc/cuda/*.cu", root_dir=ROOT))]
 COMPILE_FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
 #: What a sanitizer finds ends the process.
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
@@ -94,7 +95,8 @@ def architectures() -> list[str]:
 def build_cuda(destination: Path) -> None:
     """Compile where a source has changed since the last time."""
     built = ROOT / "build" / "cuda" / destination.name
-    sources = [ROOT / "setup.py", *ROOT.glob("csrc/common/*"), *ROOT.glob("csrc/cuda/*"), ROOT / CUDA_SOURCES[0]]
+    sources = [ROOT / "setup.py", *ROOT.glob("csrc/common/*"), *ROOT.glob("csrc/cuda/*")]
+    sources += ROOT.glob("python_bindings/*cuda*")
     if not built.exists() or built.stat().st_mtime < max(source.stat().st_mtime for source in sources):
         built.parent.mkdir(parents=True, exist_ok=True)
         compile_cuda(built)
@@ -157,7 +159,7 @@ def extensions() -> dict[str, Any]:
     problem = why_not_cuda()
     if problem is None:
         # Its .cu files would make torch look for a CUDA build of itself.
-        modules.append(Extension(CUDA, CUDA_SOURCES[:1]))
+        modules.append(Extension(CUDA, CUDA_BINDINGS))
     else:
         print(f"dlogp_kernels: building without CUDA C++ kernels: {problem}", file=sys.stderr)
     return {"ext_modules": modules, "cmdclass": {"build_ext": Build}}

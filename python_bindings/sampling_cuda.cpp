@@ -1,12 +1,10 @@
 // The CUDA ops, in a library of its own that loads with a CUDA build of torch only. It uses torch's stable ABI: one
 // build serves torch 2.11 and later.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <array>
 #include <optional>
@@ -15,6 +13,7 @@
 #include <utility>
 
 #include "../csrc/cuda/extrapolated_sample.h"
+#include "cuda_checks.h"
 
 namespace dlogp {
 namespace {
@@ -35,16 +34,6 @@ LogitType type_of(const Tensor& x, const char* name) {
       STD_TORCH_CHECK(false, name,
                       " has a dtype that the CUDA kernels do not read, expected bfloat16, float16 or float32");
   }
-}
-
-// Before its pointer is taken: a model whose weights are sharded leaves tensors behind whose storage was taken away.
-void check_storage(const Tensor& x, const char* name) {
-  if (x.numel() == 0) return;
-  int64_t bytes = 0, last = x.storage_offset();
-  STD_TORCH_CHECK(aoti_torch_get_storage_size(x.get(), &bytes) == AOTI_TORCH_SUCCESS, name, " has no storage");
-  for (int64_t d = 0; d < x.dim(); ++d) last += (x.size(d) - 1) * x.stride(d);
-  const int64_t needed = (last + 1) * int64_t(x.element_size());
-  STD_TORCH_CHECK(needed <= bytes, name, " has a storage of ", bytes, " bytes, expected the ", needed, " of its shape");
 }
 
 // A tensor (…, columns) seen as rows, and what keeps it alive: a copy where two strides do not reach every row.
@@ -153,10 +142,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> extrapolated_sample_c
     arguments.logp = pointer_to<float>(logp);
     arguments.base_logp = pointer_to<float>(base_logp);
     const torch::stable::accelerator::DeviceGuard guard(logits.get_device());
-    void* stream = nullptr;
-    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(logits.get_device(), &stream) == AOTI_TORCH_SUCCESS,
-                    "torch has no current CUDA stream");
-    const cudaError_t error = launch_extrapolated_sample(arguments, static_cast<cudaStream_t>(stream));
+    const cudaError_t error = launch_extrapolated_sample(arguments, current_stream(logits));
     STD_TORCH_CHECK(error == cudaSuccess, "extrapolated_sample: ", cudaGetErrorString(error));
   }
   return {token, draft_token, selected, delta_logp, logp, base_logp};

@@ -119,8 +119,10 @@ def _out_of_scope(item: pytest.Item) -> bool:
         return True
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     backend = parameters.get("backend")
-    if backend == "gemm" and parameters.get("op", "linear") in ("logp", "delta_logp"):
+    if backend in ("gemm", "cuda") and parameters.get("op", "linear") in ("logp", "delta_logp"):
         return True  # those ops are served by "triton" then, which has its own turn
+    if backend == "cuda" and "linear" in parameters.get("op", "") and parameters.get("dtype", torch.half).itemsize != 2:
+        return True
     if backend == "gemm" and backends.interpreting() and item.get_closest_marker("gemm_interpreted") is None:
         return True
     served_by = item.get_closest_marker("served_by")

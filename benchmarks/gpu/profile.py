@@ -26,7 +26,8 @@ _KEY = {
 }
 _STALL = re.compile(r"issue_stalled_(\w+)_per_issue_active\.ratio")
 _LOG_CHARACTERS = 3000
-_KERNELS = "(_linear_logp|_linear_delta_logp|_delta_logp)_fwd_kernel|extrapolated_sample_kernel"
+_KERNELS = "(_linear_logp|_linear_delta_logp|_delta_logp)_fwd_kernel|(extrapolated_sample|linear_forward)_kernel"
+_LAUNCHES = "7"
 
 
 def run(seconds: float, tiny: bool, device: str) -> dict[str, Any]:
@@ -35,7 +36,7 @@ def run(seconds: float, tiny: bool, device: str) -> dict[str, Any]:
     if ncu is None:
         return {"status": "skipped", "error": "ncu is not on PATH"}
     command = [ncu, "--clock-control", "none", "--target-processes", "all", "--csv", "--page", "raw"]
-    command += ["-k", f"regex:{_KERNELS}", "-c", "5"]
+    command += ["-k", f"regex:{_KERNELS}", "-c", _LAUNCHES]
     command += [argument for section in _SECTIONS for argument in ("--section", section)]
     command += [sys.executable, "-m", "benchmarks.gpu.profile", device, *(["--tiny"] if tiny else [])]
     code, output = run_command(command, seconds)
@@ -81,8 +82,9 @@ def _main(device: str, tiny: bool) -> None:
         for variant in ("", "top-p 0.7") if "sample" in op else ("",):
             work = Workload(op, head, 24 if tiny else n, dtype, variant=variant)
             ours = BENCHES[op].candidates(BENCHES[op].build(work, torch.device(device)))[0]
-            with contextlib.nullcontext() if "sample" in op else fused():
-                ours.forward()
+            for context in (contextlib.nullcontext, fused) if "linear" in op else (contextlib.nullcontext,):
+                with context():
+                    ours.forward()
 
 
 if __name__ == "__main__":

@@ -81,7 +81,8 @@ _OPTIONS: dict[str, dict[str, Options]] = {
 #: What each process looks at, those first that take long: backend and op.
 FAMILIES = (
     *(f"triton {op}" for op in (*reversed(_OPTIONS), "linear_logp", "linear_delta_logp", "logp", "delta_logp")),
-    "cuda extrapolated_sample", "gemm linear_logp", "gemm linear_delta_logp",
+    *(f"cuda {op}" for op in ("extrapolated_sample", "linear_logp", "linear_delta_logp")),
+    "gemm linear_logp", "gemm linear_delta_logp",
 )  # fmt: skip
 
 
@@ -90,6 +91,8 @@ def cases(session: Session) -> list[Case]:
     backend, op = session.group.split()
     found = []
     for dtype, shape in [(dtype, shape) for dtype, of in (_TINY if session.tiny else _REAL).items() for shape in of]:
+        if backend == "cuda" and "linear" in op and (dtype == "float32" or shape.d % 8):
+            continue  # it raises, and says why
         n, variant = _ROWS[shape.name], "DAPO" if op == "policy_loss" else ""
         rows = max(3, n // _ROWS_A_DRAW) if "sample" in op else n * _TOKENS_A_ROW if variant and not session.tiny else n
         work = Workload(op, shape, rows, dtype, backend == "triton", variant)
@@ -106,7 +109,8 @@ def cases(session: Session) -> list[Case]:
 def _problem(session: Session, backend: str, work: Workload, options: Options) -> Problem:
     """If the backend can take it, with a fixed random gradient of every output that has one."""
     device, op = session.device, work.op
-    reason = backends.unavailable(backend, op if "sample" in op else f"{op}_fwd", device)
+    dtype = getattr(torch, work.dtype)
+    reason = backends.unavailable(backend, op if "sample" in op else f"{op}_fwd", device, dtype)
     if reason is not None:
         raise NotMeasuredError(f"backend {backend}: {reason}")
     problem, options = BENCHES[op].build(work, device), {**options}

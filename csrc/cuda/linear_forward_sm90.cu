@@ -54,8 +54,8 @@ cudaError_t launch(KernelArguments& p, cudaStream_t stream) {
   cudaError_t error = find_encoder(encode);
   for (int model = 0; model < kModels && error == cudaSuccess; ++model) {
     const HeadMatrices& head = p.heads[model];
-    const Matrix hidden = {head.hidden, head.hidden_rows, p.hidden_size, head.stride_hidden};
-    const Matrix weight = {head.weight, p.vocabulary, p.hidden_size, head.stride_weight};
+    const Matrix hidden = {head.hidden, head.hidden_rows, head.hidden_size, head.stride_hidden};
+    const Matrix weight = {head.weight, p.vocabulary, head.hidden_size, head.stride_weight};
     error = describe(encode, p.half, hidden, hopper::kTileRows, p.hidden[model]);
     if (error == cudaSuccess)
       error = describe(encode, p.half, weight, Tile::kColumns / hopper::kBlocks, p.weight[model]);

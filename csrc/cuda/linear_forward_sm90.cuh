@@ -136,7 +136,7 @@ __device__ void produce(const KernelArguments& p, const Ring<kModels>& ring, con
     const Unit unit = schedule.unit(index);
     for (int tile = unit.first_tile; tile < unit.end_tile; ++tile)
       for (int model = 0; model < kModels; ++model)
-        for (int d = 0; d < p.hidden_size; d += kDepth) {
+        for (int d = 0; d < p.heads[model].hidden_size; d += kDepth) {
           wait_for(ring.empty(at.stage), at.parity ^ 1);
           arrive_expecting(ring.full(at.stage), T::kStageBytes);
           load_box(ring.hidden(at.stage), p.hidden[model], ring.full(at.stage), d, unit.row);
@@ -232,7 +232,7 @@ __device__ void consume(const KernelArguments& p, const Ring<kModels>& ring, con
                         int index) {
   using States = std::conditional_t<kModels == 1, State, PairState>;
   constexpr int kColumns = Tile<kModels>::kColumns, kElements = Tile<kModels>::kElements;
-  const int vocabulary = int(p.vocabulary), hidden_size = int(p.hidden_size);
+  const int vocabulary = int(p.vocabulary);
   const float scale = kLog2e * p.heads[0].output_scale, base_scale = kLog2e * p.heads[1].output_scale;
   const int thread_row = 64 * index + (threadIdx.x % 128) / 32 * 16 + threadIdx.x % 32 / 4;
   Consumer<T, kModels> consumer(ring, index);
@@ -246,8 +246,8 @@ __device__ void consume(const KernelArguments& p, const Ring<kModels>& ring, con
     for (int tile = unit.first_tile; tile < unit.end_tile; ++tile) {
       const int column = tile * kColumns;
       bool has_target[2];
-      consumer.multiply(hidden_size, x);
-      if constexpr (kModels == 2) consumer.multiply(hidden_size, base_x);
+      consumer.multiply(int(p.heads[0].hidden_size), x);
+      if constexpr (kModels == 2) consumer.multiply(int(p.heads[1].hidden_size), base_x);
       if constexpr (kTransformed) transform(p.heads[0], column, x);
       mask_from(vocabulary, column, x);
       if constexpr (kModels == 1) {

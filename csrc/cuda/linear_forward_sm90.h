@@ -13,9 +13,9 @@ struct alignas(64) TensorMap {
 };
 
 struct HeadMatrices {
-  const void* hidden = nullptr;  // (hidden_rows, D) and (V, D), with rows at multiples of 16 bytes
+  const void* hidden = nullptr;  // (hidden_rows, hidden_size) and (V, hidden_size), rows at multiples of 16 bytes
   const void* weight = nullptr;
-  int64_t hidden_rows = 0, stride_hidden = 0, stride_weight = 0;  // strides in elements
+  int64_t hidden_rows = 0, hidden_size = 0, stride_hidden = 0, stride_weight = 0;  // strides in elements
   const float* bias = nullptr;  // (V padded to whole tiles), nothing below kMasked; or none
   float tanh_scale = 0;         // 0: no softcap
   float output_scale = 1;
@@ -27,7 +27,7 @@ struct LinearForwardArguments {
   int models = 1;
   bool half = false;  // float16 instead of bfloat16
   int64_t rows = 0;   // R, of states
-  int64_t hidden_size = 0, vocabulary = 0, splits = 0;
+  int64_t vocabulary = 0, splits = 0;
   const int64_t* target = nullptr;     // (N, K)
   int64_t num_targets = 1;             // K
   const int64_t* row_index = nullptr;  // (N,) and (1,): row i is row_index[first + i] of target, of num_rows; or none,

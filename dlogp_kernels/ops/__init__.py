@@ -6,8 +6,9 @@ from .library import LIBRARY
 for _op in schemas.SCHEMAS:
     LIBRARY.define(schemas.public_schema(_op))
     for _backend in backends.COMPILED:
-        if backends.has(_backend, _op):
+        if backends.is_private(_backend, _op):
             LIBRARY.define(schemas.backend_schema(_backend, _op))
+LIBRARY.define(schemas.LINEAR_STATES)
 
 backends.load_extensions()
 

@@ -25,18 +25,21 @@ from . import schemas
 #: In order of preference, but for what the table below says: C++ for the CPU, fused Triton kernels, CUDA C++, the
 #: vendor's GEMM with Triton kernels around it, and plain PyTorch.
 BACKENDS = ("cpu", "triton", "cuda", "gemm", "reference")
-#: Those with private ops of their own, `torch.ops.dlogp._<backend>_<op>`, in an extension module `_<backend>`.
+#: Those with an extension module `_<backend>`.
 COMPILED = ("cpu", "cuda")
-#: Modules with the launchers of the others.
+#: Modules with the launchers of ops that are not private ops of such an extension (`is_private`).
 _MODULES = {
     "triton": "dlogp_kernels.triton",
+    "cuda": "dlogp_kernels.triton.hopper",
     "gemm": "dlogp_kernels.triton.gemm",
     "reference": "dlogp_kernels.eager",
 }
+_LINEAR_FORWARD = ("linear_logp_fwd", "linear_delta_logp_fwd")
 #: Ops of the backends that do not have all. The others are served by "triton" when such a backend is asked for.
-_ONLY = {"gemm": ("linear_logp_fwd", "linear_delta_logp_fwd"), "cuda": ("extrapolated_sample",)}
-#: Compute capabilities that the CUDA C++ kernels are compiled for.
-_CUDA_CAPABILITIES = ("8.x", "9.0", "10.0")
+_ONLY = {"gemm": _LINEAR_FORWARD, "cuda": ("extrapolated_sample", *_LINEAR_FORWARD)}
+#: Compute capabilities that the CUDA C++ kernels are compiled for: of sampling, and of the linear forward ops.
+_SAMPLING_CAPABILITIES = ("8.x", "9.0", "10.0")
+_LINEAR_CAPABILITIES = ("9.0",)
 #: The Triton that each PyTorch is built for. Of a later one it is not known here, and any Triton will do.
 _TRITON_OF_TORCH = {"2.11": "3.6", "2.12": "3.7", "2.13": "3.7", "2.14": "3.8"}
 #: Releases of PyTorch that this version was tried with, and where. It can be installed beside others.
@@ -82,10 +85,11 @@ class Preference(NamedTuple):
 
 
 _VISIT = "benchmarks/results/h100_visit1.json"
+_HOPPER_VISIT = "benchmarks/results/h200_visit1.json"
 #: The first line that holds counts. Of what has no line "triton" comes first, unmeasured.
 PREFERENCES = (
-    Preference("linear_logp_fwd", "triton", 90, (torch.bfloat16,), range(896, 4097), _VISIT),
-    Preference("linear_delta_logp_fwd", "triton", 90, (torch.bfloat16,), range(896, 4097), _VISIT),
+    Preference("linear_logp_fwd", "cuda", 90, (torch.bfloat16,), range(896, 4097), _HOPPER_VISIT),
+    Preference("linear_delta_logp_fwd", "cuda", 90, (torch.bfloat16,), range(896, 4097), _HOPPER_VISIT),
     Preference("extrapolated_sample", "cuda", 90, (torch.bfloat16,), measured=_VISIT),
     Preference("extrapolated_sample", "cuda"),
 )
@@ -109,6 +113,11 @@ class Choice(NamedTuple):
 def has(backend: str, op: str) -> bool:
     """Whether `backend` implements `op` at all."""
     return backend not in _ONLY or op in _ONLY[backend]
+
+
+def is_private(backend: str, op: str) -> bool:
+    """Whether `backend` has `op` as `torch.ops.dlogp._<backend>_<op>`, which takes the flat list and the workspace."""
+    return backend == "cpu" or (backend, op) == ("cuda", "extrapolated_sample")
 
 
 def load_extensions() -> None:
@@ -141,8 +150,17 @@ def _load_cuda_library() -> str | None:
     return None
 
 
-def unavailable(backend: str, op: str, device: torch.device | str, dtype: torch.dtype = torch.float32) -> str | None:
-    """Why `backend` can not serve `op` of inputs of this dtype on `device`; None if it can."""
+def unavailable(
+    backend: str,
+    op: str,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.float32,
+    misfit: str | None = None,
+) -> str | None:
+    """Why `backend` can not serve `op` of inputs of this dtype on `device`; None if it can.
+
+    `misfit`: what else there is about the inputs that the kernels of "cuda" do not take.
+    """
     if backend == "reference":
         return None
     device = torch.device(device)
@@ -152,24 +170,33 @@ def unavailable(backend: str, op: str, device: torch.device | str, dtype: torch.
         return "it has linear forward ops only" if backend == "gemm" else f"it has {', '.join(_ONLY[backend])} only"
     if dtype == torch.float64:
         return "it has no float64 kernels"
+    if backend == "cuda" and op in _LINEAR_FORWARD:
+        return _hopper_problem(device, dtype) or misfit
     if backend == "cuda":
-        return _cuda_problem(device)
+        return _cuda_problem(device, _SAMPLING_CAPABILITIES)
     return _triton_problem() or _device_problem(device)
 
 
 def select(
-    op: str, device: torch.device | str, dtype: torch.dtype = torch.float32, hidden_size: int | None = None
+    op: str,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.float32,
+    hidden_size: int | None = None,
+    misfit: str | None = None,
 ) -> str:
-    """The backend that serves `op` of inputs of this dtype and hidden size (None: of 4096) on `device` now."""
+    """The backend that serves `op` of inputs of this dtype and hidden size (None: of 4096) on `device` now.
+
+    `misfit` as in `unavailable`.
+    """
     device = torch.device(device)
     if _chosen is None:
-        return _first(op, device, dtype, _candidates(op, device, dtype, hidden_size))
-    return _first(op, device, dtype, (_chosen if has(_chosen, op) else "triton",))
+        return _first(op, device, dtype, _candidates(op, device, dtype, hidden_size), misfit)
+    return _first(op, device, dtype, (_chosen if has(_chosen, op) else "triton",), misfit)
 
 
-def _first(op: str, device: torch.device, dtype: torch.dtype, candidates: tuple[str, ...]) -> str:
+def _first(op: str, device: torch.device, dtype: torch.dtype, candidates: tuple[str, ...], misfit: str | None) -> str:
     for backend in candidates:
-        problem = unavailable(backend, op, device, dtype)
+        problem = unavailable(backend, op, device, dtype, misfit)
         if problem is None:
             return backend
     raise RuntimeError(
@@ -220,16 +247,36 @@ def _device_problem(device: torch.device) -> str | None:
     return None
 
 
-def _cuda_problem(device: torch.device) -> str | None:
+def _hopper_problem(device: torch.device, dtype: torch.dtype) -> str | None:
+    if dtype.itemsize != 2:
+        return "it multiplies bfloat16 and float16 only"
+    return _cuda_problem(device, _LINEAR_CAPABILITIES) or _triton_problem()
+
+
+def _misfit(op: str, arguments: tuple[Any, ...]) -> str | None:
+    """What of a linear forward op's arguments (schemas.py) keeps the kernels for Hopper from serving them.
+
+    They copy tiles 16 bytes at a time, and do not look for the most likely token.
+    """
+    *flat, _, _, top = arguments
+    for i in range(0, len(flat), 4):  # of each head
+        prefix, (hidden, weight) = "base_" if i else "", flat[i : i + 2]
+        if not hidden.dtype == weight.dtype == flat[0].dtype:
+            return f"hidden is {flat[0].dtype}, {prefix}hidden {hidden.dtype} and {prefix}weight {weight.dtype}"
+        if weight.stride(1) != 1 or weight.stride(0) % 8 or weight.data_ptr() % 16:
+            return f"rows of {prefix}weight do not begin on 16 bytes"
+    return "it does not look for the most likely token" if top else None
+
+
+def _cuda_problem(device: torch.device, capabilities: tuple[str, ...]) -> str | None:
     if device.type != "cuda":
         return "it has kernels for GPUs only"
     if "cuda" in _extension_problems:
         return _extension_problems["cuda"]
     major, minor = torch.cuda.get_device_capability(device)
-    if f"{major}.x" not in _CUDA_CAPABILITIES and f"{major}.{minor}" not in _CUDA_CAPABILITIES:
-        return f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, expected " + ", ".join(
-            _CUDA_CAPABILITIES
-        )
+    if f"{major}.x" not in capabilities and f"{major}.{minor}" not in capabilities:
+        name = torch.cuda.get_device_name(device)
+        return f"{name} has compute capability {major}.{minor}, expected {', '.join(capabilities)}"
     return None
 
 
@@ -259,8 +306,9 @@ def warn_of_missing_kernels(device: torch.device | str) -> None:
 def launch(op: str, first: torch.Tensor, dtype: torch.dtype, *arguments: object) -> tuple[torch.Tensor, ...]:
     """Run `op` with the backend selected for inputs of this dtype, of which `first` is the first tensor."""
     hidden_size = first.shape[-1] if op in _BY_HIDDEN_SIZE else None
-    backend = select(op, first.device, dtype, hidden_size)
-    if backend not in COMPILED:
+    misfit = _misfit(op, arguments) if first.is_cuda and op in _LINEAR_FORWARD else None
+    backend = select(op, first.device, dtype, hidden_size, misfit)
+    if not is_private(backend, op):
         _check_storages(op, arguments)
     with _without_autocast(first.device):
         if backend == "reference":
@@ -296,7 +344,7 @@ def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager
 
 @functools.cache
 def _launcher(backend: str, op: str) -> _Launcher:
-    if backend in COMPILED:
+    if is_private(backend, op):
         return getattr(torch.ops.dlogp, f"_{backend}_{op}")
     launcher, structures = getattr(importlib.import_module(_MODULES[backend]), op), schemas.STRUCTURES.get(op)
     return launcher if structures is None else functools.partial(_with_structures, launcher, structures)

@@ -21,8 +21,8 @@ The linear policy loss takes target (N, 1) and the rows of reference.rows.Policy
 forward op leaves the gradients of the loss that output_mask asks for in that dtype, float32 or float64, whatever the
 inputs' is: they are rounded once, when backward has multiplied them.
 
-A backend other than plain PyTorch implements a private copy of each schema, `_<backend>_<op>`, with one more argument,
-the workspace in bytes; `backends.py` chooses between them.
+A compiled backend implements a private copy of a schema, `_<backend>_<op>`, with one more argument, the workspace in
+bytes; `backends.py` chooses between backends.
 """
 
 from collections.abc import Iterable
@@ -139,6 +139,13 @@ STRUCTURES: dict[str, tuple[type[Any], ...]] = {
     "policy_loss_fwd": (Tensor, TokenInputs),
     "linear_policy_loss_fwd": (Head, OptionalHead, Targets, PolicyRows),
 }
+
+_ONE_HEAD = "Tensor{0} {1}hidden, Tensor{0} {1}weight, Tensor? {1}bias, float {1}tanh_scale, float {1}output_scale"
+#: The kernel for Hopper of one model or a pair, called by triton/hopper.py: states and x at the targets of one pass.
+LINEAR_STATES = (
+    f"_cuda_linear_states({_ONE_HEAD.format('', '')}, {_ONE_HEAD.format('?', 'base_')}, Tensor target, "
+    "Tensor? row_index, Tensor? num_rows, int first, Tensor(a!) state, Tensor(b!) target_logits) -> ()"
+)
 
 
 def public_schema(op: str) -> str:

@@ -254,15 +254,19 @@ def plan_of(
     row_numbers: int,
     choose: Callable[[int, torch.device, torch.dtype, bool], Config],
     workspace: int,
+    most_splits: int | None = None,
 ) -> Plan:
-    """For tiles that `choose` takes, and so many numbers of 4 bytes a row: of each split, and besides."""
+    """For tiles that `choose` takes, and so many numbers of 4 bytes a row: of each split, and besides.
+
+    Splits are of equal numbers of tiles but for the last; with `most_splits` there are so many, of nearly equal ones.
+    """
     where, dtype = heads[0].hidden.device, max((head.dtype for head in heads), key=lambda dtype: dtype.itemsize)
     device, aligned = properties(where), all(_can_copy_tiles(head) for head in heads)
     tile = choose(len(heads), where, dtype, aligned)
     v = heads[0].weight.shape[0]
     blocks = ceil_div(v, tile.block_v)
     blocks_per_split = ceil_div(blocks, device.programs)
-    num_splits = ceil_div(blocks, blocks_per_split)
+    num_splits = ceil_div(blocks, blocks_per_split) if most_splits is None else min(blocks, most_splits)
     row_bytes = 4 * (num_splits * state_size + row_numbers)
     row_bytes += sum(head.dtype.itemsize * _padded(head.hidden.shape[-1]) for head in heads)
     fitting = workspace // _SHARE // row_bytes // tile.block_n
@@ -291,13 +295,9 @@ def rows_of(target: Tensor, plan: Plan, ignore_index: int) -> Rows:
 
 
 def operands_of(head: Head, plan: Plan, rows: Rows, gathered: Tensor | None, first: int) -> HeadOperands:
-    """The head, with the rows of this pass gathered into `gathered`, or all as they are where it is None."""
-    d, weight = head.hidden.shape[-1], head.weight
-    if gathered is None:
-        hidden = _as_they_are(head, plan)
-    else:
-        hidden = gathered[:, :d]
-        _rows.gather_rows(head.hidden, rows, first, gathered, zero_rest=False)
+    """The head, with the rows of this pass as `hidden_of` has them."""
+    hidden, weight = hidden_of(head, plan, rows, gathered, first), head.weight
+    d = hidden.shape[1]
     bias, tanh_scale, output_scale = transform_of(head.transform, head.bias)
     layout = HeadLayout(bias, d, hidden.stride(0), weight.stride(0), weight.stride(1), tanh_scale, output_scale)
     if not plan.descriptors:
@@ -306,6 +306,14 @@ def operands_of(head: Head, plan: Plan, rows: Rows, gathered: Tensor | None, fir
     return HeadOperands(
         _descriptor(hidden, tile.block_n, tile.block_d), _descriptor(weight, tile.block_v, tile.block_d), layout
     )  # fmt: skip
+
+
+def hidden_of(head: Head, plan: Plan, rows: Rows, gathered: Tensor | None, first: int) -> Tensor:
+    """The rows of this pass (R, D), gathered into `gathered`, or all as they are where it is None."""
+    if gathered is None:
+        return _as_they_are(head, plan)
+    _rows.gather_rows(head.hidden, rows, first, gathered, zero_rest=False)
+    return gathered[:, : head.hidden.shape[-1]]
 
 
 def _as_they_are(head: Head, plan: Plan) -> Tensor:

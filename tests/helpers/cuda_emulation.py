@@ -27,6 +27,7 @@ _REPLACED = {
     "is_cuda()": "is_cpu()",
     "const torch::stable::accelerator::DeviceGuard guard(logits.get_device());": "",
     '#include "../csrc/': f'#include "{ROOT}/csrc/',
+    '#include "cuda_checks.h"': f'#include "{ROOT}/python_bindings/cuda_checks.h"',
 }
 _COMPILER = shutil.which("g++")
 WHY_NOT = None if _COMPILER else "no g++"

@@ -25,7 +25,7 @@ POLICY_ROUNDINGS = 4.0
 ZERO_KL_ROUNDINGS = 8.0
 
 #: MiB over inputs, outputs and gradients, per backend: forward, backward.
-MEMORY_MIB = {"cpu": (64, 256), "reference": (256, 256), "triton": (64, 512), "gemm": (64, 512)}
+MEMORY_MIB = {"cpu": (64, 256), "reference": (256, 256), "triton": (64, 512), "gemm": (64, 512), "cuda": (64, 512)}
 
 #: Of log p, relative to it, however near to 0 it is: down to −1e-20 and beyond. And of a gradient −p of an unlikely
 #: token, in whose log p its distance to the likeliest one is rounded, at most 88.

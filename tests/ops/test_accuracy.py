@@ -35,6 +35,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.also_by("cuda")
 @pytest.mark.parametrize("options", fewer(OPTIONS, ["all"]))
 @pytest.mark.parametrize("dtype", [pytest.param(BF16, marks=pytest.mark.gemm_interpreted), FP16, FP32, FP64], ids=str)
 @pytest.mark.parametrize("op", OPS)
@@ -43,6 +44,7 @@ def test_dtypes_and_options(accuracy, op, dtype, options):
     check_against_truth(accuracy, op, inputs, **options_for(op, OPTIONS[options]))
 
 
+@pytest.mark.also_by("cuda")
 @pytest.mark.parametrize("dtype", fewer(DTYPES, [BF16]), ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_vocabulary_of_several_tiles_and_a_remainder(accuracy, op, dtype):
@@ -54,6 +56,7 @@ def test_vocabulary_of_several_tiles_and_a_remainder(accuracy, op, dtype):
 SIZES = [1, 2, 15, 16, 17, 63, 64, 65, 255, 257, 511, 512, 513, 1025, 4095, 4096, 4097, 8193]
 
 
+@pytest.mark.also_by("cuda")
 @pytest.mark.parametrize("v", fewer(SIZES, [1, 64, 257, 1025]))
 @pytest.mark.parametrize("op", OPS)
 def test_vocabulary_sizes_around_tile_bounds(accuracy, op, v):
@@ -67,6 +70,7 @@ def test_hidden_sizes(accuracy, op, d, dtype):
     check_against_truth(accuracy, op, make_inputs(op, 6, v=333, d=d, dtype=dtype))
 
 
+@pytest.mark.also_by("cuda")
 @pytest.mark.gemm_interpreted
 @pytest.mark.parametrize("k", fewer([1, 2, 7], [7]))
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)

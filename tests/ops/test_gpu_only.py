@@ -21,7 +21,11 @@ from torch import Tensor
 import dlogp_kernels
 from dlogp_kernels.reference import statistics as reference
 
-pytestmark = [pytest.mark.usefixtures("backend"), pytest.mark.served_by("triton", "gemm")]
+pytestmark = [
+    pytest.mark.usefixtures("backend"),
+    pytest.mark.served_by("triton", "gemm", "cuda"),
+    pytest.mark.also_by("cuda"),
+]
 needs_gpu = pytest.mark.needs_gpu
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

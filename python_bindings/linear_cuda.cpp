@@ -1,0 +1,97 @@
+// The forward pass over a head on Hopper. Its launcher, dlogp_kernels/triton/hopper.py, has seen to shapes and dtypes;
+// what would make the kernel read or write outside of a tensor is checked here once more.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <optional>
+
+#include "../csrc/cuda/linear_forward_sm90.h"
+#include "cuda_checks.h"
+
+namespace dlogp {
+namespace {
+
+using torch::headeronly::ScalarType;
+using OptionalTensor = std::optional<Tensor>;
+
+bool is_matrix_of_rows(const Tensor& x) {
+  return x.dim() == 2 && x.stride(1) == 1 && x.stride(0) % 8 == 0 &&
+         reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
+}
+
+template <typename T>
+T* checked(const Tensor& x, ScalarType type, int64_t elements, const char* name) {
+  STD_TORCH_CHECK(x.is_cuda() && x.scalar_type() == type && x.is_contiguous() && x.numel() == elements, name,
+                  " is not a contiguous tensor of its dtype with ", elements, " elements on a CUDA device");
+  check_storage(x, name);
+  return static_cast<T*>(x.mutable_data_ptr());
+}
+
+HeadMatrices matrices(const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias, double tanh_scale,
+                      double output_scale, int models) {
+  for (const Tensor* x : {&hidden, &weight})
+    STD_TORCH_CHECK(x->is_cuda() && is_matrix_of_rows(*x) && x->scalar_type() == hidden.scalar_type(),
+                    "hidden and weight are not matrices of one dtype with rows that begin on 16 bytes");
+  check_storage(hidden, "hidden");
+  check_storage(weight, "weight");
+  STD_TORCH_CHECK(hidden.size(1) == weight.size(1), "hidden and weight have other columns");
+  HeadMatrices head;
+  head.hidden = hidden.const_data_ptr();
+  head.weight = weight.const_data_ptr();
+  head.hidden_rows = hidden.size(0);
+  head.hidden_size = hidden.size(1);
+  head.stride_hidden = hidden.stride(0);
+  head.stride_weight = weight.stride(0);
+  const int64_t columns = tile_columns(models), padded = (weight.size(0) + columns - 1) / columns * columns;
+  if (bias.has_value()) head.bias = checked<float>(*bias, ScalarType::Float, padded, "bias");
+  head.tanh_scale = float(tanh_scale);
+  head.output_scale = float(output_scale);
+  return head;
+}
+
+void linear_states(Tensor hidden, Tensor weight, OptionalTensor bias, double tanh_scale, double output_scale,
+                   OptionalTensor base_hidden, OptionalTensor base_weight, OptionalTensor base_bias,
+                   double base_tanh_scale, double base_output_scale, Tensor target, OptionalTensor row_index,
+                   OptionalTensor num_rows, int64_t first, Tensor state, Tensor target_logits) {
+  LinearForwardArguments arguments;
+  const int models = base_hidden.has_value() && base_weight.has_value() ? 2 : 1;
+  arguments.models = models;
+  arguments.half = hidden.scalar_type() == ScalarType::Half;
+  STD_TORCH_CHECK(arguments.half || hidden.scalar_type() == ScalarType::BFloat16,
+                  "hidden is neither bfloat16 nor float16");
+  arguments.heads[0] = matrices(hidden, weight, bias, tanh_scale, output_scale, models);
+  if (models == 2) {
+    STD_TORCH_CHECK(base_hidden->scalar_type() == hidden.scalar_type() && base_weight->size(0) == weight.size(0),
+                    "base_hidden has another dtype, or base_weight other tokens");
+    arguments.heads[1] = matrices(*base_hidden, *base_weight, base_bias, base_tanh_scale, base_output_scale, models);
+  }
+  STD_TORCH_CHECK(state.dim() == 3 && target.dim() == 2 && state.size(1) > 0, "state or target has other dimensions");
+  arguments.vocabulary = weight.size(0);
+  arguments.splits = state.size(1);
+  arguments.rows = state.size(2);
+  arguments.first = first;
+  arguments.total_rows = target.size(0);
+  arguments.num_targets = target.size(1);
+  arguments.target = checked<int64_t>(target, ScalarType::Long, target.numel(), "target");
+  if (row_index.has_value() && num_rows.has_value()) {
+    arguments.row_index = checked<int64_t>(*row_index, ScalarType::Long, target.size(0), "row_index");
+    arguments.num_rows = checked<int>(*num_rows, ScalarType::Int, 1, "num_rows");
+  }
+  arguments.state =
+      checked<float>(state, ScalarType::Float, (models == 1 ? 3 : 10) * state.size(1) * state.size(2), "state");
+  arguments.target_logits =
+      checked<float>(target_logits, ScalarType::Float, models * target.size(1) * state.size(2), "target_logits");
+  const torch::stable::accelerator::DeviceGuard guard(hidden.get_device());
+  const cudaError_t error = launch_linear_forward(arguments, current_stream(hidden));
+  STD_TORCH_CHECK(error == cudaSuccess, "linear_logp: ", cudaGetErrorString(error));
+}
+
+}  // namespace
+}  // namespace dlogp
+
+STABLE_TORCH_LIBRARY_IMPL(dlogp, CUDA, library) {
+  library.impl("_cuda_linear_states", TORCH_BOX(&dlogp::linear_states));
+}

@@ -36,32 +36,23 @@ cudaError_t describe(EncodeTiled encode, bool half, const Matrix& matrix, int bo
 
 using Kernel = void (*)(KernelArguments);
 
-template <int kModels>
-Kernel kernel_for(bool half, bool transformed) {
-  using namespace hopper;
-  if (half)
-    return transformed ? linear_forward_kernel<__half, kModels, true> : linear_forward_kernel<__half, kModels, false>;
-  return transformed ? linear_forward_kernel<__nv_bfloat16, kModels, true>
-                     : linear_forward_kernel<__nv_bfloat16, kModels, false>;
-}
-
 bool is_transformed(const HeadMatrices& head) { return head.bias != nullptr || head.tanh_scale != 0; }
 
-template <int kModels>
+template <typename Tile>
 cudaError_t launch(KernelArguments& p, cudaStream_t stream) {
-  using Tile = hopper::Tile<kModels>;
   EncodeTiled encode = nullptr;
   cudaError_t error = find_encoder(encode);
-  for (int model = 0; model < kModels && error == cudaSuccess; ++model) {
+  for (int model = 0; model < Tile::kModels && error == cudaSuccess; ++model) {
     const HeadMatrices& head = p.heads[model];
     const Matrix hidden = {head.hidden, head.hidden_rows, head.hidden_size, head.stride_hidden};
     const Matrix weight = {head.weight, p.vocabulary, head.hidden_size, head.stride_weight};
     error = describe(encode, p.half, hidden, hopper::kTileRows, p.hidden[model]);
-    if (error == cudaSuccess)
-      error = describe(encode, p.half, weight, Tile::kColumns / hopper::kBlocks, p.weight[model]);
+    if (error == cudaSuccess) error = describe(encode, p.half, weight, Tile::kColumns / Tile::kBlocks, p.weight[model]);
   }
   if (error != cudaSuccess) return error;
-  const Kernel kernel = kernel_for<kModels>(p.half, is_transformed(p.heads[0]) || is_transformed(p.heads[1]));
+  const bool transformed = is_transformed(p.heads[0]) || is_transformed(p.heads[1]);
+  const Kernel kernel =
+      transformed ? hopper::linear_forward_kernel<Tile, true> : hopper::linear_forward_kernel<Tile, false>;
   const void* const function = reinterpret_cast<const void*>(kernel);
   error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kSharedBytes);
   if (error != cudaSuccess) return error;
@@ -70,9 +61,9 @@ cudaError_t launch(KernelArguments& p, cudaStream_t stream) {
   cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   cudaLaunchAttribute attribute;
   attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {hopper::kBlocks, 1, 1};
+  attribute.val.clusterDim = {Tile::kBlocks, 1, 1};
   cudaLaunchConfig_t configuration = {};
-  configuration.gridDim = dim3(unsigned(multiprocessors / hopper::kBlocks * hopper::kBlocks));
+  configuration.gridDim = dim3(unsigned(multiprocessors / Tile::kBlocks * Tile::kBlocks));
   configuration.blockDim = dim3(hopper::kThreads);
   configuration.dynamicSmemBytes = size_t(Tile::kSharedBytes);
   configuration.stream = stream;
@@ -81,12 +72,21 @@ cudaError_t launch(KernelArguments& p, cudaStream_t stream) {
   return cudaLaunchKernelEx(&configuration, kernel, p);
 }
 
+// The number of blocks of a cluster decides who multiplies what, and changes no bit.
+template <typename Element>
+cudaError_t launch_for(KernelArguments& p, cudaStream_t stream) {
+  using hopper::Tile;
+  const bool one_tile = p.total_rows <= hopper::kTileRows;
+  if (p.models == 1) return one_tile ? launch<Tile<Element, 1, 1>>(p, stream) : launch<Tile<Element, 1, 2>>(p, stream);
+  return one_tile ? launch<Tile<Element, 2, 1>>(p, stream) : launch<Tile<Element, 2, 2>>(p, stream);
+}
+
 }  // namespace
 
 cudaError_t launch_linear_forward(const LinearForwardArguments& arguments, cudaStream_t stream) {
   KernelArguments p = {};
   static_cast<LinearForwardArguments&>(p) = arguments;
-  return arguments.models == 1 ? launch<1>(p, stream) : launch<2>(p, stream);
+  return arguments.half ? launch_for<__half>(p, stream) : launch_for<__nv_bfloat16>(p, stream);
 }
 
 }  // namespace dlogp

@@ -16,12 +16,12 @@
 //
 // The two blocks of a cluster have neighbouring tiles of rows and the same tokens, so the L2 cache gives each weight
 // once for both. A stage is full when its bytes have come, and empty when both consumers of both blocks have multiplied
-// it.
+// it. Where all rows are one tile, a cluster is one block.
 //
-// Schedule. The vocabulary is cut into splits, and a unit is a pair of row tiles times a split: the cluster walks
-// through its tiles, stores a state for every row, and goes on to its next unit. Units that run at the same time are of
-// kGroup pairs of row tiles, whose hidden states stay in the L2 cache, and of as few splits as that leaves. While one
-// consumer folds, the other one has the matrix units to itself.
+// Schedule. The vocabulary is cut into splits, and a unit is a split times a group of row tiles, one for each block:
+// the cluster walks through its tiles, stores a state for every row, and goes on to its next unit. Units that run at
+// the same time are of kGroup groups, whose hidden states stay in the L2 cache, and of as few splits as that leaves.
+// While one consumer folds, the other one has the matrix units to itself.
 //
 // A row's sums run over dimensions, tokens and splits in an order that depends on D, V and the device alone.
 #pragma once
@@ -32,13 +32,15 @@
 
 namespace dlogp::hopper {
 
-constexpr int kTileRows = 128, kDepth = 64, kConsumers = 2, kBlocks = 2;
+constexpr int kTileRows = 128, kDepth = 64, kConsumers = 2;
 constexpr int kThreads = 128 * (1 + kConsumers);
 constexpr int kGroup = 16;
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 
-template <int kModels>
+template <typename Element_, int kModels_, int kBlocks_>
 struct Tile {
+  using Element = Element_;
+  static constexpr int kModels = kModels_, kBlocks = kBlocks_;                      // of a cluster
   static constexpr int kColumns = tile_columns(kModels), kElements = kColumns / 2;  // of a thread
   static constexpr int kStages = kModels == 1 ? 4 : 6;
   static constexpr int kHiddenBytes = 2 * kTileRows * kDepth, kWeightBytes = 2 * kColumns * kDepth;
@@ -51,10 +53,8 @@ struct KernelArguments : LinearForwardArguments {
 };
 
 // Where a block's stages and their barriers lie.
-template <int kModels>
+template <typename T>
 class Ring {
-  using T = Tile<kModels>;
-
  public:
   __device__ explicit Ring(const void* shared) : begin_((shared_address(shared) + 1023) & ~1023u) {}
 
@@ -67,16 +67,16 @@ class Ring {
     if (threadIdx.x == 0) {
       for (int stage = 0; stage < T::kStages; ++stage) {
         init_barrier(full(stage), 1);
-        init_barrier(empty(stage), kConsumers * kBlocks);
+        init_barrier(empty(stage), kConsumers * T::kBlocks);
       }
       publish_barriers();
     }
     cluster_sync();
   }
 
-  // By all threads of a consumer, that it will not read the stage any more: to both blocks, which load into it.
+  // By all threads of a consumer, that it will not read the stage any more: to all blocks, which load into it.
   __device__ void release(int stage) const {
-    if (threadIdx.x % 128 < kBlocks) arrive_at(empty(stage), threadIdx.x % 128);
+    if (threadIdx.x % 128 < T::kBlocks) arrive_at(empty(stage), threadIdx.x % 128);
   }
 
  private:
@@ -84,12 +84,12 @@ class Ring {
 };
 
 // A stage of the ring, and the parity of its barriers' phase.
-template <int kModels>
+template <typename T>
 struct Cursor {
   int stage = 0, parity = 0;
 
   __device__ void advance() {
-    if (++stage == Tile<kModels>::kStages) stage = 0, parity ^= 1;
+    if (++stage == T::kStages) stage = 0, parity ^= 1;
   }
 };
 
@@ -98,22 +98,22 @@ struct Unit {
   int row, split, first_tile, end_tile;  // row: the first of this block's tile
 };
 
-template <int kModels>
+template <typename T>
 class Schedule {
  public:
   __device__ explicit Schedule(const KernelArguments& p) : splits_(int(p.splits)) {
     const int64_t rows = p.num_rows == nullptr ? p.total_rows : *p.num_rows;
     num_rows = int(min(rows - p.first, p.rows));
-    row_pairs_ = (num_rows + kBlocks * kTileRows - 1) / (kBlocks * kTileRows);
-    tiles_ = int((p.vocabulary + Tile<kModels>::kColumns - 1) / Tile<kModels>::kColumns);
+    row_groups_ = (num_rows + T::kBlocks * kTileRows - 1) / (T::kBlocks * kTileRows);
+    tiles_ = int((p.vocabulary + T::kColumns - 1) / T::kColumns);
   }
 
-  __device__ int count() const { return row_pairs_ * splits_; }
+  __device__ int count() const { return row_groups_ * splits_; }
 
   __device__ Unit unit(int index) const {
-    const int first = index / (kGroup * splits_) * kGroup, size = min(row_pairs_ - first, kGroup);
+    const int first = index / (kGroup * splits_) * kGroup, size = min(row_groups_ - first, kGroup);
     const int local = index - first * splits_, split = local / size;
-    return {(kBlocks * (first + local % size) + int(cluster_rank())) * kTileRows, split, tile_of(split),
+    return {(T::kBlocks * (first + local % size) + int(cluster_rank())) * kTileRows, split, tile_of(split),
             tile_of(split + 1)};
   }
 
@@ -122,26 +122,25 @@ class Schedule {
  private:
   __device__ int tile_of(int split) const { return int(int64_t(tiles_) * split / splits_); }
 
-  int splits_, row_pairs_, tiles_;
+  int splits_, row_groups_, tiles_;
 };
 
 // One thread fills the ring with all that the block multiplies.
-template <int kModels>
-__device__ void produce(const KernelArguments& p, const Ring<kModels>& ring, const Schedule<kModels>& schedule) {
-  using T = Tile<kModels>;
-  constexpr int kHalf = T::kColumns / kBlocks;
+template <typename T>
+__device__ void produce(const KernelArguments& p, const Ring<T>& ring, const Schedule<T>& schedule) {
+  constexpr int kPart = T::kColumns / T::kBlocks;  // of the weight's rows, for every block
   const int rank = int(cluster_rank());
-  Cursor<kModels> at;
-  for (int index = blockIdx.x / kBlocks; index < schedule.count(); index += gridDim.x / kBlocks) {
+  Cursor<T> at;
+  for (int index = blockIdx.x / T::kBlocks; index < schedule.count(); index += gridDim.x / T::kBlocks) {
     const Unit unit = schedule.unit(index);
     for (int tile = unit.first_tile; tile < unit.end_tile; ++tile)
-      for (int model = 0; model < kModels; ++model)
+      for (int model = 0; model < T::kModels; ++model)
         for (int d = 0; d < p.heads[model].hidden_size; d += kDepth) {
           wait_for(ring.empty(at.stage), at.parity ^ 1);
           arrive_expecting(ring.full(at.stage), T::kStageBytes);
           load_box(ring.hidden(at.stage), p.hidden[model], ring.full(at.stage), d, unit.row);
-          load_box_for((1 << kBlocks) - 1, ring.weight(at.stage) + rank * (T::kWeightBytes / kBlocks), p.weight[model],
-                       ring.full(at.stage), d, tile * T::kColumns + rank * kHalf);
+          load_box_for((1 << T::kBlocks) - 1, ring.weight(at.stage) + rank * (T::kWeightBytes / T::kBlocks),
+                       p.weight[model], ring.full(at.stage), d, tile * T::kColumns + rank * kPart);
           at.advance();
         }
   }
@@ -188,25 +187,23 @@ __device__ inline void pick(const KernelArguments& p, const ThreadRows& rows, in
 }
 
 // A consumer's products of one tile and model. A stage is released when the next one's products are on their way.
-template <typename T, int kModels>
+template <typename T>
 class Consumer {
-  static constexpr int kElements = Tile<kModels>::kElements;
-
  public:
-  __device__ Consumer(const Ring<kModels>& ring, int index) : ring_(ring), index_(index) {}
+  __device__ Consumer(const Ring<T>& ring, int index) : ring_(ring), index_(index) {}
 
-  __device__ void multiply(int hidden_size, float (&x)[kElements]) {
+  __device__ void multiply(int hidden_size, float (&x)[T::kElements]) {
     const int steps = (hidden_size + kDepth - 1) / kDepth;
     int previous = -1;
     for (int step = 0; step < steps; ++step) {
       wait_for(ring_.full(at_.stage), at_.parity);
-      const uint64_t hidden = operand_at(ring_.hidden(at_.stage) + index_ * (Tile<kModels>::kHiddenBytes / kConsumers));
+      const uint64_t hidden = operand_at(ring_.hidden(at_.stage) + index_ * (T::kHiddenBytes / kConsumers));
       const uint64_t weight = operand_at(ring_.weight(at_.stage));
       hold(x);
       begin_products();
 #pragma unroll
       for (int k = 0; k < kDepth / 16; ++k)  // 16 elements are 32 bytes, and operands count in 16
-        Product<T, Tile<kModels>::kColumns>::add(x, hidden + 2 * k, weight + 2 * k, step | k);
+        Product<typename T::Element, T::kColumns>::add(x, hidden + 2 * k, weight + 2 * k, step | k);
       commit_products();
       hold(x);
       if (previous >= 0) {
@@ -222,22 +219,21 @@ class Consumer {
   }
 
  private:
-  const Ring<kModels>& ring_;
+  const Ring<T>& ring_;
   const int index_;
-  Cursor<kModels> at_;
+  Cursor<T> at_;
 };
 
-template <typename T, int kModels, bool kTransformed>
-__device__ void consume(const KernelArguments& p, const Ring<kModels>& ring, const Schedule<kModels>& schedule,
-                        int index) {
+template <typename T, bool kTransformed>
+__device__ void consume(const KernelArguments& p, const Ring<T>& ring, const Schedule<T>& schedule, int index) {
+  constexpr int kModels = T::kModels, kColumns = T::kColumns, kElements = T::kElements;
   using States = std::conditional_t<kModels == 1, State, PairState>;
-  constexpr int kColumns = Tile<kModels>::kColumns, kElements = Tile<kModels>::kElements;
   const int vocabulary = int(p.vocabulary);
   const float scale = kLog2e * p.heads[0].output_scale, base_scale = kLog2e * p.heads[1].output_scale;
   const int thread_row = 64 * index + (threadIdx.x % 128) / 32 * 16 + threadIdx.x % 32 / 4;
-  Consumer<T, kModels> consumer(ring, index);
+  Consumer<T> consumer(ring, index);
   float x[kElements], base_x[kModels == 1 ? 1 : kElements];
-  for (int at = blockIdx.x / kBlocks; at < schedule.count(); at += gridDim.x / kBlocks) {
+  for (int at = blockIdx.x / T::kBlocks; at < schedule.count(); at += gridDim.x / T::kBlocks) {
     const Unit unit = schedule.unit(at);
     ThreadRows rows;
     rows.load(p, unit.row + thread_row, schedule.num_rows);
@@ -285,13 +281,13 @@ __device__ void consume(const KernelArguments& p, const Ring<kModels>& ring, con
   }
 }
 
-template <typename T, int kModels, bool kTransformed>
+template <typename T, bool kTransformed>
 __global__ void __launch_bounds__(kThreads, 1) linear_forward_kernel(const __grid_constant__ KernelArguments p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ unsigned char shared[];
-  const Ring<kModels> ring(shared);
+  const Ring<T> ring(shared);
   ring.init();
-  const Schedule<kModels> schedule(p);
+  const Schedule<T> schedule(p);
   const int group = __shfl_sync(kWholeWarp, int(threadIdx.x) / 128, 0);
   if (group == 0) {
     give_registers<kProducerRegisters>();
@@ -299,7 +295,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_forward_kernel(const __gri
     __syncwarp();
   } else {
     take_registers<kConsumerRegisters>();
-    consume<T, kModels, kTransformed>(p, ring, schedule, group - 1);
+    consume<T, kTransformed>(p, ring, schedule, group - 1);
   }
   cluster_sync();  // no block ends while the other still loads into it
 #endif

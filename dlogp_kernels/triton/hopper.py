@@ -70,9 +70,9 @@ def _forward(
 
 
 def _plan(heads: list[Head], target: Tensor, size: int, workspace: int) -> Plan:
-    """As many splits as there are clusters of two blocks, so that they all have work at any number of rows."""
-    numbers, clusters = len(heads) * target.shape[1], properties(target.device).programs // 2
-    return plan_of(heads, target.shape[0], size, numbers, lambda *_: _TILES[len(heads)], workspace, clusters)
+    """As many splits as there are multiprocessors, so that they all have work at any number of rows."""
+    numbers, splits = len(heads) * target.shape[1], properties(target.device).programs
+    return plan_of(heads, target.shape[0], size, numbers, lambda *_: _TILES[len(heads)], workspace, splits)
 
 
 def _padded_bias(head: Head, columns: int) -> Tensor | None:

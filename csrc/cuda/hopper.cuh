@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "linear_forward_sm90.h"
+#include "linear_sm90.h"
 
 namespace dlogp::hopper {
 
@@ -72,6 +72,34 @@ __device__ inline void load_box_for(uint16_t blocks, uint32_t to, const TensorMa
       "[%0], [%1, {%4, %5}], [%2], %3;" ::"r"(to),
       "l"(&matrix), "r"(barrier), "h"(blocks), "r"(column), "r"(row)
       : "memory");
+}
+
+// A box from shared memory into a matrix; what lies outside of it is left out. To be waited for, until no more than
+// `kLeft` boxes of this thread are still read, before their memory is written again.
+__device__ inline void store_box(const TensorMap& matrix, uint32_t from, int column, int row) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];\ncp.async.bulk.commit_group;" ::"l"(
+          &matrix),
+      "r"(from), "r"(column), "r"(row)
+      : "memory");
+}
+template <int kLeft>
+__device__ inline void wait_for_stores() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kLeft) : "memory");
+}
+
+// What this thread has written to shared memory can be stored by `store_box` after the next barrier.
+__device__ inline void publish_for_stores() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// A barrier of the 128 threads of a warp group.
+__device__ inline void sync_group(int group) { asm volatile("bar.sync %0, 128;" ::"r"(group) : "memory"); }
+
+// Four matrices of 8 × 8 numbers of 16 bits, a word of each from every lane, to the rows that the lanes have addresses
+// of.
+__device__ inline void store_matrices(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b),
+               "r"(c), "r"(d)
+               : "memory");
 }
 
 // Registers of each thread of a warp group, from here on.

@@ -8,7 +8,8 @@ for _op in schemas.SCHEMAS:
     for _backend in backends.COMPILED:
         if backends.is_private(_backend, _op):
             LIBRARY.define(schemas.backend_schema(_backend, _op))
-LIBRARY.define(schemas.LINEAR_STATES)
+for _schema in schemas.LINEAR_KERNELS:
+    LIBRARY.define(_schema)
 
 backends.load_extensions()
 

@@ -35,8 +35,10 @@ _MODULES = {
     "reference": "dlogp_kernels.eager",
 }
 _LINEAR_FORWARD = ("linear_logp_fwd", "linear_delta_logp_fwd")
+#: Of "cuda", on Hopper alone.
+_HOPPER = (*_LINEAR_FORWARD, "linear_logp_bwd", "linear_delta_logp_bwd")
 #: Ops of the backends that do not have all. The others are served by "triton" when such a backend is asked for.
-_ONLY = {"gemm": _LINEAR_FORWARD, "cuda": ("extrapolated_sample", *_LINEAR_FORWARD)}
+_ONLY = {"gemm": _LINEAR_FORWARD, "cuda": ("extrapolated_sample", *_HOPPER)}
 #: Compute capabilities that the CUDA C++ kernels are compiled for: of sampling, and of the linear forward ops.
 _SAMPLING_CAPABILITIES = ("8.x", "9.0", "10.0")
 _LINEAR_CAPABILITIES = ("9.0",)
@@ -90,11 +92,11 @@ _HOPPER_VISIT = "benchmarks/results/h200_visit1.json"
 PREFERENCES = (
     Preference("linear_logp_fwd", "cuda", 90, (torch.bfloat16,), range(896, 4097), _HOPPER_VISIT),
     Preference("linear_delta_logp_fwd", "cuda", 90, (torch.bfloat16,), range(896, 4097), _HOPPER_VISIT),
+    Preference("linear_logp_bwd", "cuda", 90, (torch.bfloat16,), range(896, 4097), _HOPPER_VISIT),
+    Preference("linear_delta_logp_bwd", "cuda", 90, (torch.bfloat16,), range(896, 4097), _HOPPER_VISIT),
     Preference("extrapolated_sample", "cuda", 90, (torch.bfloat16,), measured=_VISIT),
     Preference("extrapolated_sample", "cuda"),
 )
-#: Ops whose first input is hidden states and whose lines ask for their width.
-_BY_HIDDEN_SIZE = {line.op for line in PREFERENCES if line.op.startswith("linear_")}
 
 
 class Choice(NamedTuple):
@@ -170,7 +172,7 @@ def unavailable(
         return "it has linear forward ops only" if backend == "gemm" else f"it has {', '.join(_ONLY[backend])} only"
     if dtype == torch.float64:
         return "it has no float64 kernels"
-    if backend == "cuda" and op in _LINEAR_FORWARD:
+    if backend == "cuda" and op in _HOPPER:
         return _hopper_problem(device, dtype) or misfit
     if backend == "cuda":
         return _cuda_problem(device, _SAMPLING_CAPABILITIES)
@@ -253,19 +255,19 @@ def _hopper_problem(device: torch.device, dtype: torch.dtype) -> str | None:
     return _cuda_problem(device, _LINEAR_CAPABILITIES) or _triton_problem()
 
 
-def _misfit(op: str, arguments: tuple[Any, ...]) -> str | None:
-    """What of a linear forward op's arguments (schemas.py) keeps the kernels for Hopper from serving them.
+def _misfit(given: dict[str, Any]) -> str | None:
+    """What of an op's arguments keeps the kernels for Hopper from serving them.
 
     They copy tiles 16 bytes at a time, and do not look for the most likely token.
     """
-    *flat, _, _, top = arguments
-    for i in range(0, len(flat), 4):  # of each head
-        prefix, (hidden, weight) = "base_" if i else "", flat[i : i + 2]
-        if not hidden.dtype == weight.dtype == flat[0].dtype:
-            return f"hidden is {flat[0].dtype}, {prefix}hidden {hidden.dtype} and {prefix}weight {weight.dtype}"
+    dtype = given["hidden"].dtype
+    for prefix in ("", "base_") if "base_hidden" in given else ("",):
+        hidden, weight = given[f"{prefix}hidden"], given[f"{prefix}weight"]
+        if not hidden.dtype == weight.dtype == dtype:
+            return f"hidden is {dtype}, {prefix}hidden {hidden.dtype} and {prefix}weight {weight.dtype}"
         if weight.stride(1) != 1 or weight.stride(0) % 8 or weight.data_ptr() % 16:
             return f"rows of {prefix}weight do not begin on 16 bytes"
-    return "it does not look for the most likely token" if top else None
+    return "it does not look for the most likely token" if given.get("top") else None
 
 
 def _cuda_problem(device: torch.device, capabilities: tuple[str, ...]) -> str | None:
@@ -305,8 +307,12 @@ def warn_of_missing_kernels(device: torch.device | str) -> None:
 
 def launch(op: str, first: torch.Tensor, dtype: torch.dtype, *arguments: object) -> tuple[torch.Tensor, ...]:
     """Run `op` with the backend selected for inputs of this dtype, of which `first` is the first tensor."""
-    hidden_size = first.shape[-1] if op in _BY_HIDDEN_SIZE else None
-    misfit = _misfit(op, arguments) if first.is_cuda and op in _LINEAR_FORWARD else None
+    hidden_size, misfit = None, None
+    if first.is_cuda and op in _HOPPER:
+        given: dict[str, Any] = dict(zip(_argument_names(op), arguments, strict=True))
+        first = given["hidden"]
+        hidden_size, misfit = first.shape[-1], _misfit(given)
+        dtype = dtype if dtype == torch.float64 else first.dtype
     backend = select(op, first.device, dtype, hidden_size, misfit)
     if not is_private(backend, op):
         _check_storages(op, arguments)

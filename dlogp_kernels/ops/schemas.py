@@ -141,10 +141,13 @@ STRUCTURES: dict[str, tuple[type[Any], ...]] = {
 }
 
 _ONE_HEAD = "Tensor{0} {1}hidden, Tensor{0} {1}weight, Tensor? {1}bias, float {1}tanh_scale, float {1}output_scale"
-#: The kernel for Hopper of one model or a pair, called by triton/hopper.py: states and x at the targets of one pass.
-LINEAR_STATES = (
+#: The kernels for Hopper, called by triton/hopper.py: states and x at the targets of one pass, of one model or a pair;
+#: and the gradient by the logits of a block of rows and tokens.
+LINEAR_KERNELS = (
     f"_cuda_linear_states({_ONE_HEAD.format('', '')}, {_ONE_HEAD.format('?', 'base_')}, Tensor target, "
-    "Tensor? row_index, Tensor? num_rows, int first, Tensor(a!) state, Tensor(b!) target_logits) -> ()"
+    "Tensor? row_index, Tensor? num_rows, int first, Tensor(a!) state, Tensor(b!) target_logits) -> ()",
+    f"_cuda_linear_gradient({_ONE_HEAD.format('', '')}, Tensor target, Tensor target_terms, Tensor row_terms, "
+    "int first, int first_token, Tensor(a!) gradient) -> ()",
 )
 
 

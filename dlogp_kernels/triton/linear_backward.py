@@ -30,12 +30,16 @@ _SHARE = 2
 #: Fewer tokens at a time, and the accumulators' way through memory outlasts the products.
 _FEWEST_TOKENS = 1024
 _MOST_ROWS = 8192
+#: Rows of a block's gradient begin on 16 bytes.
+_ALIGNED = 8
 _LEAST_ROWS = 128
 #: The largest upstream gradient, times the scale, in float16: far from its limit, 65504, and its smallest number.
 _FLOAT16_LARGEST = 2.0**12
 
 #: (first row, column, tiles, outs, shape, in place) → gradients by the tiles' raw logits, into each model's out.
 _TileGradient = Callable[[int, int, list[Tile], list[Matrix | None], tuple[int, int], list[bool]], None]
+#: (head, its gathered rows, first row, column, gradient): writes the gradient by a block's logits, products and all.
+BlockGradient = Callable[[Head, Tensor, int, int, Tensor], None]
 
 
 class Tiling(NamedTuple):
@@ -47,9 +51,13 @@ class Tiling(NamedTuple):
 
 
 class HeadGradients:
-    """One model's head, the gradients wanted of it, and the buffers of a block of rows × tokens."""
+    """One model's head, the gradients wanted of it, and the buffers of a block of rows × tokens.
 
-    def __init__(self, head: Head, output_mask: list[bool]) -> None:
+    A block is computed in tiles of float32 logits, (rows, tokens) of `tile`; with no rows there are none, and tokens
+    are what blocks are made of.
+    """
+
+    def __init__(self, head: Head, output_mask: list[bool], tile: tuple[int, int] | None = None) -> None:
         self.head = with_contiguous_bias(head)
         hidden, weight, bias, transform = self.head
         self.wants_hidden, self.wants_weight = output_mask[:2]
@@ -58,7 +66,7 @@ class HeadGradients:
         self.grad_weight = weight.new_empty(weight.shape if self.wants_weight else 0)
         self.grad_bias = (hidden if bias is None else bias).new_empty(weight.shape[0] if self.wants_bias else 0)
         self.transform = transform_of(transform, bias)
-        self.tile_rows, self.tile_tokens = backward_tile(hidden.device)
+        self.tile_rows, self.tile_tokens = backward_tile(hidden.device) if tile is None else tile
 
     @property
     def wanted(self) -> bool:
@@ -77,7 +85,8 @@ class HeadGradients:
     def allocate(self, tiling: Tiling) -> None:
         self._hidden = self._new(self.head.dtype, tiling.rows, self.head.hidden.shape[-1])
         self._tile = self._new(torch.float32, min(tiling.rows, self.tile_rows) * min(tiling.tokens, self.tile_tokens))
-        self._grad_logits = self._new(self.head.dtype, tiling.rows * tiling.tokens) if self.wanted else None
+        size = tiling.rows * round_up(tiling.tokens, _ALIGNED)
+        self._grad_logits = self._new(self.head.dtype, size) if self.wanted else None
 
     def _new(self, dtype: torch.dtype, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.head.hidden.device)
@@ -94,7 +103,8 @@ class HeadGradients:
 
     def grad_logits(self, num_rows: int, num_tokens: int) -> Tensor:
         assert self._grad_logits is not None
-        return self._grad_logits[: num_rows * num_tokens].view(num_rows, num_tokens)
+        stride = round_up(num_tokens, _ALIGNED)
+        return self._grad_logits[: num_rows * stride].view(num_rows, stride)[:, :num_tokens]
 
     def hidden_of(self, num_rows: int) -> Tensor:
         return self._hidden[:num_rows]
@@ -111,11 +121,14 @@ class BackwardSchedule:
         models: list[HeadGradients],
         target: Tensor,
         ignore_index: int,
-        gradient: _TileGradient,
+        gradient: _TileGradient | None,
         inverse_scale: Tensor | None,
         workspace: int,
+        block_gradient: BlockGradient | None = None,
     ) -> None:
+        """With `gradient` a block is computed tile by tile, with `block_gradient` at once, without bias."""
         self.models, self.gradient, self.inverse_scale = models, gradient, inverse_scale
+        self.block_gradient = block_gradient
         self.num_rows, self.vocabulary = target.shape[0], models[0].head.weight.shape[0]
         self.rows = _rows.rows_in_place(target, ignore_index)
         self.memory = _SHARE * workspace * 31 // 32  # the rest: small buffers, and what the allocator rounds up
@@ -209,6 +222,12 @@ class BackwardSchedule:
         self, first: int, num_rows: int, column: int, num_tokens: int, bias_totals: list[Tensor | None]
     ) -> None:
         """Of a block, tile by tile. The sum for a bias is taken before they are rounded, from the tile itself."""
+        if self.block_gradient is not None:
+            for model in self.models:
+                out = model.grad_logits(num_rows, num_tokens)
+                self.block_gradient(model.head, model.hidden_of(num_rows), first, column, out)
+            return
+        assert self.gradient is not None
         outs = [model.grad_logits(num_rows, num_tokens) if model.wanted else None for model in self.models]
         in_place = [total is not None for total in bias_totals]
         for begin, width in _blocks(num_tokens, self.models[0].tile_tokens):
@@ -253,7 +272,7 @@ def _blocks(total: int, size: int) -> list[tuple[int, int]]:
     return [(begin, min(size, total - begin)) for begin in range(0, total, size)]
 
 
-def _scale(
+def scale_of(
     dtype: torch.dtype, target: Tensor, ignore_index: int, *grads: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """For float16, a power of two (1,) that the gradients by logits are multiplied with, and its inverse.
@@ -277,7 +296,7 @@ def linear_logp_bwd(
 ) -> tuple[Tensor, ...]:
     target, ignore_index = targets.target.contiguous(), targets.ignore_index
     model, grads = HeadGradients(head, output_mask), contiguous(grads)
-    scale, inverse_scale = _scale(head.dtype, target, ignore_index, *grads)
+    scale, inverse_scale = scale_of(head.dtype, target, ignore_index, *grads)
 
     def gradient(
         first: int,
@@ -296,6 +315,23 @@ def linear_logp_bwd(
     return model.gradients()
 
 
+def model_by_model(
+    backward: Callable[..., tuple[Tensor, ...]],
+    grads: PairGradients,
+    head: Head,
+    base: Head,
+    targets: Targets,
+    saved: PairSaved,
+    output_mask: list[bool],
+    workspace: int,
+) -> tuple[Tensor, ...]:
+    """Without a divergence each model's gradients are its own affair: `backward` is that of linear_logp."""
+    own = backward(grads.model, head, targets, saved.model, output_mask[:3], workspace)
+    # A copy of its own: an address that is aligned otherwise would be another kernel to compile.
+    base_saved = saved.base._replace(extra=saved.base.extra.clone())
+    return *own, *backward(grads.base, base, targets, base_saved, output_mask[3:], workspace)
+
+
 def linear_delta_logp_bwd(
     grads: PairGradients,
     head: Head,
@@ -305,16 +341,13 @@ def linear_delta_logp_bwd(
     output_mask: list[bool],
     workspace: int,
 ) -> tuple[Tensor, ...]:
-    if grads.kl is None and grads.reverse_kl is None:  # each model's gradients are its own affair
-        own = linear_logp_bwd(grads.model, head, targets, saved.model, output_mask[:3], workspace)
-        # A copy of its own: an address that is aligned otherwise would be another kernel to compile.
-        base_saved = saved.base._replace(extra=saved.base.extra.clone())
-        return *own, *linear_logp_bwd(grads.base, base, targets, base_saved, output_mask[3:], workspace)
+    if grads.kl is None and grads.reverse_kl is None:
+        return model_by_model(linear_logp_bwd, grads, head, base, targets, saved, output_mask, workspace)
     target, ignore_index = targets.target.contiguous(), targets.ignore_index
     models, grads = [HeadGradients(head, output_mask[:3]), HeadGradients(base, output_mask[3:])], contiguous_pair(grads)
     every = (*grads.model, *grads.base, grads.kl, grads.reverse_kl)
     half = torch.float16 if torch.float16 in (head.dtype, base.dtype) else head.dtype
-    scale, inverse_scale = _scale(half, target, ignore_index, *every)
+    scale, inverse_scale = scale_of(half, target, ignore_index, *every)
 
     def gradient(
         first: int,

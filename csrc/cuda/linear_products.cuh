@@ -1,9 +1,9 @@
-// The kernel of linear_forward_sm90.h.
+// The products of linear_sm90.h, and the kernel around them.
 //
 // Layout. A tile is 128 rows × 256 tokens, of a pair 128 rows × 160 tokens of each model. A block has a producer and
 // two consumers, warp groups all: a consumer multiplies 64 rows by the tile's tokens, with the sums in its registers,
-// and folds them there (linear_fold.cuh), so no logit is ever in memory. What is multiplied lies in a ring of stages,
-// 64 dimensions each, that the producer fills ahead:
+// and folds them there (linear_forward.cuh), so no logit is ever in memory. What is multiplied lies in a ring of
+// stages, 64 dimensions each, that the producer fills ahead:
 //
 //            64 dimensions                         tokens of the tile
 //         ┌────────────────┐              ┌──────────────────────────────┐
@@ -26,12 +26,13 @@
 // A row's sums run over dimensions, tokens and splits in an order that depends on D, V and the device alone.
 #pragma once
 
-#include <type_traits>
+#include <cuda_runtime_api.h>
 
-#include "linear_fold.cuh"
+#include "hopper.cuh"
 
 namespace dlogp::hopper {
 
+constexpr unsigned kWholeWarp = 0xFFFFFFFFu;
 constexpr int kTileRows = 128, kDepth = 64, kConsumers = 2;
 constexpr int kThreads = 128 * (1 + kConsumers);
 constexpr int kGroup = 16;
@@ -45,11 +46,12 @@ struct Tile {
   static constexpr int kStages = kModels == 1 ? 4 : 6;
   static constexpr int kHiddenBytes = 2 * kTileRows * kDepth, kWeightBytes = 2 * kColumns * kDepth;
   static constexpr int kStageBytes = kHiddenBytes + kWeightBytes;
-  static constexpr int kSharedBytes = 1024 + kStages * (kStageBytes + 16);  // 1024: to begin at a multiple of it
+  static constexpr int kRingBytes = kStages * (kStageBytes + 16);
 };
 
-struct KernelArguments : LinearForwardArguments {
-  TensorMap hidden[2], weight[2];
+template <typename Arguments>
+struct KernelArguments : Arguments {
+  TensorMap hidden_map[2], weight_map[2], gradient_map;
 };
 
 // Where a block's stages and their barriers lie.
@@ -62,6 +64,8 @@ class Ring {
   __device__ uint32_t weight(int stage) const { return hidden(stage) + T::kHiddenBytes; }
   __device__ uint32_t full(int stage) const { return begin_ + T::kStages * T::kStageBytes + 8 * stage; }
   __device__ uint32_t empty(int stage) const { return full(T::kStages + stage); }
+  // What an epilogue has for itself, at a multiple of 1024 bytes.
+  __device__ uint32_t own() const { return (begin_ + T::kRingBytes + 1023) & ~1023u; }
 
   __device__ void init() const {
     if (threadIdx.x == 0) {
@@ -101,7 +105,7 @@ struct Unit {
 template <typename T>
 class Schedule {
  public:
-  __device__ explicit Schedule(const KernelArguments& p) : splits_(int(p.splits)) {
+  __device__ explicit Schedule(const LinearArguments& p) : splits_(int(p.splits)) {
     const int64_t rows = p.num_rows == nullptr ? p.total_rows : *p.num_rows;
     num_rows = int(min(rows - p.first, p.rows));
     row_groups_ = (num_rows + T::kBlocks * kTileRows - 1) / (T::kBlocks * kTileRows);
@@ -126,8 +130,8 @@ class Schedule {
 };
 
 // One thread fills the ring with all that the block multiplies.
-template <typename T>
-__device__ void produce(const KernelArguments& p, const Ring<T>& ring, const Schedule<T>& schedule) {
+template <typename T, typename Arguments>
+__device__ void produce(const KernelArguments<Arguments>& p, const Ring<T>& ring, const Schedule<T>& schedule) {
   constexpr int kPart = T::kColumns / T::kBlocks;  // of the weight's rows, for every block
   const int rank = int(cluster_rank());
   Cursor<T> at;
@@ -138,51 +142,11 @@ __device__ void produce(const KernelArguments& p, const Ring<T>& ring, const Sch
         for (int d = 0; d < p.heads[model].hidden_size; d += kDepth) {
           wait_for(ring.empty(at.stage), at.parity ^ 1);
           arrive_expecting(ring.full(at.stage), T::kStageBytes);
-          load_box(ring.hidden(at.stage), p.hidden[model], ring.full(at.stage), d, unit.row);
+          load_box(ring.hidden(at.stage), p.hidden_map[model], ring.full(at.stage), d, unit.row);
           load_box_for((1 << T::kBlocks) - 1, ring.weight(at.stage) + rank * (T::kWeightBytes / T::kBlocks),
-                       p.weight[model], ring.full(at.stage), d, tile * T::kColumns + rank * kPart);
+                       p.weight_map[model], ring.full(at.stage), d, tile * T::kColumns + rank * kPart);
           at.advance();
         }
-  }
-}
-
-// The two rows of a consumer's thread.
-struct ThreadRows {
-  int i[2];          // of states
-  int64_t place[2];  // of targets, of the first of K
-  int target[2];     // that
-  bool inside[2];
-
-  __device__ void load(const KernelArguments& p, int row, int num_rows) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      i[r] = row + 8 * r;
-      inside[r] = i[r] < num_rows;
-      int64_t n = p.first + i[r];
-      if (inside[r] && p.row_index != nullptr) n = p.row_index[n];
-      place[r] = n * p.num_targets;
-      target[r] = inside[r] ? int(p.target[place[r]]) : -1;
-    }
-  }
-};
-
-// Stores x at the targets that lie in this thread's columns of the tile, and says of which rows some do.
-template <int kCount, typename Store>
-__device__ inline void pick(const KernelArguments& p, const ThreadRows& rows, int column, bool (&has_target)[2],
-                            Store store_x) {
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    has_target[r] = false;
-    int target = rows.target[r];
-    for (int k = 0;;) {
-      const unsigned local = unsigned(target - column - 2 * quad_lane());
-      if (local < 2 * kCount && local % 8 < 2) {
-        has_target[r] = true;
-        store_x(r, k, int(local));
-      }
-      if (++k >= p.num_targets || !rows.inside[r]) break;
-      target = int(p.target[rows.place[r] + k]);
-    }
   }
 }
 
@@ -224,65 +188,27 @@ class Consumer {
   Cursor<T> at_;
 };
 
-template <typename T, bool kTransformed>
-__device__ void consume(const KernelArguments& p, const Ring<T>& ring, const Schedule<T>& schedule, int index) {
-  constexpr int kModels = T::kModels, kColumns = T::kColumns, kElements = T::kElements;
-  using States = std::conditional_t<kModels == 1, State, PairState>;
-  const int vocabulary = int(p.vocabulary);
-  const float scale = kLog2e * p.heads[0].output_scale, base_scale = kLog2e * p.heads[1].output_scale;
-  const int thread_row = 64 * index + (threadIdx.x % 128) / 32 * 16 + threadIdx.x % 32 / 4;
+// What an epilogue does with tiles is its own: begin a unit, take a tile's logits, end the unit.
+template <typename T, typename Epilogue, typename Arguments>
+__device__ void consume(const KernelArguments<Arguments>& p, const Ring<T>& ring, const Schedule<T>& schedule,
+                        int index) {
   Consumer<T> consumer(ring, index);
-  float x[kElements], base_x[kModels == 1 ? 1 : kElements];
+  Epilogue epilogue(p, ring.own(), schedule.num_rows, index);
+  float x[T::kElements], base_x[T::kModels == 1 ? 1 : T::kElements];
   for (int at = blockIdx.x / T::kBlocks; at < schedule.count(); at += gridDim.x / T::kBlocks) {
     const Unit unit = schedule.unit(at);
-    ThreadRows rows;
-    rows.load(p, unit.row + thread_row, schedule.num_rows);
-    States states[2];
-    int found = 0;
+    epilogue.begin(unit);
     for (int tile = unit.first_tile; tile < unit.end_tile; ++tile) {
-      const int column = tile * kColumns;
-      bool has_target[2];
       consumer.multiply(int(p.heads[0].hidden_size), x);
-      if constexpr (kModels == 2) consumer.multiply(int(p.heads[1].hidden_size), base_x);
-      if constexpr (kTransformed) transform(p.heads[0], column, x);
-      mask_from(vocabulary, column, x);
-      if constexpr (kModels == 1) {
-        pick<kElements>(p, rows, column, has_target, [&](int r, int k, int local) {
-          p.target_logits[k * p.rows + rows.i[r]] = element_at(x, r, local);
-        });
-        fold(x, scale, has_target, states);
-      } else {
-        if constexpr (kTransformed) {
-          transform(p.heads[1], column, base_x);
-          found |= unsupported<kElements>(p.heads[0], p.heads[1], vocabulary, column);
-        }
-        mask_from(vocabulary, column, base_x);
-        pick<kElements>(p, rows, column, has_target, [&](int r, int k, int local) {
-          p.target_logits[k * p.rows + rows.i[r]] = element_at(x, r, local);
-          p.target_logits[(p.num_targets + k) * p.rows + rows.i[r]] = element_at(base_x, r, local);
-        });
-        fold(x, base_x, scale, base_scale, has_target, states);
-      }
+      if constexpr (T::kModels == 2) consumer.multiply(int(p.heads[1].hidden_size), base_x);
+      epilogue.take(tile * T::kColumns, x, base_x);
     }
-    if constexpr (kModels == 2)
-      for (int mask = 1; mask <= 2; mask *= 2) found |= __shfl_xor_sync(kWholeWarp, found, mask);
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      merge_quad(states[r], scale, base_scale);
-      if (quad_lane() != 0 || !rows.inside[r]) continue;
-      float* place = p.state + unit.split * p.rows + rows.i[r];
-      const int64_t stride = p.splits * p.rows;
-      store(place, stride, states[r]);
-      if constexpr (kModels == 2) {
-        place[8 * stride] = found & 1;
-        place[9 * stride] = found >> 1;
-      }
-    }
+    epilogue.end(unit);
   }
 }
 
-template <typename T, bool kTransformed>
-__global__ void __launch_bounds__(kThreads, 1) linear_forward_kernel(const __grid_constant__ KernelArguments p) {
+template <typename T, typename Epilogue, typename Arguments>
+__global__ void __launch_bounds__(kThreads, 1) linear_kernel(const __grid_constant__ KernelArguments<Arguments> p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ unsigned char shared[];
   const Ring<T> ring(shared);
@@ -295,7 +221,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_forward_kernel(const __gri
     __syncwarp();
   } else {
     take_registers<kConsumerRegisters>();
-    consume<T, kTransformed>(p, ring, schedule, group - 1);
+    consume<T, Epilogue>(p, ring, schedule, group - 1);
   }
   cluster_sync();  // no block ends while the other still loads into it
 #endif

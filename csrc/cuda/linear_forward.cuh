@@ -1,5 +1,5 @@
-// What becomes of a tile of logits in registers: each thread folds its columns of two rows into softmax states, and at
-// the end of a split the four threads of a row merge theirs.
+// The epilogue of forward: each thread folds its columns of two rows into softmax states, and at the end of a split the
+// four threads of a row merge theirs.
 //
 // States are those of dlogp_kernels/triton/_math.py, whose kernel merges the splits: x with z = output_scale · x, and
 // about the maximum m of x, with d = x − m and the scales as there:
@@ -8,20 +8,14 @@
 // stored.
 #pragma once
 
-#include "hopper.cuh"
+#include <type_traits>
+
+#include "linear_logits.cuh"
 
 namespace dlogp::hopper {
 
-constexpr float kMasked = -1e25f;   // MASKED_LOGIT
 constexpr float kLargeRest = 0.5f;  // LARGE_REST
 constexpr float kLn2 = 0.693147180559945f;
-constexpr float kLog2e = 1.44269504088896f;
-constexpr unsigned kWholeWarp = 0xFFFFFFFFu;
-
-// A thread's columns lie in pairs, 8 apart; of every four elements two are of its upper row, two of its lower one.
-__device__ inline int quad_lane() { return int(threadIdx.x) & 3; }
-constexpr __host__ __device__ int row_of(int element) { return (element >> 1) & 1; }
-constexpr __host__ __device__ int column_of(int element) { return 2 * (element & ~3) + (element & 1); }
 
 struct State {
   float m = kMasked, rest = -1, weighted = 0;
@@ -183,44 +177,6 @@ __device__ inline void store(float* place, int64_t stride, const PairState& stat
   place[7 * stride] = kLn2 * state.base_cross;
 }
 
-// Near 0 too, where 1 − 2 / (e^{2x} + 1) cancels: `tanh` of _math.py.
-__device__ inline float tanh_of(float x) {
-  const float x2 = x * x, magnitude = fabsf(x);
-  const float polynomial = fmaf(x2, fmaf(x2, -0.00570498633f, 0.0206390866f), -0.0537397148f);
-  const float near = fmaf(x * x2, fmaf(x2, fmaf(x2, polynomial, 0.133314422f), -0.333332819f), x);
-  const float far = copysignf(1 - __fdividef(2, exp2_of(2 * kLog2e * magnitude) + 1), x);
-  return magnitude < 0.625f ? near : far;
-}
-
-// x of raw products: with the bias, behind the softcap.
-template <int kCount>
-__device__ inline void transform(const HeadMatrices& head, int column, float (&x)[kCount]) {
-  if (head.bias != nullptr) {
-    const float* bias = head.bias + column + 2 * quad_lane();
-#pragma unroll
-    for (int i = 0; i < kCount; i += 4) {
-      const float2 of_columns = __ldg(reinterpret_cast<const float2*>(bias + column_of(i)));
-      x[i] += of_columns.x;
-      x[i + 1] += of_columns.y;
-      x[i + 2] += of_columns.x;
-      x[i + 3] += of_columns.y;
-    }
-  }
-  if (head.tanh_scale != 0) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) x[i] = tanh_of(head.tanh_scale * x[i]);
-  }
-}
-
-// What lies behind the vocabulary's end, in the last tile.
-template <int kCount>
-__device__ inline void mask_from(int vocabulary, int column, float (&x)[kCount]) {
-  if (column + 2 * kCount <= vocabulary) return;
-#pragma unroll
-  for (int i = 0; i < kCount; ++i)
-    if (column + column_of(i) + 2 * quad_lane() >= vocabulary) x[i] = kMasked;
-}
-
 // Whether some column of the thread's is possible for one model alone, which biases alone decide: bit 0 for the model,
 // bit 1 for the base.
 template <int kCount>
@@ -238,14 +194,74 @@ __device__ inline int unsupported(const HeadMatrices& head, const HeadMatrices& 
   return found;
 }
 
-// x at a column of the thread's, counted from its first one.
-template <int kCount>
-__device__ inline float element_at(const float (&x)[kCount], int row, int column) {
-  float found = 0;
+template <typename T, bool kTransformed>
+class Forward {
+  using States = std::conditional_t<T::kModels == 1, State, PairState>;
+  using Arguments = KernelArguments<LinearForwardArguments>;
+
+ public:
+  static constexpr int kOwnBytes = 0;
+
+  __device__ Forward(const Arguments& p, uint32_t, int num_rows, int consumer)
+      : p_(p), num_rows_(num_rows), row_(thread_row(consumer)) {}
+
+  __device__ void begin(const Unit& unit) {
+    rows_.load(p_, unit.row + row_, num_rows_);
+    states_[0] = states_[1] = {};
+    unsupported_ = 0;
+  }
+
+  template <int kBase>
+  __device__ void take(int column, float (&x)[T::kElements], float (&base_x)[kBase]) {
+    const int vocabulary = int(p_.vocabulary);
+    bool has_target[2];
+    if constexpr (kTransformed) transform(p_.heads[0], column, x);
+    mask_from(vocabulary, column, x);
+    if constexpr (T::kModels == 1) {
+      pick<T::kElements>(p_, rows_, column, has_target,
+                         [&](int r, int k, int local) { *target_logit(r, k) = element_at(x, r, local); });
+      fold(x, scale(), has_target, states_);
+    } else {
+      if constexpr (kTransformed) {
+        transform(p_.heads[1], column, base_x);
+        unsupported_ |= unsupported<T::kElements>(p_.heads[0], p_.heads[1], vocabulary, column);
+      }
+      mask_from(vocabulary, column, base_x);
+      pick<T::kElements>(p_, rows_, column, has_target, [&](int r, int k, int local) {
+        *target_logit(r, k) = element_at(x, r, local);
+        *target_logit(r, int(p_.num_targets) + k) = element_at(base_x, r, local);
+      });
+      fold(x, base_x, scale(), base_scale(), has_target, states_);
+    }
+  }
+
+  __device__ void end(const Unit& unit) {
+    if constexpr (T::kModels == 2)
+      for (int mask = 1; mask <= 2; mask *= 2) unsupported_ |= __shfl_xor_sync(kWholeWarp, unsupported_, mask);
 #pragma unroll
-  for (int i = 0; i < kCount; ++i)
-    if (row_of(i) == row && column_of(i) == column) found = x[i];
-  return found;
-}
+    for (int r = 0; r < 2; ++r) {
+      merge_quad(states_[r], scale(), base_scale());
+      if (quad_lane() != 0 || !rows_.inside[r]) continue;
+      float* place = p_.state + unit.split * p_.rows + rows_.i[r];
+      const int64_t stride = p_.splits * p_.rows;
+      store(place, stride, states_[r]);
+      if constexpr (T::kModels == 2) {
+        place[8 * stride] = unsupported_ & 1;
+        place[9 * stride] = unsupported_ >> 1;
+      }
+    }
+  }
+
+ private:
+  __device__ float scale() const { return kLog2e * p_.heads[0].output_scale; }
+  __device__ float base_scale() const { return kLog2e * p_.heads[1].output_scale; }
+  __device__ float* target_logit(int r, int k) const { return p_.target_logits + k * p_.rows + rows_.i[r]; }
+
+  const Arguments& p_;
+  const int num_rows_, row_;
+  ThreadRows rows_;
+  States states_[2];
+  int unsupported_ = 0;
+};
 
 }  // namespace dlogp::hopper

@@ -33,8 +33,7 @@ SANITIZED_BUILD = ROOT / "build" / "asan"
 #: The stable ABI of torch 2.11: what is built against a later torch runs with every one from there on.
 NVCC_FLAGS = [
     "-O3", "-std=c++20", "--expt-relaxed-constexpr", "--threads=2", "-DUSE_CUDA",
-    "-DTORCH_TARGET_VERSION=0x020b000000000000", "-Xcompiler=-fPIC,-fvisibility=hidden", "-shared", "--cudart=static",
-    "-ltorch_cpu", "-lc10", "-ltorch_cuda",
+    "-DTORCH_TARGET_VERSION=0x020b000000000000", "-Xcompiler=-fPIC,-fvisibility=hidden",
 ]  # fmt: skip
 #: What the CUDA library takes from libtorch_cuda.
 OF_TORCH_CUDA = "aoti_torch_get_current_cuda_stream"
@@ -105,14 +104,23 @@ def build_cuda(destination: Path) -> None:
 
 
 def compile_cuda(output: Path) -> None:
+    """Each source for every architecture; linear_sm90.cu, which others have no instructions for, for Hopper alone."""
     from torch.utils.cpp_extension import include_paths, library_paths
 
-    targets = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in architectures()]
+    def compile_for(names: list[str], sources: list[str], *more: str) -> None:
+        targets = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
+        command = ["nvcc", *NVCC_FLAGS, *targets, *(f"-I{path}" for path in include_paths()), *sources, *more]
+        print(" ".join(command), flush=True)
+        subprocess.run(command, check=True, cwd=ROOT)
+
+    hopper = str(output.parent / "linear_sm90.o")
+    compile_for(["90a"], ["csrc/cuda/linear_sm90.cu"], "-c", "-o", hopper)
+    others = [source for source in CUDA_SOURCES if "sm90" not in source]
     libraries = [link_stand_in(output.parent / "stand_in"), *library_paths()]
-    paths = [f"-I{path}" for path in include_paths()] + [f"-L{path}" for path in libraries]
-    command = ["nvcc", *NVCC_FLAGS, *targets, *paths, *CUDA_SOURCES, "-o", str(output)]
-    print(" ".join(command), flush=True)
-    subprocess.run(command, check=True, cwd=ROOT)
+    compile_for(
+        architectures(), [*others, hopper], "-shared", "--cudart=static", *(f"-L{path}" for path in libraries),
+        "-ltorch_cpu", "-lc10", "-ltorch_cuda", "-o", str(output),
+    )  # fmt: skip
 
 
 def link_stand_in(folder: Path) -> Path:

@@ -26,7 +26,7 @@ _KEY = {
 }
 _STALL = re.compile(r"issue_stalled_(\w+)_per_issue_active\.ratio")
 _LOG_CHARACTERS = 3000
-_KERNELS = "(_linear_logp|_linear_delta_logp|_delta_logp)_fwd_kernel|(extrapolated_sample|linear_forward)_kernel"
+_KERNELS = "(_linear_logp|_linear_delta_logp|_delta_logp)_fwd_kernel|(extrapolated_sample|linear)_kernel"
 _LAUNCHES = "7"
 
 

@@ -49,8 +49,10 @@ class Gradient {
     pick<T::kElements>(p_, rows_, int(p_.first_token) + column, has_target, [](int, int, int) {});
     if (has_target[0] || has_target[1]) {
       hold(x);  // or what both branches compute would be hoisted, and take registers that are not there
+      float first_terms[2];
+      for (int r = 0; r < 2; ++r) first_terms[r] = rows_.inside[r] ? p_.target_terms[rows_.place[r]] : 0;
 #pragma unroll
-      for (int i = 0; i < T::kElements; ++i) x[i] = of_logit(x[i], row_of(i), target_term(column, i));
+      for (int i = 0; i < T::kElements; ++i) x[i] = of_logit(x[i], row_of(i), target_term(column, i, first_terms));
     } else {
 #pragma unroll
       for (int i = 0; i < T::kElements; ++i) x[i] = of_logit(x[i], row_of(i), 0);
@@ -70,10 +72,12 @@ class Gradient {
     return slope * fmaf(exp2_of(kLog2e * logp), fmaf(terms[3], logp, terms[2]), target_term);
   }
 
-  __device__ float target_term(int column, int element) const {
+  // By the log p of this element's own token: of the first candidate given, of further ones read.
+  __device__ float target_term(int column, int element, const float (&first_terms)[2]) const {
     const int r = row_of(element), token = int(p_.first_token) + column + column_of(element) + 2 * quad_lane();
-    float found = 0;
-    for (int k = 0; k < p_.num_targets && rows_.inside[r]; ++k)
+    float found = rows_.target[r] == token ? first_terms[r] : 0;
+    if (p_.num_targets == 1) return found;
+    for (int k = 1; k < p_.num_targets && rows_.inside[r]; ++k)
       if (p_.target[rows_.place[r] + k] == token) found += p_.target_terms[rows_.place[r] + k];
     return found;
   }

@@ -38,10 +38,10 @@ constexpr int kThreads = 128 * (1 + kConsumers);
 constexpr int kGroup = 16;
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 
-template <typename Element_, int kModels_, int kBlocks_>
+template <typename Element_, int kModels_>
 struct Tile {
   using Element = Element_;
-  static constexpr int kModels = kModels_, kBlocks = kBlocks_;                      // of a cluster
+  static constexpr int kModels = kModels_;
   static constexpr int kColumns = tile_columns(kModels), kElements = kColumns / 2;  // of a thread
   static constexpr int kStages = kModels == 1 ? 4 : 6;
   static constexpr int kHiddenBytes = 2 * kTileRows * kDepth, kWeightBytes = 2 * kColumns * kDepth;
@@ -51,6 +51,7 @@ struct Tile {
 
 template <typename Arguments>
 struct KernelArguments : Arguments {
+  int blocks = 2;  // of a cluster
   TensorMap hidden_map[2], weight_map[2], gradient_map;
 };
 
@@ -58,7 +59,7 @@ struct KernelArguments : Arguments {
 template <typename T>
 class Ring {
  public:
-  __device__ explicit Ring(const void* shared) : begin_((shared_address(shared) + 1023) & ~1023u) {}
+  __device__ Ring(const void* shared, int blocks) : begin_((shared_address(shared) + 1023) & ~1023u), blocks_(blocks) {}
 
   __device__ uint32_t hidden(int stage) const { return begin_ + stage * T::kStageBytes; }
   __device__ uint32_t weight(int stage) const { return hidden(stage) + T::kHiddenBytes; }
@@ -71,7 +72,7 @@ class Ring {
     if (threadIdx.x == 0) {
       for (int stage = 0; stage < T::kStages; ++stage) {
         init_barrier(full(stage), 1);
-        init_barrier(empty(stage), kConsumers * T::kBlocks);
+        init_barrier(empty(stage), kConsumers * blocks_);
       }
       publish_barriers();
     }
@@ -80,11 +81,12 @@ class Ring {
 
   // By all threads of a consumer, that it will not read the stage any more: to all blocks, which load into it.
   __device__ void release(int stage) const {
-    if (threadIdx.x % 128 < T::kBlocks) arrive_at(empty(stage), threadIdx.x % 128);
+    if (int(threadIdx.x) % 128 < blocks_) arrive_at(empty(stage), threadIdx.x % 128);
   }
 
  private:
   uint32_t begin_;
+  int blocks_;
 };
 
 // A stage of the ring, and the parity of its barriers' phase.
@@ -105,19 +107,26 @@ struct Unit {
 template <typename T>
 class Schedule {
  public:
-  __device__ explicit Schedule(const LinearArguments& p) : splits_(int(p.splits)) {
+  __device__ Schedule(const LinearArguments& p, int blocks)
+      : cluster_(int(blockIdx.x) / blocks),
+        clusters_(int(gridDim.x) / blocks),
+        blocks_(blocks),
+        splits_(int(p.splits)) {
     const int64_t rows = p.num_rows == nullptr ? p.total_rows : *p.num_rows;
     num_rows = int(min(rows - p.first, p.rows));
-    row_groups_ = (num_rows + T::kBlocks * kTileRows - 1) / (T::kBlocks * kTileRows);
+    row_groups_ = (num_rows + blocks * kTileRows - 1) / (blocks * kTileRows);
     tiles_ = int((p.vocabulary + T::kColumns - 1) / T::kColumns);
   }
 
-  __device__ int count() const { return row_groups_ * splits_; }
+  // Those of this cluster: `for (int unit = first(); unit < end(); unit += step())`.
+  __device__ int first() const { return cluster_; }
+  __device__ int end() const { return row_groups_ * splits_; }
+  __device__ int step() const { return clusters_; }
 
   __device__ Unit unit(int index) const {
     const int first = index / (kGroup * splits_) * kGroup, size = min(row_groups_ - first, kGroup);
     const int local = index - first * splits_, split = local / size;
-    return {(T::kBlocks * (first + local % size) + int(cluster_rank())) * kTileRows, split, tile_of(split),
+    return {(blocks_ * (first + local % size) + int(cluster_rank())) * kTileRows, split, tile_of(split),
             tile_of(split + 1)};
   }
 
@@ -126,16 +135,15 @@ class Schedule {
  private:
   __device__ int tile_of(int split) const { return int(int64_t(tiles_) * split / splits_); }
 
-  int splits_, row_groups_, tiles_;
+  int cluster_, clusters_, blocks_, splits_, row_groups_, tiles_;
 };
 
 // One thread fills the ring with all that the block multiplies.
 template <typename T, typename Arguments>
 __device__ void produce(const KernelArguments<Arguments>& p, const Ring<T>& ring, const Schedule<T>& schedule) {
-  constexpr int kPart = T::kColumns / T::kBlocks;  // of the weight's rows, for every block
-  const int rank = int(cluster_rank());
+  const int rank = int(cluster_rank()), part = T::kColumns / p.blocks;  // of the weight's rows, for every block
   Cursor<T> at;
-  for (int index = blockIdx.x / T::kBlocks; index < schedule.count(); index += gridDim.x / T::kBlocks) {
+  for (int index = schedule.first(); index < schedule.end(); index += schedule.step()) {
     const Unit unit = schedule.unit(index);
     for (int tile = unit.first_tile; tile < unit.end_tile; ++tile)
       for (int model = 0; model < T::kModels; ++model)
@@ -143,8 +151,8 @@ __device__ void produce(const KernelArguments<Arguments>& p, const Ring<T>& ring
           wait_for(ring.empty(at.stage), at.parity ^ 1);
           arrive_expecting(ring.full(at.stage), T::kStageBytes);
           load_box(ring.hidden(at.stage), p.hidden_map[model], ring.full(at.stage), d, unit.row);
-          load_box_for((1 << T::kBlocks) - 1, ring.weight(at.stage) + rank * (T::kWeightBytes / T::kBlocks),
-                       p.weight_map[model], ring.full(at.stage), d, tile * T::kColumns + rank * kPart);
+          load_box_for((1 << p.blocks) - 1, ring.weight(at.stage) + rank * part * 2 * kDepth, p.weight_map[model],
+                       ring.full(at.stage), d, tile * T::kColumns + rank * part);
           at.advance();
         }
   }
@@ -195,7 +203,7 @@ __device__ void consume(const KernelArguments<Arguments>& p, const Ring<T>& ring
   Consumer<T> consumer(ring, index);
   Epilogue epilogue(p, ring.own(), schedule.num_rows, index);
   float x[T::kElements], base_x[T::kModels == 1 ? 1 : T::kElements];
-  for (int at = blockIdx.x / T::kBlocks; at < schedule.count(); at += gridDim.x / T::kBlocks) {
+  for (int at = schedule.first(); at < schedule.end(); at += schedule.step()) {
     const Unit unit = schedule.unit(at);
     epilogue.begin(unit);
     for (int tile = unit.first_tile; tile < unit.end_tile; ++tile) {
@@ -211,9 +219,9 @@ template <typename T, typename Epilogue, typename Arguments>
 __global__ void __launch_bounds__(kThreads, 1) linear_kernel(const __grid_constant__ KernelArguments<Arguments> p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ unsigned char shared[];
-  const Ring<T> ring(shared);
+  const Ring<T> ring(shared, p.blocks);
   ring.init();
-  const Schedule<T> schedule(p);
+  const Schedule<T> schedule(p, p.blocks);
   const int group = __shfl_sync(kWholeWarp, int(threadIdx.x) / 128, 0);
   if (group == 0) {
     give_registers<kProducerRegisters>();

@@ -46,8 +46,7 @@ cudaError_t launch(hopper::KernelArguments<Arguments>& p, EncodeTiled encode, cu
     const Matrix hidden = {head.hidden, head.hidden_rows, head.hidden_size, head.stride_hidden};
     const Matrix weight = {head.weight, p.vocabulary, head.hidden_size, head.stride_weight};
     error = describe(encode, p.half, hidden, hopper::kTileRows, p.hidden_map[model]);
-    if (error == cudaSuccess)
-      error = describe(encode, p.half, weight, Tile::kColumns / Tile::kBlocks, p.weight_map[model]);
+    if (error == cudaSuccess) error = describe(encode, p.half, weight, Tile::kColumns / p.blocks, p.weight_map[model]);
   }
   if (error != cudaSuccess) return error;
   constexpr int kSharedBytes = Tile::kRingBytes + Epilogue::kOwnBytes + 2 * 1024;  // both begin at multiples of 1024
@@ -60,9 +59,9 @@ cudaError_t launch(hopper::KernelArguments<Arguments>& p, EncodeTiled encode, cu
   cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   cudaLaunchAttribute attribute;
   attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {Tile::kBlocks, 1, 1};
+  attribute.val.clusterDim = {unsigned(p.blocks), 1, 1};
   cudaLaunchConfig_t configuration = {};
-  configuration.gridDim = dim3(unsigned(multiprocessors / Tile::kBlocks * Tile::kBlocks));
+  configuration.gridDim = dim3(unsigned(multiprocessors / p.blocks * p.blocks));
   configuration.blockDim = dim3(hopper::kThreads);
   configuration.dynamicSmemBytes = size_t(kSharedBytes);
   configuration.stream = stream;
@@ -71,16 +70,12 @@ cudaError_t launch(hopper::KernelArguments<Arguments>& p, EncodeTiled encode, cu
   return cudaLaunchKernelEx(&configuration, kernel, p);
 }
 
-// The number of blocks of a cluster decides who multiplies what, and changes no bit.
 template <typename Element, int kModels, template <typename, bool> typename Epilogue, typename Arguments>
 cudaError_t launch_for(hopper::KernelArguments<Arguments>& p, EncodeTiled encode, cudaStream_t stream) {
-  using One = hopper::Tile<Element, kModels, 1>;
-  using Two = hopper::Tile<Element, kModels, 2>;
-  if (p.total_rows <= hopper::kTileRows)
-    return is_transformed(p) ? launch<One, Epilogue<One, true>>(p, encode, stream)
-                             : launch<One, Epilogue<One, false>>(p, encode, stream);
-  return is_transformed(p) ? launch<Two, Epilogue<Two, true>>(p, encode, stream)
-                           : launch<Two, Epilogue<Two, false>>(p, encode, stream);
+  using Tile = hopper::Tile<Element, kModels>;
+  p.blocks = p.total_rows > hopper::kTileRows ? 2 : 1;  // which decides who multiplies what, and changes no bit
+  return is_transformed(p) ? launch<Tile, Epilogue<Tile, true>>(p, encode, stream)
+                           : launch<Tile, Epilogue<Tile, false>>(p, encode, stream);
 }
 
 }  // namespace

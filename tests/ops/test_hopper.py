@@ -98,12 +98,12 @@ def test_in_a_small_workspace(wanted):
 def test_what_can_not_be_served_raises_and_says_why(op):
     inputs = on_device(make_inputs(op, 3, v=40, d=24, dtype=BF16))
     function = getattr(dlogp_kernels, op)
-    with pytest.raises(RuntimeError, match="backend 'cuda' was asked for .* rows of weight do not begin on 16 bytes"):
+    with pytest.raises(RuntimeError, match=r"backend 'cuda' was asked for .* rows of weight do not begin on 16 bytes"):
         function(**inputs | {"weight": torch.nn.functional.pad(inputs["weight"], (0, 1))[:, :-1]})
     with pytest.raises(RuntimeError, match="but it multiplies bfloat16 and float16 only"):
         function(**{name: x if name == "target" else x.float() for name, x in inputs.items()})
     with pytest.raises(RuntimeError, match="but it does not look for the most likely token"):
         function(**inputs, top=True)
     if is_pair(op):
-        with pytest.raises(RuntimeError, match="base_hidden torch.float16 and base_weight"):
+        with pytest.raises(RuntimeError, match=r"base_hidden torch\.float16 and base_weight"):
             function(**inputs | {name: inputs[name].half() for name in ("base_hidden", "base_weight")})

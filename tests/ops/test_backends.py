@@ -1,6 +1,7 @@
 """The choice of a backend: what is available, forcing one, what it says when it can not."""
 
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -124,7 +125,8 @@ def on_gpu(monkeypatch):
     def see(capability: tuple[int, int]) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(backends, "_cuda_problem", lambda device: None)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a GPU")
+        monkeypatch.delitem(backends._extension_problems, "cuda", raising=False)
         monkeypatch.setattr(backends, "_triton_problem", lambda: None)
         backends._preference.cache_clear()
 
@@ -136,12 +138,18 @@ def on_gpu(monkeypatch):
 def test_what_serves_gpus_is_a_table(on_gpu, capability):
     on_gpu(capability)
     assert backends.select("extrapolated_sample", "cuda", torch.bfloat16) == "cuda"
-    assert backends.select("linear_logp_fwd", "cuda", torch.bfloat16, 1024) == "triton"
+    on_hopper = capability == (9, 0)
+    for op in ("linear_logp_fwd", "linear_delta_logp_fwd", "linear_logp_bwd", "linear_delta_logp_bwd"):
+        assert backends.select(op, "cuda", torch.bfloat16, 1024) == ("cuda" if on_hopper else "triton")
+        assert backends.select(op, "cuda", torch.bfloat16, 64) == "triton"  # nobody has measured that width
+        assert backends.select(op, "cuda", torch.float32, 1024) == "triton"
     lines = {(line.op, line.device): line for line in backends.report()}
-    measured = lines["linear_logp_fwd", "cuda"].measured
-    assert ("h100" in measured) == (capability == (9, 0))
-    if capability == (9, 0):
+    line = lines["linear_logp_fwd", "cuda"]
+    assert ("h200" in str(line.measured)) == on_hopper
+    if on_hopper:
         assert lines["linear_logp_fwd", "cuda (float32)"].measured == backends.NOT_MEASURED
+    else:
+        assert line.others["cuda"] == f"a GPU has compute capability {capability[0]}.0, expected 9.0"
     assert lines["logp_fwd", "cuda"].measured is None  # there is nothing to choose
 
 
@@ -155,6 +163,43 @@ def test_a_line_of_the_table_decides(on_gpu, monkeypatch):
         for d in (1024, 2048)
     }
     assert [case for case, backend in chosen.items() if backend == "gemm"] == [(torch.bfloat16, 1024)]
+
+
+def head_of(dtype: torch.dtype = torch.bfloat16, width: int = 16, prefix: str = "") -> dict[str, torch.Tensor]:
+    return {
+        f"{prefix}hidden": torch.zeros(3, width, dtype=dtype),
+        f"{prefix}weight": torch.zeros(5, width, dtype=dtype),
+    }
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        (head_of(), None),
+        (head_of() | head_of(width=24, prefix="base_") | {"top": False}, None),
+        (head_of(width=12), "rows of weight do not begin on 16 bytes"),
+        (head_of() | {"weight": head_of(width=24)["weight"][:, 4:20]}, "rows of weight do not begin on 16 bytes"),
+        (head_of() | {"weight": head_of(width=5)["weight"].t()}, "rows of weight do not begin on 16 bytes"),
+        (head_of() | head_of(width=12, prefix="base_"), "rows of base_weight do not begin on 16 bytes"),
+        (
+            head_of() | {"weight": torch.zeros(5, 16)},
+            "hidden is torch.bfloat16, hidden torch.bfloat16 and weight torch.float32",
+        ),
+        (
+            head_of() | head_of(torch.float16, prefix="base_"),
+            "hidden is torch.bfloat16, base_hidden torch.float16 and base_weight torch.float16",
+        ),
+        (head_of() | {"top": True}, "it does not look for the most likely token"),
+    ],
+)  # fmt: skip
+def test_what_the_kernels_for_hopper_do_not_take(on_gpu, given, reason):
+    on_gpu((9, 0))
+    assert backends._misfit(given) == reason
+    arguments = ("linear_logp_fwd", "cuda", torch.bfloat16, 1024, reason)
+    assert backends.select(*arguments) == ("cuda" if reason is None else "triton")
+    if reason is not None:
+        with backends.use_backend("cuda"), pytest.raises(RuntimeError, match=re.escape(f"but {reason}")):
+            backends.select(*arguments)
 
 
 @pytest.mark.parametrize("size", [0, -1, 2**20 - 1])

@@ -33,6 +33,11 @@ class Gradient {
     slope_ = head.tanh_scale != 0 ? curvature_ : head.output_scale;
   }
 
+  // A block's shared memory may be another's once it has ended.
+  __device__ ~Gradient() {
+    if (threadIdx.x % 128 == 0) wait_for_stores<0>();
+  }
+
   __device__ void begin(const Unit& unit) {
     row_ = unit.row + 64 * consumer_;
     rows_.load(p_, unit.row + thread_row(consumer_), num_rows_);

@@ -31,7 +31,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(SOURCES) $(wildcard tests/helpers/*/*.h tests/helpers/*/*.c tests/helpers/*/*.cpp)
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES) $(wildcard tests/helpers/*/*.h tests/helpers/*/*.cuh tests/helpers/*/*.c tests/helpers/*/*.cpp)
 
 # The CPU's kernels under AddressSanitizer and UndefinedBehaviorSanitizer; longer with CALLS=20000, otherwise with SEED=1.
 CALLS := 2000

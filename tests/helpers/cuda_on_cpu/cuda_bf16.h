@@ -16,3 +16,15 @@ inline float __bfloat162float(__nv_bfloat16 x) {
   std::memcpy(&value, &bits, sizeof value);
   return value;
 }
+
+struct __nv_bfloat162 {
+  __nv_bfloat16 x, y;
+};
+
+inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
+  const auto rounded = [](float number) {  // to even
+    const uint32_t bits = __float_as_uint(number);
+    return __nv_bfloat16(__uint_as_float(bits + 0x7FFF + (bits >> 16 & 1)));
+  };
+  return {rounded(x), rounded(y)};
+}

@@ -6,6 +6,7 @@ namespace cuda_on_cpu {
 namespace {
 
 thread_local Block* current_block = nullptr;
+thread_local std::vector<std::unique_ptr<char[]>> stacks;  // of fibers, one block after the other
 
 }  // namespace
 
@@ -33,9 +34,9 @@ __attribute__((noinline)) void Block::resume(size_t index) {
   if (_setjmp(scheduler_) != 0) return;
   if (fiber.started) _longjmp(fiber.place, 1);
   fiber.started = true;
-  if (fiber.stack == nullptr) fiber.stack = std::make_unique_for_overwrite<char[]>(kStackBytes);
+  while (stacks.size() <= index) stacks.push_back(std::make_unique_for_overwrite<char[]>(kStackBytes));
   getcontext(&fiber.first);
-  fiber.first.uc_stack.ss_sp = fiber.stack.get();
+  fiber.first.uc_stack.ss_sp = stacks[index].get();
   fiber.first.uc_stack.ss_size = kStackBytes;
   fiber.first.uc_link = nullptr;
   makecontext(&fiber.first, enter, 0);
@@ -48,11 +49,11 @@ uint64_t Block::exchange(uint64_t mine, int source) {
   uint64_t* const words = warp.words[fiber.odd_exchange];
   fiber.odd_exchange = !fiber.odd_exchange;
   words[threadIdx.x % 32] = mine;
-  pass(warp.gate, [] {});
+  pass(warp.gate);
   return words[source];
 }
 
-void Block::run(const std::function<void()>& body) {
+void Block::run(const std::function<void()>& body, const std::function<bool()>& idle) {
   current_block = this;
   body_ = &body;
   for (Fiber& fiber : fibers_) fiber.started = fiber.done = false;
@@ -66,7 +67,7 @@ void Block::run(const std::function<void()>& body) {
       any = true;
       left -= fiber.done;
     }
-    if (!any) {
+    if (!any && !idle()) {
       std::fprintf(stderr, "cuda_on_cpu: all threads of a block wait, and some have left or are at other barriers\n");
       std::abort();
     }

@@ -56,7 +56,6 @@ struct Warp {
 struct Fiber {
   ucontext_t first;
   jmp_buf place;
-  std::unique_ptr<char[]> stack;
   bool started = false, done = false, odd_exchange = false;
   const Gate* at = nullptr;  // where it waits
   uint64_t seen = 0;
@@ -76,13 +75,13 @@ class Block {
     for (Warp& warp : warps_) warp.gate.members = 32;
   }
 
-  void run(const std::function<void()>& body);
+  // `idle` is asked when all threads wait, and says whether some can go on now.
+  void run(const std::function<void()>& body, const std::function<bool()>& idle = [] { return false; });
   int rank() const { return rank_; }
+  size_t current() const { return current_; }
   ClusterState& cluster() { return cluster_; }
 
-  void sync() {
-    pass(gate_, [] {});
-  }
+  void sync() { pass(gate_); }
   int sync_and_count(bool predicate) {
     counted_ += predicate;
     sync();
@@ -97,6 +96,10 @@ class Block {
   }
   // What lane `source` of this warp gives.
   uint64_t exchange(uint64_t mine, int source);
+  void pass(Gate& gate) {
+    pass(gate, [] {});
+  }
+  void wait_at(const Gate& gate);
 
  private:
   template <typename Open>
@@ -109,7 +112,6 @@ class Block {
     open();
     ++gate.opened;
   }
-  void wait_at(const Gate& gate);
   void resume(size_t index);
   static void enter();
 
@@ -141,6 +143,10 @@ T __shfl_from(T value, int source) {
   word = cuda_on_cpu::block().exchange(word, source);
   std::memcpy(&value, &word, sizeof value);
   return value;
+}
+template <typename T>
+T __shfl_sync(unsigned, T value, int source) {
+  return __shfl_from(value, source);
 }
 template <typename T>
 T __shfl_xor_sync(unsigned, T value, int lane_mask) {
@@ -178,3 +184,13 @@ inline float __uint_as_float(uint32_t bits) {
 inline uint64_t __float2ull_rn(float x) { return uint64_t(std::nearbyint(x)); }
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(unsigned(x)); }
 inline float __logf(float x) { return std::log(x); }
+inline float __fdividef(float x, float y) { return x / y; }
+
+struct float2 {
+  float x, y;
+};
+
+template <typename T>
+T __ldg(const T* at) {
+  return *at;
+}

@@ -1,10 +1,12 @@
 """Verify, then time: candidates take turns in rounds, and are compared within a round.
 
 A machine's speed drifts by more than the differences of interest. So each round runs every candidate once, in an order
-that rotates, a ratio is taken within each round, and the median of these ratios is reported, not a ratio of medians.
+drawn anew (a GPU that has just rested is faster: whoever always follows a candidate that leaves it idle would gain), a
+ratio is taken within each round, and the median of these ratios is reported, not a ratio of medians.
 """
 
 import math
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -170,14 +172,14 @@ def measure(candidates: Sequence[Candidate], budget: Budget, clock: Clock) -> Ti
     seconds = {candidate.name: clock.sample(candidate).phase("both") for candidate in candidates}
     repeats = {name: max(1, min(100, math.ceil(_SHORTEST_SAMPLE / max(x, 1e-6)))) for name, x in seconds.items()}
     rounds: list[dict[str, Sample]] = []
+    shuffled = random.Random(0)
     start = time.perf_counter()
     while len(rounds) < budget.most:
         passed = time.perf_counter() - start
         # A round that would end after the budget does not begin.
         if len(rounds) >= budget.least and passed + passed / len(rounds) > budget.seconds:
             break
-        first = len(rounds) % len(candidates)
-        order = [*candidates[first:], *candidates[:first]]
+        order = shuffled.sample([*candidates], len(candidates))
         rounds.append({candidate.name: clock.sample(candidate, repeats[candidate.name]) for candidate in order})
     return Timings(rounds)
 

@@ -57,9 +57,9 @@ _UNALIGNED_SAMPLE = {2: Config(64, 64, 32, 8, 2), 4: Config(64, 32, 32, 8, 2)}
 _OTHERS = {"hip": Config(64, 64, 32, 4, 2), "interpreter": Config(32, 64, 32, 1, 1)}
 
 #: Rows × tokens of a tile of float32 logits between a GEMM and a Triton kernel: of the backend "gemm", and in backward,
-#: where an H100 was fastest with tiles that outgrow its L2 cache.
+#: where an H200 was fastest with tiles that outgrow its L2 cache.
 _GEMM_TILE = (1024, 4096)
-_BACKWARD_TILE = (2048, 4096)
+_BACKWARD_TILE = (4096, 4096)
 _INTERPRETED_GEMM_TILE = (32, 128)
 
 _chosen: Config | None = None

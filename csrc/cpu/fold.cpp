@@ -81,7 +81,8 @@ struct TileSums {
   void add_summed(SoftmaxState<Acc>& state) const {
     state.rest += sum;
     state.weighted += weighted;
-    state.largest = larger(state.largest, largest);
+    // A branch: the sum of the next tile does not wait for a choice.
+    if (largest > state.largest) [[unlikely]] state.largest = largest;
   }
   // To a state about `max` or less.
   void add_apart(SoftmaxState<Acc>& state) const {

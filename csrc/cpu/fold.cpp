@@ -82,7 +82,8 @@ struct TileSums {
     state.rest += sum;
     state.weighted += weighted;
     // A branch: the sum of the next tile does not wait for a choice.
-    if (largest > state.largest) [[unlikely]] state.largest = largest;
+    if (largest > state.largest) [[unlikely]]
+      state.largest = largest;
   }
   // To a state about `max` or less.
   void add_apart(SoftmaxState<Acc>& state) const {

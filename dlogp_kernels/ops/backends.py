@@ -149,6 +149,11 @@ def _load_cuda_library() -> str | None:
         torch.ops.load_library(found[0])
     except OSError as error:
         return f"the CUDA extension does not load with torch {torch.__version__}: {error}"
+    kernels = [schema.split("(")[0] for schema in schemas.LINEAR_KERNELS]
+    kernels += [f"_cuda_{op}" for op in schemas.SCHEMAS if is_private("cuda", op)]
+    for name in kernels:
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"dlogp::{name}", "CUDA"):
+            return f"the CUDA extension has no {name}: older sources. To build it anew: {installation.how_to_install()}"
     return None
 
 

@@ -202,6 +202,19 @@ def test_what_the_kernels_for_hopper_do_not_take(on_gpu, given, reason):
             backends.select(*arguments)
 
 
+@pytest.mark.cpu_only
+def test_a_cuda_library_of_older_sources_is_not_used(monkeypatch):
+    """It would be missed at the first call only; here it is as if it had been loaded, without any kernel."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
+    monkeypatch.setattr(backends.Path, "glob", lambda path, pattern: [path / "_cuda.so"])
+    problem = backends._load_cuda_library()
+    assert problem is not None
+    assert problem.startswith(
+        "the CUDA extension has no _cuda_linear_states: older sources. To build it anew: in a clone"
+    )
+
+
 @pytest.mark.parametrize("size", [0, -1, 2**20 - 1])
 def test_workspace_below_one_mebibyte_is_refused(size):
     with (

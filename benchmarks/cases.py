@@ -175,7 +175,8 @@ def served_by(work: Workload, device: torch.device) -> str:
     """The backends of the op's forward and backward here."""
     op = "extrapolated_sample" if work.op == bench_generate.OP else work.op
     steps = [op] if "sample" in op else [f"{op}_fwd", f"{op}_bwd"]
-    return "+".join(dict.fromkeys(backends.select(step, device) for step in steps))
+    of_inputs = getattr(torch, work.dtype), work.shape.d or None
+    return "+".join(dict.fromkeys(backends.select(step, device, *of_inputs) for step in steps))
 
 
 def _row(work: Workload, kind: str, name: str, phase: str | None = None, **measured: Any) -> Row:

@@ -1,5 +1,5 @@
-// The forward pass over a head on Hopper. Its launcher, dlogp_kernels/triton/hopper.py, has seen to shapes and dtypes;
-// what would make the kernel read or write outside of a tensor is checked here once more.
+// A head's products on Hopper. Their launcher, dlogp_kernels/triton/hopper.py, has seen to shapes and dtypes; what
+// would make a kernel read or write outside of a tensor is checked here once more.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
@@ -18,7 +18,7 @@ using torch::headeronly::ScalarType;
 using OptionalTensor = std::optional<Tensor>;
 
 bool is_matrix_of_rows(const Tensor& x) {
-  return x.dim() == 2 && x.stride(1) == 1 && x.stride(0) % 8 == 0 &&
+  return x.dim() == 2 && x.stride(1) == 1 && x.stride(0) % 8 == 0 && (x.stride(0) >= x.size(1) || x.size(0) < 2) &&
          reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
 }
 

@@ -50,7 +50,7 @@ __device__ inline void arrive_at(uint32_t barrier, uint32_t block) {
 __device__ inline void wait_for(uint32_t barrier, int parity) {
   asm volatile(
       "{\n.reg .pred complete;\nAGAIN:\nmbarrier.try_wait.parity.shared::cta.b64 complete, [%0], %1;\n"
-      "@complete bra.uni DONE;\nbra.uni AGAIN;\nDONE:\n}" ::"r"(barrier),
+      "@complete bra DONE;\nbra AGAIN;\nDONE:\n}" ::"r"(barrier),
       "r"(parity)
       : "memory");
 }

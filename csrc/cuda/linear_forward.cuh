@@ -4,6 +4,7 @@
 // States are those of dlogp_kernels/triton/_math.py, whose kernel merges the splits: x with z = output_scale · x, and
 // about the maximum m of x, with d = x − m and the scales as there:
 //   rest = Σ e^{s·d} − 1   weighted = Σ e^{s·d}·d   cross = Σ e^{s·d}·u   base_cross = −Σ e^{base_s·base_d}·u
+// (csrc/common/online_softmax.h has sums in double, for which there are no registers here.)
 // Here exponents are of 2: `scale` is output_scale · log2 e, and cross terms are in units of log 2 until they are
 // stored.
 #pragma once

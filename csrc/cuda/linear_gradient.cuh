@@ -74,7 +74,8 @@ class Gradient {
     const HeadMatrices& head = p_.heads[0];
     const float logp = fmaf(head.output_scale, x, -terms[0]) - terms[1];
     const float slope = kTransformed ? fmaf(-curvature_ * x, x, slope_) : head.output_scale;
-    return slope * fmaf(exp2_of(kLog2e * logp), fmaf(terms[3], logp, terms[2]), target_term);
+    const float p = exp2_of(kLog2e * logp), by_logp = fmaf(terms[3], logp, terms[2]);
+    return slope * ((p == 0 ? 0 : p * by_logp) + target_term);  // where log p is −inf, by_logp may be infinite
   }
 
   // By the log p of this element's own token: of the first candidate given, of further ones read.

@@ -86,7 +86,7 @@ __device__ inline void pick(const LinearArguments& p, const ThreadRows& rows, in
     has_target[r] = false;
     int target = rows.target[r];
     for (int k = 0;;) {
-      const unsigned local = unsigned(target - column - 2 * quad_lane());
+      const unsigned local = unsigned(target) - unsigned(column + 2 * quad_lane());
       if (local < 2 * kCount && local % 8 < 2) {
         has_target[r] = true;
         store_x(r, k, int(local));

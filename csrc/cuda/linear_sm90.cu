@@ -14,8 +14,12 @@ using EncodeTiled = int (*)(TensorMap*, int type, unsigned rank, void* address, 
 cudaError_t find_encoder(EncodeTiled& encode) {
   void* function = nullptr;
   cudaDriverEntryPointQueryResult found;
-  const cudaError_t error =
-      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+  const char* const name = "cuTensorMapEncodeTiled";
+#if CUDART_VERSION >= 12050
+  const cudaError_t error = cudaGetDriverEntryPointByVersion(name, &function, 12000, cudaEnableDefault, &found);
+#else
+  const cudaError_t error = cudaGetDriverEntryPoint(name, &function, cudaEnableDefault, &found);
+#endif
   encode = reinterpret_cast<EncodeTiled>(function);
   return error != cudaSuccess ? error : found == cudaDriverEntryPointSuccess ? cudaSuccess : cudaErrorNotSupported;
 }

@@ -39,7 +39,7 @@ _LINEAR_FORWARD = ("linear_logp_fwd", "linear_delta_logp_fwd")
 _HOPPER = (*_LINEAR_FORWARD, "linear_logp_bwd", "linear_delta_logp_bwd")
 #: Ops of the backends that do not have all. The others are served by "triton" when such a backend is asked for.
 _ONLY = {"gemm": _LINEAR_FORWARD, "cuda": ("extrapolated_sample", *_HOPPER)}
-#: Compute capabilities that the CUDA C++ kernels are compiled for: of sampling, and of the linear forward ops.
+#: Compute capabilities that the CUDA C++ kernels are compiled for: of sampling, and of _HOPPER.
 _SAMPLING_CAPABILITIES = ("8.x", "9.0", "10.0")
 _LINEAR_CAPABILITIES = ("9.0",)
 #: The Triton that each PyTorch is built for. Of a later one it is not known here, and any Triton will do.
@@ -88,12 +88,14 @@ class Preference(NamedTuple):
 
 _VISIT = "benchmarks/results/h100_visit1.json"
 _HOPPER_VISIT = "benchmarks/results/h200_visit1.json"
-#: The first line that holds counts. Of what has no line "triton" comes first, unmeasured.
+_TRAINING = "benchmarks/results/h200_training.txt"
+#: Lines that hold count in their order. Of what has no line "triton" comes first, unmeasured.
 PREFERENCES = (
     Preference("linear_logp_fwd", "cuda", 90, (torch.bfloat16,), range(896, 4097), _HOPPER_VISIT),
+    Preference("linear_logp_fwd", "triton", 90, (torch.bfloat16,), range(896, 4097), _VISIT),
     Preference("linear_delta_logp_fwd", "cuda", 90, (torch.bfloat16,), range(896, 4097), _HOPPER_VISIT),
-    Preference("linear_logp_bwd", "cuda", 90, (torch.bfloat16,), range(896, 4097), _HOPPER_VISIT),
-    Preference("linear_delta_logp_bwd", "cuda", 90, (torch.bfloat16,), range(896, 4097), _HOPPER_VISIT),
+    Preference("linear_delta_logp_fwd", "triton", 90, (torch.bfloat16,), range(896, 4097), _VISIT),
+    Preference("linear_logp_bwd", "cuda", 90, (torch.bfloat16,), range(896, 2049), _TRAINING),
     Preference("extrapolated_sample", "cuda", 90, (torch.bfloat16,), measured=_VISIT),
     Preference("extrapolated_sample", "cuda"),
 )
@@ -212,19 +214,18 @@ def _first(op: str, device: torch.device, dtype: torch.dtype, candidates: tuple[
 
 
 def _candidates(op: str, device: torch.device, dtype: torch.dtype, hidden_size: int | None) -> tuple[str, ...]:
-    line = _preference(op, device, dtype, hidden_size)
-    if line is None:
-        return BACKENDS
-    return (line.backend, *(backend for backend in BACKENDS if backend != line.backend))
+    lines = _lines(op, device, dtype, hidden_size)
+    return (*dict.fromkeys((*(line.backend for line in lines), *BACKENDS)),)
 
 
 @functools.cache
-def _preference(op: str, device: torch.device, dtype: torch.dtype, hidden_size: int | None) -> Preference | None:
+def _lines(op: str, device: torch.device, dtype: torch.dtype, hidden_size: int | None) -> tuple[Preference, ...]:
+    """Of the table, those that hold."""
     if device.type != "cuda":
-        return None
+        return ()
     major, minor = torch.cuda.get_device_capability(device)
     at = (op, 10 * major + minor, dtype, _HIDDEN_SIZE if hidden_size is None else hidden_size)
-    return next((line for line in PREFERENCES if line.holds(*at)), None)
+    return tuple(line for line in PREFERENCES if line.holds(*at))
 
 
 def torch_release() -> str:
@@ -270,7 +271,8 @@ def _misfit(given: dict[str, Any]) -> str | None:
         hidden, weight = given[f"{prefix}hidden"], given[f"{prefix}weight"]
         if not hidden.dtype == weight.dtype == dtype:
             return f"hidden is {dtype}, {prefix}hidden {hidden.dtype} and {prefix}weight {weight.dtype}"
-        if weight.stride(1) != 1 or weight.stride(0) % 8 or weight.data_ptr() % 16:
+        stride = weight.stride(0)
+        if weight.stride(1) != 1 or stride % 8 or stride < weight.shape[1] or weight.data_ptr() % 16:
             return f"rows of {prefix}weight do not begin on 16 bytes"
     return "it does not look for the most likely token" if given.get("top") else None
 
@@ -313,7 +315,7 @@ def warn_of_missing_kernels(device: torch.device | str) -> None:
 def launch(op: str, first: torch.Tensor, dtype: torch.dtype, *arguments: object) -> tuple[torch.Tensor, ...]:
     """Run `op` with the backend selected for inputs of this dtype, of which `first` is the first tensor."""
     hidden_size, misfit = None, None
-    if first.is_cuda and op in _HOPPER:
+    if first.is_cuda and op in _HOPPER and "cuda" not in _extension_problems:
         given: dict[str, Any] = dict(zip(_argument_names(op), arguments, strict=True))
         first = given["hidden"]
         hidden_size, misfit = first.shape[-1], _misfit(given)
@@ -429,6 +431,6 @@ def _choice(op: str, device: str, dtype: torch.dtype) -> Choice:
         if other != backend
     }
     if any(other in _ONLY and "preferred" in why for other, why in others.items()) or backend in _ONLY:
-        line = _preference(op, torch.device(device), dtype, None)
-        return Choice(op, device, backend, others, (line and line.measured) or NOT_MEASURED)
+        lines = [line for line in _lines(op, torch.device(device), dtype, None) if line.backend == backend]
+        return Choice(op, device, backend, others, (lines[0].measured if lines else None) or NOT_MEASURED)
     return Choice(op, device, backend, others)

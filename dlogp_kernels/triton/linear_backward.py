@@ -1,9 +1,9 @@
 """Backward of `linear_logp` and `linear_delta_logp` on GPUs, for every backend of theirs.
 
 A block of logits is computed again by the vendor's GEMM, in float32; one Triton kernel makes of it the gradient by
-the raw logits, in the dtype that multiplies; two GEMMs add that to the gradients by hidden and weight, in float32 and
-in a fixed order. With enough workspace one walk through the vocabulary serves both; else the gradient by hidden is
-computed block of rows by block of rows, and the logits a second time.
+the raw logits, in the dtype that multiplies (or one kernel does both, hopper.py); two GEMMs add that to the gradients
+by hidden and weight, in float32 and in a fixed order. With enough workspace one walk through the vocabulary serves
+both; else the gradient by hidden is computed block of rows by block of rows, and the logits a second time.
 
 Nothing is known of the rows that are ignored without waiting for the device, so they are multiplied, as zeros.
 """
@@ -30,7 +30,7 @@ _SHARE = 2
 #: Fewer tokens at a time, and the accumulators' way through memory outlasts the products.
 _FEWEST_TOKENS = 1024
 _MOST_ROWS = 8192
-#: Rows of a block's gradient begin on 16 bytes.
+#: Rows of a block, and of its gradient, begin on 16 bytes.
 _ALIGNED = 8
 _LEAST_ROWS = 128
 #: The largest upstream gradient, times the scale, in float16: far from its limit, 65504, and its smallest number.
@@ -74,7 +74,7 @@ class HeadGradients:
 
     def bytes_of(self, rows: int, tokens: int, totals_of_hidden: bool, totals_of_weight: bool) -> int:
         d, itemsize = self.head.hidden.shape[-1], self.head.dtype.itemsize
-        size = rows * d * itemsize + 4 * min(rows, self.tile_rows) * min(tokens, self.tile_tokens)
+        size = rows * round_up(d, _ALIGNED) * itemsize + 4 * min(rows, self.tile_rows) * min(tokens, self.tile_tokens)
         size += rows * tokens * itemsize if self.wanted else 0
         size += 4 * rows * d if totals_of_hidden and self.wants_hidden else 0
         size += 4 * tokens * d if totals_of_weight and self.wants_weight else 0
@@ -83,7 +83,8 @@ class HeadGradients:
         return size
 
     def allocate(self, tiling: Tiling) -> None:
-        self._hidden = self._new(self.head.dtype, tiling.rows, self.head.hidden.shape[-1])
+        d = self.head.hidden.shape[-1]
+        self._hidden = self._new(self.head.dtype, tiling.rows, round_up(d, _ALIGNED))[:, :d]
         self._tile = self._new(torch.float32, min(tiling.rows, self.tile_rows) * min(tiling.tokens, self.tile_tokens))
         size = tiling.rows * round_up(tiling.tokens, _ALIGNED)
         self._grad_logits = self._new(self.head.dtype, size) if self.wanted else None

@@ -24,6 +24,9 @@ POLICY_ROUNDINGS = 4.0
 #: Identical models: KL is this many ε32 at most, times the largest |z|.
 ZERO_KL_ROUNDINGS = 8.0
 
+#: Norm of the error of a gradient over its norm, where that of the logits was rounded to the inputs' dtype.
+ROUNDED_GRADIENT_ERROR = {torch.bfloat16: 5e-3, torch.float16: 1e-3}
+
 #: MiB over inputs, outputs and gradients, per backend: forward, backward.
 MEMORY_MIB = {"cpu": (64, 256), "reference": (256, 256), "triton": (64, 512), "gemm": (64, 512), "cuda": (64, 512)}
 

@@ -8,6 +8,7 @@ import cases
 import pytest
 import torch
 from cases import LINEAR_OPS, is_pair, make_inputs, options_for
+from tolerances import ROUNDED_GRADIENT_ERROR
 from torch import Tensor
 
 import dlogp_kernels
@@ -22,6 +23,8 @@ STATS = ("logp", "entropy", "lse", "base_logp", "base_entropy", "base_lse")
 
 
 def x_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, tanh_scale: float, tile: int = COLUMNS[1]) -> Tensor:
+    for matrix in (hidden, weight):  # or the copies could not be made
+        assert matrix.dim() == 2 and matrix.stride(1) == 1 and matrix.stride(0) % 8 == 0 and matrix.data_ptr() % 16 == 0
     x = hidden.double() @ weight.double().t()
     if bias is not None:
         assert bias.shape == (math.ceil(weight.shape[0] / tile) * tile,) and bias.dtype == torch.float32
@@ -88,8 +91,11 @@ def on_hopper(kernels, monkeypatch) -> Iterator[None]:
 
 
 def inputs_of(op: str, n: int, v: int, bias: bool, k: int | None = None) -> dict[str, Tensor]:
-    inputs = make_inputs(op, n, v=v, d=24, dtype=BF16, bias=bias, k=k)
+    """Weights of 20 and 28 numbers in rows of 24 and 32."""
+    inputs = make_inputs(op, n, v=v, d=20, dtype=BF16, bias=bias, k=k)
     inputs["target"][::3] = -100
+    for name in [name for name in inputs if "weight" in name]:
+        inputs[name] = torch.nn.functional.pad(inputs[name], (0, 4))[:, :-4]
     return inputs
 
 
@@ -126,7 +132,7 @@ def test_backward(op, wanted, workspace):
     with backends.workspace_limit(workspace):
         found = gradients(getattr(dlogp_kernels, op), inputs)
     for value, expected in zip(found, gradients(getattr(reference, op), cases.upcast(inputs)), strict=True):
-        assert ((value.double() - expected).norm() / expected.norm()).item() <= 5e-3
+        assert (value.double() - expected).norm() <= ROUNDED_GRADIENT_ERROR[BF16] * expected.norm()
 
 
 @pytest.mark.parametrize("op", LINEAR_OPS)
@@ -134,7 +140,13 @@ def test_gradients_by_a_bias_or_of_a_divergence_are_left_to_triton(op, monkeypat
     inputs = inputs_of(op, 6, 40, bias=True)
     monkeypatch.setattr(hopper, "_terms", lambda *arguments: pytest.fail("the kernel was to be launched"))
     names = [name for name in inputs if "bias" in name or (is_pair(op) and name != "target")]
-    leaves = {name: inputs[name].requires_grad_() for name in names}
-    stats = getattr(dlogp_kernels, op)(**inputs)
-    (stats.kl if is_pair(op) else stats.logp).sum().backward()
-    assert all(x.grad is not None and x.grad.isfinite().all() for x in leaves.values())
+
+    def gradients() -> list[Tensor]:
+        leaves = {name: inputs[name].detach().requires_grad_() for name in names}
+        stats = getattr(dlogp_kernels, op)(**(inputs | leaves))
+        return list(torch.autograd.grad((stats.kl if is_pair(op) else stats.logp).sum(), list(leaves.values())))
+
+    found = gradients()
+    with backends.use_backend("triton"):
+        for value, expected in zip(found, gradients(), strict=True):
+            torch.testing.assert_close(value, expected, rtol=1e-2, atol=1e-3)

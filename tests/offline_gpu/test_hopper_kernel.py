@@ -205,6 +205,19 @@ def test_gradient_by_the_logits(dtype, options, launch):
 
 
 @emulation
+def test_gradient_by_an_impossible_logit_at_a_temperature_near_0():
+    """Its log p is −inf in float32, and 0 · inf must not be formed."""
+    rows, temperature = 130, 1e-14
+    inputs = make_inputs(ONE, rows, v=300, d=64, k=1, dtype=BF16)
+    inputs["bias"][7] = -torch.inf
+    raw = inputs["hidden"].float() @ inputs["weight"].float().t() + inputs["bias"].float()
+    zero = torch.zeros(rows)
+    row_terms = torch.stack([raw.amax(1) / temperature, zero, zero - 1, zero - 1])
+    actual = gradient(inputs, row_terms, torch.zeros(rows, 1), 0, 0, LAUNCHES[0], temperature=temperature)
+    assert not actual.isnan().any() and actual[:, 7].count_nonzero() == 0
+
+
+@emulation
 @BOTH
 @pytest.mark.parametrize("blocks", [1, 2])
 def test_every_tile_is_computed_once(op, blocks):

@@ -128,10 +128,10 @@ def on_gpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a GPU")
         monkeypatch.delitem(backends._extension_problems, "cuda", raising=False)
         monkeypatch.setattr(backends, "_triton_problem", lambda: None)
-        backends._preference.cache_clear()
+        backends._lines.cache_clear()
 
     yield see
-    backends._preference.cache_clear()
+    backends._lines.cache_clear()
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)])
@@ -139,10 +139,11 @@ def test_what_serves_gpus_is_a_table(on_gpu, capability):
     on_gpu(capability)
     assert backends.select("extrapolated_sample", "cuda", torch.bfloat16) == "cuda"
     on_hopper = capability == (9, 0)
-    for op in ("linear_logp_fwd", "linear_delta_logp_fwd", "linear_logp_bwd", "linear_delta_logp_bwd"):
+    for op in ("linear_logp_fwd", "linear_delta_logp_fwd", "linear_logp_bwd"):
         assert backends.select(op, "cuda", torch.bfloat16, 1024) == ("cuda" if on_hopper else "triton")
         assert backends.select(op, "cuda", torch.bfloat16, 64) == "triton"  # nobody has measured that width
         assert backends.select(op, "cuda", torch.float32, 1024) == "triton"
+    assert backends.select("linear_logp_bwd", "cuda", torch.bfloat16, 4096) == "triton"
     lines = {(line.op, line.device): line for line in backends.report()}
     line = lines["linear_logp_fwd", "cuda"]
     assert ("h200" in str(line.measured)) == on_hopper
@@ -189,6 +190,7 @@ def head_of(dtype: torch.dtype = torch.bfloat16, width: int = 16, prefix: str = 
             head_of() | head_of(torch.float16, prefix="base_"),
             "hidden is torch.bfloat16, base_hidden torch.float16 and base_weight torch.float16",
         ),
+        (head_of() | {"weight": head_of()["weight"][:1].expand(5, 16)}, "rows of weight do not begin on 16 bytes"),
         (head_of() | {"top": True}, "it does not look for the most likely token"),
     ],
 )  # fmt: skip
@@ -200,6 +202,14 @@ def test_what_the_kernels_for_hopper_do_not_take(on_gpu, given, reason):
     if reason is not None:
         with backends.use_backend("cuda"), pytest.raises(RuntimeError, match=re.escape(f"but {reason}")):
             backends.select(*arguments)
+
+
+def test_what_is_measured_is_said_of_the_backend_that_serves(on_gpu, monkeypatch):
+    """Without the CUDA library Triton comes next, and an H100 measured that, not what put the library first."""
+    on_gpu((9, 0))
+    monkeypatch.setitem(backends._extension_problems, "cuda", "the CUDA extension is missing")
+    line = next(line for line in backends.report() if (line.op, line.device) == ("linear_logp_fwd", "cuda"))
+    assert (line.backend, line.measured) == ("triton", "benchmarks/results/h100_visit1.json")
 
 
 @pytest.mark.cpu_only

@@ -31,7 +31,8 @@ def versions(device: str, op: str = "linear_delta_logp_fwd") -> dict[str, str]:
     return {
         "dlogp_kernels": __version__,
         **packages,
-        "backend": backends.select(op, device),
+        # On a GPU that of most models' dtype: in float32 another one may serve.
+        "backend": backends.select(op, device, torch.float32 if device == "cpu" else torch.bfloat16),
     }
 
 

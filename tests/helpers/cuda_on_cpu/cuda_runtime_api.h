@@ -1,5 +1,7 @@
 #pragma once
 
+#define CUDART_VERSION 13000
+
 #include <cstddef>
 #include <functional>
 

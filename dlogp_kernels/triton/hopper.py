@@ -5,13 +5,14 @@ gradient by a block's logits, for two GEMMs. They take bfloat16 and float16, and
 (backends.py sees to that). The gradient of a divergence, or by a bias, is left to Triton.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..inputs import Asked, Gradients, Head, PairGradients, PairSaved, Saved, Targets
+from ..inputs import Asked, Gradients, Head, Saved, Targets
 from ..results import DeltaLogpStats, LogpStats
 from . import linear_backward
 from ._device import on_device_of, properties
@@ -120,19 +121,7 @@ def linear_logp_bwd(
     return model.gradients()
 
 
-def linear_delta_logp_bwd(
-    grads: PairGradients,
-    head: Head,
-    base: Head,
-    targets: Targets,
-    saved: PairSaved,
-    output_mask: list[bool],
-    workspace: int,
-) -> tuple[Tensor, ...]:
-    arguments = (grads, head, base, targets, saved, output_mask, workspace)
-    if grads.kl is None and grads.reverse_kl is None:
-        return linear_backward.model_by_model(linear_logp_bwd, *arguments)
-    return linear_backward.linear_delta_logp_bwd(*arguments)
+linear_delta_logp_bwd = functools.partial(linear_backward.linear_delta_logp_bwd, of_one=linear_logp_bwd)
 
 
 def _terms(

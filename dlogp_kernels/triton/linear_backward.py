@@ -316,23 +316,6 @@ def linear_logp_bwd(
     return model.gradients()
 
 
-def model_by_model(
-    backward: Callable[..., tuple[Tensor, ...]],
-    grads: PairGradients,
-    head: Head,
-    base: Head,
-    targets: Targets,
-    saved: PairSaved,
-    output_mask: list[bool],
-    workspace: int,
-) -> tuple[Tensor, ...]:
-    """Without a divergence each model's gradients are its own affair: `backward` is that of linear_logp."""
-    own = backward(grads.model, head, targets, saved.model, output_mask[:3], workspace)
-    # A copy of its own: an address that is aligned otherwise would be another kernel to compile.
-    base_saved = saved.base._replace(extra=saved.base.extra.clone())
-    return *own, *backward(grads.base, base, targets, base_saved, output_mask[3:], workspace)
-
-
 def linear_delta_logp_bwd(
     grads: PairGradients,
     head: Head,
@@ -341,9 +324,14 @@ def linear_delta_logp_bwd(
     saved: PairSaved,
     output_mask: list[bool],
     workspace: int,
+    of_one: Callable[..., tuple[Tensor, ...]] = linear_logp_bwd,
 ) -> tuple[Tensor, ...]:
+    """Without a divergence each model's gradients are its own affair: that of `of_one`."""
     if grads.kl is None and grads.reverse_kl is None:
-        return model_by_model(linear_logp_bwd, grads, head, base, targets, saved, output_mask, workspace)
+        own = of_one(grads.model, head, targets, saved.model, output_mask[:3], workspace)
+        # A copy of its own: an address that is aligned otherwise would be another kernel to compile.
+        base_saved = saved.base._replace(extra=saved.base.extra.clone())
+        return *own, *of_one(grads.base, base, targets, base_saved, output_mask[3:], workspace)
     target, ignore_index = targets.target.contiguous(), targets.ignore_index
     models, grads = [HeadGradients(head, output_mask[:3]), HeadGradients(base, output_mask[3:])], contiguous_pair(grads)
     every = (*grads.model, *grads.base, grads.kl, grads.reverse_kl)

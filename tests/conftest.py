@@ -169,7 +169,7 @@ def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
     def allocate_and_fill(*args: Any, **kwargs: Any) -> torch.Tensor:
         x = allocate(*args, **kwargs)
         if type(x) is torch.Tensor and x.is_cuda:
-            x.detach().fill_(torch.nan if x.is_floating_point() else -1)
+            x.detach().fill_(torch.nan if x.is_floating_point() else 255 if x.dtype == torch.uint8 else -1)
         return x
 
     return allocate_and_fill

@@ -56,7 +56,7 @@ class Sizes(NamedTuple):
     draws: tuple[tuple[int, ...], ...]
     #: Rows, tokens of the tiles of a GEMM.
     gemm: tuple[tuple[int, int], ...]
-    #: Of linear_policy_loss: rows of a slice of logits, and of a block of gradients.
+    #: Of linear_policy_loss: rows of a slice of logits at least, and of a block of gradients at most.
     policy_rows: tuple[tuple[int, int], ...]
     dtype: str = "bfloat16"
     budget: Budget = Budget(seconds=2.0, least=5, most=9)
@@ -72,7 +72,7 @@ REAL = Sizes(
     pair=((128, 128, 64, 8, 4), (128, 128, 64, 8, 5), (128, 128, 128, 8, 3)),
     draws=((64, 64, 64, 8, 3), (64, 64, 64, 8, 8), (64, 64, 64, 4, 8), (64, 64, 128, 8, 6), (64, 128, 64, 8, 8)),
     gemm=((1024, 4096), (2048, 4096), (4096, 4096), (8192, 1024)),
-    policy_rows=((256, 1792), (512, 1536), (512, 2048)),
+    policy_rows=((256, 1536), (256, 1792), (512, 4096)),
 )  # fmt: skip
 PREWARM = REAL._replace(n=512, logits_n=64, copy=2**20)
 TINY = Sizes(
@@ -260,8 +260,9 @@ def _variants(session: Session, sizes: Sizes, work: Workload) -> Variants:
         if backends.unavailable(backend, work.op, session.device) is None:
             yield partial(backends.use_backend, backend), backend, {}
     if not draws:
-        yield nullcontext if head else fused, "ours", {}
+        yield fused if work.op == "policy_loss" else nullcontext, "ours", {}
     if work.op == "linear_policy_loss":
+        yield fused, "triton", {}
         for rows in sizes.policy_rows:
             yield partial(policy_rows, *rows), f"rows {rows}", {}
     elif work.linear and not work.training:
@@ -317,10 +318,10 @@ def gemm(rows: int, tokens: int, backend: str = "gemm") -> Iterator[None]:
 
 @contextmanager
 def policy_rows(of_slice: int, of_block: int) -> Iterator[None]:
-    """`linear_policy_loss` by the Triton kernels, with so many rows of logits and of gradients at a time."""
+    """`linear_policy_loss` with so many rows of logits at least, and of gradients at most, at a time."""
     from dlogp_kernels.triton import linear_policy_loss as launcher
 
     rows: dict[str, Any] = {"_SLICE_ROWS": of_slice, "_BLOCK_ROWS": of_block}
     # The default workspace would cut larger ones down.
-    with backends.use_backend("triton"), backends.workspace_limit(2**30), patch.multiple(launcher, **rows):
+    with backends.workspace_limit(2**30), patch.multiple(launcher, **rows):
         yield

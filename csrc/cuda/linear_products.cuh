@@ -20,8 +20,9 @@
 //
 // Schedule. The vocabulary is cut into splits, and a unit is a split times a group of row tiles, one for each block:
 // the cluster walks through its tiles, stores a state for every row, and goes on to its next unit. Units that run at
-// the same time are of kGroup groups, whose hidden states stay in the L2 cache, and of as few splits as that leaves.
-// While one consumer folds, the other one has the matrix units to itself.
+// the same time are of a panel of groups, whose hidden states stay in the L2 cache, and of as few splits as that
+// leaves; they are equally long, or clusters would come to a weight that others have used long ago. While one consumer
+// folds, the other one has the matrix units to itself.
 //
 // A row's sums run over dimensions, tokens and splits in an order that depends on D, V and the device alone.
 #pragma once
@@ -35,7 +36,6 @@ namespace dlogp::hopper {
 constexpr unsigned kWholeWarp = 0xFFFFFFFFu;
 constexpr int kTileRows = 128, kDepth = 64, kConsumers = 2;
 constexpr int kThreads = 128 * (1 + kConsumers);
-constexpr int kGroup = 16;
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 
 template <typename Element_, int kModels_>
@@ -52,6 +52,7 @@ struct Tile {
 template <typename Arguments>
 struct KernelArguments : Arguments {
   int blocks = 2;  // of a cluster
+  int panel = 1;   // groups of row tiles
   TensorMap hidden_map[2], weight_map[2], gradient_map;
 };
 
@@ -107,10 +108,11 @@ struct Unit {
 template <typename T>
 class Schedule {
  public:
-  __device__ Schedule(const LinearArguments& p, int blocks)
+  __device__ Schedule(const LinearArguments& p, int blocks, int panel)
       : cluster_(int(blockIdx.x) / blocks),
         clusters_(int(gridDim.x) / blocks),
         blocks_(blocks),
+        panel_(panel),
         splits_(int(p.splits)) {
     const int64_t rows = p.num_rows == nullptr ? p.total_rows : *p.num_rows;
     num_rows = int(min(rows - p.first, p.rows));
@@ -124,7 +126,7 @@ class Schedule {
   __device__ int step() const { return clusters_; }
 
   __device__ Unit unit(int index) const {
-    const int first = index / (kGroup * splits_) * kGroup, size = min(row_groups_ - first, kGroup);
+    const int first = index / (panel_ * splits_) * panel_, size = min(row_groups_ - first, panel_);
     const int local = index - first * splits_, split = local / size;
     return {(blocks_ * (first + local % size) + int(cluster_rank())) * kTileRows, split, tile_of(split),
             tile_of(split + 1)};
@@ -133,9 +135,10 @@ class Schedule {
   int num_rows;
 
  private:
-  __device__ int tile_of(int split) const { return int(int64_t(tiles_) * split / splits_); }
+  // The first of a split; the longer ones, by one tile, come first.
+  __device__ int tile_of(int split) const { return tiles_ / splits_ * split + min(split, tiles_ % splits_); }
 
-  int cluster_, clusters_, blocks_, splits_, row_groups_, tiles_;
+  int cluster_, clusters_, blocks_, panel_, splits_, row_groups_, tiles_;
 };
 
 // One thread fills the ring with all that the block multiplies.
@@ -221,7 +224,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_kernel(const __grid_consta
   extern __shared__ unsigned char shared[];
   const Ring<T> ring(shared, p.blocks);
   ring.init();
-  const Schedule<T> schedule(p, p.blocks);
+  const Schedule<T> schedule(p, p.blocks, p.panel);
   const int group = __shfl_sync(kWholeWarp, int(threadIdx.x) / 128, 0);
   if (group == 0) {
     give_registers<kProducerRegisters>();

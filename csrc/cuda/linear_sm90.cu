@@ -1,8 +1,14 @@
+#include <algorithm>
+
 #include "linear_forward.cuh"
 #include "linear_gradient.cuh"
 
 namespace dlogp {
 namespace {
+
+// Of a panel's hidden states, and groups of row tiles that a panel has at most: the L2 cache holds that much beside the
+// weights that stream through it.
+constexpr int64_t kPanelBytes = int64_t(16) << 20, kPanelGroups = 16;
 
 // The enumerators of cuda.h that a matrix of 16-bit numbers needs, by the driver's binary interface.
 constexpr int kFloat16 = 6, kBFloat16 = 9, kNoInterleave = 0, kSwizzle128 = 3, kPromote256 = 3, kZeros = 0;
@@ -42,6 +48,11 @@ bool is_transformed(const LinearArguments& p) {
   return transformed(p.heads[0]) || transformed(p.heads[1]);
 }
 
+int panel_groups(const LinearArguments& p, int blocks) {
+  const int64_t hidden_sizes = p.heads[0].hidden_size + p.heads[1].hidden_size;
+  return int(std::clamp<int64_t>(kPanelBytes / (2 * blocks * hopper::kTileRows * hidden_sizes), 1, kPanelGroups));
+}
+
 template <typename Tile, typename Epilogue, typename Arguments>
 cudaError_t launch(hopper::KernelArguments<Arguments>& p, EncodeTiled encode, cudaStream_t stream) {
   cudaError_t error = cudaSuccess;
@@ -77,7 +88,9 @@ cudaError_t launch(hopper::KernelArguments<Arguments>& p, EncodeTiled encode, cu
 template <typename Element, int kModels, template <typename, bool> typename Epilogue, typename Arguments>
 cudaError_t launch_for(hopper::KernelArguments<Arguments>& p, EncodeTiled encode, cudaStream_t stream) {
   using Tile = hopper::Tile<Element, kModels>;
-  p.blocks = p.total_rows > hopper::kTileRows ? 2 : 1;  // which decides who multiplies what, and changes no bit
+  // Both decide who multiplies what when, and change no bit.
+  p.blocks = p.rows > hopper::kTileRows ? 2 : 1;
+  p.panel = panel_groups(p, p.blocks);
   return is_transformed(p) ? launch<Tile, Epilogue<Tile, true>>(p, encode, stream)
                            : launch<Tile, Epilogue<Tile, false>>(p, encode, stream);
 }

@@ -3,12 +3,17 @@
 For a slice of rows, the vendor's GEMM writes all logits in float32; Triton kernels fold them into statistics, make of
 these each row's loss and upstream gradients, and of those and the logits the gradient by the logits, in the dtype that
 multiplies. Of a block of several slices, two more GEMMs add that to the gradients by hidden and weight, in float32: the
-more rows at a time, the fewer times the gradient by the weight goes through memory. Where no gradient is wanted the
-statistics come from the fused forward kernels instead.
+more rows at a time, the fewer times the gradient by the weight goes through memory. A slice's logits lie where the
+gradients of the next ones will, so slices become smaller towards the end of a block:
+
+    gradients of the slices before │ of this one │    free    │ logits of this one, float32 │
+
+Where no gradient is wanted the statistics come from the fused forward kernels instead.
 
 Nothing is known of the rows that are ignored without waiting for the device, so they are multiplied, as zeros.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -59,11 +64,13 @@ _BLOCK = 128
 _SCALED = 2048
 #: A slice of logits and a block of gradients take this many times the workspace at most: 768 MiB by default.
 _SHARE = 3
-#: Rows of a slice, and of a block.
-_SLICE_ROWS = 384
-_BLOCK_ROWS = 1920
-#: What a product takes at a time.
-_WHOLE_ROWS = 128
+#: Of a block at most, and of a slice but for the last one at least, where the workspace allows.
+_BLOCK_ROWS = 2048
+_SLICE_ROWS = 128
+#: Of a slice, where the workspace does not.
+_FEWEST_ROWS = 16
+#: Where rows of hidden states, in elements, and logits, in bytes, begin.
+_ALIGNED, _ALIGNED_BYTES = 8, 512
 #: In float16 the largest scale · |advantage|, times a power of two: leaves room for ratios up to 2 000.
 _FLOAT16_LARGEST = 2.0**4
 
@@ -193,34 +200,49 @@ class _Policy:
 
 
 class Tiling(NamedTuple):
-    """Rows at a time: of a slice of logits, and of a block of several slices."""
+    """Rows of a block and of its slices, and bytes of the buffer that has gradients and logits."""
 
-    slice: int
     block: int
+    slices: list[int]
+    bytes: int
 
 
-class _Block:
-    """One model's hidden states of a block of rows and logits of a slice of it, in buffers that are used again."""
+class _Buffer:
+    """A block's gradients by the logits, in the dtype that multiplies, from the front; at the end a slice's logits."""
 
-    def __init__(self, model: Head, tiling: Tiling) -> None:
-        self.model = model
-        device, (self.vocabulary, width) = model.hidden.device, model.weight.shape
-        self.hidden = torch.empty((tiling.block, width), dtype=model.dtype, device=device)
-        self.raw = torch.empty((tiling.slice, self.vocabulary), dtype=torch.float32, device=device)
+    def __init__(self, models: list[Head], tiling: Tiling) -> None:
+        self.models, self.vocabulary, self.dtype = len(models), models[0].weight.shape[0], models[0].dtype
+        self.bytes = torch.empty(tiling.bytes, dtype=torch.uint8, device=models[0].hidden.device)
+
+    def gradients(self, begin: int, num_rows: int) -> Tensor:
+        columns = round_up(self.vocabulary, _ALIGNED)
+        row_bytes = columns * self.dtype.itemsize
+        taken = self.bytes[begin * row_bytes : (begin + num_rows) * row_bytes]
+        return taken.view(self.dtype).view(num_rows, columns)[:, : self.vocabulary]
+
+    def logits(self, num_rows: int) -> Tensor:
+        """Of all models, float32."""
+        columns = round_up(self.vocabulary, _ALIGNED)
+        size = 4 * self.models * num_rows * columns
+        begin = len(self.bytes) - round_up(size, _ALIGNED_BYTES)
+        taken = self.bytes[begin : begin + size]
+        return taken.view(torch.float32).view(self.models, num_rows, columns)[..., : self.vocabulary]
+
+
+class Block:
+    """One model's hidden states of a block of rows, in a buffer that is used again."""
+
+    def __init__(self, model: Head, num_rows: int) -> None:
+        self.model, width = model, model.weight.shape[1]
+        self.hidden = model.hidden.new_empty((num_rows, round_up(width, _ALIGNED)), dtype=model.dtype)[:, :width]
         self.transform = transform_of(model.transform, model.bias)
 
     def gather(self, rows: _rows.Rows, first: int) -> None:
         _rows.gather_rows(self.model.hidden, rows, first, self.hidden, zero_rest=True)
 
-    def logits(self, begin: int, num_rows: int) -> Tile:
-        """Of the slice that begins at this row of the block."""
-        raw = self.raw[:num_rows]
-        product(self.hidden[begin : begin + num_rows], self.model.weight.t(), out=raw)
-        return Tile(matrix(raw), self.transform)
-
 
 class _Accumulators:
-    """The gradients wanted of one model, float32, and a block's gradient by its logits."""
+    """The gradients wanted of one model, float32."""
 
     def __init__(self, model: Head, wanted: list[bool], num_rows: int, scale: Tensor) -> None:
         self.model = model
@@ -238,17 +260,16 @@ class _Accumulators:
         self.hidden = new(model.hidden.shape, self.wants_hidden, num_rows > 0)
         self.weight = new(model.weight.shape, self.wants_weight, num_rows > 0)
         self.bias = new(model.weight.shape[:1], self.wants_bias, False)
-        self.grad_logits = torch.empty((num_rows, model.weight.shape[0]), dtype=model.dtype, device=model.hidden.device)
         self.scale = _float16_scale(scale) if model.dtype == torch.float16 else None
 
-    def add_bias(self, block: _Block, num_rows: int) -> None:
-        """Of a slice, whose logits have become the gradient by them, in float32."""
+    def add_bias(self, gradient: Tensor) -> None:
+        """By a slice's logits, in float32."""
         if self.wants_bias:
-            self.bias += block.raw[:num_rows].sum(0)
+            self.bias += gradient.sum(0)
 
-    def add(self, block: _Block, first: int, num_rows: int) -> None:
-        """Of the block of rows from `first` on, whose gradient by the logits is there."""
-        grad_logits = self.grad_logits[:num_rows]
+    def add(self, block: Block, grad_logits: Tensor, first: int) -> None:
+        """Of the block of rows from `first` on."""
+        num_rows = grad_logits.shape[0]
         if self.wants_hidden:
             out = self.hidden.view(-1, self.hidden.shape[-1])[first : first + num_rows]
             product(grad_logits, self.model.weight, out=out)
@@ -269,6 +290,42 @@ def _float16_scale(largest: Tensor) -> Tensor:
     return torch.exp2(exponent).reshape(1)
 
 
+class Kernels(NamedTuple):
+    """What differs between backends."""
+
+    linear_logp_fwd: Callable[..., tuple[Tensor, ...]]
+    linear_delta_logp_fwd: Callable[..., tuple[Tensor, ...]]
+    #: Splits of a vocabulary: (tokens, models, device).
+    num_splits: Callable[[int, int, torch.device], int]
+    #: (blocks, slice's first row of them, raw, target, ignore_index, slice's first row of all, state, target_logits):
+    #: writes a slice's raw logits (models, rows, V), and as `fold_tile` does states and x at the targets.
+    fold: Callable[[list[Block], int, Tensor, Tensor, int, int, Tensor, Tensor], None]
+
+
+def _num_splits(vocabulary: int, models: int, device: torch.device) -> int:
+    return ceil_div(vocabulary, split_of(vocabulary))
+
+
+def _fold(
+    blocks: list[Block],
+    begin: int,
+    raw: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    first: int,
+    state: Tensor,
+    target_logits: Tensor,
+) -> None:
+    tiles = [Tile(matrix(logits), block.transform) for block, logits in zip(blocks, raw, strict=True)]
+    for block, logits in zip(blocks, raw, strict=True):
+        product(block.hidden[begin : begin + raw.shape[1]], block.model.weight.t(), out=logits)
+    fold: Any = fold_tile if len(tiles) == 1 else fold_pair_tile
+    fold(*tiles, raw.shape[1:], target, EVERY_ROW, ignore_index, state, target_logits, first)
+
+
+_TRITON = Kernels(linear_logp_fwd, linear_delta_logp_fwd, _num_splits, _fold)
+
+
 def linear_policy_loss_fwd(
     head: Head,
     base: OptionalHead,
@@ -278,6 +335,7 @@ def linear_policy_loss_fwd(
     float_options: list[float],
     output_mask: list[bool],
     workspace: int,
+    kernels: Kernels = _TRITON,
 ) -> tuple[Tensor, ...]:
     options = reference_policy.PolicyOptions.of(str_options, float_options, None)
     target, ignore_index = targets.target.contiguous(), targets.ignore_index
@@ -287,95 +345,108 @@ def linear_policy_loss_fwd(
     gradients: tuple[Tensor, ...]
     with on_device_of(head.hidden):
         if any(output_mask) and target.shape[0] > 0:
-            gradients = _in_blocks(models, policy, output_mask, ignore_index, workspace)
+            gradients = _in_blocks(models, policy, output_mask, ignore_index, workspace, kernels)
         elif any(output_mask):
             gradients = _Accumulators(models[0], output_mask, 0, known.scale).gradients()
         else:
             gradients = tuple(head.hidden.new_empty(0, dtype=torch.float32) for _ in output_mask)
             if target.shape[0] > 0:
-                stats = _statistics(models, target, ignore_index, workspace)
+                stats = _statistics(models, target, ignore_index, workspace, kernels)
                 policy.rows(stats, 0, target.shape[0], ignore_index)
         return *policy.results(), *gradients
 
 
-def _statistics(models: list[Head], target: Tensor, ignore_index: int, workspace: int) -> LogpStats | DeltaLogpStats:
+def _statistics(
+    models: list[Head], target: Tensor, ignore_index: int, workspace: int, kernels: Kernels
+) -> LogpStats | DeltaLogpStats:
     targets, asked = Targets(target, ignore_index), Asked(top=False)
     if len(models) == 1:
-        *stats, _ = linear_logp_fwd(models[0], targets, asked, workspace)
+        *stats, _ = kernels.linear_logp_fwd(models[0], targets, asked, workspace)
         return LogpStats(*stats)
-    *stats, _ = linear_delta_logp_fwd(models[0], models[1], targets, asked, workspace)
+    *stats, _ = kernels.linear_delta_logp_fwd(models[0], models[1], targets, asked, workspace)
     return DeltaLogpStats(*stats)
 
 
 def _in_blocks(
-    models: list[Head], policy: _Policy, output_mask: list[bool], ignore_index: int, workspace: int
+    models: list[Head],
+    policy: _Policy,
+    output_mask: list[bool],
+    ignore_index: int,
+    workspace: int,
+    kernels: Kernels,
 ) -> tuple[Tensor, ...]:
-    target, vocabulary = policy.target, models[0].weight.shape[0]
+    target = policy.target
     tiling = _tiling(models, target.shape[0], workspace)
     rows = _rows.rows_in_place(target, ignore_index)
-    blocks = [_Block(model, tiling) for model in models]
+    blocks, buffer = [Block(model, tiling.block) for model in models], _Buffer(models, tiling)
     largest = (policy.known.scale * policy.known.advantage.abs()).amax()
-    accumulators = _Accumulators(models[0], output_mask, tiling.block, largest)
-    pair = len(models) == 2
+    accumulators = _Accumulators(models[0], output_mask, target.shape[0], largest)
+    pair, vocabulary = len(models) == 2, models[0].weight.shape[0]
     out = new_outputs(DeltaLogpStats if pair else LogpStats, target, EVERY_ROW, top=False)
-    size = _math.PAIR_STATE_SIZE if pair else _math.STATE_SIZE
-    state = policy.new(size.value, ceil_div(vocabulary, split_of(vocabulary)), tiling.slice)
-    target_logits = policy.new(len(models), tiling.slice)
+    size = (_math.PAIR_STATE_SIZE if pair else _math.STATE_SIZE).value
+    splits = kernels.num_splits(vocabulary, len(models), target.device)
+    state, target_logits = (policy.new(numbers * max(tiling.slices)) for numbers in (size * splits, len(models)))
     for first in range(0, target.shape[0], tiling.block):
-        num_rows = min(tiling.block, target.shape[0] - first)
+        num_rows, begin = min(tiling.block, target.shape[0] - first), 0
         for block in blocks:
             block.gather(rows, first)
-        for begin in range(0, num_rows, tiling.slice):
-            row, count = first + begin, min(tiling.slice, num_rows - begin)
-            shape = (count, vocabulary)
-            tiles = [block.logits(begin, count) for block in blocks]
-            _fold(tiles, shape, target, ignore_index, state, target_logits, out, row)
+        for most_rows in tiling.slices:
+            row, count = first + begin, min(most_rows, num_rows - begin)
+            if count == 0:
+                break
+            raw = buffer.logits(count)
+            tiles = [Tile(matrix(logits), block.transform) for block, logits in zip(blocks, raw, strict=True)]
+            of_slice = (
+                state[: size * splits * count].view(size, splits, count),
+                target_logits[: len(models) * count].view(-1, count),
+            )
+            kernels.fold(blocks, begin, raw, target, ignore_index, row, *of_slice)
+            _finish(*of_slice, tiles, target, ignore_index, out, row)
             policy.rows(out.stats, row, row + count, ignore_index)
-            grad_logits = accumulators.grad_logits[begin : begin + count]
-            _logits_gradient(tiles, shape, policy, out, accumulators, grad_logits, ignore_index, row)
-            accumulators.add_bias(blocks[0], count)
-        accumulators.add(blocks[0], first, num_rows)
+            grad_logits = buffer.gradients(begin, count)
+            _logits_gradient(tiles, (count, vocabulary), policy, out, accumulators, grad_logits, ignore_index, row)
+            accumulators.add_bias(raw[0])
+            begin += count
+        accumulators.add(blocks[0], buffer.gradients(0, num_rows), first)
     return accumulators.gradients()
 
 
 def _tiling(models: list[Head], num_rows: int, workspace: int) -> Tiling:
-    """What fits: up to _BLOCK_ROWS rows, in blocks of whole slices, of which one takes half the memory at most."""
+    """What fits: blocks of nearly equal numbers of rows, in slices as large as the gradients before leave room for."""
     memory = _SHARE * workspace * 31 // 32
-    vocabulary, itemsize = models[0].weight.shape[0], models[0].dtype.itemsize
-    slice_bytes = 4 * vocabulary * len(models)
-    block_bytes = vocabulary * itemsize + sum(model.hidden.shape[-1] * model.dtype.itemsize for model in models)
-    fitting = memory // 2 // slice_bytes
-    whole = _WHOLE_ROWS if fitting >= _WHOLE_ROWS else 16
-    rows = min(_SLICE_ROWS, max(16, fitting // whole * whole), round_up(num_rows, 16))
-    most = min(_BLOCK_ROWS, (memory - rows * slice_bytes) // block_bytes) // rows
-    slices = ceil_div(num_rows, rows)
-    return Tiling(rows, rows * ceil_div(slices, ceil_div(slices, max(1, most))))
+    columns = round_up(models[0].weight.shape[0], _ALIGNED)
+    logits_bytes, gradient_bytes = 4 * columns * len(models), columns * models[0].dtype.itemsize
+    hidden_bytes = sum(model.hidden.shape[-1] * model.dtype.itemsize for model in models)
+
+    def fitting(least: int) -> int:
+        return (memory - least * logits_bytes) // (gradient_bytes + hidden_bytes) // least * least
+
+    least = _SLICE_ROWS if fitting(_SLICE_ROWS) > 0 else _FEWEST_ROWS
+    most = min(_BLOCK_ROWS, max(least, fitting(least)))
+    block = min(round_up(ceil_div(num_rows, ceil_div(num_rows, most)), least), round_up(num_rows, _FEWEST_ROWS))
+    left, begin, slices, size = memory - block * hidden_bytes, 0, [], 0
+    while begin < block:
+        rows = (left - begin * gradient_bytes) // (gradient_bytes + logits_bytes) // least * least
+        slices.append(min(max(least, rows), block - begin))
+        begin += slices[-1]
+        size = max(size, begin * gradient_bytes + slices[-1] * logits_bytes)
+    return Tiling(block, slices, round_up(size, _ALIGNED_BYTES) + _ALIGNED_BYTES)
 
 
-def _fold(
-    tiles: list[Tile],
-    shape: tuple[int, int],
-    target: Tensor,
-    ignore_index: int,
+def _finish(
     state: Tensor,
     target_logits: Tensor,
+    tiles: list[Tile],
+    target: Tensor,
+    ignore_index: int,
     out: Outputs,
     first: int,
 ) -> None:
-    """Outputs of a block of rows."""
-    if len(tiles) == 1:
-        fold_tile(tiles[0], shape, target, EVERY_ROW, ignore_index, state, target_logits, first)
-        finish_logp(
-            state, target_logits, target, EVERY_ROW, out, shape[1], tiles[0].output_scale,
-            ignore_index, first,
-        )  # fmt: skip
-        return
-    tile, base_tile = tiles
-    fold_pair_tile(tile, base_tile, shape, target, EVERY_ROW, ignore_index, state, target_logits, first)
-    finish_delta_logp(
-        state, target_logits, target, EVERY_ROW, out, shape[1], tile.output_scale,
-        base_tile.output_scale, ignore_index, first,
-    )  # fmt: skip
+    """Outputs of a slice."""
+    finish: Any = finish_logp if len(tiles) == 1 else finish_delta_logp
+    scales = [tile.output_scale for tile in tiles]
+    vocabulary = tiles[0].raw.data.shape[1]
+    finish(state, target_logits, target, EVERY_ROW, out, vocabulary, *scales, ignore_index, first)
 
 
 def _logits_gradient(

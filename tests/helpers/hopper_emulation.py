@@ -64,7 +64,8 @@ class Launched(NamedTuple):
 
 
 class Forward(NamedTuple):
-    """Memory after the kernel, and what was launched: state (3 or 10, splits, R), target_logits (models · K, R).
+    """Memory after the kernel, and what was launched: state (3 or 10, splits, R), target_logits (models · K, R), and if
+    they were to be kept, raw logits (models, R, V).
 
     `maps`: what cuTensorMapEncodeTiled was given for each matrix: type, rank, address, columns, rows, stride in bytes,
     columns and rows of a box, their steps, interleave, swizzle, promotion, fill.
@@ -74,6 +75,7 @@ class Forward(NamedTuple):
     target_logits: Tensor
     launched: Launched
     maps: list[list[int]]
+    logits: Tensor | None
 
 
 @functools.cache
@@ -104,12 +106,12 @@ def _library() -> ctypes.CDLL:
     return library
 
 
-def units(models: int, blocks: int, shapes: list[tuple[int, int, int]]) -> list[Tensor]:
-    """Of shapes (rows, vocabulary, splits): (row, split, first tile, end tile) of all that clusters take in turn.
+def units(models: int, blocks: int, shapes: list[tuple[int, int, int, int]]) -> list[Tensor]:
+    """(row, split, first tile, end tile) that clusters take in turn, of each one's blocks: (units, blocks, 4).
 
-    Of each one's blocks: (units, blocks, 4).
+    Of shapes (rows, vocabulary, splits, groups of a panel).
     """
-    most = max((rows // 128 + 2) * splits for rows, _, splits in shapes)
+    most = max((rows // 128 + 2) * splits for rows, _, splits, _ in shapes)
     found = torch.full((len(shapes), most, blocks, 4), -1, dtype=torch.int32)
     given = torch.tensor(shapes)
     _library().list_units(models, blocks, given.data_ptr(), len(shapes), found.data_ptr(), most)
@@ -133,6 +135,7 @@ def forward(
     row_index: Tensor | None = None,
     num_rows: int | None = None,
     first: int = 0,
+    keep: bool = False,
     **options: Any,
 ) -> Forward:
     """The kernel on inputs of cases.py, whose hidden states are those of `rows` states."""
@@ -144,14 +147,17 @@ def forward(
     if models == 1:
         heads += [None, None, None, 0.0, 1.0]
     count = None if num_rows is None else torch.tensor([num_rows], dtype=torch.int32)
-    shapes = ((10 if is_pair(op) else 3, splits, rows), (models * target.shape[1], rows))
+    shapes: tuple[tuple[int, ...], ...] = ((10 if is_pair(op) else 3, splits, rows), (models * target.shape[1], rows))
+    v = len(inputs["weight"])
+    shapes += ((models, rows, v + v % 2),) if keep else ()
     memory = [torch.full((torch.Size(shape).numel() + 2 * _MARGIN,), UNTOUCHED) for shape in shapes]
-    results = [x[_MARGIN:-_MARGIN].view(shape) for x, shape in zip(memory, shapes, strict=True)]
-    torch.ops.dlogp._cuda_linear_states(*heads, target, row_index, count, first, *results)
+    state, target_logits, *logits = (x[_MARGIN:-_MARGIN].view(shape) for x, shape in zip(memory, shapes, strict=True))
+    kept = logits[0][..., :v] if keep else None
+    torch.ops.dlogp._cuda_linear_states(*heads, target, row_index, count, first, state, target_logits, kept)
     report = _report()
     for x in memory:
         assert (x[:_MARGIN] == UNTOUCHED).all() and (x[-_MARGIN:] == UNTOUCHED).all(), "written outside"
-    return Forward(*results, Launched(*report["launched"]), report["maps"])
+    return Forward(state, target_logits, Launched(*report["launched"]), report["maps"], kept)
 
 
 def gradient(

@@ -158,6 +158,22 @@ def test_the_end_of_all_rows(op):
 
 @emulation
 @BOTH
+@pytest.mark.parametrize(("v", "bias"), [(601, False), (330, True)])
+def test_logits_are_kept(op, v, bias):
+    """Raw products of the rows that there are, whatever becomes of them; states are the same bits."""
+    rows, num_rows, options = 140, 133, options_of(op, SOFTCAP) if bias else {}
+    inputs = make_inputs(op, rows, v=v, d=72, dtype=BF16, bias=bias)
+    order = {"row_index": torch.arange(rows), "num_rows": num_rows}
+    result, expected = (forward(op, inputs, keep=keep, **order, **options) for keep in (True, False))
+    assert torch.equal(result.state, expected.state) and torch.equal(result.target_logits, expected.target_logits)
+    assert result.logits is not None and (result.logits[:, num_rows:] == UNTOUCHED).all()
+    for kept, prefix in zip(result.logits[:, :num_rows], ("", "base_"), strict=False):
+        products = inputs[f"{prefix}hidden"][:num_rows].double() @ inputs[f"{prefix}weight"].double().t()
+        torch.testing.assert_close(kept.double(), products, rtol=1e-5, atol=1e-5)
+
+
+@emulation
+@BOTH
 def test_bits_do_not_depend_on_the_launch(op):
     inputs = make_inputs(op, 520, v=900, d=136, k=2, dtype=BF16, bias=False)
     first, *others = (forward(op, inputs, splits=2, launch=launch) for launch in LAUNCHES)
@@ -221,10 +237,10 @@ def test_gradient_by_an_impossible_logit_at_a_temperature_near_0():
 @BOTH
 @pytest.mark.parametrize("blocks", [1, 2])
 def test_every_tile_is_computed_once(op, blocks):
-    """A split of each group of row tiles by one cluster, and splits that differ by one tile of tokens at most."""
-    cases = itertools.product((1, 128, 129, 300, 4096, 4097, 9000), (1, 2, 3, 7, 50), (1, 2, 3, 5, 8, 132))
-    shapes = [(rows, tiles * COLUMNS[op] - rows % 5, splits) for rows, tiles, splits in cases]
-    for (rows, v, splits), of_clusters in zip(shapes, units(1 + is_pair(op), blocks, shapes), strict=True):
+    """A split of each group of row tiles by one cluster, and splits whose tiles become fewer by one at most."""
+    cases = itertools.product((1, 128, 129, 300, 4096, 4097, 9000), (1, 2, 3, 7, 50), (1, 2, 3, 5, 8, 132), (1, 3, 16))
+    shapes = [(rows, tiles * COLUMNS[op] - rows % 5, splits, panel) for rows, tiles, splits, panel in cases]
+    for (rows, v, splits, _), of_clusters in zip(shapes, units(1 + is_pair(op), blocks, shapes), strict=True):
         groups = range(0, rows, 128 * blocks)
         first, others = of_clusters[:, :1].long(), of_clusters[:, 1:]
         assert torch.equal(others, (first + torch.tensor([128, 0, 0, 0]))[:, : blocks - 1])
@@ -236,7 +252,7 @@ def test_every_tile_is_computed_once(op, blocks):
         ends = [end for *_, end in ranges]
         assert [begin for _, begin, _ in ranges] == [0, *ends[:-1]] and ends[-1] == -(-v // COLUMNS[op])
         tiles = [end - begin for _, begin, end in ranges]
-        assert max(tiles) - min(tiles) <= 1
+        assert tiles == sorted(tiles, reverse=True) and tiles[0] - tiles[-1] <= 1
 
 
 @emulation

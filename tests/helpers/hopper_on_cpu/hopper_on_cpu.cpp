@@ -72,16 +72,17 @@ namespace dlogp::hopper {
 
 unsigned char shared[1];  // which the kernel declares
 
-// Units of the blocks of three clusters for each of `count` shapes, (rows, vocabulary, splits), with room for `most`.
+// Units of the blocks of three clusters for each of `count` shapes, (rows, vocabulary, splits, panel), with room for
+// `most`.
 template <int kModels>
-void list_units(int blocks, const int64_t (*shapes)[3], int count, Unit* units, int most) {
+void list_units(int blocks, const int64_t (*shapes)[4], int count, Unit* units, int most) {
   const auto of_block = [&] {
     for (int i = 0; threadIdx.x == 0 && i < count; ++i) {
       LinearArguments p;
       p.rows = p.total_rows = shapes[i][0];
       p.vocabulary = shapes[i][1];
       p.splits = shapes[i][2];
-      const Schedule<Tile<__half, kModels>> schedule(p, blocks);
+      const Schedule<Tile<__half, kModels>> schedule(p, blocks, int(shapes[i][3]));
       for (int at = schedule.first(); at < schedule.end(); at += schedule.step())
         units[(int64_t(i) * most + at) * blocks + cluster_rank()] = schedule.unit(at);
     }
@@ -105,7 +106,7 @@ const char* report() {
   return text.c_str();
 }
 
-void list_units(int models, int blocks, const int64_t (*shapes)[3], int count, dlogp::hopper::Unit* units, int most) {
+void list_units(int models, int blocks, const int64_t (*shapes)[4], int count, dlogp::hopper::Unit* units, int most) {
   const auto list_them = models == 1 ? dlogp::hopper::list_units<1> : dlogp::hopper::list_units<2>;
   list_them(blocks, shapes, count, units, most);
 }

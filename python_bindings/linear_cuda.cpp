@@ -73,7 +73,7 @@ void check_launched(cudaError_t error, const char* name) {
 void linear_states(Tensor hidden, Tensor weight, OptionalTensor bias, double tanh_scale, double output_scale,
                    OptionalTensor base_hidden, OptionalTensor base_weight, OptionalTensor base_bias,
                    double base_tanh_scale, double base_output_scale, Tensor target, OptionalTensor row_index,
-                   OptionalTensor num_rows, int64_t first, Tensor state, Tensor target_logits, OptionalTensor logits) {
+                   OptionalTensor num_rows, int64_t first, Tensor state, Tensor target_logits) {
   LinearForwardArguments arguments;
   const int models = base_hidden.has_value() && base_weight.has_value() ? 2 : 1;
   arguments.models = models;
@@ -96,18 +96,6 @@ void linear_states(Tensor hidden, Tensor weight, OptionalTensor bias, double tan
   const int64_t places = state.size(1) * state.size(2), picked = models * target.size(1) * state.size(2);
   arguments.state = checked<float>(state, ScalarType::Float, (models == 1 ? 3 : 10) * places, "state");
   arguments.target_logits = checked<float>(target_logits, ScalarType::Float, picked, "target_logits");
-  if (logits.has_value()) {
-    STD_TORCH_CHECK(logits->is_cuda() && logits->scalar_type() == ScalarType::Float && logits->dim() == 3 &&
-                        logits->size(0) == models && logits->size(1) == arguments.rows &&
-                        logits->size(2) == arguments.vocabulary && logits->stride(2) == 1 &&
-                        logits->stride(1) % 2 == 0 && logits->stride(1) >= arguments.vocabulary &&
-                        logits->stride(0) == arguments.rows * logits->stride(1) &&
-                        reinterpret_cast<uintptr_t>(logits->const_data_ptr()) % 8 == 0,
-                    "logits is not (models, rows, V) of float32 in rows that begin on 8 bytes");
-    check_storage(*logits, "logits");
-    arguments.logits = static_cast<float*>(logits->mutable_data_ptr());
-    arguments.stride_logits = logits->stride(1);
-  }
   const torch::stable::accelerator::DeviceGuard guard(hidden.get_device());
   check_launched(launch_linear_forward(arguments, current_stream(hidden)), "linear_logp");
 }

@@ -81,7 +81,7 @@ _OPTIONS: dict[str, dict[str, Options]] = {
 #: What each process looks at, those first that take long: backend and op.
 FAMILIES = (
     *(f"triton {op}" for op in (*reversed(_OPTIONS), "linear_logp", "linear_delta_logp", "logp", "delta_logp")),
-    *(f"cuda {op}" for op in ("extrapolated_sample", "linear_logp", "linear_delta_logp", "linear_policy_loss")),
+    *(f"cuda {op}" for op in ("extrapolated_sample", "linear_logp", "linear_delta_logp")),
     "gemm linear_logp", "gemm linear_delta_logp",
 )  # fmt: skip
 
@@ -95,7 +95,7 @@ def cases(session: Session) -> list[Case]:
             continue  # it would raise, and say why
         n, variant = _ROWS[shape.name], "DAPO" if op == "policy_loss" else ""
         rows = max(3, n // _ROWS_A_DRAW) if "sample" in op else n * _TOKENS_A_ROW if variant and not session.tiny else n
-        work = Workload(op, shape, rows, dtype, backend == "triton" or "policy" in op, variant)
+        work = Workload(op, shape, rows, dtype, backend == "triton", variant)
         for name, options in _OPTIONS.get(op, _HEAD).items():
             if name == "half ignored" and shape.name != "large":  # where whole blocks of rows are left out
                 continue

@@ -260,9 +260,8 @@ def _variants(session: Session, sizes: Sizes, work: Workload) -> Variants:
         if backends.unavailable(backend, work.op, session.device) is None:
             yield partial(backends.use_backend, backend), backend, {}
     if not draws:
-        yield fused if work.op == "policy_loss" else nullcontext, "ours", {}
+        yield nullcontext if head else fused, "ours", {}
     if work.op == "linear_policy_loss":
-        yield fused, "triton", {}
         for rows in sizes.policy_rows:
             yield partial(policy_rows, *rows), f"rows {rows}", {}
     elif work.linear and not work.training:
@@ -318,10 +317,10 @@ def gemm(rows: int, tokens: int, backend: str = "gemm") -> Iterator[None]:
 
 @contextmanager
 def policy_rows(of_slice: int, of_block: int) -> Iterator[None]:
-    """`linear_policy_loss` with so many rows of logits at least, and of gradients at most, at a time."""
+    """`linear_policy_loss` by the Triton kernels, with so many rows of logits at least, and of gradients at most."""
     from dlogp_kernels.triton import linear_policy_loss as launcher
 
     rows: dict[str, Any] = {"_SLICE_ROWS": of_slice, "_BLOCK_ROWS": of_block}
     # The default workspace would cut larger ones down.
-    with backends.workspace_limit(2**30), patch.multiple(launcher, **rows):
+    with backends.use_backend("triton"), backends.workspace_limit(2**30), patch.multiple(launcher, **rows):
         yield

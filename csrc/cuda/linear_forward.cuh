@@ -216,10 +216,6 @@ class Forward {
   __device__ void take(int column, float (&x)[T::kElements], float (&base_x)[kBase]) {
     const int vocabulary = int(p_.vocabulary);
     bool has_target[2];
-    if (p_.logits != nullptr) {
-      keep(p_.logits, column, x);
-      if constexpr (T::kModels == 2) keep(p_.logits + p_.rows * p_.stride_logits, column, base_x);
-    }
     if constexpr (kTransformed) transform(p_.heads[0], column, x);
     mask_from(vocabulary, column, x);
     if constexpr (T::kModels == 1) {
@@ -258,19 +254,6 @@ class Forward {
   }
 
  private:
-  // Raw logits; two neighbours at once, of which the second one may be in the padding of a row.
-  __device__ void keep(float* logits, int column, const float (&x)[T::kElements]) const {
-    const int first = column + 2 * quad_lane(), columns = int(p_.vocabulary) - first;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      if (!rows_.inside[r]) continue;
-      float* row = logits + rows_.i[r] * p_.stride_logits + first;
-#pragma unroll
-      for (int i = 2 * r; i < T::kElements; i += 4)
-        if (column_of(i) < columns) *reinterpret_cast<float2*>(row + column_of(i)) = float2{x[i], x[i + 1]};
-    }
-  }
-
   __device__ float scale() const { return kLog2e * p_.heads[0].output_scale; }
   __device__ float base_scale() const { return kLog2e * p_.heads[1].output_scale; }
   __device__ float* target_logit(int r, int k) const { return p_.target_logits + k * p_.rows + rows_.i[r]; }

@@ -6,9 +6,9 @@
 namespace dlogp {
 namespace {
 
-// Of a panel's hidden states, and groups of row tiles that a panel has at most: the L2 cache holds that much beside the
-// weights that stream through it.
-constexpr int64_t kPanelBytes = int64_t(16) << 20, kPanelGroups = 16;
+// Of a panel's hidden states, and groups of row tiles that it has at most: the L2 cache holds that much beside the
+// weights that stream through it, and of a pair half, whose models take turns.
+constexpr int64_t kPanelBytes = int64_t(32) << 20, kPanelGroups = 16;
 
 // The enumerators of cuda.h that a matrix of 16-bit numbers needs, by the driver's binary interface.
 constexpr int kFloat16 = 6, kBFloat16 = 9, kNoInterleave = 0, kSwizzle128 = 3, kPromote256 = 3, kZeros = 0;
@@ -49,8 +49,8 @@ bool is_transformed(const LinearArguments& p) {
 }
 
 int panel_groups(const LinearArguments& p, int blocks) {
-  const int64_t hidden_sizes = p.heads[0].hidden_size + p.heads[1].hidden_size;
-  return int(std::clamp<int64_t>(kPanelBytes / (2 * blocks * hopper::kTileRows * hidden_sizes), 1, kPanelGroups));
+  const int64_t group_bytes = 2 * blocks * hopper::kTileRows * (p.heads[0].hidden_size + p.heads[1].hidden_size);
+  return int(std::clamp<int64_t>(kPanelBytes / p.models / group_bytes, 1, kPanelGroups));
 }
 
 template <typename Tile, typename Epilogue, typename Arguments>
@@ -89,7 +89,7 @@ template <typename Element, int kModels, template <typename, bool> typename Epil
 cudaError_t launch_for(hopper::KernelArguments<Arguments>& p, EncodeTiled encode, cudaStream_t stream) {
   using Tile = hopper::Tile<Element, kModels>;
   // Both decide who multiplies what when, and change no bit.
-  p.blocks = p.rows > hopper::kTileRows ? 2 : 1;
+  p.blocks = p.total_rows > hopper::kTileRows ? 2 : 1;
   p.panel = panel_groups(p, p.blocks);
   return is_transformed(p) ? launch<Tile, Epilogue<Tile, true>>(p, encode, stream)
                            : launch<Tile, Epilogue<Tile, false>>(p, encode, stream);

@@ -41,8 +41,6 @@ struct LinearArguments {
 struct LinearForwardArguments : LinearArguments {
   float* state = nullptr;          // (3 of one model, 10 of a pair; splits; R)
   float* target_logits = nullptr;  // (models · K, R)
-  float* logits = nullptr;         // (models, R, V): the raw ones too, in rows at multiples of 8 bytes; or none
-  int64_t stride_logits = 0;       // of rows, even
 };
 
 // Of a block of tokens, whose targets count from first_token on. By the raw logits, of one model.

@@ -36,7 +36,7 @@ _MODULES = {
 }
 _LINEAR_FORWARD = ("linear_logp_fwd", "linear_delta_logp_fwd")
 #: Of "cuda", on Hopper alone.
-_HOPPER = (*_LINEAR_FORWARD, "linear_logp_bwd", "linear_delta_logp_bwd", "linear_policy_loss_fwd")
+_HOPPER = (*_LINEAR_FORWARD, "linear_logp_bwd", "linear_delta_logp_bwd")
 #: Ops of the backends that do not have all. The others are served by "triton" when such a backend is asked for.
 _ONLY = {"gemm": _LINEAR_FORWARD, "cuda": ("extrapolated_sample", *_HOPPER)}
 #: Compute capabilities that the CUDA C++ kernels are compiled for: of sampling, and of _HOPPER.
@@ -95,7 +95,7 @@ PREFERENCES = (
     Preference("linear_logp_fwd", "triton", 90, (torch.bfloat16,), range(896, 4097), _VISIT),
     Preference("linear_delta_logp_fwd", "cuda", 90, (torch.bfloat16,), range(896, 4097), _HOPPER_VISIT),
     Preference("linear_delta_logp_fwd", "triton", 90, (torch.bfloat16,), range(896, 4097), _VISIT),
-    Preference("linear_logp_bwd", "cuda", 90, (torch.bfloat16,), range(896, 2049), _TRAINING),
+    Preference("linear_logp_bwd", "cuda", 90, (torch.bfloat16,), range(896, 4097), _TRAINING),
     Preference("extrapolated_sample", "cuda", 90, (torch.bfloat16,), measured=_VISIT),
     Preference("extrapolated_sample", "cuda"),
 )
@@ -267,7 +267,7 @@ def _misfit(given: dict[str, Any]) -> str | None:
     They copy tiles 16 bytes at a time, and do not look for the most likely token.
     """
     dtype = given["hidden"].dtype
-    for prefix in ("", "base_") if given.get("base_hidden") is not None else ("",):
+    for prefix in ("", "base_") if "base_hidden" in given else ("",):
         hidden, weight = given[f"{prefix}hidden"], given[f"{prefix}weight"]
         if not hidden.dtype == weight.dtype == dtype:
             return f"hidden is {dtype}, {prefix}hidden {hidden.dtype} and {prefix}weight {weight.dtype}"

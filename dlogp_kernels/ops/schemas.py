@@ -145,8 +145,7 @@ _ONE_HEAD = "Tensor{0} {1}hidden, Tensor{0} {1}weight, Tensor? {1}bias, float {1
 #: and the gradient by the logits of a block of rows and tokens.
 LINEAR_KERNELS = (
     f"_cuda_linear_states({_ONE_HEAD.format('', '')}, {_ONE_HEAD.format('?', 'base_')}, Tensor target, "
-    "Tensor? row_index, Tensor? num_rows, int first, Tensor(a!) state, Tensor(b!) target_logits, "
-    "Tensor(c!)? logits) -> ()",
+    "Tensor? row_index, Tensor? num_rows, int first, Tensor(a!) state, Tensor(b!) target_logits) -> ()",
     f"_cuda_linear_gradient({_ONE_HEAD.format('', '')}, Tensor target, Tensor target_terms, Tensor row_terms, "
     "int first, int first_token, Tensor(a!) gradient) -> ()",
 )

@@ -1,9 +1,8 @@
-"""The backend "cuda" of linear ops, on Hopper: kernels of CUDA C++ amid those of Triton.
+"""The backend "cuda" of `linear_logp` and `linear_delta_logp`, on Hopper: kernels of CUDA C++ amid those of Triton.
 
-csrc/cuda/linear_products.cuh says how they multiply. Forward leaves softmax states, which Triton merges, and for
-`linear_policy_loss` the logits too; backward the gradient by a block's logits, for two GEMMs. They take bfloat16 and
-float16, and weights whose rows begin on 16 bytes (backends.py sees to that). The gradient of a divergence, or by a
-bias, is left to Triton.
+csrc/cuda/linear_products.cuh says how they multiply. Forward leaves softmax states, which Triton merges; backward the
+gradient by a block's logits, for two GEMMs. They take bfloat16 and float16, and weights whose rows begin on 16 bytes
+(backends.py sees to that). The gradient of a divergence, or by a bias, is left to Triton.
 """
 
 import functools
@@ -15,17 +14,16 @@ from torch import Tensor
 
 from ..inputs import Asked, Gradients, Head, Saved, Targets
 from ..results import DeltaLogpStats, LogpStats
-from . import linear_backward, linear_policy_loss
+from . import linear_backward
 from ._device import on_device_of, properties
 from ._launch import call_of
 from ._math import MASKED_LOGIT
-from ._rows import Rows
-from ._sizes import ceil_div, round_up
+from ._sizes import round_up
 from .configs import Config
 from .delta_logp import finish_delta_logp, pair_state_size
 from .linear_backward import BackwardSchedule, HeadGradients
 from .linear_forward import Plan, gather_buffer, hidden_of, plan_of, rows_of
-from .logp import EVERY_ROW, finish_logp, new_outputs, state_size, transform_of
+from .logp import finish_logp, new_outputs, state_size, transform_of
 
 #: Number of models → the kernel's tile and stages, `Tile` and kGroup there. A unit is of two row tiles.
 _TILES = {1: Config(128, 256, 64, 12, 4, group=32), 2: Config(128, 160, 64, 12, 6, group=32)}
@@ -64,46 +62,26 @@ def _forward(
         )  # fmt: skip
         gathered = [gather_buffer(head, cut, rows) for head in heads]
         biases = [_padded_bias(head, round_up(vocabulary, cut.tile.block_v)) for head in heads]
-        scales = [transform_of(head.transform).output_scale for head in heads]
+        scales = [transform_of(head.transform)[1:] for head in heads]
         for first in range(0, target.shape[0], cut.num_rows):
-            hidden = [hidden_of(head, cut, rows, buffer, first) for head, buffer in zip(heads, gathered, strict=True)]
-            _states(heads, hidden, biases, target, rows, first, state, target_logits)
+            models: list[Any] = []
+            for head, buffer, bias, (tanh_scale, output_scale) in zip(heads, gathered, biases, scales, strict=True):
+                hidden = hidden_of(head, cut, rows, buffer, first)
+                models += [hidden, head.weight, bias, tanh_scale or 0.0, output_scale]
+            if len(heads) == 1:
+                models += [None, None, None, 0.0, 1.0]
+            torch.ops.dlogp._cuda_linear_states(*models, target, *rows, first, state, target_logits)
             finish(
-                state, target_logits, target, rows, out, vocabulary, *scales, ignore_index, first,
-                call.launch,
+                state, target_logits, target, rows, out, vocabulary, *(scale for _, scale in scales), ignore_index,
+                first, call.launch,
             )  # fmt: skip
     return out.flat()
-
-
-def _states(
-    heads: list[Head],
-    hidden: list[Tensor],
-    biases: list[Tensor | None],
-    target: Tensor,
-    rows: Rows,
-    first: int,
-    state: Tensor,
-    target_logits: Tensor,
-    logits: Tensor | None = None,
-) -> None:
-    """Of rows from `first` on, with these hidden states and padded biases; see csrc/cuda/linear_sm90.h."""
-    models: list[Any] = []
-    for head, of_rows, bias in zip(heads, hidden, biases, strict=True):
-        _, tanh_scale, output_scale = transform_of(head.transform)
-        models += [of_rows, head.weight, bias, tanh_scale or 0.0, output_scale]
-    if len(heads) == 1:
-        models += [None, None, None, 0.0, 1.0]
-    torch.ops.dlogp._cuda_linear_states(*models, target, *rows, first, state, target_logits, logits)
 
 
 def _plan(heads: list[Head], target: Tensor, size: int, workspace: int) -> Plan:
     """As many splits as there are multiprocessors, so that they all have work at any number of rows."""
     numbers, splits = len(heads) * target.shape[1], properties(target.device).programs
     return plan_of(heads, target.shape[0], size, numbers, lambda *_: _TILES[len(heads)], workspace, splits)
-
-
-def _num_splits(vocabulary: int, models: int, device: torch.device) -> int:
-    return min(ceil_div(vocabulary, _TILES[models].block_v), properties(device).programs)
 
 
 def _padded_bias(head: Head, size: int) -> Tensor | None:
@@ -165,23 +143,3 @@ def _terms(
     constant = lse - of_targets.sum(-1) - entropy * torch.where(row_kept, saved.entropy, 0.0)
     largest, log_sum = torch.where(row_kept, saved.extra[0], 0.0), torch.where(row_kept, saved.extra[1], _NOTHING)
     return torch.stack([largest, log_sum, constant, -entropy]), of_targets
-
-
-def _fold_slice(
-    blocks: list[linear_policy_loss.Block],
-    begin: int,
-    raw: Tensor,
-    target: Tensor,
-    ignore_index: int,
-    first: int,
-    state: Tensor,
-    target_logits: Tensor,
-) -> None:
-    heads = [block.model for block in blocks]
-    hidden = [block.hidden[begin : begin + raw.shape[1]] for block in blocks]
-    biases = [_padded_bias(head, round_up(raw.shape[2], _TILES[len(heads)].block_v)) for head in heads]
-    _states(heads, hidden, biases, target, EVERY_ROW, first, state, target_logits, raw)
-
-
-_OF_POLICY = linear_policy_loss.Kernels(linear_logp_fwd, linear_delta_logp_fwd, _num_splits, _fold_slice)
-linear_policy_loss_fwd = functools.partial(linear_policy_loss.linear_policy_loss_fwd, kernels=_OF_POLICY)

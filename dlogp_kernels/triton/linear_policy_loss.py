@@ -13,7 +13,6 @@ Where no gradient is wanted the statistics come from the fused forward kernels i
 Nothing is known of the rows that are ignored without waiting for the device, so they are multiplied, as zeros.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -229,7 +228,7 @@ class _Buffer:
         return taken.view(torch.float32).view(self.models, num_rows, columns)[..., : self.vocabulary]
 
 
-class Block:
+class _Block:
     """One model's hidden states of a block of rows, in a buffer that is used again."""
 
     def __init__(self, model: Head, num_rows: int) -> None:
@@ -239,6 +238,11 @@ class Block:
 
     def gather(self, rows: _rows.Rows, first: int) -> None:
         _rows.gather_rows(self.model.hidden, rows, first, self.hidden, zero_rest=True)
+
+    def logits(self, begin: int, out: Tensor) -> Tile:
+        """Of the slice that begins at this row of the block."""
+        product(self.hidden[begin : begin + out.shape[0]], self.model.weight.t(), out=out)
+        return Tile(matrix(out), self.transform)
 
 
 class _Accumulators:
@@ -267,7 +271,7 @@ class _Accumulators:
         if self.wants_bias:
             self.bias += gradient.sum(0)
 
-    def add(self, block: Block, grad_logits: Tensor, first: int) -> None:
+    def add(self, block: _Block, grad_logits: Tensor, first: int) -> None:
         """Of the block of rows from `first` on."""
         num_rows = grad_logits.shape[0]
         if self.wants_hidden:
@@ -290,42 +294,6 @@ def _float16_scale(largest: Tensor) -> Tensor:
     return torch.exp2(exponent).reshape(1)
 
 
-class Kernels(NamedTuple):
-    """What differs between backends."""
-
-    linear_logp_fwd: Callable[..., tuple[Tensor, ...]]
-    linear_delta_logp_fwd: Callable[..., tuple[Tensor, ...]]
-    #: Splits of a vocabulary: (tokens, models, device).
-    num_splits: Callable[[int, int, torch.device], int]
-    #: (blocks, slice's first row of them, raw, target, ignore_index, slice's first row of all, state, target_logits):
-    #: writes a slice's raw logits (models, rows, V), and as `fold_tile` does states and x at the targets.
-    fold: Callable[[list[Block], int, Tensor, Tensor, int, int, Tensor, Tensor], None]
-
-
-def _num_splits(vocabulary: int, models: int, device: torch.device) -> int:
-    return ceil_div(vocabulary, split_of(vocabulary))
-
-
-def _fold(
-    blocks: list[Block],
-    begin: int,
-    raw: Tensor,
-    target: Tensor,
-    ignore_index: int,
-    first: int,
-    state: Tensor,
-    target_logits: Tensor,
-) -> None:
-    tiles = [Tile(matrix(logits), block.transform) for block, logits in zip(blocks, raw, strict=True)]
-    for block, logits in zip(blocks, raw, strict=True):
-        product(block.hidden[begin : begin + raw.shape[1]], block.model.weight.t(), out=logits)
-    fold: Any = fold_tile if len(tiles) == 1 else fold_pair_tile
-    fold(*tiles, raw.shape[1:], target, EVERY_ROW, ignore_index, state, target_logits, first)
-
-
-_TRITON = Kernels(linear_logp_fwd, linear_delta_logp_fwd, _num_splits, _fold)
-
-
 def linear_policy_loss_fwd(
     head: Head,
     base: OptionalHead,
@@ -335,7 +303,6 @@ def linear_policy_loss_fwd(
     float_options: list[float],
     output_mask: list[bool],
     workspace: int,
-    kernels: Kernels = _TRITON,
 ) -> tuple[Tensor, ...]:
     options = reference_policy.PolicyOptions.of(str_options, float_options, None)
     target, ignore_index = targets.target.contiguous(), targets.ignore_index
@@ -345,46 +312,39 @@ def linear_policy_loss_fwd(
     gradients: tuple[Tensor, ...]
     with on_device_of(head.hidden):
         if any(output_mask) and target.shape[0] > 0:
-            gradients = _in_blocks(models, policy, output_mask, ignore_index, workspace, kernels)
+            gradients = _in_blocks(models, policy, output_mask, ignore_index, workspace)
         elif any(output_mask):
             gradients = _Accumulators(models[0], output_mask, 0, known.scale).gradients()
         else:
             gradients = tuple(head.hidden.new_empty(0, dtype=torch.float32) for _ in output_mask)
             if target.shape[0] > 0:
-                stats = _statistics(models, target, ignore_index, workspace, kernels)
+                stats = _statistics(models, target, ignore_index, workspace)
                 policy.rows(stats, 0, target.shape[0], ignore_index)
         return *policy.results(), *gradients
 
 
-def _statistics(
-    models: list[Head], target: Tensor, ignore_index: int, workspace: int, kernels: Kernels
-) -> LogpStats | DeltaLogpStats:
+def _statistics(models: list[Head], target: Tensor, ignore_index: int, workspace: int) -> LogpStats | DeltaLogpStats:
     targets, asked = Targets(target, ignore_index), Asked(top=False)
     if len(models) == 1:
-        *stats, _ = kernels.linear_logp_fwd(models[0], targets, asked, workspace)
+        *stats, _ = linear_logp_fwd(models[0], targets, asked, workspace)
         return LogpStats(*stats)
-    *stats, _ = kernels.linear_delta_logp_fwd(models[0], models[1], targets, asked, workspace)
+    *stats, _ = linear_delta_logp_fwd(models[0], models[1], targets, asked, workspace)
     return DeltaLogpStats(*stats)
 
 
 def _in_blocks(
-    models: list[Head],
-    policy: _Policy,
-    output_mask: list[bool],
-    ignore_index: int,
-    workspace: int,
-    kernels: Kernels,
+    models: list[Head], policy: _Policy, output_mask: list[bool], ignore_index: int, workspace: int
 ) -> tuple[Tensor, ...]:
     target = policy.target
     tiling = _tiling(models, target.shape[0], workspace)
     rows = _rows.rows_in_place(target, ignore_index)
-    blocks, buffer = [Block(model, tiling.block) for model in models], _Buffer(models, tiling)
+    blocks, buffer = [_Block(model, tiling.block) for model in models], _Buffer(models, tiling)
     largest = (policy.known.scale * policy.known.advantage.abs()).amax()
     accumulators = _Accumulators(models[0], output_mask, target.shape[0], largest)
     pair, vocabulary = len(models) == 2, models[0].weight.shape[0]
     out = new_outputs(DeltaLogpStats if pair else LogpStats, target, EVERY_ROW, top=False)
     size = (_math.PAIR_STATE_SIZE if pair else _math.STATE_SIZE).value
-    splits = kernels.num_splits(vocabulary, len(models), target.device)
+    splits = ceil_div(vocabulary, split_of(vocabulary))
     state, target_logits = (policy.new(numbers * max(tiling.slices)) for numbers in (size * splits, len(models)))
     for first in range(0, target.shape[0], tiling.block):
         num_rows, begin = min(tiling.block, target.shape[0] - first), 0
@@ -394,17 +354,16 @@ def _in_blocks(
             row, count = first + begin, min(most_rows, num_rows - begin)
             if count == 0:
                 break
-            raw = buffer.logits(count)
-            tiles = [Tile(matrix(logits), block.transform) for block, logits in zip(blocks, raw, strict=True)]
+            shape, raw = (count, vocabulary), buffer.logits(count)
+            tiles = [block.logits(begin, logits) for block, logits in zip(blocks, raw, strict=True)]
             of_slice = (
                 state[: size * splits * count].view(size, splits, count),
                 target_logits[: len(models) * count].view(-1, count),
             )
-            kernels.fold(blocks, begin, raw, target, ignore_index, row, *of_slice)
-            _finish(*of_slice, tiles, target, ignore_index, out, row)
+            _fold(tiles, shape, target, ignore_index, *of_slice, out, row)
             policy.rows(out.stats, row, row + count, ignore_index)
             grad_logits = buffer.gradients(begin, count)
-            _logits_gradient(tiles, (count, vocabulary), policy, out, accumulators, grad_logits, ignore_index, row)
+            _logits_gradient(tiles, shape, policy, out, accumulators, grad_logits, ignore_index, row)
             accumulators.add_bias(raw[0])
             begin += count
         accumulators.add(blocks[0], buffer.gradients(0, num_rows), first)
@@ -433,20 +392,30 @@ def _tiling(models: list[Head], num_rows: int, workspace: int) -> Tiling:
     return Tiling(block, slices, round_up(size, _ALIGNED_BYTES) + _ALIGNED_BYTES)
 
 
-def _finish(
-    state: Tensor,
-    target_logits: Tensor,
+def _fold(
     tiles: list[Tile],
+    shape: tuple[int, int],
     target: Tensor,
     ignore_index: int,
+    state: Tensor,
+    target_logits: Tensor,
     out: Outputs,
     first: int,
 ) -> None:
     """Outputs of a slice."""
-    finish: Any = finish_logp if len(tiles) == 1 else finish_delta_logp
-    scales = [tile.output_scale for tile in tiles]
-    vocabulary = tiles[0].raw.data.shape[1]
-    finish(state, target_logits, target, EVERY_ROW, out, vocabulary, *scales, ignore_index, first)
+    if len(tiles) == 1:
+        fold_tile(tiles[0], shape, target, EVERY_ROW, ignore_index, state, target_logits, first)
+        finish_logp(
+            state, target_logits, target, EVERY_ROW, out, shape[1], tiles[0].output_scale,
+            ignore_index, first,
+        )  # fmt: skip
+        return
+    tile, base_tile = tiles
+    fold_pair_tile(tile, base_tile, shape, target, EVERY_ROW, ignore_index, state, target_logits, first)
+    finish_delta_logp(
+        state, target_logits, target, EVERY_ROW, out, shape[1], tile.output_scale,
+        base_tile.output_scale, ignore_index, first,
+    )  # fmt: skip
 
 
 def _logits_gradient(

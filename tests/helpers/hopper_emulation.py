@@ -64,8 +64,7 @@ class Launched(NamedTuple):
 
 
 class Forward(NamedTuple):
-    """Memory after the kernel, and what was launched: state (3 or 10, splits, R), target_logits (models · K, R), and if
-    they were to be kept, raw logits (models, R, V).
+    """Memory after the kernel, and what was launched: state (3 or 10, splits, R), target_logits (models · K, R).
 
     `maps`: what cuTensorMapEncodeTiled was given for each matrix: type, rank, address, columns, rows, stride in bytes,
     columns and rows of a box, their steps, interleave, swizzle, promotion, fill.
@@ -75,7 +74,6 @@ class Forward(NamedTuple):
     target_logits: Tensor
     launched: Launched
     maps: list[list[int]]
-    logits: Tensor | None
 
 
 @functools.cache
@@ -135,7 +133,6 @@ def forward(
     row_index: Tensor | None = None,
     num_rows: int | None = None,
     first: int = 0,
-    keep: bool = False,
     **options: Any,
 ) -> Forward:
     """The kernel on inputs of cases.py, whose hidden states are those of `rows` states."""
@@ -147,17 +144,14 @@ def forward(
     if models == 1:
         heads += [None, None, None, 0.0, 1.0]
     count = None if num_rows is None else torch.tensor([num_rows], dtype=torch.int32)
-    shapes: tuple[tuple[int, ...], ...] = ((10 if is_pair(op) else 3, splits, rows), (models * target.shape[1], rows))
-    v = len(inputs["weight"])
-    shapes += ((models, rows, v + v % 2),) if keep else ()
+    shapes = ((10 if is_pair(op) else 3, splits, rows), (models * target.shape[1], rows))
     memory = [torch.full((torch.Size(shape).numel() + 2 * _MARGIN,), UNTOUCHED) for shape in shapes]
-    state, target_logits, *logits = (x[_MARGIN:-_MARGIN].view(shape) for x, shape in zip(memory, shapes, strict=True))
-    kept = logits[0][..., :v] if keep else None
-    torch.ops.dlogp._cuda_linear_states(*heads, target, row_index, count, first, state, target_logits, kept)
+    results = [x[_MARGIN:-_MARGIN].view(shape) for x, shape in zip(memory, shapes, strict=True)]
+    torch.ops.dlogp._cuda_linear_states(*heads, target, row_index, count, first, *results)
     report = _report()
     for x in memory:
         assert (x[:_MARGIN] == UNTOUCHED).all() and (x[-_MARGIN:] == UNTOUCHED).all(), "written outside"
-    return Forward(state, target_logits, Launched(*report["launched"]), report["maps"], kept)
+    return Forward(*results, Launched(*report["launched"]), report["maps"])
 
 
 def gradient(

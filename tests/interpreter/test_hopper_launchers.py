@@ -5,18 +5,16 @@ from collections.abc import Iterator
 from typing import Any
 
 import cases
-import linear_policy_cases
 import pytest
 import torch
 from cases import LINEAR_OPS, is_pair, make_inputs, options_for
-from linear_policy_cases import BASE_HEADS, HEADS
-from tolerances import ROUNDED_GRADIENT_ERROR, Accuracy
+from tolerances import ROUNDED_GRADIENT_ERROR
 from torch import Tensor
 
 import dlogp_kernels
 from dlogp_kernels import backends
 from dlogp_kernels.reference import statistics as reference
-from dlogp_kernels.triton import hopper, linear_policy_loss
+from dlogp_kernels.triton import hopper
 
 BF16 = torch.bfloat16
 COLUMNS = {1: 256, 2: 160}
@@ -36,7 +34,7 @@ def x_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, tanh_scale: float,
 
 def states(*arguments: Any) -> None:
     """csrc/cuda/linear_sm90.h, launch_linear_forward."""
-    *models, target, row_index, num_rows, first, state, target_logits, logits = arguments
+    *models, target, row_index, num_rows, first, state, target_logits = arguments
     heads = [models[i : i + 5] for i in (0, 5) if models[i] is not None]
     n = first + torch.arange(state.shape[2])
     count = (target.shape[0] if num_rows is None else int(num_rows)) - first
@@ -47,11 +45,6 @@ def states(*arguments: Any) -> None:
     for model, x in enumerate(all_x):
         inside = target[index].clamp(0, x.shape[1] - 1)
         target_logits[model * k : (model + 1) * k, : len(rows)] = x.gather(1, inside).t()
-    if logits is not None:
-        assert logits.stride(1) % 2 == 0 and logits.data_ptr() % 8 == 0
-        assert logits.shape == (len(heads), state.shape[2], all_x[0].shape[1])
-        for kept, (hidden, weight, *_) in zip(logits, heads, strict=True):
-            kept[: len(rows)] = hidden[: len(rows)].double() @ weight.double().t()
     tiles = math.ceil(all_x[0].shape[1] / tile)
     for split in range(num_splits):
         columns = slice(tile * (tiles * split // num_splits), tile * (tiles * (split + 1) // num_splits))
@@ -157,31 +150,3 @@ def test_gradients_by_a_bias_or_of_a_divergence_are_left_to_triton(op, monkeypat
     with backends.use_backend("triton"):
         for value, expected in zip(found, gradients(), strict=True):
             torch.testing.assert_close(value, expected, rtol=1e-2, atol=1e-3)
-
-
-@pytest.mark.parametrize("workspace", [2**20, 2**28])
-@pytest.mark.parametrize(("dtype", "bias"), [(BF16, True), (torch.float16, False)])
-@pytest.mark.parametrize("base", [False, True])
-def test_policy_loss(base, dtype, bias, workspace, monkeypatch):
-    """Whose rows come in blocks and slices; 90 rows of it are 2 blocks of 32 and one of 26."""
-    monkeypatch.setattr(linear_policy_loss, "_BLOCK_ROWS", 32)
-    inputs = linear_policy_cases.make_inputs(3, 30, v=3_001, d=20, dtype=dtype, bias=bias, base=base)
-    for name in [name for name in inputs if "weight" in name and name != "token_weight"]:
-        inputs[name] = torch.nn.functional.pad(inputs[name], (0, 4))[:, :-4]
-    options = HEADS | (BASE_HEADS if base else {}) if bias else {}
-    accuracy = Accuracy(lambda *measured: None)
-    with backends.workspace_limit(workspace):
-        linear_policy_cases.check_against_truth(
-            accuracy,
-            linear_policy_cases.near(inputs, **HEADS) if bias else inputs,
-            **options,
-            kl_beta=0.3,
-            entropy_coef=0.2,
-        )
-
-
-def test_policy_loss_without_gradients():
-    """Whose statistics come from the forward kernels."""
-    inputs = linear_policy_cases.make_inputs(d=24, dtype=BF16)
-    some, every = (linear_policy_cases.call(inputs, wanted=wanted) for wanted in ((), ("weight",)))
-    torch.testing.assert_close(some.loss, every.loss, rtol=1e-6, atol=1e-6)

@@ -158,22 +158,6 @@ def test_the_end_of_all_rows(op):
 
 @emulation
 @BOTH
-@pytest.mark.parametrize(("v", "bias"), [(601, False), (330, True)])
-def test_logits_are_kept(op, v, bias):
-    """Raw products of the rows that there are, whatever becomes of them; states are the same bits."""
-    rows, num_rows, options = 140, 133, options_of(op, SOFTCAP) if bias else {}
-    inputs = make_inputs(op, rows, v=v, d=72, dtype=BF16, bias=bias)
-    order = {"row_index": torch.arange(rows), "num_rows": num_rows}
-    result, expected = (forward(op, inputs, keep=keep, **order, **options) for keep in (True, False))
-    assert torch.equal(result.state, expected.state) and torch.equal(result.target_logits, expected.target_logits)
-    assert result.logits is not None and (result.logits[:, num_rows:] == UNTOUCHED).all()
-    for kept, prefix in zip(result.logits[:, :num_rows], ("", "base_"), strict=False):
-        products = inputs[f"{prefix}hidden"][:num_rows].double() @ inputs[f"{prefix}weight"].double().t()
-        torch.testing.assert_close(kept.double(), products, rtol=1e-5, atol=1e-5)
-
-
-@emulation
-@BOTH
 def test_bits_do_not_depend_on_the_launch(op):
     inputs = make_inputs(op, 520, v=900, d=136, k=2, dtype=BF16, bias=False)
     first, *others = (forward(op, inputs, splits=2, launch=launch) for launch in LAUNCHES)

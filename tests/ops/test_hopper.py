@@ -1,13 +1,9 @@
-"""The kernels for Hopper on a GPU, where the tests of all backends do not reach: gradients without one by a bias, and
-`linear_policy_loss`.
-"""
+"""The kernels for Hopper on a GPU, where the tests of all backends do not reach: gradients without one by a bias."""
 
 import cases
-import linear_policy_cases
 import pytest
 import torch
 from cases import LINEAR_OPS, is_pair, make_inputs
-from linear_policy_cases import BASE_HEADS, HEADS
 from tolerances import ROUNDED_GRADIENT_ERROR
 
 import dlogp_kernels
@@ -111,20 +107,6 @@ def test_in_a_small_workspace(wanted):
     inputs = on_device(make_inputs("linear_logp", 3000, v=5003, d=64, dtype=BF16))
     with backends.workspace_limit(4 * 2**20):
         assert_gradients("linear_logp", inputs, {}, wanted)
-
-
-@pytest.mark.parametrize("workspace", [2**22, 2**28])
-@pytest.mark.parametrize(("dtype", "d", "bias"), [(BF16, 24, True), (FP16, 72, True), (BF16, 136, False)])
-@pytest.mark.parametrize("base", [False, True])
-def test_policy_loss(accuracy, base, dtype, d, bias, workspace):
-    """In a small workspace rows come in many blocks and slices."""
-    inputs = linear_policy_cases.make_inputs(4, 150, v=5003, d=d, dtype=dtype, bias=bias, base=base)
-    options = {"kl_beta": 0.3, "entropy_coef": 0.2}
-    if bias:
-        inputs = linear_policy_cases.near(inputs, **HEADS)
-        options |= HEADS | (BASE_HEADS if base else {})
-    with backends.workspace_limit(workspace):
-        linear_policy_cases.check_against_truth(accuracy, inputs, **options)
 
 
 @pytest.mark.parametrize("op", LINEAR_OPS)

@@ -25,8 +25,9 @@ PHASES = ("forward", "backward", "both")
 #: recorded; bfloat16 logits of |z| about 15 are rounded by up to 0.03 before a baseline's softmax sees them.
 OURS = {"output": 1e-4, "gradient": 0.02}
 BASELINE = {"output": 0.2, "gradient": 0.1}
-#: A sample shorter than this repeats its call, so that the clock and the first miss of a cache do not count.
-_SHORTEST_SAMPLE = 0.02
+#: A sample shorter than this repeats its call, so that the clock and the first miss of a cache do not count; on a GPU
+#: so that it runs at the speed that its power limit leaves to this candidate, not to the one before.
+_SHORTEST_SAMPLE = {"cpu": 0.02, "cuda": 0.06}
 #: More than the L2 of any GPU, and long enough (a quarter of a millisecond) that the host is ahead of the GPU when the
 #: clock starts: a launch is then not part of a short kernel's time.
 _L2_FLUSH_BYTES = 2**30
@@ -170,7 +171,8 @@ def quantiles(values: Sequence[float]) -> Quantiles:
 def measure(candidates: Sequence[Candidate], budget: Budget, clock: Clock) -> Timings:
     """Samples of `candidates` in rounds, after a warm-up call of each."""
     seconds = {candidate.name: clock.sample(candidate).phase("both") for candidate in candidates}
-    repeats = {name: max(1, min(100, math.ceil(_SHORTEST_SAMPLE / max(x, 1e-6)))) for name, x in seconds.items()}
+    shortest = _SHORTEST_SAMPLE[clock.device.type]
+    repeats = {name: max(1, min(100, math.ceil(shortest / max(x, 1e-6)))) for name, x in seconds.items()}
     rounds: list[dict[str, Sample]] = []
     shuffled = random.Random(0)
     start = time.perf_counter()

@@ -123,30 +123,41 @@ class Clock:
         self._flush = torch.empty(_L2_FLUSH_BYTES, dtype=torch.uint8, device=device) if on_cuda else None
 
     def seconds(self, call: Callable[[], _Result]) -> tuple[float, _Result]:
+        seconds, result = self._begun(call)
+        self._wait()
+        return seconds(), result
+
+    def sample(self, candidate: Candidate, repeats: int = 1) -> Sample:
+        """Mean seconds of `repeats` calls in a row, which the host starts ahead of the GPU."""
+        self._watch(candidate.name)
+        forward, backward = [], []
+        for _ in range(repeats):
+            seconds, outputs = self._begun(candidate.forward)
+            forward.append(seconds)
+            if candidate.backward is not None:
+                backward.append(self._begun(partial(candidate.backward, outputs))[0])
+            del outputs
+        self._wait()
+        return Sample(*(sum(seconds() for seconds in calls) / repeats for calls in (forward, backward)))
+
+    def _begun(self, call: Callable[[], _Result]) -> tuple[Callable[[], float], _Result]:
+        """What gives the call's seconds, once all is done that it started."""
         if self._flush is None:
             start = time.perf_counter()
             result = call()
-            return time.perf_counter() - start, result
+            passed = time.perf_counter() - start
+            return lambda: passed, result
         # Weights come from memory in use, not from the cache that the last call left.
         self._flush.zero_()
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
         result = call()
         end.record()
-        torch.cuda.synchronize(self.device)
-        return begin.elapsed_time(end) / 1e3, result
+        return lambda: begin.elapsed_time(end) / 1e3, result
 
-    def sample(self, candidate: Candidate, repeats: int = 1) -> Sample:
-        """Mean seconds of `repeats` calls in a row."""
-        self._watch(candidate.name)
-        forward = backward = 0.0
-        for _ in range(repeats):
-            seconds, outputs = self.seconds(candidate.forward)
-            forward += seconds
-            if candidate.backward is not None:
-                backward += self.seconds(partial(candidate.backward, outputs))[0]
-            del outputs
-        return Sample(forward / repeats, backward / repeats)
+    def _wait(self) -> None:
+        if self._flush is not None:
+            torch.cuda.synchronize(self.device)
 
 
 @dataclass(frozen=True)

@@ -261,6 +261,8 @@ def _variants(session: Session, sizes: Sizes, work: Workload) -> Variants:
             yield partial(backends.use_backend, backend), backend, {}
     if not draws:
         yield nullcontext if head else fused, "ours", {}
+    if head and _has_kernels_beside_those_chosen(session, work):
+        yield partial(backends.use_backend, "cuda"), "cuda", {}
     if work.op == "linear_policy_loss":
         for rows in sizes.policy_rows:
             yield partial(policy_rows, *rows), f"rows {rows}", {}
@@ -274,6 +276,14 @@ def _variants(session: Session, sizes: Sizes, work: Workload) -> Variants:
         for tile in sizes.gemm[work.training :]:
             context = partial(gemm, *tile, backend=backend)
             yield context, f"{name} {tile[0]}x{tile[1]}", {"config": f"gemm tile {tile}"}
+
+
+def _has_kernels_beside_those_chosen(session: Session, work: Workload) -> bool:
+    """Whether "cuda" could serve a pass that another backend serves by default."""
+    at = session.device, getattr(torch, work.dtype)
+    ops = [f"{work.op}_{phase}" for phase in ("fwd", "bwd")[: 1 + work.training]]
+    chosen = {backends.select(op, *at, work.shape.d) for op in ops}
+    return chosen != {"cuda"} and all(backends.unavailable("cuda", op, *at) is None for op in ops)
 
 
 def _host(session: Session, sizes: Sizes) -> Iterator[Entry]:

@@ -88,14 +88,13 @@ class Preference(NamedTuple):
 
 _VISIT = "benchmarks/results/h100_visit1.json"
 _HOPPER_VISIT = "benchmarks/results/h200_visit1.json"
-_TRAINING = "benchmarks/results/h200_training.txt"
 #: Lines that hold count in their order. Of what has no line "triton" comes first, unmeasured.
 PREFERENCES = (
     Preference("linear_logp_fwd", "cuda", 90, (torch.bfloat16,), range(896, 4097), _HOPPER_VISIT),
     Preference("linear_logp_fwd", "triton", 90, (torch.bfloat16,), range(896, 4097), _VISIT),
     Preference("linear_delta_logp_fwd", "cuda", 90, (torch.bfloat16,), range(896, 4097), _HOPPER_VISIT),
     Preference("linear_delta_logp_fwd", "triton", 90, (torch.bfloat16,), range(896, 4097), _VISIT),
-    Preference("linear_logp_bwd", "cuda", 90, (torch.bfloat16,), range(896, 4097), _TRAINING),
+    Preference("linear_logp_bwd", "cuda", 90, (torch.bfloat16,), range(896, 4097), _HOPPER_VISIT),
     Preference("extrapolated_sample", "cuda", 90, (torch.bfloat16,), measured=_VISIT),
     Preference("extrapolated_sample", "cuda"),
 )

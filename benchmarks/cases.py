@@ -69,6 +69,7 @@ def _timed(op: str, quick: bool) -> Iterator[Workload]:
             yield Workload(op, MAIN, 8, "float32", variant=variant)
     elif op == "linear_extrapolated_sample":
         yield from (Workload(op, MAIN, rows) for rows in ((8,) if quick else (1, 8, 64)))
+        yield Workload(op, MAIN, 8, variant="top-p 0.7")
     else:
         first, second = ("bfloat16", "float32") if op.startswith("linear") else ("float32", "bfloat16")
         if op != "linear_policy_loss":

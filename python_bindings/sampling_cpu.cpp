@@ -115,8 +115,6 @@ auto linear_extrapolated_sample_cpu(const Tensor& hidden, const Tensor& weight, 
                                 {base_hidden, base_weight, base_bias, transform_of(base_transform)}}});
   const SampleArguments given(heads.rows(), row_id, seed, step, seed_tensor, step_tensor, gamma, criterion, threshold,
                               draft, temperature, {top_k, top_p, min_p});
-  TORCH_CHECK_VALUE(temperature == 0 || !given.options.filters.any(heads.vocabulary()),
-                    "top_k, top_p and min_p need a row of logits, which eager/sampling.py forms");
   const SampleTensors sample(heads.rows(), heads.any_double());
   heads.dispatch_product(heads.any_double(), [&](auto type) {
     using T = decltype(type);

@@ -228,8 +228,6 @@ def _cut_short(call: Call, name: str, x: Tensor) -> tuple[str, Any]:
 def _at_an_odd_address(call: Call, name: str, x: Tensor) -> tuple[str, Any]:
     if name not in ("hidden", "weight", "bias", "logits", "base_hidden", "base_weight", "base_logits"):
         return "", x
-    if call.op == "linear_extrapolated_sample":
-        return "", x  # its filters are for plain PyTorch, which reads it
     data = bytearray(x.numel() * x.itemsize + 1)
     return "an odd address", torch.frombuffer(data, dtype=x.dtype, offset=1).view(x.shape)
 

@@ -223,14 +223,23 @@ class RowSampler {
   bool base_masked_ = false;
 };
 
+// From rows of logits that are those from `first` on of the call.
+template <typename Acc>
+void sample_rows(const Matrix& logits, const Matrix& base_logits, int64_t first, const RowIdentities& identities,
+                 const SampleOptions& options, const SampleOutputs<Acc>& outputs) {
+  at::parallel_for(0, logits.rows, 1, [&](int64_t begin, int64_t end) {
+    SampleScratch<Acc> scratch;
+    for (int64_t row = begin; row < end; ++row) {
+      RowSampler<Acc> sampler(logits, base_logits, row, identities.of(first + row), options, scratch);
+      outputs.set(first + row, sampler.run());
+    }
+  });
+}
+
 template <typename Acc>
 void extrapolated_sample(const Matrix& logits, const Matrix& base_logits, const RowIdentities& identities,
                          const SampleOptions& options, const SampleOutputs<Acc>& outputs) {
-  at::parallel_for(0, logits.rows, 1, [&](int64_t begin, int64_t end) {
-    SampleScratch<Acc> scratch;
-    for (int64_t row = begin; row < end; ++row)
-      outputs.set(row, RowSampler<Acc>(logits, base_logits, row, identities.of(row), options, scratch).run());
-  });
+  sample_rows<Acc>(logits, base_logits, 0, identities, options, outputs);
 }
 
 }  // namespace dlogp

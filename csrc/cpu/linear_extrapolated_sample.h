@@ -1,5 +1,6 @@
 // linear_extrapolated_sample on the CPU: tiles of both models' logits, each folded at once into the softmax state of
-// its row and into the winners of its draws.
+// its row and into the winners of its draws. A filter has to see a whole row of logits before a token is drawn: then
+// the tiles of some rows are kept, and drawn from as extrapolated_sample.h does.
 //
 // A batch that decodes has few rows, so the time is that of reading the weights, which therefore are read where they
 // are: packing a tile of them, as linear_forward.h does for many rows, would take longer than its product.
@@ -12,6 +13,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
 #include <vector>
 
 #include "dot_products.h"
@@ -39,22 +41,21 @@ struct RowDraws {
   bool bad = false;  // NaN or +inf in a logit
 };
 
-// Hidden states of one model, converted: row by row, or of bfloat16 in blocks of kRowBlock rows, each packed (matrix.h)
-// as the right operand (inner, padded_columns).
+// Hidden states of one model, converted, in rows that begin a line of the cache.
 template <typename T>
-struct PackedHidden {
-  int64_t inner = 0, rows = 0;
-  std::vector<T> data;
+struct GatheredHidden {
+  int64_t inner = 0, stride = 0, rows = 0;
+  PackedStorage<T> data;
 
   int64_t block_rows(int64_t first) const { return std::min(kRowBlock, rows - first); }
-  const T* block(int64_t first) const { return data.data() + first * inner; }
+  const T* block(int64_t first) const { return data.data() + first * stride; }
 };
 
 // What one thread needs besides.
 template <typename T>
 struct DrawScratch {
   std::vector<T> weight;
-  std::vector<Accumulator<T>> product, logits[2], bias;
+  std::vector<Accumulator<T>> logits[2], bias;
 };
 
 // Of a Tiling; a row of a tile has its scores on the stack.
@@ -197,37 +198,20 @@ void set_token(const DrawnToken<Acc>& drawn, const PairState<Acc>& state, Sample
   result.base_logp = Acc(state.base.logp(drawn.base_z));
 }
 
-// Columns that a block of so many rows is packed into, so that few distinct product kernels are needed.
-inline int64_t padded_columns(int64_t rows) {
-  int64_t padded = 8;
-  while (padded < rows) padded *= 2;
-  return padded;
-}
-
 // products (rows, tiling.columns) of `count` tokens from `begin` on and a block of rows.
-template <typename Acc>
-void multiply_tile(const Matrix& weight, const PackedHidden<Acc>& hidden, int64_t first, int64_t begin, int64_t count,
-                   const Tiling& tiling, DrawScratch<Acc>& scratch, Acc* products) {
+template <typename T>
+void multiply_tile(const Matrix& weight, const GatheredHidden<T>& hidden, int64_t first, int64_t begin, int64_t count,
+                   const Tiling& tiling, DrawScratch<T>& scratch, Accumulator<T>* products) {
   for (int64_t v = 0; v < count; v += kDotTokens) {
-    const WeightRows<Acc> rows = weight_rows(weight, begin + v, kDotTokens, scratch.weight);
+    const WeightRows<T> rows = weight_rows(weight, begin + v, kDotTokens, scratch.weight);
     dot_products(std::min(kDotTokens, count - v), hidden.block_rows(first), hidden.inner, rows.data, rows.stride,
-                 hidden.block(first), hidden.inner, products + v, tiling.columns);
+                 hidden.block(first), hidden.stride, products + v, tiling.columns);
   }
-}
-
-inline void multiply_tile(const Matrix& weight, const PackedHidden<c10::BFloat16>& hidden, int64_t first, int64_t begin,
-                          int64_t count, const Tiling& tiling, DrawScratch<c10::BFloat16>& scratch, float* products) {
-  const int64_t rows = hidden.block_rows(first), columns = padded_columns(rows);
-  const auto left = weight_rows(weight, begin, tiling.columns, scratch.weight);
-  scratch.product.resize(tiling.columns * kRowBlock);
-  multiply({tiling.columns, columns, hidden.inner, left.stride, columns, columns}, left.data, hidden.block(first),
-           scratch.product.data(), false);
-  transpose(count, rows, scratch.product.data(), columns, products, tiling.columns);
 }
 
 // The logits of one model, a tile and a block of rows, at temperature 1.
 template <typename T>
-const Accumulator<T>* tile_logits(const Head& head, const PackedHidden<T>& hidden, int64_t first, int64_t begin,
+const Accumulator<T>* tile_logits(const Head& head, const GatheredHidden<T>& hidden, int64_t first, int64_t begin,
                                   int64_t count, const Tiling& tiling, DrawScratch<T>& scratch,
                                   std::vector<Accumulator<T>>& logits) {
   logits.resize(kRowBlock * tiling.columns);
@@ -240,27 +224,19 @@ const Accumulator<T>* tile_logits(const Head& head, const PackedHidden<T>& hidde
 
 // Rows [first, first + count) of `hidden`.
 template <typename T>
-void pack_hidden(const Matrix& hidden, int64_t first, int64_t count, PackedHidden<T>& packed) {
-  const int64_t inner = packed_width<T>(hidden.columns), last_block = count % kRowBlock;
-  const int64_t padded = kGroup<T> == 1 ? count : count - last_block + padded_columns(last_block);
-  packed.inner = inner;
-  packed.rows = count;
-  packed.data.assign(padded * inner, T(0));
-  for (int64_t i = 0; i < count; ++i) read_row(hidden, first + i, 0, hidden.columns, &packed.data[i * inner]);
-  if (kGroup<T> == 1) return;
-  std::vector<T> rows;
-  for (int64_t begin = 0; begin < count; begin += kRowBlock) {
-    const int64_t columns = padded_columns(packed.block_rows(begin));
-    T* block = packed.data.data() + begin * inner;
-    rows.assign(block, block + columns * inner);
-    pack_columns<T>(0, columns, rows.data(), inner, {block, inner, columns});
-  }
+void gather_hidden(const Matrix& hidden, int64_t first, int64_t count, GatheredHidden<T>& gathered) {
+  gathered.inner = packed_width<T>(hidden.columns);
+  gathered.stride = round_up(hidden.columns, kPanel<T>);
+  gathered.rows = count;
+  gathered.data.assign(count * gathered.stride, T(0));
+  for (int64_t i = 0; i < count; ++i)
+    read_row(hidden, first + i, 0, hidden.columns, &gathered.data[i * gathered.stride]);
 }
 
-// Folds one split of the vocabulary for the packed rows, whose noise is `noise`, into states[row · splits + split] and
-// draws[row].
+// Folds one split of the vocabulary for the gathered rows, whose noise is `noise`, into states[row · splits + split]
+// and draws[row].
 template <typename T>
-void fold_and_draw_split(const Head* heads, const PackedHidden<T>* hidden, const RowNoise* noise,
+void fold_and_draw_split(const Head* heads, const GatheredHidden<T>* hidden, const RowNoise* noise,
                          const SampleOptions& options, const Tiling& tiling, int64_t split, DrawScratch<T>& scratch,
                          PairState<Accumulator<T>>* states, RowDraws<Accumulator<T>>* draws) {
   using Acc = Accumulator<T>;
@@ -282,7 +258,6 @@ void fold_and_draw_split(const Head* heads, const PackedHidden<T>* hidden, const
     }
   }
   for (int64_t row = 0; row < count; ++row) settle(states[row * tiling.splits + split]);
-  release_products<T>();
 }
 
 // The row of `splits` states, merged in their order, and of the draws of `threads` threads, `stride` apart.
@@ -307,11 +282,10 @@ SampledRow<Acc> finish_sample(const PairState<Acc>* states, int64_t splits, cons
   return result;
 }
 
-// Of both heads, in blocks of rows that the workspace holds; the vocabulary is shared out among the threads. Without
-// filters, which need a row of logits.
+// Of both heads, in blocks of rows that the workspace holds; the vocabulary is shared out among the threads.
 template <typename T>
-void linear_extrapolated_sample(const Head* heads, const RowIdentities& identities, const SampleOptions& options,
-                                int64_t workspace, const SampleOutputs<Accumulator<T>>& outputs) {
+void fold_and_draw(const Head* heads, const RowIdentities& identities, const SampleOptions& options, int64_t workspace,
+                   const SampleOutputs<Accumulator<T>>& outputs) {
   using Acc = Accumulator<T>;
   const int64_t width = heads[0].width() + heads[1].width(), all = heads[0].hidden.rows;
   const Tiling tiling = tile_vocabulary(heads[0].vocabulary(), width, sizeof(T));
@@ -320,14 +294,14 @@ void linear_extrapolated_sample(const Head* heads, const RowIdentities& identiti
                             threads * int64_t(sizeof(RowDraws<Acc>));
   const int64_t max_rows = std::clamp(workspace / 8 / row_bytes / kRowBlock * kRowBlock, kRowBlock, kMaxRows);
   PerThread<DrawScratch<T>> scratch;
-  PackedHidden<T> hidden[2];
+  GatheredHidden<T> hidden[2];
   std::vector<RowNoise> noise(std::min(max_rows, all));
   std::vector<PairState<Acc>> states(noise.size() * tiling.splits);
   std::vector<RowDraws<Acc>> draws;
   for (int64_t first = 0; first < all; first += max_rows) {
     const int64_t count = std::min(max_rows, all - first);
     for (int64_t i = 0; i < count; ++i) noise[i] = identities.of(first + i);
-    for (int model = 0; model < 2; ++model) pack_hidden(heads[model].hidden, first, count, hidden[model]);
+    for (int model = 0; model < 2; ++model) gather_hidden(heads[model].hidden, first, count, hidden[model]);
     draws.assign(threads * count, {});
     for_each(tiling.splits, 1, [&](int64_t split) {
       fold_and_draw_split(heads, hidden, noise.data(), options, tiling, split, scratch.own(), states.data(),
@@ -338,6 +312,48 @@ void linear_extrapolated_sample(const Head* heads, const RowIdentities& identiti
                                            count, noise[i], options));
     });
   }
+}
+
+// The same from rows of logits, of which half of the workspace holds as many as are drawn from at a time.
+template <typename T>
+void keep_and_draw(const Head* heads, const RowIdentities& identities, const SampleOptions& options, int64_t workspace,
+                   const SampleOutputs<Accumulator<T>>& outputs) {
+  using Acc = Accumulator<T>;
+  const int64_t vocabulary = heads[0].vocabulary(), all = heads[0].hidden.rows;
+  const Tiling tiling = tile_vocabulary(vocabulary, heads[0].width() + heads[1].width(), sizeof(T));
+  const int64_t fitting = workspace / 2 / (2 * vocabulary * int64_t(sizeof(Acc)));
+  const int64_t max_rows = std::clamp<int64_t>(fitting, 1, kRowBlock), most = std::min(max_rows, all);
+  PerThread<DrawScratch<T>> scratch;
+  GatheredHidden<T> hidden;
+  std::unique_ptr<Acc[]> kept[2];  // (rows, vocabulary); not a vector, which would be filled with zeros first
+  for (auto& rows : kept) rows.reset(new Acc[most * vocabulary]);
+  for (int64_t first = 0; first < all; first += max_rows) {
+    const int64_t count = std::min(max_rows, all - first);
+    Matrix logits[2];
+    for (int model = 0; model < 2; ++model) {
+      gather_hidden(heads[model].hidden, first, count, hidden);
+      at::parallel_for(0, tiling.tiles(), 1, [&](int64_t tile, int64_t end_tile) {
+        DrawScratch<T>& own = scratch.own();
+        for (; tile < end_tile; ++tile) {
+          const int64_t begin = tile * tiling.columns, width = std::min(tiling.columns, vocabulary - begin);
+          const Acc* z = tile_logits(heads[model], hidden, 0, begin, width, tiling, own, own.logits[model]);
+          for (int64_t row = 0; row < count; ++row)
+            std::copy_n(z + row * tiling.columns, width, kept[model].get() + row * vocabulary + begin);
+        }
+      });
+      logits[model] = {
+          kept[model].get(), sizeof(Acc) == 8 ? Dtype::kDouble : Dtype::kFloat, count, vocabulary, vocabulary, 1};
+    }
+    sample_rows<Acc>(logits[0], logits[1], first, identities, options, outputs);
+  }
+}
+
+template <typename T>
+void linear_extrapolated_sample(const Head* heads, const RowIdentities& identities, const SampleOptions& options,
+                                int64_t workspace, const SampleOutputs<Accumulator<T>>& outputs) {
+  const bool filtered = options.temperature != 0 && options.filters.any(heads[0].vocabulary());
+  const auto draw = filtered ? keep_and_draw<T> : fold_and_draw<T>;
+  draw(heads, identities, options, workspace, outputs);
 }
 
 }  // namespace dlogp

@@ -46,7 +46,7 @@ def linear_extrapolated_sample(
 ) -> tuple[Tensor, ...]:
     """Logits of a block of rows, then the op `extrapolated_sample`, by whatever backend serves that one.
 
-    So it also serves what needs a whole row of logits, the filters, on every backend.
+    So it also serves what needs a whole row of logits, the filters, on every backend but "cpu".
     """
     dtype, device = accumulation_dtype(*head[:3], *base_head[:3]), head.hidden.device
     n, v = head.hidden.shape[:-1].numel(), head.weight.shape[0]

@@ -18,14 +18,16 @@ LIBRARY = torch.library.Library("dlogp", "DEF")
 def register(op: str, fake: Callable[..., Any], in_blocks: Callable[..., bool] | None = None) -> None:
     """Give `op` its fake, and a kernel that runs the backend selected at the time of the call.
 
-    For arguments of which `in_blocks` holds no backend has a kernel of its own: eager/ serves them, by other ops.
+    For arguments of which `in_blocks` holds only "cpu" has a kernel of its own: else eager/ serves them, by other ops.
     """
 
     def run(*arguments: Any) -> Any:
         tensors = [x for x in arguments if isinstance(x, Tensor)]
-        launch = backends.launch_blocked if in_blocks is not None and in_blocks(*arguments) else backends.launch
-        exact = accumulation_dtype(*tensors) == torch.float64
-        return one_or_all(launch(op, tensors[0], torch.float64 if exact else tensors[0].dtype, *arguments))
+        first, exact = tensors[0], accumulation_dtype(*tensors) == torch.float64
+        dtype, launch = torch.float64 if exact else first.dtype, backends.launch
+        if in_blocks is not None and in_blocks(*arguments) and backends.select(op, first.device, dtype) != "cpu":
+            launch = backends.launch_blocked
+        return one_or_all(launch(op, first, dtype, *arguments))
 
     for dispatch_key in ("CPU", "CUDA"):
         LIBRARY.impl(op, run, dispatch_key)

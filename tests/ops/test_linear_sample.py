@@ -381,7 +381,7 @@ def test_filters_draw_from_logits(accuracy, filters):
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
 @pytest.mark.parametrize("per_row", [False, True])
 def test_tokens_are_those_of_the_logits(dtype, per_row):
-    inputs = pair_inputs((3, 7), v=1187, dtype=dtype)
+    inputs = pair_inputs((3, 7), v=12_007, dtype=dtype)
     rows = torch.arange(21).view(3, 7)
     where = {"row_id": rows + 100, "step": rows % 5} if per_row else {"step": 4}
     options = {"gamma": 0.3, "criterion": "delta_logp", "threshold": -0.2, "temperature": 0.8, "seed": 2**63} | where

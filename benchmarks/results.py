@@ -27,9 +27,14 @@ _SHOWN: dict[str, tuple[str, dict[str, object]]] = {
     "… with a backward pass, frozen base": ("linear_delta_logp", {"dtype": "bfloat16", "training": True}),
     f"`logp` of logits [{MAIN_N}, V], fp32": ("logp", {"dtype": "float32"}),
     "`delta_logp` of two of them": ("delta_logp", {"dtype": "float32"}),
-    "`linear_policy_loss`, all gradients, fp32": ("linear_policy_loss", {"dtype": "float32", "training": True}),
+    f"`linear_policy_loss`, N {MAIN_N}, all gradients, bf16": (
+        "linear_policy_loss",
+        {"dtype": "bfloat16", "training": True},
+    ),
+    "the same, fp32": ("linear_policy_loss", {"dtype": "float32", "training": True}),
     "`policy_loss`, 64 × 4096 tokens": ("policy_loss", {"variant": "DAPO", "training": True}),
     "`extrapolated_sample`, 8 rows, top-p 0.7": ("extrapolated_sample", {"variant": "top-p 0.7"}),
+    "`linear_extrapolated_sample`, 8 rows, top-p 0.7, bf16": ("linear_extrapolated_sample", {"variant": "top-p 0.7"}),
     "`hf.generate`, the demo pair": ("hf.generate", {}),
 }
 #: What of an op's candidates the README compares ours with, and how it is called there.

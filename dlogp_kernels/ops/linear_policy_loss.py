@@ -1,5 +1,6 @@
 """`linear_policy_loss`: of ratios of tokens in one op, whose gradients are formed while logits are at hand."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from . import library, policy_loss
 
 #: Places of hidden, weight and bias among the arguments.
 _DIFFERENTIABLE = (0, 1, 2)
+#: Whether the backward pass that runs may run again, by `retain_graph`.
+_KEEPS_GRAPH: Callable[[], bool] = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
 def loss_of(
@@ -95,8 +98,24 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | Non
         return (None,) * ctx.num_inputs
     needed = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE]
     output_mask = [formed and needs for formed, needs in zip(ctx.output_mask, needed, strict=True)]
-    found = torch.ops.dlogp.linear_policy_loss_bwd(grad_loss, *ctx.saved_tensors, *ctx.dtypes, output_mask)
+    if _may_be_given_away(ctx, grad_loss, output_mask):
+        found = tuple(x.detach() for x in ctx.saved_tensors)
+    else:
+        found = torch.ops.dlogp.linear_policy_loss_bwd(grad_loss, *ctx.saved_tensors, *ctx.dtypes, output_mask)
     return library.by_inputs(ctx.num_inputs, _DIFFERENTIABLE, found, output_mask)
+
+
+def _may_be_given_away(ctx: Any, grad_loss: Tensor, output_mask: list[bool]) -> bool:
+    """Whether the gradients that forward formed are what is asked for, and nobody asks again: then they need no copy.
+
+    On a CPU, where the factor is known without waiting; not while a compiler or a transform looks on.
+    """
+    if grad_loss.device.type != "cpu" or type(grad_loss) is not Tensor or torch.is_grad_enabled():
+        return False
+    if torch._C._are_functorch_transforms_active() or _KEEPS_GRAPH():
+        return False
+    formed = zip(ctx.saved_tensors, ctx.dtypes, output_mask, strict=True)
+    return all(x.dtype == dtype for x, dtype, wanted in formed if wanted) and grad_loss.item() == 1.0
 
 
 library.register("linear_policy_loss_fwd", _fake_fwd)

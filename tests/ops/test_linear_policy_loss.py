@@ -163,6 +163,24 @@ def test_masked_places_are_not_read(poison):
     assert (actual.gradients["hidden"][masked] == 0).all()
 
 
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_gradients_that_nothing_multiplies(dtype):
+    """Those of forward, not a copy, where they have their dtype; unless backward may come again."""
+    inputs = make_inputs(dtype=dtype, bias=False)
+    weight = inputs["weight"].requires_grad_()
+
+    def derived(factor: float, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        loss = dlogp_kernels.linear_policy_loss(**inputs, **EXTRAS).loss
+        (formed,) = (x for x in loss.grad_fn.saved_tensors if x.shape == weight.shape)
+        return torch.autograd.grad(factor * loss, weight, **options)[0], formed
+
+    (plain, formed), (doubled, _), (kept, kept_formed) = derived(1.0), derived(2.0), derived(1.0, retain_graph=True)
+    assert torch.equal(2.0 * plain, doubled) and torch.equal(plain, kept)
+    assert (plain.data_ptr() == formed.data_ptr()) == (dtype == FP32)
+    assert kept.data_ptr() != kept_formed.data_ptr() and not plain.requires_grad
+
+
 @pytest.mark.parametrize("importance", fewer(reference_policy.IMPORTANCES, ["token"]))
 @pytest.mark.parametrize("shape", [(3, 11), (0, 5), (3, 0)])
 def test_nothing_counts(shape, importance):

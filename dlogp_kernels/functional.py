@@ -473,7 +473,7 @@ def linear_policy_loss(
 
     Gradients: with respect to `hidden`, `weight` and `bias`, formed by the forward pass where they are required and
     gradients are enabled, kept in float32 until backward multiplies and rounds them to the dtype of each input (those
-    of float32 inputs on a CPU are not copied if the factor is 1). What is not required costs no product and no buffer.
+    of wider inputs on a CPU are not copied if the factor is 1). What is not required costs no product and no buffer.
     Second derivatives raise RuntimeError; the reference model, if it requires a gradient, ValueError. Loss and
     gradients are those of the composition up to float32 rounding (the gradients by the logits are rounded to the
     inputs' dtype before the products in both).

@@ -1,6 +1,6 @@
 #include "dot_products.h"
 
-#include <c10/util/Exception.h>
+#include <cstring>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -155,8 +155,14 @@ void dot_products(int64_t tokens, int64_t rows, int64_t inner, const c10::BFloat
                                        : dot_pairs<1>;
     dot(tokens, inner, weight, weight_stride, hidden + r * hidden_stride, hidden_stride, c + r * c_stride, c_stride);
   }
-#else
-  TORCH_CHECK(false, "products of bfloat16 are for x86-64 with AVX-512 BF16");
+#else  // where nothing multiplies bfloat16 natively, nor comes here
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t t = 0; t < tokens; ++t) {
+      float sum = 0;
+      for (int64_t k = 0; k < inner; ++k)
+        sum += float(weight[t * weight_stride + k]) * float(hidden[r * hidden_stride + k]);
+      c[r * c_stride + t] = sum;
+    }
 #endif
 }
 

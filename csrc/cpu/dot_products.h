@@ -20,7 +20,7 @@ void dot_products(int64_t tokens, int64_t rows, int64_t inner, const float* weig
                   const float* hidden, int64_t hidden_stride, float* c, int64_t c_stride);
 void dot_products(int64_t tokens, int64_t rows, int64_t inner, const double* weight, int64_t weight_stride,
                   const double* hidden, int64_t hidden_stride, double* c, int64_t c_stride);
-// Where the processor multiplies bfloat16 (multiply.h). `inner` is even.
+// Where the processor multiplies bfloat16 (multiply.h).
 void dot_products(int64_t tokens, int64_t rows, int64_t inner, const c10::BFloat16* weight, int64_t weight_stride,
                   const c10::BFloat16* hidden, int64_t hidden_stride, float* c, int64_t c_stride);
 

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <bit>
 
 #include "linear_forward.cuh"
 #include "linear_gradient.cuh"
@@ -50,7 +51,8 @@ bool is_transformed(const LinearArguments& p) {
 
 int panel_groups(const LinearArguments& p, int blocks) {
   const int64_t group_bytes = 2 * blocks * hopper::kTileRows * (p.heads[0].hidden_size + p.heads[1].hidden_size);
-  return int(std::clamp<int64_t>(kPanelBytes / p.models / group_bytes, 1, kPanelGroups));
+  const int64_t fitting = std::clamp<int64_t>(kPanelBytes / p.models / group_bytes, 1, kPanelGroups);
+  return int(std::bit_floor(uint64_t(fitting)));  // a pass is of whole panels (triton/hopper.py)
 }
 
 template <typename Tile, typename Epilogue, typename Arguments>

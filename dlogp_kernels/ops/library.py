@@ -25,8 +25,9 @@ def register(op: str, fake: Callable[..., Any], in_blocks: Callable[..., bool] |
         tensors = [x for x in arguments if isinstance(x, Tensor)]
         first, exact = tensors[0], accumulation_dtype(*tensors) == torch.float64
         dtype, launch = torch.float64 if exact else first.dtype, backends.launch
-        if in_blocks is not None and in_blocks(*arguments) and backends.select(op, first.device, dtype) != "cpu":
-            launch = backends.launch_blocked
+        if in_blocks is not None and in_blocks(*arguments):
+            compiled = first.device.type == "cpu" and backends.select(op, first.device, dtype) == "cpu"
+            launch = backends.launch if compiled else backends.launch_blocked
         return one_or_all(launch(op, first, dtype, *arguments))
 
     for dispatch_key in ("CPU", "CUDA"):

@@ -98,14 +98,17 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | Non
         return (None,) * ctx.num_inputs
     needed = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE]
     output_mask = [formed and needs for formed, needs in zip(ctx.output_mask, needed, strict=True)]
-    if _may_be_given_away(ctx, grad_loss, output_mask):
-        found = tuple(x.detach() for x in ctx.saved_tensors)
+    formed = ctx.saved_tensors  # once: a checkpoint gives them no second time
+    if _may_be_given_away(grad_loss, formed, ctx.dtypes, output_mask):
+        found = tuple(x.detach() for x in formed)
     else:
-        found = torch.ops.dlogp.linear_policy_loss_bwd(grad_loss, *ctx.saved_tensors, *ctx.dtypes, output_mask)
+        found = torch.ops.dlogp.linear_policy_loss_bwd(grad_loss, *formed, *ctx.dtypes, output_mask)
     return library.by_inputs(ctx.num_inputs, _DIFFERENTIABLE, found, output_mask)
 
 
-def _may_be_given_away(ctx: Any, grad_loss: Tensor, output_mask: list[bool]) -> bool:
+def _may_be_given_away(
+    grad_loss: Tensor, formed: tuple[Tensor, ...], dtypes: list[torch.dtype], output_mask: list[bool]
+) -> bool:
     """Whether the gradients that forward formed are what is asked for, and nobody asks again: then they need no copy.
 
     On a CPU, where the factor is known without waiting; not while a compiler or a transform looks on.
@@ -114,8 +117,12 @@ def _may_be_given_away(ctx: Any, grad_loss: Tensor, output_mask: list[bool]) -> 
         return False
     if torch._C._are_functorch_transforms_active() or _KEEPS_GRAPH():
         return False
-    formed = zip(ctx.saved_tensors, ctx.dtypes, output_mask, strict=True)
-    return all(x.dtype == dtype for x, dtype, wanted in formed if wanted) and grad_loss.item() == 1.0
+    if any(x.dtype != dtype for x, dtype, wanted in zip(formed, dtypes, output_mask, strict=True) if wanted):
+        return False
+    try:
+        return grad_loss.item() == 1.0
+    except RuntimeError:  # a batch of gradients
+        return False
 
 
 library.register("linear_policy_loss_fwd", _fake_fwd)

@@ -25,7 +25,7 @@ from .linear_backward import BackwardSchedule, HeadGradients
 from .linear_forward import Plan, gather_buffer, hidden_of, plan_of, rows_of
 from .logp import finish_logp, new_outputs, state_size, transform_of
 
-#: Number of models → the kernel's tile and stages, `Tile` and kGroup there. A unit is of two row tiles.
+#: Number of models → the kernel's tile and stages, `Tile` there, and row tiles of whole panels. A unit is of two.
 _TILES = {1: Config(128, 256, 64, 12, 4, group=32), 2: Config(128, 160, 64, 12, 6, group=32)}
 #: Of blocks of tokens in backward: with 32 pairs of row tiles they are whole rounds of the clusters of 132
 #: multiprocessors.

@@ -68,7 +68,7 @@ _BLOCK_ROWS = 2048
 _SLICE_ROWS = 128
 #: Of a slice, where the workspace does not.
 _FEWEST_ROWS = 16
-#: Where rows of hidden states, in elements, and logits, in bytes, begin.
+#: What rows begin at a multiple of, in elements, and logits, in bytes.
 _ALIGNED, _ALIGNED_BYTES = 8, 512
 #: In float16 the largest scale · |advantage|, times a power of two: leaves room for ratios up to 2 000.
 _FLOAT16_LARGEST = 2.0**4

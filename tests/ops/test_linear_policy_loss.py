@@ -8,6 +8,7 @@ import pytest
 import torch
 from cases import fewer
 from linear_policy_cases import BASE_HEADS, DIFFERENTIABLE, HEADS, call, check_against_truth, flat, make_inputs, near
+from torch.utils.checkpoint import checkpoint
 
 import dlogp_kernels
 from dlogp_kernels import backends
@@ -100,8 +101,15 @@ def test_many_blocks_of_rows(accuracy, monkeypatch, dtype, base):
     if backends.interpreting():
         from dlogp_kernels.triton import linear_policy_loss
 
+        def in_two_slices(models, num_rows, workspace):
+            tiling = divide(models, num_rows, 2**20 // 64 * len(models))
+            assert tiling.slices == [16, 16]
+            return tiling
+
+        divide = linear_policy_loss._tiling
         monkeypatch.setattr(linear_policy_loss, "_SLICE_ROWS", 16)
         monkeypatch.setattr(linear_policy_loss, "_BLOCK_ROWS", 32)
+        monkeypatch.setattr(linear_policy_loss, "_tiling", in_two_slices)
     inputs = make_inputs(4, fewer(90, 15), v=fewer(3_001, 301), dtype=dtype, base=base)
     with backends.workspace_limit(2**20):
         small = check_against_truth(accuracy, inputs, **EXTRAS)
@@ -179,6 +187,27 @@ def test_gradients_that_nothing_multiplies(dtype):
     assert torch.equal(2.0 * plain, doubled) and torch.equal(plain, kept)
     assert (plain.data_ptr() == formed.data_ptr()) == (dtype == FP32)
     assert kept.data_ptr() != kept_formed.data_ptr() and not plain.requires_grad
+
+
+@pytest.mark.cpu_only
+def test_a_batch_of_upstream_gradients():
+    inputs = make_inputs()
+    weight = inputs["weight"].requires_grad_()
+    loss = dlogp_kernels.linear_policy_loss(**inputs, **EXTRAS).loss
+    (grads,) = torch.autograd.grad(loss, weight, torch.tensor([1.0, 2.0]), is_grads_batched=True)
+    assert torch.equal(2.0 * grads[0], grads[1])
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_within_a_checkpoint(dtype):
+    """Which gives what was saved once."""
+    inputs = make_inputs(dtype=dtype)
+    expected = call(inputs, **EXTRAS).gradients
+    moved = cases.on_device(inputs)
+    leaves = [moved[name].requires_grad_() for name in expected]
+    loss = checkpoint(lambda: dlogp_kernels.linear_policy_loss(**moved, **EXTRAS).loss, use_reentrant=False)
+    for value, grad in zip(torch.autograd.grad(loss, leaves), expected.values(), strict=True):
+        assert torch.equal(value.cpu(), grad)
 
 
 @pytest.mark.parametrize("importance", fewer(reference_policy.IMPORTANCES, ["token"]))

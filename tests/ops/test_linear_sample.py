@@ -260,10 +260,11 @@ def test_huge_scores_stay_inside_the_vocabulary():
 
 
 @pytest.mark.served_by("cpu", "triton")
-def test_the_smaller_workspace_draws_the_same():
+@pytest.mark.parametrize("filters", fewer([{}, {"top_p": 0.9}], [{}]), ids=str)
+def test_the_smaller_workspace_draws_the_same(filters):
     """More rows than a pass through the vocabulary takes."""
     inputs = pair_inputs(fewer(200, 40), v=fewer(3000, 130), d=fewer(24, 1_100), dtype=BF16)
-    options = {"gamma": 0.3, **criterion_options("delta_logp")}
+    options = {"gamma": 0.3, **criterion_options("delta_logp"), **filters}
     expected = sample(inputs, **options)
     with backends.workspace_limit(2**20):
         assert_equal(sample(inputs, **options), expected)
@@ -289,11 +290,14 @@ def test_thousands_of_rows(accuracy):
 
 @pytest.mark.served_by("cpu", "triton")
 @pytest.mark.parametrize("dtype", fewer([BF16, FP32, {"weight": BF16, "base_weight": BF16}], [FP32]), ids=str)
-def test_a_row_does_not_depend_on_the_batch(dtype):
+@pytest.mark.parametrize("filters", fewer([{}, {"top_p": 0.9}], [{}]), ids=str)
+def test_a_row_does_not_depend_on_the_batch(dtype, filters, backend):
+    if filters and backend != "cpu":
+        pytest.skip("plain PyTorch's products of a row of logits depend on the batch")
     rows = fewer(150, 40)
     inputs = pair_inputs(rows, v=fewer(3000, 130), d=37, dtype=dtype)
     row_id = torch.arange(rows) * 1_000_003 % 2**32
-    options = {"gamma": 0.2, "criterion": "delta_logp", "threshold": -1.0}
+    options = {"gamma": 0.2, "criterion": "delta_logp", "threshold": -1.0, **filters}
     everything = sample(inputs, row_id=row_id, **options)
     assert everything.selected.any() and not everything.selected.all()
     for chosen in (torch.randperm(rows).tolist(), [3, 1], [0], [rows - 1], list(range(5, 13)))[: fewer(5, 2)]:
@@ -309,7 +313,8 @@ def test_a_row_does_not_depend_on_the_number_of_threads():
     try:
         for number in (1, 2, 3, 7):
             torch.set_num_threads(number)
-            results.append([sample(inputs, gamma=0.5), sample(inputs, temperature=0.0)])
+            options: list[dict[str, Any]] = [{"gamma": 0.5}, {"temperature": 0.0}, {"gamma": 0.5, "top_p": 0.8}]
+            results.append([sample(inputs, **given) for given in options])
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:

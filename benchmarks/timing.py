@@ -122,11 +122,6 @@ class Clock:
         on_cuda = device.type == "cuda"
         self._flush = torch.empty(_L2_FLUSH_BYTES, dtype=torch.uint8, device=device) if on_cuda else None
 
-    def seconds(self, call: Callable[[], _Result]) -> tuple[float, _Result]:
-        seconds, result = self._begun(call)
-        self._wait()
-        return seconds(), result
-
     def sample(self, candidate: Candidate, repeats: int = 1) -> Sample:
         """Mean seconds of `repeats` calls in a row, which the host starts ahead of the GPU."""
         self._watch(candidate.name)

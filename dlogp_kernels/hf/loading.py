@@ -57,9 +57,9 @@ def load_model(
     """
     _check_directory(name_or_path, ("config.json", "adapter_config.json"), "config.json and weights in *.safetensors")
     _check_directory(name_or_path, ("*.safetensors",), "weights in *.safetensors")
-    adapter = find_adapter_config_file(str(name_or_path))
-    if adapter is not None:
-        model: Any = load_model(_base_of_adapter(Path(adapter)), dtype=dtype, trust_remote_code=trust_remote_code)
+    base = adapter_base(name_or_path)
+    if base is not None:
+        model: Any = load_model(base, dtype=dtype, trust_remote_code=trust_remote_code)
         found = model.load_adapter(str(name_or_path))
         if found is not None:
             _check_complete(name_or_path, model, found.to_dict())
@@ -84,15 +84,23 @@ def load_model(
 def load_without_weights(name_or_path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """A causal language model on the meta device, from its config alone: what it takes is known before it is loaded.
 
-    Raises OSError where there is no config, ValueError where it is not that of a causal language model.
+    An adapter's is that of the model which it was trained on. Raises OSError where there is no config, ValueError where
+    it is not that of a causal language model.
     """
-    config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+    config = AutoConfig.from_pretrained(adapter_base(name_or_path) or name_or_path, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 
-def _base_of_adapter(config_file: Path) -> str:
-    base = json.loads(config_file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+def adapter_base(name_or_path: str | Path) -> str | None:
+    """The directory or name of the model that a PEFT adapter was trained on; None for a model that is none.
+
+    Raises ValueError for an adapter that does not say.
+    """
+    config_file = find_adapter_config_file(str(name_or_path))
+    if config_file is None:
+        return None
+    base = json.loads(Path(config_file).read_text(encoding="utf-8")).get("base_model_name_or_path")
     if not base:
         raise ValueError(f"{config_file}: has no base_model_name_or_path, expected the model that it was trained on")
     return base

@@ -97,6 +97,7 @@ class Training:
     A batch has `samples` responses to each of `prompts` problems, which are compared with each other, and is spent in
     `minibatches` equal parts. The learning rate is reached after `warmup_steps`. Within `overlong_buffer` tokens of
     `max_new_tokens` a penalty on the score grows from 0 to 1. Held-out problems are measured at the end in any case.
+    Adapters are scaled by 2 (α of LoRA is twice the rank), without dropout.
     """
 
     steps: int = option(100, "Steps of the optimiser.", at_least(1))
@@ -131,6 +132,13 @@ class Training:
     eval_every: int = option(10, "Steps between measurements on --eval-data.", at_least(1))
     eval_samples: int = option(1, "Responses to each held-out problem.", at_least(1))
     save_every: int = option(10, "Steps between checkpoints, which a kill can cost.", at_least(1))
+    lora: int | None = option(
+        None, "Train adapters of this rank (LoRA) instead of the weights; --out then holds MBs.", _ROWS,
+        unset="the weights",
+    )  # fmt: skip
+    lora_targets: str | None = option(
+        None, "Layers that get adapters, such as q_proj,v_proj.", unset="all linear ones but the last"
+    )
     gradient_checkpointing: bool = option(False, "Less memory, more time.")
     dtype: str = option("fp32", "Of the weights in memory.", OneOf(("fp32", "bf16")))
     device: str | None = _device()
@@ -156,6 +164,8 @@ class Training:
 def check_training(training: Training) -> None:
     """JobError that names the option for a value that can not be, or not beside another."""
     check_options(training)
+    if training.lora_targets is not None and training.lora is None:
+        raise JobError(f"--lora-targets is {training.lora_targets!r} without --lora, expected both")
     if training.reweight == "dominate" and training.alpha > 1:
         raise JobError(f"--alpha is {training.alpha}, expected at most 1 for dominate")
     if training.overlong_buffer > training.max_new_tokens:

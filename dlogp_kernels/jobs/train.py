@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import os
 import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +26,7 @@ from ..trl import ReweightedGRPOConfig, ReweightedGRPOTrainer, report_to
 from .decoding import Chunk, Drawing
 from .errors import JobError
 from .graders import EXACT, Grader, load_grader
-from .inputs.models import check_device, find_model, read_pair, warn_of_rounded_start
+from .inputs.models import ModelPlace, check_device, find_model, read_pair, warn_of_rounded_start
 from .inputs.problems import Problem, check_problems, read_problems
 from .options import Decoding, Training, check_training
 from .progress import bar, say
@@ -58,7 +59,9 @@ def run_train(
         out: receives `model/` (the RL checkpoint with its tokenizer), `log.jsonl` and `log.csv` (`report.training`),
             `tensorboard/` where that package is installed, `manifest.json` and `summary.json`. Where it holds a run of
             the same arguments, data and model, that run goes on from its last checkpoint, or nothing is done if it is
-            complete; a run of others is an error, and stays as it is.
+            complete; a run of others is an error, and stays as it is. With `training.lora` `model/` is an adapter,
+            which commands take as a model while `base` stays where it is; it is there from the start, and at each
+            checkpoint its weights are replaced at once by the newest.
         training: steps, batches, learning rate, loss, lengths, device.
         grader: `exact`, `math-verify` or `module:function`, see `jobs.graders`; its score is the reward. Responses at
             which it raises, ends its process or takes longer than `training.grader_timeout` teach nothing, and are
@@ -80,6 +83,8 @@ def run_train(
     training = replace(training, device=device)
     loaded_grader = load_grader(grader, timeout=training.grader_timeout)
     place = find_model("--base", base, trust_remote_code=training.trust_remote_code)
+    if place.base is not None:
+        raise JobError(f"{place}: it is an adapter, expected a whole model: merge it into its own first")
     files = {"--data": Path(data)} if eval_data is None else {"--data": Path(data), "--eval-data": Path(eval_data)}
     for option, file in files.items():
         check_problems(option, file)
@@ -115,7 +120,7 @@ def run_train(
             )
         warn_of_rounded_start(place, training.dtype)
         model = fingerprints.load(place, training.dtype, torch.device(device))
-        run = _Run(directory, training, loaded_grader, reading.tokenizer, problems, model, progress)
+        run = _Run(directory, training, loaded_grader, reading.tokenizer, problems, place, model, progress)
         with directory.writing():
             run.train()
         names = {"base": str(base), "data": str(data), "eval_data": eval_data and str(eval_data), "grader": grader}
@@ -131,6 +136,7 @@ class _Run:
     grader: Grader
     tokenizer: Any
     problems: Sequence[Sequence[Problem]]
+    place: ModelPlace
     model: Any
     progress: bool
 
@@ -146,22 +152,16 @@ class _Run:
         checkpoints = self._whole_checkpoints()
         first = max(checkpoints, default=0)
         self._log.restart(checkpoints.get(first))
-        trainer = ReweightedGRPOTrainer(
-            self.model,
-            self.grade,
-            self._config(),
-            Dataset.from_list(
-                [{"prompt": problem.prompt_ids, "number": problem.number} for problem in self.problems[0]]
-            ),
-            processing_class=self.tokenizer,
-        )
+        trainer = self._trainer()
         events = self.directory.out / _TENSORBOARD_DIRECTORY
         self.directory.start_lap()
         if first == 0:
             self._log.add({"step": 0} | self._evaluate())
+        if self.training.lora is not None:
+            self._write_adapter(trainer.model)
         with bar(total=self.training.steps, initial=first, unit=" steps", enabled=self.progress) as shown:
             show = partial(_show, shown, {})
-            report_to(trainer, lambda step, metrics: self._on_step(step, metrics, show), self._on_save)
+            report_to(trainer, lambda step, metrics: self._on_step(step, metrics, show), lambda: self._on_save(trainer))
             if first < self.training.steps:
                 if importlib.util.find_spec("tensorboard") is not None:
                     from torch.utils.tensorboard import SummaryWriter
@@ -173,9 +173,32 @@ class _Run:
                 trainer._load_from_checkpoint(str(checkpoints[first]))
         self.directory.save_lap()
         self._log.write_csv()
-        self._write_model(self.directory.out / MODEL_DIRECTORY)
+        if self.training.lora is None:
+            self._write_model(self.directory.out / MODEL_DIRECTORY)
+        else:
+            self._write_adapter(trainer.model)
         # What TensorBoard's writer did in this process and in those before it.
         self.directory.ledger.record_files(_files_below(events))
+
+    def _trainer(self) -> ReweightedGRPOTrainer:
+        examples = [{"prompt": problem.prompt_ids, "number": problem.number} for problem in self.problems[0]]
+        arguments = (self.model, self.grade, self._config(), Dataset.from_list(examples))
+        if self.training.lora is None:
+            return ReweightedGRPOTrainer(*arguments, processing_class=self.tokenizer)
+        from peft import LoraConfig
+
+        rank, targets = self.training.lora, self.training.lora_targets
+        layers = "all-linear" if targets is None else [name.strip() for name in targets.split(",")]
+        lora = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=layers, task_type="CAUSAL_LM")
+        try:
+            trainer = ReweightedGRPOTrainer(*arguments, processing_class=self.tokenizer, peft_config=lora)
+        except (TypeError, ValueError) as error:
+            raise JobError(f"--lora-targets is {targets!r}, which can not be trained: {error}") from error
+        # By this the adapter finds its model.
+        local = Path(self.place.name).exists()
+        name = str(self.place.directory.resolve()) if local else self.place.name
+        trainer.model.peft_config["default"].base_model_name_or_path = name
+        return trainer
 
     def _whole_checkpoints(self) -> dict[int, Path]:
         """By step, those that are as they were written; others, which a kill may have left, are removed."""
@@ -197,6 +220,25 @@ class _Run:
         sync_tree(temporary)
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
+        sync(target.parent)
+        self.directory.ledger.record_files(_files_below(target))
+
+    def _write_adapter(self, model: Any) -> None:
+        """Each file takes the place of its predecessor at once; all but the weights are the same every time."""
+        target = self.directory.out / MODEL_DIRECTORY
+        temporary = temporary_path(target)
+        model.save_pretrained(temporary)
+        self.tokenizer.save_pretrained(temporary)
+        # A form that nobody filled in.
+        (temporary / "README.md").unlink(missing_ok=True)
+        sync_tree(temporary)
+        if not target.exists():
+            temporary.rename(target)
+        else:
+            for path in temporary.iterdir():
+                os.replace(path, target / path.name)
+            temporary.rmdir()
+            sync(target)
         sync(target.parent)
         self.directory.ledger.record_files(_files_below(target))
 
@@ -287,13 +329,15 @@ class _Run:
         self._log.add(entry)
         show(entry)
 
-    def _on_save(self) -> None:
+    def _on_save(self, trainer: ReweightedGRPOTrainer) -> None:
         self.directory.save_lap()
         self._log.write_csv()
         newest = Path(get_last_checkpoint(self._trainer_directory))
         self._log.copy_into(newest)
         sync_tree(newest)
         self.directory.ledger.record_files(_files_below(newest))
+        if self.training.lora is not None:
+            self._write_adapter(trainer.model)
 
     def _evaluate(self) -> dict[str, Any]:
         """What the model makes of the held-out problems, if there are any; always with the same noise."""

@@ -15,6 +15,7 @@ pytest.importorskip("trl")
 pytest.importorskip("typer")
 
 import numpy as np
+import peft
 import torch
 import trl_runs
 from hf_models import one_thread  # noqa: F401
@@ -24,11 +25,15 @@ from typer.testing import CliRunner
 from dlogp_kernels.cli.app import app
 from dlogp_kernels.hf import load_model, load_tokenizer
 from dlogp_kernels.jobs import train as train_job
+from dlogp_kernels.jobs.decoding import run_generate
 from dlogp_kernels.jobs.errors import JobError
-from dlogp_kernels.jobs.options import Training, check_training
+from dlogp_kernels.jobs.metrics import run_metrics
+from dlogp_kernels.jobs.options import Decoding, Training, check_training
 from dlogp_kernels.jobs.resume.run_directory import RunDirectory
 from dlogp_kernels.jobs.train import run_train
+from dlogp_kernels.report.dataset import TokenDataset
 from dlogp_kernels.report.errors import DatasetError
+from dlogp_kernels.report.responses import Setting
 from dlogp_kernels.report.training_curves import grouped, line, markdown, plot_training, read_run
 
 TRAINING = Training(
@@ -208,6 +213,74 @@ def test_damaged_checkpoints_and_logs_are_not_gone_on_from(run, tmp_path, monkey
         read_run(out)
 
 
+def test_adapters_are_trained_and_serve_as_a_model_from_the_start(run, tmp_path, monkeypatch):
+    base = load_model(tmp_path / "base", dtype=torch.float32)
+    run("whole", lora=2, save_every=2)
+    on_step, held = train_job._Run._on_step, {}
+
+    def stop_at_the_fourth(self, step, metrics, bar):
+        with torch.random.fork_rng():
+            held[step] = load_model(tmp_path / "out" / "model").state_dict()
+        if step == 4:
+            raise InterruptedError("as if killed")
+        on_step(self, step, metrics, bar)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_job._Run, "_on_step", stop_at_the_fourth)
+        with pytest.raises(JobError, match="as if killed"):
+            run(lora=2, save_every=2)
+    weights = [name for name in held[1] if "lora_B" in name]
+    assert len(weights) == 14 and all(held[1][name].eq(0).all() for name in weights), "of the start"
+    assert all(torch.equal(held[2][name], held[1][name]) for name in weights)
+    assert any(not torch.equal(held[3][name], held[2][name]) for name in weights), "those of the checkpoint"
+    checkpoint = tmp_path / "out" / ".work" / "trainer" / "checkpoint-2"
+    assert not (checkpoint / "model.safetensors").exists()
+    run(lora=2, save_every=2)
+    adapter, weights = tmp_path / "out" / "model", "adapter_model.safetensors"
+    assert (adapter / weights).read_bytes() == (tmp_path / "whole" / "model" / weights).read_bytes()
+    assert without_times(log(tmp_path / "out")) == without_times(log(tmp_path / "whole"))
+    merged = peft.PeftModel.from_pretrained(base, adapter).merge_and_unload()
+
+    # As the RL model of the commands, beside its base.
+    generated, measured = tmp_path / "generated", tmp_path / "measured"
+    decoding = Decoding(max_new_tokens=8, device="cpu")
+    options = {"setting": Setting("none", draft="rl"), "grader": "tiny_grader:early", "progress": False}
+    data = tmp_path / "held_out.jsonl"
+    run_generate(adapter, tmp_path / "base", data, generated, decoding=decoding, **options)
+    lines = [json.loads(text) for text in (generated / "responses.jsonl").read_text().splitlines()]
+    prompts = [json.loads(text)["prompt"] for text in data.read_text().splitlines()]
+    tokenizer = load_tokenizer(adapter)
+    rows = [
+        {"prompt_ids": tokenizer.encode(prompt), "response_ids": line["token_ids"]}
+        for prompt, line in zip(prompts, lines, strict=True)
+    ]
+    responses = tmp_path / "responses.jsonl"
+    responses.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run_metrics(adapter, tmp_path / "base", responses, measured, device="cpu", progress=False)
+    logp = TokenDataset(measured).column("logp", every_source=True)
+    first = merged(torch.tensor([rows[0]["prompt_ids"] + rows[0]["response_ids"]])).logits.log_softmax(-1)[0]
+    start = len(rows[0]["prompt_ids"]) - 1
+    expected = [first[start + place, token].item() for place, token in enumerate(rows[0]["response_ids"])]
+    assert logp[: len(expected)].tolist() == pytest.approx(expected, abs=1e-5)
+    assert np.abs(TokenDataset(measured).column("delta_logp", every_source=True)).max() > 1e-3
+
+    with pytest.raises(JobError, match="model: it is an adapter, expected a whole model"):
+        run_train(adapter, tmp_path / "train.jsonl", tmp_path / "next", training=TRAINING)
+    # Its model is part of what it is.
+    flip(tmp_path / "base" / "model.safetensors")
+    with pytest.raises(JobError, match=r"rl base model\.safetensors sha256"):
+        run_metrics(adapter, tmp_path / "base", responses, measured, device="cpu", progress=False)
+    (tmp_path / "base").rename(tmp_path / "moved")
+    with pytest.raises(JobError, match=r"--rl .*model, an adapter of .*base: there is no such directory"):
+        run_metrics(adapter, tmp_path / "moved", responses, measured, device="cpu", progress=False)
+
+
+@pytest.mark.parametrize("targets", ["attention", "lm_head"])
+def test_layers_that_can_not_have_adapters(run, targets):
+    with pytest.raises(JobError, match=f"--lora-targets is '{targets}', which can not be trained: "):
+        run(lora=2, lora_targets=targets)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -220,6 +293,8 @@ def test_damaged_checkpoints_and_logs_are_not_gone_on_from(run, tmp_path, monkey
         ({"reweight": "dominate", "alpha": 1.5}, "--alpha is 1.5, expected at most 1"),
         ({"overlong_buffer": 9}, "--overlong-buffer is 9, expected at most --max-new-tokens"),
         ({"dual_clip": 1.0}, "--dual-clip is 1.0, expected a number > 1"),
+        ({"lora": 0}, "--lora is 0, expected an integer ≥ 1"),
+        ({"lora_targets": "q_proj"}, "--lora-targets is 'q_proj' without --lora"),
         ({"dtype": "fp16"}, "--dtype is 'fp16', expected one of fp32, bf16"),
         ({"temperature": 1e-40}, r"--temperature is 1e-40, expected a number in \[1e-30, 1e\+30\]"),
         ({"kl_beta": 1e35}, r"--kl-beta is 1e\+35, expected a size of at most 1e\+30"),

@@ -1,5 +1,6 @@
 """The two models of a run: where they lie, their limits and tokenizer, and loading them."""
 
+import importlib.util
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,7 +13,8 @@ from safetensors import SafetensorError
 from ...hf import check_same_tokenizer, context_length, load_model, load_tokenizer
 from ...hf.checkpoint import Stored, is_rounded, own_dtype, stored_tensors, update_and_rounding
 from ...hf.heads import lm_head_names, vocabulary_of
-from ...hf.loading import load_without_weights
+from ...hf.loading import adapter_base, load_without_weights
+from ...installation import how_to_install
 from ...ops import backends
 from ..errors import JobError
 
@@ -33,12 +35,21 @@ _DOWNLOADED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja",
 
 
 class ModelPlace(NamedTuple):
-    """A model as the user named it, the directory in which its files lie, and whether code in it may be run."""
+    """A model as the user named it, the directory in which its files lie, and whether code in it may be run.
+
+    An adapter has a `base`, the model that it was trained on.
+    """
 
     option: str
     name: str
     directory: Path
     trust_remote_code: bool
+    base: Any = None
+
+    @property
+    def whole(self) -> "ModelPlace":
+        """The model of which most weights are."""
+        return self.base or self
 
     def __str__(self) -> str:
         return f"{self.option} {self.name}"
@@ -84,13 +95,29 @@ def find_model(option: str, name: str | Path, *, trust_remote_code: bool) -> Mod
         directory = _download(option, str(name), trust_remote_code=trust_remote_code)
     if not directory.is_dir():
         raise JobError(f"{option} {name}: it is a file, expected a directory with config.json and *.safetensors")
-    if not (directory / "config.json").is_file():
+    is_adapter = (directory / "adapter_config.json").is_file()
+    if not is_adapter and not (directory / "config.json").is_file():
         raise JobError(f"{option} {name}: the directory has no config.json, expected that of a causal language model")
     if not any(directory.glob("*.safetensors")):
         pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in directory.glob(pattern))
         found = f"; {pickles[0]} is a pickle, which is not opened" if pickles else ""
         raise JobError(f"{option} {name}: the directory has no weights, expected *.safetensors{found}")
-    return ModelPlace(option, str(name), directory, trust_remote_code)
+    place = ModelPlace(option, str(name), directory, trust_remote_code)
+    return place._replace(base=_base_of(place)) if is_adapter else place
+
+
+def _base_of(adapter: ModelPlace) -> ModelPlace:
+    if importlib.util.find_spec("peft") is None:
+        raise JobError(
+            f"{adapter}: it is an adapter, and peft can not be imported, expected the extra 'trl': "
+            f"{how_to_install('trl')}"
+        )
+    name = _load(adapter, "the adapter", adapter_base)
+    assert name is not None
+    base = find_model(f"{adapter}, an adapter of", name, trust_remote_code=adapter.trust_remote_code)
+    if base.base is not None:
+        raise JobError(f"{base}: it is itself an adapter, expected a whole model: merge it into its own first")
+    return base
 
 
 def _download(option: str, name: str, *, trust_remote_code: bool) -> Path:
@@ -132,7 +159,7 @@ def warn_of_rounding(rl: ModelPlace, base: ModelPlace, dtype: str) -> None:
 
     The weights are read only where the files hold more digits than that dtype, and a block of rows at a time.
     """
-    pair = [_load(place, "the model", stored_tensors) for place in (rl, base)]
+    pair = [_load(place.whole, "the model", stored_tensors) for place in (rl, base)]
     kept = [_kept_dtype(dtype, tensors) for tensors in pair]
     if not any(is_rounded(stored, to) for tensors, to in zip(pair, kept, strict=True) for stored in tensors.values()):
         return
@@ -154,7 +181,7 @@ def warn_of_rounding(rl: ModelPlace, base: ModelPlace, dtype: str) -> None:
 
 def warn_of_rounded_start(base: ModelPlace, dtype: str) -> None:
     """UserWarning where a training in --dtype begins with rounded weights."""
-    tensors = _load(base, "the model", stored_tensors)
+    tensors = _load(base.whole, "the model", stored_tensors)
     rounded = sum(is_rounded(stored, _kept_dtype(dtype, tensors)) for stored in tensors.values())
     if rounded:
         warnings.warn(

@@ -54,17 +54,18 @@ class Fingerprints:
         self._progress = progress
 
     def model(self, place: ModelPlace) -> dict[str, Any]:
-        """The files of a model that loading reads, by name; a model of the Hub is known by its commit."""
+        """The files of a model that loading reads, by name, of an adapter with `base`; of the Hub its commit."""
         directory = place.directory
+        base = {} if place.base is None else {"base": self.model(place.base)}
         if not Path(place.name).exists() and _COMMIT.fullmatch(directory.name):
-            return {"hub_name": place.name, "commit": directory.name}
+            return base | {"hub_name": place.name, "commit": directory.name}
         files = _model_files(directory)
-        return {path.name: found for path, found in zip(files, self.files(files), strict=True)}
+        return base | {path.name: found for path, found in zip(files, self.files(files), strict=True)}
 
     def load(self, place: ModelPlace, dtype: str, device: torch.device) -> Any:
         """The model in memory; JobError if a file is not the one whose fingerprint was taken, perhaps hours ago."""
         model = load_weights(place, dtype, device)
-        for path in _model_files(place.directory):
+        for path in {*_model_files(place.whole.directory), *_model_files(place.directory)}:
             *stamp, digest = self.stamps.get(str(path.resolve()), [None])
             if digest is not None and stamp != _stamp(path) and digest != file_digest(path):
                 raise JobError(f"{place}: {path.name} was changed since the run began; it is not the model of this run")

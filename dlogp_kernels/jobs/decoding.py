@@ -290,6 +290,7 @@ class Drawing:
                 chunk.setting,
                 chunk.seed,
                 text,
+                problem.prompt_ids,
                 tokens.tolist(),
                 bool(finished),
                 grade.score,

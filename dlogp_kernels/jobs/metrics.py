@@ -17,9 +17,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from .. import __version__
 from ..hf import HiddenStore, LmHead, lm_head
 from ..hf.memory import as_bytes
-from ..report.dataset import TOKENS_DIRECTORY, ResponseRows, TokenDataset, part_path, to_table, write_part
+from ..report.dataset import (
+    RESPONSES_DIRECTORY,
+    TOKENS_DIRECTORY,
+    Origin,
+    ResponseRows,
+    TokenDataset,
+    part_paths,
+    write_part,
+)
 from .allowed import check_options
 from .errors import JobError, explained_computation
 from .inputs.models import ModelPlace, check_device, find_pair, read_pair, warn_of_rounding
@@ -52,7 +61,7 @@ def run_metrics(
 
     Args:
         rl, base: directories of the two models, or their names on the Hub; safetensors only.
-        data: a JSONL or Parquet file; its columns are described in `jobs.inputs.records`.
+        data: a JSONL or Parquet file, or a directory of some; the columns are described in `jobs.inputs.records`.
         out: receives the data set (`report.dataset`), `manifest.json` and `summary.json`. Where it holds a run of the
             same arguments, data and models, that run goes on, or nothing is done if it is complete; a run of others is
             an error, and stays as it is.
@@ -78,7 +87,7 @@ def run_metrics(
     fingerprints = Fingerprints(out, progress=progress)
     identity = {
         "arguments": asdict(arguments),
-        "data": fingerprints.file(data_path),
+        "data": fingerprints.data(data_path),
         "rl": fingerprints.model(rl_place),
         "base": fingerprints.model(base_place),
         "versions": versions(arguments.device),
@@ -161,6 +170,10 @@ class _Run:
         self._computation = Computation(
             torch.device(arguments.device), arguments.temperature, arguments.memory_limit, self._on_layer
         )
+        self._origin = Origin(
+            __version__, self.rl.name, self.base.name, self.rl.revision, self.base.revision, arguments.dtype,
+            arguments.temperature,
+        )  # fmt: skip
         self._shown = bar(enabled=False)
 
     def compute(self) -> None:
@@ -188,12 +201,12 @@ class _Run:
         }
 
     def _is_written(self, index: int) -> bool:
-        path = part_path(self.directory.out, index)
-        if self.directory.ledger.holds(path):
-            return True
-        if self.directory.ledger.pieces(path):
-            warnings.warn(f"{path} is damaged or gone: it is computed again", stacklevel=2)
-        return False
+        ledger, paths = self.directory.ledger, part_paths(self.directory.out, index)
+        lost = [path for path in paths if not ledger.holds(path)]
+        for path in lost:
+            if ledger.pieces(path):
+                warnings.warn(f"{path} is damaged or gone: it is computed again", stacklevel=2)
+        return not lost
 
     def _store_base(self, parts: Sequence[int]) -> HiddenStore:
         """The base model's hidden states of all samples of the parts; what is there and whole stays."""
@@ -241,11 +254,12 @@ class _Run:
                         _check_numbers(samples, measured)
                     rows += map(self._rows, samples, measured)
                     shown.update(_count_tokens(samples))
-                table = to_table(sorted(rows, key=lambda row: row.line))
+                rows.sort(key=lambda row: row.line)
                 with self.directory.writing():
-                    self.directory.begin(TOKENS_DIRECTORY)
+                    self.directory.begin(TOKENS_DIRECTORY, RESPONSES_DIRECTORY)
                     self.directory.save_lap()
-                    self.directory.ledger.record(*write_part(self.directory.out, index, table))
+                    for path, piece in write_part(self.directory.out, index, rows, self._origin):
+                        self.directory.ledger.record(path, piece)
 
     def _batches(self, part: tuple[int, int]) -> Iterator[list[Example]]:
         """The samples of a part in batches."""
@@ -254,8 +268,19 @@ class _Run:
             yield [samples[member] for member in members]
 
     def _rows(self, sample: Example, statistics: Mapping[str, np.ndarray]) -> ResponseRows:
-        texts = self.texts(sample.response_ids)
-        return ResponseRows(sample.sample_id, sample.line, sample.source, sample.response_ids, texts, statistics)
+        return ResponseRows(
+            sample.sample_id,
+            sample.line,
+            sample.source,
+            sample.response_ids,
+            self.texts(sample.response_ids),
+            statistics,
+            self.texts.joined(sample.prompt_ids),
+            sample.prompt_ids,
+            sample.correct,
+            sample.finished,
+            sample.replaced,
+        )
 
     def _load(self, place: ModelPlace) -> Any:
         return self.fingerprints.load(place, self.arguments.dtype, self._computation.device)

@@ -20,6 +20,10 @@ class TokenTexts:
         """The text of each id."""
         return list(map(self._text, token_ids.tolist()))
 
+    def joined(self, token_ids: np.ndarray) -> str:
+        """The text of ids that follow each other, special tokens included."""
+        return self._tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
     def _look_up(self, token_id: int) -> str:
         """As it reads inside a text; the vocabulary's own spelling for a piece of a character; "" for padding rows."""
         spelling = self._tokenizer.convert_ids_to_tokens(token_id)

@@ -1,13 +1,17 @@
 """The data set of token statistics: one row per response token, in Parquet files that any tool reads.
 
-    DIR/tokens/part-00000.parquet …   the rows, in the order of the responses
-    DIR/summary.json                  what is in them; it appears when the run is complete
+    DIR/tokens/part-00000.parquet …     the rows, in the order of the responses
+    DIR/responses/part-00000.parquet …  a row for each response of the part of that number, in the same order
+    DIR/summary.json                    what is in them; it appears when the run is complete
 
 A part is written whole or not at all, and its digest is kept (`ledger`): a damaged one is not read. `DIR/tokens` holds
-nothing else, so `pandas.read_parquet("DIR/tokens")` works.
+nothing else, so `pandas.read_parquet("DIR/tokens")` works. The metadata of each file say under "dlogp" what was
+measured and how, as JSON (`Origin`). A file has groups of `ROWS_PER_GROUP` rows with the least and largest value of
+each column, so that a reader who filters by response or by Δlog p leaves most of them out.
 """
 
 import contextlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.acero as acero
+import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
@@ -26,29 +31,71 @@ from .ledger import Ledger, Piece, check, piece_of
 STATISTICS = (
     "delta_logp", "logp", "base_logp", "entropy", "base_entropy", "kl", "reverse_kl", "lse", "base_lse",
 )  # fmt: skip
-#: Each model's most likely token and its log p. Earlier data sets lack these columns, which are then read as null.
-_MOST_LIKELY = (
-    ("top_token", pa.int32()), ("top_logp", pa.float32()),
-    ("base_top_token", pa.int32()), ("base_top_logp", pa.float32()),
-)  # fmt: skip
-
-SCHEMA = pa.schema(
+#: Of a response, and of each of its tokens.
+_OF_RESPONSE = (
+    pa.field("sample_id", pa.string(), nullable=False),  # `id` of the data, or the line number
+    pa.field("line", pa.int64(), nullable=False),  # of the data, from 1
+    pa.field("source", pa.string()),  # who wrote the response, as the data says
+)
+_OUTCOME = (
+    pa.field("correct", pa.float32()),  # the response's score; above 0 is right
+    pa.field("finished", pa.bool_()),  # whether it came to its end
+)
+#: Earlier data sets end before one of these groups of columns, which are then read as null.
+_LATER = (
+    # Each model's most likely token and its log p.
+    (
+        pa.field("top_token", pa.int32()),
+        pa.field("top_logp", pa.float32()),
+        pa.field("base_top_token", pa.int32()),
+        pa.field("base_top_logp", pa.float32()),
+    ),
+    # Of a token that took the place of another: that one.
+    (*_OUTCOME, pa.field("draft_id", pa.int32()), pa.field("draft_text", pa.string())),
+)
+_FIRST = (
+    *_OF_RESPONSE,
+    pa.field("position", pa.int32(), nullable=False),  # in the response, from 0
+    pa.field("token_id", pa.int32(), nullable=False),
+    pa.field("token_text", pa.string(), nullable=False),
+    *(pa.field(name, pa.float32(), nullable=False) for name in STATISTICS),
+)
+SCHEMA = pa.schema([*_FIRST, *(field for group in _LATER for field in group)])
+_EARLIER_SCHEMAS = (pa.schema(_FIRST), pa.schema([*_FIRST, *_LATER[0]]))
+RESPONSES_SCHEMA = pa.schema(
     [
-        pa.field("sample_id", pa.string(), nullable=False),  # `id` of the data, or the line number
-        pa.field("line", pa.int64(), nullable=False),  # of the data file, from 1
-        pa.field("source", pa.string()),  # who wrote the response, as the data says
-        pa.field("position", pa.int32(), nullable=False),  # in the response, from 0
-        pa.field("token_id", pa.int32(), nullable=False),
-        pa.field("token_text", pa.string(), nullable=False),
-        *(pa.field(name, pa.float32(), nullable=False) for name in STATISTICS),
-        *(pa.field(name, kind) for name, kind in _MOST_LIKELY),
+        *_OF_RESPONSE,
+        pa.field("prompt", pa.string()),  # its text, decoded from the ids
+        pa.field("prompt_ids", pa.list_(pa.int32())),
+        pa.field("num_tokens", pa.int32(), nullable=False),  # of the response
+        *_OUTCOME,
     ]
 )
 
-_EARLIER_SCHEMA = pa.schema(list(SCHEMA)[: -len(_MOST_LIKELY)])
-
-TOKENS_DIRECTORY = "tokens"
+TOKENS_DIRECTORY, RESPONSES_DIRECTORY = "tokens", "responses"
 SUMMARY_FILE = "summary.json"
+ROWS_PER_GROUP = 8192
+_METADATA = b"dlogp"
+
+
+class Origin(NamedTuple):
+    """What was measured and how, as the files say it; a revision is that of the Hub, None for a directory."""
+
+    version: str
+    rl: str
+    base: str
+    rl_revision: str | None
+    base_revision: str | None
+    dtype: str
+    temperature: float
+
+
+class Replaced(NamedTuple):
+    """Where tokens of a response took the place of others, and those: their ids and texts."""
+
+    positions: Sequence[int] = ()
+    draft_ids: Sequence[int] = ()
+    draft_texts: Sequence[str] = ()
 
 
 class ResponseRows(NamedTuple):
@@ -60,36 +107,81 @@ class ResponseRows(NamedTuple):
     token_ids: np.ndarray
     token_texts: Sequence[str]
     statistics: Mapping[str, np.ndarray]
+    prompt: str | None = None
+    prompt_ids: Sequence[int] | np.ndarray | None = None
+    correct: float | None = None
+    finished: bool | None = None
+    replaced: Replaced = Replaced()
 
 
-def part_path(directory: Path, index: int) -> Path:
-    """Where part `index` of the data set in `directory` lies."""
-    return directory / TOKENS_DIRECTORY / f"part-{index:05d}.parquet"
+def part_paths(directory: Path, index: int) -> tuple[Path, Path]:
+    """Where the tokens and the responses of part `index` of the data set in `directory` lie."""
+    name = f"part-{index:05d}.parquet"
+    return directory / TOKENS_DIRECTORY / name, directory / RESPONSES_DIRECTORY / name
 
 
 def to_table(responses: Sequence[ResponseRows]) -> pa.Table:
-    """The responses as rows of `SCHEMA`, in their order."""
-    tables = [SCHEMA.empty_table()]
-    for response in responses:
-        count = len(response.token_ids)
-        columns: dict[str, Any] = {
-            "sample_id": pa.repeat(response.sample_id, count),
-            "line": pa.repeat(response.line, count),
-            "source": pa.repeat(pa.scalar(response.source, pa.string()), count),
-            "position": np.arange(count),
-            "token_id": response.token_ids,
-            "token_text": response.token_texts,
-            **response.statistics,
-        }
-        tables.append(pa.table({name: columns[name] for name in SCHEMA.names}, schema=SCHEMA))
-    return pa.concat_tables(tables).combine_chunks()
+    """The tokens of responses as rows of `SCHEMA`, in their order."""
+    lengths = np.array([len(response.token_ids) for response in responses], np.int64)
+
+    def of_response(name: str, kind: pa.DataType) -> pa.Array:
+        return pa.array([getattr(response, name) for response in responses], kind).take(of_row)
+
+    def joined(arrays: Iterator[np.ndarray], kind: pa.DataType) -> pa.Array:
+        return pa.array(np.concatenate([np.zeros(0, kind.to_pandas_dtype()), *arrays]), kind)
+
+    of_row = pa.array(np.repeat(np.arange(len(responses)), lengths))
+    columns: dict[str, Any] = {field.name: of_response(field.name, field.type) for field in (*_OF_RESPONSE, *_OUTCOME)}
+    columns["position"] = joined(map(np.arange, lengths), pa.int32())
+    columns["token_id"] = joined((response.token_ids for response in responses), pa.int32())
+    columns["token_text"] = pa.array([text for response in responses for text in response.token_texts], pa.string())
+    columns["draft_id"], columns["draft_text"] = _drafts(responses, lengths)
+    for field in SCHEMA:
+        if field.name not in columns:
+            columns[field.name] = joined((response.statistics[field.name] for response in responses), field.type)
+    return pa.table([columns[name] for name in SCHEMA.names], schema=SCHEMA)
 
 
-def write_part(directory: Path, index: int, table: pa.Table) -> tuple[Path, Piece]:
-    """Write one part, and say where, and what; at any moment it is absent or whole. Equal rows give equal bytes."""
+def _drafts(responses: Sequence[ResponseRows], lengths: np.ndarray) -> tuple[pa.Array, pa.Array]:
+    """Ids and texts of what was drafted, null where nothing was replaced."""
+    total = int(lengths.sum())
+    if not any(len(response.replaced.positions) for response in responses):
+        return pa.nulls(total, pa.int32()), pa.nulls(total, pa.string())
+    ids, texts = np.full(total, None), np.full(total, None)
+    for response, end, length in zip(responses, lengths.cumsum(), lengths, strict=True):
+        places = end - length + np.asarray(response.replaced.positions, np.int64)
+        ids[places], texts[places] = response.replaced.draft_ids, response.replaced.draft_texts
+    return pa.array(ids, pa.int32()), pa.array(texts, pa.string())
+
+
+def to_responses_table(responses: Sequence[ResponseRows]) -> pa.Table:
+    """A row of `RESPONSES_SCHEMA` for each response."""
+    rows = [response._asdict() | {"num_tokens": len(response.token_ids)} for response in responses]
+    return pa.table({name: [row[name] for row in rows] for name in RESPONSES_SCHEMA.names}, schema=RESPONSES_SCHEMA)
+
+
+def write_part(
+    directory: Path, index: int, responses: Sequence[ResponseRows], origin: Origin | None = None
+) -> list[tuple[Path, Piece]]:
+    """Write one part, and say where, and what; at any moment a file is absent or whole. Equal rows give equal bytes."""
+    tables = (to_table(responses), to_responses_table(responses))
+    return [_write(path, table, origin) for path, table in zip(part_paths(directory, index), tables, strict=True)]
+
+
+def _write(path: Path, table: pa.Table, origin: Origin | None) -> tuple[Path, Piece]:
+    if origin is not None:
+        table = table.replace_schema_metadata({_METADATA: json.dumps(origin._asdict())})
+    floats = [field.name for field in table.schema if pa.types.is_floating(field.type)]
+    places = ["position"] if "position" in table.column_names else []
+    others = [name for name in table.column_names if name not in (*floats, *places)]
+    encodings = dict.fromkeys(floats, "BYTE_STREAM_SPLIT") | dict.fromkeys(places, "DELTA_BINARY_PACKED")
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    path, data = part_path(directory, index), sink.getvalue().to_pybytes()
+    # Of floats the bytes of one kind stand together, which zstd shrinks: few values are there twice.
+    pq.write_table(
+        table, sink, compression="zstd", row_group_size=ROWS_PER_GROUP, use_dictionary=others,
+        column_encoding=encodings, write_page_index=True,
+    )  # fmt: skip
+    data = sink.getvalue().to_pybytes()
     write_atomically(path, data)
     return path, piece_of(data)
 
@@ -98,7 +190,7 @@ def check_part(path: Path) -> None:
     """DatasetError if a file is not readable as a part."""
     with _explained_reads(path):
         schema = pq.read_schema(path)
-    if not (schema.equals(SCHEMA) or schema.equals(_EARLIER_SCHEMA)):
+    if not any(schema.equals(known) for known in (SCHEMA, *_EARLIER_SCHEMAS)):
         raise DatasetError(f"{path} has other columns than this version writes")
 
 
@@ -129,6 +221,9 @@ class TokenDataset:
         for part in parts:
             check_part(part)
         self._dataset = ds.dataset([str(part) for part in parts], schema=SCHEMA, format="parquet")
+        self._responses = sorted(self.directory.glob(f"{RESPONSES_DIRECTORY}/part-*.parquet"))
+        if verify and self._responses:
+            check(Ledger.read(self.directory), self.directory / RESPONSES_DIRECTORY, self._responses)
 
     @property
     def complete(self) -> bool:
@@ -137,6 +232,39 @@ class TokenDataset:
 
     def __len__(self) -> int:
         return self._dataset.count_rows()
+
+    def origin(self) -> Origin | None:
+        """What was measured and how; None of a data set of an earlier version."""
+        with _explained_reads(self.directory):
+            metadata = pq.read_schema(self._dataset.files[0]).metadata or {}
+        try:
+            return Origin(**json.loads(metadata[_METADATA])) if _METADATA in metadata else None
+        except (ValueError, TypeError) as error:
+            raise DatasetError(f"{self._dataset.files[0]}: its metadata are not as this version writes them") from error
+
+    def responses(self) -> pa.Table:
+        """A row of `RESPONSES_SCHEMA` for each response, in order; without prompts of data sets of earlier versions."""
+        with _explained_reads(self.directory):
+            if self._responses:
+                files = [str(path) for path in self._responses]
+                return ds.dataset(files, schema=RESPONSES_SCHEMA, format="parquet").to_table()
+            names = [field.name for field in _OF_RESPONSE]
+            rows = self._dataset.to_table(columns=names)
+        counted = rows.group_by(names, use_threads=False).aggregate([([], "count_all")])
+        counted = counted.rename_columns([*names, "num_tokens"])
+        columns = [
+            counted[field.name].cast(field.type)
+            if field.name in counted.column_names
+            else pa.nulls(len(counted), field.type)
+            for field in RESPONSES_SCHEMA
+        ]
+        return pa.table(columns, schema=RESPONSES_SCHEMA)
+
+    def tokens(self, columns: Sequence[str], lines: Sequence[int] | None = None) -> pa.Table:
+        """These columns of all rows in order, or of the rows of the responses with these lines."""
+        chosen = None if lines is None else pc.field("line").isin(list(lines))
+        with _explained_reads(self.directory):
+            return self._dataset.to_table(columns=list(columns), filter=chosen)
 
     def sources(self) -> list[str | None]:
         """The different sources, sorted; None last."""

@@ -37,12 +37,14 @@ _SHOWN_CRITERIA = {
 _KINDS: dict[str, Any] = {
     "id": str, "problem": int, "sample": int, "criterion": str, "threshold": int | float | None, "gamma": int | float,
     "draft": str, "seed": int, "correct": int | float | None, "error": str | None, "length": None, "finished": bool,
-    "text": str, "token_ids": [int], "selected": [int], "delta_logp": [int | float | str], "draft_ids": [int],
-    "draft_texts": [str], "new_texts": [str],
+    "text": str, "prompt_ids": [int], "token_ids": [int], "selected": [int], "delta_logp": [int | float | str],
+    "draft_ids": [int], "draft_texts": [str], "new_texts": [str],
 }  # fmt: skip
 _OF_REPLACED = ("selected", "delta_logp", "draft_ids", "draft_texts", "new_texts")
 #: Fields of a response that a line calls otherwise.
 _COLUMN_OF = {"problem_id": "id", "score": "correct"}
+#: What earlier versions did not write, and what it is there.
+_LATER: dict[str, Any] = {"prompt_ids": []}
 
 
 class Setting(NamedTuple):
@@ -60,13 +62,20 @@ class Setting(NamedTuple):
         gamma = f", γ = {self.gamma:g}" if self.gamma else ""
         return rule + gamma + (", drafts of RL" if self.draft == "rl" else "")
 
+    @property
+    def source(self) -> str:
+        """Who wrote a response: one of the models alone, "rl" or "base", or both of them, under this setting."""
+        if self.criterion == "none":
+            return self.draft
+        return "rl" if self.criterion == "all" and self.gamma == 0 else str(self)
+
 
 #: Every token from the base model, or every token from the RL model.
 BASE, RL = Setting("none"), Setting("all")
 
 
 class Response(NamedTuple):
-    """One response, its tokens without the prompt.
+    """One response, and the prompt that it answers, of which earlier versions wrote no tokens.
 
     The last five are of the replaced tokens: place, Δlog p, id and text of the draft, text of what took its place.
     """
@@ -77,6 +86,7 @@ class Response(NamedTuple):
     setting: Setting
     seed: int
     text: str
+    prompt_ids: Sequence[int]
     token_ids: Sequence[int]
     finished: bool
     score: float | None
@@ -101,12 +111,20 @@ def to_line(response: Response) -> bytes:
 def from_line(line: bytes) -> Response:
     """The response that `to_line` wrote; ValueError if it is none."""
     try:
-        columns = json.loads(line)
+        return from_columns(json.loads(line))
+    except RecursionError as error:
+        raise ValueError(f"not a response as this version writes it: {error!r}") from error
+
+
+def from_columns(given: Any) -> Response:
+    """The response of what a line holds; ValueError if it is none."""
+    try:
+        columns = _LATER | given
         _check_kinds(columns)
         columns["delta_logp"] = list(map(float, columns["delta_logp"]))
         columns["setting"] = Setting(*(columns[name] for name in Setting._fields))
         return Response(*(columns[_COLUMN_OF.get(name, name)] for name in Response._fields))
-    except (KeyError, TypeError, RecursionError) as error:
+    except (KeyError, TypeError) as error:
         raise ValueError(f"not a response as this version writes it: {error!r}") from error
 
 

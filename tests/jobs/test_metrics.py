@@ -26,7 +26,7 @@ from dlogp_kernels.report.dataset import SCHEMA, STATISTICS
 
 # float32 of the whole model against float64 of its logits: a few roundings of logits of a size of about 10.
 ROUNDING = 2e-5
-NUMBERS = [field.name for field in SCHEMA if pa.types.is_floating(field.type)]
+NUMBERS = [field.name for field in SCHEMA if pa.types.is_floating(field.type) and field.name != "correct"]
 KEYS = [name for name in SCHEMA.names if name not in NUMBERS]
 
 
@@ -79,6 +79,7 @@ def expected_rows(pair: Pair, temperature: float = 1.0) -> dict[str, list]:
             "position": range(len(response)),
             "token_id": response,
             "token_text": row["response"].split(),
+            **dict.fromkeys(("correct", "finished", "draft_id", "draft_text"), [None] * len(response)),
         }
         for name, column in columns.items():
             column += values[name].tolist() if torch.is_tensor(values[name]) else list(values[name])

@@ -110,8 +110,9 @@ def attempts(pair: Pair, plans: dict[Path, tuple[bool, list]]) -> list[list[list
 
 
 def assert_same_result(out: Path, whole: Path) -> None:
-    assert contents(out / "tokens") == contents(whole / "tokens")
-    assert sorted(path.name for path in out.iterdir()) == ["manifest.json", "summary.json", "tokens"]
+    for name in ("tokens", "responses"):
+        assert contents(out / name) == contents(whole / name)
+    assert sorted(path.name for path in out.iterdir()) == ["manifest.json", "responses", "summary.json", "tokens"]
     summaries = [json.loads((directory / "summary.json").read_text()) for directory in (out, whole)]
     for summary in summaries:
         assert summary.pop("seconds") > 0
@@ -119,7 +120,7 @@ def assert_same_result(out: Path, whole: Path) -> None:
     assert summaries[0] == summaries[1]
 
 
-PREPARATION, BASE, PARTS_OF_RL = [0, 1, 2, 3, 4, 5], [0, 1, 20, 21, 16, 17], [0, 1, 2, 3] * 2
+PREPARATION, BASE, PARTS_OF_RL = [0, 1, 2, 3, 4, 5], [0, 1, 20, 21, 16, 17], [*range(8), 5, 7]
 MOMENTS = {False: PREPARATION + PARTS_OF_RL, True: PREPARATION + BASE + PARTS_OF_RL}
 #: Sequential or not, and how each attempt is to end, of each run.
 PLANS = {
@@ -127,7 +128,7 @@ PLANS = {
     "sequential": (True, [*(["moment", moment] for moment in MOMENTS[True]), ["run", 0]]),
     # The first is over before any run is.
     "random": (False, [*(["seconds", longest] for longest in (0.05, 0.2, 0.4, 0.6, 0.8, 1.0)), ["run", 0]]),
-    # Two files of the preparation, the manifest, a part, the time it took, and the next part.
+    # Two files of the preparation, the manifest, two of a part, and one of the next.
     "left": (False, [["moment", 11]]),
 }
 

@@ -57,6 +57,7 @@ def response(setting: Setting, problem: int, score: float | None = 1.0, length=1
         "error": None if score is not None else "ValueError: no",
         "selected": list(range(replaced)),
         "delta_logp": [-1.5] * replaced,
+        "prompt_ids": [3, 4],
         "draft_ids": [7] * replaced,
         "draft_texts": ["jump"] * replaced,
         "new_texts": ["so"] * replaced,

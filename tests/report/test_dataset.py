@@ -14,16 +14,21 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
 import matplotlib.image
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from dataset_files import token_rows, write_dataset
 from rich.console import Console
 
 from dlogp_kernels.cli.tables import top_token_table
 from dlogp_kernels.report.dataset import (
+    STATISTICS,
+    Origin,
+    Replaced,
     TokenDataset,
     check_part,
-    part_path,
+    part_paths,
     to_table,
+    write_part,
 )
 from dlogp_kernels.report.errors import DatasetError
 from dlogp_kernels.report.figures import _PANELS, draw_histograms, histograms, plot, top_tokens
@@ -104,24 +109,65 @@ def test_rows_come_back_as_they_were_written(tmp_path):
     ]
 
 
-def test_the_most_likely_tokens_come_back_and_are_null_in_an_earlier_data_set(tmp_path):
+@pytest.mark.parametrize("first_missing", ["top_token", "correct"])
+def test_columns_of_later_versions_come_back_and_are_null_in_an_earlier_data_set(tmp_path, first_missing):
     top = {"top_token": [9, -1], "top_logp": [-0.5, 0.0], "base_top_token": [3, -1], "base_top_logp": [-1.25, 0.0]}
-    write_dataset(tmp_path / "new", [token_rows("rl", [5, 6], ["a", "b"], logp=[-1.0, -2.0], **top)])
+    response = {
+        "prompt": "p",
+        "prompt_ids": [8],
+        "correct": 0.5,
+        "finished": True,
+        "replaced": Replaced([1], [7], ["c"]),
+    }
+    rows = token_rows("rl", [5, 6], ["a", "b"], logp=[-1.0, -2.0], response=response, **top)
+    write_dataset(tmp_path / "new", [rows])
     table = pq.read_table(tmp_path / "new" / "tokens")
-    assert {name: table[name].to_pylist() for name in top} == top
+    replaced = {"draft_id": [None, 7], "draft_text": [None, "c"]}
+    later = top | {"correct": [0.5, 0.5], "finished": [True, True]} | replaced
+    assert {name: table[name].to_pylist() for name in later} == later
+    expected = {"sample_id": "s1", "line": 1, "source": "rl", "prompt": "p", "prompt_ids": [8], "num_tokens": 2}
+    expected |= {"correct": 0.5, "finished": True}
+    assert TokenDataset(tmp_path / "new").responses().to_pylist() == [expected]
     (tmp_path / "old" / "tokens").mkdir(parents=True)
     (part,) = (tmp_path / "new" / "tokens").iterdir()
-    pq.write_table(table.drop_columns(list(top)), tmp_path / "old" / "tokens" / part.name)
+    missing = table.column_names[table.column_names.index(first_missing) :]
+    pq.write_table(table.drop_columns(missing), tmp_path / "old" / "tokens" / part.name)
     earlier = TokenDataset(tmp_path / "old")
     assert earlier.column("logp", "rl").tolist() == [-1.0, -2.0]
-    assert len(earlier) == 2 and earlier.sources() == ["rl"]
+    assert len(earlier) == 2 and earlier.sources() == ["rl"] and earlier.origin() is None
+    absent = dict.fromkeys(("prompt", "prompt_ids", "correct", "finished"))
+    assert earlier.responses().to_pylist() == [expected | absent]
+    assert earlier.tokens([first_missing], lines=[1])[first_missing].to_pylist() == [None, None]
+
+
+def test_files_say_what_was_measured_and_are_small_and_let_readers_skip(tmp_path):
+    generator, texts = np.random.default_rng(0), [f" {number}" for number in range(1000)]
+
+    def response(line):
+        ids = generator.integers(0, 1000, 1000)
+        values = {name: generator.exponential(size=1000) for name in STATISTICS}
+        values["delta_logp"] = values["delta_logp"] - 50.0 * (line == 40)
+        return token_rows("rl", ids, [texts[number] for number in ids], line, **values)
+
+    directory = write_dataset(tmp_path)
+    origin = Origin("1", "rl", "base", None, "0" * 40, "bf16", 0.7)
+    write_part(directory, 0, [response(line) for line in range(1, 51)], origin)
+    assert TokenDataset(directory).origin() == origin
+    path, _ = part_paths(directory, 0)
+    assert path.stat().st_size <= 48 * 50_000
+    for chosen in (ds.field("sample_id") == "s7", ds.field("delta_logp") < -20.0):
+        (fragment,) = ds.dataset(path).get_fragments()
+        assert 1 <= sum(len(group.row_groups) for group in fragment.split_by_row_group(chosen)) <= 2
+        assert ds.dataset(path).to_table(filter=chosen).num_rows > 0
 
 
 def test_the_same_rows_give_the_same_bytes_and_no_temporary_file(tmp_path):
     rows = [token_rows("rl", range(100), ["x"] * 100)]
     for name in ("one", "two"):
         write_dataset(tmp_path / name, rows)
-    assert part_path(tmp_path / "one", 0).read_bytes() == part_path(tmp_path / "two", 0).read_bytes()
+    assert [path.read_bytes() for path in part_paths(tmp_path / "one", 0)] == [
+        path.read_bytes() for path in part_paths(tmp_path / "two", 0)
+    ]
     assert [path.name for path in (tmp_path / "one" / "tokens").iterdir()] == ["part-00000.parquet"]
 
 
@@ -129,7 +175,7 @@ def test_directories_that_hold_no_data_set(tmp_path):
     with pytest.raises(DatasetError, match="holds no token statistics"):
         TokenDataset(tmp_path)
     directory = write_dataset(tmp_path / "damaged", [token_rows("rl", [1], ["x"])])
-    part = part_path(directory, 0)
+    part, _ = part_paths(directory, 0)
     part.write_bytes(part.read_bytes()[:-5])
     with pytest.raises(DatasetError, match="not a readable Parquet file"):
         TokenDataset(directory)

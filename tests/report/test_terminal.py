@@ -81,7 +81,7 @@ def hostile_responses(directory: Path) -> Path:
     directory.mkdir()
     rows = [
         Response(
-            HOSTILE, number, 0, Setting(HOSTILE, threshold, gamma, HOSTILE), 0, HOSTILE, [1], True, 1.0, None, [0],
+            HOSTILE, number, 0, Setting(HOSTILE, threshold, gamma, HOSTILE), 0, HOSTILE, [2], [1], True, 1.0, None, [0],
             [-1.0], [1], [HOSTILE], [HOSTILE],
         )
         for number in range(2)

@@ -1,6 +1,7 @@
 """The two models of a run: where they lie, their limits and tokenizer, and loading them."""
 
 import importlib.util
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -33,6 +34,8 @@ _Loaded = TypeVar("_Loaded")
 #: What is taken of a repository on the Hub: its top level, without pickles and weights for other frameworks.
 _DOWNLOADED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
 
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
 
 class ModelPlace(NamedTuple):
     """A model as the user named it, the directory in which its files lie, and whether code in it may be run.
@@ -53,6 +56,12 @@ class ModelPlace(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.option} {self.name}"
+
+    @property
+    def revision(self) -> str | None:
+        """The commit of a model of the Hub; None of a directory of the user's."""
+        named_after_commit = _COMMIT.fullmatch(self.directory.name)
+        return self.directory.name if named_after_commit and not Path(self.name).exists() else None
 
 
 class Reading(NamedTuple):

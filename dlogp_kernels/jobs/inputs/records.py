@@ -8,10 +8,12 @@ empty list):
                                `tools` and `chat_template_kwargs`, which the chat template is given, too
     prompt, response           text; the response continues the prompt, and nothing is appended to it
 
-and optionally `id` (a string or an integer) and `source` (a string: who wrote the response). Other columns are ignored,
-and so are blank lines.
+and optionally `id` (a string or an integer), `source` (a string: who wrote the response), `correct` (a score, above 0
+if it is right, or true or false) and `finished` (true or false). Other columns are ignored, and so are blank lines.
+Lines of other programs are read as theirs, see `rollouts`; of a directory all files are, lines numbered through.
 """
 
+import itertools
 import json
 import stat
 from collections import Counter
@@ -25,16 +27,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ...hf.memory import as_bytes
+from ...report.dataset import Replaced
 from ...report.jsonl import MAX_LINE_BYTES, bounded_lines
 from ..errors import JobError
+from . import rollouts
 from .encoding import Encoded, encode_after, encode_prompt
 from .messages import RESPONSE_KEYS, ChatTemplate, as_conversation
 from .models import Reading
 from .values import BrokenLine, as_id_list, as_text, check_range, is_missing, kind_of, shown
 
 _FORMS = (("prompt_ids", "response_ids"), ("messages",), ("prompt", "response"))
-_BESIDE = ("id", "source", "tools", "chat_template_kwargs")
+_BESIDE = ("id", "source", "correct", "finished", "tools", "chat_template_kwargs")
 _EXPECTED = "expected prompt and response, or messages, or prompt_ids and response_ids"
+#: That of float32, the column of the data set.
+_LARGEST_SCORE = 3e38
 PARQUET_MAGIC = b"PAR1"
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -49,6 +55,9 @@ class Example(NamedTuple):
     response_ids: np.ndarray
     #: On how text became token ids, if there is one to make.
     remark: str | None = None
+    correct: float | None = None
+    finished: bool | None = None
+    replaced: Replaced = Replaced()
 
 
 class Record(NamedTuple):
@@ -61,8 +70,23 @@ class Record(NamedTuple):
 def read_records(path: Path, max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[Record]:
     """The lines of a JSONL file, or the rows of a Parquet file, one at a time; a longer line is a broken one.
 
-    Raises JobError if the file is missing, empty, or a Parquet file without the columns of any form.
+    Of a directory those of its files, see `rollouts`. Raises JobError if a file is missing, empty, or a Parquet file
+    without the columns of any form.
     """
+    return _numbered_through([_read_file(file, max_line_bytes) for file in rollouts.files_of(path)])
+
+
+def _numbered_through(files: Sequence[Iterator[Record]]) -> Iterator[Record]:
+    before = 0
+    for records in files:
+        last = before
+        for record in records:
+            last = before + record.line
+            yield Record(last, record.columns)
+        before = last
+
+
+def _read_file(path: Path, max_line_bytes: int) -> Iterator[Record]:
     start = check_file("--data", path)
     if not start:
         raise JobError(f"--data {path}: the file is empty, expected one response a line")
@@ -139,9 +163,10 @@ def _read_parquet(path: Path) -> Iterator[Record]:
     try:
         with pq.ParquetFile(path) as file:
             names = file.schema_arrow.names
-            if not any(set(names).issuperset(form) for form in _FORMS):
+            if not any(set(names).issuperset(form) for form in (*_FORMS, *rollouts.FORMS)):
                 raise JobError(f"--data {path}: it has the columns {', '.join(sorted(names))}; {_EXPECTED}")
-            wanted = [name for name in (*_BESIDE, *(name for form in _FORMS for name in form)) if name in names]
+            forms = (_BESIDE, *_FORMS, rollouts.BESIDE, *rollouts.FORMS)
+            wanted = [name for name in dict.fromkeys(itertools.chain(*forms)) if name in names]
             for name in wanted:
                 if names.count(name) > 1:
                     raise JobError(f"--data {path}: it has the column {name} twice, expected each once")
@@ -176,7 +201,7 @@ class Encoder(Reading):
 
     def __call__(self, record: Record) -> Example:
         """The sample of a line; BrokenLine if it has none."""
-        columns = columns_of(record)
+        columns = rollouts.renamed(columns_of(record))
         prompt_ids, response_ids, remark = self._encode(columns)
         if not response_ids:
             raise BrokenLine("the response is empty")
@@ -197,6 +222,9 @@ class Encoder(Reading):
             np.asarray(prompt_ids, np.int32),
             np.asarray(response_ids, np.int32),
             remark,
+            _score(columns),
+            _finished(columns),
+            replaced if isinstance(replaced := columns.get("replaced"), Replaced) else Replaced(),
         )
 
     def _encode(self, columns: Mapping[str, Any]) -> Encoded:
@@ -249,3 +277,21 @@ def sample_id(columns: Mapping[str, Any], line: int) -> str:
 def _source(columns: Mapping[str, Any]) -> str | None:
     value = columns.get("source")
     return None if is_missing(value) else as_text("source", value)
+
+
+def _score(columns: Mapping[str, Any]) -> float | None:
+    value = columns.get("correct")
+    if is_missing(value):
+        return None
+    if not isinstance(value, bool | int | float) or abs(value) > _LARGEST_SCORE:
+        raise BrokenLine(f"correct is {shown(value)}, expected a number, true or false")
+    return float(value)
+
+
+def _finished(columns: Mapping[str, Any]) -> bool | None:
+    value = columns.get("finished")
+    if is_missing(value):
+        return None
+    if not isinstance(value, bool):
+        raise BrokenLine(f"finished is {shown(value)}, expected true or false")
+    return value

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
@@ -18,10 +17,10 @@ from ...report.files import file_digest
 from ...report.ledger import MANIFEST_FILE, read_manifest
 from ..errors import JobError
 from ..inputs.models import ModelPlace, load_weights
+from ..inputs.rollouts import files_of
 from ..progress import bar
 
 _MODEL_SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHOWN_AFTER_SECONDS = 1.0
 
 
@@ -57,8 +56,8 @@ class Fingerprints:
         """The files of a model that loading reads, by name, of an adapter with `base`; of the Hub its commit."""
         directory = place.directory
         base = {} if place.base is None else {"base": self.model(place.base)}
-        if not Path(place.name).exists() and _COMMIT.fullmatch(directory.name):
-            return base | {"hub_name": place.name, "commit": directory.name}
+        if place.revision is not None:
+            return base | {"hub_name": place.name, "commit": place.revision}
         files = _model_files(directory)
         return base | {path.name: found for path, found in zip(files, self.files(files), strict=True)}
 
@@ -70,6 +69,13 @@ class Fingerprints:
             if digest is not None and stamp != _stamp(path) and digest != file_digest(path):
                 raise JobError(f"{place}: {path.name} was changed since the run began; it is not the model of this run")
         return model
+
+    def data(self, path: Path) -> dict[str, Any]:
+        """Size and digest of a file of data, or of the files of a directory by name."""
+        paths = files_of(path)
+        if paths == [path]:
+            return self.file(path)
+        return {path.name: found for path, found in zip(paths, self.files(paths), strict=True)}
 
     def file(self, path: Path) -> dict[str, Any]:
         """Size and digest of one file."""

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ...report.dataset import Replaced
 from ...report.files import replaced_atomically, write_atomically
 from ...report.ledger import Ledger
 from ..errors import JobError
@@ -24,6 +25,11 @@ _SCHEMA = pa.schema(
         ("prompt_ids", pa.list_(pa.int32())),
         ("response_ids", pa.list_(pa.int32())),
         ("remark", pa.string()),
+        ("correct", pa.float32()),
+        ("finished", pa.bool_()),
+        ("positions", pa.list_(pa.int32())),
+        ("draft_ids", pa.list_(pa.int32())),
+        ("draft_texts", pa.list_(pa.string())),
     ]
 )
 _SAMPLES_FILE = "samples.arrow"
@@ -88,7 +94,8 @@ def _files(directory: Path) -> list[Path]:
 def _write_samples(path: Path, samples: Iterator[Example]) -> None:
     with open(path, "wb") as file, pa.ipc.new_file(file, _SCHEMA) as writer:
         while batch := list(itertools.islice(samples, _SAMPLES_PER_BATCH)):
-            writer.write_batch(pa.RecordBatch.from_pylist([sample._asdict() for sample in batch], schema=_SCHEMA))
+            rows = [sample._asdict() | sample.replaced._asdict() for sample in batch]
+            writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=_SCHEMA))
 
 
 class PreparedData:
@@ -115,11 +122,15 @@ class PreparedData:
     def samples(self, begin: int, end: int) -> list[Example]:
         """Samples `begin` to `end` − 1, in the order of the data."""
         piece = self._table.slice(begin, end - begin)
-        columns = [
-            self._arrays(piece[name]) if name in ("prompt_ids", "response_ids") else piece[name].to_pylist()
-            for name in Example._fields
+        columns = {
+            name: self._arrays(piece[name]) if name in ("prompt_ids", "response_ids") else piece[name].to_pylist()
+            for name in _SCHEMA.names
+        }
+        replaced = map(Replaced, *(columns.pop(name) for name in Replaced._fields))
+        return [
+            Example(**dict(zip(columns, fields, strict=True)), replaced=places)
+            for *fields, places in zip(*columns.values(), replaced, strict=True)
         ]
-        return [Example(*fields) for fields in zip(*columns, strict=True)]
 
     def remarks(self) -> list[Remark]:
         """What there is to say of lines that are used: how their text became token ids, and ids that are not unique."""

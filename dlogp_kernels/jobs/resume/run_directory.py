@@ -2,7 +2,7 @@
 
 DIR/manifest.json   what the run is of: arguments, data and model files; it appears with the first results, and in the
                     end tells digests of all files and the summary
-DIR/tokens/         the data set of `dlogp metrics`, see report.dataset
+DIR/tokens/, DIR/responses/   the data set of `dlogp metrics`, see report.dataset
 DIR/responses.jsonl what `dlogp generate` and `dlogp sweep` drew, see report.responses
 DIR/summary.json    appears when the run is complete
 DIR/.work/          what the run needs while it is under way, with digests of what it has finished, see report.ledger
@@ -21,12 +21,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ...report.dataset import SUMMARY_FILE, TOKENS_DIRECTORY
+from ...report.dataset import RESPONSES_DIRECTORY, SUMMARY_FILE, TOKENS_DIRECTORY
 from ...report.files import TEMPORARY_SUFFIX, sealed, write_atomically
 from ...report.ledger import MANIFEST_FILE, WORK_DIRECTORY, Ledger, read_manifest
 from ..errors import JobError, explained_writes
 
-_FORMAT = 2
+_FORMAT = 3
 _GO_ON = "what is finished stays: make room and start again with the same arguments to go on"
 _HALF_WRITTEN = f".*{TEMPORARY_SUFFIX}"
 
@@ -84,7 +84,10 @@ class RunDirectory:
                 f"remove {self.out} to begin again"
             ) from error
         if found.get("format") != _FORMAT:
-            raise JobError(f"--out {self.out}: a run in format {found.get('format')}, this version writes {_FORMAT}")
+            raise JobError(
+                f"--out {self.out}: a run in format {found.get('format')}, this version writes {_FORMAT}: choose "
+                "another directory (what is there can be plotted and viewed as it is)"
+            )
         differences = list(_differences(found["identity"], self._identity))
         if differences:
             raise JobError(
@@ -144,6 +147,7 @@ class RunDirectory:
         for leftover in (
             *self.out.glob(_HALF_WRITTEN),
             *(self.out / TOKENS_DIRECTORY).glob(_HALF_WRITTEN),
+            *(self.out / RESPONSES_DIRECTORY).glob(_HALF_WRITTEN),
             *self.work.rglob(_HALF_WRITTEN),
         ):
             if leftover.is_dir():

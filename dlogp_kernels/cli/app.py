@@ -27,6 +27,7 @@ from .metrics import metrics
 from .plot import plot
 from .sweep import sweep
 from .train import train
+from .view import view
 
 app = typer.Typer(
     help="Token log-probabilities of an RL model and its base: train one, measure a pair, sample from it, plot it all.",
@@ -34,7 +35,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for _command in (metrics, generate, sweep, train, plot, doctor, demo):
+for _command in (metrics, generate, sweep, train, plot, view, doctor, demo):
     app.command(cls=Command)(_command)
 
 _errors = Terminal(stderr=True)

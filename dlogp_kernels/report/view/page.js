@@ -1,0 +1,725 @@
+"use strict";
+// The page of `dlogp view`. The numbers of all tokens lie in typed arrays; only what is near the viewport is in the
+// document. Text of models and files gets there as text alone (`textContent`), never as markup.
+
+const $ = (id) => document.getElementById(id);
+const page = JSON.parse($("page").textContent);
+const { responses, prompts, sources, groups, vocabulary, columns } = page;
+const count = responses.id.length;
+
+function element(name, className = "", ...children) {
+  const made = document.createElement(name);
+  if (className) made.className = className;
+  made.append(...children);
+  return made;
+}
+
+function button(text, onClick) {
+  const made = element("button", "", text);
+  made.addEventListener("click", onClick);
+  return made;
+}
+
+const option = (value, text) => Object.assign(element("option", "", text), { value });
+const counted = (number, of) => `${number.toLocaleString("en")} ${of}${number === 1 ? "" : "s"}`;
+
+// ---------------------------------------------------------------- data
+
+const decoded = new Map();
+
+/** A column of the tokens, decoded when it is first asked for; undefined if there is none. */
+function column(name, Kind = Float32Array) {
+  if (!decoded.has(name)) {
+    const text = $(`column-${name}`)?.textContent;
+    const bytes = text === undefined ? undefined : Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
+    decoded.set(name, bytes && new Kind(bytes.buffer));
+  }
+  return decoded.get(name);
+}
+
+const words = column("token", Uint32Array); // places in the vocabulary
+const drafts = column("draft", Int32Array); // likewise; −1 where nothing was replaced
+const begins = new Uint32Array(count + 1);
+responses.length.forEach((length, index) => (begins[index + 1] = begins[index] + length));
+const total = begins[count];
+
+/** The index of the last entry of `sorted` that is not above `value`. */
+function lastBelow(sorted, value) {
+  let low = 0, high = sorted.length - 1;
+  while (low < high) {
+    const middle = (low + high + 1) >> 1;
+    if (sorted[middle] <= value) low = middle;
+    else high = middle - 1;
+  }
+  return low;
+}
+
+/** The response of a token; of several that begin there all but the last are empty. */
+const responseOf = (token) => lastBelow(begins, token);
+const isUnknown = (word) => !vocabulary.text[word];
+const textOf = (word) => vocabulary.text[word] || `#${vocabulary.id[word]}`;
+
+// Tokens that are whole words, as those of a word tokenizer, have no space of their own.
+const gap = vocabulary.text.some((text) => /\s/.test(text)) ? "" : " ";
+
+/** The text of a response, or of its first tokens. */
+function responseText(index, most = Infinity) {
+  return Array.from(words.subarray(begins[index], Math.min(begins[index + 1], begins[index] + most)), textOf).join(gap);
+}
+
+function format(value) {
+  const size = Math.abs(value);
+  const text = size > 0 && size < 5e-4 ? value.toExponential(1) : value.toFixed(3);
+  return text.replace("Infinity", "∞").replaceAll("-", "−");
+}
+
+// ---------------------------------------------------------------- colours
+
+const LEVELS = 8;
+const state = { column: columns[0], reach: null, only: null, sort: null, descending: true, current: 0 };
+let scale, near, summaries;
+
+/** Levels −8 to 8 of a column's values; the square root shows small ones beside large ones. */
+function scaleOf({ name, scale: kind }, reach) {
+  const values = column(name), step = Math.ceil(values.length / 50000);
+  const finite = values.filter((value, index) => index % step === 0 && Number.isFinite(value)).sort();
+  const quantile = (share) => finite[Math.round(share * (finite.length - 1))] ?? 0;
+  const low = quantile(0.005), high = quantile(0.995);
+  if (kind === "range") {
+    const width = high - low || 1;
+    const clamp = (part) => Math.max(0, Math.min(1, part));
+    return { values, kind, level: (value) => Math.round(LEVELS * clamp((value - low) / width)),
+      at: (level) => low + (width * level) / LEVELS };
+  }
+  const sign = kind === "signed" || high > -low ? 1 : -1;
+  reach ??= niceAbove(Math.max(Math.abs(low), Math.abs(high)));
+  const level = (value) => Math.sign(value) * Math.round(LEVELS * Math.sqrt(Math.min(1, Math.abs(value) / reach)));
+  return { values, kind, reach, level: kind === "signed" ? level : (value) => Math.max(0, level(sign * value)),
+    at: (place) => sign * Math.sign(place) * reach * (place / LEVELS) ** 2 };
+}
+
+function niceAbove(value) {
+  if (!(value > 0)) return 1;
+  const power = 10 ** Math.floor(Math.log10(value));
+  return [1, 2, 5, 10].map((digit) => digit * power).find((nice) => nice >= value * 0.999);
+}
+
+function colourOf(level) {
+  if (level === 0) return "";
+  const hue = scale.kind !== "signed" ? "amount" : level > 0 ? "up" : "down";
+  return ` level ${hue} l${Math.abs(level)}`;
+}
+
+/** Whether a token has a number: those that were not replaced have none in the output of `generate` and `sweep`. */
+const isMeasured = (token) => !page.replaced_only || drafts?.[token] >= 0;
+const isStrong = (token) =>
+  state.only === null ? Math.abs(scale.level(scale.values[token])) >= 6 : Math.abs(scale.values[token]) > state.only;
+
+const CONTEXT = 12;
+
+/** 2 for the tokens that are coloured, 1 for those around them, 0 for those that are left out. */
+function findNear() {
+  near = new Uint8Array(total).fill(state.only === null ? 2 : 0);
+  if (state.only === null) return;
+  for (let index = 0; index < count; index++)
+    for (let token = begins[index]; token < begins[index + 1]; token++)
+      if (isStrong(token)) {
+        const from = Math.max(begins[index], token - CONTEXT), to = Math.min(begins[index + 1], token + CONTEXT + 1);
+        for (let around = from; around < to; around++) near[around] ||= 1;
+        near[token] = 2;
+      }
+}
+
+/** Mean, least and largest value of each response; those that are NaN do not enter. */
+function summarise() {
+  summaries = { mean: [], min: [], max: [] };
+  for (let index = 0; index < count; index++) {
+    let sum = 0, number = 0, min = Infinity, max = -Infinity;
+    for (let token = begins[index]; token < begins[index + 1]; token++) {
+      const value = scale.values[token];
+      if (Number.isNaN(value)) continue;
+      sum += value;
+      number += 1;
+      min = Math.min(min, value);
+      max = Math.max(max, value);
+    }
+    summaries.mean.push(number ? sum / number : NaN);
+    summaries.min.push(number ? min : NaN);
+    summaries.max.push(number ? max : NaN);
+  }
+}
+
+const shownSummary = (name, index) => (Number.isNaN(summaries[name][index]) ? "–" : format(summaries[name][index]));
+
+function drawLegend() {
+  const legend = $("legend"), signed = scale.kind === "signed";
+  legend.replaceChildren();
+  const said = [];
+  for (let level = signed ? -LEVELS : 0; level <= LEVELS; level++) {
+    const text = String(Number(scale.at(level).toPrecision(2))).replace("-", "−");
+    const number = level % 4 ? "" : signed && level > 0 ? `+${text}` : text;
+    if (number) said.push(number);
+    const shown = element("b", "", element("span", "", number));
+    legend.append(element("span", "", element("i", colourOf(level).trim()), shown));
+  }
+  legend.ariaLabel = `${signed ? "blue below 0, orange above" : "the further, the stronger"}: ${said.join(", ")}`;
+}
+
+// ---------------------------------------------------------------- a list of which only the visible part is there
+
+class VirtualList {
+  /** `estimate(index, width)` is the height of an item before it was there, `render(index)` its element. */
+  constructor(scroller, estimate, render, onUpdate = () => {}) {
+    Object.assign(this, { scroller, estimate, render, onUpdate, count: 0, width: 0, nodes: new Map() });
+    this.canvas = scroller.appendChild(element("div", "canvas"));
+    this.offsets = new Float64Array(1);
+    scroller.addEventListener("scroll", () => this.update());
+    new ResizeObserver(() => {
+      if (scroller.clientWidth !== this.width) this.layOut(...this.top());
+      else this.update();
+    }).observe(scroller);
+  }
+
+  /** The item at the top, and how far it is scrolled beyond its begin. */
+  top() {
+    const index = Math.min(lastBelow(this.offsets, this.scroller.scrollTop), Math.max(0, this.count - 1));
+    return [index, this.scroller.scrollTop - this.offsets[index]];
+  }
+
+  show(number, top = 0) {
+    this.count = number;
+    this.layOut(top);
+  }
+
+  layOut(top, shift = 0) {
+    this.width = this.scroller.clientWidth;
+    const heights = Float64Array.from({ length: this.count }, (_, index) => this.estimate(index, this.width));
+    this.setHeights(heights);
+    this.redraw();
+    this.reveal(top, shift);
+  }
+
+  setHeights(heights) {
+    this.heights = heights;
+    this.offsets = new Float64Array(heights.length + 1);
+    heights.forEach((height, index) => (this.offsets[index + 1] = this.offsets[index] + height));
+    this.canvas.style.height = `${this.offsets[heights.length]}px`;
+  }
+
+  /** Render these items anew, all by default. */
+  redraw(...indices) {
+    for (const index of indices.length ? indices : [...this.nodes.keys()]) {
+      this.nodes.get(index)?.remove();
+      this.nodes.delete(index);
+    }
+    this.update();
+  }
+
+  reveal(index, shift = 0) {
+    // Where heights turn out others than estimated, the second time is exact.
+    for (let time = 0; time < 2; time++) {
+      this.scroller.scrollTop = (this.offsets[index] ?? 0) + shift;
+      this.update();
+    }
+  }
+
+  revealIfHidden(index) {
+    const { scrollTop, clientHeight } = this.scroller;
+    if (this.offsets[index] < scrollTop || this.offsets[index + 1] > scrollTop + clientHeight)
+      this.reveal(index, -clientHeight / 3);
+  }
+
+  update() {
+    const { scroller, nodes } = this;
+    const margin = scroller.clientHeight / 2;
+    for (let time = 0; time < 4; time++) {
+      const [top, shift] = this.top();
+      const first = lastBelow(this.offsets, scroller.scrollTop - margin);
+      const end = scroller.scrollTop + scroller.clientHeight + margin;
+      const last = Math.min(this.count - 1, lastBelow(this.offsets, end));
+      for (const [index, node] of nodes)
+        if (index < first || index > last) {
+          node.remove();
+          nodes.delete(index);
+        }
+      const made = [];
+      for (let index = first; index <= last; index++)
+        if (!nodes.has(index)) {
+          nodes.set(index, this.render(index));
+          made.push(index);
+        }
+      // In their order, for those who read by the document: from the last on, each before its next.
+      for (const index of made.toReversed()) this.canvas.insertBefore(nodes.get(index), nodes.get(index + 1) ?? null);
+      const measured = made.map((index) => nodes.get(index).offsetHeight);
+      const changed = made.filter((index, place) => Math.abs(measured[place] - this.heights[index]) > 0.5);
+      if (changed.length) {
+        made.forEach((index, place) => (this.heights[index] = measured[place]));
+        this.setHeights(this.heights);
+        // What the reader sees stays where it is.
+        scroller.scrollTop = this.offsets[top] + shift;
+      }
+      if (made.length)
+        for (const [index, node] of nodes) node.style.transform = `translateY(${this.offsets[index]}px)`;
+      if (!changed.length) break;
+    }
+    this.onUpdate();
+  }
+}
+
+// ---------------------------------------------------------------- which responses, in which order, cut into rows
+
+const byGroup = Array.from({ length: groups }, () => []);
+responses.group.forEach((group, index) => byGroup[group].push(index));
+const SHORTEST_ROW = 120, LONGEST_ROW = 320; // in tokens
+
+const endsLine = vocabulary.text.map((text) => Boolean(text?.includes("\n")));
+const perToken = Math.max(1, responseText(0, 2000).length / Math.min(2000, begins[1] || 1)); // characters, about
+
+let order = []; // of the responses that are listed
+let blocks = []; // what is read together: the responses side by side, or one
+let rows = []; // the blocks cut into rows: {block, part, pieces}
+let rowOfBlock = [];
+const chosen = new Map(); // of several responses to a prompt: which is shown, by side and group
+const openPrompts = new Set();
+
+/** Pieces of a response that stand in rows of their own: tokens, and how many were left out before them. */
+function cut(index) {
+  const pieces = [];
+  let begin = -1, skipped = 0, skippedBefore = 0;
+  const close = (end) => {
+    if (begin >= 0) pieces.push({ begin, end, skipped: skippedBefore });
+    begin = -1;
+  };
+  for (let token = begins[index]; token < begins[index + 1]; token++) {
+    if (!near[token]) {
+      close(token);
+      skipped += 1;
+      continue;
+    }
+    if (begin < 0) [begin, skippedBefore, skipped] = [token, skipped, 0];
+    const length = token + 1 - begin;
+    if (length >= LONGEST_ROW || (length >= SHORTEST_ROW && endsLine[words[token]])) close(token + 1);
+  }
+  close(begins[index + 1]);
+  if (skipped) pieces.push({ begin: begins[index + 1], end: begins[index + 1], skipped });
+  return pieces;
+}
+
+function findBlocks() {
+  if (!$("beside").checked) return order.map((index) => ({ cells: [index], choices: [[index]] }));
+  const sides = ["left", "right"].map((side) => Number($(side).value));
+  return [...new Set(order.map((index) => responses.group[index]))].map((group) => {
+    const choices = sides.map((source) => byGroup[group].filter((index) => responses.source[index] === source));
+    // Both sides of one source: its first two responses.
+    const first = (some, side) => some[sides[0] === sides[1] ? side : 0];
+    const cells = choices.map((some, side) => chosen.get(`${side} ${group}`) ?? first(some, side));
+    return { group, cells, choices };
+  });
+}
+
+/** Lay the responses out anew, with `response` at the top. */
+function layOut(response = null) {
+  blocks = findBlocks();
+  rows = [];
+  rowOfBlock = [];
+  blocks.forEach((block, number) => {
+    rowOfBlock.push(rows.length);
+    const pieces = block.cells.map((index) => (index === undefined ? [] : cut(index)));
+    const length = Math.max(1, ...pieces.map((some) => some.length));
+    for (let part = 0; part < length; part++)
+      rows.push({ block: number, part, last: part === length - 1, pieces: pieces.map((some) => some[part]) });
+  });
+  const block = response === null ? -1 : blocks.findIndex(({ cells }) => cells.includes(response));
+  reading.show(rows.length, rowOfBlock[Math.max(0, block)] ?? 0);
+}
+
+function estimateRow(index, width) {
+  const { pieces, part } = rows[index];
+  const perLine = Math.max(20, width / pieces.length / 8);
+  const tokens = Math.max(...pieces.map((piece) => (piece ? piece.end - piece.begin : 0)));
+  return Math.ceil((tokens * perToken) / perLine) * 27 + (part === 0 ? 80 : 0);
+}
+
+// ---------------------------------------------------------------- a row of responses
+
+const MARKS = { "\n": "↵", "\t": "⇥", " ": "␣" };
+
+/** The text of a word with its white space shown. */
+const visible = (word) => textOf(word).replace(/[\n\t ]/g, (character) => MARKS[character]);
+
+function wordNode(word) {
+  if (isUnknown(word)) return element("span", "unknown", textOf(word));
+  if (!/[\n\t]/.test(textOf(word))) return textOf(word);
+  const shown = document.createDocumentFragment();
+  for (const part of textOf(word).split(/([\n\t])/))
+    shown.append(...(part in MARKS ? [element("span", "mark", MARKS[part]), part] : [part]));
+  return shown;
+}
+
+function tokenNode(token) {
+  const node = element("span", "token", wordNode(words[token]));
+  const value = scale.values[token];
+  node.id = `t${token}`;
+  node.tabIndex = -1;
+  if (near[token] < 2) node.className += " dim";
+  else if (isMeasured(token)) node.className += Number.isNaN(value) ? " nan" : colourOf(scale.level(value));
+  if (drafts && drafts[token] >= 0) node.className += drafts[token] === words[token] ? " kept" : " replaced";
+  return node;
+}
+
+function pieceNode({ begin, end, skipped }) {
+  const made = element("div", "text");
+  if (skipped) made.append(element("span", "elided", `⋯ ${counted(skipped, "token")}`));
+  for (let token = begin; token < end; token++) {
+    if ($("drafts").checked && drafts && drafts[token] >= 0 && drafts[token] !== words[token])
+      made.append(element("bdi", "draft", textOf(drafts[token]).trim() || visible(drafts[token])));
+    made.append(tokenNode(token), gap);
+  }
+  return made;
+}
+
+/** 0 where nobody graded, 1 if right, 2 if wrong. */
+const verdictOf = (index) => (responses.correct[index] === null ? 0 : responses.correct[index] > 0 ? 1 : 2);
+
+function verdictNode(index, ...shown) {
+  const verdict = verdictOf(index);
+  const made = element("span", ["", "right", "wrong"][verdict], shown[verdict]);
+  if (verdict) made.title = `${made.className}, score ${responses.correct[index]}`;
+  return made;
+}
+
+function headNode(index, block, side) {
+  const { choices, group } = blocks[block];
+  const head = element("div", "head");
+  if (choices[side].length > 1) {
+    const choice = element("select");
+    choice.ariaLabel = "Which response";
+    choice.append(...choices[side].map((other, place) => {
+      const verdict = ["", " ✓", " ✗"][verdictOf(other)];
+      return option(other, `${place + 1} of ${choices[side].length}: ${responses.id[other]}${verdict}`);
+    }));
+    choice.value = index;
+    choice.addEventListener("change", () => {
+      chosen.set(`${side} ${group}`, Number(choice.value));
+      layOut(Number(choice.value));
+    });
+    head.append(choice);
+  } else head.append(element("bdi", "id", responses.id[index]));
+  const source = sources[responses.source[index]];
+  if (source) head.append(element("bdi", "muted", source));
+  if (verdictOf(index)) head.append(verdictNode(index, "", "✓ right", "✗ wrong"));
+  if (responses.finished[index] === false) head.append(element("span", "wrong", "not finished"));
+  const [mean, min, max] = ["mean", "min", "max"].map((name) => shownSummary(name, index));
+  head.append(element("span", "muted", counted(responses.length[index], "token")),
+    element("span", "numbers muted", `${state.column.label} ${mean}, from ${min} to ${max}`));
+  return head;
+}
+
+function promptNode(number, row) {
+  const isOpen = openPrompts.has(number);
+  const fold = button(isOpen ? "▾ prompt" : "▸ prompt  ", () => {
+    openPrompts[isOpen ? "delete" : "add"](number);
+    reading.redraw(row);
+    reading.nodes.get(row).querySelector("button").focus();
+  });
+  fold.ariaExpanded = isOpen;
+  if (!isOpen) fold.append(element("bdi", "", prompts[number].slice(0, 300).replace(/\s+/g, " ")));
+  return element("div", "prompt", fold, ...(isOpen ? [element("div", "", prompts[number])] : []));
+}
+
+function renderRow(number) {
+  const { block, part, last, pieces } = rows[number];
+  const { cells } = blocks[block];
+  const made = element("div", `row${part === 0 ? " first" : ""}${last ? " last" : ""}`);
+  const prompt = responses.prompt[cells.find((index) => index !== undefined)];
+  if (part === 0 && typeof prompt === "number") made.append(promptNode(prompt, number));
+  const beside = element("div", "cells");
+  cells.forEach((index, side) => {
+    const cell = element("article");
+    if (part === 0) {
+      if (index === undefined) cell.append(element("p", "muted", "no response of this source"));
+      else cell.append(headNode(index, block, side));
+      if (index !== undefined && !pieces[side]) cell.append(element("p", "muted", "no tokens"));
+    }
+    if (pieces[side]) cell.append(pieceNode(pieces[side]));
+    beside.append(cell);
+  });
+  made.append(beside);
+  return made;
+}
+
+// ---------------------------------------------------------------- the list of samples
+
+const HEADINGS = { id: "id", correct: "✓", length: "tokens", mean: "mean", min: "min", max: "max" };
+
+function renderSample(place) {
+  const index = order[place];
+  const made = element("div", "sample", element("bdi", "", responses.id[index]), verdictNode(index, "", "✓", "✗"));
+  made.append(element("span", "", responses.length[index].toLocaleString("en")));
+  for (const name of ["mean", "min", "max"]) made.append(element("span", "", shownSummary(name, index)));
+  const source = sources[responses.source[index]];
+  const start = element("bdi", "", responseText(index, 40).trim());
+  made.append(element("span", "about", ...(source ? [element("bdi", "", source), " · "] : []), start));
+  made.role = "option";
+  made.ariaSelected = index === state.current;
+  made.addEventListener("click", () => select(index));
+  return made;
+}
+
+function select(index) {
+  if ($("beside").checked)
+    ["left", "right"].forEach((side, number) => {
+      if (Number($(side).value) === responses.source[index]) chosen.set(`${number} ${responses.group[index]}`, index);
+    });
+  const block = blocks.findIndex(({ cells }) => cells.includes(index));
+  if (block < 0) layOut(index);
+  else reading.reveal(rowOfBlock[block]);
+  markCurrent(index);
+  if (isNarrow()) showSamples(false);
+}
+
+function markCurrent(index) {
+  if (index === state.current) return;
+  state.current = index;
+  for (const [place, node] of list.nodes) node.ariaSelected = order[place] === index;
+}
+
+let lowered = null; // the texts in which the search looks
+
+function findOrder() {
+  const wanted = $("search").value.trim().toLowerCase();
+  if (wanted) lowered ??= responses.id.map((id, index) => `${id}\n${responseText(index)}`.toLowerCase());
+  const source = $("source").value, verdict = ["", "right", "wrong"].indexOf($("verdict").value);
+  order = [];
+  for (let index = 0; index < count; index++)
+    if ((source === "" || responses.source[index] === Number(source)) &&
+        (!verdict || verdictOf(index) === verdict) && (!wanted || lowered[index].includes(wanted)))
+      order.push(index);
+  if (state.sort) {
+    const keys = summaries[state.sort] ?? responses[state.sort];
+    const sign = state.descending ? -1 : 1;
+    const isMissing = (key) => key === null || Number.isNaN(key);
+    order.sort((one, other) => {
+      const a = keys[one], b = keys[other];
+      if (isMissing(a) || isMissing(b)) return isMissing(a) - isMissing(b) || one - other;
+      return (a < b ? -sign : a > b ? sign : 0) || one - other;
+    });
+  }
+  $("count").textContent = `${order.length.toLocaleString("en")} of ${counted(count, "response")}`;
+}
+
+function showOrder() {
+  findOrder();
+  state.current = order[0] ?? -1;
+  list.show(order.length);
+  layOut();
+}
+
+function drawHeadings() {
+  $("headings").replaceChildren(...Object.entries(HEADINGS).map(([name, text]) => {
+    const isSorted = state.sort === name;
+    const made = button(text + (isSorted ? (state.descending ? " ↓" : " ↑") : ""), () => sortBy(name));
+    made.ariaPressed = isSorted;
+    made.title = `Sort by ${name === "correct" ? "right or wrong" : text}; again: the other way, as in the file`;
+    return made;
+  }));
+}
+
+/** By this, then the other way round, then as in the file. */
+function sortBy(name) {
+  const firstDown = name !== "id";
+  if (state.sort !== name) [state.sort, state.descending] = [name, firstDown];
+  else if (state.descending === firstDown) state.descending = !firstDown;
+  else state.sort = null;
+  drawHeadings();
+  showOrder();
+}
+
+// ---------------------------------------------------------------- all numbers of a token
+
+const wordCode = (word) => (word < 0 ? "–" : element("code", "", visible(word)));
+
+function tableRow(heading, ...cells) {
+  return element("tr", "", element("th", "", heading), ...cells.map((cell) => element("td", "", cell)));
+}
+
+function describe(token) {
+  const index = responseOf(token), word = words[token], draft = drafts ? drafts[token] : -1;
+  const place = `token ${token - begins[index] + 1} of ${responses.length[index]}`;
+  const made = [element("div", "", wordCode(word), ` #${vocabulary.id[word]}, ${place}`)];
+  if (draft === word) made.push(element("div", "", "drawn again, and the same as drafted"));
+  else if (draft >= 0)
+    made.push(element("div", "", "replaced the draft ", wordCode(draft), ` #${vocabulary.id[draft]}`));
+  if (!isMeasured(token)) return [...made, element("div", "muted", "no numbers: it was not replaced")];
+  const value = (name) => format(column(name)[token]);
+  const single = columns.filter(({ of_both }) => !of_both);
+  const paired = columns.filter(({ name }) => column(`base_${name}`));
+  made.push(element("table", "", ...single.map(({ name, label }) => tableRow(label, value(name)))));
+  if (!paired.length) return made;
+  const both = element("table", "", tableRow("", "RL", "base"));
+  for (const { name, of_both } of paired) {
+    both.append(tableRow(of_both, value(name), value(`base_${name}`)));
+    const probability = (of) => format(Math.exp(column(of)[token]));
+    if (name === "logp") both.append(tableRow("p", probability(name), probability(`base_${name}`)));
+  }
+  const likely = ["top_token", "base_top_token"].map((name) => column(name, Int32Array));
+  if (likely[0]) both.append(tableRow("most likely token", ...likely.map((ofModel) => wordCode(ofModel[token]))));
+  return [...made, both];
+}
+
+function showDetails(node) {
+  const details = $("details");
+  const token = Number(node.id.slice(1));
+  const at = node.getClientRects()[0], pane = $("reading").getBoundingClientRect();
+  details.hidden = at.bottom < pane.top || at.top > pane.bottom;
+  if (details.hidden) return;
+  details.replaceChildren(...describe(token));
+  const { width, height } = details.getBoundingClientRect();
+  const below = at.bottom + 8 + height <= innerHeight || at.top - 8 - height < 0;
+  details.style.left = `${Math.max(8, Math.min(at.left, innerWidth - width - 8))}px`;
+  details.style.top = `${below ? Math.min(at.bottom + 8, innerHeight - height - 4) : at.top - 8 - height}px`;
+  node.setAttribute("aria-describedby", "details");
+}
+
+const hideDetails = () => ($("details").hidden = true);
+
+// ---------------------------------------------------------------- keys
+
+const tokenAt = (target) => target?.closest?.(".token") ?? null;
+
+/** Focus a token, wherever it is. */
+function focusToken(token) {
+  const index = responseOf(token);
+  const block = blocks.findIndex(({ cells }) => cells.includes(index));
+  if (block < 0) return;
+  const side = blocks[block].cells.indexOf(index);
+  let row = rowOfBlock[block];
+  while (rows[row + 1]?.block === block && rows[row + 1].pieces[side]?.begin <= token) row += 1;
+  if (!$(`t${token}`)) reading.reveal(row);
+  const node = $(`t${token}`);
+  if (!node) return;
+  node.scrollIntoView({ block: "nearest" });
+  reading.update();
+  node.focus({ preventScroll: true });
+}
+
+/** Focus the next token for which `accept` holds, from `token` of a response on, in the responses that are shown. */
+function seek(response, token, step, accept) {
+  const shown = blocks.flatMap(({ cells }) => cells.filter((index) => index !== undefined));
+  for (let place = shown.indexOf(response); place >= 0 && place < shown.length; place += step) {
+    const [begin, end] = [begins[shown[place]], begins[shown[place] + 1]];
+    if (shown[place] !== response) token = step > 0 ? begin : end - 1;
+    for (; token >= begin && token < end; token += step) if (near[token] && accept(token)) return focusToken(token);
+  }
+}
+
+function firstVisibleToken() {
+  const top = $("reading").getBoundingClientRect().top;
+  return [...$("reading").querySelectorAll(".token")].find((node) => node.getBoundingClientRect().top >= top);
+}
+
+function onKey(event) {
+  if (event.ctrlKey || event.metaKey || event.altKey || event.target.matches("input, select")) return;
+  const focused = tokenAt(event.target), from = focused ?? firstVisibleToken();
+  const step = { ArrowLeft: -1, ArrowRight: 1, p: -1, n: 1 }[event.key];
+  const inList = { ArrowUp: -1, ArrowDown: 1 }[event.key];
+  if (event.key === "Escape") hideDetails();
+  else if (inList && event.target === $("list") && order.length) {
+    const place = Math.max(0, Math.min(order.length - 1, order.indexOf(state.current) + inList));
+    select(order[place]);
+    list.revealIfHidden(place);
+  } else if (step && from) {
+    const token = Number(from.id.slice(1));
+    const accept = event.key.startsWith("Arrow") ? () => true : (other) => isMeasured(other) && isStrong(other);
+    seek(responseOf(token), focused ? token + step : token, step, accept);
+  } else return;
+  event.preventDefault();
+}
+
+// ---------------------------------------------------------------- controls
+
+const isNarrow = () => matchMedia("(max-width: 60rem)").matches;
+
+function showSamples(shown) {
+  $("samples").hidden = !shown;
+  $("toggle-samples").ariaExpanded = shown;
+}
+
+/** What the numbers are has changed: colours, and what follows from them. */
+function onNumber() {
+  scale = scaleOf(state.column, state.reach);
+  $("only-name").textContent = state.column.label;
+  $("reach-label").hidden = scale.kind === "range";
+  $("reach").value = scale.reach ?? "";
+  drawLegend();
+  findNear();
+}
+
+const numberOf = (input) => (input.valueAsNumber >= 0 ? input.valueAsNumber : null);
+
+function fill() {
+  $("number").append(...columns.map(({ label }, place) => option(place, label)));
+  const named = () => sources.map((source, place) => option(place, source ?? "no source"));
+  $("source").append(option("", "every source"), ...named());
+  $("source").hidden = sources.length < 2;
+  $("verdict").hidden = responses.correct.every((score) => score === null);
+  $("drafts-label").hidden = !drafts;
+  for (const side of ["left", "right"]) $(side).append(...named());
+  const places = ["rl", "base"].map((source) => sources.indexOf(source));
+  $("left").value = Math.max(0, places[0]);
+  $("right").value = places[1] >= 0 ? places[1] : Math.min(sources.length - 1, places[0] === 1 ? 0 : 1);
+}
+
+function listen() {
+  const on = (id, kind, act) => $(id).addEventListener(kind, act);
+  on("theme", "change", () => (document.documentElement.style.colorScheme = $("theme").value));
+  on("toggle-samples", "click", () => showSamples($("samples").hidden));
+  on("number", "change", () => {
+    Object.assign(state, { column: columns[$("number").value], reach: null });
+    onNumber();
+    summarise();
+    showOrder();
+  });
+  on("reach", "change", () => {
+    state.reach = numberOf($("reach")) || null;
+    onNumber();
+    reading.redraw();
+  });
+  on("only", "input", () => {
+    state.only = numberOf($("only"));
+    findNear();
+    layOut(state.current);
+  });
+  on("drafts", "change", () => reading.layOut(...reading.top()));
+  for (const id of ["beside", "left", "right"])
+    on(id, "change", () => {
+      chosen.clear();
+      $("sides").hidden = !$("beside").checked;
+      layOut(state.current);
+    });
+  for (const id of ["search", "source", "verdict"]) on(id, "input", showOrder);
+  on("reading", "mouseover", (event) => tokenAt(event.target) && showDetails(tokenAt(event.target)));
+  on("reading", "mouseout", (event) => tokenAt(event.target) && hideDetails());
+  on("reading", "focusin", (event) => tokenAt(event.target) && showDetails(tokenAt(event.target)));
+  on("reading", "focusout", hideDetails);
+  document.addEventListener("keydown", onKey);
+}
+
+const list = new VirtualList($("list"), () => 46.2, renderSample);
+const reading = new VirtualList($("reading"), estimateRow, renderRow, () => {
+  const focused = tokenAt(document.activeElement);
+  if (focused) showDetails(focused);
+  else hideDetails();
+  const row = rows[reading.top()[0]];
+  const shown = row && blocks[row.block].cells.find((index) => index !== undefined);
+  if (shown !== undefined && !blocks[row.block].cells.includes(state.current)) markCurrent(shown);
+});
+
+fill();
+showSamples(!isNarrow());
+onNumber();
+summarise();
+drawHeadings();
+listen();
+showOrder();
+document.documentElement.dataset.ready = "yes";

@@ -90,11 +90,11 @@ _VISIT = "benchmarks/results/h100_visit1.json"
 _HOPPER_VISIT = "benchmarks/results/h200_visit1.json"
 #: Lines that hold count in their order. Of what has no line "triton" comes first, unmeasured.
 PREFERENCES = (
-    Preference("linear_logp_fwd", "cuda", 90, (torch.bfloat16,), range(896, 4097), _HOPPER_VISIT),
+    Preference("linear_logp_fwd", "cuda", 90, (torch.bfloat16,), range(896, 8193), _HOPPER_VISIT),
     Preference("linear_logp_fwd", "triton", 90, (torch.bfloat16,), range(896, 4097), _VISIT),
-    Preference("linear_delta_logp_fwd", "cuda", 90, (torch.bfloat16,), range(896, 4097), _HOPPER_VISIT),
+    Preference("linear_delta_logp_fwd", "cuda", 90, (torch.bfloat16,), range(896, 8193), _HOPPER_VISIT),
     Preference("linear_delta_logp_fwd", "triton", 90, (torch.bfloat16,), range(896, 4097), _VISIT),
-    Preference("linear_logp_bwd", "cuda", 90, (torch.bfloat16,), range(896, 4097), _HOPPER_VISIT),
+    Preference("linear_logp_bwd", "cuda", 90, (torch.bfloat16,), range(896, 8193), _HOPPER_VISIT),
     Preference("extrapolated_sample", "cuda", 90, (torch.bfloat16,), measured=_VISIT),
     Preference("extrapolated_sample", "cuda"),
 )

@@ -63,9 +63,10 @@ _BLOCK = 128
 _SCALED = 2048
 #: A slice of logits and a block of gradients take this many times the workspace at most: 768 MiB by default.
 _SHARE = 3
-#: Of a block at most, and of a slice but for the last one at least, where the workspace allows.
+#: Of a block at most, and of a slice but for the last one at least, where the workspace allows: below 256 rows the
+#: product takes as long as reading the weight does.
 _BLOCK_ROWS = 2048
-_SLICE_ROWS = 128
+_SLICE_ROWS = 256
 #: Of a slice, where the workspace does not.
 _FEWEST_ROWS = 16
 #: What rows begin at a multiple of, in elements, and logits, in bytes.
@@ -372,7 +373,7 @@ def _in_blocks(
 
 def _tiling(models: list[Head], num_rows: int, workspace: int) -> Tiling:
     """What fits: blocks of nearly equal numbers of rows, in slices as large as the gradients before leave room for."""
-    memory = _SHARE * workspace * 31 // 32
+    memory = _SHARE * workspace * 127 // 128
     columns = round_up(models[0].weight.shape[0], _ALIGNED)
     logits_bytes, gradient_bytes = 4 * columns * len(models), columns * models[0].dtype.itemsize
     hidden_bytes = sum(model.hidden.shape[-1] * model.dtype.itemsize for model in models)

@@ -1,5 +1,6 @@
 """What all commands are made of: options that are stated with a job, those of the files of a run, and a terminal."""
 
+import functools
 import inspect
 from collections import Counter
 from collections.abc import Callable
@@ -42,6 +43,16 @@ Resume = Annotated[
 ]
 
 
+_THREADS = inspect.Parameter(
+    "threads",
+    inspect.Parameter.KEYWORD_ONLY,
+    default=None,
+    annotation=Annotated[
+        int | None, typer.Option(min=1, help="Of the computation on a CPU.", show_default="one for each core")
+    ],
+)
+
+
 class Command(TyperCommand):
     """A command whose arguments are Unicode, and whose options are given once, but for those that are lists."""
 
@@ -60,14 +71,23 @@ class Command(TyperCommand):
 def with_options(kind: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Put the options of a job, the fields of the dataclass `kind`, in the place of a command's `**options`.
 
-    The command is given them by the names of the fields; a limit on lines is still text then.
+    The command is given them by the names of the fields; a limit on lines is still text then. It runs with so many
+    threads as `--threads` says, which is no option of the job: other numbers of threads may go on with its run.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def run(threads: int | None, **given: Any) -> None:
+            if threads is not None:
+                import torch
+
+                torch.set_num_threads(threads)
+            command(**given)
+
         own = [one for one in inspect.signature(command).parameters.values() if one.kind is not one.VAR_KEYWORD]
-        parameters = [*own, *(_parameter(kind, name, about) for name, about in options_of(kind).items())]
-        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        return command
+        parameters = [*own, *(_parameter(kind, name, about) for name, about in options_of(kind).items()), _THREADS]
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        return run
 
     return decorate
 

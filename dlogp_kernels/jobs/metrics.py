@@ -33,7 +33,7 @@ from .allowed import check_options
 from .errors import JobError, explained_computation
 from .inputs.models import ModelPlace, check_device, find_pair, read_pair, warn_of_rounding
 from .inputs.records import Encoder, Example, line_limit, read_records
-from .options import Measuring
+from .options import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS, Measuring
 from .progress import bar, note, show_layer
 from .resume.fingerprint import Fingerprints, versions
 from .resume.plan import cut_batches, cut_parts
@@ -129,7 +129,14 @@ def _checked(given: Measuring) -> Measuring:
         raise JobError(f"--memory-limit: {error}") from error
     measuring = replace(given, memory_limit=memory_limit, max_line_size=line_limit(given.max_line_size))
     check_options(measuring)
-    return replace(measuring, device=check_device(measuring.device), temperature=float(measuring.temperature))
+    device = check_device(measuring.device)
+    default = CPU_BATCH_TOKENS if device == "cpu" else GPU_BATCH_TOKENS
+    return replace(
+        measuring,
+        device=device,
+        temperature=float(measuring.temperature),
+        batch_tokens=default if measuring.batch_tokens is None else measuring.batch_tokens,
+    )
 
 
 def _check_not_empty(data: Path, prepared: PreparedData) -> None:
@@ -166,7 +173,9 @@ class _Run:
 
     def __post_init__(self) -> None:
         arguments = self.arguments
-        self._parts = cut_parts(self.data.lengths, arguments.batch_tokens)
+        assert arguments.batch_tokens is not None, "options are checked, which names a default"
+        self._batch_tokens = arguments.batch_tokens
+        self._parts = cut_parts(self.data.lengths, self._batch_tokens)
         self._computation = Computation(
             torch.device(arguments.device), arguments.temperature, arguments.memory_limit, self._on_layer
         )
@@ -264,7 +273,7 @@ class _Run:
     def _batches(self, part: tuple[int, int]) -> Iterator[list[Example]]:
         """The samples of a part in batches."""
         samples = self.data.samples(*part)
-        for members in cut_batches(self.data.lengths[slice(*part)], self.arguments.batch_tokens):
+        for members in cut_batches(self.data.lengths[slice(*part)], self._batch_tokens):
             yield [samples[member] for member in members]
 
     def _rows(self, sample: Example, statistics: Mapping[str, np.ndarray]) -> ResponseRows:

@@ -40,12 +40,19 @@ _ABOUT_LINES = "Longest line of JSONL in --data; a longer one can not be used."
 _max_line_size = partial(option, MAX_LINE_BYTES, _ABOUT_LINES, integer(1, 2**40), in_bytes=True)
 
 
+#: Of a batch by default: a CPU takes as long for few at a time as for many.
+GPU_BATCH_TOKENS, CPU_BATCH_TOKENS = 8192, 1024
+
+
 @dataclass(frozen=True)
 class Measuring:
     """What the numbers of `dlogp metrics` depend on beside models and data; `run_metrics` names the device."""
 
     memory_limit: int | None = option(None, "Memory beyond the models, such as 4GiB.", unset="none", in_bytes=True)
-    batch_tokens: int = option(8192, "Tokens at once, padding included.", _TOKENS)
+    batch_tokens: int | None = option(
+        None, "Tokens at once, padding included; a kill can cost 8 times as many.", _TOKENS,
+        unset=f"{GPU_BATCH_TOKENS}, on a CPU {CPU_BATCH_TOKENS}",
+    )  # fmt: skip
     dtype: str = _dtype()
     device: str = _device()
     sequential: bool = option(False, "One model in memory at a time; the base's hidden states go to disk.")

@@ -82,16 +82,20 @@ def test_every_option_reaches_the_job(pair, dlogp, tmp_path, monkeypatch):
     received = {}
 
     def record(*arguments, **options):
-        received.update(options, arguments=arguments)
+        received.update(options, arguments=arguments, threads=torch.get_num_threads())
         return run_metrics(*pair, tmp_path / "out", device="cpu", progress=False)
 
     monkeypatch.setattr("dlogp_kernels.jobs.metrics.run_metrics", record)
     options = ["--memory-limit", "4GiB", "--batch-tokens", 77, "--dtype", "fp16", "--sequential", "--resume"]
     options += ["--on-error", "skip", "--temperature", 0.7, "--trust-remote-code", "--max-line-size", "1MiB"]
-    status, _, errors = dlogp(*metrics_arguments(pair, tmp_path / "out"), *options)
+    threads = torch.get_num_threads()
+    status, _, errors = dlogp(*metrics_arguments(pair, tmp_path / "out"), *options, "--threads", threads + 1)
+    torch.set_num_threads(threads)
     assert status == 0, errors
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["arguments"]["batch_tokens"] == 1024
     assert received == {
         "arguments": (str(pair.rl), str(pair.base), pair.data, tmp_path / "out"),
+        "threads": threads + 1,
         "memory_limit": "4GiB",
         "batch_tokens": 77,
         "dtype": "fp16",

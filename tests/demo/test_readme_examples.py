@@ -5,6 +5,7 @@ import sys
 import types
 
 import pytest
+from dataset_files import token_rows, write_dataset
 from paths import ROOT
 
 pytest.importorskip("trl")
@@ -15,8 +16,9 @@ from hf_models import one_thread, tiny_model  # noqa: F401
 _README = ROOT / "README.md"
 #: Of which example each test is, by words in it.
 _PAIR, _HIDDEN, _DECODING = "token_metrics(rl, base", "import linear_delta_logp", "generate(rl, base"
+_DATA_SET = "import datasets, duckdb"
 _LOOP, _TRAINER, _VERL = "def train_step", "ReweightedGRPOTrainer(str", "register_policy_loss"
-_TESTED = (_PAIR, _HIDDEN, _DECODING, _LOOP, _TRAINER, _VERL)
+_TESTED = (_PAIR, _HIDDEN, _DECODING, _DATA_SET, _LOOP, _TRAINER, _VERL)
 
 
 def examples():
@@ -58,6 +60,25 @@ def test_decoding(capsys):
     exec(example(_DECODING), {})
     text, replaced = re.fullmatch(r"(.*) (\d+) tokens replaced\n", capsys.readouterr().out).groups()
     assert "<eos>" in text and int(replaced) > 0
+
+
+def test_any_tool_reads_the_data_set(tmp_path, monkeypatch):
+    for name in ("pandas", "polars", "duckdb", "pyarrow"):
+        pytest.importorskip(name)
+    delta_logp = [0.5, -2.0, 0.25, -1.5]
+    right, wrong = (
+        token_rows("rl", [1, 2], ["so", "now"], line, delta_logp=values, response={"correct": score})
+        for line, values, score in ((1, delta_logp[:2], 1.0), (2, delta_logp[2:], 0.0))
+    )
+    write_dataset(tmp_path / "out", [right], [wrong])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    namespace: dict = {}
+    exec(example(_DATA_SET), namespace)
+    assert namespace["raised"].to_dict() == {"so": 0.75, "now": -3.5}
+    assert namespace["lowered"]["delta_logp"].to_list() == [-2.0, -1.5]
+    assert namespace["rows"]["delta_logp"] == delta_logp
+    assert sorted(namespace["by_outcome"]) == [(False, -0.625), (True, -0.75)]
 
 
 @pytest.mark.parametrize("name", ["qwen3", "granite", "gemma2", "cohere", "gptj_bias"])

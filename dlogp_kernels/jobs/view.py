@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -137,25 +137,25 @@ def _read_drawn(directory: Path, texts: TokenTexts, max_tokens: int) -> tuple[li
     problems, lengths, samples, seeds = zip(*about, strict=True)
     chosen = choose(problems, lengths, max_tokens)
     shown = set(chosen.indices)
-    names = [name for name, values in (("sample", samples), ("seed", seeds)) if len(set(values)) > 1]
+    # Numbers stand in the name where they tell responses to a problem apart.
+    name = "{0.problem_id}" + " #{0.sample}" * (len(set(samples)) > 1) + ", seed {0.seed}" * (len(set(seeds)) > 1)
     lines = enumerate(read_responses(directory), 1)
-    return [_drawn_rows(one, line, names, texts) for line, one in lines if line - 1 in shown], chosen
+    return [_drawn_rows(one, line, name.format(one), texts) for line, one in lines if line - 1 in shown], chosen
 
 
-def _drawn_rows(response: Response, line: int, names: Sequence[str], texts: TokenTexts) -> ResponseRows:
-    """A response with Δlog p of its drafts; `names` are the numbers that tell it from others to the same problem."""
+def _drawn_rows(response: Response, line: int, name: str, texts: TokenTexts) -> ResponseRows:
+    """A response with Δlog p of its drafts."""
     ids, prompt_ids = np.asarray(response.token_ids, np.int64), np.asarray(response.prompt_ids, np.int64)
-    delta_logp = np.full(len(ids), np.nan, np.float32)
-    delta_logp[list(response.selected)] = response.delta_logp
     token_texts = texts(ids)
-    if [token_texts[place] for place in response.selected] != list(response.new_texts):
+    if [token_texts[place] for place in response.selected if 0 <= place < len(ids)] != list(response.new_texts):
         raise JobError(
             f"{RESPONSES_FILE}: line {line}: the tokenizer gives its tokens other texts than when they were drawn: "
             "give that of the run with --tokenizer DIR"
         )
-    which: list[Any] = [response.problem_id, *(f"{name} {getattr(response, name)}" for name in names)]
+    delta_logp = np.full(len(ids), np.nan, np.float32)
+    delta_logp[list(response.selected)] = response.delta_logp
     return ResponseRows(
-        ", ".join(which),
+        name,
         line,
         response.setting.source,
         ids,

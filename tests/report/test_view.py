@@ -186,7 +186,7 @@ def test_runs_of_all_kinds_with_their_own_tokenizer(pair, tmp_path):
     run_generate(pair.rl, pair.base, problems, drawn, setting=setting, decoding=decoding, progress=False)
     page, remarks = view(drawn)
     responses = list(read_responses(drawn))
-    assert page.data["responses"]["id"][1] == f"{responses[1].problem_id}, sample 1" and len(remarks) == 1
+    assert page.data["responses"]["id"][1] == f"{responses[1].problem_id} #1" and len(remarks) == 1
     assert page.data["responses"]["group"] == [0, 0, 1, 1, 2, 2] and "w0 w2" in page.data["prompts"][0]
     words, begin = page.data["vocabulary"], 0
     for response in responses:

@@ -144,6 +144,16 @@ def test_responses_to_a_prompt_stand_side_by_side(awkward):
     assert awkward.locator(".row").first.locator("article").nth(1).locator(".token").count() == 3
 
 
+def test_on_a_narrow_screen_the_list_lies_above_the_responses(show):
+    page = show(many_rows(20_000, mean_length=50), width=700)
+    page.locator("#toggle-samples").click()
+    page.locator("#list .sample").first.wait_for()
+    assert texts(page, "#list .sample > bdi")[0] == "s1"
+    assert page.locator("#list").evaluate("list => list.scrollTop") == 0
+    page.locator("#list .sample", has_text="s3").click()
+    assert page.locator("#samples").is_hidden() and "s3" in texts(page, ".head .id")
+
+
 def test_only_strong_tokens_and_what_is_around_them(show):
     rows = many_rows(400, mean_length=300)[:1]
     values = np.zeros(len(rows[0].token_ids), np.float32)

@@ -231,6 +231,7 @@ class VirtualList {
 
   update() {
     const { scroller, nodes } = this;
+    if (!scroller.clientHeight) return; // hidden, where nothing has a height
     const margin = scroller.clientHeight / 2;
     for (let time = 0; time < 4; time++) {
       const [top, shift] = this.top();
@@ -409,9 +410,10 @@ function headNode(index, block, side) {
   if (source) head.append(element("bdi", "muted", source));
   if (verdictOf(index)) head.append(verdictNode(index, "", "✓ right", "✗ wrong"));
   if (responses.finished[index] === false) head.append(element("span", "wrong", "not finished"));
+  head.append(element("span", "muted", counted(responses.length[index], "token")));
   const [mean, min, max] = ["mean", "min", "max"].map((name) => shownSummary(name, index));
-  head.append(element("span", "muted", counted(responses.length[index], "token")),
-    element("span", "numbers muted", `${state.column.label} ${mean}, from ${min} to ${max}`));
+  const numbers = element("span", "numbers muted", `${state.column.label} ${mean}, from ${min} to ${max}`);
+  if (min !== "–") head.append(numbers);
   return head;
 }
 
@@ -461,6 +463,7 @@ function renderSample(place) {
   const start = element("bdi", "", responseText(index, 40).trim());
   made.append(element("span", "about", ...(source ? [element("bdi", "", source), " · "] : []), start));
   made.role = "option";
+  made.title = responses.id[index];
   made.ariaSelected = index === state.current;
   made.addEventListener("click", () => select(index));
   return made;
@@ -705,7 +708,7 @@ function listen() {
   document.addEventListener("keydown", onKey);
 }
 
-const list = new VirtualList($("list"), () => 46.2, renderSample);
+const list = new VirtualList($("list"), () => 52.8, renderSample);
 const reading = new VirtualList($("reading"), estimateRow, renderRow, () => {
   const focused = tokenAt(document.activeElement);
   if (focused) showDetails(focused);

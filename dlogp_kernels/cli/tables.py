@@ -8,15 +8,20 @@ from typing import Any
 from rich.console import Console
 
 from ..ops.backends import BACKENDS, Choice
+from ..report.classes import ClassChange
 from ..report.curves import SweepPlot
-from ..report.figures import Plot, TopToken
+from ..report.figures import Plot
 from ..report.replaced import replacements_text
 from ..report.responses import RESPONSES_FILE, ReplacedToken, Setting
+from ..report.sources import responses_of
 from ..report.terminal import TextTable, print_files
-from ..report.text import one_line, visible
+from ..report.text import counted, one_line, percent, visible
+from ..report.words import LOWERED, RAISED, TokenChange
 
 #: The rows of each criterion in the terminal; the files have more.
 _SHOWN_TOKENS = 8
+#: Those of each end of the tokens that RL changed.
+_SHOWN_CHANGES = 12
 
 
 def print_metrics(console: Console, summary: Mapping[str, Any], out: Path) -> None:
@@ -37,10 +42,12 @@ def print_metrics(console: Console, summary: Mapping[str, Any], out: Path) -> No
             )
         )
     console.print(TextTable("Response tokens: means, and tails of Δlog p", columns, rows))
-    skipped = len(summary["broken_lines"])
+    # Runs that ended before there were words have none.
+    console.print(*([summary["words"]] if "words" in summary else []), soft_wrap=False)
     console.print(
-        f"{summary['responses']:,} responses, {summary['response_tokens']:,} response tokens, {skipped:,} lines "
-        f"skipped; {summary['seconds']:.1f} s, {summary['tokens_per_second'] or 0:,.0f} tokens/s with prompts"
+        f"{counted(summary['responses'], 'response')}, {counted(summary['response_tokens'], 'response token')}, "
+        f"{counted(len(summary['broken_lines']), 'line')} skipped; {summary['seconds']:.1f} s, "
+        f"{summary['tokens_per_second'] or 0:,.0f} tokens/s with prompts"
     )
     console.print(f"data set and summary: {out}")
 
@@ -50,37 +57,58 @@ def _number(value: float | None) -> str:
 
 
 def print_plot(console: Console, plot: Plot) -> None:
-    """The table of raised tokens, and where the files are."""
+    """The tokens that RL raised and lowered most, the classes of tokens, and where the files are."""
     if not plot.complete:
         console.print("The run is not complete: this shows the part that is written.", style="yellow")
-    console.print(top_token_table(plot.top_tokens, plot.min_count))
+    for direction in (RAISED, LOWERED):
+        tokens = plot.words.parts[0].rankings["sum", direction][:_SHOWN_CHANGES]
+        console.print(change_table(f"Tokens that RL {direction} most, by Σ Δlog p; share of Σ|Δlog p|", tokens))
+    console.print(_class_table(plot.classes))
+    console.print(
+        "top_tokens.md and .csv have more: by the mean (of tokens that occur at least "
+        f"{counted(plot.words.min_count, 'time')}), by share, for each source, right and wrong."
+    )
     print_files(console, plot.files)
 
 
-def top_token_table(tokens: list[TopToken], min_count: int) -> TextTable:
-    """The tokens with the largest mean Δlog p."""
+def change_table(title: str, tokens: Sequence[TokenChange]) -> TextTable:
+    """Tokens with one of their contexts."""
     rows = [
         (
             visible(token.text),
-            *map(str, (rank, token.token_id)),
+            token.contexts[0],
             f"{token.occurrences:,}",
-            *(f"{value:+.4f}" for value in (token.delta_logp, token.logp, token.base_logp)),
+            f"{token.total:+,.2f}",
+            f"{token.delta_logp:+.4f}",
+            percent(token.share),
         )
-        for rank, token in enumerate(tokens, 1)
+        for token in tokens
     ]
-    return TextTable(
-        f"Largest mean Δlog p (tokens that occur at least {min_count} times)",
-        ("token", "rank", "id", "count", "mean Δlog p", "log p, RL", "log p, base"),
-        rows,
-    )
+    columns = ("token", "context", "count", "Σ Δlog p", "mean Δlog p", "share")
+    return TextTable(title, columns, rows, text_columns=2)
+
+
+def _class_table(changes: Sequence[ClassChange]) -> TextTable:
+    rows = [
+        (
+            one_line(change.name),
+            responses_of(change.source),
+            f"{change.occurrences:,}",
+            f"{change.delta_logp:+.4f}" if change.occurrences else "–",
+            percent(change.share),
+        )
+        for change in changes
+    ]
+    columns = ("class of tokens", "in", "count", "mean Δlog p", "share")
+    return TextTable("Classes of tokens; share of Σ|Δlog p|", columns, rows, text_columns=2)
 
 
 def print_results(console: Console, summary: Mapping[str, Any], out: Path) -> None:
     """The summary of drawn responses: a line for each setting, and where the files are."""
     console.print(results_table(summary["settings"]))
     console.print(
-        f"{summary['responses']:,} responses, {summary['tokens']:,} tokens; {summary['seconds']:.1f} s, "
-        f"{summary['tokens_per_second'] or 0:,.0f} tokens/s"
+        f"{counted(summary['responses'], 'response')}, {counted(summary['tokens'], 'token')}; "
+        f"{summary['seconds']:.1f} s, {summary['tokens_per_second'] or 0:,.0f} tokens/s"
     )
     _print_grader_errors(console, summary["settings"])
     console.print(f"responses and summary: {out}")
@@ -114,8 +142,8 @@ def _print_grader_errors(console: Console, settings: Sequence[Mapping[str, Any]]
     errors, responses = (sum(row[name] for row in settings) for name in ("grader_errors", "responses"))
     if errors:
         console.print(
-            f"The grader raised at {errors:,} of {responses:,} responses, which are not in the accuracies; `error` in "
-            f"{RESPONSES_FILE} says what.",
+            f"The grader raised at {errors:,} of {counted(responses, 'response')}; these are not in the accuracies. "
+            f"`error` in {RESPONSES_FILE} says what.",
             style="yellow",
         )
 
@@ -135,11 +163,12 @@ def print_training(console: Console, summary: Mapping[str, Any], model: Path) ->
                 for when in ("first", "last")
             ]
             rows.append((title, *cells))
-    title = f"{summary['steps']:,} steps in {summary['seconds']:,.1f} s"
+    title = f"{counted(summary['steps'], 'step')} in {summary['seconds']:,.1f} s"
     console.print(TextTable(title, ("", "at first", "at last"), rows))
     if summary["grader_errors"]:
         console.print(
-            f"The grader raised at {summary['grader_errors']:,} responses, which taught nothing.", style="yellow"
+            f"The grader raised at {counted(summary['grader_errors'], 'response')}, which taught nothing.",
+            style="yellow",
         )
     console.print(f"model: {model}")
 

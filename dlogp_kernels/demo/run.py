@@ -16,7 +16,6 @@ from ..ops import backends
 from ..report.figures import Plot, plot
 from ..report.responses import Estimate
 from ..report.terminal import TextTable, print_files
-from ..report.text import visible
 from . import task
 from .generate import PAIR_DIRECTORY, accuracy, generate_responses, response_rows, write_jsonl
 from .memory import VOCABULARY, Measurement, measure_in_subprocess
@@ -26,7 +25,6 @@ QUICK_NUM_PROBLEMS = 200
 MEMORY_TOKENS = 8192
 QUICK_MEMORY_TOKENS = 1024
 _SEED = 1
-_SHOWN_TOKENS = 8
 
 
 def run_demo(out: Path, *, num_problems: int | None, quick: bool, retrain: bool, console: Console) -> None:
@@ -116,9 +114,7 @@ def _print_findings(
         )
     columns = ("source", "accuracy", "tokens", "< −1", "> 0.25", "KL", "entropy")
     console.print(TextTable("What RL changed: accuracy, tails of Δlog p, means over response tokens", columns, rows))
-    raised = figures.top_tokens[:_SHOWN_TOKENS]
-    shown = ", ".join(f"{visible(token.text)} ({token.delta_logp:+.3f})" for token in raised)
-    console.print(f"tokens that RL raised most, by mean Δlog p: {shown}")
+    console.print(summary["words"], soft_wrap=False)
     print_files(console, figures.files)
 
 

@@ -29,6 +29,7 @@ from ..report.dataset import (
     part_paths,
     write_part,
 )
+from ..report.story import tell
 from .allowed import check_options
 from .errors import JobError, explained_computation
 from .inputs.models import ModelPlace, check_device, find_pair, read_pair, warn_of_rounding
@@ -197,12 +198,14 @@ class _Run:
 
     def summary(self) -> dict[str, Any]:
         """What is written when all parts are there."""
+        dataset = TokenDataset(self.directory.out, verify=False)
         num_tokens, num_response_tokens = int(self.data.lengths.sum()), int(self.data.response_lengths.sum())
         return {
             "responses": len(self.data),
             "response_tokens": num_response_tokens,
             "tokens": num_tokens,
-            "sources": describe(TokenDataset(self.directory.out, verify=False)),
+            "sources": describe(dataset),
+            "words": tell(dataset),
             "broken_lines": [broken._asdict() for broken in self.data.broken],
             "remarks": [remark._asdict() for remark in self.data.remarks()],
             "tokens_per_second": self.directory.rate(num_tokens),

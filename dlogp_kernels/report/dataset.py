@@ -12,6 +12,7 @@ each column, so that a reader who filters by response or by Δlog p leaves most 
 
 import contextlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -268,11 +269,24 @@ class TokenDataset:
 
     def sources(self) -> list[str | None]:
         """The different sources, sorted; None last."""
-        found: set[str | None] = set()
+        return list(self.source_counts())
+
+    def source_counts(self) -> dict[str | None, int]:
+        """How many tokens each source has, in the order of `sources`."""
+        counts: Counter[str | None] = Counter()
+        for batch in self.batches(["source"]):
+            counts.update({row["values"]: row["counts"] for row in batch["source"].value_counts().to_pylist()})
+        return dict(sorted(counts.items(), key=lambda item: (item[0] is None, item[0] or "")))
+
+    def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        """These columns of all rows in order, a few thousand rows at a time."""
         with _explained_reads(self.directory):
-            for batch in self._dataset.to_batches(columns=["source"]):
-                found.update(batch["source"].unique().to_pylist())
-        return sorted(found, key=lambda source: (source is None, source or ""))
+            yield from self._dataset.to_batches(columns=list(columns))
+
+    def rows(self, numbers: np.ndarray, columns: Sequence[str]) -> pa.Table:
+        """These columns of the rows with these numbers, which count from 0 and ascend."""
+        with _explained_reads(self.directory):
+            return self._dataset.take(pa.array(numbers, pa.int64()), columns=list(columns))
 
     def column(self, name: str, source: str | None = None, *, every_source: bool = False) -> np.ndarray:
         """All values of a numeric column, of one source (None: rows without one) or of every source."""
@@ -280,15 +294,36 @@ class TokenDataset:
             table = self._dataset.to_table(columns=[name], filter=None if every_source else _is_source(source))
         return table[name].to_numpy()
 
-    def means_by_token(self, columns: Sequence[str]) -> pa.Table:
-        """A row for each token, in memory that does not grow with the data: id, text, count, means of these columns."""
-        names = ["token_id", "token_text", *columns]
-        aggregates: list[Any] = [("token_text", "hash_one", None, "text"), ([], "hash_count_all", None, "count")]
-        aggregates += [(name, "hash_mean", None, name) for name in columns]
+    def sums_by_token(self) -> pa.Table:
+        """A row for each source, right or wrong, and token, in memory that does not grow with the data.
+
+        Returns:
+            `source`, `right` (null where it is not known), `token_id`, its `text`, how many there are (`count`), of how
+            many Δlog p is no NaN (`defined`), sums of `delta_logp` over these, of its `size` where it is finite, and of
+            `logp` and `base_logp`.
+        """
+        delta_logp, nothing = pc.field("delta_logp"), pa.scalar(None, pa.float32())
+        columns = {
+            "source": pc.field("source"),
+            "right": pc.field("correct") > 0,
+            "token_id": pc.field("token_id"),
+            "text": pc.field("token_text"),
+            "delta_logp": pc.if_else(pc.is_nan(delta_logp), nothing, delta_logp),
+            "size": pc.if_else(pc.is_finite(delta_logp), pc.abs(delta_logp), nothing),
+            "logp": pc.field("logp"),
+            "base_logp": pc.field("base_logp"),
+        }
+        aggregates: list[Any] = [("text", "hash_one", None, "text"), ([], "hash_count_all", None, "count")]
+        aggregates += [("delta_logp", "hash_count", None, "defined")]
+        aggregates += [(name, "hash_sum", None, name) for name in ("delta_logp", "size", "logp", "base_logp")]
+        read = ["source", "correct", "token_id", "token_text", "delta_logp", "logp", "base_logp"]
         # In order and by one thread, so that the same data give the same sums.
-        in_order = acero.ScanNodeOptions(self._dataset, columns=names, require_sequenced_output=True)
-        by_token = acero.AggregateNodeOptions(aggregates, keys=["token_id"])
-        steps = [acero.Declaration("scan", in_order), acero.Declaration("aggregate", by_token)]
+        scan = acero.ScanNodeOptions(self._dataset, columns=read, require_sequenced_output=True)
+        steps = [
+            acero.Declaration("scan", scan),
+            acero.Declaration("project", acero.ProjectNodeOptions(list(columns.values()), list(columns))),
+            acero.Declaration("aggregate", acero.AggregateNodeOptions(aggregates, ["source", "right", "token_id"])),
+        ]
         with _explained_reads(self.directory):
             return acero.Declaration.from_sequence(steps).to_table(use_threads=False)
 

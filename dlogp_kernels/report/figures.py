@@ -1,6 +1,10 @@
-"""Pictures and tables of a data set of token statistics: Fig. 1b of arXiv 2603.22117 for the user's pair."""
+"""What `dlogp plot` makes of a data set of token statistics: pictures, each a function that returns it, and tables.
 
-from collections.abc import Sequence
+Each `draw_…` takes a `TokenDataset` and returns a matplotlib Figure. Fig. 1b, 3a and 3b are those of arXiv 2603.22117.
+"""
+
+import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,209 +12,159 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from .classes import ClassChange, class_changes, draw_classes, read_classes
 from .dataset import TokenDataset
 from .errors import DatasetError
-from .pictures import render, style, tidy, write_figures
-from .tables import csv_table, markdown_table
-from .text import escape_markdown, quoted, visible
+from .histograms import draw_all_histograms, draw_histograms
+from .pictures import PALETTE, as_text, legend_above, panels, render, tidy, write_figures
+from .sources import responses_of, shown_sources
+from .text import counted
+from .words import DEFAULT_MIN_COUNT, Words, changed_tokens, words_csv, words_markdown
 
-TOP_TOKENS = 50
-DEFAULT_MIN_COUNT = 10
+__all__ = [
+    "Plot", "draw_all_histograms", "draw_classes", "draw_gradient_mass", "draw_histograms", "draw_positions",
+    "draw_probabilities", "plot",
+]  # fmt: skip
 
-_KNOWN_SOURCES = {"rl": ("RL responses", 0), "base": ("base responses", 1)}
-_MOST_SOURCES = 12
-
-
-class Panel(NamedTuple):
-    """One histogram: a column, its title, its axis, and whether values have a sign."""
-
-    column: str
-    title: str
-    label: str
-    signed: bool
-
-
-_PANELS = (
-    Panel("entropy", "Entropy of the RL model", "entropy [nats]", signed=False),
-    Panel("kl", "KL(RL ‖ base)", "KL divergence [nats]", signed=False),
-    Panel("delta_logp", "Δlog p = log π_RL − log π_base", "Δlog p [nats]", signed=True),
-)
-# The share of the tokens beyond either end of a panel; the axis says how many they are.
-_BEYOND = 2e-5
-
-
-class Histogram(NamedTuple):
-    """Densities over the common bins of one column, for one source."""
-
-    source: str | None
-    edges: np.ndarray
-    density: np.ndarray
-    num_tokens: int
-    num_beyond: int
-
-
-class TopToken(NamedTuple):
-    """One row of the table of raised tokens; the means are over all the token's places in the data."""
-
-    token_id: int
-    text: str
-    occurrences: int
-    delta_logp: float
-    logp: float
-    base_logp: float
+_POSITION_BINS = 40
+#: Letters in a line above a panel.
+_TITLE_WIDTH = 44
+_DELTA_LOGP_BINS = (-2, -1, -0.5, -0.2, -0.05, 0.05, 0.2, 0.5, 1, 2)
+_PROBABILITY_BINS = np.linspace(0.0, 1.0, 11)
 
 
 class Plot(NamedTuple):
-    """What `plot` made: files, the rows of its table, and whether the run had finished."""
+    """What `plot` made: files, what their tables hold, and whether the run had finished."""
 
     files: list[Path]
-    top_tokens: list[TopToken]
-    min_count: int
+    words: Words
+    classes: list[ClassChange]
     complete: bool
 
 
-def plot(directory: str | Path, out: str | Path | None = None, *, min_count: int = DEFAULT_MIN_COUNT) -> Plot:
-    """Draw the three histograms and list the tokens that RL raised most.
+def plot(
+    directory: str | Path,
+    out: str | Path | None = None,
+    *,
+    min_count: int = DEFAULT_MIN_COUNT,
+    classes: str | Path | None = None,
+) -> Plot:
+    """Draw the pictures and rank the tokens that RL changed.
 
     Args:
         directory: what `dlogp metrics --out` wrote.
         out: where the files go; `directory/figures` unless given.
-        min_count: leave out tokens that occur less often, whose mean says little.
+        min_count: do not rank tokens by their mean that occur less often, see `changed_tokens`.
+        classes: a JSON file of token classes, see `read_classes`.
 
     Returns:
-        Plot: `histograms.png`, `histograms.svg`, `top_tokens.md` and `top_tokens.csv`, and the table's rows.
+        Plot: `top_tokens.md` and `top_tokens.csv`, and as PNG and SVG `histograms`, `all_histograms`, `probabilities`,
+        `gradient_mass`, `positions` and `token_classes`.
 
     Raises:
-        DatasetError: `directory` holds no data set, or an empty one.
+        DatasetError: `directory` holds no data set, or an empty one, or `classes` are none.
         OSError: `out` is not writable.
     """
-    if min_count < 1:
-        raise DatasetError(f"min_count is {min_count}, expected at least 1")
+    patterns = read_classes(classes)
     dataset = TokenDataset(directory)
     if len(dataset) == 0:
         raise DatasetError(f"{directory} holds no tokens")
-    figure = draw_histograms(dataset)
-    tokens = top_tokens(dataset, min_count=min_count)
-    contents: dict[str, bytes | str] = {
-        "histograms.png": render(figure, "png"),
-        "histograms.svg": render(figure, "svg"),
-        "top_tokens.md": top_tokens_markdown(tokens, min_count),
-        "top_tokens.csv": top_tokens_csv(tokens),
+    words = changed_tokens(dataset, min_count=min_count)
+    changes = class_changes(dataset, patterns)
+    figures = {
+        "histograms": draw_histograms(dataset),
+        "all_histograms": draw_all_histograms(dataset),
+        "probabilities": draw_probabilities(dataset),
+        "gradient_mass": draw_gradient_mass(dataset),
+        "positions": draw_positions(dataset),
+        "token_classes": draw_classes(dataset, patterns),
     }
-    return Plot(write_figures(directory, out, contents), tokens, min_count, dataset.complete)
+    contents: dict[str, bytes | str] = {"top_tokens.md": words_markdown(words), "top_tokens.csv": words_csv(words)}
+    for name, figure in figures.items():
+        contents |= {f"{name}.{kind}": render(figure, kind) for kind in ("png", "svg")}
+    return Plot(write_figures(directory, out, contents), words, changes, dataset.complete)
 
 
-def histograms(dataset: TokenDataset, panel: Panel) -> list[Histogram]:
-    """The panel's column, binned alike for each source."""
-    sources = dataset.sources()
-    if len(sources) > _MOST_SOURCES:
-        raise DatasetError(f"the data names {len(sources)} sources, expected at most {_MOST_SOURCES} to tell apart")
-    values = {source: dataset.column(panel.column, source) for source in sources}
-    edges = _edges(list(values.values()), signed=panel.signed)
-    in_order = sorted(sources, key=lambda source: _KNOWN_SOURCES.get(source or "", ("", len(_KNOWN_SOURCES)))[1])
-    return [_histogram(source, values[source], edges) for source in in_order]
+def draw_probabilities(dataset: TokenDataset) -> Figure:
+    """The probability that either model gives a token, by its Δlog p in bins of unequal width (Fig. 3b)."""
+
+    def draw(axes: Axes, source: str | None) -> None:
+        delta_logp, *logps = _finite(dataset, source, "delta_logp", "logp", "base_logp")
+        bins = np.digitize(delta_logp, _DELTA_LOGP_BINS)
+        for number, (model, logp) in enumerate(zip(("RL", "base"), logps, strict=True)):
+            for place in np.unique(bins):
+                probability, x = np.exp(logp[bins == place]), place + 0.3 * number - 0.15
+                low, high = np.quantile(probability, (0.25, 0.75))
+                axes.vlines(x, low, high, PALETTE[number], linewidth=6, alpha=0.3)
+                axes.plot(x, probability.mean(), "o", color=PALETTE[number])
+            axes.plot([], [], "o", color=PALETTE[number], label=f"{model} model: mean, bar between quartiles")
+        axes.set_ylim(0, 1.02)
+        axes.tick_params("x", labelsize=9)
+        axes.set_xlim(-0.6, len(_DELTA_LOGP_BINS) + 0.6)
+        axes.set_xticks(np.arange(len(_DELTA_LOGP_BINS)) + 0.5, [f"{x:g}".replace("-", "−") for x in _DELTA_LOGP_BINS])
+
+    return _by_source(dataset, draw, "Δlog p [nats], in bins between these", "probability of the token")
 
 
-def _histogram(source: str | None, values: np.ndarray, edges: np.ndarray) -> Histogram:
-    counts, _ = np.histogram(values, edges)
-    beyond = len(values) - int(counts.sum())
-    # The density is that of all tokens, so that what lies beyond the axis is not spread over the rest.
-    return Histogram(source, edges, counts / (max(len(values), 1) * np.diff(edges)), len(values), beyond)
+def draw_gradient_mass(dataset: TokenDataset) -> Figure:
+    """Shares of tokens, of gradient mass and of Σ|Δlog p| by the probability of the token (Lemma 3.1, Fig. 3a).
 
-
-def _edges(values: Sequence[np.ndarray], *, signed: bool) -> np.ndarray:
-    """Equal bins from the lowest to the highest token but a few outliers.
-
-    Signed values get an odd picture if the bin at 0 lies on one side: most tokens are within rounding of 0.
-    So there the edges are at half widths, and the bin in the middle is centred on 0.
+    The gradient of a token's loss with respect to the logits has the l1 norm 2 |w| (1 − π). With equal weights |w| its
+    share of the sum is that of 1 − π; π is of the model that wrote the response: base, or else RL.
     """
-    finite = [column[np.isfinite(column)] for column in values]
-    total = sum(map(len, finite))
-    if total == 0:
-        return np.linspace(-1.0 if signed else 0.0, 1.0, 11)
-    pooled = np.concatenate(finite)
-    low, high = np.quantile(pooled, [_BEYOND, 1 - _BEYOND])
-    low = min(float(low), 0.0) if signed else 0.0
-    high = max(float(high), 1e-3)
-    num_bins = int(np.clip(3 * total ** (1 / 3), 20, 60))
-    width = (high - low) / num_bins
-    if not signed:
-        return np.linspace(0.0, high, num_bins + 1)
-    first, last = np.floor(low / width - 0.5), np.ceil(high / width + 0.5)
-    return (np.arange(first, last + 1) + 0.5) * width if first < last else np.array([-width / 2, width / 2])
+
+    def draw(axes: Axes, source: str | None) -> None:
+        logp, delta_logp = _finite(dataset, source, "base_logp" if source == "base" else "logp", "delta_logp")
+        probability = np.exp(logp)
+        weights = {"tokens": np.ones(len(logp)), "gradient mass": 1 - probability, "Σ|Δlog p|": np.abs(delta_logp)}
+        for number, (name, weight) in enumerate(weights.items()):
+            mass, _ = np.histogram(probability, _PROBABILITY_BINS, weights=weight)
+            share = mass / (mass.sum() or 1)
+            places = _PROBABILITY_BINS[:-1] + 0.02 + 0.03 * number
+            axes.bar(places, share, 0.028, color=("0.65", *PALETTE)[number], label=f"share of {name}")
+        axes.set_xticks(_PROBABILITY_BINS)
+
+    return _by_source(dataset, draw, "probability π of the token", "share")
 
 
-def draw_histograms(dataset: TokenDataset) -> Figure:
-    """Three panels side by side: entropy, KL, Δlog p; densities on a logarithmic axis, one line for each source."""
-    figure = Figure(figsize=(13.5, 4.6), layout="constrained")
-    all_axes = figure.subplots(1, len(_PANELS))
-    for axes, panel in zip(all_axes, _PANELS, strict=True):
-        _draw_panel(axes, panel, histograms(dataset, panel))
-    handles, labels = all_axes[0].get_legend_handles_labels()
-    columns = min(len(labels), 3)
-    figure.legend(handles, labels, loc="outside upper center", ncols=columns, fontsize=12, frameon=False)
-    return figure
+def draw_positions(dataset: TokenDataset) -> Figure:
+    """Δlog p over the position in the response: mean, and bands that hold 90 and 98 % of the tokens."""
+    last = int(np.quantile(dataset.column("position", every_source=True), 0.995))
+    width = last // _POSITION_BINS + 1
+    edges = np.arange(0, last + width + 1, width) - 0.5
+
+    middles = edges[:-1] + width / 2
+
+    def draw(axes: Axes, source: str | None) -> None:
+        position, delta_logp = _finite(dataset, source, "position", "delta_logp")
+        bins = np.digitize(position, edges) - 1
+        parts = {place: delta_logp[bins == place] for place in np.unique(bins[bins < len(middles)])}
+        places = middles[list(parts)]
+        quantiles = np.array([np.quantile(part, (0.01, 0.05, 0.95, 0.99)) for part in parts.values()]).reshape(-1, 4).T
+        for low, high, alpha, name in ((0, 3, 0.12, "1 to 99 % of the tokens"), (1, 2, 0.3, "5 to 95 % of the tokens")):
+            axes.fill_between(
+                places, quantiles[low], quantiles[high], color=PALETTE[0], alpha=alpha, linewidth=0, label=name
+            )
+        axes.plot(places, [part.mean() for part in parts.values()], color=PALETTE[1], marker=".", label="mean")
+        axes.axhline(0.0, color="0.35", linewidth=0.9, linestyle=":", zorder=0)
+
+    return _by_source(dataset, draw, "position in the response [tokens]", "Δlog p [nats]")
 
 
-def _draw_panel(axes: Axes, panel: Panel, data: Sequence[Histogram]) -> None:
-    for index, histogram in enumerate(data):
-        label, number = _label_and_number(histogram, index)
-        colour, line = style(number)
-        axes.stairs(histogram.density, histogram.edges, color=colour, alpha=0.13, fill=True)
-        axes.stairs(histogram.density, histogram.edges, color=colour, linewidth=1.6, linestyle=line, label=label)
-    if panel.signed:
-        axes.axvline(0.0, color="0.35", linewidth=0.9, linestyle=":", zorder=0)
-    densities = np.concatenate([histogram.density for histogram in data])
-    if (densities > 0).any():
-        axes.set_yscale("log")
-        axes.set_ylim(densities[densities > 0].min() / 2, densities.max() * 2)
-    first, last = data[0].edges[0], data[0].edges[-1]
-    margin = 0.02 * (last - first)
-    axes.set_xlim(first - margin, last + margin)
-    num_beyond = sum(histogram.num_beyond for histogram in data)
-    beyond = f", {num_beyond:,} tokens beyond" if num_beyond else ""
-    tidy(axes, panel.title, panel.label + beyond, "density of tokens (log scale)")
+def _finite(dataset: TokenDataset, source: str | None, *names: str) -> list[np.ndarray]:
+    """Columns of a source without the rows in which one is not finite."""
+    columns = [dataset.column(name, source) for name in names]
+    keep = np.logical_and.reduce([np.isfinite(column) for column in columns])
+    return [column[keep].astype(np.float64) for column in columns]
 
 
-def _label_and_number(histogram: Histogram, index: int) -> tuple[str, int]:
-    if histogram.source is None:
-        name, number = "responses", index
-    elif histogram.source in _KNOWN_SOURCES:
-        name, number = _KNOWN_SOURCES[histogram.source]
-    else:
-        # A legend drops labels that begin with an underscore, hence the quotes.
-        name, number = f"“{visible(histogram.source)}” responses", index
-    return f"{name} ({histogram.num_tokens:,} tokens)", number
-
-
-def top_tokens(dataset: TokenDataset, *, limit: int = TOP_TOKENS, min_count: int = DEFAULT_MIN_COUNT) -> list[TopToken]:
-    """The tokens with the largest mean Δlog p of those that occur `min_count` times; ties go to the smaller id."""
-    means = dataset.means_by_token(("delta_logp", "logp", "base_logp"))
-    # A token that the base model excludes has a mean of +inf and leads; one with NaN cannot be ranked.
-    rankable = ~np.isnan(means["delta_logp"].to_numpy()) & (means["count"].to_numpy() >= min_count)
-    ranked = means.filter(rankable).sort_by([("delta_logp", "descending"), ("token_id", "ascending")])
-    return [TopToken(*row.values()) for row in ranked.slice(length=limit).to_pylist()]
-
-
-def top_tokens_markdown(tokens: Sequence[TopToken], min_count: int) -> str:
-    """The table of raised tokens in Markdown."""
-    introduction = (
-        f"Means over all places of the token in the data, in nats; tokens that occur at least {min_count} times.\n"
-        "Spaces are shown as ␣; control and formatting characters are spelt out."
-    )
-    head = ("rank", "token", "id", "count", "mean Δlog p", "mean log p, RL", "mean log p, base")
-    rows = [
-        (rank, escape_markdown(visible(text)), token_id, count, *(f"{mean:+.4f}" for mean in means))
-        for rank, (token_id, text, count, *means) in enumerate(tokens, 1)
-    ]
-    return markdown_table("Tokens with the largest mean Δlog p", introduction, head, "rlrrrrr", rows)
-
-
-def top_tokens_csv(tokens: Sequence[TopToken]) -> str:
-    """The table of raised tokens as CSV; the token is a JSON string."""
-    head = ("rank", "token", "token_id", "count", "mean_delta_logp", "mean_logp", "mean_base_logp")
-    rows = [
-        (rank, quoted(text), token_id, count, *(f"{mean:.9g}" for mean in means))
-        for rank, (token_id, text, count, *means) in enumerate(tokens, 1)
-    ]
-    return csv_table(head, rows)
+def _by_source(dataset: TokenDataset, draw: Callable[[Axes, str | None], None], x: str, y: str) -> Figure:
+    """A panel for each source that is shown, with one legend and equal axes."""
+    sources, remark = shown_sources(dataset)
+    figure, all_axes = panels(len(sources), 4, (5.2, 4.0), share=True)
+    for axes, (source, count) in zip(all_axes, sources.items(), strict=True):
+        title = responses_of(source)
+        tidy(axes, textwrap.fill(f"{title[0].upper()}{title[1:]} ({counted(count, 'token')})", _TITLE_WIDTH), x, y)
+        draw(axes, source)
+    legend_above(figure, remark)
+    return as_text(figure)

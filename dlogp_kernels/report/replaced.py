@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from .responses import ReplacedToken
 from .tables import csv_table, markdown_table
-from .text import csv_cell, escape_markdown, quoted, visible
+from .text import csv_cell, escape_markdown, percent, quoted, visible
 
 _TITLE = "Tokens replaced most often"
 _SPELT = "Spaces are shown as ␣; control and formatting characters are spelt out."
@@ -28,7 +28,7 @@ code { background: #8882; border-radius: 3px; font: .93em ui-monospace, monospac
 
 def replacements_text(token: ReplacedToken, escape: Callable[[str], str] = str) -> str:
     """What took the token's place most often, each with its share, for a terminal or, escaped, for another place."""
-    shares = ((escape(visible(new)), _percent(count / token.occurrences)) for new, count in token.replacements)
+    shares = ((escape(visible(new)), percent(count / token.occurrences)) for new, count in token.replacements)
     return ", ".join(f"{new} ({share})" for new, share in shares)
 
 
@@ -40,7 +40,7 @@ def tokens_markdown(tokens: Sequence[ReplacedToken], min_count: int) -> str:
             escape_markdown(visible(token.text)),
             token.token_id,
             f"{token.occurrences:,}",
-            _percent(token.share),
+            percent(token.share),
             f"{token.delta_logp:+.4f}",
             replacements_text(token, escape_markdown),
         )
@@ -94,13 +94,13 @@ def _tables(tokens: Sequence[ReplacedToken]) -> Iterator[str]:
 
 def _row(token: ReplacedToken, widest: float) -> str:
     new = "".join(
-        f'<span class="new">{_code(text)} <span>{count:,} · {_percent(count / token.occurrences)}</span></span>'
+        f'<span class="new">{_code(text)} <span>{count:,} · {percent(count / token.occurrences)}</span></span>'
         for text, count in token.replacements
     )
     bar = f'<i style="width:{100 * token.share / widest:.1f}%"></i>'
     return (
         f'<tr><td>{_code(token.text)}</td><td class="number">{token.token_id}</td>'
-        f'<td class="number">{token.occurrences:,}</td><td class="share">{_percent(token.share)}{bar}</td>'
+        f'<td class="number">{token.occurrences:,}</td><td class="share">{percent(token.share)}{bar}</td>'
         f'<td class="number">{token.delta_logp:+.3f}</td><td>{new}</td></tr>'
     )
 
@@ -115,7 +115,3 @@ def _introduction(min_count: int) -> str:
         "Over all settings of a criterion. Share: of all tokens that the criterion replaced. Mean Δlog p of the "
         f"drafted token, in nats.{rare}"
     )
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %" if share >= 0.0995 else f"{100 * share:.1f} %"

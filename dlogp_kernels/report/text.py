@@ -58,3 +58,19 @@ def csv_cell(text: str) -> str:
 def quoted(text: str) -> str:
     """`text` as a JSON string: exact, in ASCII, and nothing that a spreadsheet takes for a formula."""
     return json.dumps(text)
+
+
+def counted(count: int, noun: str) -> str:
+    """A number of things: "1 token", "2,000 tokens"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def percent(share: float) -> str:
+    """A share in percent, with a digit behind the point where it is small."""
+    return (
+        f"{100 * share:.0f} %"
+        if share >= 0.0995
+        else f"{100 * share:.1f} %"
+        if share >= 0.0095
+        else f"{100 * share:.1g} %"
+    )

@@ -64,18 +64,21 @@ def test_metrics_then_plot(pair, dlogp, tmp_path):
     assert status == 0, errors
     assert "tokens/s" in errors and "Traceback" not in errors
     summary = json.loads((out / "summary.json").read_text())
-    assert f"{summary['responses']} responses" in printed and str(out) in printed.replace("\n", "")
+    assert f"{summary['responses']} responses" in printed
+    assert " ".join(summary["words"].split()) in " ".join(printed.split())
+    assert str(out) in printed.replace("\n", "")
     run_metrics(*pair, tmp_path / "library", dtype="fp32", batch_tokens=100, device="cpu", progress=False)
     assert contents(out / "tokens") == contents(tmp_path / "library" / "tokens")
-    status, printed, errors = dlogp("plot", out, "--out", tmp_path / "figures", "--min-count", 3)
+    classes = tmp_path / "classes.json"
+    classes.write_text('{"odd words": ["w[0-9]*[13579]"]}')
+    status, printed, errors = dlogp("plot", out, "--out", tmp_path / "figures", "--min-count", 3, "--classes", classes)
     assert status == 0, errors
-    assert sorted(contents(tmp_path / "figures")) == [
-        "histograms.png",
-        "histograms.svg",
-        "top_tokens.csv",
-        "top_tokens.md",
-    ]
-    assert "at least 3 times" in printed and "not complete" not in printed
+    names = ("all_histograms", "gradient_mass", "histograms", "positions", "probabilities", "token_classes")
+    pictures = [f"{name}.{kind}" for name in names for kind in ("png", "svg")]
+    assert sorted(contents(tmp_path / "figures")) == [*pictures, "top_tokens.csv", "top_tokens.md"]
+    assert "at least 3 times" in printed and "odd words" in printed and "not complete" not in printed
+    status, _, errors = dlogp("plot", tmp_path / "figures", "--classes", classes)
+    assert status == 1 and "only what `dlogp metrics` wrote has classes" in errors
 
 
 def test_every_option_reaches_the_job(pair, dlogp, tmp_path, monkeypatch):

@@ -16,9 +16,9 @@ from hf_models import one_thread, tiny_model  # noqa: F401
 _README = ROOT / "README.md"
 #: Of which example each test is, by words in it.
 _PAIR, _HIDDEN, _DECODING = "token_metrics(rl, base", "import linear_delta_logp", "generate(rl, base"
-_DATA_SET = "import datasets, duckdb"
+_DATA_SET, _FIGURE = "import datasets, duckdb", "draw_positions("
 _LOOP, _TRAINER, _VERL = "def train_step", "ReweightedGRPOTrainer(str", "register_policy_loss"
-_TESTED = (_PAIR, _HIDDEN, _DECODING, _DATA_SET, _LOOP, _TRAINER, _VERL)
+_TESTED = (_PAIR, _HIDDEN, _DECODING, _DATA_SET, _FIGURE, _LOOP, _TRAINER, _VERL)
 
 
 def examples():
@@ -79,6 +79,13 @@ def test_any_tool_reads_the_data_set(tmp_path, monkeypatch):
     assert namespace["lowered"]["delta_logp"].to_list() == [-2.0, -1.5]
     assert namespace["rows"]["delta_logp"] == delta_logp
     assert sorted(namespace["by_outcome"]) == [(False, -0.625), (True, -0.75)]
+
+
+def test_a_picture(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_dataset(tmp_path / "out", [token_rows("rl", [1, 2], ["a", "b"], delta_logp=[1.0, -1.0])])
+    exec(example(_FIGURE), {})
+    assert (tmp_path / "positions.pdf").read_bytes().startswith(b"%PDF")
 
 
 @pytest.mark.parametrize("name", ["qwen3", "granite", "gemma2", "cohere", "gptj_bias"])

@@ -1,25 +1,14 @@
-"""Token text that is safe to show, the data set on disk, and the figures and tables made of it."""
-
-import csv
-import io
-import json
-import xml.etree.ElementTree as ElementTree
-from pathlib import Path
+"""Token text that is safe to show, and the data set on disk."""
 
 import numpy as np
 import pytest
 
 pytest.importorskip("pyarrow")
-pytest.importorskip("matplotlib")
-pytest.importorskip("rich")
 
-import matplotlib.image
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from dataset_files import token_rows, write_dataset
-from rich.console import Console
 
-from dlogp_kernels.cli.tables import top_token_table
 from dlogp_kernels.report.dataset import (
     STATISTICS,
     Origin,
@@ -31,8 +20,7 @@ from dlogp_kernels.report.dataset import (
     write_part,
 )
 from dlogp_kernels.report.errors import DatasetError
-from dlogp_kernels.report.figures import _PANELS, draw_histograms, histograms, plot, top_tokens
-from dlogp_kernels.report.text import escape_markdown, quoted, visible
+from dlogp_kernels.report.text import counted, escape_markdown, percent, visible
 
 # Text, as it is shown.
 VISIBLE = {
@@ -71,18 +59,15 @@ def test_markdown_escapes_all_punctuation():
     assert escape_markdown("数学 abc") == "数学 abc"
 
 
-def write_random(directory: Path, sources=("rl", "base"), count=4000) -> Path:
-    rng = np.random.default_rng(0)
-    parts = []
-    for index, source in enumerate(sources):
-        kl = rng.gamma(0.5, 1.0, count)
-        delta = rng.laplace(0.3 if source == "rl" else -0.3, 0.5, count)
-        ids = rng.integers(0, 30, count)
-        texts = [f"t{token}" for token in ids]
-        parts.append(
-            [token_rows(source, ids, texts, index + 1, entropy=rng.gamma(0.4, 1, count), kl=kl, delta_logp=delta)]
-        )
-    return write_dataset(directory, *parts)
+def test_numbers_in_words():
+    assert [counted(number, "token") for number in (0, 1, 2, 12_345)] == [
+        "0 tokens",
+        "1 token",
+        "2 tokens",
+        "12,345 tokens",
+    ]
+    shares = (0, 0.0004, 0.009, 0.0123, 0.0996, 1)
+    assert [percent(share) for share in shares] == ["0 %", "0.04 %", "0.9 %", "1.2 %", "10 %", "100 %"]
 
 
 def test_rows_come_back_as_they_were_written(tmp_path):
@@ -102,10 +87,24 @@ def test_rows_come_back_as_they_were_written(tmp_path):
     assert len(dataset) == 3 and dataset.sources() == ["rl", None] and not dataset.complete
     assert dataset.column("delta_logp", "rl").tolist() == [1.5, -2.0]
     assert dataset.column("logp", None).tolist() == [-3.0]
-    assert dataset.means_by_token(["logp"]).drop_columns("count").to_pylist() == [
-        {"token_id": 5, "text": " a", "logp": 0.0},
-        {"token_id": 6, "text": "b", "logp": 0.0},
-        {"token_id": 7, "text": "\x00", "logp": -3.0},
+    assert dataset.source_counts() == {"rl": 2, None: 1}
+    assert dataset.rows(np.array([0, 2]), ["token_id"])["token_id"].to_pylist() == [5, 7]
+
+
+def test_sums_by_token_leave_nan_out_and_tell_right_from_wrong(tmp_path):
+    right, wrong = {"correct": 1.0}, {"correct": 0.0}
+    one = token_rows("rl", [5, 5, 6], ["a", "a", "b"], 1, right, delta_logp=[1.5, np.nan, -2.0], logp=[-1, -2, 0])
+    two = token_rows("rl", [5, 5], ["a", "a"], 2, wrong, delta_logp=[-1, np.inf], base_logp=[-3, -4])
+    three = token_rows(None, [6], ["b"], 3, delta_logp=[-0.25])
+    table = TokenDataset(write_dataset(tmp_path, [one, two], [three])).sums_by_token()
+    assert table.column_names == [
+        "source", "right", "token_id", "text", "count", "defined", "delta_logp", "size", "logp", "base_logp"
+    ]  # fmt: skip
+    assert [tuple(row.values()) for row in table.to_pylist()] == [
+        ("rl", True, 5, "a", 2, 1, 1.5, 1.5, -3.0, 0.0),
+        ("rl", True, 6, "b", 1, 1, -2.0, 2.0, 0.0, 0.0),
+        ("rl", False, 5, "a", 2, 2, np.inf, 1.0, 0.0, -7.0),
+        (None, None, 6, "b", 1, 1, -0.25, 0.25, 0.0, 0.0),
     ]
 
 
@@ -182,127 +181,3 @@ def test_directories_that_hold_no_data_set(tmp_path):
     pq.write_table(to_table([token_rows("rl", [1], ["x"])]).drop_columns("kl"), part)
     with pytest.raises(DatasetError, match="other columns"):
         check_part(part)
-    with pytest.raises(DatasetError, match="holds no tokens"):
-        plot(write_dataset(tmp_path / "empty", []))
-
-
-def test_histograms_are_densities_over_all_tokens(tmp_path):
-    dataset = TokenDataset(write_random(tmp_path))
-    for panel_index, name in enumerate(("entropy", "kl", "delta_logp")):
-        for histogram in histograms(dataset, _PANELS[panel_index]):
-            values = dataset.column(name, histogram.source)
-            mass = (histogram.density * np.diff(histogram.edges)).sum()
-            assert mass == pytest.approx(1 - histogram.num_beyond / len(values))
-            assert histogram.num_beyond <= 5
-            low, high = histogram.edges[10], histogram.edges[15]
-            share = ((values >= low) & (values < high)).mean()
-            assert (histogram.density * np.diff(histogram.edges))[10:15].sum() == pytest.approx(share, abs=1e-6)
-            if name == "delta_logp":
-                # No bin ends at 0, next to which most tokens lie on one side by rounding alone.
-                width = histogram.edges[1] - histogram.edges[0]
-                assert np.abs(histogram.edges).min() == pytest.approx(width / 2)
-
-
-def ink(png: Path) -> np.ndarray:
-    """The colours of a picture that are neither white nor grey, as rows of (red, green, blue) in 0…1."""
-    pixels = matplotlib.image.imread(png)[..., :3].reshape(-1, 3)
-    return pixels[np.ptp(pixels, axis=1) > 0.3]
-
-
-def test_plot_draws_both_sources_and_writes_the_tables(tmp_path):
-    directory = write_random(tmp_path / "run")
-    result = plot(directory)
-    assert [file.name for file in result.files] == [
-        "histograms.png",
-        "histograms.svg",
-        "top_tokens.md",
-        "top_tokens.csv",
-    ]
-    assert {file.parent for file in result.files} == {directory / "figures"} and not result.complete
-    colours = ink(result.files[0])
-    blue, vermilion = (
-        np.abs(colours - np.array(rgb) / 255).max(axis=1) < 0.02 for rgb in ((0, 114, 178), (213, 94, 0))
-    )
-    assert blue.sum() > 1000 and vermilion.sum() > 1000
-    root = ElementTree.parse(result.files[1]).getroot()
-    assert root.tag.endswith("svg") and len(list(root.iter("{http://www.w3.org/2000/svg}path"))) > 50
-    again = plot(directory, tmp_path / "again")
-    assert [file.read_bytes() for file in again.files] == [file.read_bytes() for file in result.files]
-
-
-def test_plot_of_one_source_without_a_name(tmp_path):
-    result = plot(write_random(tmp_path, sources=(None,)))
-    colours = ink(result.files[0])
-    assert len(colours) > 1000
-    assert (np.abs(colours - np.array((213, 94, 0)) / 255).max(axis=1) < 0.02).sum() == 0
-
-
-def test_labels_take_names_of_sources_as_they_are(tmp_path):
-    figure = draw_histograms(TokenDataset(write_random(tmp_path, sources=("rl", "base", "_$x$ \n", None))))
-    labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert labels == [
-        "RL responses (4,000 tokens)",
-        "base responses (4,000 tokens)",
-        "“_$x$␣\\n” responses (4,000 tokens)",
-        "responses (4,000 tokens)",
-    ]
-    with pytest.raises(DatasetError, match="names 13 sources"):
-        plot(write_random(tmp_path / "many", sources=[str(index) for index in range(13)], count=5))
-
-
-@pytest.mark.parametrize("values", [[0.0] * 20, [np.inf] * 20, [np.nan, 1.0] * 10, [-5.0] * 20, [1e-9] * 20])
-def test_plot_of_odd_values(tmp_path, values):
-    rows = token_rows("rl", [1] * 20, ["x"] * 20, entropy=np.abs(values), kl=np.abs(values), delta_logp=values)
-    assert plot(write_dataset(tmp_path, [rows])).files[0].stat().st_size > 5000
-
-
-def test_top_tokens_are_ranked_by_their_mean_over_all_parts(tmp_path):
-    parts = [
-        [token_rows("rl", [3, 9, 9, 3], ["c", "i", "i", "c"], 1, delta_logp=[1, 4, 4, 0], logp=[-1, -2, -2, -3])],
-        [
-            token_rows(
-                "base", [9, 3, 20, 7], ["i", "c", "z", "g"], 2, delta_logp=[-2, 2, 50, np.nan], logp=[-5, -2, 0, 0]
-            )
-        ],
-    ]
-    dataset = TokenDataset(write_dataset(tmp_path, *parts))
-    ranked = top_tokens(dataset, min_count=1)
-    assert [(token.token_id, token.text, token.occurrences, token.delta_logp) for token in ranked] == [
-        (20, "z", 1, 50.0),
-        (9, "i", 3, 2.0),
-        (3, "c", 3, 1.0),
-    ]
-    assert [token.logp for token in ranked] == [0.0, -3.0, -2.0]
-    assert [token.token_id for token in top_tokens(dataset, min_count=2)] == [9, 3]
-    assert [token.token_id for token in top_tokens(dataset, min_count=1, limit=1)] == [20]
-    with pytest.raises(DatasetError, match="min_count is 0"):
-        plot(tmp_path, min_count=0)
-
-
-def test_tables_show_hostile_tokens_as_text(tmp_path):
-    texts = ["|", "<script>alert(1)</script>", "[red]x[/red]", "\x1b[2J", "=1+1", ' "q"', "\n", "&lt;", "\u202e"]
-    rows = token_rows("rl", range(len(texts)), texts, delta_logp=np.arange(len(texts), 0, -1))
-    result = plot(write_dataset(tmp_path, [rows]), min_count=1)
-    assert [token.text for token in result.top_tokens] == texts
-
-    markdown = result.files[2].read_text()
-    cells = [line.split(" | ") for line in markdown.splitlines() if line.startswith("| ") and "rank" not in line]
-    assert [len(row) for row in cells] == [7] * len(texts)
-    shown = [row[1] for row in cells]
-    assert shown[0] == r"\|" and shown[1] == r"\<script\>alert\(1\)\<\/script\>" and shown[7] == r"\&lt\;"
-    assert not any(character in markdown for character in "\x1b\u202e")
-
-    with open(result.files[3], newline="") as file:
-        table = list(csv.DictReader(file))
-    assert [json.loads(row["token"]) for row in table] == texts
-    assert all(
-        row["token"] == quoted(text) and row["token"].startswith('"') for row, text in zip(table, texts, strict=True)
-    )
-    assert [float(row["mean_delta_logp"]) for row in table] == list(range(len(texts), 0, -1))
-
-    console = Console(width=120, force_terminal=True, color_system=None, record=True, file=io.StringIO())
-    console.print(top_token_table(result.top_tokens, 1))
-    printed = console.export_text(styles=False)
-    for text in texts:
-        assert visible(text) in printed
-    assert "\x1b[2J" not in printed

@@ -1,0 +1,36 @@
+"""Who wrote the responses, in words, and which sources are shown where there are too many for one picture or table."""
+
+from collections.abc import Collection
+
+from .dataset import TokenDataset
+from .text import one_line
+
+#: So many are told apart.
+MOST_SOURCES = 12
+
+#: In the order of legends.
+_KNOWN = {"rl": "RL", "base": "base"}
+
+
+def shown_sources(dataset: TokenDataset, most: int = MOST_SOURCES) -> tuple[dict[str | None, int], str]:
+    """How many tokens each of the `most` largest sources has, RL and base first; and a remark, "" if these are all."""
+    counts = dataset.source_counts()
+    largest = sorted(counts, key=lambda source: -counts[source])[:most]
+    in_order = [*(name for name in _KNOWN if name in largest), *(name for name in counts if name not in _KNOWN)]
+    remark = f"the {most} largest of {len(counts):,} sources" if len(counts) > most else ""
+    return {source: counts[source] for source in in_order if source in largest}, remark
+
+
+def numbers_of(sources: Collection[str | None]) -> dict[str | None, int]:
+    """The numbers of their colours: RL and base always have theirs."""
+    known = {name: number for number, name in enumerate(_KNOWN) if name in sources}
+    others = [source for source in sources if source not in known]
+    return known | {source: number for number, source in enumerate(others, len(_KNOWN) if known else 0)}
+
+
+def responses_of(source: str | None) -> str:
+    """The responses of a source, as titles and legends call them."""
+    if source is None:
+        return "responses"
+    # A legend drops labels that begin with an underscore, hence the quotes.
+    return f"{_KNOWN.get(source) or f'“{one_line(source)}”'} responses"

@@ -20,6 +20,7 @@ from ..report.errors import DatasetError
 from ..report.terminal import Terminal
 from ..report.text import printable
 from .command import Command
+from .compare import compare
 from .demo import demo
 from .doctor import doctor
 from .generate import generate
@@ -35,7 +36,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for _command in (metrics, generate, sweep, train, plot, view, doctor, demo):
+for _command in (compare, metrics, generate, sweep, train, plot, view, doctor, demo):
     app.command(cls=Command)(_command)
 
 _errors = Terminal(stderr=True)

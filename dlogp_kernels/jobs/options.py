@@ -42,20 +42,23 @@ _max_line_size = partial(option, MAX_LINE_BYTES, _ABOUT_LINES, integer(1, 2**40)
 
 #: Of a batch by default: a CPU takes as long for few at a time as for many.
 GPU_BATCH_TOKENS, CPU_BATCH_TOKENS = 8192, 1024
+_memory_limit = partial(option, None, "Memory beyond the models, such as 4GiB.", unset="none", in_bytes=True)
+_ABOUT_BATCH = "Tokens measured at once, padding included; a kill can cost 8 times as many."
+_DEFAULT_BATCH = f"{GPU_BATCH_TOKENS}, on a CPU {CPU_BATCH_TOKENS}"
+_batch_tokens = partial(option, None, _ABOUT_BATCH, _TOKENS, unset=_DEFAULT_BATCH)
+_ABOUT_SEQUENTIAL = "One model in memory at a time, to measure; the base's hidden states go to disk."
+_sequential = partial(option, False, _ABOUT_SEQUENTIAL)
 
 
 @dataclass(frozen=True)
 class Measuring:
     """What the numbers of `dlogp metrics` depend on beside models and data; `run_metrics` names the device."""
 
-    memory_limit: int | None = option(None, "Memory beyond the models, such as 4GiB.", unset="none", in_bytes=True)
-    batch_tokens: int | None = option(
-        None, "Tokens at once, padding included; a kill can cost 8 times as many.", _TOKENS,
-        unset=f"{GPU_BATCH_TOKENS}, on a CPU {CPU_BATCH_TOKENS}",
-    )  # fmt: skip
+    memory_limit: int | None = _memory_limit()
+    batch_tokens: int | None = _batch_tokens()
     dtype: str = _dtype()
     device: str = _device()
-    sequential: bool = option(False, "One model in memory at a time; the base's hidden states go to disk.")
+    sequential: bool = _sequential()
     on_error: str = option("raise", "For a line that can not be used.", _ON_ERROR)
     temperature: float = option(1.0, "Divides the logits of both models.", check_scale)
     trust_remote_code: bool = _trust_remote_code()
@@ -95,6 +98,15 @@ class Decoding:
     def problems_per_chunk(self) -> int:
         """Problems whose responses are written together; at least one. A kill can cost them."""
         return max(1, (self.chunk_size or 4 * self.batch_size) // self.samples)
+
+
+@dataclass(frozen=True)
+class Comparing(Decoding):
+    """How `dlogp compare` draws responses, and with what it measures them."""
+
+    memory_limit: int | None = _memory_limit()
+    batch_tokens: int | None = _batch_tokens()
+    sequential: bool = _sequential()
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """One page of what a run drew or measured: `dlogp view`."""
 
+import html
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +12,7 @@ from ..report.errors import DatasetError
 from ..report.files import write_atomically
 from ..report.ledger import MANIFEST_FILE, read_manifest
 from ..report.responses import RESPONSES_FILE, Response, read_responses
+from ..report.text import one_line
 from ..report.view import MAX_TOKENS
 from ..report.view.page import NUMBERS, OF_DRAFTS, Number, render, unknown_tokens
 from ..report.view.reading import Chosen, choose, read_dataset
@@ -19,6 +21,7 @@ from .errors import JobError
 from .token_text import TokenTexts
 
 VIEW_FILE = "view.html"
+_MOST_NOTEBOOK_BYTES = 8 * 2**20
 _UNFINISHED = "The run is not complete: this shows the part that is written."
 
 
@@ -28,6 +31,13 @@ class View(NamedTuple):
     path: Path
     subtitle: str
     remarks: list[str]
+
+    def _repr_html_(self) -> str:
+        """In a notebook the page itself; where it lies, of one that is too large to be kept in a notebook."""
+        if self.path.stat().st_size > _MOST_NOTEBOOK_BYTES:
+            return f"<p>{html.escape(one_line(f'{self.subtitle}: {self.path}'))}</p>"
+        page = html.escape(self.path.read_text(encoding="utf-8"))
+        return f'<iframe srcdoc="{page}" style="border: 0; height: 40rem; width: 100%"></iframe>'
 
 
 def run_view(

@@ -34,7 +34,7 @@ from dlogp_kernels.demo.generate import PAIR_DIRECTORY
 from dlogp_kernels.jobs.errors import JobError
 from dlogp_kernels.jobs.inputs.records import line_limit
 from dlogp_kernels.jobs.metrics import run_metrics
-from dlogp_kernels.jobs.options import Decoding, Training
+from dlogp_kernels.jobs.options import Comparing, Decoding, Training
 from dlogp_kernels.report.responses import RL, Setting, collect, read_responses
 
 
@@ -44,7 +44,8 @@ def pair(tmp_path_factory) -> Pair:
 
 
 def test_defaults_are_those_of_the_jobs():
-    for command, job in ((app.generate, Decoding()), (app.sweep, Decoding()), (app.train, Training())):
+    jobs = {app.generate: Decoding(), app.sweep: Decoding(), app.train: Training(), app.compare: Comparing()}
+    for command, job in jobs.items():
         parameters = inspect.signature(command).parameters
         shared = [name for name in parameters if hasattr(job, name)]
         assert {"dtype", "max_line_size", "grader_timeout"} <= set(shared)
@@ -110,6 +111,19 @@ def test_every_option_reaches_the_job(pair, dlogp, tmp_path, monkeypatch):
         "trust_remote_code": True,
         "max_line_size": "1MiB",
     }
+
+
+def test_compare_prints_accuracies_numbers_and_where_the_page_is(pair, dlogp, tmp_path):
+    problems = [{"id": name, "prompt": f"{name} w3", "answer": "w4"} for name in ("w1", "w2")]
+    problems = write_lines(tmp_path / "problems.jsonl", problems)
+    options = ["--data", problems, "--out", tmp_path / "out", "--max-new-tokens", 5, "--device", "cpu"]
+    status, printed, errors = dlogp("compare", "--rl", pair.rl, "--base", pair.base, *options)
+    assert status == 0, errors
+    for said in ("Accuracy and replaced tokens", "Response tokens: means", "histograms.png", "view.html"):
+        assert said in printed
+    assert (tmp_path / "out" / "view.html").exists()
+    status, _, errors = dlogp("compare", "--rl", pair.rl, "--base", pair.base, "--out", tmp_path / "none")
+    assert status == 1 and errors.startswith("error: --data, --responses: expected one of them")
 
 
 def test_errors_are_one_message_on_stderr(pair, dlogp, tmp_path):

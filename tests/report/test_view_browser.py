@@ -13,6 +13,7 @@ pytest.importorskip("playwright", reason="playwright is not installed (pip insta
 from playwright.sync_api import sync_playwright
 from viewed import ENGLISH, awkward_rows, many_rows
 
+from dlogp_kernels.jobs.view import View
 from dlogp_kernels.report.view.page import OF_DRAFTS, render
 
 CHROMIUM = shutil.which("chromium")
@@ -36,9 +37,10 @@ def show(chromium, tmp_path):
     """Opens a page of rows; in the end it has loaded nothing, and nothing went wrong in it."""
     opened = []
 
-    def opening(rows, width=1280, theme="light", **options):
-        path = tmp_path / "page.html"
-        path.write_text(render(rows, title="run", subtitle="", **options), encoding="utf-8")
+    def opening(rows, width=1280, theme="light", within=None, **options):
+        path = within or tmp_path / "page.html"
+        if within is None:
+            path.write_text(render(rows, title="run", subtitle="", **options), encoding="utf-8")
         page = chromium.new_page(viewport={"width": width, "height": 800}, color_scheme=theme)
         complaints, requests = [], []
         page.on("pageerror", lambda error: complaints.append(str(error)))
@@ -46,12 +48,12 @@ def show(chromium, tmp_path):
         page.on("request", lambda request: requests.append(request.url))
         opened.append((page, complaints, requests, path))
         page.goto(path.as_uri())
-        page.wait_for_selector("html[data-ready]")
+        page.frames[-1].wait_for_selector("html[data-ready]")
         return page
 
     yield opening
     for page, complaints, requests, path in opened:
-        assert complaints == [] and set(requests) == {path.as_uri()}
+        assert complaints == [] and set(requests) <= {path.as_uri(), "about:srcdoc"}
         page.close()
 
 
@@ -235,6 +237,15 @@ def luminance(colour) -> float:
 def contrast(one, other) -> float:
     low, high = sorted(map(luminance, (one, other)))
     return (high + 0.05) / (low + 0.05)
+
+
+def test_in_a_notebook_the_page_works_in_a_frame(show, tmp_path):
+    show(awkward_rows())
+    frame = View(tmp_path / "page.html", "", [])._repr_html_()
+    outer = tmp_path / "notebook.html"
+    outer.write_text(f"<!doctype html><meta charset=utf-8><p>Out[1]</p>{frame}", encoding="utf-8")
+    page = show(awkward_rows(), within=outer)
+    assert page.frames[1].locator("#t3").text_content() == ENGLISH[3]
 
 
 def test_200_000_tokens_open_in_3_seconds_and_scroll_at_30_frames_a_second(show, tmp_path):

@@ -1,0 +1,84 @@
+"""From two models and a file of problems to responses, numbers, pictures and a page, in one go: `dlogp compare`."""
+
+import html
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..report.figures import Plot, plot
+from ..report.responses import BASE, RL
+from .decoding import run_sweep
+from .errors import JobError
+from .graders import EXACT
+from .metrics import run_metrics
+from .options import Comparing, Decoding, Measuring
+from .view import VIEW_FILE, View, run_view
+
+_RESPONSES_DIRECTORY, _METRICS_DIRECTORY, _FIGURES_DIRECTORY = "responses", "metrics", "figures"
+
+
+class Comparison(NamedTuple):
+    """What was drawn (None where responses were given) and measured, as their summaries say; figures, and the page."""
+
+    drawn: Mapping[str, Any] | None
+    measured: Mapping[str, Any]
+    figures: Plot
+    view: View
+
+    def _repr_html_(self) -> str:
+        words = html.escape(self.measured.get("words", ""))
+        return f"<p>{words}</p>{self.view._repr_html_()}"
+
+
+def run_compare(
+    rl: str | Path,
+    base: str | Path,
+    out: str | Path,
+    *,
+    data: str | Path | None = None,
+    responses: str | Path | None = None,
+    grader: str = EXACT,
+    options: Comparing | None = None,
+    progress: bool = True,
+) -> Comparison:
+    """Let both models answer problems, measure both at every token of the answers, and draw what was found.
+
+    Args:
+        rl, base: directories of the two models, or their names on the Hub.
+        out: receives `responses/` (`run_sweep`), `metrics/` (`run_metrics`), `figures/` and `view.html`. Started again
+            with the same arguments, what was stopped goes on where it was.
+        data: a JSONL file of problems, as `run_generate` takes it.
+        responses: instead of `data`, responses that exist, as `run_metrics` takes them.
+        grader: of the answers to `data`, as `run_generate` takes it.
+        options: of drawing and of measuring, which is at temperature 1 however responses are drawn.
+        progress: show progress on stderr.
+
+    Returns:
+        Comparison; in a notebook it shows the page.
+
+    Raises:
+        JobError, OSError: as the jobs that it calls, or unless one of `data` and `responses` is given.
+    """
+    options = options or Comparing()
+    out = Path(out)
+    if (data is None) == (responses is None):
+        raise JobError("--data, --responses: expected one of them, problems to answer or responses that exist")
+    drawn = None
+    if data is not None:
+        responses = out / _RESPONSES_DIRECTORY
+        drawn = run_sweep(
+            rl, base, data, responses, settings=[BASE, RL], decoding=Decoding(**_of(Decoding, options)), grader=grader,
+            progress=progress, command="compare",
+        )  # fmt: skip
+    assert responses is not None
+    metrics, measuring = out / _METRICS_DIRECTORY, _of(Measuring, options) | {"temperature": 1.0}
+    measured = run_metrics(rl, base, responses, metrics, progress=progress, **measuring)
+    figures = plot(metrics, out / _FIGURES_DIRECTORY)
+    return Comparison(drawn, measured, figures, run_view(metrics, out / VIEW_FILE))
+
+
+def _of(kind: Any, options: Comparing) -> dict[str, Any]:
+    """The options of one of the jobs."""
+    names = {field.name for field in fields(options)}
+    return {field.name: getattr(options, field.name) for field in fields(kind) if field.name in names}

@@ -124,7 +124,7 @@ def draw_gradient_mass(dataset: TokenDataset) -> Figure:
             axes.bar(places, share, 0.028, color=("0.65", *PALETTE)[number], label=f"share of {name}")
         axes.set_xticks(_PROBABILITY_BINS)
 
-    return _by_source(dataset, draw, "probability π of the token", "share")
+    return _by_source(dataset, draw, "probability π of the token, by the model that wrote it", "share")
 
 
 def draw_positions(dataset: TokenDataset) -> Figure:

@@ -21,7 +21,6 @@ class Spread(NamedTuple):
     counts: np.ndarray
     sizes: np.ndarray
     fifths: np.ndarray
-    num_short: int
 
     def carriers(self, share: float) -> int:
         """How many tokens carry this share of Σ|Δlog p|, the largest first."""
@@ -42,7 +41,7 @@ def tell(dataset: TokenDataset) -> str:
         tokens = counted(everything.num_tokens, "token")
         return f"There is no finite Δlog p in {tokens}: what RL changed can not be said."
     if not everything.size:
-        return f"Δlog p is 0 at {_each(finite)}: both models say the same there.{_without(everything, finite)}"
+        return f"Δlog p is 0 everywhere ({counted(finite, 'token')}): there is no change.{_without(everything, finite)}"
     sentences = [
         f"Over {counted(finite, 'response token')} Σ|Δlog p|, the sum of sizes, is {_size(everything.size)} nats, and "
         f"the mean of Δlog p is {_mean(everything)}.",
@@ -58,7 +57,7 @@ def tell(dataset: TokenDataset) -> str:
 def measure_spread(dataset: TokenDataset) -> Spread:
     """The spread of Σ|Δlog p| over tokens and places, read a batch at a time."""
     counts, sizes = np.zeros((2, 1 << (32 - _LOWER_BITS)))
-    fifths, num_short = np.zeros(5), 0
+    fifths = np.zeros(5)
     for positions, values in _whole_responses(dataset):
         size = np.abs(values)
         finite = np.isfinite(size)
@@ -66,11 +65,10 @@ def measure_spread(dataset: TokenDataset) -> Spread:
         counts += np.bincount(bits, minlength=len(counts))
         sizes += np.bincount(bits, size[finite], len(counts))
         lengths = np.diff(np.flatnonzero(np.append(positions, 0) == 0))
-        num_short += int((lengths < 5).sum())
         of_row = np.repeat(lengths, lengths)
         long = finite & (of_row >= 5)
         fifths += np.bincount(5 * positions[long] // of_row[long], size[long], 5)
-    return Spread(counts, sizes, fifths, num_short)
+    return Spread(counts, sizes, fifths)
 
 
 def _whole_responses(dataset: TokenDataset) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -83,10 +81,6 @@ def _whole_responses(dataset: TokenDataset) -> Iterator[tuple[np.ndarray, np.nda
         yield positions[:last], values[:last]
         positions, values = positions[last:], values[last:]
     yield positions, values
-
-
-def _each(count: int) -> str:
-    return "the only token" if count == 1 else f"each of {counted(count, 'token')}"
 
 
 def _without(everything: Part, finite: int) -> str:
@@ -133,10 +127,9 @@ def _where(spread: Spread) -> str:
     if not total:
         return ""
     first, *middle, last = spread.fifths / total
-    which = "of a response" if not spread.num_short else "of responses that have 5 tokens or more"
     return (
-        f"{percent(first)} of Σ|Δlog p| lies in the first fifth {which}, {percent(sum(middle))} in the three fifths in "
-        f"the middle and {percent(last)} in the last fifth."
+        f"{percent(first)} of Σ|Δlog p| lies in the first fifth of a response, {percent(sum(middle))} in the three "
+        f"fifths in the middle and {percent(last)} in the last fifth (of responses of 5 tokens or more)."
     )
 
 

@@ -46,7 +46,10 @@ def test_histograms_are_densities_over_all_tokens(tmp_path):
             assert histogram.num_beyond <= 5
             low, high = histogram.edges[10], histogram.edges[15]
             assert mass[10:15].sum() == pytest.approx(((values >= low) & (values < high)).mean(), abs=1e-6)
-            if panel.columns == ("delta_logp",):
+            if panel.sign != "±":
+                assert histogram.edges[0 if panel.sign == "+" else -1] == 0
+                assert panel.sign == ("−" if "log p" in panel.label else "+")
+            else:
                 # No bin ends at 0, next to which most tokens lie on one side by rounding alone.
                 width = histogram.edges[1] - histogram.edges[0]
                 assert np.abs(histogram.edges).min() == pytest.approx(width / 2)
@@ -212,14 +215,14 @@ def test_probabilities_and_positions_are_means_and_quantiles_of_their_bins(tmp_p
 
 
 def test_classes_are_what_the_file_says(tmp_path):
-    texts = [" Wait", "wait", "12", " 3.5", "\n", "waiter", " so"]
-    deltas = [1.0, -3.0, 0.5, 0.5, np.nan, 2.0, 1.0]
-    dataset = TokenDataset(write_dataset(tmp_path / "data", [token_rows("rl", range(7), texts, delta_logp=deltas)]))
+    texts = [" Wait", "wait", "12", " 3.5", "\n", "waiter", " so", "7"]
+    deltas = [1.0, -3.0, 0.5, 0.5, np.nan, 2.0, 1.0, np.nan]
+    dataset = TokenDataset(write_dataset(tmp_path / "data", [token_rows("rl", range(8), texts, delta_logp=deltas)]))
     file = tmp_path / "classes.json"
     file.write_text(json.dumps({"numbers": [r"\d+(\.\d+)?"], "so or wait": ["wait", "so"], "ends of lines": [r"\\n"]}))
     found = {change.name: change for change in class_changes(dataset, read_classes(file))}
     assert {name: change.occurrences for name, change in found.items()} == {
-        "numbers": 2,
+        "numbers": 3,
         "so or wait": 3,
         "ends of lines": 1,
         "other tokens": 1,
@@ -228,7 +231,7 @@ def test_classes_are_what_the_file_says(tmp_path):
     assert found["so or wait"].delta_logp == pytest.approx(-1 / 3) and found["so or wait"].share == pytest.approx(5 / 8)
     assert np.isnan(found["ends of lines"].delta_logp) and found["ends of lines"].share == 0
     default = {change.name: change.occurrences for change in class_changes(dataset)}
-    assert default == {"numbers": 2, "connectives": 1, "reflection": 2, "other tokens": 2}
+    assert default == {"numbers": 3, "connectives": 1, "reflection": 2, "other tokens": 2}
     labels = draw_classes(dataset, read_classes(file)).axes[0].get_yticklabels()
     assert [label.get_text() for label in labels] == list(found)
 

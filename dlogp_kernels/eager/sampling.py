@@ -1,7 +1,10 @@
 """The sampling ops in plain PyTorch: the definition, in blocks of rows."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..inputs import Head, NoiseInputs, SampleOptions
 from ..reference import sampling as reference_sample
@@ -12,6 +15,9 @@ from ._blocks import forward_blocks, rows_of, tiled_logits
 _SAMPLE_TEMPORARIES = 24
 #: Both models' logits, transformed and not.
 _PAIR_OF_LOGITS = 4
+#: Rows of a product of 16-bit numbers on a GPU, whose library sums in another order for another number: missing ones
+#: are zeros, so that a row's bits do not depend on the others or on the workspace.
+_PRODUCT_ROWS = 32
 #: What sampling takes of the workspace; of hidden states, logits and tiles of the weights take half of the rest each.
 _SHARE = 2
 
@@ -52,12 +58,30 @@ def linear_extrapolated_sample(
     n, v = head.hidden.shape[:-1].numel(), head.weight.shape[0]
     row_id = torch.arange(n, device=device) if noise.row_id is None else noise.row_id
     steps = noise.step_tensor
-    tile = forward_blocks((head, base_head), dtype, workspace).tile
-    size = workspace // 4 // (v * dtype.itemsize * _PAIR_OF_LOGITS)
+    heads = (head, base_head)
+    if all(_multiplies_as_it_is(one, dtype) for one in heads):
+        size, logits_of = _PRODUCT_ROWS, _product
+    else:
+        size = workspace // 4 // (v * dtype.itemsize * _PAIR_OF_LOGITS)
+        logits_of = partial(tiled_logits, dtype=dtype, tile=forward_blocks(heads, dtype, workspace).tile)
     blocks = []
     for rows in torch.arange(n, device=device).split(max(1, size)):
-        z, base_z = (transform_logits(tiled_logits(x, rows, dtype, tile), *x.transform) for x in (head, base_head))
+        z, base_z = (transform_logits(logits_of(x, rows), *x.transform) for x in heads)
         own_steps = steps[rows] if steps is not None and steps.numel() > 1 else steps
         own = noise._replace(row_id=row_id[rows], step_tensor=own_steps)
         blocks.append(torch.ops.dlogp.extrapolated_sample(z, base_z, *own, *options))
     return tuple(torch.cat(values) for values in zip(*blocks, strict=True))
+
+
+def _multiplies_as_it_is(head: Head, dtype: torch.dtype) -> bool:
+    """Whether the device multiplies the weight without a converted copy, and adds in float32."""
+    kinds = {head.hidden.dtype, head.weight.dtype}
+    on_gpu = head.hidden.is_cuda and torch.version.hip is None
+    return on_gpu and dtype == torch.float32 and len(kinds) == 1 and kinds <= {torch.bfloat16, torch.float16}
+
+
+def _product(head: Head, rows: Tensor) -> Tensor:
+    """Logits of at most _PRODUCT_ROWS rows."""
+    hidden = pad(rows_of(head.hidden, rows), (0, 0, 0, _PRODUCT_ROWS - rows.shape[0]))
+    raw = torch.mm(hidden, head.weight.t(), out_dtype=torch.float32)[: rows.shape[0]]
+    return raw if head.bias is None else raw.add_(head.bias)

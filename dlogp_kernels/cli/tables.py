@@ -33,7 +33,7 @@ def print_metrics(console: Console, summary: Mapping[str, Any], out: Path) -> No
         means = [_number(statistics[name]["mean"]) for name in ("delta_logp", "kl", "entropy", "base_entropy")]
         rows.append(
             (
-                visible(source) if source else "–",
+                one_line(source) if source else "–",
                 f"{described['response_tokens']:,}",
                 means[0],
                 f"{tails['below -1']:.2%}",

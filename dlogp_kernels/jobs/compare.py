@@ -1,6 +1,7 @@
 """From two models and a file of problems to responses, numbers, pictures and a page, in one go: `dlogp compare`."""
 
 import html
+import re
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -73,7 +74,11 @@ def run_compare(
         )  # fmt: skip
     assert responses is not None
     metrics, measuring = out / _METRICS_DIRECTORY, _of(Measuring, options) | {"temperature": 1.0}
-    measured = run_metrics(rl, base, responses, metrics, progress=progress, **measuring)
+    try:
+        measured = run_metrics(rl, base, responses, metrics, progress=progress, **measuring)
+    except JobError as error:
+        # What the other job calls them.
+        raise JobError(re.sub("^--data", "--responses", str(error))) from error
     figures = plot(metrics, out / _FIGURES_DIRECTORY)
     return Comparison(drawn, measured, figures, run_view(metrics, out / VIEW_FILE))
 

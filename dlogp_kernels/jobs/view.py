@@ -157,7 +157,7 @@ def _drawn_rows(response: Response, line: int, name: str, texts: TokenTexts) -> 
     """A response with Δlog p of its drafts."""
     ids, prompt_ids = np.asarray(response.token_ids, np.int64), np.asarray(response.prompt_ids, np.int64)
     token_texts = texts(ids)
-    if [token_texts[place] for place in response.selected if 0 <= place < len(ids)] != list(response.new_texts):
+    if [token_texts[place] for place in response.selected] != list(response.new_texts):
         raise JobError(
             f"{RESPONSES_FILE}: line {line}: the tokenizer gives its tokens other texts than when they were drawn: "
             "give that of the run with --tokenizer DIR"

@@ -95,13 +95,14 @@ def class_changes(dataset: TokenDataset, classes: Classes | None = None) -> list
     }
     members[_OTHER] = ~np.logical_or.reduce(list(members.values()))
     of_row = np.array(sums["source"].to_pylist(), object)
-    columns = [sums[name].to_numpy() for name in ("count", "defined", "delta_logp", "size")]
+    columns = [sums[name].fill_null(0).to_numpy() for name in ("count", "defined", "delta_logp", "size")]
     changes = []
     for source in shown_sources(dataset, _MOST_SOURCES)[0]:
         of_source = of_row == source
-        whole = np.nansum(columns[3][of_source])
+        whole = columns[3][of_source].sum()
         for name, member in members.items():
-            count, defined, total, size = (float(np.nansum(column[of_source & member])) for column in columns)
+            with np.errstate(invalid="ignore"):  # of both infinities there is no sum
+                count, defined, total, size = (float(column[of_source & member].sum()) for column in columns)
             mean, share = total / defined if defined else np.nan, size / whole if whole else 0.0
             changes.append(ClassChange(name, source, int(count), mean, float(share)))
     return changes

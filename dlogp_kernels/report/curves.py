@@ -234,7 +234,7 @@ def draw_bars(results: Sequence[SettingResult]) -> Figure:
         place += 0.6
     axes.set_xticks(list(ticks), list(ticks.values()))
     # Above the highest bar, room for its number and the legend.
-    axes.set_ylim(0, 1.22 * max(bar.get_height() for bar in axes.patches))  # type: ignore[attr-defined]
+    axes.set_ylim(0, 1.22 * max(bar.get_height() for bar in axes.patches) or 1)  # type: ignore[attr-defined]
     axes.legend(fontsize=10.5, frameon=False, ncols=min(4, len(gammas)), loc="upper left")
     tidy(axes, "Selective replacement where Δlog p < τ, with and without extrapolation", "", _ACCURACY)
     axes.grid(visible=False, axis="x")

@@ -187,11 +187,11 @@ def _write(path: Path, table: pa.Table, origin: Origin | None) -> tuple[Path, Pi
     return path, piece_of(data)
 
 
-def check_part(path: Path) -> None:
-    """DatasetError if a file is not readable as a part."""
+def check_part(path: Path, schemas: Sequence[pa.Schema] = (SCHEMA, *_EARLIER_SCHEMAS)) -> None:
+    """DatasetError if a file is not readable as a part with one of these schemas."""
     with _explained_reads(path):
         schema = pq.read_schema(path)
-    if not any(schema.equals(known) for known in (SCHEMA, *_EARLIER_SCHEMAS)):
+    if not any(schema.equals(known) for known in schemas):
         raise DatasetError(f"{path} has other columns than this version writes")
 
 
@@ -225,6 +225,8 @@ class TokenDataset:
         self._responses = sorted(self.directory.glob(f"{RESPONSES_DIRECTORY}/part-*.parquet"))
         if verify and self._responses:
             check(Ledger.read(self.directory), self.directory / RESPONSES_DIRECTORY, self._responses)
+        for part in self._responses:
+            check_part(part, [RESPONSES_SCHEMA])
 
     @property
     def complete(self) -> bool:

@@ -32,8 +32,8 @@ _SHOWN_CRITERIA = {
     "random": "u <",
 }
 
-#: The columns of a line in their order, and what they are, or what the entries of those that are lists are; the length
-#: is that of the token ids, and is not read.
+#: The columns of a line in their order, and what they are, or what the entries of those that are lists are (integers:
+#: ids or places); the length is that of the token ids, and is not read.
 _KINDS: dict[str, Any] = {
     "id": str, "problem": int, "sample": int, "criterion": str, "threshold": int | float | None, "gamma": int | float,
     "draft": str, "seed": int, "correct": int | float | None, "error": str | None, "length": None, "finished": bool,
@@ -124,7 +124,7 @@ def from_columns(given: Any) -> Response:
         columns["delta_logp"] = list(map(float, columns["delta_logp"]))
         columns["setting"] = Setting(*(columns[name] for name in Setting._fields))
         return Response(*(columns[_COLUMN_OF.get(name, name)] for name in Response._fields))
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, OverflowError) as error:
         raise ValueError(f"not a response as this version writes it: {error!r}") from error
 
 
@@ -135,13 +135,23 @@ def _check_kinds(columns: Mapping[str, Any]) -> None:
             continue
         value = columns[name]
         if isinstance(kind, list):
-            good = isinstance(value, list) and all(isinstance(entry, kind[0]) for entry in value)
+            good = _is_list_of(kind[0], value)
         else:
-            good = isinstance(value, kind) and not (isinstance(value, float) and not math.isfinite(value))
+            good = isinstance(value, kind) and not (isinstance(value, int | float) and not math.isfinite(value))
         if not good:
             raise TypeError(f"{name} is {value!r:.60}")
     if len({len(columns[name]) for name in _OF_REPLACED}) > 1:
         raise TypeError(f"{', '.join(_OF_REPLACED)} have different lengths")
+    places = columns["selected"]
+    if places != sorted(set(places)) or (places and places[-1] >= len(columns["token_ids"])):
+        raise TypeError(f"selected is {places!r:.60}, expected ascending places among the token_ids")
+
+
+def _is_list_of(kind: Any, value: Any) -> bool:
+    """Whether it is a list with such entries; integers are of int32, which the data set has, and not below 0."""
+    if not isinstance(value, list) or kind is not int:
+        return isinstance(value, list) and all(isinstance(entry, kind) for entry in value)
+    return set(map(type, value)) <= {int} and all(0 <= entry < 2**31 for entry in value)
 
 
 def _to_json(value: float) -> float | str:

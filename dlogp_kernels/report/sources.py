@@ -13,12 +13,17 @@ _KNOWN = {"rl": "RL", "base": "base"}
 
 
 def shown_sources(dataset: TokenDataset, most: int = MOST_SOURCES) -> tuple[dict[str | None, int], str]:
-    """How many tokens each of the `most` largest sources has, RL and base first; and a remark, "" if these are all."""
+    """How many tokens sources have, RL and base first, of many `most`: these two and the largest; and a remark, or ""."""
     counts = dataset.source_counts()
-    largest = sorted(counts, key=lambda source: -counts[source])[:most]
-    in_order = [*(name for name in _KNOWN if name in largest), *(name for name in counts if name not in _KNOWN)]
-    remark = f"the {most} largest of {len(counts):,} sources" if len(counts) > most else ""
-    return {source: counts[source] for source in in_order if source in largest}, remark
+    known = [name for name in _KNOWN if name in counts]
+    others = [source for source in counts if source not in known]
+    largest = sorted(others, key=lambda source: -counts[source])[: most - len(known)]
+    shown = [*known, *(source for source in others if source in largest)]
+    remark = ""
+    if len(counts) > len(shown):
+        remark = f"the {most} largest of {len(counts):,} sources"
+        remark += f", {' and '.join(_KNOWN[name] for name in known)} in any case" if known else ""
+    return {source: counts[source] for source in shown}, remark
 
 
 def numbers_of(sources: Collection[str | None]) -> dict[str | None, int]:

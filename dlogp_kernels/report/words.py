@@ -145,7 +145,8 @@ def _part(sums: pa.Table, selection: Selection, min_count: int, limit: int) -> P
         columns["mean"] = columns["delta_logp"] / columns["defined"]
         columns["share"] = np.nan_to_num(columns["size"] / size)
         means = [columns[name] / columns["count"] for name in ("logp", "base_logp")]
-        total = float(np.nansum(columns["delta_logp"]))
+        # A token that is NaN everywhere has no sum; where there are both infinities, there is none of all.
+        total = float(columns["delta_logp"][columns["defined"] > 0].sum())
     often = (columns["count"] >= min_count) | (columns["share"] >= _LARGE_SHARE)
     ids, texts = table["token_id"].to_numpy(), table["text"]
     shown = np.stack([columns[name] for name in ("delta_logp", "mean", "share")] + means)

@@ -276,7 +276,7 @@ def sample_id(columns: Mapping[str, Any], line: int) -> str:
 
 def _source(columns: Mapping[str, Any]) -> str | None:
     value = columns.get("source")
-    return None if is_missing(value) else as_text("source", value)
+    return None if is_missing(value) or value == "" else as_text("source", value)
 
 
 def _score(columns: Mapping[str, Any]) -> float | None:

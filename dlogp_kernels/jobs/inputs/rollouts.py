@@ -14,7 +14,7 @@ from ...report.dataset import Replaced
 from ...report.ledger import Ledger, check
 from ...report.responses import RESPONSES_FILE, from_columns
 from ..errors import JobError
-from .values import BrokenLine
+from .values import BrokenLine, as_text
 
 #: Columns of others, and ours in the same order.
 _TRL, _VERL = FORMS = (("prompt", "completion"), ("input", "output"))
@@ -70,6 +70,7 @@ def _drawn(columns: Mapping[str, Any]) -> Mapping[str, Any]:
         raise BrokenLine(str(error)) from error
     if not response.prompt_ids:
         raise BrokenLine("drawn by an earlier version, which did not keep the prompt: draw it again")
+    draft_texts = [as_text("draft_texts", text) for text in response.draft_texts]
     return {
         "id": response.problem_id,
         "source": response.setting.source,
@@ -77,5 +78,5 @@ def _drawn(columns: Mapping[str, Any]) -> Mapping[str, Any]:
         "response_ids": list(response.token_ids),
         "correct": response.score,
         "finished": response.finished,
-        "replaced": Replaced(response.selected, response.draft_ids, response.draft_texts),
+        "replaced": Replaced(response.selected, response.draft_ids, draft_texts),
     }

@@ -17,7 +17,8 @@ def metrics(
         Path,
         typer.Option(
             help="JSONL or Parquet with prompt and response, or messages, or prompt_ids and response_ids; optionally "
-            "id and source (rl, base: who wrote the response).",
+            "id, source (rl, base: who wrote the response), correct and finished. Or what `dlogp generate` or `sweep`, "
+            "TRL or verl wrote: a file, or its directory.",
             show_default=False,
         ),
     ],

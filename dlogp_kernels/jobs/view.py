@@ -17,7 +17,7 @@ from ..report.view import MAX_TOKENS
 from ..report.view.page import NUMBERS, OF_DRAFTS, Number, render, unknown_tokens
 from ..report.view.reading import Chosen, choose, read_dataset
 from .allowed import check_value, integer
-from .errors import JobError
+from .errors import JobError, explained_writes
 from .token_text import TokenTexts
 
 VIEW_FILE = "view.html"
@@ -61,12 +61,14 @@ def run_view(
 
     Raises:
         JobError: there is no tokenizer for what `generate` or `sweep` drew, or another one than it was drawn with, or
-            an argument can not be.
+            `out` is not writable, or an argument can not be.
         DatasetError: `directory` holds nothing to show, or files that are not what the run wrote.
-        OSError: `out` is not writable.
     """
     directory = Path(directory)
     check_value(integer(1, 2**31), "--max-tokens", max_tokens)
+    path = directory / VIEW_FILE if out is None else Path(out)
+    if path.is_dir():
+        raise JobError(f"--out {path}: it is a directory, expected a file")
     find = _FindTexts(directory, tokenizer)
     numbers: Sequence[Number] = NUMBERS
     texts: dict[int, str] = {}
@@ -89,8 +91,9 @@ def run_view(
     title = "/".join(directory.resolve().parts[-2:])
     subtitle = f"{_counted(len(rows), 'response')}, {_counted(chosen.tokens, 'token')}"
     page = render(rows, title=title, subtitle=subtitle, remarks=remarks, numbers=numbers, texts=texts)
-    path = directory / VIEW_FILE if out is None else Path(out)
-    write_atomically(path, page.encode())
+    with explained_writes(path, "choose another file"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, page.encode())
     return View(path, subtitle, remarks)
 
 

@@ -13,7 +13,10 @@ _KNOWN = {"rl": "RL", "base": "base"}
 
 
 def shown_sources(dataset: TokenDataset, most: int = MOST_SOURCES) -> tuple[dict[str | None, int], str]:
-    """How many tokens sources have, RL and base first, of many `most`: these two and the largest; and a remark, or ""."""
+    """How many tokens each source has, RL and base first, of many these and the largest, `most` in all; and a remark.
+
+    It says so; "" if these are all.
+    """
     counts = dataset.source_counts()
     known = [name for name in _KNOWN if name in counts]
     others = [source for source in counts if source not in known]

@@ -58,3 +58,8 @@ def test_problems_or_responses(pair, tmp_path, given):
     with pytest.raises(JobError, match="--data, --responses: expected one of them"):
         run_compare(pair.rl, pair.base, tmp_path / "out", **given)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_error_names_the_option_of_this_command(pair, tmp_path):
+    with pytest.raises(JobError, match=r"^--responses \S+nothing: there is no such file"):
+        run_compare(pair.rl, pair.base, tmp_path / "out", responses=tmp_path / "nothing", progress=False)

@@ -104,6 +104,10 @@ def test_conversations_of_trl_are_read_as_messages(pair, tmp_path):
         ({"prompt_ids": []}, "drawn by an earlier version, which did not keep the prompt"),
         ({"token_ids": "w1"}, "not a response as this version writes it"),
         ({"correct": "yes"}, "not a response as this version writes it"),
+        (
+            {"selected": [0], "delta_logp": [1], "draft_ids": [5], "draft_texts": ["\ud800"], "new_texts": ["w1"]},
+            "draft_texts has half a surrogate pair",
+        ),
     ],
 )
 def test_drawn_responses_that_can_not_be_measured(pair, drawn, tmp_path, change, message):

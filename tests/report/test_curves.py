@@ -244,6 +244,27 @@ def test_directories_without_responses(tmp_path, monkeypatch):
         plot_sweep(write(tmp_path / "count", [response(RL, 0)]), min_count=0)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"token_ids": [-1]}, {"prompt_ids": [2**31]}, {"token_ids": [True, 3]}, {"draft_ids": [2**40]},
+        {"selected": [10]}, {"selected": [-1]}, {"correct": 10**400}, {"threshold": 10**400}, {"delta_logp": [10**400]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_lines_with_numbers_that_can_not_be_are_no_responses(change):
+    line = json.loads(to_line(response(RL, 0, replaced=1)))
+    with pytest.raises(ValueError, match="not a response"):
+        from_line(json.dumps(line | change).encode())
+
+
+def test_places_in_another_order_are_no_response():
+    line = json.loads(to_line(response(RL, 0, replaced=2)))
+    for places in ([1, 0], [1, 1]):
+        with pytest.raises(ValueError, match=r"selected is .*, expected ascending places"):
+            from_line(json.dumps(line | {"selected": places}).encode())
+
+
 def test_table_of_results(results):
     table = list(csv.DictReader(io.StringIO(results_csv(results))))
     assert len(table) == len(POINTS)

@@ -181,3 +181,8 @@ def test_directories_that_hold_no_data_set(tmp_path):
     pq.write_table(to_table([token_rows("rl", [1], ["x"])]).drop_columns("kl"), part)
     with pytest.raises(DatasetError, match="other columns"):
         check_part(part)
+    pq.write_table(to_table([token_rows("rl", [1], ["x"])]), part)
+    _, responses = part_paths(directory, 0)
+    pq.write_table(pq.read_table(responses).drop_columns("num_tokens"), responses)
+    with pytest.raises(DatasetError, match=r"responses/part-00000\.parquet has other columns"):
+        TokenDataset(directory)

@@ -158,6 +158,8 @@ def test_what_can_not_be_shown_is_refused(tmp_path):
         run_view(write_dataset(tmp_path / "none", []))
     with pytest.raises(JobError, match="--max-tokens is 0"):
         run_view(tmp_path, max_tokens=0)
+    with pytest.raises(JobError, match=r"--out \S+: it is a directory, expected a file"):
+        run_view(tmp_path, out=tmp_path)
     directory = write_dataset(tmp_path / "torn", [token_rows("rl", [1, 2], ["a", "b"])])
     path = directory / "tokens/part-00000.parquet"
     pq.write_table(pq.read_table(path).slice(1), path)
@@ -172,8 +174,8 @@ def test_the_command_writes_the_page_and_says_so_where_there_is_no_browser(dlogp
     assert status == 0, errors
     assert opened == [(directory / "view.html").as_uri()] and "There is no browser here" in printed
     assert "not complete" in printed and "1 response, 4 tokens" in printed and str(directory / "view.html") in printed
-    status, printed, errors = dlogp("view", directory, "--out", tmp_path / "other.html")
-    assert (tmp_path / "other.html").read_bytes() == (directory / "view.html").read_bytes() and len(opened) == 1
+    status, printed, errors = dlogp("view", directory, "--out", tmp_path / "new" / "other.html")
+    assert (tmp_path / "new" / "other.html").read_bytes() == (directory / "view.html").read_bytes() and len(opened) == 1
     status, printed, errors = dlogp("view", tmp_path / "nothing")
     assert status == 1 and errors.startswith("error: ") and "holds nothing to show" in errors
 

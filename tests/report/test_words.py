@@ -154,6 +154,19 @@ def test_of_many_sources_the_largest_are_told(tmp_path):
     assert "goes from −3 over “s2” responses to +8 over “s13” responses" in tell(data)
 
 
+def test_of_many_sources_both_models_are_told_however_few_their_tokens(tmp_path):
+    parts = [[token_rows(f"s{k}", [1, 2], ["so", "x"], k + 1, delta_logp=[1, 1])] for k in range(14)]
+    data = dataset(tmp_path, *parts, [token_rows(name, [1], ["so"], 20) for name in ("base", "rl")])
+    words = changed_tokens(data)
+    assert [part.selection.source for part in words.parts[1:4]] == ["rl", "base", "s0"] and len(words.parts) == 13
+    assert words.remark == "the 12 largest of 16 sources, RL and base in any case"
+
+
+def test_both_infinities_have_no_mean(tmp_path):
+    rows = token_rows("rl", [1, 1, 2], ["a", "a", "b"], delta_logp=[np.inf, -np.inf, 1])
+    assert "the mean of Δlog p is undefined" in tell(dataset(tmp_path, [rows]))
+
+
 def test_the_spread_is_that_of_a_plain_loop(tmp_path):
     """Over responses of every length, and batches that end within one."""
     rng = np.random.default_rng(0)

@@ -100,8 +100,9 @@ def adapter_base(name_or_path: str | Path) -> str | None:
     config_file = find_adapter_config_file(str(name_or_path))
     if config_file is None:
         return None
-    base = json.loads(Path(config_file).read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not base:
+    config = json.loads(Path(config_file).read_text(encoding="utf-8"))
+    base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    if not base or not isinstance(base, str):
         raise ValueError(f"{config_file}: has no base_model_name_or_path, expected the model that it was trained on")
     return base
 

@@ -198,6 +198,23 @@ def test_a_null_in_parquet_is_a_broken_row(pair, tmp_path):
         run(pair, tmp_path / "out", tmp_path / "data.parquet")
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ([], "has no base_model_name_or_path"),
+        ({"base_model_name_or_path": 5}, "has no base_model_name_or_path"),
+        ({"base_model_name_or_path": "{itself}"}, "it is itself an adapter, expected a whole model"),
+    ],
+)
+def test_adapters_that_can_not_be_used(pair, tmp_path, config, message):
+    pytest.importorskip("peft")
+    adapter = tmp_path / "adapter"
+    shutil.copytree(pair.rl, adapter)
+    (adapter / "adapter_config.json").write_text(json.dumps(config).replace("{itself}", str(adapter)))
+    with pytest.raises(JobError, match=f"^--rl {adapter}.*{message}"):
+        run(pair._replace(rl=adapter), tmp_path / "out")
+
+
 def test_models_that_can_not_be_used(pair, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for name in ("no_weights", "pickles", "no_config", "truncated", "fewer_weights"):

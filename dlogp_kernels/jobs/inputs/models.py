@@ -99,20 +99,28 @@ def find_pair(rl: str | Path, base: str | Path, *, trust_remote_code: bool) -> t
 
 def find_model(option: str, name: str | Path, *, trust_remote_code: bool) -> ModelPlace:
     """The directory of a model, downloaded if `name` is one of the Hub; JobError if there are no weights in it."""
+    place = _find(option, name, trust_remote_code=trust_remote_code)
+    return place._replace(base=_base_of(place)) if _is_adapter(place.directory) else place
+
+
+def _is_adapter(directory: Path) -> bool:
+    return (directory / "adapter_config.json").is_file()
+
+
+def _find(option: str, name: str | Path, *, trust_remote_code: bool) -> ModelPlace:
+    """A model, or an adapter without what it is of."""
     directory = Path(name)
     if not directory.exists():
         directory = _download(option, str(name), trust_remote_code=trust_remote_code)
     if not directory.is_dir():
         raise JobError(f"{option} {name}: it is a file, expected a directory with config.json and *.safetensors")
-    is_adapter = (directory / "adapter_config.json").is_file()
-    if not is_adapter and not (directory / "config.json").is_file():
+    if not _is_adapter(directory) and not (directory / "config.json").is_file():
         raise JobError(f"{option} {name}: the directory has no config.json, expected that of a causal language model")
     if not any(directory.glob("*.safetensors")):
         pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in directory.glob(pattern))
         found = f"; {pickles[0]} is a pickle, which is not opened" if pickles else ""
         raise JobError(f"{option} {name}: the directory has no weights, expected *.safetensors{found}")
-    place = ModelPlace(option, str(name), directory, trust_remote_code)
-    return place._replace(base=_base_of(place)) if is_adapter else place
+    return ModelPlace(option, str(name), directory, trust_remote_code)
 
 
 def _base_of(adapter: ModelPlace) -> ModelPlace:
@@ -123,8 +131,8 @@ def _base_of(adapter: ModelPlace) -> ModelPlace:
         )
     name = _load(adapter, "the adapter", adapter_base)
     assert name is not None
-    base = find_model(f"{adapter}, an adapter of", name, trust_remote_code=adapter.trust_remote_code)
-    if base.base is not None:
+    base = _find(f"{adapter}, an adapter of", name, trust_remote_code=adapter.trust_remote_code)
+    if _is_adapter(base.directory):
         raise JobError(f"{base}: it is itself an adapter, expected a whole model: merge it into its own first")
     return base
 

@@ -12,7 +12,7 @@ from ..report.errors import DatasetError
 from ..report.files import write_atomically
 from ..report.ledger import MANIFEST_FILE, read_manifest
 from ..report.responses import RESPONSES_FILE, Response, read_responses
-from ..report.text import one_line
+from ..report.text import counted, one_line
 from ..report.view import MAX_TOKENS
 from ..report.view.page import NUMBERS, OF_DRAFTS, Number, render, unknown_tokens
 from ..report.view.reading import Chosen, choose, read_dataset
@@ -89,16 +89,12 @@ def run_view(
     if (sample := chosen.remark()) is not None:
         remarks.append(sample)
     title = "/".join(directory.resolve().parts[-2:])
-    subtitle = f"{_counted(len(rows), 'response')}, {_counted(chosen.tokens, 'token')}"
+    subtitle = f"{counted(len(rows), 'response')}, {counted(chosen.tokens, 'token')}"
     page = render(rows, title=title, subtitle=subtitle, remarks=remarks, numbers=numbers, texts=texts)
     with explained_writes(path, "choose another file"):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, page.encode())
     return View(path, subtitle, remarks)
-
-
-def _counted(number: int, name: str) -> str:
-    return f"{number:,} {name}{'s' * (number != 1)}"
 
 
 class _FindTexts:

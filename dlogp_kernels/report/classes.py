@@ -66,21 +66,23 @@ def read_classes(path: str | Path | None = None) -> Classes:
             f"--classes {path}: expected a JSON object of names with lists of words or regular expressions, such as "
             '{"numbers": ["[0-9]+"], "reflection": ["wait", "however"]}'
         )
-    return {
-        name: re.compile("|".join(f"(?:{_checked(path, x)})" for x in found[name]), re.IGNORECASE) for name in found
-    }
+    return {name: _any_of(path, patterns) for name, patterns in found.items()}
 
 
 def _is_list_of_text(patterns: object) -> bool:
     return isinstance(patterns, list) and bool(patterns) and all(isinstance(pattern, str) for pattern in patterns)
 
 
-def _checked(path: object, pattern: str) -> str:
-    try:
-        re.compile(pattern)
-    except (re.error, RecursionError) as error:
-        raise DatasetError(f"--classes {path}: {pattern!r} is not a regular expression: {error}") from error
-    return pattern
+def _any_of(path: object, patterns: list[str]) -> re.Pattern[str]:
+    """What any of them matches; some are regular expressions alone but not together, such as those with flags."""
+    joined = "|".join(f"(?:{pattern})" for pattern in patterns)
+    for pattern in (*patterns, joined):
+        try:
+            compiled = re.compile(pattern, re.IGNORECASE)
+        except (re.error, RecursionError, OverflowError) as error:
+            shown = f"{pattern!r:.200}"
+            raise DatasetError(f"--classes {path}: {shown} is not a regular expression: {error}") from error
+    return compiled
 
 
 def class_changes(dataset: TokenDataset, classes: Classes | None = None) -> list[ClassChange]:

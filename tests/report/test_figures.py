@@ -244,6 +244,8 @@ NO_CLASSES = {
     '{"a": []}': "expected a JSON object",
     '{"a": [3]}': "expected a JSON object",
     '{"a": ["("]}': r"'\(' is not a regular expression",
+    '{"a": ["x", "(?i)y"]}': "is not a regular expression: global flags not at the start",
+    '{"a": ["x{99999999999}"]}': "is not a regular expression: the repetition number is too large",
 }
 
 

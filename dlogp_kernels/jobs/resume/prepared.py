@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from ...report.dataset import Replaced
 from ...report.files import replaced_atomically, write_atomically
 from ...report.ledger import Ledger
+from ...report.text import counted
 from ..errors import JobError
 from ..inputs.records import Encoder, Example, Record
 from ..inputs.values import BrokenLine, shown
@@ -52,7 +53,7 @@ class Remark(NamedTuple):
     first_line: int
 
     def __str__(self) -> str:
-        return f"line {self.first_line} ({self.lines:,} {'line' if self.lines == 1 else 'lines'} in all): {self.text}"
+        return f"line {self.first_line} ({counted(self.lines, 'line')} in all): {self.text}"
 
 
 def prepare(

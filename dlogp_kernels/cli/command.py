@@ -48,7 +48,7 @@ _THREADS = inspect.Parameter(
     inspect.Parameter.KEYWORD_ONLY,
     default=None,
     annotation=Annotated[
-        int | None, typer.Option(min=1, help="Of the computation on a CPU.", show_default="one for each core")
+        int | None, typer.Option(min=1, max=1024, help="Of the computation on a CPU.", show_default="one for each core")
     ],
 )
 

@@ -10,6 +10,7 @@ from rich.console import Console
 from ..ops.backends import BACKENDS, Choice
 from ..report.classes import ClassChange
 from ..report.curves import SweepPlot
+from ..report.dataset import UNFINISHED
 from ..report.figures import Plot
 from ..report.replaced import replacements_text
 from ..report.responses import RESPONSES_FILE, ReplacedToken, Setting
@@ -59,7 +60,7 @@ def _number(value: float | None) -> str:
 def print_plot(console: Console, plot: Plot) -> None:
     """The tokens that RL raised and lowered most, the classes of tokens, and where the files are."""
     if not plot.complete:
-        console.print("The run is not complete: this shows the part that is written.", style="yellow")
+        console.print(UNFINISHED, style="yellow")
     for direction in (RAISED, LOWERED):
         tokens = plot.words.parts[0].rankings["sum", direction][:_SHOWN_CHANGES]
         console.print(change_table(f"Tokens that RL {direction} most, by Σ Δlog p; share of Σ|Δlog p|", tokens))
@@ -176,7 +177,7 @@ def print_training(console: Console, summary: Mapping[str, Any], model: Path) ->
 def print_sweep_plot(console: Console, plot: SweepPlot) -> None:
     """The results and the replaced tokens of a sweep, and where the files are."""
     if not plot.complete:
-        console.print("The run is not complete: this shows the part that is written.", style="yellow")
+        console.print(UNFINISHED, style="yellow")
     settings = [result.to_json() for result in plot.results]
     console.print(results_table(settings))
     _print_grader_errors(console, settings)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..report.dataset import SUMMARY_FILE, TOKENS_DIRECTORY, Replaced, ResponseRows, TokenDataset
+from ..report.dataset import SUMMARY_FILE, TOKENS_DIRECTORY, UNFINISHED, Replaced, ResponseRows, TokenDataset
 from ..report.errors import DatasetError
 from ..report.files import write_atomically
 from ..report.ledger import MANIFEST_FILE, read_manifest
@@ -22,7 +22,6 @@ from .token_text import TokenTexts
 
 VIEW_FILE = "view.html"
 _MOST_NOTEBOOK_BYTES = 8 * 2**20
-_UNFINISHED = "The run is not complete: this shows the part that is written."
 
 
 class View(NamedTuple):
@@ -85,7 +84,7 @@ def run_view(
             "`dlogp metrics`, `generate` and `sweep` write them"
         )
     if not (directory / SUMMARY_FILE).exists():
-        remarks.append(_UNFINISHED)
+        remarks.append(UNFINISHED)
     if (sample := chosen.remark()) is not None:
         remarks.append(sample)
     title = "/".join(directory.resolve().parts[-2:])

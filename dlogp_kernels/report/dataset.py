@@ -75,6 +75,8 @@ RESPONSES_SCHEMA = pa.schema(
 
 TOKENS_DIRECTORY, RESPONSES_DIRECTORY = "tokens", "responses"
 SUMMARY_FILE = "summary.json"
+#: Of a directory without one.
+UNFINISHED = "The run is not complete: this shows the part that is written."
 ROWS_PER_GROUP = 8192
 _METADATA = b"dlogp"
 

@@ -3,7 +3,7 @@
 import html
 import re
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from ..report.responses import BASE, RL
 from .decoding import run_sweep
 from .errors import JobError
 from .graders import EXACT
-from .metrics import run_metrics
+from .metrics import checked, run_metrics
 from .options import Comparing, Decoding, Measuring
 from .view import VIEW_FILE, View, run_view
 
@@ -65,6 +65,8 @@ def run_compare(
     out = Path(out)
     if (data is None) == (responses is None):
         raise JobError("--data, --responses: expected one of them, problems to answer or responses that exist")
+    # Before responses are drawn, which takes longest.
+    measuring = checked(Measuring(**_of(Measuring, options) | {"temperature": 1.0}))
     drawn = None
     if data is not None:
         responses = out / _RESPONSES_DIRECTORY
@@ -73,10 +75,12 @@ def run_compare(
             progress=progress, command="compare",
         )  # fmt: skip
     assert responses is not None
-    metrics, measuring = out / _METRICS_DIRECTORY, _of(Measuring, options) | {"temperature": 1.0}
+    metrics = out / _METRICS_DIRECTORY
     try:
-        measured = run_metrics(rl, base, responses, metrics, progress=progress, **measuring)
+        measured = run_metrics(rl, base, responses, metrics, progress=progress, **asdict(measuring))
     except JobError as error:
+        if drawn is not None:
+            raise
         # What the other job calls them.
         raise JobError(re.sub("^--data", "--responses", str(error))) from error
     figures = plot(metrics, out / _FIGURES_DIRECTORY)

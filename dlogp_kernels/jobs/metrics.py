@@ -80,7 +80,7 @@ def run_metrics(
     Raises:
         JobError: an argument, the data, a model or the directory can not be used, or the disk is full.
     """
-    arguments = _checked(Measuring(**options))
+    arguments = checked(Measuring(**options))
     rl_place, base_place = find_pair(rl, base, trust_remote_code=arguments.trust_remote_code)
     data_path = Path(data)
     # Opened here for the errors of a file that is missing or empty, before anything else is looked at.
@@ -122,7 +122,7 @@ def run_metrics(
         return directory.finish(found, {"rl": str(rl), "base": str(base), "data": str(data), **asdict(arguments)})
 
 
-def _checked(given: Measuring) -> Measuring:
+def checked(given: Measuring) -> Measuring:
     """The options in plain types, the default device named; JobError for a value that can not be."""
     try:
         memory_limit = None if given.memory_limit is None else as_bytes(given.memory_limit)

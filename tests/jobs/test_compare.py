@@ -60,6 +60,14 @@ def test_problems_or_responses(pair, tmp_path, given):
     assert not (tmp_path / "out").exists()
 
 
+def test_how_to_measure_is_checked_before_anything_is_drawn(pair, tmp_path):
+    data = write_lines(tmp_path / "problems.jsonl", [{"prompt": "w1", "answer": "w2"}])
+    for options in (Comparing(batch_tokens=0, device="cpu"), Comparing(memory_limit="much", device="cpu")):
+        with pytest.raises(JobError, match=r"--batch-tokens|--memory-limit"):
+            run_compare(pair.rl, pair.base, tmp_path / "out", data=data, options=options, progress=False)
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_error_names_the_option_of_this_command(pair, tmp_path):
     with pytest.raises(JobError, match=r"^--responses \S+nothing: there is no such file"):
         run_compare(pair.rl, pair.base, tmp_path / "out", responses=tmp_path / "nothing", progress=False)

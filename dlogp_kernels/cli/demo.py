@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .command import console
+from .command import console, open_in_browser
 
 
 def demo(
@@ -21,8 +21,25 @@ def demo(
             "--curves", help="Instead, draw accuracy over the replaced share, and extrapolation: minutes, resumable."
         ),
     ] = False,
+    llm: Annotated[
+        bool,
+        typer.Option(
+            "--llm",
+            help="Instead, a real language model and word problems: minutes, 1.6 GB in OUT/llm, the extra 'llm-demo'.",
+        ),
+    ] = False,
+    open_page: Annotated[bool, typer.Option("--open", help="With --llm, open the page in a browser.")] = False,
 ) -> None:
     """Show the method on a tiny trained pair that comes with the package, and the memory it takes at full size."""
+    if llm and curves:
+        raise typer.BadParameter("--llm and --curves are given together, expected one of them")
+    if llm:
+        from ..demo.llm.run import run_llm_demo
+
+        page = run_llm_demo(out, num_problems=problems, quick=quick, retrain=retrain, console=console)
+        if open_page:
+            open_in_browser(page)
+        return
     if curves:
         from ..demo.curves import run_curves
 

@@ -1,13 +1,12 @@
 """`dlogp view`."""
 
-import webbrowser
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..report.view import MAX_TOKENS
-from .command import console
+from .command import console, open_in_browser
 
 
 def view(
@@ -40,5 +39,5 @@ def view(
         console.print(remark, style="yellow")
     console.print(found.subtitle)
     print_files(console, [found.path])
-    if open_page and not webbrowser.open(found.path.resolve().as_uri()):
-        console.print("There is no browser here: open the file in one.", style="yellow")
+    if open_page:
+        open_in_browser(found.path)

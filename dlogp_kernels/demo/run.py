@@ -50,7 +50,7 @@ def run_demo(out: Path, *, num_problems: int | None, quick: bool, retrain: bool,
         pair / "rl", pair / "base", data, directory / "metrics", dtype="fp32", device="cpu", batch_tokens=16_384
     )
     figures = plot(directory / "metrics")
-    _print_findings(console, accuracies, summary, figures)
+    print_findings(console, accuracies, summary, figures)
     console.print(
         f"That took {time.monotonic() - started:.0f} s. Now the size of a real model, in a process of its own…"
     )
@@ -94,9 +94,10 @@ def _respond(pair: Path, num_problems: int, data: Path) -> dict[str, Estimate]:
     return accuracies
 
 
-def _print_findings(
+def print_findings(
     console: Console, accuracies: Mapping[str, Estimate], summary: Mapping[str, Any], figures: Plot
 ) -> None:
+    """Show accuracy and Δlog p of each source, the tokens that RL raised most, and where the files are."""
     rows = []
     for source, graded in accuracies.items():
         described = summary["sources"][source]

@@ -140,6 +140,8 @@ def test_errors_are_one_message_on_stderr(pair, dlogp, tmp_path):
         (["metrics", "--rl", pair.rl], 2, "--base"),
         (["measure"], 2, "measure"),
         (["demo", "--problems", 0, "--out", tmp_path / "out"], 1, "--problems is 0, expected at least 1"),
+        (["demo", "--llm", "--problems", 0, "--out", tmp_path / "out"], 1, "--problems is 0, expected at least 1"),
+        (["demo", "--llm", "--curves"], 2, "--llm and --curves are given together, expected one of them"),
     ]
     for arguments, expected_status, message in cases:
         status, printed, errors = dlogp(*arguments)

@@ -34,6 +34,7 @@ from .allowed import check_options
 from .errors import JobError, explained_computation
 from .inputs.models import ModelPlace, check_device, find_pair, read_pair, warn_of_rounding
 from .inputs.records import Encoder, Example, line_limit, read_records
+from .inputs.rollouts import is_unfinished
 from .options import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS, Measuring
 from .progress import bar, note, show_layer
 from .resume.fingerprint import Fingerprints, versions
@@ -85,6 +86,8 @@ def run_metrics(
     data_path = Path(data)
     # Opened here for the errors of a file that is missing or empty, before anything else is looked at.
     records = read_records(data_path, arguments.max_line_size)
+    if is_unfinished(data_path):
+        warnings.warn(f"{data_path}: the run is not complete: the part that is written is measured", stacklevel=2)
     fingerprints = Fingerprints(out, progress=progress)
     identity = {
         "arguments": asdict(arguments),

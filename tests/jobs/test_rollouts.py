@@ -130,6 +130,14 @@ def test_scores_that_are_none(pair, tmp_path, columns, message):
         measured(pair, data, tmp_path / "out")
 
 
+def test_a_run_that_is_not_complete_is_measured_and_it_is_said(pair, drawn, tmp_path):
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    (begun / RESPONSES_FILE).write_bytes((drawn / RESPONSES_FILE).read_bytes())
+    with pytest.warns(UserWarning, match="begun: the run is not complete: the part that is written is measured"):
+        assert len(measured(pair, begun, tmp_path / "out").responses()) == len(list(read_responses(drawn)))
+
+
 def test_directories_without_responses_and_with_damaged_ones(pair, drawn, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(JobError, match=r"a directory without any responses\.jsonl or completions_\*\.parquet or"):

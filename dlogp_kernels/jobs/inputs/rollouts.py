@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...report.dataset import Replaced
+from ...report.dataset import SUMMARY_FILE, Replaced
 from ...report.ledger import Ledger, check
 from ...report.responses import RESPONSES_FILE, from_columns
 from ..errors import JobError
@@ -42,6 +42,11 @@ def files_of(data: Path) -> list[Path]:
                 check(Ledger.read(data), found[0], found)
             return found
     raise JobError(f"--data {data}: a directory without any {' or '.join(_PATTERNS)}, expected one that has them")
+
+
+def is_unfinished(data: Path) -> bool:
+    """Whether this is the directory of a run of `dlogp generate` or `sweep` that is not complete."""
+    return os.path.isfile(data / RESPONSES_FILE) and not (data / SUMMARY_FILE).exists()
 
 
 def renamed(columns: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -10,10 +10,16 @@ from .command import console, open_in_browser
 
 def demo(
     out: Annotated[Path, typer.Option(help="Directory for responses, data set and figures.")] = Path("demo_output"),
-    problems: Annotated[int | None, typer.Option(help="Held-out problems for each model.", show_default="1000")] = None,
+    problems: Annotated[
+        int | None, typer.Option(help="Held-out problems for each model.", show_default="1000; 48 with --llm")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer problems and tokens: half a minute.")] = False,
     retrain: Annotated[
-        bool, typer.Option("--retrain", help="Train the pair anew into OUT/pair first (minutes) and use that.")
+        bool,
+        typer.Option(
+            "--retrain",
+            help="Train the pair anew first, into OUT/pair (minutes) or OUT/llm/retrained (half an hour), and use it.",
+        ),
     ] = False,
     curves: Annotated[
         bool,

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..report.dataset import SUMMARY_FILE, TOKENS_DIRECTORY, UNFINISHED, Replaced, ResponseRows, TokenDataset
+from ..report.dataset import SUMMARY_FILE, TOKENS_DIRECTORY, UNFINISHED, ResponseRows, TokenDataset
 from ..report.errors import DatasetError
 from ..report.files import write_atomically
 from ..report.ledger import MANIFEST_FILE, read_manifest
@@ -174,5 +174,5 @@ def _drawn_rows(response: Response, line: int, name: str, texts: TokenTexts) -> 
         prompt_ids if len(prompt_ids) else [response.problem],
         response.score,
         response.finished,
-        Replaced(response.selected, response.draft_ids, response.draft_texts),
+        response.replaced,
     )

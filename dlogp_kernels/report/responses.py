@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .dataset import Replaced
 from .errors import DatasetError
 from .jsonl import MAX_WRITTEN_LINE_BYTES, written_lines
 from .ledger import Ledger, check
@@ -96,6 +97,13 @@ class Response(NamedTuple):
     draft_ids: Sequence[int]
     draft_texts: Sequence[str]
     new_texts: Sequence[str]
+
+    @property
+    def replaced(self) -> Replaced:
+        """The chosen tokens; none where all were drawn anew, and no draft counted."""
+        if self.setting.criterion == "all":
+            return Replaced()
+        return Replaced(self.selected, self.draft_ids, self.draft_texts)
 
 
 def to_line(response: Response) -> bytes:

@@ -73,7 +73,9 @@ def read_records(path: Path, max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[R
     Of a directory those of its files, see `rollouts`. Raises JobError if a file is missing, empty, or a Parquet file
     without the columns of any form.
     """
-    return _numbered_through([_read_file(file, max_line_bytes) for file in rollouts.files_of(path)])
+    # A run that was killed may have left half a line at the end.
+    whole_lines = rollouts.is_unfinished(path)
+    return _numbered_through([_read_file(file, max_line_bytes, whole_lines) for file in rollouts.files_of(path)])
 
 
 def _numbered_through(files: Sequence[Iterator[Record]]) -> Iterator[Record]:
@@ -86,13 +88,13 @@ def _numbered_through(files: Sequence[Iterator[Record]]) -> Iterator[Record]:
         before = last
 
 
-def _read_file(path: Path, max_line_bytes: int) -> Iterator[Record]:
+def _read_file(path: Path, max_line_bytes: int, whole_lines: bool) -> Iterator[Record]:
     start = check_file("--data", path)
     if not start:
         raise JobError(f"--data {path}: the file is empty, expected one response a line")
     if start == PARQUET_MAGIC or path.suffix == ".parquet":
         return _read_parquet(path)
-    return read_jsonl(path, max_line_bytes)
+    return read_jsonl(path, max_line_bytes, whole_lines=whole_lines)
 
 
 def check_file(option: str, path: Path) -> bytes:
@@ -119,8 +121,11 @@ def line_limit(size: int | str) -> int:
         raise JobError(str(error)) from error
 
 
-def read_jsonl(path: Path, max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[Record]:
-    """The lines of a JSONL file but blank ones; one of more than `max_line_bytes` is a broken one."""
+def read_jsonl(path: Path, max_line_bytes: int = MAX_LINE_BYTES, *, whole_lines: bool = False) -> Iterator[Record]:
+    """The lines of a JSONL file but blank ones; one of more than `max_line_bytes` is a broken one.
+
+    With `whole_lines` one that does not end is left out.
+    """
     with open(path, "rb") as file:
         for number, line in bounded_lines(file, max_line_bytes):
             if line is None:
@@ -129,7 +134,7 @@ def read_jsonl(path: Path, max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[Rec
                 continue
             if number == 1:
                 line = line.removeprefix(_BYTE_ORDER_MARK)
-            if line.strip():
+            if line.strip() and (line.endswith(b"\n") or not whole_lines):
                 yield Record(number, _parse_json(line))
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...report.dataset import SUMMARY_FILE, Replaced
+from ...report.dataset import SUMMARY_FILE
 from ...report.ledger import Ledger, check
 from ...report.responses import RESPONSES_FILE, from_columns
 from ..errors import JobError
@@ -75,7 +75,8 @@ def _drawn(columns: Mapping[str, Any]) -> Mapping[str, Any]:
         raise BrokenLine(str(error)) from error
     if not response.prompt_ids:
         raise BrokenLine("drawn by an earlier version, which did not keep the prompt: draw it again")
-    draft_texts = [as_text("draft_texts", text) for text in response.draft_texts]
+    replaced = response.replaced
+    draft_texts = [as_text("draft_texts", text) for text in replaced.draft_texts]
     return {
         "id": response.problem_id,
         "source": response.setting.source,
@@ -83,5 +84,5 @@ def _drawn(columns: Mapping[str, Any]) -> Mapping[str, Any]:
         "response_ids": list(response.token_ids),
         "correct": response.score,
         "finished": response.finished,
-        "replaced": Replaced(response.selected, response.draft_ids, draft_texts),
+        "replaced": replaced._replace(draft_texts=draft_texts),
     }

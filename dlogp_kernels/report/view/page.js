@@ -67,9 +67,10 @@ function responseText(index, most = Infinity) {
   return Array.from(words.subarray(begins[index], Math.min(begins[index + 1], begins[index] + most)), textOf).join(gap);
 }
 
-function format(value) {
+/** Three digits behind the point; of a `small` number, which they would not tell from 0, an exponent. */
+function format(value, small = true) {
   const size = Math.abs(value);
-  const text = size > 0 && size < 5e-4 ? value.toExponential(1) : value.toFixed(3);
+  const text = small && size > 0 && size < 5e-4 ? value.toExponential(1) : value.toFixed(3);
   return text.replace("Infinity", "∞").replaceAll("-", "−");
 }
 
@@ -149,7 +150,10 @@ function summarise() {
   }
 }
 
-const shownSummary = (name, index) => (Number.isNaN(summaries[name][index]) ? "–" : format(summaries[name][index]));
+function shownSummary(name, index) {
+  const value = summaries[name][index];
+  return Number.isNaN(value) ? "–" : format(value, false);
+}
 
 function drawLegend() {
   const legend = $("legend"), signed = scale.kind === "signed";

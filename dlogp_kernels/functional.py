@@ -289,9 +289,8 @@ def linear_extrapolated_sample(
         softcap, base_softcap, logit_scale, base_logit_scale: of each model, as in `linear_logp`.
         gamma, criterion, threshold, draft: as in `extrapolated_sample`.
         temperature: ≥ 0, of both draws, as in `extrapolated_sample`; the criterion and the outputs are at 1.
-        top_k, top_p, min_p: as in `extrapolated_sample`. A filter needs a whole row of logits: with one of them on, the
-            logits of as many rows as the workspace holds (`backends.workspace_limit`) exist at a time; on a GPU in
-            16 bits those of 32 rows.
+        top_k, top_p, min_p: as in `extrapolated_sample`. A filter needs whole rows of logits: with one of them on,
+            those of as many rows as the workspace holds exist at a time, on a GPU in 16 bits those of 32.
         seed, row_id, step: as in `extrapolated_sample`.
 
     Returns:

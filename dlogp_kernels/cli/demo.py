@@ -18,7 +18,7 @@ def demo(
         bool,
         typer.Option(
             "--retrain",
-            help="Train the pair anew first, into OUT/pair (minutes) or OUT/llm/retrained (half an hour), and use it.",
+            help="Train the pair anew first, into OUT/pair (minutes) or OUT/llm/retrained (longer), and use it.",
         ),
     ] = False,
     curves: Annotated[

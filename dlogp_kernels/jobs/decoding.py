@@ -190,9 +190,9 @@ class _Run:
         load = partial(self.fingerprints.load, dtype=decoding.dtype, device=self.drawing.device)
         models: list[Any] = []
         if missing or damaged:
-            models = [load(places[0])]
+            rl = load(places[0])
             # One that is both is run once.
-            models += models if places[0].directory == places[1].directory else [load(places[1])]
+            models = [rl, rl if places[0].directory == places[1].directory else load(places[1])]
         draw = partial(self.drawing, models)
         if damaged:
             warnings.warn(f"{file.path} is damaged: what is lost is drawn again", stacklevel=2)

@@ -66,6 +66,8 @@ def read_classes(path: str | Path | None = None) -> Classes:
             f"--classes {path}: expected a JSON object of names with lists of words or regular expressions, such as "
             '{"numbers": ["[0-9]+"], "reflection": ["wait", "however"]}'
         )
+    if _OTHER in found:
+        raise DatasetError(f"--classes {path}: {_OTHER!r} are the tokens of no class, expected another name for one")
     return {name: _any_of(path, patterns) for name, patterns in found.items()}
 
 

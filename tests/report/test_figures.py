@@ -245,6 +245,7 @@ NO_CLASSES = {
     '{"a": [3]}': "expected a JSON object",
     '{"a": ["("]}': r"'\(' is not a regular expression",
     '{"a": ["x", "(?i)y"]}': "is not a regular expression: global flags not at the start",
+    '{"other tokens": ["x"]}': "'other tokens' are the tokens of no class, expected another name",
     '{"a": ["x{99999999999}"]}': "is not a regular expression: the repetition number is too large",
 }
 

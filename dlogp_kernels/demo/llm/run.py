@@ -27,7 +27,7 @@ def run_llm_demo(out: Path, *, num_problems: int | None, quick: bool, retrain: b
         num_problems: answered by each model once, and by the base model that asks the RL model where that would not
             have said so; 48, or 8 with `quick`.
         quick: fewer problems, by the models alone: a minute or two.
-        retrain: train the pair anew first into `llm/retrained/`, half an hour on one core, and use that.
+        retrain: train the pair anew first into `llm/retrained/`, which takes longer than all else, and use that.
         console: where findings are printed.
 
     Raises JobError where a package is missing, or for a number of problems that can not be.

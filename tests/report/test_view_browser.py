@@ -108,6 +108,28 @@ def test_pointer_and_keys_show_all_numbers_of_a_token(awkward):
     assert texts(awkward, ".draft") == ["then"] and awkward.locator("#t1").get_attribute("class").endswith("replaced")
 
 
+def test_keys_move_by_lines_on_their_side(show):
+    page = show(many_rows(3000, mean_length=300))
+    page.locator("#t5").focus()
+    tops, moved = [], []
+    for key in ["ArrowDown"] * 40 + ["ArrowUp"] * 40:
+        before = page.locator(".token:focus").bounding_box()
+        page.keyboard.press(key)
+        now = page.locator(".token:focus").bounding_box()
+        tops.append(page.evaluate("reading.scroller.scrollTop") + now["y"])
+        moved.append(abs(now["x"] - before["x"]))
+        assert "token " in page.locator("#details").inner_text()
+    # Lines at the end of a response may be short.
+    assert np.quantile(moved, 0.8) < 50
+    # A line at a time, over the ends of rows and of responses, and back to where it began.
+    assert tops[:40] == sorted(set(tops[:40])) and tops[40:] == sorted(set(tops[40:]), reverse=True)
+    assert tops[39] - tops[0] > 800 and page.locator(".token:focus").get_attribute("id") in {f"t{n}" for n in range(12)}
+    page.locator("#beside").check()
+    page.locator("article:nth-child(2) .token").first.focus()
+    page.keyboard.press("ArrowDown")
+    assert page.evaluate("document.activeElement.closest('article').previousElementSibling !== null")
+
+
 def test_samples_are_sorted_searched_and_chosen(awkward):
     ids = "#list .sample > bdi"
     assert texts(awkward, ids) == [f"s{line}" for line in range(1, 7)]

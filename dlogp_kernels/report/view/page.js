@@ -1,275 +1,4 @@
-"use strict";
-// The page of `dlogp view`. The numbers of all tokens lie in typed arrays; only what is near the viewport is in the
-// document. Text of models and files gets there as text alone (`textContent`), never as markup.
-
-const $ = (id) => document.getElementById(id);
-const page = JSON.parse($("page").textContent);
-const { responses, prompts, sources, groups, vocabulary, columns } = page;
-const count = responses.id.length;
-
-function element(name, className = "", ...children) {
-  const made = document.createElement(name);
-  if (className) made.className = className;
-  made.append(...children);
-  return made;
-}
-
-function button(text, onClick) {
-  const made = element("button", "", text);
-  made.addEventListener("click", onClick);
-  return made;
-}
-
-const option = (value, text) => Object.assign(element("option", "", text), { value });
-const counted = (number, of) => `${number.toLocaleString("en")} ${of}${number === 1 ? "" : "s"}`;
-
-// ---------------------------------------------------------------- data
-
-const decoded = new Map();
-
-/** A column of the tokens, decoded when it is first asked for; undefined if there is none. */
-function column(name, Kind = Float32Array) {
-  if (!decoded.has(name)) {
-    const text = $(`column-${name}`)?.textContent;
-    const bytes = text === undefined ? undefined : Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
-    decoded.set(name, bytes && new Kind(bytes.buffer));
-  }
-  return decoded.get(name);
-}
-
-const words = column("token", Uint32Array); // places in the vocabulary
-const drafts = column("draft", Int32Array); // likewise; −1 where nothing was replaced
-const begins = new Uint32Array(count + 1);
-responses.length.forEach((length, index) => (begins[index + 1] = begins[index] + length));
-const total = begins[count];
-
-/** The index of the last entry of `sorted` that is not above `value`. */
-function lastBelow(sorted, value) {
-  let low = 0, high = sorted.length - 1;
-  while (low < high) {
-    const middle = (low + high + 1) >> 1;
-    if (sorted[middle] <= value) low = middle;
-    else high = middle - 1;
-  }
-  return low;
-}
-
-/** The response of a token; of several that begin there all but the last are empty. */
-const responseOf = (token) => lastBelow(begins, token);
-const isUnknown = (word) => !vocabulary.text[word];
-const textOf = (word) => vocabulary.text[word] || `#${vocabulary.id[word]}`;
-
-// Tokens that are whole words, as those of a word tokenizer, have no space of their own.
-const gap = vocabulary.text.some((text) => /\s/.test(text)) ? "" : " ";
-
-/** The text of a response, or of its first tokens. */
-function responseText(index, most = Infinity) {
-  return Array.from(words.subarray(begins[index], Math.min(begins[index + 1], begins[index] + most)), textOf).join(gap);
-}
-
-/** Three digits behind the point; of a `small` number, which they would not tell from 0, an exponent. */
-function format(value, small = true) {
-  const size = Math.abs(value);
-  const text = small && size > 0 && size < 5e-4 ? value.toExponential(1) : value.toFixed(3);
-  return text.replace("Infinity", "∞").replaceAll("-", "−");
-}
-
-// ---------------------------------------------------------------- colours
-
-const LEVELS = 8;
-const state = { column: columns[0], reach: null, only: null, sort: null, descending: true, current: 0 };
-let scale, near, summaries;
-
-/** Levels −8 to 8 of a column's values; the square root shows small ones beside large ones. */
-function scaleOf({ name, scale: kind }, reach) {
-  const values = column(name), step = Math.ceil(values.length / 50000);
-  const finite = values.filter((value, index) => index % step === 0 && Number.isFinite(value)).sort();
-  const quantile = (share) => finite[Math.round(share * (finite.length - 1))] ?? 0;
-  const low = quantile(0.005), high = quantile(0.995);
-  if (kind === "range") {
-    const width = high - low || 1;
-    const clamp = (part) => Math.max(0, Math.min(1, part));
-    return { values, kind, level: (value) => Math.round(LEVELS * clamp((value - low) / width)),
-      at: (level) => low + (width * level) / LEVELS };
-  }
-  const sign = kind === "signed" || high > -low ? 1 : -1;
-  reach ??= niceAbove(Math.max(Math.abs(low), Math.abs(high)));
-  const level = (value) => Math.sign(value) * Math.round(LEVELS * Math.sqrt(Math.min(1, Math.abs(value) / reach)));
-  return { values, kind, reach, level: kind === "signed" ? level : (value) => Math.max(0, level(sign * value)),
-    at: (place) => sign * Math.sign(place) * reach * (place / LEVELS) ** 2 };
-}
-
-function niceAbove(value) {
-  if (!(value > 0)) return 1;
-  const power = 10 ** Math.floor(Math.log10(value));
-  return [1, 2, 5, 10].map((digit) => digit * power).find((nice) => nice >= value * 0.999);
-}
-
-function colourOf(level) {
-  if (level === 0) return "";
-  const hue = scale.kind !== "signed" ? "amount" : level > 0 ? "up" : "down";
-  return ` level ${hue} l${Math.abs(level)}`;
-}
-
-/** Whether a token has a number: those that were not replaced have none in the output of `generate` and `sweep`. */
-const isMeasured = (token) => !page.replaced_only || drafts?.[token] >= 0;
-const isStrong = (token) =>
-  state.only === null ? Math.abs(scale.level(scale.values[token])) >= 6 : Math.abs(scale.values[token]) > state.only;
-
-const CONTEXT = 12;
-
-/** 2 for the tokens that are coloured, 1 for those around them, 0 for those that are left out. */
-function findNear() {
-  near = new Uint8Array(total).fill(state.only === null ? 2 : 0);
-  if (state.only === null) return;
-  for (let index = 0; index < count; index++)
-    for (let token = begins[index]; token < begins[index + 1]; token++)
-      if (isStrong(token)) {
-        const from = Math.max(begins[index], token - CONTEXT), to = Math.min(begins[index + 1], token + CONTEXT + 1);
-        for (let around = from; around < to; around++) near[around] ||= 1;
-        near[token] = 2;
-      }
-}
-
-/** Mean, least and largest value of each response; those that are NaN do not enter. */
-function summarise() {
-  summaries = { mean: [], min: [], max: [] };
-  for (let index = 0; index < count; index++) {
-    let sum = 0, number = 0, min = Infinity, max = -Infinity;
-    for (let token = begins[index]; token < begins[index + 1]; token++) {
-      const value = scale.values[token];
-      if (Number.isNaN(value)) continue;
-      sum += value;
-      number += 1;
-      min = Math.min(min, value);
-      max = Math.max(max, value);
-    }
-    summaries.mean.push(number ? sum / number : NaN);
-    summaries.min.push(number ? min : NaN);
-    summaries.max.push(number ? max : NaN);
-  }
-}
-
-function shownSummary(name, index) {
-  const value = summaries[name][index];
-  return Number.isNaN(value) ? "–" : format(value, false);
-}
-
-function drawLegend() {
-  const legend = $("legend"), signed = scale.kind === "signed";
-  legend.replaceChildren();
-  const said = [];
-  for (let level = signed ? -LEVELS : 0; level <= LEVELS; level++) {
-    const text = String(Number(scale.at(level).toPrecision(2))).replace("-", "−");
-    const number = level % 4 ? "" : signed && level > 0 ? `+${text}` : text;
-    if (number) said.push(number);
-    const shown = element("b", "", element("span", "", number));
-    legend.append(element("span", "", element("i", colourOf(level).trim()), shown));
-  }
-  legend.ariaLabel = `${signed ? "blue below 0, orange above" : "the further, the stronger"}: ${said.join(", ")}`;
-}
-
-// ---------------------------------------------------------------- a list of which only the visible part is there
-
-class VirtualList {
-  /** `estimate(index, width)` is the height of an item before it was there, `render(index)` its element. */
-  constructor(scroller, estimate, render, onUpdate = () => {}) {
-    Object.assign(this, { scroller, estimate, render, onUpdate, count: 0, width: 0, nodes: new Map() });
-    this.canvas = scroller.appendChild(element("div", "canvas"));
-    this.offsets = new Float64Array(1);
-    scroller.addEventListener("scroll", () => this.update());
-    new ResizeObserver(() => {
-      if (scroller.clientWidth !== this.width) this.layOut(...this.top());
-      else this.update();
-    }).observe(scroller);
-  }
-
-  /** The item at the top, and how far it is scrolled beyond its begin. */
-  top() {
-    const index = Math.min(lastBelow(this.offsets, this.scroller.scrollTop), Math.max(0, this.count - 1));
-    return [index, this.scroller.scrollTop - this.offsets[index]];
-  }
-
-  show(number, top = 0) {
-    this.count = number;
-    this.layOut(top);
-  }
-
-  layOut(top, shift = 0) {
-    this.width = this.scroller.clientWidth;
-    const heights = Float64Array.from({ length: this.count }, (_, index) => this.estimate(index, this.width));
-    this.setHeights(heights);
-    this.redraw();
-    this.reveal(top, shift);
-  }
-
-  setHeights(heights) {
-    this.heights = heights;
-    this.offsets = new Float64Array(heights.length + 1);
-    heights.forEach((height, index) => (this.offsets[index + 1] = this.offsets[index] + height));
-    this.canvas.style.height = `${this.offsets[heights.length]}px`;
-  }
-
-  /** Render these items anew, all by default. */
-  redraw(...indices) {
-    for (const index of indices.length ? indices : [...this.nodes.keys()]) {
-      this.nodes.get(index)?.remove();
-      this.nodes.delete(index);
-    }
-    this.update();
-  }
-
-  reveal(index, shift = 0) {
-    // Where heights turn out others than estimated, the second time is exact.
-    for (let time = 0; time < 2; time++) {
-      this.scroller.scrollTop = (this.offsets[index] ?? 0) + shift;
-      this.update();
-    }
-  }
-
-  revealIfHidden(index) {
-    const { scrollTop, clientHeight } = this.scroller;
-    if (this.offsets[index] < scrollTop || this.offsets[index + 1] > scrollTop + clientHeight)
-      this.reveal(index, -clientHeight / 3);
-  }
-
-  update() {
-    const { scroller, nodes } = this;
-    if (!scroller.clientHeight) return; // hidden, where nothing has a height
-    const margin = scroller.clientHeight / 2;
-    for (let time = 0; time < 4; time++) {
-      const [top, shift] = this.top();
-      const first = lastBelow(this.offsets, scroller.scrollTop - margin);
-      const end = scroller.scrollTop + scroller.clientHeight + margin;
-      const last = Math.min(this.count - 1, lastBelow(this.offsets, end));
-      for (const [index, node] of nodes)
-        if (index < first || index > last) {
-          node.remove();
-          nodes.delete(index);
-        }
-      const made = [];
-      for (let index = first; index <= last; index++)
-        if (!nodes.has(index)) {
-          nodes.set(index, this.render(index));
-          made.push(index);
-        }
-      // In their order, for those who read by the document: from the last on, each before its next.
-      for (const index of made.toReversed()) this.canvas.insertBefore(nodes.get(index), nodes.get(index + 1) ?? null);
-      const measured = made.map((index) => nodes.get(index).offsetHeight);
-      const changed = made.filter((index, place) => Math.abs(measured[place] - this.heights[index]) > 0.5);
-      if (changed.length) {
-        made.forEach((index, place) => (this.heights[index] = measured[place]));
-        this.setHeights(this.heights);
-        // What the reader sees stays where it is.
-        scroller.scrollTop = this.offsets[top] + shift;
-      }
-      if (made.length)
-        for (const [index, node] of nodes) node.style.transform = `translateY(${this.offsets[index]}px)`;
-      if (!changed.length) break;
-    }
-    this.onUpdate();
-  }
-}
+// What a reader sees, and does with it.
 
 // ---------------------------------------------------------------- which responses, in which order, cut into rows
 
@@ -620,6 +349,22 @@ function seek(response, token, step, accept) {
   }
 }
 
+/** Focus the token below another, or above it: that of the next line on its side that is nearest. */
+function moveLine(node, step) {
+  const sideOf = (token) => token.closest("article").offsetLeft;
+  const middleOf = ({ left, right }) => (left + right) / 2;
+  const side = sideOf(node), at = node.getClientRects()[0];
+  let nearest = null, least = [Infinity, Infinity];
+  for (const other of $("reading").querySelectorAll(".token")) {
+    if (sideOf(other) !== side) continue;
+    const box = other.getClientRects()[0]; // where it begins, of one that ends a line and is on the next, too
+    const lines = step * (box.top - at.top), aside = Math.abs(middleOf(box) - middleOf(at));
+    if (lines > at.height / 2 && (lines < least[0] - 1 || (lines < least[0] + 1 && aside < least[1])))
+      [nearest, least] = [other, [lines, aside]];
+  }
+  if (nearest) focusToken(Number(nearest.id.slice(1)));
+}
+
 function firstVisibleToken() {
   const top = $("reading").getBoundingClientRect().top;
   return [...$("reading").querySelectorAll(".token")].find((node) => node.getBoundingClientRect().top >= top);
@@ -629,12 +374,14 @@ function onKey(event) {
   if (event.ctrlKey || event.metaKey || event.altKey || event.target.matches("input, select")) return;
   const focused = tokenAt(event.target), from = focused ?? firstVisibleToken();
   const step = { ArrowLeft: -1, ArrowRight: 1, p: -1, n: 1 }[event.key];
-  const inList = { ArrowUp: -1, ArrowDown: 1 }[event.key];
+  const lines = { ArrowUp: -1, ArrowDown: 1 }[event.key];
   if (event.key === "Escape") hideDetails();
-  else if (inList && event.target === $("list") && order.length) {
-    const place = Math.max(0, Math.min(order.length - 1, order.indexOf(state.current) + inList));
+  else if (lines && event.target === $("list") && order.length) {
+    const place = Math.max(0, Math.min(order.length - 1, order.indexOf(state.current) + lines));
     select(order[place]);
     list.revealIfHidden(place);
+  } else if (lines && focused) {
+    moveLine(focused, lines);
   } else if (step && from) {
     const token = Number(from.id.slice(1));
     const accept = event.key.startsWith("Arrow") ? () => true : (other) => isMeasured(other) && isStrong(other);

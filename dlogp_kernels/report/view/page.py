@@ -1,4 +1,4 @@
-"""The page: its text and numbers as data, which `page.js` draws; what comes from models and files is data alone."""
+"""The page: its text and numbers as data, which the scripts beside this file draw; what comes from models and files is data alone."""
 
 import base64
 import hashlib
@@ -180,9 +180,11 @@ def _fill(
     data: Mapping[str, Any], arrays: Mapping[str, np.ndarray], title: str, subtitle: str, remarks: Sequence[str]
 ) -> str:
     folder = files(__package__)
-    template, style, script = (
-        folder.joinpath(f"page.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js")
+    template, style, *scripts = (
+        folder.joinpath(name).read_text(encoding="utf-8")
+        for name in ("page.html", "page.css", "data.js", "list.js", "page.js")
     )
+    script = "\n".join(scripts)
     columns = (
         f'<script type="text/plain" id="column-{name}">{base64.b64encode(array.tobytes()).decode()}</script>'
         for name, array in arrays.items()

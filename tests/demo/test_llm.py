@@ -86,7 +86,7 @@ def test_what_is_missing_is_told_with_what_to_type(tmp_path, monkeypatch):
 )
 def test_the_demo_on_the_real_model(tmp_path):
     text = StringIO()
-    page = run_llm_demo(tmp_path, num_problems=4, quick=True, retrain=False, console=Terminal(file=text, width=200))
+    page = run_llm_demo(tmp_path, num_problems=2, quick=True, retrain=False, console=Terminal(file=text, width=200))
     out = tmp_path / "llm"
     printed = text.getvalue()
     assert "Apache-2.0" in printed and "Nothing here is a finding about language models at large" in printed
@@ -96,9 +96,9 @@ def test_the_demo_on_the_real_model(tmp_path):
     with torch.no_grad():
         logits = raw(torch.tensor([tokenizer.encode("The capital of France is")])).logits[0, -1]
     assert tokenizer.decode(logits.argmax()) == " Paris"
-    directory = out / "4-problems"
+    directory = out / "2-problems"
     dataset = TokenDataset(directory / "metrics")
     assert dataset.sources() == ["base", "rl"]
     lines = [json.loads(line) for line in (directory / "responses.jsonl").read_text().splitlines()]
-    assert len(lines) == 8 and sum(line["finished"] and "#### " in line["text"] for line in lines) >= 6
+    assert len(lines) == 4 and sum(line["finished"] and "#### " in line["text"] for line in lines) >= 3
     assert page == directory / "view.html" and page.exists()

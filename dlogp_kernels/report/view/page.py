@@ -1,4 +1,4 @@
-"""The page: its text and numbers as data, which the scripts beside this file draw; what comes from models and files is data alone."""
+"""The page: its text and numbers as data, which its scripts draw; what comes from models and files is data alone."""
 
 import base64
 import hashlib

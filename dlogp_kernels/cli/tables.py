@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from ..ops.backends import BACKENDS, Choice
-from ..report.classes import ClassChange
+from ..report.classes import ClassChanges
 from ..report.curves import SweepPlot
 from ..report.dataset import UNFINISHED
 from ..report.figures import Plot
@@ -89,7 +89,7 @@ def change_table(title: str, tokens: Sequence[TokenChange]) -> TextTable:
     return TextTable(title, columns, rows, text_columns=2)
 
 
-def _class_table(changes: Sequence[ClassChange]) -> TextTable:
+def _class_table(classes: ClassChanges) -> TextTable:
     rows = [
         (
             one_line(change.name),
@@ -98,10 +98,11 @@ def _class_table(changes: Sequence[ClassChange]) -> TextTable:
             f"{change.delta_logp:+.4f}" if change.occurrences else "–",
             percent(change.share),
         )
-        for change in changes
+        for change in classes.changes
     ]
     columns = ("class of tokens", "in", "count", "mean Δlog p", "share")
-    return TextTable("Classes of tokens; share of Σ|Δlog p|", columns, rows, text_columns=2)
+    title = "; ".join(filter(None, ("Classes of tokens", classes.remark, "share of Σ|Δlog p|")))
+    return TextTable(title, columns, rows, text_columns=2)
 
 
 def print_results(console: Console, summary: Mapping[str, Any], out: Path) -> None:

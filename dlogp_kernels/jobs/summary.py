@@ -1,10 +1,12 @@
-"""The statistics of a data set in a few numbers, for each source."""
+"""The statistics of a data set in a few numbers, for each source; read a few thousand rows at a time."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from ..report.dataset import STATISTICS, TokenDataset
+from ..report.quantiles import Batch, quantiles
 
 _QUANTILES = (0.001, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999)
 #: Tail masses of Δlog p: the share of tokens below the first and above the second.
@@ -18,33 +20,53 @@ def describe(dataset: TokenDataset) -> dict[str, Any]:
 
 
 def _describe_source(dataset: TokenDataset, source: str | None) -> dict[str, Any]:
-    delta_logp = dataset.column("delta_logp", source)
+    def read() -> Iterator[Batch]:
+        for columns in dataset.values(STATISTICS, source):
+            yield from enumerate(columns)
+
+    spreads = quantiles(read, len(STATISTICS), (0.0, *_QUANTILES, 1.0))
+    columns = [_Column(spread) for spread in spreads]
+    tails = {f"below {threshold:g}": 0 for threshold in LOWERED_BELOW}
+    tails |= {f"above {threshold:g}": 0 for threshold in RAISED_ABOVE}
+    for number, values in read():
+        columns[number].add(values)
+        if STATISTICS[number] == "delta_logp":
+            for threshold in LOWERED_BELOW:
+                tails[f"below {threshold:g}"] += int((values < threshold).sum())
+            for threshold in RAISED_ABOVE:
+                tails[f"above {threshold:g}"] += int((values > threshold).sum())
+    total = columns[0].total
     return {
-        "response_tokens": len(delta_logp),
-        "delta_logp_tails": _tail_masses(delta_logp),
-        "statistics": {name: _describe_column(dataset.column(name, source)) for name in STATISTICS},
+        "response_tokens": total,
+        "delta_logp_tails": {name: count / total for name, count in tails.items()},
+        "statistics": {name: column.to_json() for name, column in zip(STATISTICS, columns, strict=True)},
     }
 
 
-def _describe_column(values: np.ndarray) -> dict[str, Any]:
+class _Column:
     """Over the finite values; how many are not is part of it (a KL may be +inf, NaN comes from a broken model)."""
-    finite = values[np.isfinite(values)]
-    described: dict[str, Any] = {
-        "mean": None,
-        "std": None,
-        "quantiles": None,
-        "infinite": int(np.isinf(values).sum()),
-        "nan": int(np.isnan(values).sum()),
-    }
-    if len(finite):
-        quantiles = np.quantile(finite, (0.0, *_QUANTILES, 1.0)).tolist()
-        described["mean"] = float(finite.mean(dtype=np.float64))
-        described["std"] = float(finite.std(dtype=np.float64))
-        described["quantiles"] = dict(zip(("min", *map(str, _QUANTILES), "max"), quantiles, strict=True))
-    return described
 
+    def __init__(self, spread: np.ndarray) -> None:
+        self._spread = spread.tolist()
+        #: Moments about the median, so that those of values far from 0 keep their digits.
+        self._center = self._spread[1 + _QUANTILES.index(0.5)]
+        self._sum = self._squares = 0.0
+        self.total = self._infinite = self._nan = 0
 
-def _tail_masses(delta_logp: np.ndarray) -> dict[str, float]:
-    below = {f"below {threshold:g}": float((delta_logp < threshold).mean()) for threshold in LOWERED_BELOW}
-    above = {f"above {threshold:g}": float((delta_logp > threshold).mean()) for threshold in RAISED_ABOVE}
-    return below | above
+    def add(self, values: np.ndarray) -> None:
+        finite = values[np.isfinite(values)].astype(np.float64) - self._center
+        self._sum += float(finite.sum())
+        self._squares += float(finite @ finite)
+        self.total += len(values)
+        self._infinite += int(np.isinf(values).sum())
+        self._nan += int(np.isnan(values).sum())
+
+    def to_json(self) -> dict[str, Any]:
+        finite = self.total - self._infinite - self._nan
+        described: dict[str, Any] = {"mean": None, "std": None, "quantiles": None}
+        if finite:
+            shift = self._sum / finite
+            described["mean"] = self._center + shift
+            described["std"] = max(self._squares / finite - shift**2, 0.0) ** 0.5
+            described["quantiles"] = dict(zip(("min", *map(str, _QUANTILES), "max"), self._spread, strict=True))
+        return described | {"infinite": self._infinite, "nan": self._nan}

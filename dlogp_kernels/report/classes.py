@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from .dataset import TokenDataset
 from .errors import DatasetError
 from .pictures import as_text, legend_above, panels, style, tidy
-from .sources import numbers_of, responses_of, shown_sources
+from .sources import drawn_sources, numbers_of, responses_of, shown_sources
 from .text import one_line, percent, visible
 
 #: Names of classes, and what their tokens match.
@@ -41,6 +41,13 @@ class ClassChange(NamedTuple):
     occurrences: int
     delta_logp: float
     share: float
+
+
+class ClassChanges(NamedTuple):
+    """Of the largest sources, class by class; a remark if some are left out."""
+
+    changes: list[ClassChange]
+    remark: str
 
 
 def read_classes(path: str | Path | None = None) -> Classes:
@@ -87,10 +94,10 @@ def _any_of(path: object, patterns: list[str]) -> re.Pattern[str]:
     return compiled
 
 
-def class_changes(dataset: TokenDataset, classes: Classes | None = None) -> list[ClassChange]:
+def class_changes(dataset: TokenDataset, classes: Classes | None = None) -> ClassChanges:
     """What RL did to each class, and to tokens of none, in the responses of the largest sources."""
     patterns = read_classes() if classes is None else classes
-    sums = dataset.sums_by_token()
+    sums = dataset.sums_by_token
     shown = [visible(text) for text in sums["text"].to_pylist()]
     texts = {text: {text, text.strip("␣")} for text in set(shown)}
     members = {
@@ -101,7 +108,8 @@ def class_changes(dataset: TokenDataset, classes: Classes | None = None) -> list
     of_row = np.array(sums["source"].to_pylist(), object)
     columns = [sums[name].fill_null(0).to_numpy() for name in ("count", "defined", "delta_logp", "size")]
     changes = []
-    for source in shown_sources(dataset, _MOST_SOURCES)[0]:
+    sources, remark = shown_sources(dataset, _MOST_SOURCES)
+    for source in sources:
         of_source = of_row == source
         whole = columns[3][of_source].sum()
         for name, member in members.items():
@@ -109,13 +117,13 @@ def class_changes(dataset: TokenDataset, classes: Classes | None = None) -> list
                 count, defined, total, size = (float(column[of_source & member].sum()) for column in columns)
             mean, share = total / defined if defined else np.nan, size / whole if whole else 0.0
             changes.append(ClassChange(name, source, int(count), mean, float(share)))
-    return changes
+    return ClassChanges(changes, remark)
 
 
 def draw_classes(dataset: TokenDataset, classes: Classes | None = None) -> Figure:
     """Three panels: tokens, mean Δlog p and share of Σ|Δlog p| of each class, a bar for each of the largest sources."""
-    changes = class_changes(dataset, classes)
-    sources, remark = shown_sources(dataset, _MOST_SOURCES)
+    sources, remark = drawn_sources(dataset, _MOST_SOURCES)
+    changes = class_changes(dataset, classes).changes
     names = list(dict.fromkeys(change.name for change in changes))
     figure, all_axes = panels(3, 3, (4.8, 1.4 + 0.24 * len(names) * (len(sources) + 1)))
     height = 0.84 / len(sources)

@@ -11,6 +11,7 @@ each column, so that a reader who filters by response or by Δlog p leaves most 
 """
 
 import contextlib
+import functools
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -205,6 +206,12 @@ def _explained_reads(path: Path) -> Iterator[None]:
         raise DatasetError(f"{path} is not a readable Parquet file: {error}") from error
 
 
+def hint_below(directory: Path) -> str:
+    """Which directory in it holds a data set, as the end of a message; "" if none does."""
+    found = min(directory.glob(f"*/{TOKENS_DIRECTORY}/part-*.parquet"), default=None)
+    return "" if found is None else f"; {found.parent.parent} holds some"
+
+
 class TokenDataset:
     """A data set of token statistics on disk, read a column or a batch at a time.
 
@@ -217,7 +224,7 @@ class TokenDataset:
         if not parts:
             raise DatasetError(
                 f"{self.directory} holds no token statistics: expected {TOKENS_DIRECTORY}/part-*.parquet in it, "
-                "as `dlogp metrics --out` writes them"
+                f"as `dlogp metrics --out` writes them{hint_below(self.directory)}"
             )
         if verify:
             check(Ledger.read(self.directory), self.directory / TOKENS_DIRECTORY, parts)
@@ -273,8 +280,9 @@ class TokenDataset:
 
     def sources(self) -> list[str | None]:
         """The different sources, sorted; None last."""
-        return list(self.source_counts())
+        return list(self.source_counts)
 
+    @functools.cached_property
     def source_counts(self) -> dict[str | None, int]:
         """How many tokens each source has, in the order of `sources`."""
         counts: Counter[str | None] = Counter()
@@ -284,8 +292,16 @@ class TokenDataset:
 
     def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         """These columns of all rows in order, a few thousand rows at a time."""
+        yield from self._batches(columns)
+
+    def values(self, columns: Sequence[str], source: str | None) -> Iterator[list[np.ndarray]]:
+        """These numeric columns of the rows of one source (None: of those without), a few thousand rows at a time."""
+        for batch in self._batches(columns, _is_source(source)):
+            yield [batch[name].to_numpy() for name in columns]
+
+    def _batches(self, columns: Sequence[str], chosen: ds.Expression | None = None) -> Iterator[pa.RecordBatch]:
         with _explained_reads(self.directory):
-            yield from self._dataset.to_batches(columns=list(columns))
+            yield from self._dataset.to_batches(columns=list(columns), filter=chosen)
 
     def rows(self, numbers: np.ndarray, columns: Sequence[str]) -> pa.Table:
         """These columns of the rows with these numbers, which count from 0 and ascend."""
@@ -298,6 +314,7 @@ class TokenDataset:
             table = self._dataset.to_table(columns=[name], filter=None if every_source else _is_source(source))
         return table[name].to_numpy()
 
+    @functools.cached_property
     def sums_by_token(self) -> pa.Table:
         """A row for each source, right or wrong, and token, in memory that does not grow with the data.
 

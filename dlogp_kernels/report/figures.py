@@ -4,7 +4,7 @@ Each `draw_…` takes a `TokenDataset` and returns a matplotlib Figure. Fig. 1b,
 """
 
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,12 +12,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .classes import ClassChange, class_changes, draw_classes, read_classes
+from .classes import ClassChanges, class_changes, draw_classes, read_classes
 from .dataset import TokenDataset
 from .errors import DatasetError
 from .histograms import draw_all_histograms, draw_histograms
 from .pictures import PALETTE, as_text, legend_above, panels, render, tidy, write_figures
-from .sources import responses_of, shown_sources
+from .quantiles import Batch, quantiles
+from .sources import drawn_sources, responses_of
 from .text import counted
 from .words import DEFAULT_MIN_COUNT, Words, changed_tokens, words_csv, words_markdown
 
@@ -38,7 +39,7 @@ class Plot(NamedTuple):
 
     files: list[Path]
     words: Words
-    classes: list[ClassChange]
+    classes: ClassChanges
     complete: bool
 
 
@@ -89,15 +90,22 @@ def draw_probabilities(dataset: TokenDataset) -> Figure:
     """The probability that either model gives a token, by its Δlog p in bins of unequal width (Fig. 3b)."""
 
     def draw(axes: Axes, source: str | None) -> None:
-        delta_logp, *logps = _finite(dataset, source, "delta_logp", "logp", "base_logp")
-        bins = np.digitize(delta_logp, _DELTA_LOGP_BINS)
-        for number, (model, logp) in enumerate(zip(("RL", "base"), logps, strict=True)):
-            for place in np.unique(bins):
-                probability, x = np.exp(logp[bins == place]), place + 0.3 * number - 0.15
-                low, high = np.quantile(probability, (0.25, 0.75))
-                axes.vlines(x, low, high, PALETTE[number], linewidth=6, alpha=0.3)
-                axes.plot(x, probability.mean(), "o", color=PALETTE[number])
-            axes.plot([], [], "o", color=PALETTE[number], label=f"{model} model: mean, bar between quartiles")
+        num_bins = len(_DELTA_LOGP_BINS) + 1
+
+        def read() -> Iterator[Batch]:
+            """Groups are the bins of the RL model, then those of the base."""
+            for delta_logp, *logps in _finite(dataset, source, "delta_logp", "logp", "base_logp"):
+                bins = np.digitize(delta_logp, _DELTA_LOGP_BINS)
+                yield np.append(bins, bins + num_bins), np.exp(np.append(*logps))
+
+        means, (low, high) = _means(read, 2 * num_bins), quantiles(read, 2 * num_bins, (0.25, 0.75)).T
+        for place in np.flatnonzero(np.isfinite(means)).tolist():
+            model, number = divmod(place, num_bins)
+            x = number + 0.3 * model - 0.15
+            axes.vlines(x, low[place], high[place], PALETTE[model], linewidth=6, alpha=0.3)
+            axes.plot(x, means[place], "o", color=PALETTE[model])
+        for model, name in enumerate(("RL", "base")):
+            axes.plot([], [], "o", color=PALETTE[model], label=f"{name} model: mean, bar between quartiles")
         axes.set_ylim(0, 1.02)
         axes.tick_params("x", labelsize=9)
         axes.set_xlim(-0.6, len(_DELTA_LOGP_BINS) + 0.6)
@@ -114,14 +122,16 @@ def draw_gradient_mass(dataset: TokenDataset) -> Figure:
     """
 
     def draw(axes: Axes, source: str | None) -> None:
-        logp, delta_logp = _finite(dataset, source, "base_logp" if source == "base" else "logp", "delta_logp")
-        probability = np.exp(logp)
-        weights = {"tokens": np.ones(len(logp)), "gradient mass": 1 - probability, "Σ|Δlog p|": np.abs(delta_logp)}
-        for number, (name, weight) in enumerate(weights.items()):
-            mass, _ = np.histogram(probability, _PROBABILITY_BINS, weights=weight)
-            share = mass / (mass.sum() or 1)
+        masses = dict.fromkeys(("tokens", "gradient mass", "Σ|Δlog p|"), np.zeros(len(_PROBABILITY_BINS) - 1))
+        of_writer = "base_logp" if source == "base" else "logp"
+        for logp, delta_logp in _finite(dataset, source, of_writer, "delta_logp"):
+            probability = np.exp(logp)
+            for name, weights in zip(masses, (None, 1 - probability, np.abs(delta_logp)), strict=True):
+                masses[name] = masses[name] + np.histogram(probability, _PROBABILITY_BINS, weights=weights)[0]
+        for number, (name, mass) in enumerate(masses.items()):
             places = _PROBABILITY_BINS[:-1] + 0.02 + 0.03 * number
-            axes.bar(places, share, 0.028, color=("0.65", *PALETTE)[number], label=f"share of {name}")
+            colour = ("0.65", *PALETTE)[number]
+            axes.bar(places, mass / (mass.sum() or 1), 0.028, color=colour, label=f"share of {name}")
         axes.set_xticks(_PROBABILITY_BINS)
 
     return _by_source(dataset, draw, "probability π of the token, by the model that wrote it", "share")
@@ -129,38 +139,51 @@ def draw_gradient_mass(dataset: TokenDataset) -> Figure:
 
 def draw_positions(dataset: TokenDataset) -> Figure:
     """Δlog p over the position in the response: mean, and bands that hold 90 and 98 % of the tokens."""
-    last = int(np.quantile(dataset.column("position", every_source=True), 0.995))
+
+    def positions() -> Iterator[Batch]:
+        return ((0, batch["position"].to_numpy()) for batch in dataset.batches(["position"]))
+
+    last = int(np.nan_to_num(quantiles(positions, 1, (0.995,))[0, 0]))
     width = last // _POSITION_BINS + 1
     edges = np.arange(0, last + width + 1, width) - 0.5
 
-    middles = edges[:-1] + width / 2
-
     def draw(axes: Axes, source: str | None) -> None:
-        position, delta_logp = _finite(dataset, source, "position", "delta_logp")
-        bins = np.digitize(position, edges) - 1
-        parts = {place: delta_logp[bins == place] for place in np.unique(bins[bins < len(middles)])}
-        places = middles[list(parts)]
-        quantiles = np.array([np.quantile(part, (0.01, 0.05, 0.95, 0.99)) for part in parts.values()]).reshape(-1, 4).T
+        def read() -> Iterator[Batch]:
+            for position, delta_logp in _finite(dataset, source, "position", "delta_logp"):
+                bins = np.digitize(position, edges) - 1
+                yield bins[bins < len(edges) - 1], delta_logp[bins < len(edges) - 1]
+
+        means = _means(read, len(edges) - 1)
+        there = np.isfinite(means)
+        places = (edges[:-1] + width / 2)[there]
+        bands = quantiles(read, len(edges) - 1, (0.01, 0.05, 0.95, 0.99))[there].T
         for low, high, alpha, name in ((0, 3, 0.12, "1 to 99 % of the tokens"), (1, 2, 0.3, "5 to 95 % of the tokens")):
-            axes.fill_between(
-                places, quantiles[low], quantiles[high], color=PALETTE[0], alpha=alpha, linewidth=0, label=name
-            )
-        axes.plot(places, [part.mean() for part in parts.values()], color=PALETTE[1], marker=".", label="mean")
+            axes.fill_between(places, bands[low], bands[high], color=PALETTE[0], alpha=alpha, linewidth=0, label=name)
+        axes.plot(places, means[there], color=PALETTE[1], marker=".", label="mean")
         axes.axhline(0.0, color="0.35", linewidth=0.9, linestyle=":", zorder=0)
 
     return _by_source(dataset, draw, "position in the response [tokens]", "Δlog p [nats]")
 
 
-def _finite(dataset: TokenDataset, source: str | None, *names: str) -> list[np.ndarray]:
-    """Columns of a source without the rows in which one is not finite."""
-    columns = [dataset.column(name, source) for name in names]
-    keep = np.logical_and.reduce([np.isfinite(column) for column in columns])
-    return [column[keep].astype(np.float64) for column in columns]
+def _finite(dataset: TokenDataset, source: str | None, *names: str) -> Iterator[list[np.ndarray]]:
+    """Columns of a source without the rows in which one is not finite, some rows at a time."""
+    for columns in dataset.values(names, source):
+        keep = np.logical_and.reduce([np.isfinite(column) for column in columns])
+        yield [column[keep].astype(np.float64) for column in columns]
+
+
+def _means(read: Callable[[], Iterator[Batch]], num_groups: int) -> np.ndarray:
+    """The mean of each group, NaN of one without values."""
+    sums, counts = np.zeros((2, num_groups))
+    for groups, values in read():
+        sums += np.bincount(groups, values, num_groups)
+        counts += np.bincount(groups, minlength=num_groups)
+    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
 
 def _by_source(dataset: TokenDataset, draw: Callable[[Axes, str | None], None], x: str, y: str) -> Figure:
     """A panel for each source that is shown, with one legend and equal axes."""
-    sources, remark = shown_sources(dataset)
+    sources, remark = drawn_sources(dataset)
     figure, all_axes = panels(len(sources), 4, (5.2, 4.0), share=True)
     for axes, (source, count) in zip(all_axes, sources.items(), strict=True):
         title = responses_of(source)

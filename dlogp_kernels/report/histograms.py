@@ -1,6 +1,6 @@
 """Histograms of token statistics: Fig. 1b of arXiv 2603.22117 for the user's pair, and the same of all statistics."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 
 from .dataset import TokenDataset
 from .pictures import as_text, legend_above, panels, style, tidy
-from .sources import numbers_of, responses_of, shown_sources
+from .quantiles import quantiles
+from .sources import drawn_sources, numbers_of, responses_of
 from .text import counted
 
 
@@ -57,40 +58,39 @@ class Histogram(NamedTuple):
 
 def histograms(dataset: TokenDataset, panel: Panel) -> list[Histogram]:
     """The panel's column, binned alike for each source that is shown."""
-    sources, _ = shown_sources(dataset)
-    values = {
-        source: np.stack([dataset.column(name, source) for name in panel.columns]).mean(0, dtype=np.float64)
-        for source in sources
-    }
-    edges = bin_edges(list(values.values()), panel.sign)
-    return [_histogram(source, column, edges) for source, column in values.items()]
+    sources, _ = drawn_sources(dataset)
+
+    def read(source: str | None) -> Iterator[np.ndarray]:
+        for columns in dataset.values(panel.columns, source):
+            yield np.stack(columns).mean(0, dtype=np.float64)
+
+    low, high = quantiles(
+        lambda: ((0, values) for source in sources for values in read(source)), 1, (_BEYOND, 1 - _BEYOND)
+    )[0].tolist()
+    edges = _bin_edges(low, high, sum(sources.values()), panel.sign)
+    return [_histogram(source, count, read(source), edges) for source, count in sources.items()]
 
 
-def _histogram(source: str | None, values: np.ndarray, edges: np.ndarray) -> Histogram:
-    counts, _ = np.histogram(values, edges)
-    beyond = len(values) - int(counts.sum())
+def _histogram(source: str | None, count: int, batches: Iterable[np.ndarray], edges: np.ndarray) -> Histogram:
+    counts = sum((np.histogram(values, edges)[0] for values in batches), np.zeros(len(edges) - 1, np.int64))
     # The density is that of all tokens, so that what lies beyond the axis is not spread over the rest.
-    return Histogram(source, edges, counts / (max(len(values), 1) * np.diff(edges)), len(values), beyond)
+    return Histogram(source, edges, counts / (count * np.diff(edges)), count, count - int(counts.sum()))
 
 
-def bin_edges(values: Sequence[np.ndarray], sign: str = "±") -> np.ndarray:
-    """Equal bins from the lowest to the highest token but a few outliers.
+def _bin_edges(low: float, high: float, total: int, sign: str) -> np.ndarray:
+    """Equal bins between these values, NaN if there are none, for so many tokens.
 
     Signed values get an odd picture if the bin at 0 lies on one side: most tokens are within rounding of 0.
     So there the edges are at half widths, and the bin in the middle is centred on 0.
     """
-    finite = [column[np.isfinite(column)] for column in values]
-    total = sum(map(len, finite))
-    if total == 0:
+    if np.isnan(low):
         return np.linspace(-1.0 if sign != "+" else 0.0, 1.0 if sign != "−" else 0.0, 11)
-    pooled = np.concatenate(finite)
-    low, high = np.quantile(pooled, [_BEYOND, 1 - _BEYOND])
     num_bins = int(np.clip(3 * total ** (1 / 3), 20, 60))
     if sign == "+":
-        return np.linspace(0.0, max(float(high), 1e-3), num_bins + 1)
+        return np.linspace(0.0, max(high, 1e-3), num_bins + 1)
     if sign == "−":
-        return np.linspace(min(float(low), -1e-3), 0.0, num_bins + 1)
-    low, high = min(float(low), 0.0), max(float(high), 1e-3)
+        return np.linspace(min(low, -1e-3), 0.0, num_bins + 1)
+    low, high = min(low, 0.0), max(high, 1e-3)
     width = (high - low) / num_bins
     first, last = np.floor(low / width - 0.5), np.ceil(high / width + 0.5)
     return (np.arange(first, last + 1) + 0.5) * width if first < last else np.array([-width / 2, width / 2])
@@ -110,7 +110,7 @@ def _draw(dataset: TokenDataset, shown: Sequence[Panel]) -> Figure:
     figure, all_axes = panels(len(shown), 4, (4.5, 4.1))
     for axes, panel in zip(all_axes, shown, strict=True):
         _draw_panel(axes, panel, histograms(dataset, panel))
-    legend_above(figure, shown_sources(dataset)[1])
+    legend_above(figure, drawn_sources(dataset)[1])
     return as_text(figure)
 
 

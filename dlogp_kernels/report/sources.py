@@ -3,6 +3,7 @@
 from collections.abc import Collection
 
 from .dataset import TokenDataset
+from .errors import DatasetError
 from .text import one_line
 
 #: So many are told apart.
@@ -17,7 +18,7 @@ def shown_sources(dataset: TokenDataset, most: int = MOST_SOURCES) -> tuple[dict
 
     It says so; "" if these are all.
     """
-    counts = dataset.source_counts()
+    counts = dataset.source_counts
     known = [name for name in _KNOWN if name in counts]
     others = [source for source in counts if source not in known]
     largest = sorted(others, key=lambda source: -counts[source])[: most - len(known)]
@@ -27,6 +28,14 @@ def shown_sources(dataset: TokenDataset, most: int = MOST_SOURCES) -> tuple[dict
         remark = f"the {most} largest of {len(counts):,} sources"
         remark += f", {' and '.join(_KNOWN[name] for name in known)} in any case" if known else ""
     return {source: counts[source] for source in shown}, remark
+
+
+def drawn_sources(dataset: TokenDataset, most: int = MOST_SOURCES) -> tuple[dict[str | None, int], str]:
+    """The same for a picture; DatasetError where there is nothing to draw."""
+    sources, remark = shown_sources(dataset, most)
+    if not sources:
+        raise DatasetError(f"{dataset.directory} holds no tokens")
+    return sources, remark
 
 
 def numbers_of(sources: Collection[str | None]) -> dict[str | None, int]:

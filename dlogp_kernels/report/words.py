@@ -112,7 +112,7 @@ def changed_tokens(
     """
     if min_count < 1:
         raise DatasetError(f"min_count is {min_count}, expected at least 1")
-    sums = dataset.sums_by_token()
+    sums = dataset.sums_by_token
     selections, remark = _selections(dataset, sums)
     parts = [
         _part(sums, selection, min_count, limit_of_part if number else limit)

@@ -239,6 +239,7 @@ def test_summary_counts_and_describes_the_rows(pair, table, tmp_path):
         for name in STATISTICS:
             found = described["statistics"][name]
             assert found["mean"] == pytest.approx(part[name].astype("float64").mean())
+            assert found["std"] == pytest.approx(part[name].astype("float64").std(ddof=0))
             assert found["quantiles"]["0.5"] == pytest.approx(part[name].median(), rel=1e-6)
             assert found["quantiles"]["max"] == part[name].max()
             assert found["nan"] == found["infinite"] == 0

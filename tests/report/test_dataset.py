@@ -87,7 +87,7 @@ def test_rows_come_back_as_they_were_written(tmp_path):
     assert len(dataset) == 3 and dataset.sources() == ["rl", None] and not dataset.complete
     assert dataset.column("delta_logp", "rl").tolist() == [1.5, -2.0]
     assert dataset.column("logp", None).tolist() == [-3.0]
-    assert dataset.source_counts() == {"rl": 2, None: 1}
+    assert dataset.source_counts == {"rl": 2, None: 1}
     assert dataset.rows(np.array([0, 2]), ["token_id"])["token_id"].to_pylist() == [5, 7]
 
 
@@ -96,7 +96,7 @@ def test_sums_by_token_leave_nan_out_and_tell_right_from_wrong(tmp_path):
     one = token_rows("rl", [5, 5, 6], ["a", "a", "b"], 1, right, delta_logp=[1.5, np.nan, -2.0], logp=[-1, -2, 0])
     two = token_rows("rl", [5, 5], ["a", "a"], 2, wrong, delta_logp=[-1, np.inf], base_logp=[-3, -4])
     three = token_rows(None, [6], ["b"], 3, delta_logp=[-0.25])
-    table = TokenDataset(write_dataset(tmp_path, [one, two], [three])).sums_by_token()
+    table = TokenDataset(write_dataset(tmp_path, [one, two], [three])).sums_by_token
     assert table.column_names == [
         "source", "right", "token_id", "text", "count", "defined", "delta_logp", "size", "logp", "base_logp"
     ]  # fmt: skip

@@ -78,8 +78,13 @@ def test_plot_writes_tables_and_every_picture_twice(tmp_path):
     for name in PICTURES:
         root = ElementTree.parse(directory / "figures" / f"{name}.svg").getroot()
         assert root.tag.endswith("svg") and len(list(root.iter("{http://www.w3.org/2000/svg}path"))) > 20
-    with pytest.raises(DatasetError, match="holds no tokens"):
-        plot(write_dataset(tmp_path / "empty", []))
+
+
+def test_an_empty_data_set_has_no_pictures(tmp_path):
+    empty = write_dataset(tmp_path, [])
+    for draw in (plot, *(getattr(figures, name) for name in figures.__all__ if name.startswith("draw_"))):
+        with pytest.raises(DatasetError, match="holds no tokens"):
+            draw(empty if draw is plot else TokenDataset(empty))
 
 
 def test_the_same_data_give_the_same_files(tmp_path):
@@ -220,7 +225,7 @@ def test_classes_are_what_the_file_says(tmp_path):
     dataset = TokenDataset(write_dataset(tmp_path / "data", [token_rows("rl", range(8), texts, delta_logp=deltas)]))
     file = tmp_path / "classes.json"
     file.write_text(json.dumps({"numbers": [r"\d+(\.\d+)?"], "so or wait": ["wait", "so"], "ends of lines": [r"\\n"]}))
-    found = {change.name: change for change in class_changes(dataset, read_classes(file))}
+    found = {change.name: change for change in class_changes(dataset, read_classes(file)).changes}
     assert {name: change.occurrences for name, change in found.items()} == {
         "numbers": 3,
         "so or wait": 3,
@@ -230,7 +235,7 @@ def test_classes_are_what_the_file_says(tmp_path):
     assert found["numbers"].delta_logp == 0.5 and found["numbers"].share == pytest.approx(1 / 8)
     assert found["so or wait"].delta_logp == pytest.approx(-1 / 3) and found["so or wait"].share == pytest.approx(5 / 8)
     assert np.isnan(found["ends of lines"].delta_logp) and found["ends of lines"].share == 0
-    default = {change.name: change.occurrences for change in class_changes(dataset)}
+    default = {change.name: change.occurrences for change in class_changes(dataset).changes}
     assert default == {"numbers": 3, "connectives": 1, "reflection": 2, "other tokens": 2}
     labels = draw_classes(dataset, read_classes(file)).axes[0].get_yticklabels()
     assert [label.get_text() for label in labels] == list(found)

@@ -1,0 +1,52 @@
+"""Quantiles in bounded memory are those of numpy, and nothing that needs them reads whole columns."""
+
+import numpy as np
+import pytest
+
+pytest.importorskip("pyarrow")
+pytest.importorskip("matplotlib")
+
+from dataset_files import token_rows, write_dataset
+
+from dlogp_kernels.jobs.summary import describe
+from dlogp_kernels.report import figures
+from dlogp_kernels.report.dataset import TokenDataset
+from dlogp_kernels.report.quantiles import quantiles
+
+SHARES = (0.0, 0.001, 0.05, 0.25, 0.5, 0.75, 0.995, 1.0)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 10, 1000, 30_000])
+def test_quantiles_are_those_of_numpy(count):
+    rng = np.random.default_rng(count)
+    groups, values = rng.choice([0, 1, 3], count), rng.laplace(0, 1, count).astype(np.float32)
+    if count >= 10:
+        values[count // 2 :] = np.round(values[count // 2 :], 1)
+        values[::7], values[1::9], values[2::11], values[3::13], values[4::17] = 0, np.nan, np.inf, -np.inf, -0.0
+        values[5], values[6], values[8] = 3e38, -3e38, 1e-45
+
+    def read():
+        for begin in range(0, count, 337):
+            yield groups[begin : begin + 337], values[begin : begin + 337]
+
+    found = quantiles(read, 4, SHARES)
+    assert found.shape == (4, len(SHARES)) and found.dtype == np.float64
+    for group in range(4):
+        finite = values[(groups == group) & np.isfinite(values)].astype(np.float64)
+        expected = np.quantile(finite, SHARES) if len(finite) else np.full(len(SHARES), np.nan)
+        np.testing.assert_allclose(found[group], expected, rtol=1e-14, atol=0)
+
+
+def test_batches_of_one_group_are_told_by_its_number():
+    values = np.arange(12, dtype=np.float32).reshape(2, 2, 3)
+    found = quantiles(lambda: (batch for pair in values for batch in enumerate(pair)), 2, (0.5,))
+    assert found.ravel().tolist() == np.median(values, axis=(0, 2)).tolist()
+
+
+def test_nothing_reads_a_whole_column(tmp_path, monkeypatch):
+    rows = token_rows("rl", range(20), ["x"] * 20, delta_logp=np.linspace(-3, 3, 20))
+    dataset = TokenDataset(write_dataset(tmp_path, [rows]))
+    for name in ("column", "tokens"):
+        monkeypatch.delattr(TokenDataset, name)
+    for look in (describe, *(getattr(figures, name) for name in figures.__all__ if name.startswith("draw_"))):
+        assert look(dataset)

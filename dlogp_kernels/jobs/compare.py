@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from ..report.figures import Plot, plot
 from ..report.responses import BASE, RL
+from .allowed import flag_of, options_of
 from .decoding import run_sweep
 from .errors import JobError
 from .graders import EXACT
@@ -65,6 +66,8 @@ def run_compare(
     out = Path(out)
     if (data is None) == (responses is None):
         raise JobError("--data, --responses: expected one of them, problems to answer or responses that exist")
+    if responses is not None:
+        _check_nothing_is_of_drawing(options, grader)
     # Before responses are drawn, which takes longest.
     measuring = checked(Measuring(**_of(Measuring, options) | {"temperature": 1.0}))
     drawn = None
@@ -85,6 +88,16 @@ def run_compare(
         raise JobError(re.sub("^--data", "--responses", str(error))) from error
     figures = plot(metrics, out / _FIGURES_DIRECTORY)
     return Comparison(drawn, measured, figures, run_view(metrics, out / VIEW_FILE))
+
+
+def _check_nothing_is_of_drawing(options: Comparing, grader: str) -> None:
+    """JobError for what would have no effect on responses that exist."""
+    shared = {field.name for field in fields(Measuring)} - {"temperature"}
+    flags = {name: flag_of(about.each or name) for name, about in options_of(Decoding).items() if name not in shared}
+    given = {flag: (getattr(options, name), getattr(Decoding, name)) for name, flag in flags.items()}
+    for flag, (value, default) in (given | {"--grader": (grader, EXACT)}).items():
+        if value != default:
+            raise JobError(f"{flag} is {value!r} beside --responses, which are not drawn: expected --data")
 
 
 def _of(kind: Any, options: Comparing) -> dict[str, Any]:

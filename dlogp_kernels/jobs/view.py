@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..report.dataset import SUMMARY_FILE, TOKENS_DIRECTORY, UNFINISHED, ResponseRows, TokenDataset
+from ..report.dataset import SUMMARY_FILE, TOKENS_DIRECTORY, UNFINISHED, ResponseRows, TokenDataset, hint_below
 from ..report.errors import DatasetError
 from ..report.files import write_atomically
 from ..report.ledger import MANIFEST_FILE, read_manifest
@@ -81,7 +81,7 @@ def run_view(
     else:
         raise DatasetError(
             f"{directory} holds nothing to show: expected {TOKENS_DIRECTORY}/ or {RESPONSES_FILE} in it, as "
-            "`dlogp metrics`, `generate` and `sweep` write them"
+            f"`dlogp metrics`, `generate` and `sweep` write them{hint_below(directory)}"
         )
     if not (directory / SUMMARY_FILE).exists():
         remarks.append(UNFINISHED)

@@ -43,7 +43,7 @@ def tell(dataset: TokenDataset) -> str:
     if not everything.size:
         return f"Δlog p is 0 everywhere ({counted(finite, 'token')}): there is no change.{_without(everything, finite)}"
     sentences = [
-        f"Over {counted(finite, 'response token')} Σ|Δlog p|, the sum of sizes, is {_size(everything.size)} nats, and "
+        f"Over {counted(finite, 'response token')} Σ|Δlog p|, the sum of sizes, is {_nats(everything.size)}, and "
         f"the mean of Δlog p is {_mean(everything)}.",
         _concentration(spread, finite) if finite > 1 else "",
         f"RL raised {_most(everything.rankings['sum', RAISED])}.",
@@ -88,8 +88,9 @@ def _without(everything: Part, finite: int) -> str:
     return f" Not in Σ|Δlog p|: {counted(left_out, 'token')} whose Δlog p is not finite." if left_out else ""
 
 
-def _size(value: float) -> str:
-    return f"{value:,.0f}".replace("inf", "∞") if value >= 1000 else f"{value:.3g}"
+def _nats(value: float) -> str:
+    size = f"{value:,.0f}".replace("inf", "∞") if value >= 1000 else f"{value:.3g}"
+    return f"{size} nat{'' if size == '1' else 's'}"
 
 
 def _concentration(spread: Spread, finite: int) -> str:
@@ -105,7 +106,7 @@ def _most(tokens: Sequence[TokenChange]) -> str:
     if not tokens:
         return "no token"
     shown = [
-        f"{marked(token.text)} ({'+' if token.total > 0 else '−'}{_size(abs(token.total))} nats in "
+        f"{marked(token.text)} ({'+' if token.total > 0 else '−'}{_nats(abs(token.total))} in "
         f"{counted(token.occurrences, 'place')}, {percent(token.share)} of Σ|Δlog p|{_as_in(token, ', {}')})"
         for token in tokens
     ]

@@ -14,7 +14,10 @@ from pair_files import contents, random_rows, write_lines
 from dlogp_kernels.jobs.compare import run_compare
 from dlogp_kernels.jobs.errors import JobError
 from dlogp_kernels.jobs.options import Comparing
+from dlogp_kernels.jobs.view import run_view
 from dlogp_kernels.report.dataset import TokenDataset
+from dlogp_kernels.report.errors import DatasetError
+from dlogp_kernels.report.figures import plot
 from dlogp_kernels.report.responses import read_responses
 
 OPTIONS = Comparing(samples=2, max_new_tokens=9, temperature=0.0, dtype="fp32", device="cpu", batch_tokens=50)
@@ -41,6 +44,9 @@ def test_from_problems_to_page_and_figures_and_again(pair, tmp_path):
     before = contents(out)
     compare()
     assert contents(out) == before
+    for look in (plot, run_view):
+        with pytest.raises(DatasetError, match=f"; {out / 'metrics'} holds some$"):
+            look(out)
 
 
 def test_of_responses_that_exist_and_its_look_in_a_notebook(pair, tmp_path, monkeypatch):
@@ -57,6 +63,20 @@ def test_of_responses_that_exist_and_its_look_in_a_notebook(pair, tmp_path, monk
 def test_problems_or_responses(pair, tmp_path, given):
     with pytest.raises(JobError, match="--data, --responses: expected one of them"):
         run_compare(pair.rl, pair.base, tmp_path / "out", **given)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "given"),
+    [("--samples", {"samples": 4}), ("--temperature", {"temperature": 0.5}), ("--grader", {}),
+     ("--stop-token-id", {"stop_token_ids": [1]})],
+)  # fmt: skip
+def test_options_of_drawing_have_no_place_beside_responses(pair, tmp_path, option, given):
+    with pytest.raises(JobError, match=f"^{option} is .* beside --responses, which are not drawn: expected --data"):
+        run_compare(
+            pair.rl, pair.base, tmp_path / "out", responses=pair.data, grader="exact" if given else "file.py:grade",
+            options=Comparing(**given), progress=False,
+        )  # fmt: skip
     assert not (tmp_path / "out").exists()
 
 

@@ -194,6 +194,11 @@ TOLD = {
         "Over 1 response token Σ|Δlog p|, the sum of sizes, is 2 nats, and the mean of Δlog p is +2. RL raised most of "
         "all «t0» (+2 nats in 1 place, 100 % of Σ|Δlog p|). It lowered no token.",
     ),
+    "one nat": (
+        [-1.0],
+        "Over 1 response token Σ|Δlog p|, the sum of sizes, is 1 nat, and the mean of Δlog p is −1. RL raised no "
+        "token. It lowered most of all «t0» (−1 nat in 1 place, 100 % of Σ|Δlog p|).",
+    ),
     "two tokens": (
         [0.5, -1.5],
         "Over 2 response tokens Σ|Δlog p|, the sum of sizes, is 2 nats, and the mean of Δlog p is −0.5. Half of it "

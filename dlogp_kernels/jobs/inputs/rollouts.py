@@ -56,6 +56,8 @@ def renamed(columns: Mapping[str, Any]) -> Mapping[str, Any]:
     for theirs in FORMS:
         if columns.keys() >= set(theirs) and not columns.keys() >= set(_OURS):
             values = [columns[name] for name in theirs]
+            if None in values:
+                raise BrokenLine(f"{theirs[values.index(None)]} is null, expected text or messages")
             conversation = isinstance(values[1], list)
             form = {"messages": [*_messages(*values)]} if conversation else dict(zip(_OURS, values, strict=True))
             score = {"correct": columns["score"]} if theirs is _VERL and "score" in columns else {}

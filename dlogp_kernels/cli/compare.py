@@ -29,7 +29,10 @@ def compare(
     ] = None,
     responses: Annotated[
         Path | None,
-        typer.Option(help="Instead, responses that exist: what `dlogp metrics --data` takes.", show_default=False),
+        typer.Option(
+            help="Instead, responses that exist: what `dlogp metrics --data` takes. Nothing is drawn.",
+            show_default=False,
+        ),
     ] = None,
     grader: Grader = EXACT,
     **options: Any,

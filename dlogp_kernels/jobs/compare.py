@@ -60,14 +60,15 @@ def run_compare(
         Comparison; in a notebook it shows the page.
 
     Raises:
-        JobError, OSError: as the jobs that it calls, or unless one of `data` and `responses` is given.
+        JobError, OSError: as the jobs that it calls, or unless one of `data` and `responses` is given, or for a
+            grader or options of drawing beside `responses`.
     """
     options = options or Comparing()
     out = Path(out)
     if (data is None) == (responses is None):
         raise JobError("--data, --responses: expected one of them, problems to answer or responses that exist")
     if responses is not None:
-        _check_nothing_is_of_drawing(options, grader)
+        _refuse_drawing(options, grader)
     # Before responses are drawn, which takes longest.
     measuring = checked(Measuring(**_of(Measuring, options) | {"temperature": 1.0}))
     drawn = None
@@ -90,14 +91,14 @@ def run_compare(
     return Comparison(drawn, measured, figures, run_view(metrics, out / VIEW_FILE))
 
 
-def _check_nothing_is_of_drawing(options: Comparing, grader: str) -> None:
+def _refuse_drawing(options: Comparing, grader: str) -> None:
     """JobError for what would have no effect on responses that exist."""
     shared = {field.name for field in fields(Measuring)} - {"temperature"}
     flags = {name: flag_of(about.each or name) for name, about in options_of(Decoding).items() if name not in shared}
     given = {flag: (getattr(options, name), getattr(Decoding, name)) for name, flag in flags.items()}
     for flag, (value, default) in (given | {"--grader": (grader, EXACT)}).items():
         if value != default:
-            raise JobError(f"{flag} is {value!r} beside --responses, which are not drawn: expected --data")
+            raise JobError(f"{flag} is {value!r}, which has no effect on --responses: leave it out")
 
 
 def _of(kind: Any, options: Comparing) -> dict[str, Any]:

@@ -79,9 +79,10 @@ def run_view(
         rows, chosen = _read_drawn(directory, find(), max_tokens)
         remarks = ["Only tokens that were replaced have numbers: `dlogp metrics` measures all of them."]
     else:
+        hint = hint_below(directory, TOKENS_DIRECTORY, RESPONSES_FILE)
         raise DatasetError(
             f"{directory} holds nothing to show: expected {TOKENS_DIRECTORY}/ or {RESPONSES_FILE} in it, as "
-            f"`dlogp metrics`, `generate` and `sweep` write them{hint_below(directory)}"
+            f"`dlogp metrics`, `generate` and `sweep` write them{hint}"
         )
     if not (directory / SUMMARY_FILE).exists():
         remarks.append(UNFINISHED)

@@ -206,10 +206,10 @@ def _explained_reads(path: Path) -> Iterator[None]:
         raise DatasetError(f"{path} is not a readable Parquet file: {error}") from error
 
 
-def hint_below(directory: Path) -> str:
-    """Which directory in it holds a data set, as the end of a message; "" if none does."""
-    found = min(directory.glob(f"*/{TOKENS_DIRECTORY}/part-*.parquet"), default=None)
-    return "" if found is None else f"; {found.parent.parent} holds some"
+def hint_below(directory: Path, *names: str) -> str:
+    """A directory in it that holds one of these, as the end of a message; "" if none does."""
+    found = min((path for name in names for path in directory.glob(f"*/{name}")), default=None)
+    return "" if found is None else f"; did you mean {found.parent}?"
 
 
 class TokenDataset:
@@ -224,7 +224,7 @@ class TokenDataset:
         if not parts:
             raise DatasetError(
                 f"{self.directory} holds no token statistics: expected {TOKENS_DIRECTORY}/part-*.parquet in it, "
-                f"as `dlogp metrics --out` writes them{hint_below(self.directory)}"
+                f"as `dlogp metrics --out` writes them{hint_below(self.directory, TOKENS_DIRECTORY)}"
             )
         if verify:
             check(Ledger.read(self.directory), self.directory / TOKENS_DIRECTORY, parts)
@@ -290,18 +290,15 @@ class TokenDataset:
             counts.update({row["values"]: row["counts"] for row in batch["source"].value_counts().to_pylist()})
         return dict(sorted(counts.items(), key=lambda item: (item[0] is None, item[0] or "")))
 
-    def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-        """These columns of all rows in order, a few thousand rows at a time."""
-        yield from self._batches(columns)
+    def batches(self, columns: Sequence[str], chosen: ds.Expression | None = None) -> Iterator[pa.RecordBatch]:
+        """These columns of all rows in order, or of those for which `chosen` holds, a few thousand rows at a time."""
+        with _explained_reads(self.directory):
+            yield from self._dataset.to_batches(columns=list(columns), filter=chosen)
 
     def values(self, columns: Sequence[str], source: str | None) -> Iterator[list[np.ndarray]]:
         """These numeric columns of the rows of one source (None: of those without), a few thousand rows at a time."""
-        for batch in self._batches(columns, _is_source(source)):
+        for batch in self.batches(columns, _is_source(source)):
             yield [batch[name].to_numpy() for name in columns]
-
-    def _batches(self, columns: Sequence[str], chosen: ds.Expression | None = None) -> Iterator[pa.RecordBatch]:
-        with _explained_reads(self.directory):
-            yield from self._dataset.to_batches(columns=list(columns), filter=chosen)
 
     def rows(self, numbers: np.ndarray, columns: Sequence[str]) -> pa.Table:
         """These columns of the rows with these numbers, which count from 0 and ascend."""

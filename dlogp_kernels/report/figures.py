@@ -14,7 +14,6 @@ from matplotlib.figure import Figure
 
 from .classes import ClassChanges, class_changes, draw_classes, read_classes
 from .dataset import TokenDataset
-from .errors import DatasetError
 from .histograms import draw_all_histograms, draw_histograms
 from .pictures import PALETTE, as_text, legend_above, panels, render, tidy, write_figures
 from .quantiles import Batch, quantiles
@@ -68,8 +67,6 @@ def plot(
     """
     patterns = read_classes(classes)
     dataset = TokenDataset(directory)
-    if len(dataset) == 0:
-        raise DatasetError(f"{directory} holds no tokens")
     words = changed_tokens(dataset, min_count=min_count)
     changes = class_changes(dataset, patterns)
     figures = {
@@ -143,6 +140,7 @@ def draw_positions(dataset: TokenDataset) -> Figure:
     def positions() -> Iterator[Batch]:
         return ((0, batch["position"].to_numpy()) for batch in dataset.batches(["position"]))
 
+    # NaN of no tokens, which is told when they are drawn.
     last = int(np.nan_to_num(quantiles(positions, 1, (0.995,))[0, 0]))
     width = last // _POSITION_BINS + 1
     edges = np.arange(0, last + width + 1, width) - 0.5

@@ -62,7 +62,7 @@ def histograms(dataset: TokenDataset, panel: Panel) -> list[Histogram]:
 
     def read(source: str | None) -> Iterator[np.ndarray]:
         for columns in dataset.values(panel.columns, source):
-            yield np.stack(columns).mean(0, dtype=np.float64)
+            yield np.stack(columns).mean(0, dtype=np.float64).astype(np.float32)
 
     low, high = quantiles(
         lambda: ((0, values) for source in sources for values in read(source)), 1, (_BEYOND, 1 - _BEYOND)
@@ -78,7 +78,7 @@ def _histogram(source: str | None, count: int, batches: Iterable[np.ndarray], ed
 
 
 def _bin_edges(low: float, high: float, total: int, sign: str) -> np.ndarray:
-    """Equal bins between these values, NaN if there are none, for so many tokens.
+    """Equal bins for `total` tokens, all but a few of which lie from `low` to `high`; both are NaN if none is finite.
 
     Signed values get an odd picture if the bin at 0 lies on one side: most tokens are within rounding of 0.
     So there the edges are at half widths, and the bin in the middle is centred on 0.

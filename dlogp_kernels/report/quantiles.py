@@ -14,6 +14,8 @@ Batch = tuple[np.ndarray | int, np.ndarray]
 def quantiles(read: Callable[[], Iterable[Batch]], num_groups: int, shares: Sequence[float]) -> np.ndarray:
     """The quantiles of each group's finite values, interpolated as `numpy.quantile` does by default.
 
+    It takes about 100 KB for each group and share, however many values there are.
+
     Args:
         read: begins to read from the first batch: groups, and values, which are taken as float32.
         num_groups: groups are numbers below it.
@@ -57,9 +59,11 @@ def _count_digits(batches: Iterable[Batch], prefixes: np.ndarray, known: int, wi
 
 def _key(groups: np.ndarray | int, values: np.ndarray) -> np.ndarray:
     """A group and the bits of each finite value, as integers in the order of values within a group."""
+    with np.errstate(over="ignore"):
+        values = values.astype(np.float32)
     finite = np.isfinite(values)
     # −0 is 0.
-    bits = (values[finite].astype(np.float32) + 0).view(np.uint32).astype(np.int64)
+    bits = (values[finite] + np.float32(0)).view(np.uint32).astype(np.int64)
     ordered = np.where(bits >> 31, 0xFFFFFFFF - bits, bits | 1 << 31)
     return np.broadcast_to(groups, values.shape)[finite].astype(np.int64) << 32 | ordered
 

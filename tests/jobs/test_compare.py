@@ -45,7 +45,7 @@ def test_from_problems_to_page_and_figures_and_again(pair, tmp_path):
     compare()
     assert contents(out) == before
     for look in (plot, run_view):
-        with pytest.raises(DatasetError, match=f"; {out / 'metrics'} holds some$"):
+        with pytest.raises(DatasetError, match=f"; did you mean {out / 'metrics'}\\?$"):
             look(out)
 
 
@@ -72,7 +72,7 @@ def test_problems_or_responses(pair, tmp_path, given):
      ("--stop-token-id", {"stop_token_ids": [1]})],
 )  # fmt: skip
 def test_options_of_drawing_have_no_place_beside_responses(pair, tmp_path, option, given):
-    with pytest.raises(JobError, match=f"^{option} is .* beside --responses, which are not drawn: expected --data"):
+    with pytest.raises(JobError, match=f"^{option} is .*, which has no effect on --responses: leave it out"):
         run_compare(
             pair.rl, pair.base, tmp_path / "out", responses=pair.data, grader="exact" if given else "file.py:grade",
             options=Comparing(**given), progress=False,

@@ -194,7 +194,7 @@ def test_ids_that_are_not_unique_are_told(pair, tmp_path, capsys):
 
 def test_a_null_in_parquet_is_a_broken_row(pair, tmp_path):
     pq.write_table(pa.table({"prompt": ["w1", "w1"], "response": ["w2", None]}), tmp_path / "data.parquet")
-    with pytest.raises(JobError, match="line 2: missing columns: it has 'prompt'"):
+    with pytest.raises(JobError, match="line 2: response is a null, expected a string"):
         run(pair, tmp_path / "out", tmp_path / "data.parquet")
 
 

@@ -140,12 +140,15 @@ def test_scores_that_are_none(pair, tmp_path, columns, message):
         ({"prompt": [{"role": "user", "content": "w1"}], "completion": None}, "completion"),
         ({"prompt": None, "completion": "w1"}, "prompt"),
         ({"input": "w1", "output": None}, "output"),
+        ({"input": float("nan"), "output": "w1"}, "input"),
     ],
 )
 def test_rollouts_without_text_are_told(pair, tmp_path, line, name):
     data = write_lines(tmp_path / "data.jsonl", [line])
-    with pytest.raises(JobError, match=f"line 1: {name} is null, expected text or messages"):
-        measured(pair, data, tmp_path / "out")
+    pq.write_table(pa.Table.from_pylist([line]), tmp_path / "data.parquet")
+    for path in (data, tmp_path / "data.parquet"):
+        with pytest.raises(JobError, match=f"line 1: {name} is null, expected text or messages"):
+            measured(pair, path, tmp_path / "out")
 
 
 def test_a_run_that_is_not_complete_is_measured_and_it_is_said(pair, drawn, tmp_path):

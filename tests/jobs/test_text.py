@@ -371,7 +371,9 @@ def test_tools_are_in_the_prompt_or_the_line_is_refused(tools):
 
 CHAT = [USER, {"role": "assistant", "content": "from messages"}]
 IDS, TEXT = {"prompt_ids": [1], "response_ids": [2]}, {"prompt": "2+2=", "response": "from text"}
-NOTHING = {"prompt_ids": None, "response_ids": None, "messages": None, "prompt": None, "response": None}
+NOTHING = (
+    "prompt_ids", "response_ids", "messages", "prompt", "response", "completion", "input", "output",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("nothing", [None, float("nan"), []])
@@ -384,6 +386,9 @@ NOTHING = {"prompt_ids": None, "response_ids": None, "messages": None, "prompt":
         (TEXT | {"messages": CHAT}, "from messages<|im_end|>"),
         (TEXT | {"messages": CHAT} | IDS, "#"),
         (TEXT | {"prompt_ids": [1]}, "from text"),
+        ({"prompt": "2+2=", "completion": "from TRL"}, "from TRL"),
+        ({"prompt": [USER], "completion": CHAT[1:], "input": "2+2="}, "from messages<|im_end|>"),
+        ({"prompt": "2+2=", "input": "2+2=", "output": "from verl"}, "from verl"),
     ],
 )
 def test_the_first_form_that_has_values_counts(nothing, columns, expected):

@@ -2,6 +2,7 @@
 
 import json
 import xml.etree.ElementTree as ElementTree
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ pytest.importorskip("matplotlib")
 import matplotlib.image
 from dataset_files import token_rows, write_dataset
 
+from dlogp_kernels.cli.tables import _class_table
 from dlogp_kernels.report import figures
 from dlogp_kernels.report.classes import class_changes, draw_classes, read_classes
 from dlogp_kernels.report.dataset import STATISTICS, TokenDataset
@@ -20,6 +22,7 @@ from dlogp_kernels.report.errors import DatasetError
 from dlogp_kernels.report.figures import draw_gradient_mass, draw_positions, draw_probabilities, plot
 from dlogp_kernels.report.histograms import _ALL_PANELS, _PANELS, draw_histograms, histograms
 from dlogp_kernels.report.pictures import render
+from dlogp_kernels.report.terminal import Terminal
 
 PICTURES = ("histograms", "all_histograms", "probabilities", "gradient_mass", "positions", "token_classes")
 
@@ -30,7 +33,8 @@ def write_random(directory: Path, sources=("rl", "base"), count=4000) -> Path:
     for index, source in enumerate(sources):
         values = {name: rng.gamma(0.5, 1.0, count) for name in STATISTICS}
         values |= {name: -values[name] for name in ("logp", "base_logp")}
-        values["delta_logp"] = rng.laplace(0.3 if source == "rl" else -0.3, 0.5, count)
+        center, width = (0.3, 0.5) if source == "rl" else (-0.3, 1.5)
+        values["delta_logp"] = rng.laplace(center, width, count)
         ids = rng.integers(0, 30, count)
         parts.append([token_rows(source, ids, [f"t{token}" for token in ids], index + 1, **values)])
     return write_dataset(directory, *parts)
@@ -133,6 +137,14 @@ def test_of_many_sources_the_largest_are_drawn_and_it_is_said(tmp_path):
         draw_histograms(dataset)
     )
     assert legend(draw_classes(dataset)) == [f"“{k}” responses" for k in (10, 11, 12, 9)]
+    (terminal := Terminal(file=StringIO(), width=200)).print(_class_table(class_changes(dataset)))
+    assert "Classes of tokens; the 4 largest of 13 sources; share of Σ|Δlog p|" in terminal.file.getvalue()
+
+
+def test_equal_means_of_both_divergences_are_within_their_axis(tmp_path):
+    rows = token_rows("rl", range(50), ["x"] * 50, kl=[0.1] * 50, reverse_kl=[0.3] * 50)
+    (histogram,) = histograms(TokenDataset(write_dataset(tmp_path, [rows])), _ALL_PANELS[-1])
+    assert histogram.num_beyond == 0 and histogram.density[-1] > 0
 
 
 ODD = {
@@ -192,26 +204,34 @@ def test_gradient_mass_is_that_of_the_lemma(tmp_path):
 def test_probabilities_and_positions_are_means_and_quantiles_of_their_bins(tmp_path):
     rng = np.random.default_rng(1)
     delta_logp, logp, base_logp = rng.normal(0, 1, 800), -rng.gamma(1, 1, 800), -rng.gamma(2, 1, 800)
-    rows = [
-        token_rows("rl", range(400), ["x"] * 400, line, delta_logp=part, logp=one, base_logp=two)
-        for line, (part, one, two) in enumerate(
-            zip(delta_logp.reshape(2, -1), logp.reshape(2, -1), base_logp.reshape(2, -1), strict=True)
-        )
+    # In two parts, which are read one after the other. What lies beyond 99.5 % of the positions is not drawn.
+    columns = {"delta_logp": delta_logp, "logp": logp, "base_logp": base_logp}
+    beyond = {"delta_logp": [50.0] * 3, "logp": [-np.inf] * 3, "base_logp": [0.0] * 3}
+    halves = [
+        {name: values[:400] for name, values in columns.items()},
+        {name: np.append(values[400:], beyond[name]) for name, values in columns.items()},
     ]
-    dataset = TokenDataset(write_dataset(tmp_path, rows))
+    rows = [
+        token_rows("rl", range(length), ["x"] * length, line, **half)
+        for line, (length, half) in enumerate(zip((400, 403), halves, strict=True))
+    ]
+    dataset = TokenDataset(write_dataset(tmp_path, rows[:1], rows[1:]))
+    axes = draw_probabilities(dataset).axes[0]
     drawn = {
-        tuple(np.round(line.get_xdata(), 2)): line.get_ydata()[0]
-        for line in draw_probabilities(dataset).axes[0].lines
-        if len(line.get_xdata()) == 1
+        tuple(np.round(line.get_xdata(), 2)): line.get_ydata()[0] for line in axes.lines if len(line.get_xdata()) == 1
     }
+    bars = {round(bar.get_segments()[0][0, 0], 2): bar.get_segments()[0][:, 1] for bar in axes.collections}
     inside = (delta_logp > 0.2) & (delta_logp < 0.5)
     assert drawn[(6.85,)] == pytest.approx(np.exp(logp[inside]).mean(), abs=1e-6)
     assert drawn[(7.15,)] == pytest.approx(np.exp(base_logp[inside]).mean(), abs=1e-6)
+    assert bars[6.85] == pytest.approx(np.quantile(np.exp(logp[inside]), (0.25, 0.75)), abs=1e-6)
+    assert bars[7.15] == pytest.approx(np.quantile(np.exp(base_logp[inside]), (0.25, 0.75)), abs=1e-6)
     assert drawn[(9.85,)] == pytest.approx(np.exp(logp[delta_logp > 2]).mean(), abs=1e-6)
     axes = draw_positions(dataset).axes[0]
     mean = axes.lines[0]
-    # The last of 400 positions is beyond 99.5 %: bins of 10 begin at 0.
-    assert mean.get_xdata()[:2].tolist() == [4.5, 14.5]
+    # Bins of 10 begin at 0.
+    assert mean.get_xdata()[[0, 1, -1]].tolist() == [4.5, 14.5, 394.5]
+    assert mean.get_ydata()[-1] == pytest.approx(delta_logp.reshape(2, -1)[:, 390:].mean(), abs=1e-6)
     assert mean.get_ydata()[1] == pytest.approx(delta_logp.reshape(2, -1)[:, 10:20].mean(), abs=1e-6)
     outer, inner = (band.get_paths()[0].vertices for band in axes.collections)
     for band, quantiles in ((outer, (0.01, 0.99)), (inner, (0.05, 0.95))):

@@ -10,7 +10,7 @@ from dataset_files import token_rows, write_dataset
 
 from dlogp_kernels.jobs.summary import describe
 from dlogp_kernels.report import figures
-from dlogp_kernels.report.dataset import TokenDataset
+from dlogp_kernels.report.dataset import ROWS_PER_GROUP, TokenDataset
 from dlogp_kernels.report.quantiles import quantiles
 
 SHARES = (0.0, 0.001, 0.05, 0.25, 0.5, 0.75, 0.995, 1.0)
@@ -44,9 +44,33 @@ def test_batches_of_one_group_are_told_by_its_number():
 
 
 def test_nothing_reads_a_whole_column(tmp_path, monkeypatch):
-    rows = token_rows("rl", range(20), ["x"] * 20, delta_logp=np.linspace(-3, 3, 20))
+    count = 2 * ROWS_PER_GROUP + 1
+    rows = token_rows("rl", np.zeros(count), ["x"] * count, delta_logp=np.linspace(-3, 3, count))
     dataset = TokenDataset(write_dataset(tmp_path, [rows]))
     for name in ("column", "tokens"):
         monkeypatch.delattr(TokenDataset, name)
+    values, sizes = TokenDataset.values, []
+
+    def counted(dataset, *arguments):
+        for columns in values(dataset, *arguments):
+            sizes.append(len(columns[0]))
+            yield columns
+
+    monkeypatch.setattr(TokenDataset, "values", counted)
     for look in (describe, *(getattr(figures, name) for name in figures.__all__ if name.startswith("draw_"))):
-        assert look(dataset)
+        sizes.clear()
+        look(dataset)
+        assert max(sizes, default=0) <= ROWS_PER_GROUP and (sum(sizes) >= count or look is figures.draw_classes)
+
+
+def test_summaries_count_what_is_not_finite(tmp_path):
+    parts = [
+        [token_rows("rl", [1, 2, 3], "abc", 1, kl=[np.inf, 1.0, np.nan], delta_logp=[np.nan, -np.inf, 2.0])],
+        [token_rows("rl", [1, 2], "ab", 2, kl=[np.inf, 3.0], delta_logp=[np.inf, np.nan])],
+    ]
+    described = describe(TokenDataset(write_dataset(tmp_path, *parts)))["rl"]
+    kl, delta_logp = (described["statistics"][name] for name in ("kl", "delta_logp"))
+    assert (kl["infinite"], kl["nan"], kl["mean"], kl["std"]) == (2, 1, 2.0, 1.0)
+    assert (delta_logp["infinite"], delta_logp["nan"], delta_logp["mean"]) == (2, 2, 2.0)
+    assert described["response_tokens"] == 5 and described["delta_logp_tails"]["below -5"] == 0.2
+    assert described["delta_logp_tails"]["above 1"] == 0.4

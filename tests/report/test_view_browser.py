@@ -108,26 +108,67 @@ def test_pointer_and_keys_show_all_numbers_of_a_token(awkward):
     assert texts(awkward, ".draft") == ["then"] and awkward.locator("#t1").get_attribute("class").endswith("replaced")
 
 
+LINE = """() => {
+  const boxes = [...document.activeElement.getClientRects()];
+  const box = boxes.reduce((one, other) => (other.width > one.width ? other : one));
+  const article = document.activeElement.closest("article");
+  return { id: document.activeElement.id, top: reading.scroller.scrollTop + box.top, x: (box.left + box.right) / 2,
+    side: [...article.parentElement.children].indexOf(article), width: article.offsetWidth };
+}"""
+
+
+def press(page, key, times=1) -> list[dict]:
+    """The tokens that have the focus one after the other, and where they are."""
+    found = []
+    for _ in range(times):
+        page.keyboard.press(key)
+        found.append(page.evaluate(LINE))
+    return found
+
+
 def test_keys_move_by_lines_on_their_side(show):
     page = show(many_rows(3000, mean_length=300))
-    page.locator("#t5").focus()
-    tops, moved = [], []
-    for key in ["ArrowDown"] * 40 + ["ArrowUp"] * 40:
-        before = page.locator(".token:focus").bounding_box()
-        page.keyboard.press(key)
-        now = page.locator(".token:focus").bounding_box()
-        tops.append(page.evaluate("reading.scroller.scrollTop") + now["y"])
-        moved.append(abs(now["x"] - before["x"]))
-        assert "token " in page.locator("#details").inner_text()
-    # Lines at the end of a response may be short.
-    assert np.quantile(moved, 0.8) < 50
-    # A line at a time, over the ends of rows and of responses, and back to where it began.
-    assert tops[:40] == sorted(set(tops[:40])) and tops[40:] == sorted(set(tops[40:]), reverse=True)
-    assert tops[39] - tops[0] > 800 and page.locator(".token:focus").get_attribute("id") in {f"t{n}" for n in range(12)}
+    aside: list[float] = []
+    for token in range(150):
+        page.locator(f"#t{token}").focus()
+        before = page.evaluate(LINE)
+        (below,) = press(page, "ArrowDown")
+        assert 20 < below["top"] - before["top"] < 40, token
+        aside.append(abs(below["x"] - before["x"]))
+        assert press(page, "ArrowUp")[0]["top"] == before["top"]
+    # Words are as wide as that; lines that end a paragraph are short.
+    assert np.median(aside) < 40
+    # Over the ends of rows and of responses, there and back.
+    begin = page.evaluate(LINE)
+    down, up = press(page, "ArrowDown", 40), press(page, "ArrowUp", 40)
+    tops = [place["top"] for place in (begin, *down)]
+    assert (np.diff(tops) > 20).all() and len({place["id"] for place in down}) == 40
+    assert [place["top"] for place in up] == pytest.approx(tops[-2::-1], abs=2)
     page.locator("#beside").check()
-    page.locator("article:nth-child(2) .token").first.focus()
-    page.keyboard.press("ArrowDown")
-    assert page.evaluate("document.activeElement.closest('article').previousElementSibling !== null")
+    for side in (0, 1):
+        page.locator("#reading").evaluate("pane => (pane.scrollTop = 0)")
+        page.locator(f"article:nth-child({side + 1}) .token").first.focus()
+        assert {place["side"] for place in press(page, "ArrowDown", 60)} == {side}
+    page.locator("#reading").evaluate("pane => (pane.scrollTop = 0)")
+    page.locator("#t0").focus()
+    page.locator("#reading").evaluate("pane => (pane.scrollTop = 30)")
+    press(page, "ArrowUp")
+    # Above the first line there is none: the pane scrolls.
+    page.wait_for_timeout(500)
+    assert page.evaluate("[reading.scroller.scrollTop < 30, document.activeElement.id]") == [True, "t0"]
+
+
+def test_keys_move_by_lines_over_what_is_not_in_the_document(show):
+    rows = many_rows(30_000, mean_length=300)
+    values = [np.zeros(len(row.token_ids), np.float32) for row in rows]
+    values[0][20], values[-1][5] = -3, 3
+    page = show([row._replace(statistics={"delta_logp": value}) for row, value in zip(rows, values, strict=True)])
+    page.locator("#only").fill("1")
+    page.locator("#t20").focus()
+    ids = [int(place["id"][1:]) for place in press(page, "ArrowDown", 4)]
+    last = 30_000 - len(rows[-1].token_ids)
+    assert ids == sorted(ids) and ids[-1] >= last
+    assert int(press(page, "ArrowUp", 4)[-1]["id"][1:]) <= 33
 
 
 def test_samples_are_sorted_searched_and_chosen(awkward):

@@ -17,8 +17,8 @@ from ..errors import JobError
 from .encoding import encode_prompt
 from .messages import ChatTemplate, as_conversation
 from .models import Reading
-from .records import PARQUET_MAGIC, Record, check_file, columns_of, fullest_form, missing_columns, read_jsonl, sample_id
-from .values import BrokenLine, as_id_list, as_text, check_range, kind_of, shown
+from .records import PARQUET_MAGIC, Record, check_file, columns_of, missing_columns, read_jsonl, sample_id
+from .values import BrokenLine, as_id_list, as_text, check_range, fullest_form, kind_of, shown
 
 _FORMS = (("prompt_ids",), ("messages",), ("prompt",))
 

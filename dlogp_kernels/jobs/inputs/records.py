@@ -34,7 +34,7 @@ from . import rollouts
 from .encoding import Encoded, encode_after, encode_prompt
 from .messages import RESPONSE_KEYS, ChatTemplate, as_conversation
 from .models import Reading
-from .values import BrokenLine, as_id_list, as_text, check_range, is_missing, kind_of, shown
+from .values import BrokenLine, as_id_list, as_text, check_range, fullest_form, is_missing, kind_of, shown
 
 _FORMS = (("prompt_ids", "response_ids"), ("messages",), ("prompt", "response"))
 _BESIDE = ("id", "source", "correct", "finished", "tools", "chat_template_kwargs")
@@ -178,7 +178,7 @@ def _read_parquet(path: Path) -> Iterator[Record]:
             for batch in file.iter_batches(batch_size=256, columns=wanted):
                 for row in batch.to_pylist():
                     number += 1
-                    yield Record(number, _without_nulls(row))
+                    yield Record(number, {name: _without_nulls(entry) for name, entry in row.items()})
     except (pa.ArrowException, OSError) as error:
         raise JobError(f"--data {path}: not a readable Parquet file (after row {number}): {error}") from error
 
@@ -192,21 +192,12 @@ def _without_nulls(value: Any) -> Any:
     return value
 
 
-def fullest_form(columns: Mapping[str, Any], forms: Sequence[tuple[str, ...]]) -> tuple[str, ...] | None:
-    """The first form whose columns all have values; else of those whose columns are there one with the most values."""
-
-    def share(form: tuple[str, ...]) -> float:
-        return sum(not is_missing(columns[name]) and columns[name] != [] for name in form) / len(form)
-
-    return max((form for form in forms if columns.keys() >= set(form)), key=share, default=None)
-
-
 class Encoder(Reading):
     """Turns the columns of a line into an `Example`: token ids below the vocabulary, together within the context."""
 
     def __call__(self, record: Record) -> Example:
         """The sample of a line; BrokenLine if it has none."""
-        columns = rollouts.renamed(columns_of(record))
+        columns = rollouts.renamed(columns_of(record), _FORMS)
         prompt_ids, response_ids, remark = self._encode(columns)
         if not response_ids:
             raise BrokenLine("the response is empty")

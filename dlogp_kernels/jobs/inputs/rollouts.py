@@ -14,10 +14,10 @@ from ...report.dataset import SUMMARY_FILE
 from ...report.ledger import Ledger, check
 from ...report.responses import RESPONSES_FILE, from_columns
 from ..errors import JobError
-from .values import BrokenLine, as_text
+from .values import BrokenLine, as_text, fullest_form, is_missing
 
 #: Columns of others, and ours in the same order.
-_TRL, _VERL = FORMS = (("prompt", "completion"), ("input", "output"))
+_, _VERL = FORMS = (("prompt", "completion"), ("input", "output"))
 _OURS = ("prompt", "response")
 #: Of a file of others, what is read beside them.
 BESIDE = ("score",)
@@ -49,20 +49,24 @@ def is_unfinished(data: Path) -> bool:
     return os.path.isfile(data / RESPONSES_FILE) and not (data / SUMMARY_FILE).exists()
 
 
-def renamed(columns: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The columns of a line by our names; as they are where they are nobody else's. BrokenLine for one half written."""
+def renamed(columns: Mapping[str, Any], ours: Sequence[tuple[str, ...]]) -> Mapping[str, Any]:
+    """The columns of a line by our names, whose forms are `ours`; as they are where these are fuller than others'.
+
+    BrokenLine for a line that is half written.
+    """
     if columns.keys() >= set(_DRAWN):
         return _drawn(columns)
-    for theirs in FORMS:
-        if columns.keys() >= set(theirs) and not columns.keys() >= set(_OURS):
-            values = [columns[name] for name in theirs]
-            if None in values:
-                raise BrokenLine(f"{theirs[values.index(None)]} is null, expected text or messages")
-            conversation = isinstance(values[1], list)
-            form = {"messages": [*_messages(*values)]} if conversation else dict(zip(_OURS, values, strict=True))
-            score = {"correct": columns["score"]} if theirs is _VERL and "score" in columns else {}
-            return {name: value for name, value in columns.items() if name not in theirs} | form | score
-    return columns
+    theirs = fullest_form(columns, (*ours, *FORMS))
+    if theirs not in FORMS:
+        return columns
+    values = [columns[name] for name in theirs]
+    for name, value in zip(theirs, values, strict=True):
+        if is_missing(value):
+            raise BrokenLine(f"{name} is null, expected text or messages")
+    conversation = isinstance(values[1], list)
+    form = {"messages": [*_messages(*values)]} if conversation else dict(zip(_OURS, values, strict=True))
+    score = {"correct": columns["score"]} if theirs == _VERL and "score" in columns else {}
+    return {name: value for name, value in columns.items() if name not in theirs} | form | score
 
 
 def _messages(prompt: Any, completion: Sequence[Any]) -> Iterator[Any]:

@@ -1,6 +1,6 @@
 """Values of a line of the data, checked; a line that does not hold what is expected is broken, and says so."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 _SHOWN = 60
@@ -45,6 +45,15 @@ def check_range(name: str, ids: Sequence[int], vocabulary: int) -> None:
 def is_missing(value: Any) -> bool:
     """Whether it is what a table with columns for all forms has where a line has no value: null, or NaN."""
     return value is None or value != value
+
+
+def fullest_form(columns: Mapping[str, Any], forms: Sequence[tuple[str, ...]]) -> tuple[str, ...] | None:
+    """The first form whose columns all have values; else of those whose columns are there one with the most values."""
+
+    def share(form: tuple[str, ...]) -> float:
+        return sum(not is_missing(columns[name]) and columns[name] != [] for name in form) / len(form)
+
+    return max((form for form in forms if columns.keys() >= set(form)), key=share, default=None)
 
 
 def kind_of(value: Any) -> str:

@@ -349,20 +349,27 @@ function seek(response, token, step, accept) {
   }
 }
 
-/** Focus the token below another, or above it: that of the next line on its side that is nearest. */
+/** Where a token is: of one that is in two lines, such as a word with the space before it, the larger part. */
+const boxOf = (node) => [...node.getClientRects()].reduce((one, other) => (other.width > one.width ? other : one));
+
+/** Focus the token of the next line below another, or above it, on its side; false where there is none. */
 function moveLine(node, step) {
-  const sideOf = (token) => token.closest("article").offsetLeft;
-  const middleOf = ({ left, right }) => (left + right) / 2;
-  const side = sideOf(node), at = node.getClientRects()[0];
+  const article = node.closest("article"), side = [...article.parentElement.children].indexOf(article);
+  const middleOf = ({ left, right }) => (left + right) / 2, at = boxOf(node);
   let nearest = null, least = [Infinity, Infinity];
-  for (const other of $("reading").querySelectorAll(".token")) {
-    if (sideOf(other) !== side) continue;
-    const box = other.getClientRects()[0]; // where it begins, of one that ends a line and is on the next, too
-    const lines = step * (box.top - at.top), aside = Math.abs(middleOf(box) - middleOf(at));
+  for (const other of $("reading").querySelectorAll(`article:nth-child(${side + 1}) .token`)) {
+    const box = boxOf(other), lines = step * (box.top - at.top), aside = Math.abs(middleOf(box) - middleOf(at));
     if (lines > at.height / 2 && (lines < least[0] - 1 || (lines < least[0] + 1 && aside < least[1])))
-      [nearest, least] = [other, [lines, aside]];
+      [nearest, least] = [Number(other.id.slice(1)), [lines, aside]];
   }
-  if (nearest) focusToken(Number(nearest.id.slice(1)));
+  // What is further away is not in the document.
+  let row = [...reading.nodes].find(([, made]) => made.contains(node))[0];
+  while (nearest === null && rows[(row += step)]) {
+    const { begin, end } = rows[row].pieces[side] ?? {};
+    if (begin < end) nearest = step > 0 ? begin : end - 1;
+  }
+  if (nearest !== null) focusToken(nearest);
+  return nearest !== null;
 }
 
 function firstVisibleToken() {
@@ -381,7 +388,7 @@ function onKey(event) {
     select(order[place]);
     list.revealIfHidden(place);
   } else if (lines && focused) {
-    moveLine(focused, lines);
+    if (!moveLine(focused, lines)) return; // and the pane scrolls
   } else if (step && from) {
     const token = Number(from.id.slice(1));
     const accept = event.key.startsWith("Arrow") ? () => true : (other) => isMeasured(other) && isStrong(other);

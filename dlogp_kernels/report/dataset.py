@@ -293,7 +293,9 @@ class TokenDataset:
     def batches(self, columns: Sequence[str], chosen: ds.Expression | None = None) -> Iterator[pa.RecordBatch]:
         """These columns of all rows in order, or of those for which `chosen` holds, a few thousand rows at a time."""
         with _explained_reads(self.directory):
-            yield from self._dataset.to_batches(columns=list(columns), filter=chosen)
+            # Part by part: of all together what is read ahead grows with the data set.
+            for part in self._dataset.get_fragments():
+                yield from part.to_batches(schema=SCHEMA, columns=list(columns), filter=chosen)
 
     def values(self, columns: Sequence[str], source: str | None) -> Iterator[list[np.ndarray]]:
         """These numeric columns of the rows of one source (None: of those without), a few thousand rows at a time."""

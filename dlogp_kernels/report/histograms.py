@@ -1,5 +1,6 @@
 """Histograms of token statistics: Fig. 1b of arXiv 2603.22117 for the user's pair, and the same of all statistics."""
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -56,25 +57,39 @@ class Histogram(NamedTuple):
     num_beyond: int
 
 
-def histograms(dataset: TokenDataset, panel: Panel) -> list[Histogram]:
-    """The panel's column, binned alike for each source that is shown."""
+def histograms(dataset: TokenDataset, shown: Sequence[Panel]) -> list[list[Histogram]]:
+    """Of each panel its column, binned alike for each source that is shown."""
     sources, _ = drawn_sources(dataset)
+    names = list(dict.fromkeys(name for panel in shown for name in panel.columns))
 
-    def read(source: str | None) -> Iterator[np.ndarray]:
-        for columns in dataset.values(panel.columns, source):
-            yield np.stack(columns).mean(0, dtype=np.float64).astype(np.float32)
+    def read(source: str | None) -> Iterator[tuple[int, np.ndarray]]:
+        """Numbers of panels, and some of their values."""
+        for columns in dataset.values(names, source):
+            of_name = dict(zip(names, columns, strict=True))
+            for number, panel in enumerate(shown):
+                means = np.stack([of_name[name] for name in panel.columns]).mean(0, dtype=np.float64)
+                yield number, means.astype(np.float32)
 
-    low, high = quantiles(
-        lambda: ((0, values) for source in sources for values in read(source)), 1, (_BEYOND, 1 - _BEYOND)
-    )[0].tolist()
-    edges = _bin_edges(low, high, sum(sources.values()), panel.sign)
-    return [_histogram(source, count, read(source), edges) for source, count in sources.items()]
+    ranges = quantiles(
+        lambda: itertools.chain.from_iterable(map(read, sources)), len(shown), (_BEYOND, 1 - _BEYOND)
+    ).tolist()
+    total = sum(sources.values())
+    edges = [_bin_edges(low, high, total, panel.sign) for panel, (low, high) in zip(shown, ranges, strict=True)]
+    of_source = [_histograms_of(source, count, read(source), edges) for source, count in sources.items()]
+    return list(map(list, zip(*of_source, strict=True)))
 
 
-def _histogram(source: str | None, count: int, batches: Iterable[np.ndarray], edges: np.ndarray) -> Histogram:
-    counts = sum((np.histogram(values, edges)[0] for values in batches), np.zeros(len(edges) - 1, np.int64))
+def _histograms_of(
+    source: str | None, count: int, batches: Iterable[tuple[int, np.ndarray]], edges: Sequence[np.ndarray]
+) -> list[Histogram]:
+    counts = [np.zeros(len(one) - 1, np.int64) for one in edges]
+    for number, values in batches:
+        counts[number] += np.histogram(values, edges[number])[0]
     # The density is that of all tokens, so that what lies beyond the axis is not spread over the rest.
-    return Histogram(source, edges, counts / (count * np.diff(edges)), count, count - int(counts.sum()))
+    return [
+        Histogram(source, one, inside / (count * np.diff(one)), count, count - int(inside.sum()))
+        for one, inside in zip(edges, counts, strict=True)
+    ]
 
 
 def _bin_edges(low: float, high: float, total: int, sign: str) -> np.ndarray:
@@ -108,8 +123,8 @@ def draw_all_histograms(dataset: TokenDataset) -> Figure:
 
 def _draw(dataset: TokenDataset, shown: Sequence[Panel]) -> Figure:
     figure, all_axes = panels(len(shown), 4, (4.5, 4.1))
-    for axes, panel in zip(all_axes, shown, strict=True):
-        _draw_panel(axes, panel, histograms(dataset, panel))
+    for axes, panel, data in zip(all_axes, shown, histograms(dataset, shown), strict=True):
+        _draw_panel(axes, panel, data)
     legend_above(figure, drawn_sources(dataset)[1])
     return as_text(figure)
 

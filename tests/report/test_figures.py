@@ -42,8 +42,9 @@ def write_random(directory: Path, sources=("rl", "base"), count=4000) -> Path:
 
 def test_histograms_are_densities_over_all_tokens(tmp_path):
     dataset = TokenDataset(write_random(tmp_path))
-    for panel in _ALL_PANELS:
-        for histogram in histograms(dataset, panel):
+    for panel, drawn in zip(_ALL_PANELS, histograms(dataset, _ALL_PANELS), strict=True):
+        assert [histogram.source for histogram in drawn] == ["rl", "base"]
+        for histogram in drawn:
             values = np.mean([dataset.column(name, histogram.source) for name in panel.columns], axis=0)
             mass = histogram.density * np.diff(histogram.edges)
             assert mass.sum() == pytest.approx(1 - histogram.num_beyond / len(values))
@@ -143,7 +144,7 @@ def test_of_many_sources_the_largest_are_drawn_and_it_is_said(tmp_path):
 
 def test_equal_means_of_both_divergences_are_within_their_axis(tmp_path):
     rows = token_rows("rl", range(50), ["x"] * 50, kl=[0.1] * 50, reverse_kl=[0.3] * 50)
-    (histogram,) = histograms(TokenDataset(write_dataset(tmp_path, [rows])), _ALL_PANELS[-1])
+    ((histogram,),) = histograms(TokenDataset(write_dataset(tmp_path, [rows])), _ALL_PANELS[-1:])
     assert histogram.num_beyond == 0 and histogram.density[-1] > 0
 
 

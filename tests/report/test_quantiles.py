@@ -1,16 +1,19 @@
 """Quantiles in bounded memory are those of numpy, and nothing that needs them reads whole columns."""
 
+import time
+
 import numpy as np
 import pytest
 
 pytest.importorskip("pyarrow")
 pytest.importorskip("matplotlib")
 
+import pyarrow as pa
 from dataset_files import token_rows, write_dataset
 
 from dlogp_kernels.jobs.summary import describe
 from dlogp_kernels.report import figures
-from dlogp_kernels.report.dataset import ROWS_PER_GROUP, TokenDataset
+from dlogp_kernels.report.dataset import ROWS_PER_GROUP, STATISTICS, TokenDataset
 from dlogp_kernels.report.quantiles import quantiles
 
 SHARES = (0.0, 0.001, 0.05, 0.25, 0.5, 0.75, 0.995, 1.0)
@@ -61,6 +64,19 @@ def test_nothing_reads_a_whole_column(tmp_path, monkeypatch):
         sizes.clear()
         look(dataset)
         assert max(sizes, default=0) <= ROWS_PER_GROUP and (sum(sizes) >= count or look is figures.draw_classes)
+
+
+def test_what_is_read_ahead_does_not_grow_with_the_data(tmp_path):
+    rng, count = np.random.default_rng(0), ROWS_PER_GROUP
+    columns = {name: rng.normal(size=count) for name in STATISTICS}
+    parts = [[token_rows("rl", np.zeros(count), ["x"] * count, line, **columns)] for line in range(40)]
+    dataset = TokenDataset(write_dataset(tmp_path, *parts))
+    before, peak = pa.total_allocated_bytes(), 0
+    for _ in dataset.values(STATISTICS, "rl"):
+        time.sleep(0.005)  # as long as a reader computes
+        peak = max(peak, pa.total_allocated_bytes() - before)
+    of_part = count * len(STATISTICS) * 4
+    assert of_part <= peak <= 6 * of_part
 
 
 def test_summaries_count_what_is_not_finite(tmp_path):

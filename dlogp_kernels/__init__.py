@@ -13,6 +13,7 @@ from .functional import (
 from .modules import DeltaLogp, LinearDeltaLogp, LinearLogp, LinearPolicyLoss, Logp, PolicyLossModule
 from .ops import backends
 from .results import DeltaLogpStats, LogpStats, PolicyLoss, PolicyMetrics, Sample
+from .sharding import VocabShard
 
 __version__ = "0.1.0"
 
@@ -28,6 +29,7 @@ __all__ = [
     "PolicyLossModule",
     "PolicyMetrics",
     "Sample",
+    "VocabShard",
     "backends",
     "delta_logp",
     "extrapolated_sample",

@@ -143,15 +143,18 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 def check_head(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = ""
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "", *, sharded: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """hidden (…, D), weight (V, D) and bias (V,) of one model, which fit together, after autocast."""
+    """hidden (…, D), weight (V, D) and bias (V,) of one model, which fit together, after autocast.
+
+    A sharded weight may have no rows.
+    """
     hidden_name, weight_name, bias_name = f"{prefix}hidden", f"{prefix}weight", f"{prefix}bias"
     check_floating(hidden_name, hidden)
     check_floating(weight_name, weight)
     if hidden.dim() < 1 or hidden.shape[-1] == 0:
         raise ValueError(f"{hidden_name} has shape {tuple(hidden.shape)}, expected (…, D) with D ≥ 1")
-    if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[-1]:
+    if weight.dim() != 2 or (weight.shape[0] == 0 and not sharded) or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
             f"{weight_name} has shape {tuple(weight.shape)}, expected (V, {hidden.shape[-1]}) for {hidden_name} of "
             f"shape {tuple(hidden.shape)} (a weight sharded by ZeRO-3 or FSDP has to be gathered first)"
@@ -166,17 +169,23 @@ def check_head(
 
 
 def check_base_head(
-    hidden: Tensor, weight: Tensor, base_hidden: Tensor, base_weight: Tensor, base_bias: Tensor | None
+    hidden: Tensor,
+    weight: Tensor,
+    base_hidden: Tensor,
+    base_weight: Tensor,
+    base_bias: Tensor | None,
+    *,
+    sharded: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The base model's fit together, and with those of the model."""
-    base = check_head(base_hidden, base_weight, base_bias, "base_")
+    """The base model's fit together, and with those of the model; of sharded weights ranks compare the rows."""
+    base = check_head(base_hidden, base_weight, base_bias, "base_", sharded=sharded)
     if base_hidden.shape[:-1] != hidden.shape[:-1]:
         raise ValueError(
             f"base_hidden has shape {tuple(base_hidden.shape)}, expected the leading dimensions of hidden, "
             f"{tuple(hidden.shape)}"
         )
     check_same_device("base_hidden", base_hidden, "hidden", hidden)
-    if base_weight.shape[0] != weight.shape[0]:
+    if base_weight.shape[0] != weight.shape[0] and not sharded:
         raise ValueError(
             f"base_weight has {base_weight.shape[0]} rows, expected the vocabulary of weight ({weight.shape[0]} rows)"
         )

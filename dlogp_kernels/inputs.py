@@ -72,6 +72,16 @@ class Targets(NamedTuple):
     ignore_index: int
 
 
+class Shards(NamedTuple):
+    """Who holds the vocabulary: rank r of the process group of this name has tokens starts[r] to starts[r + 1].
+
+    The weights and biases beside it are those of this rank's tokens.
+    """
+
+    group: str
+    starts: list[int]
+
+
 class Asked(NamedTuple):
     """What forward computes only on demand: `top`, the most likely token of each model and its log p."""
 
@@ -163,7 +173,7 @@ class Argument(NamedTuple):
 #: Types of fields that are one argument; a field of another type is a structure of its own.
 _ARGUMENT_TYPES: dict[Any, str] = {
     Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", bool: "bool", float: "float", float | None: "float?",
-    str: "str", Transform: "float[]",
+    str: "str", Transform: "float[]", list[int]: "int[]",
 }  # fmt: skip
 _PREFIXES = {"model": "", "base": "base_"}
 

@@ -86,6 +86,8 @@ def check_target_and_tokens(
     tokens: TokenInputs,
     num_tokens: float | Tensor | None,
     num_sequences: float | Tensor | None,
+    *,
+    vocabulary: int,
 ) -> tuple[Tensor, TokenInputs]:
     """Of `linear_policy_loss`: target as (N, 1) int64, MASKED where the mask is 0, and tokens with the denominator."""
     check_tensor("target", target, INTEGER, "an integer dtype")
@@ -99,14 +101,20 @@ def check_target_and_tokens(
     tokens = _check_tokens(like, options, tokens, "base_hidden", base[0])
     if has_values(target):
         where = "where the mask is 1: there is no ignore_index here"
-        check_target_range(target, tokens.mask, head[1].shape[0], where)
+        check_target_range(target, tokens.mask, vocabulary, where)
     targets = target.to(torch.int64).masked_fill(~tokens.mask, MASKED).reshape(-1, 1)
     floating = (*head, *base) if options.importance == "token" else (*head, *base, *tokens)
     return targets, _with_denominator(tokens, num_tokens, num_sequences, options.loss_type, like, floating)
 
 
 def check_frozen_base(
-    hidden: Tensor, weight: Tensor, base_hidden: Tensor | None, base_weight: Tensor | None, base_bias: Tensor | None
+    hidden: Tensor,
+    weight: Tensor,
+    base_hidden: Tensor | None,
+    base_weight: Tensor | None,
+    base_bias: Tensor | None,
+    *,
+    sharded: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """A reference model, which is given whole, fits, and requires no gradient, after autocast.
 
@@ -117,7 +125,7 @@ def check_frozen_base(
     if base_hidden is None or base_weight is None:
         name = "base_hidden" if base_hidden is None else "base_weight"
         raise ValueError(f"{name} is None, expected a tensor: the reference model has hidden states and a weight")
-    base = check_base_head(hidden, weight, base_hidden, base_weight, base_bias)
+    base = check_base_head(hidden, weight, base_hidden, base_weight, base_bias, sharded=sharded)
     for name, x in (("base_hidden", base_hidden), ("base_weight", base_weight), ("base_bias", base_bias)):
         if x is not None:
             _check_constant(name, x)

@@ -74,7 +74,7 @@ class ForwardBlocks(NamedTuple):
 def forward_blocks(heads: Sequence[Head], dtype: torch.dtype, workspace: int) -> ForwardBlocks:
     """That fit: a tile of the weight in a quarter of the workspace, statistics in another, logits in the rest."""
     width = max(head.hidden.shape[-1] for head in heads)
-    logits_bytes = heads[0].weight.shape[0] * dtype.itemsize * len(heads)
+    logits_bytes = max(1, heads[0].weight.shape[0]) * dtype.itemsize * len(heads)
     of_statistics = max(1, workspace // 4 // (logits_bytes * _TEMPORARIES))
     rows = workspace // 2 // (logits_bytes + width * dtype.itemsize)
     tile = _within(workspace // 4 // (2 * width * dtype.itemsize), _TILE)

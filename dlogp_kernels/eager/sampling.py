@@ -1,5 +1,6 @@
 """The sampling ops in plain PyTorch: the definition, in blocks of rows."""
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -49,13 +50,16 @@ def linear_extrapolated_sample(
     noise: NoiseInputs,
     options: SampleOptions,
     workspace: int,
+    vocabulary: int | None = None,
+    whole: Callable[[Tensor], Tensor] = lambda logits: logits,
 ) -> tuple[Tensor, ...]:
     """Logits of a block of rows, then the op `extrapolated_sample`, by whatever backend serves that one.
 
-    So it also serves what needs a whole row of logits, the filters, on every backend but "cpu".
+    So it also serves what needs a whole row of logits, the filters, on every backend but "cpu". Where the weights are
+    those of a part of the vocabulary, `whole` makes rows of all its logits of theirs.
     """
     dtype, device = accumulation_dtype(*head[:3], *base_head[:3]), head.hidden.device
-    n, v = head.hidden.shape[:-1].numel(), head.weight.shape[0]
+    n, v = head.hidden.shape[:-1].numel(), head.weight.shape[0] if vocabulary is None else vocabulary
     row_id = torch.arange(n, device=device) if noise.row_id is None else noise.row_id
     steps = noise.step_tensor
     heads = (head, base_head)
@@ -66,7 +70,7 @@ def linear_extrapolated_sample(
         logits_of = partial(tiled_logits, dtype=dtype, tile=forward_blocks(heads, dtype, workspace).tile)
     blocks = []
     for rows in torch.arange(n, device=device).split(max(1, size)):
-        z, base_z = (transform_logits(logits_of(x, rows), *x.transform) for x in heads)
+        z, base_z = (whole(transform_logits(logits_of(x, rows), *x.transform)) for x in heads)
         own_steps = steps[rows] if steps is not None and steps.numel() > 1 else steps
         own = noise._replace(row_id=row_id[rows], step_tensor=own_steps)
         blocks.append(torch.ops.dlogp.extrapolated_sample(z, base_z, *own, *options))

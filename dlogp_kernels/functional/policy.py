@@ -1,10 +1,17 @@
 """`policy_loss` and `linear_policy_loss`: shapes and what z is, as the package says."""
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
 from .. import checks, ops, policy_checks
 from ..reference.policy import TokenInputs
 from ..results import PolicyLoss
+from ..sharding import VocabShard
+from . import sharded
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def policy_loss(
@@ -141,6 +148,7 @@ def linear_policy_loss(
     offsets: Tensor | None = None,
     sapo_temperature_pos: float = 1.0,
     sapo_temperature_neg: float = 1.05,
+    vocab_group: "ProcessGroup | VocabShard | None" = None,
 ) -> PolicyLoss:
     """`policy_loss` of `linear_logp(hidden, weight, target)`, its gradients formed while the logits are at hand.
 
@@ -159,6 +167,9 @@ def linear_policy_loss(
         ref_logp: instead of those, for the estimate k3, as in `policy_loss`.
         entropy_coef: − entropy_coef · entropy is added; the entropy is that of the whole vocabulary.
         loss_type and the other options: as in `policy_loss`.
+        vocab_group: as `group` of `linear_logp` and `linear_delta_logp` (here `group` has the prompts). It is then the
+            composition of both functions, whose backward computes the logits again: no rank knows a token's log p
+            before all have seen their shards.
 
     Returns:
         PolicyLoss: as of `policy_loss`; float32 (float64 if hidden states, weights or biases are).
@@ -177,16 +188,22 @@ def linear_policy_loss(
 
     Source: as `policy_loss`; forming gradients in the forward pass: Liger Kernel, arXiv 2410.10989.
     """
-    head = checks.check_head(hidden, weight, bias)
-    base = policy_checks.check_frozen_base(hidden, weight, base_hidden, base_weight, base_bias)
-    transforms = checks.check_transforms(temperature, softcap, base_softcap, logit_scale, base_logit_scale)
-    options = policy_checks.check_options(
+    tokens = TokenInputs(old_logp, advantage, mask, offsets, group, ref_logp, None, None, token_weight)
+    of_logits = (temperature, softcap, base_softcap, logit_scale, base_logit_scale)
+    given = dict(
         loss_type=loss_type, reweight=reweight, reweight_sign=reweight_sign, importance=importance, alpha=alpha,
         clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, kl_beta=kl_beta, entropy_coef=entropy_coef,
         sapo_temperature_pos=sapo_temperature_pos, sapo_temperature_neg=sapo_temperature_neg, max_length=max_length,
     )  # fmt: skip
-    tokens = TokenInputs(old_logp, advantage, mask, offsets, group, ref_logp, None, None, token_weight)
+    if vocab_group is not None:
+        models = (hidden, weight, bias), (base_hidden, base_weight, base_bias)
+        denominators = (num_tokens, num_sequences)
+        return sharded.linear_policy_loss(vocab_group, *models, target, of_logits, given, tokens, denominators)
+    head = checks.check_head(hidden, weight, bias)
+    base = policy_checks.check_frozen_base(hidden, weight, base_hidden, base_weight, base_bias)
+    transforms = checks.check_transforms(*of_logits)
+    options = policy_checks.check_options(**given)
     targets, tokens = policy_checks.check_target_and_tokens(
-        target, hidden, head, base, options, tokens, num_tokens, num_sequences
+        target, hidden, head, base, options, tokens, num_tokens, num_sequences, vocabulary=weight.shape[0]
     )
     return ops.linear_policy_loss.loss_of(head, base, transforms, targets, tokens, options)

@@ -1,11 +1,18 @@
 """`extrapolated_sample` and `linear_extrapolated_sample`: shapes and what z is, as the package says."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from .. import checks
 from ..ops.library import without_gradient
 from ..results import Sample, shaped
+from ..sharding import VocabShard
+from . import sharded
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def extrapolated_sample(
@@ -93,6 +100,7 @@ def linear_extrapolated_sample(
     seed: int | Tensor,
     row_id: Tensor | None = None,
     step: int | Tensor = 0,
+    group: "ProcessGroup | VocabShard | None" = None,
 ) -> Sample:
     """`extrapolated_sample` straight from hidden states, each weight read once, without the logits.
 
@@ -111,6 +119,8 @@ def linear_extrapolated_sample(
         top_k, top_p, min_p: as in `extrapolated_sample`. A filter needs whole rows of logits: with one of them on,
             those of as many rows as the workspace holds exist at a time, on a GPU in 16 bits those of 32.
         seed, row_id, step: as in `extrapolated_sample`.
+        group: as in `linear_delta_logp`. Of a block of rows all logits of both models are then gathered, 8 V bytes a
+            row, and every rank draws the same tokens from them.
 
     Returns:
         Sample, each field (…), as from `extrapolated_sample`.
@@ -124,6 +134,11 @@ def linear_extrapolated_sample(
 
     Source: arXiv 2603.22117, Algorithm 1, Sec. 4 (extrapolation).
     """
+    if group is not None:
+        models = (hidden, weight, bias), (base_hidden, base_weight, base_bias)
+        of_logits = (1.0, softcap, base_softcap, logit_scale, base_logit_scale)
+        of_draws = (gamma, criterion, threshold, draft, temperature, top_k, top_p, min_p)
+        return sharded.linear_extrapolated_sample(group, *models, of_logits, of_draws, (seed, row_id, step))
     head = checks.check_head(hidden, weight, bias)
     base = checks.check_base_head(hidden, weight, base_hidden, base_weight, base_bias)
     transforms = checks.check_transforms(1.0, softcap, base_softcap, logit_scale, base_logit_scale)

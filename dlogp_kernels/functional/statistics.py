@@ -1,10 +1,17 @@
 """`linear_logp`, `linear_delta_logp`, `logp` and `delta_logp`: shapes and what z is, as the package says."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from .. import checks
 from ..results import DeltaLogpStats, LogpStats, stats_of
+from ..sharding import VocabShard
+from . import sharded
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def linear_logp(
@@ -18,6 +25,7 @@ def linear_logp(
     logit_scale: float = 1.0,
     ignore_index: int = -100,
     top: bool = False,
+    group: "ProcessGroup | VocabShard | None" = None,
 ) -> LogpStats:
     """`z.log_softmax(-1).gather(-1, target)` with z = `hidden @ weight.T + bias`, and the entropy, without the logits.
 
@@ -32,6 +40,10 @@ def linear_logp(
         ignore_index: where the target is this, outputs are 0, without gradient, and a row whose targets are all
             ignored is not read and costs nothing.
         top: also give the most likely token, the first of several, and its log p; of up to 2²⁴ tokens.
+        group: a `torch.distributed` process group over whose ranks the vocabulary is sharded. weight and bias are then
+            those of this rank's tokens, which follow on those of the rank before it; any number of them, also none.
+            hidden and target are the same on all ranks, and so are the results, bit for bit. VocabShard says more, of
+            padding for example.
 
     Returns:
         LogpStats: `logp` (the shape of `target`), `entropy` and `lse` = log Σ exp z (…), in nats, float32 (float64 if
@@ -44,6 +56,11 @@ def linear_logp(
     are the same bit for bit in every run; with the compiled kernels a row's do not depend on the other rows. Within
     `torch.autocast`, 32-bit inputs are converted to the autocast dtype, as in `torch.nn.functional.linear`.
 
+    With `group` each rank sends 20 bytes a token in forward (float32; 4 more for each further candidate, 8 for `top`).
+    In backward the weight's gradient stays on its rank, and that of hidden is added over ranks, in their order: twice
+    its size is sent. All ranks make the same calls in the same order. At the first one they compare how they were
+    called, and an error of one is an error on all; a rank that stops later is one after the group's time-out.
+
     Raises:
         ValueError, TypeError: a shape, device, dtype or option that does not fit, by name.
         IndexError: a target outside [0, V), by position (on CUDA the row's outputs are NaN instead, unless
@@ -51,6 +68,9 @@ def linear_logp(
 
     Source: entropy and log-probability of "On the Direction of RLVR Updates for LLM Reasoning", arXiv 2603.22117.
     """
+    if group is not None:
+        options = (temperature, softcap, logit_scale)
+        return sharded.linear_logp(group, (hidden, weight, bias), target, options, ignore_index, top)
     head = checks.check_head(hidden, weight, bias)
     targets = checks.check_target(target, "hidden", hidden, ignore_index, weight.shape[0])
     transform = checks.check_transform(temperature, softcap, logit_scale)
@@ -75,6 +95,7 @@ def linear_delta_logp(
     base_logit_scale: float = 1.0,
     ignore_index: int = -100,
     top: bool = False,
+    group: "ProcessGroup | VocabShard | None" = None,
 ) -> DeltaLogpStats:
     """Δlog p = log π(target) − log π_base(target) of two models in one pass without logits; entropies and KLs too.
 
@@ -89,6 +110,8 @@ def linear_delta_logp(
         temperature: > 0, for both models.
         softcap, base_softcap, logit_scale, base_logit_scale: of each model, as in `linear_logp`.
         ignore_index, top: as in `linear_logp`.
+        group: as in `linear_logp`, for both models. One of both weights may be parted over the ranks in another way, or
+            be whole on each: its rows are then sent to where the other's are, or taken from the whole.
 
     Returns:
         DeltaLogpStats: `delta_logp`, `logp`, `base_logp` (the shape of `target`); `entropy`, `base_entropy`,
@@ -100,6 +123,10 @@ def linear_delta_logp(
 
     Source: arXiv 2603.22117, Eq. 1 and Sec. 2.
     """
+    if group is not None:
+        models = (hidden, weight, bias), (base_hidden, base_weight, base_bias)
+        options = (temperature, softcap, base_softcap, logit_scale, base_logit_scale)
+        return sharded.linear_delta_logp(group, *models, target, options, ignore_index, top)
     head = checks.check_head(hidden, weight, bias)
     base = checks.check_base_head(hidden, weight, base_hidden, base_weight, base_bias)
     targets = checks.check_target(target, "hidden", hidden, ignore_index, weight.shape[0])

@@ -8,6 +8,8 @@ for _op in schemas.SCHEMAS:
     for _backend in backends.COMPILED:
         if backends.is_private(_backend, _op):
             LIBRARY.define(schemas.backend_schema(_backend, _op))
+for _op in schemas.OVER_RANKS:
+    LIBRARY.define(schemas.public_schema(_op))
 for _schema in schemas.LINEAR_KERNELS:
     LIBRARY.define(_schema)
 
@@ -18,6 +20,7 @@ from . import (  # noqa: E402
     linear_extrapolated_sample,
     linear_policy_loss,
     policy_loss,
+    sharded,
     statistics,
 )
 
@@ -28,5 +31,6 @@ __all__ = [
     "linear_policy_loss",
     "policy_loss",
     "schemas",
+    "sharded",
     "statistics",
 ]

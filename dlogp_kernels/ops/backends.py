@@ -322,7 +322,7 @@ def launch(op: str, first: torch.Tensor, dtype: torch.dtype, *arguments: object)
     backend = select(op, first.device, dtype, hidden_size, misfit)
     if not is_private(backend, op):
         _check_storages(op, arguments)
-    with _without_autocast(first.device):
+    with without_autocast(first.device):
         if backend == "reference":
             warn_of_missing_kernels(first.device)
         return _launcher(backend, op)(*arguments, _workspace)
@@ -331,7 +331,7 @@ def launch(op: str, first: torch.Tensor, dtype: torch.dtype, *arguments: object)
 def launch_blocked(op: str, first: torch.Tensor, dtype: torch.dtype, *arguments: object) -> tuple[torch.Tensor, ...]:
     """Run plain PyTorch's form of `op`, which calls other ops: those are served by the backend selected for them."""
     _check_storages(op, arguments)
-    with _without_autocast(first.device):
+    with without_autocast(first.device):
         return _launcher("reference", op)(*arguments, _workspace)
 
 
@@ -347,7 +347,7 @@ def _argument_names(op: str) -> tuple[str, ...]:
     return tuple(argument.name for argument in getattr(torch.ops.dlogp, op).default._schema.arguments)
 
 
-def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """The op's arguments are as autocast wants them; the matrix products inside must not be cast again."""
     if not torch.is_autocast_enabled(device.type):
         return contextlib.nullcontext()  # entering autocast takes longer than a small batch

@@ -30,6 +30,11 @@ def register(op: str, fake: Callable[..., Any], in_blocks: Callable[..., bool] |
             launch = backends.launch if compiled else backends.launch_blocked
         return one_or_all(launch(op, first, dtype, *arguments))
 
+    register_everywhere(op, fake, run)
+
+
+def register_everywhere(op: str, fake: Callable[..., Any], run: Callable[..., Any]) -> None:
+    """Give `op` its fake, and `run` on every device."""
     for dispatch_key in ("CPU", "CUDA"):
         LIBRARY.impl(op, run, dispatch_key)
     torch.library.register_fake(f"dlogp::{op}", fake, lib=LIBRARY)

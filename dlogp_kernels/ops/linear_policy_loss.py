@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..inputs import Shards
 from ..reference.policy import PolicyOptions, TokenInputs
 from ..reference.rows import MASKED, policy_rows
 from ..reference.statistics import accumulation_dtype
@@ -25,13 +26,15 @@ def loss_of(
     target: Tensor,
     tokens: TokenInputs,
     options: PolicyOptions,
+    shards: Shards | None = None,
 ) -> PolicyLoss:
     """Of target (N, 1), MASKED where the mask is 0; without a reference model `base` is None three times.
 
-    A ratio of a response is not known before all of its tokens are: then it is a composition of two ops.
+    A ratio of a response is not known before all of its tokens are, nor log p of a token before all shards are seen:
+    then it is a composition of two ops.
     """
-    if options.importance != "token":
-        logp, entropy, kl = _statistics((*head, transforms[0]), (*base, transforms[1]), target)
+    if options.importance != "token" or shards is not None:
+        logp, entropy, kl = _statistics((*head, transforms[0]), (*base, transforms[1]), target, shards)
         shape, entropy = tokens.mask.shape, entropy if options.entropy_coef != 0 else entropy.detach()
         if kl is not None:
             kl = (kl if options.kl_beta != 0 else kl.detach()).view(shape)
@@ -44,12 +47,17 @@ def loss_of(
     return PolicyLoss(loss, PolicyMetrics(*metrics.unbind()))
 
 
-def _statistics(head: tuple[Any, ...], base: tuple[Any, ...], target: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+def _statistics(
+    head: tuple[Any, ...], base: tuple[Any, ...], target: Tensor, shards: Shards | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """log p, entropy and, with a reference model, the divergence to it."""
+    kind, places = ("", ()) if shards is None else ("sharded_", shards)
     if base[0] is None:
-        logp, entropy, *_ = torch.ops.dlogp.linear_logp_fwd(*head, target, MASKED, False)
+        forward = getattr(torch.ops.dlogp, f"{kind}linear_logp_fwd")
+        logp, entropy, *_ = forward(*head, target, MASKED, *places, False)
         return logp, entropy, None
-    *stats, _ = torch.ops.dlogp.linear_delta_logp_fwd(*head, *base, target, MASKED, False)
+    forward = getattr(torch.ops.dlogp, f"{kind}linear_delta_logp_fwd")
+    *stats, _ = forward(*head, *base, target, MASKED, *places, False)
     pair = DeltaLogpStats(*stats)
     return pair.logp, pair.entropy, pair.kl
 

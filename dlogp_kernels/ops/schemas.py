@@ -21,6 +21,10 @@ The linear policy loss takes target (N, 1) and the rows of reference.rows.Policy
 forward op leaves the gradients of the loss that output_mask asks for in that dtype, float32 or float64, whatever the
 inputs' is: they are rounded once, when backward has multiplied them.
 
+What begins with `sharded_` takes Shards behind the targets: weights and biases are then those of this rank's tokens.
+rows_of_ranks gives each rank of a group other rows of a tensor than those it has, both by their starts; own_rows gives
+it its own of a whole one, all_rows the whole of everyone's.
+
 A compiled backend implements a private copy of a schema, `_<backend>_<op>`, with one more argument, the workspace in
 bytes; `backends.py` chooses between backends.
 """
@@ -42,6 +46,7 @@ from ..inputs import (
     PairSaved,
     SampleOptions,
     Saved,
+    Shards,
     Targets,
     arguments,
 )
@@ -51,17 +56,21 @@ from ..results import DeltaLogpStats, LogpStats, Sample, shapes_of
 
 
 class Statistics(NamedTuple):
-    """An op of statistics: what it returns, what it takes of each model, and what its backward takes besides."""
+    """An op of statistics: what it returns, what it takes of each model, and what its backward takes besides.
+
+    `places` are what it takes of both models together.
+    """
 
     stats: type[Any]
     models: tuple[type[Any], ...]
     grads: type[Any]
     saved: type[Any]
+    places: tuple[type[Any], ...] = (Targets,)
 
     def inputs(self) -> tuple[Argument, ...]:
         """Of forward before Asked; in backward they stand between the upstream gradients and what was saved."""
-        models = (arguments(model, prefix) for model, prefix in zip(self.models, ("", "base_"), strict=False))
-        return (*(argument for model in models for argument in model), *arguments(Targets))
+        parts = (*zip(self.models, ("", "base_"), strict=False), *((place, "") for place in self.places))
+        return tuple(argument for structure, prefix in parts for argument in arguments(structure, prefix))
 
     def outputs(self) -> tuple[str, ...]:
         """Of forward."""
@@ -99,6 +108,12 @@ STATISTICS = {
     "delta_logp": Statistics(DeltaLogpStats, (Logits, Logits), PairGradients, PairSaved),
 }
 
+#: Those whose vocabulary lies on the ranks of a process group.
+SHARDED = {
+    f"sharded_{name}": STATISTICS[name]._replace(places=(Targets, Shards))
+    for name in ("linear_logp", "linear_delta_logp")
+}
+
 _PAIR_OF_HEADS = _joined((*arguments(Head), *arguments(Head, "base_")))
 _SAMPLE_OPTIONS = _joined((*arguments(NoiseInputs), *arguments(SampleOptions)))
 _POLICY_OPTIONS = "str[] str_options, float[] float_options"
@@ -130,6 +145,19 @@ SCHEMAS: dict[str, tuple[str, str]] = {
     ),
 }
 
+#: Those that no backend has by itself: sharded.py serves them on every device, with other ops and collectives.
+OVER_RANKS: dict[str, tuple[str, str]] = {
+    **{f"{name}_fwd": op.forward() for name, op in SHARDED.items()},
+    **{f"{name}_bwd": op.backward() for name, op in SHARDED.items()},
+    "sharded_linear_extrapolated_sample": (
+        f"{_PAIR_OF_HEADS}, {_joined(arguments(Shards))}, {_SAMPLE_OPTIONS}",
+        _SAMPLE,
+    ),
+    "rows_of_ranks": ("Tensor rows, str group, int[] starts, int[] wanted_starts", "Tensor"),
+    "own_rows": ("Tensor whole, str group, int[] starts", "Tensor"),
+    "all_rows": ("Tensor rows, str group, int[] starts", "Tensor"),
+}
+
 #: op name → the structures that its flat list begins with, for the ops whose launchers in Python take structures
 STRUCTURES: dict[str, tuple[type[Any], ...]] = {
     **{f"{name}_fwd": (*op.models, Targets, Asked) for name, op in STATISTICS.items()},
@@ -152,7 +180,7 @@ LINEAR_KERNELS = (
 
 
 def public_schema(op: str) -> str:
-    arguments, returns = SCHEMAS[op]
+    arguments, returns = (SCHEMAS | OVER_RANKS)[op]
     return f"{op}({arguments}) -> {returns}"
 
 

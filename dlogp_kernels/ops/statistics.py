@@ -1,5 +1,6 @@
 """`linear_logp`, `linear_delta_logp`, `logp` and `delta_logp`: fakes and autograd, by the table in schemas.py."""
 
+from collections.abc import Callable
 from operator import itemgetter
 from typing import Any
 
@@ -12,8 +13,11 @@ from ..results import allocated
 from . import library
 from .schemas import STATISTICS, Statistics
 
+_Register = Callable[[str, Callable[..., Any]], None]
 
-def _register(name: str, op: Statistics) -> None:
+
+def register(name: str, op: Statistics, register_forward: _Register, register_backward: _Register) -> None:
+    """Both ops of `op` by what registers an op with its fake, and the autograd of them."""
     inputs, upstream, differentiable = op.inputs(), op.upstream(), op.differentiable()
     tensors = [i for i, x in enumerate(inputs) if x.type.startswith("Tensor")]
     options = [i for i in range(len(inputs)) if i not in tensors]
@@ -50,8 +54,8 @@ def _register(name: str, op: Statistics) -> None:
         found = run(*in_order((*grads, *ctx.saved_tensors, *ctx.options)), output_mask)
         return library.by_inputs(len(inputs) + len(Asked._fields), differentiable, found, output_mask)
 
-    library.register(f"{name}_fwd", fake_fwd)
-    library.register(f"{name}_bwd", fake_bwd)
+    register_forward(f"{name}_fwd", fake_fwd)
+    register_backward(f"{name}_bwd", fake_bwd)
     library.register_autograd(name, setup_context, backward)
 
 
@@ -69,4 +73,4 @@ def _sum(gradient: Tensor | None, other: Tensor) -> Tensor:
 
 
 for _name, _op in STATISTICS.items():
-    _register(_name, _op)
+    register(_name, _op, library.register, library.register)

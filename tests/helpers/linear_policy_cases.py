@@ -97,7 +97,12 @@ def check_against_truth(accuracy: Any, inputs: Inputs, *, upstream: float = 1.0,
     The gradients are those of `linear_logp` (with a base, `linear_delta_logp`), given the loss' gradients by its
     outputs; a log-probability that is off by its tolerance moves the loss by that times those gradients.
     """
-    actual, expected = call(inputs, upstream=upstream, **options), truth(inputs, upstream=upstream, **options)
+    return check(accuracy, inputs, call(inputs, upstream=upstream, **options), upstream=upstream, **options)
+
+
+def check(accuracy: Any, inputs: Inputs, actual: Outcome, *, upstream: float = 1.0, **options: Any) -> Outcome:
+    """The same of what was found elsewhere."""
+    expected = truth(inputs, upstream=upstream, **options)
     heads = {name: value for name, value in options.items() if name in (*HEADS, *BASE_HEADS)}
     rest = {name: value for name, value in options.items() if name not in heads}
     pair = "base_hidden" in inputs

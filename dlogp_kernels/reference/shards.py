@@ -1,0 +1,90 @@
+"""Statistics over a whole vocabulary from those over its shards, which the ranks of a group hold: each formula once.
+
+Of R shards in their order, in the first dimension: z is that of all tokens, r the shard, and share_r the part of the
+probability that lies on it, Σ_{v in r} e^{z_v} / Σ_v e^{z_v}. log p_v = log p_v|r + log share_r. Sums go through the
+shards one by one, so that their order does not depend on how many rows there are. Everything is in float64.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class ModelShards(NamedTuple):
+    """Of one model, what an op finds on each shard as if it were the vocabulary: log p (R, N, K), the rest (R, N).
+
+    largest and log_sum are its normalizer, see inputs.Saved; largest is −∞ on a shard without a possible token, whose
+    other numbers are not looked at. The most likely token of the shard and its log p if they are asked for.
+    """
+
+    logp: Tensor
+    entropy: Tensor
+    largest: Tensor
+    log_sum: Tensor
+    top_token: Tensor | None = None
+    top_logp: Tensor | None = None
+
+
+class Whole(NamedTuple):
+    """Of one model over all shards: log share (R, N) and the normalizer (N,)."""
+
+    log_share: Tensor
+    largest: Tensor
+    log_sum: Tensor
+
+    @property
+    def lse(self) -> Tensor:
+        return self.largest + self.log_sum
+
+
+def whole_of(model: ModelShards) -> Whole:
+    """log Σ e^{z − largest} is log1p of what all but the first largest token add, as within a shard."""
+    first = model.largest.argmax(0, keepdim=True)
+    largest = model.largest.gather(0, first)
+    shift = largest.masked_fill(largest.isinf(), 0.0)  # ∞ − ∞ would be NaN
+    log_mass = (model.largest - shift + model.log_sum).masked_fill(model.largest == -torch.inf, -torch.inf)
+    of_first = log_mass.gather(0, first).expm1()
+    others = _sum(log_mass.scatter(0, first, -torch.inf).exp())
+    log_sum = (others + of_first[0]).log1p()
+    return Whole(log_mass - log_sum, largest[0], log_sum)
+
+
+def logp_at(model: ModelShards, whole: Whole, owner: Tensor) -> Tensor:
+    """(N, K), each on the shard `owner` (N, K)."""
+    log_share = whole.log_share[:, :, None].expand_as(model.logp).gather(0, owner[None])[0]
+    logp = model.logp.gather(0, owner[None])[0] + log_share
+    return logp.masked_fill(log_share == -torch.inf, -torch.inf)
+
+
+def entropy_of(model: ModelShards, whole: Whole) -> Tensor:
+    """Σ_r share_r · (H_r − log share_r)."""
+    share = whole.log_share.exp()
+    return _sum((share * (model.entropy - whole.log_share)).masked_fill(share == 0.0, 0.0))
+
+
+def divergence_of(kl: Tensor, whole: Whole, other: Whole) -> Tensor:
+    """Σ_r share_r · KL_r + KL(share ‖ share of the other model), from KL_r on each shard (R, N).
+
+    The second is summed as Σ_r s (x + e^{−x} − 1) with x = log(s / t) of both shares, of which no term is below 0.
+    """
+    share, ratio = whole.log_share.exp(), whole.log_share - other.log_share
+    of_shares = (share * ratio).masked_fill(share == 0.0, 0.0) - share + other.log_share.exp()
+    of_shares = torch.where(ratio.abs() < 1.0, share * (ratio + (-ratio).expm1()), of_shares)
+    possible, impossible = whole.log_share > -torch.inf, other.log_share == -torch.inf
+    total = _sum(of_shares + (share * kl).masked_fill(share == 0.0, 0.0))
+    infinite = (possible & (impossible | (kl == torch.inf))).any(0)
+    return total.masked_fill(infinite & ~whole.log_sum.isnan() & ~other.log_sum.isnan(), torch.inf)
+
+
+def top_of(model: ModelShards, whole: Whole) -> tuple[Tensor, Tensor]:
+    """The first token with the largest z, −1 where there are no numbers, and its log p (N,)."""
+    assert model.top_token is not None and model.top_logp is not None
+    first = model.largest.argmax(0, keepdim=True)
+    logp = (model.top_logp.gather(0, first) + whole.log_share.gather(0, first))[0]
+    return model.top_token.gather(0, first)[0].masked_fill(logp.isnan(), -1.0), logp
+
+
+def _sum(x: Tensor) -> Tensor:
+    return functools.reduce(torch.add, x.unbind(0))

@@ -1,0 +1,178 @@
+"""What ranks do for the tests of sharded vocabularies: each takes its shard of whole inputs, and calls."""
+
+import os
+import signal
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import cases
+import torch
+import torch.distributed as distributed
+from policy_cases import Outcome
+from torch import Tensor
+
+import dlogp_kernels
+from dlogp_kernels import VocabShard, backends
+from dlogp_kernels.ops import collectives
+
+Inputs = dict[str, Any]
+
+
+class Sharding(NamedTuple):
+    """How whole inputs are parted: `starts` of weight, `base_starts` of base_weight (None: whole on every rank)."""
+
+    starts: Sequence[int] | None
+    base_starts: Sequence[int] | None
+    vocab_size: int | None = None
+    says_start: bool = False
+
+    def starts_of(self, name: str) -> Sequence[int] | None:
+        return {"weight": self.starts, "bias": self.starts}.get(
+            name, self.base_starts if name in ("base_weight", "base_bias") else None
+        )
+
+    def part(self, inputs: Inputs, rank: int) -> Inputs:
+        """Those of this rank."""
+        starts = {name: self.starts_of(name) for name in inputs}
+        return {
+            name: x if starts[name] is None else x[starts[name][rank] : starts[name][rank + 1]].clone()
+            for name, x in inputs.items()
+        }
+
+    def group(self, group: Any) -> Any:
+        """What the functions are given."""
+        if self.vocab_size is None and not self.says_start:
+            return group
+        return VocabShard(group, self.starts[group.rank()] if self.says_start else None, self.vocab_size)
+
+
+def alike(starts: Sequence[int]) -> Sharding:
+    return Sharding(starts, starts)
+
+
+class Found(NamedTuple):
+    """On one rank: an op's statistics, and gradients by name of the inputs that it had."""
+
+    stats: tuple[Tensor, ...]
+    gradients: dict[str, Tensor]
+
+
+def statistics(
+    group: Any,
+    op: str,
+    inputs: Inputs,
+    sharding: Sharding,
+    upstream: list[Tensor | None] | None,
+    options: dict[str, Any],
+    backend: str | None = None,
+) -> Found:
+    own = sharding.part(inputs, group.rank())
+    leaves = {name: own[name].detach().requires_grad_() for name in cases.floating(own)} if upstream else {}
+    with backends.use_backend(backend):
+        function = getattr(dlogp_kernels, op)
+        stats = cases.asked_for(function(**own | leaves, group=sharding.group(group), **options))
+        if upstream is None:
+            return Found(tuple(stats), {})
+        used = [(x, grad.to(x.dtype)) for x, grad in zip(stats, upstream, strict=True) if grad is not None]
+        grads = torch.autograd.grad([x for x, _ in used], list(leaves.values()), [grad for _, grad in used])
+    return Found(tuple(x.detach() for x in stats), dict(zip(leaves, grads, strict=True)))
+
+
+def policy_loss(group: Any, inputs: Inputs, sharding: Sharding, options: dict[str, Any]) -> Outcome:
+    own = sharding.part(inputs, group.rank())
+    leaves = {name: own[name].requires_grad_() for name in ("hidden", "weight", "bias")}
+    loss, metrics = dlogp_kernels.linear_policy_loss(**own, vocab_group=sharding.group(group), **options)
+    grads = torch.autograd.grad(loss, list(leaves.values()))
+    return Outcome(loss.detach(), torch.stack(list(metrics)), dict(zip(leaves, grads, strict=True)))
+
+
+def sample(group: Any, inputs: Inputs, sharding: Sharding, options: dict[str, Any], workspace: int = 2**28) -> Any:
+    own = sharding.part(inputs, group.rank())
+    with backends.workspace_limit(workspace):
+        return tuple(
+            dlogp_kernels.linear_extrapolated_sample(**own, group=sharding.group(group), seed=3, gamma=0.5, **options)
+        )
+
+
+def misused(_: Any, op: str, inputs: Inputs, sharding: Sharding, changes: dict[int, Inputs]) -> Any:
+    """What a rank's first call in a new group gives where ranks are called with these changes."""
+    group = distributed.new_group(list(range(distributed.get_world_size())))
+    own = sharding.part(inputs, group.rank()) | changes.get(group.rank(), {})
+    shard = own.pop("shard", None)
+    own["group"] = sharding.group(group) if shard is None else VocabShard(group, *shard)
+    if op == "linear_policy_loss":
+        own["vocab_group"] = own.pop("group")
+    return next(iter(getattr(dlogp_kernels, op)(**own)))
+
+
+def rank_that_dies(group: Any, op: str, inputs: Inputs, sharding: Sharding) -> Any:
+    """The last rank is killed after a first call."""
+    statistics(group, op, inputs, sharding, None, {})
+    if group.rank() == group.size() - 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return statistics(group, op, inputs, sharding, None, {})
+
+
+def compiled(group: Any, op: str, batches: list[Inputs], sharding: Sharding) -> int:
+    """Gradients by a compiled function are those of the function itself; returns how often it was compiled."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    function, counter = getattr(dlogp_kernels, op), CompileCounterWithBackend("aot_eager")
+
+    def loss(inputs: Inputs) -> Tensor:
+        stats = function(**inputs, group=group)
+        return sum(x.sum() for x in stats if x is not None)
+
+    compiled_loss = torch.compile(loss, backend=counter, fullgraph=True)
+    for batch in batches:
+        own = sharding.part(batch, group.rank())
+        leaves = [own[name].requires_grad_() for name in cases.floating(own)]
+        expected = torch.autograd.grad(loss(own), leaves)
+        for value, other in zip(torch.autograd.grad(compiled_loss(own), leaves), expected, strict=True):
+            torch.testing.assert_close(value, other)
+    return counter.frame_count
+
+
+def second_derivative(group: Any, op: str, inputs: Inputs, sharding: Sharding) -> None:
+    own = sharding.part(inputs, group.rank())
+    hidden = own["hidden"].requires_grad_()
+    stats = getattr(dlogp_kernels, op)(**own, group=group)
+    (grad,) = torch.autograd.grad(stats.logp.sum(), hidden, create_graph=True)
+    grad.sum().backward()
+
+
+def bytes_gathered(group: Any, op: str, inputs: Inputs, sharding: Sharding) -> int:
+    """That this rank sends in forward, once the ranks have agreed."""
+    statistics(group, op, inputs, sharding, None, {})
+    sent, gathered = 0, collectives.gathered
+
+    def counted(x: Tensor, group: Any) -> Tensor:
+        nonlocal sent
+        sent += x.nbytes
+        return gathered(x, group)
+
+    from dlogp_kernels.ops import sharded
+
+    sharded.gathered = counted
+    try:
+        statistics(group, op, inputs, sharding, None, {})
+    finally:
+        sharded.gathered = gathered
+    return sent
+
+
+def peak_mib(group: Any, op: str, inputs: Inputs, sharding: Sharding, seed: int) -> float:
+    """Of a call with all gradients, over inputs, outputs and gradients, of this rank."""
+    from dlogp_kernels.demo.memory import peak_over
+
+    own = sharding.part(inputs, group.rank())
+    del inputs
+    leaves = [own[name].requires_grad_() for name in cases.floating(own)]
+
+    def call(rows: int) -> list[Tensor]:
+        some = {name: x[:rows] if name == "target" or name.endswith("hidden") else x for name, x in own.items()}
+        stats = getattr(dlogp_kernels, op)(**some, group=group)
+        return [*(x.detach() for x in stats if x is not None), *torch.autograd.grad(stats.logp.sum(), leaves)]
+
+    call(2)
+    return peak_over(lambda: call(own["target"].shape[0])).extra / 2**20

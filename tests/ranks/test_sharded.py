@@ -1,0 +1,276 @@
+"""The linear functions over a vocabulary that the ranks of a gloo group share, against float64 truth."""
+
+import cases
+import linear_policy_cases
+import pytest
+import sharded_cases
+import torch
+from cases import ALL_OPTIONS, LINEAR_OPS, make_inputs, options_for, upstream_of
+from ranks import Ranks
+from sharded_cases import Sharding, alike
+from tolerances import CERTAINTY_ERROR, MEMORY_MIB, Accuracy
+
+import dlogp_kernels
+from dlogp_kernels.reference import policy as reference_policy
+
+BF16, FP16, FP32, FP64 = cases.DTYPES
+V = 301
+#: By number of ranks: shards of any size, also none.
+STARTS = {1: (0, V), 2: (0, 250, V), 3: (0, 0, 1, V), 4: (0, 100, 100, 297, V)}
+OTHER_STARTS = {2: (0, 7, V), 4: (0, 150, 200, 298, V)}
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    ranks = Ranks(4)
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture
+def accuracy(record_property):
+    return Accuracy(lambda *_: None)
+
+
+def same_bits(x, y):
+    return x.dtype == y.dtype and torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8))
+
+
+def statistics(ranks, op, inputs, sharding, size, upstream=None, backend=None, **options):
+    """The same bits on all ranks, and gradients by whole inputs."""
+    found = ranks.values(sharded_cases.statistics, op, inputs, sharding, upstream, options, backend, size=size)
+    for other in found[1:]:
+        assert all(map(same_bits, found[0].stats, other.stats))
+    kind = dlogp_kernels.LogpStats if op == "linear_logp" else dlogp_kernels.DeltaLogpStats
+    fields = kind._fields if options.get("top") else [x for x in kind._fields if x not in kind._field_defaults]
+    stats = cases.asked_for(kind(**dict(zip(fields, found[0].stats, strict=True))))
+    return stats, joined([x.gradients for x in found], sharding)
+
+
+def joined(gradients, sharding):
+    """Of whole inputs: those by shards one after the other, and the rest with the same bits on all ranks."""
+    whole = {}
+    for name, first in gradients[0].items():
+        if sharding.starts_of(name) is not None:
+            whole[name] = torch.cat([grads[name] for grads in gradients])
+        else:
+            assert all(same_bits(first, grads[name]) for grads in gradients)
+            whole[name] = first
+    return whole
+
+
+def check_against_truth(accuracy, ranks, op, inputs, sharding, size, backend=None, **options):
+    upstream = upstream_of(cases.truth(op, inputs, **options))
+    stats, gradients = statistics(ranks, op, inputs, sharding, size, upstream, backend, **options)
+    cases.check_statistics(accuracy, op, inputs, stats, **options)
+    cases.check_gradients(accuracy, op, inputs, upstream, gradients, **options)
+    return stats
+
+
+@pytest.mark.parametrize("options", [{}, ALL_OPTIONS], ids=["defaults", "all"])
+@pytest.mark.parametrize("dtype", [BF16, FP32, FP64], ids=str)
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("op", LINEAR_OPS)
+def test_statistics_and_gradients(accuracy, ranks, op, size, dtype, options):
+    inputs = make_inputs(op, 33, k=2, dtype=dtype)
+    inputs["target"][3] = -100
+    inputs["target"][4, 1] = -100
+    check_against_truth(accuracy, ranks, op, inputs, alike(STARTS[size]), size, **options_for(op, options), top=True)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("op", LINEAR_OPS)
+def test_other_numbers_of_ranks_without_a_bias(accuracy, ranks, op, size):
+    inputs = make_inputs(op, (3, 5), bias=False)
+    check_against_truth(accuracy, ranks, op, inputs, alike(STARTS[size]), size)
+
+
+@pytest.mark.parametrize("op", LINEAR_OPS)
+def test_plain_pytorch_on_each_rank(accuracy, ranks, op):
+    check_against_truth(accuracy, ranks, op, make_inputs(op), alike(STARTS[4]), 4, backend="reference")
+
+
+@pytest.mark.parametrize("op", LINEAR_OPS)
+def test_ignore_index_may_be_a_token_of_a_shard(accuracy, ranks, op):
+    """One that two ranks have, counted from their first tokens."""
+    inputs = make_inputs(op, 40, k=3)
+    inputs["target"][::3] = 5
+    inputs["target"][1::3, 0] = 105
+    check_against_truth(accuracy, ranks, op, inputs, alike(STARTS[4]), 4, ignore_index=5, top=True)
+
+
+@pytest.mark.parametrize("op", LINEAR_OPS)
+def test_a_batch_without_a_token_that_counts(ranks, op):
+    inputs = make_inputs(op, 4)
+    inputs["target"][:] = -100
+    inputs["hidden"][:] = torch.nan
+    upstream = upstream_of(cases.truth(op, inputs, top=True))
+    stats, gradients = statistics(ranks, op, inputs, alike(STARTS[2]), 2, upstream, top=True)
+    for name, value in stats._asdict().items():
+        assert (value == (-1 if name.endswith("token") else 0)).all(), name
+    assert all((grad == 0).all() for grad in gradients.values())
+    empty, _ = statistics(ranks, op, make_inputs(op, 0), alike(STARTS[2]), 2)
+    assert empty.logp.shape == (0,)
+
+
+@pytest.mark.parametrize("base", ["elsewhere", "whole", "sharded"])
+@pytest.mark.parametrize("size", [2, 4])
+def test_models_that_are_parted_otherwise(accuracy, ranks, size, base):
+    """Whichever model lies otherwise, its rows are moved and its gradient comes back complete."""
+    starts = {"elsewhere": OTHER_STARTS[size], "whole": None, "sharded": STARTS[size]}[base]
+    sharding = Sharding(None if base == "sharded" else STARTS[size], starts)
+    check_against_truth(accuracy, ranks, "linear_delta_logp", make_inputs("linear_delta_logp"), sharding, size)
+
+
+@pytest.mark.parametrize("whole_base", [False, True])
+def test_padding_is_left_out(accuracy, ranks, whole_base):
+    """A vocabulary of 301 in shards of 100: rows of weights beyond it do not count, and have no gradient."""
+    op = "linear_delta_logp"
+    inputs, padded = make_inputs(op), make_inputs(op, v=400)
+    for name in ("weight", "bias", "base_weight", "base_bias"):
+        padded[name][:V] = inputs[name]
+        padded[name][V:] = 50.0
+    padded |= {name: x for name, x in inputs.items() if name == "target" or name.endswith("hidden")}
+    starts = (0, 100, 200, 300, 400)
+    sharding = Sharding(starts, None if whole_base else starts, vocab_size=V, says_start=True)
+    upstream = upstream_of(cases.truth(op, inputs, top=True))
+    stats, gradients = statistics(ranks, op, padded, sharding, 4, upstream, top=True)
+    cases.check_statistics(accuracy, op, inputs, stats, top=True)
+    for name in ("weight", "bias", "base_weight", "base_bias"):
+        assert gradients[name].shape == padded[name].shape and (gradients[name][V:] == 0).all()
+        gradients[name] = gradients[name][:V]
+    cases.check_gradients(accuracy, op, inputs, upstream, gradients, top=True)
+
+
+@pytest.mark.parametrize("dtype", [FP32, FP64], ids=str)
+def test_near_certainty(ranks, dtype):
+    """log p of a token that is nearly sure, beside others on the same and on other ranks, is that of 1 − p."""
+    gaps = torch.tensor([1.0, 5.0, 20.0, 40.0, 43.0])
+    logits = torch.zeros(len(gaps), V, dtype=torch.float64)
+    for row, (gap, sure) in enumerate(zip(gaps, (0, 99, 100, 250, 300), strict=True)):
+        logits[row] = torch.linspace(-1.0, 0.0, V) - gap
+        logits[row, sure] = 0.0
+    target = torch.tensor([0, 99, 100, 250, 300])
+    inputs = cases.from_logits("linear_logp", logits, logits, target, dtype)
+    stats, _ = statistics(ranks, "linear_logp", inputs, alike(STARTS[4]), 4, top=True)
+    truth = cases.truth("linear_logp", inputs).logp
+    assert ((stats.logp - truth) / truth).abs().max() < CERTAINTY_ERROR[dtype]
+    assert torch.equal(stats.top_logp, stats.logp) and torch.equal(stats.top_token, target)
+
+
+def test_tokens_of_which_a_model_has_none(accuracy, ranks):
+    """Masked shards of one model, of the other, of both, and tokens that only one has."""
+    op, (first, *_, last) = "linear_delta_logp", (slice(0, 100), slice(100, 297), slice(297, V))
+    for masked, base_masked in ((first, last), (first, first), (last, slice(0, 0)), (slice(50, 299), slice(60, 61))):
+        inputs = make_inputs(op)
+        inputs["bias"][masked] = -torch.inf
+        inputs["base_bias"][base_masked] = -torch.inf
+        inputs["target"] = torch.arange(17) * 18
+        stats, _ = statistics(ranks, op, inputs, alike(STARTS[4]), 4, top=True)
+        cases.check_statistics(accuracy, op, inputs, stats, top=True)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
+@pytest.mark.parametrize("op", LINEAR_OPS)
+def test_what_is_not_a_number_is_seen_on_every_rank(ranks, op, value):
+    """As without a group: NaN in a shard is in no other number lost, whoever has the target."""
+    inputs = make_inputs(op, 6)
+    inputs["bias"][298] = value
+    stats, _ = statistics(ranks, op, inputs, alike(STARTS[4]), 4, top=True)
+    whole = cases.call(op, inputs, top=True)
+    for name, x in stats._asdict().items():
+        torch.testing.assert_close(x, getattr(whole, name), equal_nan=True, msg=name)
+
+
+def test_all_tokens_masked(ranks):
+    inputs = make_inputs("linear_logp", 3)
+    inputs["bias"][:] = -torch.inf
+    stats, _ = statistics(ranks, "linear_logp", inputs, alike(STARTS[2]), 2, top=True)
+    assert stats.logp.isnan().all() and stats.entropy.isnan().all() and (stats.top_token == -1).all()
+
+
+@pytest.mark.parametrize("op", LINEAR_OPS)
+def test_equal_logits_go_to_the_first_token(ranks, op):
+    inputs = make_inputs(op, 4)
+    inputs["weight"][:] = 0.0
+    inputs["bias"][:] = 0.0
+    inputs["bias"][[98, 260, 299]] = 2.0
+    stats, _ = statistics(ranks, op, inputs, alike(STARTS[4]), 4, top=True)
+    assert (stats.top_token == 98).all()
+
+
+@pytest.mark.parametrize("op", LINEAR_OPS)
+def test_bits_do_not_depend_on_the_run_or_on_other_rows(ranks, op):
+    inputs = make_inputs(op, 67, v=1003, d=40)
+    starts, upstream = (0, 300, 300, 900, 1003), upstream_of(cases.truth(op, inputs, top=True))
+    stats, gradients = statistics(ranks, op, inputs, alike(starts), 4, upstream, top=True)
+    again = statistics(ranks, op, inputs, alike(starts), 4, upstream, top=True)
+    assert all(map(same_bits, stats, again[0]))
+    assert all(same_bits(x, again[1][name]) for name, x in gradients.items())
+    some = {name: x[5:18] if x.shape[0] == 67 else x for name, x in inputs.items()}
+    few, few_gradients = statistics(
+        ranks, op, some, alike(starts), 4, [grad if grad is None else grad[5:18] for grad in upstream], top=True
+    )
+    assert all(same_bits(x[5:18], y) for x, y in zip(stats, few, strict=True))
+    assert same_bits(gradients["hidden"][5:18], few_gradients["hidden"])
+
+
+@pytest.mark.parametrize("importance", reference_policy.IMPORTANCES)
+@pytest.mark.parametrize("base", [False, True])
+@pytest.mark.parametrize("size", [2, 4])
+def test_policy_loss(accuracy, ranks, size, base, importance):
+    inputs = linear_policy_cases.make_inputs(base=base)
+    options = {"importance": importance, "reweight": "ppl", "kl_beta": 0.3, "entropy_coef": 0.2}
+    sharding = Sharding(STARTS[size], None if size == 2 else STARTS[size])
+    found = ranks.values(sharded_cases.policy_loss, inputs, sharding, options, size=size)
+    assert all(same_bits(x.loss[None], found[0].loss[None]) for x in found)
+    whole = found[0]._replace(gradients=joined([x.gradients for x in found], sharding))
+    linear_policy_cases.check(accuracy, inputs, whole, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"top_k": 5}, {"top_p": 0.7, "criterion": "kl", "threshold": 0.3}, {"min_p": 0.1, "draft": "rl"}],
+    ids=str,
+)
+@pytest.mark.parametrize("size", [2, 4])
+def test_draws_are_those_of_the_whole_vocabulary(ranks, size, options):
+    inputs = make_inputs("linear_delta_logp", (4, 16))
+    del inputs["target"]
+    whole = dlogp_kernels.linear_extrapolated_sample(**inputs, seed=3, gamma=0.5, **options)
+    sharding = Sharding(STARTS[size], OTHER_STARTS[size])
+    for workspace in (2**28, 2**20):
+        for found in ranks.values(sharded_cases.sample, inputs, sharding, options, workspace, size=size):
+            drawn = dlogp_kernels.Sample(*found)
+            assert torch.equal(drawn.token, whole.token) and torch.equal(drawn.selected, whole.selected)
+            torch.testing.assert_close(drawn.delta_logp, whole.delta_logp, rtol=1e-5, atol=1e-5)
+    assert whole.selected.any()
+
+
+@pytest.mark.parametrize("op", LINEAR_OPS)
+def test_bytes_of_a_token(ranks, op):
+    """In float32, of one candidate: at most 64 a model."""
+    inputs = make_inputs(op, 1000, v=50)
+    sent = ranks.values(sharded_cases.bytes_gathered, op, inputs, alike((0, 25, 50)), size=2)
+    assert sent == [{"linear_logp": 20_000, "linear_delta_logp": 44_000}[op]] * 2
+
+
+def test_memory_of_a_rank(ranks):
+    """Its shard is an input, and beside that there is the workspace; logits of its shard would be 1 GiB."""
+    n, v, d = 4096, 131072, 16
+    inputs = {"hidden": torch.randn(n, d), "weight": torch.randn(v, d), "target": torch.randint(v, (n,))}
+    for peak in ranks.values(sharded_cases.peak_mib, "linear_logp", inputs, alike((0, v // 2, v)), 0, size=2):
+        assert peak < MEMORY_MIB["cpu"][1]
+
+
+@pytest.mark.parametrize("op", LINEAR_OPS)
+def test_compiles_whole(ranks, op):
+    batches = [make_inputs(op, n) for n in (5, 9, 40)]
+    for count in ranks.values(sharded_cases.compiled, op, batches, alike(STARTS[2]), size=2):
+        assert count <= 2
+
+
+def test_second_derivatives_raise(ranks):
+    inputs = make_inputs("linear_logp")
+    for error in ranks(sharded_cases.second_derivative, "linear_logp", inputs, alike(STARTS[2]), size=2):
+        assert isinstance(error, RuntimeError) and "has no second derivative" in str(error)

@@ -9,6 +9,7 @@ from ..reference.policy import TokenInputs
 from ..results import PolicyLoss
 from ..sharding import VocabShard
 from . import sharded
+from .dtensors import takes_dtensors
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -112,6 +113,7 @@ def policy_loss(
     return ops.policy_loss.loss_of(logp, tokens, options)
 
 
+@takes_dtensors
 def linear_policy_loss(
     hidden: Tensor,
     weight: Tensor,

@@ -10,6 +10,7 @@ from ..ops.library import without_gradient
 from ..results import Sample, shaped
 from ..sharding import VocabShard
 from . import sharded
+from .dtensors import takes_dtensors
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -77,6 +78,7 @@ def extrapolated_sample(
     return Sample(*shaped(drawn, logits))
 
 
+@takes_dtensors
 def linear_extrapolated_sample(
     hidden: Tensor,
     weight: Tensor,

@@ -9,11 +9,13 @@ from .. import checks
 from ..results import DeltaLogpStats, LogpStats, stats_of
 from ..sharding import VocabShard
 from . import sharded
+from .dtensors import takes_dtensors
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+@takes_dtensors
 def linear_logp(
     hidden: Tensor,
     weight: Tensor,
@@ -79,6 +81,7 @@ def linear_logp(
     return stats_of(LogpStats, outputs, hidden, target, top)
 
 
+@takes_dtensors
 def linear_delta_logp(
     hidden: Tensor,
     weight: Tensor,

@@ -58,6 +58,26 @@ def gathered_parts(x: Tensor, starts: Sequence[int], group: Any) -> list[Tensor]
     return [of_rank[:size] for of_rank, size in zip(found, sizes, strict=True)]
 
 
+def sum_of_parts(x: Tensor, starts: Sequence[int], group: Any, workspace: int) -> Tensor:
+    """This rank's rows by `starts` of the sum of x, which every rank has of the whole, rounded once."""
+    ranks, width = group.size(), math.prod(x.shape[1:])
+    spans, dtype = _spans(starts), accumulation_dtype(x)
+    own_size = starts[group.rank() + 1] - starts[group.rank()]
+    found = x.new_empty((own_size, *x.shape[1:]))
+    # What is sent and received of every rank's rows, and the sum.
+    block = max(1, workspace // (4 * ranks * width * dtype.itemsize))
+    for begin in range(0, max(end - start for start, end in spans), block):
+        parts = [x[start:end][begin : begin + block] for start, end in spans]
+        own = found[begin : begin + block]
+        received = x.new_empty((ranks, *own.shape))
+        sizes = [part.numel() * x.itemsize for part in parts]
+        distributed.all_to_all_single(
+            _bytes(received), _bytes(torch.cat(parts)), [own.numel() * x.itemsize] * ranks, sizes, group=group
+        )
+        own.copy_(functools.reduce(torch.add, received.to(dtype).unbind(0)))
+    return found
+
+
 def exchanged(rows: Tensor, starts: Sequence[int], wanted_starts: Sequence[int], group: Any) -> Tensor:
     """Rows from wanted_starts[rank] to wanted_starts[rank + 1] of a tensor of which ranks have those by `starts`."""
     rank, width = group.rank(), math.prod(rows.shape[1:])

@@ -23,7 +23,7 @@ inputs' is: they are rounded once, when backward has multiplied them.
 
 What begins with `sharded_` takes Shards behind the targets: weights and biases are then those of this rank's tokens.
 rows_of_ranks gives each rank of a group other rows of a tensor than those it has, both by their starts; own_rows gives
-it its own of a whole one, all_rows the whole of everyone's.
+it its own of a whole one, all_rows the whole of everyone's, sum_of_rows its own of the sum of everyone's wholes.
 
 A compiled backend implements a private copy of a schema, `_<backend>_<op>`, with one more argument, the workspace in
 bytes; `backends.py` chooses between backends.
@@ -156,6 +156,7 @@ OVER_RANKS: dict[str, tuple[str, str]] = {
     "rows_of_ranks": ("Tensor rows, str group, int[] starts, int[] wanted_starts", "Tensor"),
     "own_rows": ("Tensor whole, str group, int[] starts", "Tensor"),
     "all_rows": ("Tensor rows, str group, int[] starts", "Tensor"),
+    "sum_of_rows": ("Tensor whole, str group, int[] starts", "Tensor"),
 }
 
 #: op name → the structures that its flat list begins with, for the ops whose launchers in Python take structures

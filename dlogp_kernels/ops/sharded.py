@@ -21,7 +21,7 @@ from ..reference.rows import MASKED
 from ..reference.statistics import accumulation_dtype
 from ..results import allocated
 from . import backends, library, statistics
-from .collectives import add_over_ranks, exchanged, gathered, gathered_parts, group_of
+from .collectives import add_over_ranks, exchanged, gathered, gathered_parts, group_of, sum_of_parts
 from .schemas import SHARDED, STATISTICS, Statistics
 
 #: A target that no vocabulary has: the op of one device answers as it does to what is outside of its own.
@@ -277,6 +277,10 @@ def _fake_all_rows(rows: Tensor, group: str, starts: list[int]) -> Tensor:
     return rows.new_empty((starts[-1], *rows.shape[1:]))
 
 
+def _sum_of_rows(whole: Tensor, group: str, starts: list[int]) -> Tensor:
+    return sum_of_parts(whole, starts, group_of(group), backends.workspace())
+
+
 def _keep_options(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.options, ctx.rows = inputs[1:], inputs[0].shape[0]
 
@@ -284,6 +288,10 @@ def _keep_options(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _rows_of_ranks_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     group, starts, wanted_starts = ctx.options
     return torch.ops.dlogp.rows_of_ranks(grad, group, wanted_starts, starts), None, None, None
+
+
+def _all_rows_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return torch.ops.dlogp.sum_of_rows(grad, *ctx.options), None, None
 
 
 def _own_rows_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -296,7 +304,12 @@ library.register_everywhere("sharded_linear_extrapolated_sample", _fake_sample, 
 library.register_everywhere("rows_of_ranks", _fake_rows_of_ranks, _rows_of_ranks)
 library.register_everywhere("own_rows", _fake_own_rows, _own_rows)
 library.register_everywhere("all_rows", _fake_all_rows, _all_rows)
-for _rows_op, _rows_gradient in (("rows_of_ranks", _rows_of_ranks_backward), ("own_rows", _own_rows_backward)):
+library.register_everywhere("sum_of_rows", _fake_own_rows, _sum_of_rows)
+for _rows_op, _rows_gradient in (
+    ("rows_of_ranks", _rows_of_ranks_backward),
+    ("own_rows", _own_rows_backward),
+    ("all_rows", _all_rows_backward),
+):
     torch.library.register_autograd(
         f"dlogp::{_rows_op}", _rows_gradient, setup_context=_keep_options, lib=library.LIBRARY
     )

@@ -45,7 +45,7 @@ def run_backbone(model: PreTrainedModel, input_ids: Tensor, prefill_chunk: int |
     parameters = inspect.signature(backbone.forward).parameters.values()
     takes_it = any(x.name == "use_cache" or x.kind is inspect.Parameter.VAR_KEYWORD for x in parameters)
     options = {"use_cache": False} if takes_it else {}
-    return _last_hidden(backbone(input_ids=input_ids, **options))
+    return _last_hidden(_run_within(model, backbone, input_ids=input_ids, **options))
 
 
 def run_backbone_in_chunks(model: PreTrainedModel, input_ids: Tensor, ends: Sequence[int]) -> Tensor:
@@ -61,7 +61,7 @@ def run_backbone_in_chunks(model: PreTrainedModel, input_ids: Tensor, ends: Sequ
             # Backbones that do not name them count the cache's tokens.
             if "position_ids" in accepted:
                 options["position_ids"] = torch.arange(begin, end, device=input_ids.device)[None]
-            output = backbone(input_ids=input_ids[:, begin:end], **options)
+            output = _run_within(model, backbone, input_ids=input_ids[:, begin:end], **options)
             cache = getattr(output, name, None)
             if cache is None:
                 raise ValueError(
@@ -73,6 +73,21 @@ def run_backbone_in_chunks(model: PreTrainedModel, input_ids: Tensor, ends: Sequ
                 whole = chunk.new_empty(*input_ids.shape, chunk.shape[-1])
             whole[:, begin:end] = chunk
     return whole
+
+
+def _run_within(model: PreTrainedModel, backbone: nn.Module, **inputs: Any) -> Any:
+    """`backbone(**inputs)`. FSDP gathers what is sharded in the model's own forward, so then it is called within."""
+    if not hasattr(model, "unshard"):
+        return backbone(**inputs)
+    before = model.__dict__.get("forward")
+    model.forward = lambda **given: backbone(**given)  # type: ignore[method-assign]
+    try:
+        return model(**inputs)
+    finally:
+        if before is None:
+            del model.forward
+        else:
+            model.forward = before  # type: ignore[method-assign]
 
 
 def check_tokens(batch: Batch, model: PreTrainedModel) -> None:

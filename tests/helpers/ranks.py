@@ -73,6 +73,8 @@ def _to_bytes(x: Any) -> bytes:
 def _serve(rank: int, size: int, store: str, pipe: Connection) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    # As torchrun does, for those that ask it.
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
     timeout = timedelta(seconds=TIMEOUT_SECONDS)
     distributed.init_process_group("gloo", f"file://{store}", timeout, world_size=size, rank=rank)
     groups = {n: distributed.new_group(list(range(n)), timeout) for n in range(1, size + 1)}

@@ -1,0 +1,60 @@
+"""What ranks do for the tests of tensor-parallel and FSDP2-sharded models of transformers."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from dlogp_kernels.hf import token_logp, token_metrics
+
+
+def load(path: Path, kind: str, size: int) -> PreTrainedModel:
+    """The model in `path`, of all ranks together by `kind`: "tp", "fsdp" or, of each rank, "whole"."""
+    if kind == "tp":
+        from transformers.distributed import DistributedConfig
+
+        config = DistributedConfig(tp_size=size, tp_plan="auto")
+        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, distributed_config=config)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    if kind == "fsdp":
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh("cpu", (size,))
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    return model
+
+
+class Measured(NamedTuple):
+    logp: Tensor
+    entropy: Tensor
+    gradients: dict[str, Tensor]
+    #: How the last layer's weight lies.
+    head: str
+
+
+def measured(group: Any, path: Path, kind: str, batches: list[Tensor]) -> Measured:
+    """Of a batch of tokens a rank; of tensor-parallel ranks it is the same."""
+    model = load(path, kind, group.size())
+    stats = token_logp(model, batches[group.rank()])
+    (stats.logp.mean() + 0.1 * stats.entropy.mean()).backward()
+    weight = model.get_output_embeddings().weight
+    grads = {name: whole(x.grad) for name, x in model.named_parameters()}
+    return Measured(stats.logp.detach(), stats.entropy.detach(), grads, type(weight).__name__)
+
+
+def pair(group: Any, path: Path, base_path: Path, kinds: tuple[str, str], tokens: Tensor) -> Any:
+    """The statistics of a pair of which either may be sharded."""
+    models = [load(place, kind, group.size()) for place, kind in zip((path, base_path), kinds, strict=True)]
+    with torch.no_grad():
+        stats = token_metrics(*models, tokens)
+    return tuple(x for x in stats if x is not None)
+
+
+def whole(x: Tensor) -> Tensor:
+    return x.full_tensor() if isinstance(x, DTensor) else x

@@ -1,0 +1,59 @@
+"""Tensor-parallel and FSDP2-sharded models of transformers: numbers and gradients of the whole model."""
+
+import pytest
+
+pytest.importorskip("transformers")
+
+import parallel_models
+import torch
+from ranks import Ranks
+
+from dlogp_kernels.hf import token_metrics
+from dlogp_kernels.hf.tiny import tiny_qwen3
+
+VOCABULARY = 157
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    ranks = Ranks(2)
+    yield ranks
+    ranks.close()
+
+
+def saved(directory, **options):
+    tiny_qwen3(VOCABULARY, num_layers=2, **options).save_pretrained(directory)
+    return directory
+
+
+def tokens(seed):
+    return torch.randint(0, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
+@pytest.mark.parametrize("kind", ["tp", "fsdp"])
+def test_token_logp(ranks, tmp_path, kind, tied):
+    """FSDP's ranks have their own tokens, and the mean of their gradients; tensor-parallel ones share them."""
+    path = saved(tmp_path / "model", tie_word_embeddings=tied)
+    batches = [tokens(0), tokens(0 if kind == "tp" else 1)]
+    alone = ranks.values(parallel_models.measured, path, "whole", batches)
+    found = ranks.values(parallel_models.measured, path, kind, batches)
+    for rank, result in enumerate(found):
+        assert result.head == "DTensor" and alone[rank].head != "DTensor"
+        torch.testing.assert_close(result.logp, alone[rank].logp, rtol=0, atol=5e-6)
+        torch.testing.assert_close(result.entropy, alone[rank].entropy, rtol=0, atol=5e-6)
+        assert result.gradients.keys() == alone[rank].gradients.keys()
+        for name, grad in result.gradients.items():
+            mean = (alone[0].gradients[name] + alone[1].gradients[name]) / 2
+            assert (grad - mean).abs().max() <= 1e-4 * mean.abs().max(), name
+
+
+@pytest.mark.parametrize("kinds", [("tp", "tp"), ("tp", "whole"), ("fsdp", "fsdp")], ids=" and ".join)
+def test_pairs(ranks, tmp_path, kinds):
+    path, base_path = saved(tmp_path / "rl"), saved(tmp_path / "base", seed=1)
+    models = [parallel_models.load(place, "whole", 1) for place in (path, base_path)]
+    with torch.no_grad():
+        expected = token_metrics(*models, tokens(0))
+    for found in ranks.values(parallel_models.pair, path, base_path, kinds, tokens(0)):
+        for value, other in zip(found, (x for x in expected if x is not None), strict=True):
+            torch.testing.assert_close(value, other, rtol=1e-5, atol=5e-6)

@@ -1,6 +1,8 @@
 """The README's examples: run as they stand there, and compared with what they stand for."""
 
+import os
 import re
+import subprocess
 import sys
 import types
 
@@ -18,7 +20,8 @@ _README = ROOT / "README.md"
 _PAIR, _HIDDEN, _DECODING = "token_metrics(rl, base", "import linear_delta_logp", "generate(rl, base"
 _DATA_SET, _FIGURE = "import datasets, duckdb", "draw_positions("
 _LOOP, _TRAINER, _VERL = "def train_step", "ReweightedGRPOTrainer(str", "register_policy_loss"
-_TESTED = (_PAIR, _HIDDEN, _DECODING, _DATA_SET, _FIGURE, _LOOP, _TRAINER, _VERL)
+_SPLIT = "DistributedConfig("
+_TESTED = (_PAIR, _HIDDEN, _DECODING, _DATA_SET, _FIGURE, _LOOP, _TRAINER, _VERL, _SPLIT)
 
 
 def examples():
@@ -136,6 +139,21 @@ def test_the_trainer(tmp_path, monkeypatch):
     assert 1.0 < first["reweight/mean_weight"] < 1.2 and first["dynamic_sampling/refills"] >= 0
     assert 0.0 < first["reward"] < 1.0 and first["delta_logp/mean"] == pytest.approx(0.0, abs=1e-6)
     assert second["delta_logp/max"] > 0.0
+
+
+def test_tensor_parallel_steps(tmp_path, capsys):
+    """Two processes print what one does without the split, each of them."""
+    script = tmp_path / "step.py"
+    script.write_text(example(_SPLIT))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-3000:]
+    capsys.readouterr()
+    exec(example(_SPLIT).replace(", distributed_config=split", ""), {})
+    alone = [float(line) for line in capsys.readouterr().out.split()]
+    losses = sorted(float(line) for line in run.stdout.split())
+    assert len(set(alone)) == 3 and losses == pytest.approx(sorted([*alone, *alone]), abs=1e-5)
 
 
 class Core:

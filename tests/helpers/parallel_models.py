@@ -5,6 +5,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint import load as load_checkpoint
+from torch.distributed.checkpoint import save as save_checkpoint
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -54,6 +57,27 @@ def pair(group: Any, path: Path, base_path: Path, kinds: tuple[str, str], tokens
     with torch.no_grad():
         stats = token_metrics(*models, tokens)
     return tuple(x for x in stats if x is not None)
+
+
+def trained(group: Any, path: Path, kind: str, tokens: Tensor, steps: int, checkpoint: Path, resumed: bool) -> Any:
+    """Losses of steps from a checkpoint of model and optimiser, or from the beginning; it is written in the end."""
+    model = load(path, kind, group.size())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, foreach=False)
+    if resumed:
+        state = get_state_dict(model, optimizer)
+        load_checkpoint({"model": state[0], "optimizer": state[1]}, checkpoint_id=checkpoint)
+        set_state_dict(model, optimizer, model_state_dict=state[0], optim_state_dict=state[1])
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = -token_logp(model, tokens).logp.mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    if kind != "whole":
+        state = get_state_dict(model, optimizer)
+        save_checkpoint({"model": state[0], "optimizer": state[1]}, checkpoint_id=checkpoint)
+    return losses
 
 
 def whole(x: Tensor) -> Tensor:

@@ -57,3 +57,16 @@ def test_pairs(ranks, tmp_path, kinds):
     for found in ranks.values(parallel_models.pair, path, base_path, kinds, tokens(0)):
         for value, other in zip(found, (x for x in expected if x is not None), strict=True):
             torch.testing.assert_close(value, other, rtol=1e-5, atol=5e-6)
+
+
+@pytest.mark.parametrize("kind", ["tp", "fsdp"])
+def test_training_saves_and_resumes(ranks, tmp_path, kind):
+    """The losses of the whole model, and after a checkpoint those of a run that went on."""
+    path, batch = saved(tmp_path / "model"), tokens(0)
+    (alone, _) = ranks.values(parallel_models.trained, path, "whole", batch, 5, tmp_path / "whole", False)
+    (uninterrupted, _) = ranks.values(parallel_models.trained, path, kind, batch, 5, tmp_path / "one", False)
+    assert uninterrupted == pytest.approx(alone, abs=1e-4) and alone[-1] < alone[0] - 1.0
+    checkpoint = tmp_path / "checkpoint"
+    (before, _) = ranks.values(parallel_models.trained, path, kind, batch, 3, checkpoint, False)
+    (after, _) = ranks.values(parallel_models.trained, path, kind, batch, 2, checkpoint, True)
+    assert before + after == uninterrupted

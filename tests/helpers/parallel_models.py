@@ -51,6 +51,19 @@ def measured(group: Any, path: Path, kind: str, batches: list[Tensor]) -> Measur
     return Measured(stats.logp.detach(), stats.entropy.detach(), grads, type(weight).__name__)
 
 
+def trainers_head(group: Any, path: Path, kind: str, batches: list[Tensor]) -> Measured:
+    """As `measured`, by what `ReweightedGRPOTrainer` puts into a model: the fused head within its own forward."""
+    from dlogp_kernels.trl.head import add_logp_head
+
+    model, tokens = load(path, kind, group.size()), batches[group.rank()]
+    add_logp_head(model, temperature=1.0, float32_head=False)
+    found = model(tokens, torch.ones_like(tokens), labels=tokens, fused_lm_head=True)
+    (found.log_probs.mean() + 0.1 * found.entropy.mean()).backward()
+    grads = {name: whole(x.grad) for name, x in model.named_parameters()}
+    head = type(model.get_output_embeddings().weight).__name__
+    return Measured(found.log_probs.detach(), found.entropy.detach(), grads, head)
+
+
 def pair(group: Any, path: Path, base_path: Path, kinds: tuple[str, str], tokens: Tensor) -> Any:
     """The statistics of a pair of which either may be sharded."""
     models = [load(place, kind, group.size()) for place, kind in zip((path, base_path), kinds, strict=True)]

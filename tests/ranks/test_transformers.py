@@ -30,14 +30,15 @@ def tokens(seed):
     return torch.randint(0, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.parametrize("function", [parallel_models.measured, parallel_models.trainers_head])
 @pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
 @pytest.mark.parametrize("kind", ["tp", "fsdp"])
-def test_token_logp(ranks, tmp_path, kind, tied):
+def test_token_logp(ranks, tmp_path, kind, tied, function):
     """FSDP's ranks have their own tokens, and the mean of their gradients; tensor-parallel ones share them."""
     path = saved(tmp_path / "model", tie_word_embeddings=tied)
     batches = [tokens(0), tokens(0 if kind == "tp" else 1)]
     alone = ranks.values(parallel_models.measured, path, "whole", batches)
-    found = ranks.values(parallel_models.measured, path, kind, batches)
+    found = ranks.values(function, path, kind, batches)
     for rank, result in enumerate(found):
         assert result.head == "DTensor" and alone[rank].head != "DTensor"
         torch.testing.assert_close(result.logp, alone[rank].logp, rtol=0, atol=5e-6)

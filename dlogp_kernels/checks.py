@@ -132,6 +132,13 @@ def has_values(x: Tensor) -> bool:
     return has_values and (x.device.type == "cpu" or (_CHECK and x.device.type == "cuda"))
 
 
+def digest(x: Tensor) -> int:
+    """Of integers or truth values and their places."""
+    numbers = x.reshape(-1).to(torch.int64)
+    places = torch.arange(numbers.numel(), device=x.device)
+    return int((numbers * (2654435761 * places + 1)).sum())
+
+
 def check_same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
     if x.device != other.device:
         raise ValueError(f"{name} is on {x.device}, expected {other.device}, the device of {other_name}")
@@ -257,8 +264,8 @@ def check_top(top: bool, vocabulary: int) -> None:
         raise ValueError(f"top is True for a vocabulary of {vocabulary}, expected at most {_MOST_TOP_TOKENS} tokens")
 
 
-def check_target(target: Tensor, rows_name: str, rows: Tensor, ignore_index: int, vocabulary: int) -> Tensor:
-    """target (…) or (…, K), for `rows` (…, D or V), as (N, K) int64."""
+def check_target(target: Tensor, rows_name: str, rows: Tensor, ignore_index: int, vocabulary: int | None) -> Tensor:
+    """target (…) or (…, K), for `rows` (…, D or V), as (N, K) int64. None: the vocabulary is not known yet."""
     check_tensor("target", target, INTEGER, "an integer dtype")
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index is {ignore_index!r}, expected an integer")
@@ -272,7 +279,7 @@ def check_target(target: Tensor, rows_name: str, rows: Tensor, ignore_index: int
             f"of shape {tuple(rows.shape)}"
         )
     check_same_device("target", target, rows_name, rows)
-    if has_values(target) and not all_inside(target, vocabulary):
+    if vocabulary is not None and has_values(target) and not all_inside(target, vocabulary):
         check_target_range(target, target != ignore_index, vocabulary, f"or ignore_index ({ignore_index})")
     return target.reshape(-1, target.shape[-1] if target.dim() == rows.dim() else 1).to(torch.int64)
 

@@ -87,9 +87,12 @@ def check_target_and_tokens(
     num_tokens: float | Tensor | None,
     num_sequences: float | Tensor | None,
     *,
-    vocabulary: int,
+    vocabulary: int | None,
 ) -> tuple[Tensor, TokenInputs]:
-    """Of `linear_policy_loss`: target as (N, 1) int64, MASKED where the mask is 0, and tokens with the denominator."""
+    """Of `linear_policy_loss`: target as (N, 1) int64, MASKED where the mask is 0, and tokens with the denominator.
+
+    A vocabulary of None is not known yet.
+    """
     check_tensor("target", target, INTEGER, "an integer dtype")
     if target.shape != hidden.shape[:-1]:
         raise ValueError(
@@ -99,12 +102,17 @@ def check_target_and_tokens(
     check_same_device("target", target, "hidden", hidden)
     like = Like("target", target)
     tokens = _check_tokens(like, options, tokens, "base_hidden", base[0])
-    if has_values(target):
-        where = "where the mask is 1: there is no ignore_index here"
-        check_target_range(target, tokens.mask, vocabulary, where)
+    if vocabulary is not None:
+        check_masked_target(target, tokens.mask, vocabulary)
     targets = target.to(torch.int64).masked_fill(~tokens.mask, MASKED).reshape(-1, 1)
     floating = (*head, *base) if options.importance == "token" else (*head, *base, *tokens)
     return targets, _with_denominator(tokens, num_tokens, num_sequences, options.loss_type, like, floating)
+
+
+def check_masked_target(target: Tensor, mask: Tensor, vocabulary: int) -> None:
+    """IndexError for one that counts outside of the vocabulary; mask is bool."""
+    if has_values(target):
+        check_target_range(target, mask, vocabulary, "where the mask is 1: there is no ignore_index here")
 
 
 def check_frozen_base(

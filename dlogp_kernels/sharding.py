@@ -1,9 +1,13 @@
 """How a vocabulary is parted over the ranks of a process group: what users say of it, and what the ranks agree on.
 
-Before its first call of a kind each rank of a group tells the others how it was called, in a message of fixed size:
-what does not fit together is an error on every rank, and none waits for one that has stopped.
+Before they compute, the ranks of a group tell each other how they were called: what does not fit together is an error
+on every rank, and none waits for one that has stopped. That is 16 bytes, and once for each kind of call a message of
+fixed size. Ranks that talk by NCCL alone do it at the first call of a kind: to look at every message they would have to
+wait for the device.
 """
 
+import contextlib
+import hashlib
 import itertools
 import json
 import weakref
@@ -122,30 +126,37 @@ def _cut(starts: tuple[int, ...], vocab_size: int | None) -> tuple[int, ...]:
 
 
 def shard_of(group: Any) -> VocabShard:
-    """What a user gave as `group`, checked."""
+    """What a user gave as `group`, of which only the process group itself is checked."""
     shard = group if isinstance(group, VocabShard) else VocabShard(group)
     if not distributed.is_available() or not isinstance(shard.group, distributed.ProcessGroup):
         raise TypeError(
             f"group is {type(shard.group).__name__}, expected a process group of torch.distributed that this process "
             "is in, or VocabShard(process_group, …)"
         )
-    for name, value in (("start", shard.start), ("vocab_size", shard.vocab_size)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-            raise TypeError(f"{name} of VocabShard is {value!r}, expected an integer or None")
     return shard
 
 
-#: Of each group, what its ranks agreed on, by this rank's messages; gone with the group.
-_AGREED: "weakref.WeakKeyDictionary[Any, dict[tuple[str, Message], Layout]]" = weakref.WeakKeyDictionary()
+def check_shard(shard: VocabShard) -> None:
+    for name, value in (("start", shard.start), ("vocab_size", shard.vocab_size)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise TypeError(f"{name} of VocabShard is {value!r}, expected an integer or None")
+
+
+#: Of each group, what its ranks agreed on, by the digests of their messages; gone with the group.
+_AGREED: "weakref.WeakKeyDictionary[Any, dict[tuple[int, ...], Layout]]" = weakref.WeakKeyDictionary()
+#: Functions for which ranks that talk by NCCL alone have agreed on something.
+_CALLED: "weakref.WeakKeyDictionary[Any, set[str]]" = weakref.WeakKeyDictionary()
 
 
 def checked_on_all(function: str, shard: VocabShard, check: Callable[[], _Checked]) -> _Checked:
-    """What `check` returns. If it raises at the first call of `function`, the other ranks are told."""
+    """What `check` returns. If it raises, the other ranks are told."""
     try:
         return check()
     except Exception as error:
-        if not any(name == function for name, _ in _AGREED.get(shard.group, {})):
-            _told(shard.group, Message(problem=f"{type(error).__name__}: {error}"[: _MESSAGE_BYTES // 8]))
+        if _talk_on_cpu(shard.group) or function not in _CALLED.get(shard.group, ()):
+            problem = f"{type(error).__name__}: {error}"
+            with contextlib.suppress(ValueError):
+                _agree(function, shard.group, Message(problem=problem), ())
         raise
 
 
@@ -162,25 +173,43 @@ def agreed(
 ) -> Layout:
     """What the ranks agree on for calls such as this one, or ValueError on each: fields of Message.
 
-    `same_now` may be otherwise in a later call without another message. The group is given by name, and what is
-    returned is a constant where a compiler looks on.
+    `same_now` is of this call alone. The group is given by name, and what is returned is a constant where a compiler
+    looks on.
     """
-    group = group_of(group_name)
-    known = _AGREED.setdefault(group, {})
-    message = Message(None, start, vocab_size, rows, base_rows, same)
-    if (function, message) not in known:
-        function_name = (("the function", function),)
-        told = _told(group, message._replace(same=(*function_name, *same, *same_now)))
-        known[function, message] = layout_of(told)._replace(rank=group.rank())
-    return known[function, message]
+    return _agree(function, group_of(group_name), Message(None, start, vocab_size, rows, base_rows, same), same_now)
+
+
+def _agree(function: str, group: Any, message: Message, same_now: tuple[tuple[str, str], ...]) -> Layout:
+    known, digest = _AGREED.setdefault(group, {}), _digest((function, message))
+    key: tuple[int, ...] = (digest,)
+    alike = True
+    if _talk_on_cpu(group):
+        told = gathered(torch.tensor([digest, _digest(same_now)]), group)
+        key, alike = tuple(told[:, 0].tolist()), bool((told[:, 1] == told[0, 1]).all())
+    if not alike or key not in known:
+        whole = message._replace(same=(("the function", function), *message.same, *same_now))
+        known[key] = layout_of(_told(group, whole))._replace(rank=group.rank())
+        _CALLED.setdefault(group, set()).add(function)
+    return known[key]
+
+
+def _talk_on_cpu(group: Any) -> bool:
+    """Whether ranks can tell each other something without waiting for their devices."""
+    return "cpu:" in distributed.get_backend_config(group)
+
+
+def _digest(x: Any) -> int:
+    """63 bits, the same on every rank."""
+    return int.from_bytes(hashlib.blake2b(repr(x).encode(), digest_size=8).digest(), "big") >> 1
 
 
 def _told(group: Any, message: Message) -> list[Message]:
     """Those of all ranks, in their order."""
     text = json.dumps(message).encode()
-    assert len(text) <= _MESSAGE_BYTES, f"{len(text)} bytes"
-    on_cpu = "cpu:" in distributed.get_backend_config(group)
-    device = torch.device("cpu" if on_cpu else "cuda")
+    if len(text) > _MESSAGE_BYTES:
+        # Six bytes are the most that JSON makes of a character.
+        text = json.dumps(Message(problem=str(message.problem or message.same)[: _MESSAGE_BYTES // 8])).encode()
+    device = torch.device("cpu" if _talk_on_cpu(group) else "cuda")
     sent = torch.frombuffer(bytearray(text.ljust(_MESSAGE_BYTES)), dtype=torch.uint8).to(device)
     told = [Message(*json.loads(bytes(row.tolist()))) for row in gathered(sent, group).cpu()]
     return [x._replace(same=tuple((name, value) for name, value in x.same)) for x in told]

@@ -62,19 +62,21 @@ class _Model:
         dimension, group = self.sharded_dimension(), self.given.get(group_name)
         names = self.mesh.mesh_dim_names
         if dimension is None:
+            self.check_replicas(None)
             self.given |= {name: x.to_local() for name, x in self.tensors.items()}
             return []
         own_group = self.mesh.get_group(dimension)
         if group is None and (names is None or names[dimension] != TENSOR_PARALLEL):
-            whole = [_Whole.of(x, own_group) for x in self.tensors.values()]
+            whole = [_Whole.of(x, dimension) for x in self.tensors.values()]
             self.given |= {name: x.tensor for name, x in zip(self.tensors, whole, strict=True)}
             return whole
+        self.check_replicas(dimension)
         self.check_group(group_name, group, own_group)
         self.given |= {name: x.to_local() for name, x in self.tensors.items()}
         self.given[group_name] = own_group if group is None else group
         hidden = self.given[self.hidden_name]
         if _is_dtensor(hidden) and hidden.device_mesh == self.mesh:
-            self.given[self.hidden_name] = _replicated(hidden)
+            self.given[self.hidden_name] = _replicated(hidden, dimension)
         return []
 
     def sharded_dimension(self) -> int | None:
@@ -91,6 +93,20 @@ class _Model:
             )
         return sharded[0] if sharded else None
 
+    def check_replicas(self, sharded: int | None) -> None:
+        """TypeError where ranks that may have other tokens would each have a gradient of their own."""
+        names = self.mesh.mesh_dim_names or (None,) * self.mesh.ndim
+        for i, name in enumerate(names):
+            if i == sharded or name == TENSOR_PARALLEL or self.mesh.size(i) == 1 or not torch.is_grad_enabled():
+                continue
+            if any(x.requires_grad for x in self.tensors.values()):
+                raise TypeError(
+                    f"{self.name} is a DTensor with placements {self.weight.placements} that requires a gradient, "
+                    f"which would be of each rank's tokens alone over dimension {i} of its mesh: pass "
+                    f"{self.name}.to_local(), "
+                    "with the process group of its shards if it has some, and reduce the gradient yourself"
+                )
+
     def check_group(self, group_name: str, group: Any, own_group: Any) -> None:
         if group is None:
             return
@@ -102,11 +118,12 @@ class _Model:
             )
 
 
-def _replicated(x: Any) -> Tensor:
-    """Whole on every rank. The gradient, which is that of all shards there, goes back to where x lies."""
+def _replicated(x: Any, dimension: int) -> Tensor:
+    """Whole over this dimension of the mesh. The gradient, which is that of all shards, goes back to where x lies."""
     from torch.distributed.tensor import Replicate
 
-    return x.redistribute(placements=[Replicate()] * x.device_mesh.ndim).to_local()
+    placements = [Replicate() if i == dimension else placement for i, placement in enumerate(x.placements)]
+    return x.redistribute(placements=placements).to_local()
 
 
 class _Shard(NamedTuple):
@@ -120,26 +137,35 @@ class _Shard(NamedTuple):
 
 
 class _Whole(NamedTuple):
-    """A gathered weight or bias. Its gradient is averaged over ranks, as FSDP does, and sharded."""
+    """A gathered weight or bias. Its gradient is averaged over all ranks of the mesh, as FSDP does, and sharded."""
 
     tensor: Tensor
     shard: _Shard
 
     @classmethod
-    def of(cls, x: Any, group: Any) -> "_Whole":
-        rows, ranks, total = x.to_local(), group.size(), x.shape[0]
+    def of(cls, x: Any, dimension: int) -> "_Whole":
+        mesh, rows, total = x.device_mesh, x.to_local(), x.shape[0]
+        group, ranks = mesh.get_group(dimension), mesh.size(dimension)
         size = -(-total // ranks)
         starts = [min(rank * size, total) for rank in range(ranks + 1)]
         if rows.requires_grad:
-            rows.register_hook(lambda grad: grad / ranks)
-        shard = _Shard(rows.detach(), group.group_name, starts, x, x._version)
+            replicas = [mesh.get_group(i).group_name for i in range(mesh.ndim) if i != dimension]
+            rows.register_hook(functools.partial(_averaged, replicas=replicas, ranks=mesh.size()))
+        shard = _Shard(rows.detach(), group.group_name, starts, x, -1 if x.is_inference() else x._version)
         return cls(torch.ops.dlogp.all_rows(rows, group.group_name, starts), shard)
+
+
+def _averaged(grad: Tensor, replicas: list[str], ranks: int) -> Tensor:
+    """Of a shard's gradient, which is the sum over the ranks that have the other shards."""
+    for group_name in replicas:
+        grad = torch.ops.dlogp.sum_over_ranks(grad, group_name)
+    return grad / ranks
 
 
 def _pack(whole: list[_Whole], x: Tensor) -> Tensor | _Shard:
     """Of a gathered weight backward keeps the shard."""
     for tensor, shard in whole:
-        if x.data_ptr() == tensor.data_ptr() and x.shape == tensor.shape:
+        if (x.data_ptr(), x.shape, x.dtype) == (tensor.data_ptr(), tensor.shape, tensor.dtype):
             return shard
     return x
 
@@ -147,6 +173,6 @@ def _pack(whole: list[_Whole], x: Tensor) -> Tensor | _Shard:
 def _unpack(kept: Tensor | _Shard) -> Tensor:
     if isinstance(kept, Tensor):
         return kept
-    if kept.dtensor._version != kept.version:
+    if not kept.dtensor.is_inference() and kept.dtensor._version != kept.version:
         raise RuntimeError("a sharded weight was written to between forward and backward, which gathers it again")
     return torch.ops.dlogp.all_rows(kept.rows, kept.group_name, kept.starts)

@@ -12,23 +12,28 @@ from ..ops import backends
 from ..ops.library import without_gradient
 from ..reference.policy import TokenInputs
 from ..results import DeltaLogpStats, LogpStats, PolicyLoss, Sample, shaped, stats_of
-from ..sharding import Layout, agreed, checked_on_all, local_rows, shard_of
+from ..sharding import Layout, agreed, check_shard, checked_on_all, local_rows, shard_of
 
 #: hidden, weight and bias of a model.
 Head = tuple[Tensor, Tensor, Tensor | None]
 OptionalHead = tuple[Tensor | None, Tensor | None, Tensor | None]
 _NO_BASE: OptionalHead = (None, None, None)
-#: Neither tensors nor text: temperature, softcap and logit scale of one model, or of both as check_transforms has them.
+#: temperature, softcap and logit scale of one model, or of both as check_transforms has them.
 TransformOptions = tuple[Any, ...]
 
 
 class _Call(NamedTuple):
-    """How this rank was called, checked by itself: heads and options as ops take them; `same` on all ranks."""
+    """How this rank was called, checked by itself: as ops take it.
+
+    rest: what the function needs besides the heads. same: options that have to be the same on all ranks, by name;
+    same_now: tensors of integers likewise, and numbers that differ from call to call.
+    """
 
     head: Head
     base: OptionalHead
-    options: Any
+    rest: Any
     same: dict[str, Any]
+    same_now: dict[str, Any]
 
 
 def linear_logp(
@@ -37,14 +42,17 @@ def linear_logp(
     """As the public function; the arguments are not checked."""
 
     def check() -> _Call:
+        own_head = checks.check_head(*head, sharded=True)
+        checks.check_target(target, "hidden", head[0], ignore_index, None)
+        checks.check_top(top, 1)
         checked = checks.check_transform(*transform)
         same = {"transform": checked, "ignore_index": ignore_index, "top": top}
-        return _Call(checks.check_head(*head, sharded=True), _NO_BASE, checked, same)
+        return _Call(own_head, _NO_BASE, checked, same, {"target": target})
 
-    call, shards = _agreed("linear_logp", group, check, "target", target)
+    call, shards = _agreed("linear_logp", group, check)
     checks.check_top(top, shards.starts[-1])
     targets = checks.check_target(target, "hidden", head[0], ignore_index, shards.starts[-1])
-    outputs = torch.ops.dlogp.sharded_linear_logp_fwd(*call.head, call.options, targets, ignore_index, *shards, top)
+    outputs = torch.ops.dlogp.sharded_linear_logp_fwd(*call.head, call.rest, targets, ignore_index, *shards, top)
     return stats_of(LogpStats, outputs, head[0], target, top)
 
 
@@ -54,15 +62,19 @@ def linear_delta_logp(
     """As the public function; the arguments are not checked."""
 
     def check() -> _Call:
+        heads = _checked_heads(head, base)
+        checks.check_target(target, "hidden", head[0], ignore_index, None)
+        checks.check_top(top, 1)
         checked = checks.check_transforms(*transforms)
         same = {"transforms": checked, "ignore_index": ignore_index, "top": top}
-        return _Call(*_checked_heads(head, base), checked, same)
+        return _Call(*heads, checked, same, {"target": target})
 
-    call, shards = _agreed("linear_delta_logp", group, check, "target", target)
+    call, shards = _agreed("linear_delta_logp", group, check)
     checks.check_top(top, shards.starts[-1])
     targets = checks.check_target(target, "hidden", head[0], ignore_index, shards.starts[-1])
+    (transform, base_transform) = call.rest
     outputs = torch.ops.dlogp.sharded_linear_delta_logp_fwd(
-        *call.head, call.options[0], *call.base, call.options[1], targets, ignore_index, *shards, top
+        *call.head, transform, *call.base, base_transform, targets, ignore_index, *shards, top
     )
     return stats_of(DeltaLogpStats, outputs, head[0], target, top)
 
@@ -78,12 +90,14 @@ def linear_extrapolated_sample(
     """As the public function; the arguments are not checked."""
 
     def check() -> _Call:
+        heads = _checked_heads(head, base)
         checked = checks.check_transforms(*transforms), checks.check_sampling(*options)
-        return _Call(*_checked_heads(head, base), checked, {"options of draws": checked})
+        drawing = checks.check_noise("hidden", head[0], *noise)
+        now = dict(zip(("seed", "row_id", "step"), noise, strict=True))
+        return _Call(*heads, (*checked, drawing), {"options of the draws": checked}, now)
 
-    call, shards = _agreed("linear_extrapolated_sample", group, check, "hidden", head[0])
-    drawing = checks.check_noise("hidden", head[0], *noise)
-    (transform, base_transform), sampling = call.options
+    call, shards = _agreed("linear_extrapolated_sample", group, check)
+    (transform, base_transform), sampling, drawing = call.rest
     heads = *call.head, transform, *call.base, base_transform
     drawn = without_gradient(torch.ops.dlogp.sharded_linear_extrapolated_sample, *heads, *shards, *drawing, *sampling)
     return Sample(*shaped(drawn, head[0]))
@@ -102,16 +116,20 @@ def linear_policy_loss(
     """As the public function; the arguments are not checked."""
 
     def check() -> _Call:
-        checked = checks.check_transforms(*transforms), policy_checks.check_options(**options)
+        own_head = checks.check_head(*head, sharded=True)
         own_base = policy_checks.check_frozen_base(*head[:2], *base, sharded=True)
-        return _Call(checks.check_head(*head, sharded=True), own_base, checked, {"options of the loss": checked})
+        both, policy = checks.check_transforms(*transforms), policy_checks.check_options(**options)
+        targets, checked = policy_checks.check_target_and_tokens(
+            target, head[0], own_head, own_base, policy, tokens, *denominators, vocabulary=None
+        )
+        rest = both, policy, targets, checked
+        now = {"target": target, "mask": checked.mask, "offsets": tokens.offsets}
+        return _Call(own_head, own_base, rest, {"options of the loss": (both, policy)}, now)
 
-    call, shards = _agreed("linear_policy_loss", group, check, "target", target)
-    both_transforms, policy = call.options
-    targets, tokens = policy_checks.check_target_and_tokens(
-        target, head[0], call.head, call.base, policy, tokens, *denominators, vocabulary=shards.starts[-1]
-    )
-    return ops.linear_policy_loss.loss_of(call.head, call.base, both_transforms, targets, tokens, policy, shards)
+    call, shards = _agreed("linear_policy_loss", group, check)
+    both_transforms, policy, targets, checked = call.rest
+    policy_checks.check_masked_target(target, checked.mask, shards.starts[-1])
+    return ops.linear_policy_loss.loss_of(call.head, call.base, both_transforms, targets, checked, policy, shards)
 
 
 def _checked_heads(head: Head, base: Head) -> tuple[Head, Head]:
@@ -121,21 +139,25 @@ def _checked_heads(head: Head, base: Head) -> tuple[Head, Head]:
     )
 
 
-def _agreed(function: str, group: Any, check: Callable[[], _Call], name: str, rows: Tensor) -> tuple[_Call, Shards]:
+def _agreed(function: str, group: Any, check: Callable[[], _Call]) -> tuple[_Call, Shards]:
     """The call with the weights of this rank's tokens, and who has the others; all ranks were called alike."""
     shard = shard_of(group)
-    call, group_name = checked_on_all(function, shard, check), shard.group.group_name
+
+    def check_all() -> _Call:
+        check_shard(shard)
+        return check()
+
+    call, group_name = checked_on_all(function, shard, check_all), shard.group.group_name
     same = {**call.same, "workspace_limit": backends.workspace(), **_kinds("", call.head)}
     base_rows = None
     if call.base[1] is not None:
         base_rows = call.base[1].shape[0]
         same |= _kinds("base_", call.base)
-    # The number of tokens may be another in the next call, and is not known to a compiler.
-    shape = () if torch.compiler.is_compiling() else ((f"the shape of {name}", str(tuple(rows.shape))),)
+    # What differs from call to call is not known to a compiler.
+    now = {} if torch.compiler.is_compiling() else _now(call)
     layout = agreed(
-        function, group_name, shard.start, shard.vocab_size, call.head[1].shape[0], base_rows,
-        tuple((key, str(value)) for key, value in same.items()), shape,
-    )  # fmt: skip
+        function, group_name, shard.start, shard.vocab_size, call.head[1].shape[0], base_rows, _texts(same), _texts(now)
+    )
     head = _local(call.head, group_name, layout.model, layout)
     base = call.base if base_rows is None else _local(call.base, group_name, layout.base, layout)
     return call._replace(head=head, base=base), Shards(group_name, list(layout.starts))
@@ -143,13 +165,27 @@ def _agreed(function: str, group: Any, check: Callable[[], _Call], name: str, ro
 
 def _kinds(prefix: str, head: Any) -> dict[str, Any]:
     """What of one model's tensors has to be the same on all ranks."""
-    hidden, weight, bias = head
-    kinds = {f"the dtype of {prefix}{name}": x.dtype for name, x in (("hidden", hidden), ("weight", weight))}
-    return kinds | {
-        f"the size of {prefix}hidden": hidden.shape[-1],
-        f"the dtype of {prefix}bias": None if bias is None else bias.dtype,
-        f"requires_grad of {prefix}hidden": torch.is_grad_enabled() and hidden.requires_grad,
-    }
+    kinds = {f"the size of {prefix}hidden": head[0].shape[-1]}
+    for name, x in zip(("hidden", "weight", "bias"), head, strict=True):
+        kinds[f"the dtype of {prefix}{name}"] = None if x is None else x.dtype
+        kinds[f"requires_grad of {prefix}{name}"] = x is not None and torch.is_grad_enabled() and x.requires_grad
+    return kinds
+
+
+def _now(call: _Call) -> dict[str, Any]:
+    now: dict[str, Any] = {"the shape of hidden": tuple(call.head[0].shape)}
+    for name, x in call.same_now.items():
+        if isinstance(x, Tensor):
+            now[f"the shape of {name}"] = tuple(x.shape)
+            if checks.has_values(x):
+                now[f"{name} (a digest)"] = checks.digest(x)
+        else:
+            now[name] = x
+    return now
+
+
+def _texts(values: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+    return tuple((name, str(value)) for name, value in values.items())
 
 
 def _local(head: Any, group: str, own: tuple[int, ...] | None, layout: Layout) -> Any:

@@ -50,12 +50,14 @@ def add_over_ranks(x: Tensor, group: Any, workspace: int) -> None:
         part.copy_(gathered(own, group).view(-1)[: part.numel()])
 
 
-def gathered_parts(x: Tensor, starts: Sequence[int], group: Any) -> list[Tensor]:
-    """Rows of every rank, which has those by `starts`."""
-    sizes = [end - start for start, end in _spans(starts)]
-    padding = (0, 0) * (x.dim() - 1)
-    found = gathered(pad(x, (*padding, 0, max(sizes) - x.shape[0])), group)
-    return [of_rank[:size] for of_rank, size in zip(found, sizes, strict=True)]
+def gathered_rows(x: Tensor, starts: Sequence[int], group: Any) -> Tensor:
+    """All rows, of which every rank has those by `starts`."""
+    sizes, total = [end - start for start, end in _spans(starts)], starts[-1]
+    missing = max(sizes) - x.shape[0]
+    found = gathered(pad(x, (*(0, 0) * (x.dim() - 1), 0, missing)) if missing else x, group)
+    if all(start == min(rank * max(sizes), total) for rank, start in enumerate(starts)):
+        return found.view(-1, *x.shape[1:])[:total]  # the last ranks alone have fewer
+    return torch.cat([of_rank[:size] for of_rank, size in zip(found, sizes, strict=True)])
 
 
 def sum_of_parts(x: Tensor, starts: Sequence[int], group: Any, workspace: int) -> Tensor:

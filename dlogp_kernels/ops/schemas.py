@@ -23,7 +23,8 @@ inputs' is: they are rounded once, when backward has multiplied them.
 
 What begins with `sharded_` takes Shards behind the targets: weights and biases are then those of this rank's tokens.
 rows_of_ranks gives each rank of a group other rows of a tensor than those it has, both by their starts; own_rows gives
-it its own of a whole one, all_rows the whole of everyone's, sum_of_rows its own of the sum of everyone's wholes.
+it its own of a whole one, all_rows the whole of everyone's, sum_of_rows its own of the sum of everyone's wholes;
+sum_over_ranks is a sum of tensors of one shape.
 
 A compiled backend implements a private copy of a schema, `_<backend>_<op>`, with one more argument, the workspace in
 bytes; `backends.py` chooses between backends.
@@ -157,6 +158,7 @@ OVER_RANKS: dict[str, tuple[str, str]] = {
     "own_rows": ("Tensor whole, str group, int[] starts", "Tensor"),
     "all_rows": ("Tensor rows, str group, int[] starts", "Tensor"),
     "sum_of_rows": ("Tensor whole, str group, int[] starts", "Tensor"),
+    "sum_over_ranks": ("Tensor x, str group", "Tensor"),
 }
 
 #: op name → the structures that its flat list begins with, for the ops whose launchers in Python take structures

@@ -21,13 +21,15 @@ from ..reference.rows import MASKED
 from ..reference.statistics import accumulation_dtype
 from ..results import allocated
 from . import backends, library, statistics
-from .collectives import add_over_ranks, exchanged, gathered, gathered_parts, group_of, sum_of_parts
+from .collectives import add_over_ranks, exchanged, gathered, gathered_rows, group_of, sum_of_parts
 from .schemas import SHARDED, STATISTICS, Statistics
 
 #: A target that no vocabulary has: the op of one device answers as it does to what is outside of its own.
 _OUTSIDE = -1
 #: Sums of targets, by which ranks notice that theirs differ, are below: float32 holds them.
 _SUMS = 2**23
+#: Of a target's place among the candidates; odd, so that two targets of one candidate never have the same sum.
+_ODD = 2654435761
 
 
 class _Place(NamedTuple):
@@ -139,8 +141,8 @@ class _State:
             if self.top:
                 token, logp = extra[2 * (len(self.prefixes) + i) :][:2]
                 rows += [token[None] + first, logp[None]]
-        odd = torch.arange(1, 2 * target.shape[1], 2, device=target.device)
-        sums = (target * odd).sum(-1) % _SUMS
+        factors = (_ODD * torch.arange(1, 2 * target.shape[1], 2, device=target.device)) % _SUMS
+        sums = (target * factors).sum(-1) % _SUMS
         return torch.cat([*rows, *(fields[name][None] for name in self.divergences), sums[None].to(extra.dtype)])
 
     def read(self, of_ranks: Tensor) -> _OfRanks:
@@ -240,7 +242,7 @@ def _sample(*flat: Any) -> tuple[Tensor, ...]:
     place = _Place.of(shards, {"weight": head.weight, "base_weight": base.weight})
 
     def whole(logits: Tensor) -> Tensor:
-        return torch.cat(gathered_parts(logits.t(), shards.starts, place.group)).t()
+        return gathered_rows(logits.t(), shards.starts, place.group).t()
 
     with backends.without_autocast(head.hidden.device):
         return linear_extrapolated_sample(head, base, noise, options, backends.workspace(), place.vocabulary, whole)
@@ -270,7 +272,7 @@ def _fake_own_rows(whole: Tensor, group: str, starts: list[int]) -> Tensor:
 
 
 def _all_rows(rows: Tensor, group: str, starts: list[int]) -> Tensor:
-    return torch.cat(gathered_parts(rows, starts, group_of(group)))
+    return gathered_rows(rows, starts, group_of(group))
 
 
 def _fake_all_rows(rows: Tensor, group: str, starts: list[int]) -> Tensor:
@@ -279,6 +281,16 @@ def _fake_all_rows(rows: Tensor, group: str, starts: list[int]) -> Tensor:
 
 def _sum_of_rows(whole: Tensor, group: str, starts: list[int]) -> Tensor:
     return sum_of_parts(whole, starts, group_of(group), backends.workspace())
+
+
+def _sum_over_ranks(x: Tensor, group: str) -> Tensor:
+    total = x.clone(memory_format=torch.contiguous_format)
+    add_over_ranks(total, group_of(group), backends.workspace())
+    return total
+
+
+def _fake_sum_over_ranks(x: Tensor, group: str) -> Tensor:
+    return x.new_empty(x.shape)
 
 
 def _keep_options(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -305,6 +317,7 @@ library.register_everywhere("rows_of_ranks", _fake_rows_of_ranks, _rows_of_ranks
 library.register_everywhere("own_rows", _fake_own_rows, _own_rows)
 library.register_everywhere("all_rows", _fake_all_rows, _all_rows)
 library.register_everywhere("sum_of_rows", _fake_own_rows, _sum_of_rows)
+library.register_everywhere("sum_over_ranks", _fake_sum_over_ranks, _sum_over_ranks)
 for _rows_op, _rows_gradient in (
     ("rows_of_ranks", _rows_of_ranks_backward),
     ("own_rows", _own_rows_backward),

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as distributed
 from sharded_cases import Found, Inputs
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import dlogp_kernels
@@ -59,17 +59,17 @@ def statistics(
 
 def own_tokens(group: Any, op: str, batches: list[Inputs], upstreams: list[list[Tensor | None]]) -> Any:
     """As data-parallel ranks: each its own tokens, one weight sharded over them; and how often rows were gathered."""
-    gathers, gathered_parts = [], sharded.gathered_parts
+    gathers, gathered_rows = [], sharded.gathered_rows
 
-    def counted(x: Tensor, *args: Any) -> list[Tensor]:
+    def counted(x: Tensor, *args: Any) -> Tensor:
         gathers.append(tuple(x.shape))
-        return gathered_parts(x, *args)
+        return gathered_rows(x, *args)
 
-    sharded.gathered_parts = counted
+    sharded.gathered_rows = counted
     try:
         found, placed = statistics(group, op, batches[group.rank()], upstreams[group.rank()], None)
     finally:
-        sharded.gathered_parts = gathered_parts
+        sharded.gathered_rows = gathered_rows
     return found, placed, gathers
 
 
@@ -84,6 +84,31 @@ def refused(group: Any, op: str, inputs: Inputs, how: str) -> Any:
     elif how == "target":
         own["weight"], own["target"] = (_placed(own[name], mesh, Shard(0)) for name in ("weight", "target"))
     getattr(dlogp_kernels, op)(**own)
+
+
+def two_dimensions(_: Any, inputs: Inputs, batches: list[Inputs], kind: str) -> Any:
+    """On a mesh of two by two ranks: a weight of two replicas in two shards, and tokens of each rank or replica."""
+    world = distributed.get_rank()
+    names = ("dp", "tp") if kind != "hsdp" else ("replica", "shard")
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=names)
+    weight = distribute_tensor(inputs["weight"], mesh, [Replicate(), Shard(0)])
+    if kind != "hidden":
+        weight.requires_grad_()
+    own, target = batches[world], batches[world]["target"]
+    hidden: Any = own["hidden"]
+    if kind == "hidden":
+        hidden = distribute_tensor(inputs["hidden"], mesh, [Shard(0), Replicate()]).requires_grad_()
+        target = inputs["target"].chunk(2)[world // 2]
+    loss = -dlogp_kernels.linear_logp(hidden, weight, target).logp.sum()
+    loss.backward()
+    grad = hidden.grad if kind == "hidden" else weight.grad
+    return grad.placements, grad.full_tensor() if kind == "hidden" else grad.to_local()
+
+
+def inference_weight(group: Any, inputs: Inputs) -> Any:
+    with torch.inference_mode():
+        weight = _placed(inputs["weight"], mesh_of(group, None), Shard(0))
+        return tuple(cases.asked_for(dlogp_kernels.linear_logp(inputs["hidden"], weight, inputs["target"])))
 
 
 def written_between(group: Any, op: str, inputs: Inputs) -> None:

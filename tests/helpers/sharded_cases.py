@@ -95,14 +95,31 @@ def sample(group: Any, inputs: Inputs, sharding: Sharding, options: dict[str, An
 
 
 def misused(_: Any, op: str, inputs: Inputs, sharding: Sharding, changes: dict[int, Inputs]) -> Any:
-    """What a rank's first call in a new group gives where ranks are called with these changes."""
+    """Errors of a rank in a new group: of a call with these changes, of one without, and with them again; or None."""
     group = distributed.new_group(list(range(distributed.get_world_size())))
-    own = sharding.part(inputs, group.rank()) | changes.get(group.rank(), {})
-    shard = own.pop("shard", None)
-    own["group"] = sharding.group(group) if shard is None else VocabShard(group, *shard)
-    if op == "linear_policy_loss":
-        own["vocab_group"] = own.pop("group")
-    return next(iter(getattr(dlogp_kernels, op)(**own)))
+    right = sharding.part(inputs, group.rank()) | {"group": sharding.group(group)}
+    wrong = right | changes.get(group.rank(), {})
+    if "shard" in wrong:
+        wrong["group"] = VocabShard(group, *wrong.pop("shard"))
+    errors: list[Exception | None] = []
+    for own in (wrong, right, wrong):
+        given = dict(own)
+        if op == "linear_policy_loss":
+            given["vocab_group"] = given.pop("group")
+        if op == "linear_extrapolated_sample":
+            given.pop("target")
+        try:
+            getattr(dlogp_kernels, op)(**given)
+            errors.append(None)
+        except Exception as error:
+            errors.append(type(error)(str(error)))
+    return errors
+
+
+def vocabularies(_: Any, op: str, batches: list[tuple[Inputs, Sharding]]) -> Any:
+    """Of calls in one new group, one after the other."""
+    group = distributed.new_group(list(range(distributed.get_world_size())))
+    return [statistics(group, op, inputs, sharding, None, {}).stats for inputs, sharding in batches]
 
 
 def rank_that_dies(group: Any, op: str, inputs: Inputs, sharding: Sharding) -> Any:

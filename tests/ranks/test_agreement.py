@@ -5,7 +5,7 @@ import time
 import pytest
 import sharded_cases
 import torch
-from cases import LINEAR_OPS, make_inputs
+from cases import LINEAR_OPS, call, make_inputs
 from linear_policy_cases import make_inputs as make_policy_inputs
 from ranks import TIMEOUT_SECONDS, Ranks, received
 from sharded_cases import alike
@@ -89,9 +89,16 @@ DIFFERENT = {
     ),
     "tokens": (
         {1: {name: x[:3] for name, x in DELTA.items() if x.shape[0] == 6}},
-        r"the shape of target is \(6,\) on rank 0 of the group and \(3,\) on rank 1",
+        r"the shape of hidden is \(6, 24\) on rank 0 of the group and \(3, 24\) on rank 1",
     ),
-    "targets": ({3: {"target": DELTA["target"].flip(0)}}, r"target of row 0 differs between the ranks of the group"),
+    "targets": (
+        {3: {"target": DELTA["target"].flip(0)}},
+        r"target \(a digest\) is \d+ on rank 0 of the group and \d+ on rank 3",
+    ),
+    "a weight's gradient": (
+        {1: {"base_weight": make_inputs("linear_delta_logp", 6)["base_weight"][:0].requires_grad_()}},
+        "requires_grad of base_weight is False on rank 0 of the group and True on rank 1",
+    ),
     "a gap": ({1: {"shard": (103,)}, 0: {"shard": (0,)}}, "start is 103 on rank 1 .* expected 100.*a gap"),
     "an overlap": ({3: {"shard": (290,)}}, "start is 290 on rank 3 .* expected 297.*they overlap"),
 }
@@ -99,10 +106,13 @@ DIFFERENT = {
 
 @pytest.mark.parametrize(("changes", "words"), DIFFERENT.values(), ids=DIFFERENT.keys())
 def test_ranks_that_are_called_otherwise(ranks, changes, words):
-    for error in ranks(sharded_cases.misused, "linear_delta_logp", DELTA, alike(STARTS), changes):
-        assert isinstance(error, ValueError), error
-        with pytest.raises(ValueError, match=words):
-            raise error
+    """At the first call and later, and calls that are right go on in between."""
+    for first, right, later in ranks.values(sharded_cases.misused, "linear_delta_logp", DELTA, alike(STARTS), changes):
+        assert right is None
+        for error in (first, later):
+            assert isinstance(error, ValueError), error
+            with pytest.raises(ValueError, match=words):
+                raise error
 
 
 #: Of one rank: what is wrong, the error there, and what the others have of it.
@@ -111,6 +121,13 @@ WRONG = {
     "type": ({"weight": torch.zeros(197, 24, dtype=torch.int64)}, TypeError, r"weight has dtype torch\.int64"),
     "bias": ({"bias": torch.zeros(5)}, ValueError, r"bias has shape \(5,\), expected \(197,\)"),
     "option": ({"softcap": -1.0}, ValueError, r"softcap is -1\.0"),
+    "target": ({"target": torch.zeros(3, 11)}, TypeError, r"target has dtype torch\.float32"),
+    "shard": ({"shard": ("0",)}, TypeError, r"start of VocabShard is '0', expected an integer or None"),
+}
+#: Of one function alone.
+WRONG_TOKENS = {
+    "linear_policy_loss": ({"advantage": torch.zeros(5)}, ValueError, r"advantage has shape \(5,\)"),
+    "linear_extrapolated_sample": ({"seed": -1}, ValueError, r"seed is -1"),
 }
 
 
@@ -118,20 +135,55 @@ WRONG = {
 @pytest.mark.parametrize(("change", "kind", "words"), WRONG.values(), ids=WRONG.keys())
 def test_an_error_of_one_rank_is_told_to_all(ranks, op, change, kind, words):
     inputs = DELTA if op == "linear_delta_logp" else make_policy_inputs()
-    errors = ranks(sharded_cases.misused, op, inputs, alike(STARTS), {2: change})
-    with pytest.raises(kind, match=rf"^{words}"):
-        raise errors[2]
-    for rank in (0, 1, 3):
-        with pytest.raises(ValueError, match=rf"^group: on its rank 2 the call is refused: {kind.__name__}: {words}"):
-            raise errors[rank]
+    check_all_are_told(ranks, op, inputs, change, kind, words)
+
+
+@pytest.mark.parametrize(("op", "wrong"), WRONG_TOKENS.items(), ids=WRONG_TOKENS.keys())
+def test_an_error_in_other_inputs_of_one_rank_is_told_to_all(ranks, op, wrong):
+    inputs = make_policy_inputs() if op == "linear_policy_loss" else DELTA | {"seed": 3}
+    check_all_are_told(ranks, op, inputs, *wrong)
+
+
+def test_draws_with_other_seeds_are_refused(ranks):
+    inputs, changes = DELTA | {"seed": 3}, {1: {"seed": 4}}
+    results = ranks.values(sharded_cases.misused, "linear_extrapolated_sample", inputs, alike(STARTS), changes)
+    for first, right, later in results:
+        assert right is None
+        assert str(first) == str(later) == "seed is 3 on rank 0 of the group and 4 on rank 1, expected the same on all"
+
+
+def check_all_are_told(ranks, op, inputs, change, kind, words):
+    """On rank 2 the error, on the others what it is; at the first call and later."""
+    results = ranks.values(sharded_cases.misused, op, inputs, alike(STARTS), {2: change})
+    for rank, (first, right, later) in enumerate(results):
+        assert right is None
+        for error in (first, later):
+            if rank == 2:
+                with pytest.raises(kind, match=rf"^{words}"):
+                    raise error
+                continue
+            told = rf"^group: on its rank 2 the call is refused: {kind.__name__}: {words}"
+            with pytest.raises(ValueError, match=told):
+                raise error
+
+
+def test_one_group_has_several_vocabularies(ranks):
+    """Also such of which a rank has as many tokens of each."""
+    cuts = [(0, 6, 8, 9, 11), (0, 6, 8, 9, 12), (0, 6, 8, 9, 11), (0, 5, 8, 9, 12)]
+    batches = [(make_inputs("linear_logp", v=starts[-1]), alike(starts)) for starts in cuts]
+    for found in ranks.values(sharded_cases.vocabularies, "linear_logp", batches):
+        for (inputs, _), stats in zip(batches, found, strict=True):
+            for value, expected in zip(stats, call("linear_logp", inputs), strict=True):
+                torch.testing.assert_close(value, expected)
 
 
 def test_a_target_outside_of_the_vocabulary_is_the_error_of_one_device(ranks):
     inputs = DELTA | {"target": DELTA["target"].clone()}
     inputs["target"][4] = V
-    for error in ranks(sharded_cases.misused, "linear_delta_logp", inputs, alike(STARTS), {}):
-        assert isinstance(error, IndexError)
-        assert str(error).startswith(f"target[4] is {V}, expected a token in [0, {V})")
+    for errors in ranks.values(sharded_cases.misused, "linear_delta_logp", inputs, alike(STARTS), {}):
+        for error in errors:
+            assert isinstance(error, IndexError)
+            assert str(error).startswith(f"target[4] is {V}, expected a token in [0, {V})")
 
 
 @pytest.mark.parametrize("op", LINEAR_OPS)

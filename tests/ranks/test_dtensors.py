@@ -71,6 +71,49 @@ def test_ranks_with_their_own_tokens_gather_the_weight(accuracy, ranks, op, size
         assert len(gathers) == 2 * len(weights)
 
 
+def batches_of(inputs, parts):
+    """The tokens of each of four ranks, in `parts` parts."""
+    rows = inputs["target"].shape[0] // parts
+    own = [slice(rank * rows, (rank + 1) * rows) for rank in range(parts) for _ in range(4 // parts)]
+    return [{"hidden": inputs["hidden"][some], "target": inputs["target"][some]} for some in own]
+
+
+def test_replicas_of_shards_have_the_mean_gradient_of_all(ranks):
+    inputs = make_inputs("linear_logp", 12, bias=False)
+    batches = batches_of(inputs, 4)
+    upstream = [torch.full((12,), -1.0), torch.zeros(12), torch.zeros(12)]
+    mean = cases.true_gradients("linear_logp", inputs, upstream)["weight"] / 4
+    found = ranks.values(dtensor_cases.two_dimensions, inputs, batches, "hsdp")
+    for rank, (placements, grad) in enumerate(found):
+        assert str(placements) == "(Replicate(), Shard(dim=0))"
+        torch.testing.assert_close(grad.double(), mean[:151] if rank % 2 == 0 else mean[151:], rtol=1e-4, atol=1e-5)
+
+
+def test_a_gradient_that_replicas_would_not_share_is_refused(ranks):
+    inputs = make_inputs("linear_logp", 12, bias=False)
+    for error in ranks(dtensor_cases.two_dimensions, inputs, batches_of(inputs, 2), "tp"):
+        with pytest.raises(
+            TypeError, match=r"^weight is a DTensor .* dimension 0 of its mesh: pass weight.to_local\(\)"
+        ):
+            raise error
+
+
+def test_tokens_that_are_sharded_over_another_dimension_stay_so(ranks):
+    inputs = make_inputs("linear_logp", 12, bias=False)
+    upstream = [torch.full((12,), -1.0), torch.zeros(12), torch.zeros(12)]
+    expected = cases.true_gradients("linear_logp", inputs, upstream)["hidden"]
+    for placements, grad in ranks.values(dtensor_cases.two_dimensions, inputs, batches_of(inputs, 2), "hidden"):
+        assert str(placements) == "(Shard(dim=0), Replicate())"
+        torch.testing.assert_close(grad.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_of_inference_mode(ranks):
+    inputs = make_inputs("linear_logp", bias=False)
+    expected = cases.call("linear_logp", inputs)
+    for found in ranks.values(dtensor_cases.inference_weight, inputs, size=2):
+        assert all(map(torch.equal, found, expected))
+
+
 def test_whole_weights_of_a_mesh(ranks):
     inputs = make_inputs("linear_delta_logp", bias=False)
     expected = cases.call("linear_delta_logp", inputs)

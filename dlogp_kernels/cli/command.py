@@ -75,8 +75,8 @@ def open_in_browser(page: Path) -> None:
         console.print("There is no browser here: open the file in one.", style="yellow")
 
 
-def with_options(kind: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Put the options of a job, the fields of the dataclass `kind`, in the place of a command's `**options`.
+def with_options(*kinds: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Put the options of a job, the fields of the dataclasses `kinds`, in the place of a command's `**options`.
 
     The command is given them by the names of the fields; a limit on lines is still text then. It runs with so many
     threads as `--threads` says, which is no option of the job: other numbers of threads may go on with its run.
@@ -92,7 +92,8 @@ def with_options(kind: type) -> Callable[[Callable[..., None]], Callable[..., No
             command(**given)
 
         own = [one for one in inspect.signature(command).parameters.values() if one.kind is not one.VAR_KEYWORD]
-        parameters = [*own, *(_parameter(kind, name, about) for name, about in options_of(kind).items()), _THREADS]
+        options = [_parameter(kind, name, about) for kind in kinds for name, about in options_of(kind).items()]
+        parameters = [*own, *options, _THREADS]
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         return run
 

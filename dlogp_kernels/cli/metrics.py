@@ -5,11 +5,11 @@ from typing import Annotated, Any
 
 import typer
 
-from ..jobs.options import Measuring
+from ..jobs.options import Measuring, Working
 from .command import Base, Resume, Rl, console, with_options
 
 
-@with_options(Measuring)
+@with_options(Measuring, Working)
 def metrics(
     rl: Rl,
     base: Base,

@@ -7,18 +7,17 @@ the last bit.)
 """
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from .. import __version__
-from ..hf import HiddenStore, LmHead, lm_head
+from ..hf import HiddenStore
 from ..hf.memory import as_bytes
 from ..report.dataset import (
     RESPONSES_DIRECTORY,
@@ -31,19 +30,20 @@ from ..report.dataset import (
 )
 from ..report.story import tell
 from .allowed import check_options
-from .errors import JobError, explained_computation
+from .errors import JobError
 from .inputs.models import ModelPlace, check_device, find_pair, read_pair, warn_of_rounding
-from .inputs.records import Encoder, Example, line_limit, read_records
+from .inputs.records import Encoder, Example, Record, line_limit, read_records
 from .inputs.rollouts import is_unfinished
-from .options import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS, Measuring
+from .options import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS, Measuring, Working
 from .progress import bar, note, show_layer
 from .resume.fingerprint import Fingerprints, versions
 from .resume.plan import cut_batches, cut_parts
 from .resume.prepared import BrokenLineReport, PreparedData, prepare
 from .resume.run_directory import RunDirectory
 from .summary import describe
-from .token_statistics import Computation, measure, response_hidden
 from .token_text import TokenTexts
+from .workers.engines import check_working, engine_of
+from .workers.measurer import Duty, Engine, Task, Team, key_of
 
 _HIDDEN_DIRECTORY = "base_hidden"
 _SHOWN_BROKEN_LINES = 20
@@ -73,7 +73,8 @@ def run_metrics(
             whatever `dtype` is; with `sequential` the base model runs over all the data first, and its hidden states
             are on disk (below `out`) until the RL model has run: the numbers are the same. A line that can not be used
             is, for `on_error`, a JobError that names it before any model is run, or is skipped and listed in the
-            summary.
+            summary. And those of `Working`: workers, which may be others when the run goes on. Those of this machine
+            share the threads of this process.
 
     Returns:
         What `summary.json` holds.
@@ -81,7 +82,9 @@ def run_metrics(
     Raises:
         JobError: an argument, the data, a model or the directory can not be used, or the disk is full.
     """
-    arguments = checked(Measuring(**options))
+    working = Working(**{field.name: options.pop(field.name) for field in fields(Working) if field.name in options})
+    arguments = checked(Measuring(**options | {"device": check_working(working, options.get("device"))}))
+    gathering = engine_of(working, arguments.device)
     rl_place, base_place = find_pair(rl, base, trust_remote_code=arguments.trust_remote_code)
     data_path = Path(data)
     # Opened here for the errors of a file that is missing or empty, before anything else is looked at.
@@ -100,29 +103,45 @@ def run_metrics(
     with directory.claimed(resume=resume) as finished:
         if finished is not None:
             return finished
-        reading = read_pair(rl_place, base_place)
-        warn_of_rounding(rl_place, base_place, arguments.dtype)
-        if not PreparedData.exists(directory.work, directory.ledger):
-            encoder = Encoder(*reading)
-            with directory.writing():
-                prepare(
-                    directory.work,
-                    directory.ledger,
-                    bar(enabled=progress, iterable=records, desc="reading", unit=" lines", leave=False),
-                    encoder,
-                    skip_broken=arguments.on_error == "skip",
-                    on_broken=_announce if progress else None,
-                )
-        prepared = PreparedData(directory.work)
-        _check_not_empty(data_path, prepared)
-        for remark in prepared.remarks() if progress else ():
-            note(f"{data_path}: {remark}")
-        texts = TokenTexts(reading.tokenizer)
-        run = _Run(directory, arguments, prepared, texts, rl_place, base_place, fingerprints, progress)
-        run.compute()
+        with gathering as engine:
+            reading = read_pair(rl_place, base_place)
+            warn_of_rounding(rl_place, base_place, arguments.dtype)
+            prepared = _prepared(directory, data_path, records, Encoder(*reading), arguments, progress=progress)
+            run = _Run(
+                directory, arguments, prepared, TokenTexts(reading.tokenizer), rl_place, base_place, fingerprints,
+                identity["versions"], engine, progress,
+            )  # fmt: skip
+            run.compute()
         found = run.summary()
         _warn_of_nan(found)
         return directory.finish(found, {"rl": str(rl), "base": str(base), "data": str(data), **asdict(arguments)})
+
+
+def _prepared(
+    directory: RunDirectory,
+    path: Path,
+    records: Iterable[Record],
+    encoder: Encoder,
+    arguments: Measuring,
+    *,
+    progress: bool,
+) -> PreparedData:
+    """The data as token ids, which a run that goes on has already; JobError where there are none."""
+    if not PreparedData.exists(directory.work, directory.ledger):
+        with directory.writing():
+            prepare(
+                directory.work,
+                directory.ledger,
+                bar(enabled=progress, iterable=records, desc="reading", unit=" lines", leave=False),
+                encoder,
+                skip_broken=arguments.on_error == "skip",
+                on_broken=_announce if progress else None,
+            )
+    prepared = PreparedData(directory.work)
+    _check_not_empty(path, prepared)
+    for remark in prepared.remarks() if progress else ():
+        note(f"{path}: {remark}")
+    return prepared
 
 
 def checked(given: Measuring) -> Measuring:
@@ -173,6 +192,8 @@ class _Run:
     rl: ModelPlace
     base: ModelPlace
     fingerprints: Fingerprints
+    versions: Mapping[str, str]
+    engine: Engine
     progress: bool
 
     def __post_init__(self) -> None:
@@ -180,9 +201,6 @@ class _Run:
         assert arguments.batch_tokens is not None, "options are checked, which names a default"
         self._batch_tokens = arguments.batch_tokens
         self._parts = cut_parts(self.data.lengths, self._batch_tokens)
-        self._computation = Computation(
-            torch.device(arguments.device), arguments.temperature, arguments.memory_limit, self._on_layer
-        )
         self._origin = Origin(
             __version__, self.rl.name, self.base.name, self.rl.revision, self.base.revision, arguments.dtype,
             arguments.temperature,
@@ -194,10 +212,11 @@ class _Run:
         missing = [index for index in range(len(self._parts)) if not self._is_written(index)]
         if not missing:
             return
-        store = self._store_base(missing) if self.arguments.sequential else None
-        rl = self._load(self.rl)
-        base = self._load(self.base) if store is None else _on_device(store.head(), self._computation.device)
-        self._write_parts(missing, rl, base, store)
+        if self.arguments.sequential:
+            self._store_base(missing)
+            self._write_parts(missing, self._team(self.rl, None, self._hidden_directory))
+        else:
+            self._write_parts(missing, self._team(self.rl, self.base, None))
 
     def summary(self) -> dict[str, Any]:
         """What is written when all parts are there."""
@@ -223,64 +242,71 @@ class _Run:
                 warnings.warn(f"{path} is damaged or gone: it is computed again", stacklevel=2)
         return not lost
 
-    def _store_base(self, parts: Sequence[int]) -> HiddenStore:
-        """The base model's hidden states of all samples of the parts; what is there and whole stays."""
-        directory = self.directory.work / _HIDDEN_DIRECTORY
-        if (found := HiddenStore.whole(directory)) and all(
-            self._has(found, samples) for index in parts for samples in self._batches(self._parts[index])
-        ):
-            return found
-        base = self._load(self.base)
-        with self.directory.writing():
-            self.directory.begin(TOKENS_DIRECTORY)
-            store = HiddenStore.create(directory, lm_head(base))
-        with self._bar("base", parts) as shown:
-            self.directory.start_lap()
-            for index in parts:
-                computed = False
-                for samples in self._batches(self._parts[index]):
-                    if not self._has(store, samples):
-                        computed = True
-                        with _explained():
-                            hidden = response_hidden(samples, base, self._computation)
-                        with self.directory.writing():
-                            for sample, states in zip(samples, hidden, strict=True):
-                                store.write(_key(sample), states, input_ids=sample.response_ids.tolist())
-                    shown.update(_count_tokens(samples))
-                if computed:
+    @property
+    def _hidden_directory(self) -> Path:
+        return self.directory.work / _HIDDEN_DIRECTORY
+
+    def _team(self, rl: ModelPlace | None, base: ModelPlace | None, store: Path | None) -> AbstractContextManager[Team]:
+        """Whoever computes with these models, or with the base model's hidden states in the store."""
+        duty = Duty(self.arguments, rl, base, store, self.fingerprints, self.versions)
+        return self.engine(duty, self._on_layer)
+
+    def _store_base(self, parts: Sequence[int]) -> None:
+        """Keep the base model's hidden states of all samples of the parts; what is there and whole stays."""
+        found = HiddenStore.whole(self._hidden_directory)
+        if found is not None and all(_has(found, task.samples) for task in self._tasks(parts)):
+            return
+        with self._team(None, self.base, None) as team:
+            assert team.head is not None, "the base model is alone"
+            with self.directory.writing():
+                self.directory.begin(TOKENS_DIRECTORY)
+                store = HiddenStore.create(self._hidden_directory, team.head)
+            with self._bar("base", parts) as shown:
+                self.directory.start_lap()
+                for task, hidden in team.results(self._without(store, parts, shown)):
                     with self.directory.writing():
+                        for sample, states in zip(task.samples, hidden, strict=True):
+                            store.write(key_of(sample), states, input_ids=sample.response_ids.tolist())
                         self.directory.save_lap()
-        return store
+                    shown.update(_count_tokens(task.samples))
 
-    @staticmethod
-    def _has(store: HiddenStore, samples: Sequence[Example]) -> bool:
-        return all(store.has(_key(sample), input_ids=sample.response_ids.tolist()) for sample in samples)
+    def _without(self, store: HiddenStore, parts: Sequence[int], shown: tqdm) -> Iterator[Task]:
+        """The batches of which the store lacks something."""
+        for task in self._tasks(parts):
+            if _has(store, task.samples):
+                shown.update(_count_tokens(task.samples))
+            else:
+                yield task
 
-    def _write_parts(self, missing: Sequence[int], rl: Any, base: Any, store: HiddenStore | None) -> None:
-        """With the base model itself, or with its last layer and what is in the store."""
-        with self._bar("rl and base" if store is None else "rl", missing) as shown:
+    def _write_parts(self, missing: Sequence[int], gathering: AbstractContextManager[Team]) -> None:
+        """Each when all of its batches are there, in whatever order they come."""
+        begun: dict[int, list[ResponseRows]] = {}
+        with gathering as team, self._bar("rl" if self.arguments.sequential else "rl and base", missing) as shown:
             self.directory.start_lap()
-            for index in missing:
-                rows: list[ResponseRows] = []
-                for samples in self._batches(self._parts[index]):
-                    with _explained():
-                        hidden = None if store is None else [_read(store, sample) for sample in samples]
-                        measured = measure(samples, rl, base, self._computation, hidden)
-                        _check_numbers(samples, measured)
-                    rows += map(self._rows, samples, measured)
-                    shown.update(_count_tokens(samples))
-                rows.sort(key=lambda row: row.line)
-                with self.directory.writing():
-                    self.directory.begin(TOKENS_DIRECTORY, RESPONSES_DIRECTORY)
-                    self.directory.save_lap()
-                    for path, piece in write_part(self.directory.out, index, rows, self._origin):
-                        self.directory.ledger.record(path, piece)
+            for task, measured in team.results(self._tasks(missing)):
+                rows = begun.setdefault(task.part, [])
+                rows += map(self._rows, task.samples, measured)
+                shown.update(_count_tokens(task.samples))
+                begin, end = self._parts[task.part]
+                if len(rows) == end - begin:
+                    self._write_part(task.part, begun.pop(task.part))
+        assert not begun, "each batch comes once"
 
-    def _batches(self, part: tuple[int, int]) -> Iterator[list[Example]]:
-        """The samples of a part in batches."""
-        samples = self.data.samples(*part)
-        for members in cut_batches(self.data.lengths[slice(*part)], self._batch_tokens):
-            yield [samples[member] for member in members]
+    def _write_part(self, index: int, rows: list[ResponseRows]) -> None:
+        rows.sort(key=lambda row: row.line)
+        with self.directory.writing():
+            self.directory.begin(TOKENS_DIRECTORY, RESPONSES_DIRECTORY)
+            self.directory.save_lap()
+            for path, piece in write_part(self.directory.out, index, rows, self._origin):
+                self.directory.ledger.record(path, piece)
+
+    def _tasks(self, parts: Sequence[int]) -> Iterator[Task]:
+        """The batches of the parts."""
+        for index in parts:
+            begin, end = self._parts[index]
+            samples = self.data.samples(begin, end)
+            for place, members in enumerate(cut_batches(self.data.lengths[begin:end], self._batch_tokens)):
+                yield Task(index, place, [samples[member] for member in members])
 
     def _rows(self, sample: Example, statistics: Mapping[str, np.ndarray]) -> ResponseRows:
         return ResponseRows(
@@ -296,9 +322,6 @@ class _Run:
             sample.finished,
             sample.replaced,
         )
-
-    def _load(self, place: ModelPlace) -> Any:
-        return self.fingerprints.load(place, self.arguments.dtype, self._computation.device)
 
     def _bar(self, name: str, parts: Sequence[int]) -> tqdm:
         """A bar of tokens, prompts included; its rate and time left are of the parts that are computed now."""
@@ -317,40 +340,15 @@ class _Run:
         show_layer(self._shown, done, total)
 
 
-def _explained() -> AbstractContextManager[None]:
-    return explained_computation("the statistics can not be computed", "--memory-limit, or fewer --batch-tokens")
-
-
-def _check_numbers(samples: Sequence[Example], measured: Sequence[Mapping[str, np.ndarray]]) -> None:
-    """ValueError where no Δlog p is a number; single ones that are none are counted in the summary."""
-    if not all(np.isnan(statistics["delta_logp"]).all() for statistics in measured):
-        return
-    models = [name for name in ("logp", "base_logp") if np.isnan(measured[0][name]).all()]
-    blamed = " and ".join({"logp": "--rl", "base_logp": "--base"}[name] for name in models) or "the pair"
-    raise ValueError(
-        f"Δlog p of every token is NaN from line {samples[0].line} on: the logits of {blamed} are no numbers; the "
-        "weights are damaged, or --dtype or --temperature do not suit them"
-    )
-
-
 def _warn_of_nan(summary: Mapping[str, Any]) -> None:
     count = sum(source["statistics"]["delta_logp"]["nan"] for source in summary["sources"].values())
     if count:
         warnings.warn(f"Δlog p of {count} of {summary['response_tokens']} tokens is NaN", stacklevel=3)
 
 
-def _on_device(head: LmHead, device: torch.device) -> LmHead:
-    bias = None if head.bias is None else head.bias.to(device)
-    return head._replace(weight=head.weight.to(device), bias=bias)
-
-
-def _key(sample: Example) -> str:
-    """What the base model's hidden states of a sample are kept under."""
-    return f"line {sample.line:012d}"
-
-
-def _read(store: HiddenStore, sample: Example) -> torch.Tensor:
-    return store.read(_key(sample), input_ids=sample.response_ids.tolist())
+def _has(store: HiddenStore, samples: Sequence[Example]) -> bool:
+    """Whether the hidden states of all samples are there and whole."""
+    return all(store.has(key_of(sample), input_ids=sample.response_ids.tolist()) for sample in samples)
 
 
 def _count_tokens(samples: Sequence[Example]) -> int:

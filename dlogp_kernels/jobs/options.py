@@ -66,6 +66,20 @@ class Measuring:
 
 
 @dataclass(frozen=True)
+class Working:
+    """Who computes in `dlogp metrics`, which is no part of what the run is of: others may go on with it."""
+
+    devices: str | None = option(
+        None, "all, a number, or a list such as cuda:0,cuda:1: a worker each, that has the models.",
+        unset="this process, on --device",
+    )  # fmt: skip
+    engine: str = option("local", "ray: workers are actors of Ray, which starts here.", OneOf(("local", "ray")))
+    address: str | None = option(
+        None, "Of a cluster of Ray that is there: auto, or host:port of its head node.", unset="none"
+    )
+
+
+@dataclass(frozen=True)
 class Decoding:
     """What all settings of a run of `dlogp generate` or `dlogp sweep` share.
 

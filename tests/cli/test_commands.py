@@ -92,6 +92,7 @@ def test_every_option_reaches_the_job(pair, dlogp, tmp_path, monkeypatch):
     monkeypatch.setattr("dlogp_kernels.jobs.metrics.run_metrics", record)
     options = ["--memory-limit", "4GiB", "--batch-tokens", 77, "--dtype", "fp16", "--sequential", "--resume"]
     options += ["--on-error", "skip", "--temperature", 0.7, "--trust-remote-code", "--max-line-size", "1MiB"]
+    options += ["--engine", "ray", "--address", "auto", "--devices", "2"]
     threads = torch.get_num_threads()
     status, _, errors = dlogp(*metrics_arguments(pair, tmp_path / "out"), *options, "--threads", threads + 1)
     torch.set_num_threads(threads)
@@ -110,6 +111,9 @@ def test_every_option_reaches_the_job(pair, dlogp, tmp_path, monkeypatch):
         "temperature": 0.7,
         "trust_remote_code": True,
         "max_line_size": "1MiB",
+        "engine": "ray",
+        "address": "auto",
+        "devices": "2",
     }
 
 

@@ -1,0 +1,181 @@
+"""What a worker does with a batch: it has the models in memory, and gives hidden states or statistics for samples.
+
+The process of the run is a worker itself where there are no others; whoever computes a batch, it is computed by this.
+"""
+
+import socket
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+from ...hf import HiddenStore, LmHead, lm_head
+from ..errors import JobError, explained_computation
+from ..inputs.models import ModelPlace
+from ..inputs.records import Example
+from ..options import Measuring
+from ..progress import OnLayer
+from ..resume.fingerprint import Fingerprints, versions
+from ..token_statistics import Computation, measure, response_hidden
+
+
+class Duty(NamedTuple):
+    """What workers are for; the same for all of a run, but for the device.
+
+    Without `rl` they give the base model's hidden states; with `store`, the directory of a `HiddenStore`, they take
+    them from there instead of having the base model.
+    """
+
+    arguments: Measuring
+    rl: ModelPlace | None
+    base: ModelPlace | None
+    store: Path | None
+    fingerprints: Fingerprints
+    versions: Mapping[str, str]
+
+
+class Task(NamedTuple):
+    """A batch of a part, by its place in the part."""
+
+    part: int
+    batch: int
+    samples: list[Example]
+
+    def __str__(self) -> str:
+        lines = [sample.line for sample in self.samples]
+        return f"part {self.part} (lines {min(lines)} to {max(lines)} of --data)"
+
+
+class Team(Protocol):
+    """Workers who have their models in memory; or one of them, this process."""
+
+    @property
+    def head(self) -> LmHead | None:
+        """The last layer of the base model, where it is the only model."""
+
+    def results(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Any]]:
+        """Each task once, with what `Measurer` gives for its samples; in any order."""
+
+
+#: Gathers a team for a duty; whoever is one of it in this process tells how far it is with a batch.
+Engine = Callable[[Duty, OnLayer], AbstractContextManager[Team]]
+
+
+class Reply(NamedTuple):
+    """What a worker says when it is ready, and for each task: a value, or the error that ended it; and warnings."""
+
+    value: Any = None
+    error: Exception | None = None
+    warnings: Sequence[str] = ()
+
+
+class Measurer:
+    """Has the models of a duty in memory. Raises JobError where they can not be had here, or are others."""
+
+    def __init__(self, duty: Duty, on_layer: OnLayer = lambda done, total: None) -> None:
+        arguments = duty.arguments
+        self._duty = duty
+        self._how = Computation(
+            torch.device(arguments.device), arguments.temperature, arguments.memory_limit, on_layer
+        )  # fmt: skip
+        _check_versions(duty)
+        self._store = None if duty.store is None else _open(duty.store)
+        self._rl = None if duty.rl is None else self._load(duty.rl)
+        if duty.base is not None:
+            self._base = self._load(duty.base)
+        else:
+            assert self._store is not None, "without the base model its hidden states are asked for"
+            self._base = _on_device(self._store.head(), self._how.device)
+
+    @property
+    def head(self) -> LmHead | None:
+        """The last layer of the base model, where it is the only model; on the CPU."""
+        return _on_device(lm_head(self._base), torch.device("cpu")) if self._rl is None else None
+
+    def __call__(self, samples: Sequence[Example]) -> list[Any]:
+        """For each sample the base model's hidden states, without the RL model; or its statistics, see `measure`."""
+        with explained_computation("the statistics can not be computed", "--memory-limit, or fewer --batch-tokens"):
+            if self._rl is None:
+                # Views would take the whole batch with them to another process.
+                return [states.clone() for states in response_hidden(samples, self._base, self._how)]
+            hidden = None if self._store is None else [read_hidden(self._store, sample) for sample in samples]
+            measured = measure(samples, self._rl, self._base, self._how, hidden)
+            _check_numbers(samples, measured)
+            return measured
+
+    def _load(self, place: ModelPlace) -> Any:
+        if not place.directory.is_dir():
+            raise JobError(
+                f"{place}: the worker on {socket.gethostname()} has no directory {place.directory}: all machines need "
+                "the models at the same place"
+            )
+        return self._duty.fingerprints.load(place, self._duty.arguments.dtype, self._how.device)
+
+
+def answered(function: Callable[..., Any], *arguments: Any) -> Reply:
+    """What the function gives, raises and warns of, so that another process can be told."""
+    with warnings.catch_warnings(record=True) as caught:
+        try:
+            value, error = function(*arguments), None
+        except Exception as raised:
+            value, error = None, _portable(raised)
+    return Reply(value, error, [str(one.message) for one in caught if one.category is UserWarning])
+
+
+def _portable(error: Exception) -> Exception:
+    """What a user can do something about as it is; of a fault of ours where it is."""
+    if isinstance(error, JobError | OSError | MemoryError):
+        return error.with_traceback(None)
+    return RuntimeError("".join(traceback.format_exception(error)).rstrip())
+
+
+def key_of(sample: Example) -> str:
+    """What the base model's hidden states of a sample are kept under."""
+    return f"line {sample.line:012d}"
+
+
+def read_hidden(store: HiddenStore, sample: Example) -> torch.Tensor:
+    """The base model's hidden states of a sample; KeyError or ValueError if they are not there."""
+    return store.read(key_of(sample), input_ids=sample.response_ids.tolist())
+
+
+def _check_versions(duty: Duty) -> None:
+    found = versions(duty.arguments.device)
+    for name, version in duty.versions.items():
+        if found.get(name) != version:
+            raise JobError(
+                f"the worker on {socket.gethostname()} has {name} {found.get(name)}, this run is of {version}: all "
+                "machines need the same versions"
+            )
+
+
+def _open(store: Path) -> HiddenStore:
+    try:
+        return HiddenStore.open(store)
+    except FileNotFoundError as error:
+        raise JobError(
+            f"--sequential: the worker on {socket.gethostname()} does not see {store}: give an --out that all machines "
+            "share, or leave --sequential out"
+        ) from error
+
+
+def _on_device(head: LmHead, device: torch.device) -> LmHead:
+    bias = None if head.bias is None else head.bias.to(device)
+    return head._replace(weight=head.weight.to(device), bias=bias)
+
+
+def _check_numbers(samples: Sequence[Example], measured: Sequence[Mapping[str, np.ndarray]]) -> None:
+    """ValueError where no Δlog p is a number; single ones that are none are counted in the summary."""
+    if not all(np.isnan(statistics["delta_logp"]).all() for statistics in measured):
+        return
+    models = [name for name in ("logp", "base_logp") if np.isnan(measured[0][name]).all()]
+    blamed = " and ".join({"logp": "--rl", "base_logp": "--base"}[name] for name in models) or "the pair"
+    raise ValueError(
+        f"Δlog p of every token is NaN from line {samples[0].line} on: the logits of {blamed} are no numbers; the "
+        "weights are damaged, or --dtype or --temperature do not suit them"
+    )

@@ -1,0 +1,202 @@
+"""Workers that are actors of Ray, which it starts on this machine, or finds on those of a cluster.
+
+Not Ray Data: what is lost with an actor has to be given to another one so many times and then be named, and each batch
+has to arrive as soon as it is done, which `pool` sees to for processes anyway. An actor is therefore neither restarted
+nor asked again by Ray.
+"""
+
+import contextlib
+import logging
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import JobError
+from ..inputs.records import Example
+from ..progress import OnLayer
+from .measurer import Duty, Engine, Measurer, Reply, answered
+from .pool import Pool, WorkerLost
+from .process_worker import set_up
+
+_SECONDS_TO_CONNECT = 30
+_QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+#: Connecting ends this process, or does not end, where something else than Ray answers: another one tries it first.
+_TRIAL = "import sys, ray; ray.init(sys.argv[1], log_to_driver=False, logging_level=40)"
+_ERROR = re.compile(r"\w*(Error|Exception|Timeout): ")
+
+
+@contextlib.contextmanager
+def ray_engine(address: str | None, number: int | None, device: str) -> Iterator[Engine]:
+    """Actors on a cluster, or of this machine; so many, or one for each GPU, or for each machine without any.
+
+    Raises JobError if the cluster can not be reached, or has no room for so many.
+    """
+    # Ray reports to its makers otherwise.
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    import ray
+
+    found = ray.is_initialized()
+    threads = torch.get_num_threads()
+    if address is not None:
+        _check_cluster(address)
+        start: dict[str, Any] = {"address": address}
+    else:
+        gpus = torch.cuda.device_count() if device == "cuda" else 0
+        number = number or max(1, gpus)
+        # This process computes nothing meanwhile.
+        threads = max(1, threads // number)
+        start = {"address": "local", "num_cpus": number * threads, "num_gpus": gpus, "include_dashboard": False}
+    if not found:
+        ray.init(**start, **_QUIET)
+    try:
+        wanted = {"num_cpus": 1, "num_gpus": 1} if device == "cuda" else {"num_cpus": threads, "num_gpus": 0}
+        room = _room(wanted)
+        number = _number_of_actors(number, room, wanted)
+
+        def gather(duty: Duty, on_layer: OnLayer) -> Pool:
+            # Ray lets an actor see its GPU alone.
+            duty = absolute(duty._replace(arguments=replace(duty.arguments, device=device)))
+            return Pool(lambda place: RayWorker(duty, threads, wanted, place), number, _speaking)
+
+        yield gather
+    finally:
+        if not found:
+            ray.shutdown()
+
+
+def _check_cluster(address: str) -> None:
+    try:
+        _try(address)
+    except JobError as error:
+        raise JobError(
+            f"--address {address}: {error}; start a cluster by `ray start --head`, or leave --address out"
+        ) from error
+
+
+def _try(address: str) -> None:
+    """JobError if no cluster of Ray answers there in time."""
+    host, _, port = address.rpartition(":")
+    try:
+        if host:
+            socket.create_connection((host, int(port)), _SECONDS_TO_CONNECT).close()
+        tried = subprocess.run(
+            [sys.executable, "-c", _TRIAL, address], capture_output=True, text=True, timeout=_SECONDS_TO_CONNECT,
+            stdin=subprocess.DEVNULL, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        raise JobError(f"no cluster of Ray answered within {_SECONDS_TO_CONNECT} s") from error
+    except (OSError, OverflowError) as error:
+        raise JobError(f"no cluster of Ray can be reached ({error})") from error
+    if tried.returncode != 0:
+        raise JobError(f"no cluster of Ray can be reached ({_reason(tried.stderr)})")
+
+
+def _room(wanted: dict[str, int]) -> list[int]:
+    """How many such actors each machine has room for, were it idle."""
+    import ray
+
+    names = {"num_cpus": "CPU", "num_gpus": "GPU"}
+    return [
+        min(int(node["Resources"].get(names[what], 0)) // count for what, count in wanted.items() if count)
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+
+
+def _number_of_actors(number: int | None, room: Sequence[int], wanted: dict[str, int]) -> int:
+    if number is None:
+        number = sum(room) if wanted["num_gpus"] else sum(map(bool, room))
+    if not 1 <= number <= sum(room):
+        each = "a GPU" if wanted["num_gpus"] else f"{wanted['num_cpus']} CPUs (--threads)"
+        raise JobError(
+            f"--devices: Ray has room for {sum(room)} workers of {each} each, expected room for {max(number, 1)}: "
+            "give fewer --devices or --threads"
+        )
+    return number
+
+
+def absolute(duty: Duty) -> Duty:
+    """With paths that mean the same in another directory."""
+
+    def of_place(place: Any) -> Any:
+        base = None if place.base is None else of_place(place.base)
+        return place._replace(directory=Path(place.directory).absolute(), base=base)
+
+    models = {name: of_place(getattr(duty, name)) for name in ("rl", "base") if getattr(duty, name) is not None}
+    return duty._replace(store=None if duty.store is None else duty.store.absolute(), **models)
+
+
+class Actor:
+    """What Ray runs on a machine of its choice."""
+
+    def begin(self, duty: Duty, threads: int, directory: str, gives_head: bool) -> Reply:
+        """Have the models in memory; the reply may hold the head."""
+        # An adapter may name its base by a relative path.
+        with contextlib.suppress(OSError):
+            os.chdir(directory)
+        set_up(threads)
+
+        def load() -> Any:
+            self._measurer = Measurer(duty)
+            return self._measurer.head if gives_head else None
+
+        return answered(load)
+
+    def compute(self, samples: list[Example]) -> Reply:
+        """What `Measurer` gives."""
+        return answered(self._measurer, samples)
+
+
+class RayWorker:
+    """An actor, and what it was asked that has no answer yet."""
+
+    def __init__(self, duty: Duty, threads: int, wanted: dict[str, int], place: int) -> None:
+        import ray
+
+        kind: Any = ray.remote(Actor)
+        self._actor = kind.options(**wanted, max_restarts=0, max_task_retries=0).remote()
+        self.asked: deque[Any] = deque([self._actor.begin.remote(duty, threads, os.getcwd(), place == 0)])
+
+    def give(self, task: Any) -> None:
+        """Give it a task, without waiting."""
+        self.asked.append(self._actor.compute.remote(task.samples))
+
+    def take(self) -> Reply:
+        """What it says next; WorkerLost if it has ended."""
+        import ray
+
+        try:
+            return ray.get(self.asked.popleft())
+        except ray.exceptions.RayError as error:
+            raise WorkerLost(f"an actor of Ray: {_reason(str(error))}") from None
+
+    def stop(self) -> None:
+        """End it at once."""
+        import ray
+
+        ray.kill(self._actor)
+
+
+def _speaking(workers: Sequence[Any]) -> list[Any]:
+    import ray
+
+    by_answer = {worker.asked[0]: worker for worker in workers if worker.asked}
+    ray.wait(list(by_answer), num_returns=1)
+    answers, _ = ray.wait(list(by_answer), num_returns=len(by_answer), timeout=0)
+    return [by_answer[answer] for answer in answers]
+
+
+def _reason(text: str) -> str:
+    """The line of a long explanation that says most: the last error, or the first line."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    line = next((line for line in reversed(lines) if _ERROR.match(line)), lines[0] if lines else "it says nothing")
+    return line.partition(". ")[0].removesuffix(".")

@@ -23,6 +23,7 @@ _PACKAGES = (
     "trl",
     "pyarrow",
     "matplotlib",
+    "ray",
 )
 _TOOLS = {"C++ compiler": ("c++", "g++", "clang++"), "ninja": ("ninja",), "nvcc": ("nvcc",)}
 #: Instruction sets that a kernel may use, as Linux and then macOS spell them.

@@ -83,8 +83,9 @@ def run_metrics(
         JobError: an argument, the data, a model or the directory can not be used, or the disk is full.
     """
     working = Working(**{field.name: options.pop(field.name) for field in fields(Working) if field.name in options})
-    arguments = checked(Measuring(**options | {"device": check_working(working, options.get("device"))}))
-    gathering = engine_of(working, arguments.device)
+    device = check_working(working, options.get("device"))
+    arguments = checked(Measuring(**options | {"device": device}))
+    gathering = engine_of(working, arguments.device, device)
     rl_place, base_place = find_pair(rl, base, trust_remote_code=arguments.trust_remote_code)
     data_path = Path(data)
     # Opened here for the errors of a file that is missing or empty, before anything else is looked at.

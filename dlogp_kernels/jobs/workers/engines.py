@@ -64,13 +64,16 @@ def _listed(devices: str | None) -> list[str]:
     return [] if devices is None or devices == _ALL or devices.isdecimal() else devices.split(",")
 
 
-def engine_of(working: Working, device: str) -> AbstractContextManager[Engine]:
-    """What gathers the teams of a run; Ray is there within its context. JobError for devices that are not."""
+def engine_of(working: Working, device: str, given: str | None) -> AbstractContextManager[Engine]:
+    """What gathers the teams of a run on a device, perhaps given by name; Ray is there within its context.
+
+    JobError for devices that are not there.
+    """
     if working.engine == "ray":
         from .ray_actors import ray_engine
 
         number = None if working.devices in (None, _ALL) else _number(working.devices)
-        return ray_engine(working.address, number, device)
+        return ray_engine(working.address, number, device, may_leave_gpus=given is not None)
     if working.devices is None:
         return contextlib.nullcontext(_Alone)
     devices = local_devices(working.devices, device)

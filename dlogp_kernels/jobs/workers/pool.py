@@ -65,7 +65,7 @@ class Pool:
         self._number = number
         self._wait = wait
         self._members: list[_Member] = []
-        self._again: deque[Task] = deque()
+        self._waiting: deque[Task] = deque()
         self._lost_at: Counter[tuple[int, int]] = Counter()
         self._lost_before_ready = 0
         #: What worker 0 said when it was ready.
@@ -97,16 +97,16 @@ class Pool:
         """Give tasks to whoever is ready for some; whether there are any that are not done."""
         for member in self._members:
             while member.ready and len(member.tasks) < _TASKS_OF_A_WORKER and self._fetch(left):
-                task = self._again.popleft()
+                task = self._waiting.popleft()
                 member.tasks.append(task)
                 member.worker.give(task)
         return any(member.tasks for member in self._members) or self._fetch(left)
 
     def _fetch(self, left: Iterator[Task]) -> bool:
         """Whether there is a task to give; those that lost their worker come first."""
-        if not self._again:
-            self._again.extend(task for task in [next(left, None)] if task is not None)
-        return bool(self._again)
+        if not self._waiting:
+            self._waiting.extend(task for task in [next(left, None)] if task is not None)
+        return bool(self._waiting)
 
     def _heard(self) -> Iterator[tuple[Task, Any]]:
         """Wait until there is something to hear; tasks that are done, with their values."""
@@ -142,6 +142,6 @@ class Pool:
             if self._lost_at[task.part, task.batch] == _MOST_LOST_WORKERS:
                 raise JobError(f"{task}: {_MOST_LOST_WORKERS} workers ended while they computed it: {lost}") from lost
         warnings.warn(f"a worker was lost: {lost}; another one goes on with what it had", stacklevel=2)
-        self._again.extendleft(reversed(member.tasks))
+        self._waiting.extendleft(reversed(member.tasks))
         member.tasks.clear()
         member.worker, member.ready = self._start(member.place), False

@@ -8,22 +8,21 @@ nor asked again by Ray.
 import contextlib
 import logging
 import os
+import pickle
 import re
 import socket
 import subprocess
 import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import JobError
-from ..inputs.records import Example
 from ..progress import OnLayer
-from .measurer import Duty, Engine, Measurer, Reply, answered
+from .measurer import Duty, Engine, Measurer, Reply, Task, answered
 from .pool import Pool, WorkerLost
 from .process_worker import set_up
 
@@ -35,10 +34,11 @@ _ERROR = re.compile(r"\w*(Error|Exception|Timeout): ")
 
 
 @contextlib.contextmanager
-def ray_engine(address: str | None, number: int | None, device: str) -> Iterator[Engine]:
+def ray_engine(address: str | None, number: int | None, device: str, *, may_leave_gpus: bool) -> Iterator[Engine]:
     """Actors on a cluster, or of this machine; so many, or one for each GPU, or for each machine without any.
 
-    Raises JobError if the cluster can not be reached, or has no room for so many.
+    Raises JobError if the cluster can not be reached, or has no room for so many; or if they would leave its GPUs alone
+    where they may not.
     """
     # Ray reports to its makers otherwise.
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -48,24 +48,26 @@ def ray_engine(address: str | None, number: int | None, device: str) -> Iterator
     threads = torch.get_num_threads()
     if address is not None:
         _check_cluster(address)
-        start: dict[str, Any] = {"address": address}
     else:
-        gpus = torch.cuda.device_count() if device == "cuda" else 0
-        number = number or max(1, gpus)
+        number = number or (max(1, torch.cuda.device_count()) if device == "cuda" else 1)
         # This process computes nothing meanwhile.
         threads = max(1, threads // number)
-        start = {"address": "local", "num_cpus": number * threads, "num_gpus": gpus, "include_dashboard": False}
-    if not found:
-        ray.init(**start, **_QUIET)
+    wanted = {"num_cpus": 1, "num_gpus": 1} if device == "cuda" else {"num_cpus": threads, "num_gpus": 0}
+    if not found and address is not None:
+        ray.init(address, **_QUIET)
+    elif not found:
+        # They give way to every other process otherwise, to this one as well, which waits for them.
+        os.environ.setdefault("RAY_worker_niceness", "0")
+        room: dict[str, Any] = {resource: int(number or 1) * count for resource, count in wanted.items()}
+        ray.init("local", include_dashboard=False, **room, **_QUIET)
     try:
-        wanted = {"num_cpus": 1, "num_gpus": 1} if device == "cuda" else {"num_cpus": threads, "num_gpus": 0}
-        room = _room(wanted)
-        number = _number_of_actors(number, room, wanted)
+        if not may_leave_gpus:
+            _check_gpus(device)
+        number = _number_of_actors(number, wanted)
 
         def gather(duty: Duty, on_layer: OnLayer) -> Pool:
-            # Ray lets an actor see its GPU alone.
-            duty = absolute(duty._replace(arguments=replace(duty.arguments, device=device)))
-            return Pool(lambda place: RayWorker(duty, threads, wanted, place), number, _speaking)
+            # That of an actor is `cuda` too, of which Ray lets it see its own.
+            return Pool(lambda place: RayWorker(_absolute(duty), threads, wanted, place), number, _speaking)
 
         yield gather
     finally:
@@ -100,6 +102,17 @@ def _try(address: str) -> None:
         raise JobError(f"no cluster of Ray can be reached ({_reason(tried.stderr)})")
 
 
+def _check_gpus(device: str) -> None:
+    """JobError where Ray has GPUs, but this machine none, after which the device is chosen."""
+    import ray
+
+    if device == "cpu" and ray.cluster_resources().get("GPU"):
+        raise JobError(
+            "--engine ray: Ray has GPUs, and this machine none: start the command on a machine with one, or give "
+            "--device cpu"
+        )
+
+
 def _room(wanted: dict[str, int]) -> list[int]:
     """How many such actors each machine has room for, were it idle."""
     import ray
@@ -112,7 +125,9 @@ def _room(wanted: dict[str, int]) -> list[int]:
     ]
 
 
-def _number_of_actors(number: int | None, room: Sequence[int], wanted: dict[str, int]) -> int:
+def _number_of_actors(number: int | None, wanted: dict[str, int]) -> int:
+    """The number, or that of all that there is room for; JobError if there is not."""
+    room = _room(wanted)
     if number is None:
         number = sum(room) if wanted["num_gpus"] else sum(map(bool, room))
     if not 1 <= number <= sum(room):
@@ -124,7 +139,7 @@ def _number_of_actors(number: int | None, room: Sequence[int], wanted: dict[str,
     return number
 
 
-def absolute(duty: Duty) -> Duty:
+def _absolute(duty: Duty) -> Duty:
     """With paths that mean the same in another directory."""
 
     def of_place(place: Any) -> Any:
@@ -138,7 +153,7 @@ def absolute(duty: Duty) -> Duty:
 class Actor:
     """What Ray runs on a machine of its choice."""
 
-    def begin(self, duty: Duty, threads: int, directory: str, gives_head: bool) -> Reply:
+    def begin(self, duty: Duty, threads: int, directory: str, gives_head: bool) -> bytes:
         """Have the models in memory; the reply may hold the head."""
         # An adapter may name its base by a relative path.
         with contextlib.suppress(OSError):
@@ -149,11 +164,11 @@ class Actor:
             self._measurer = Measurer(duty)
             return self._measurer.head if gives_head else None
 
-        return answered(load)
+        return pickle.dumps(answered(load), pickle.HIGHEST_PROTOCOL)
 
-    def compute(self, samples: list[Example]) -> Reply:
-        """What `Measurer` gives."""
-        return answered(self._measurer, samples)
+    def compute(self, samples: bytes) -> bytes:
+        """What `Measurer` gives; in one piece, where Ray would handle each array by itself."""
+        return pickle.dumps(answered(self._measurer, pickle.loads(samples)), pickle.HIGHEST_PROTOCOL)
 
 
 class RayWorker:
@@ -166,16 +181,16 @@ class RayWorker:
         self._actor = kind.options(**wanted, max_restarts=0, max_task_retries=0).remote()
         self.asked: deque[Any] = deque([self._actor.begin.remote(duty, threads, os.getcwd(), place == 0)])
 
-    def give(self, task: Any) -> None:
+    def give(self, task: Task) -> None:
         """Give it a task, without waiting."""
-        self.asked.append(self._actor.compute.remote(task.samples))
+        self.asked.append(self._actor.compute.remote(pickle.dumps(task.samples, pickle.HIGHEST_PROTOCOL)))
 
     def take(self) -> Reply:
         """What it says next; WorkerLost if it has ended."""
         import ray
 
         try:
-            return ray.get(self.asked.popleft())
+            return pickle.loads(ray.get(self.asked.popleft()))
         except ray.exceptions.RayError as error:
             raise WorkerLost(f"an actor of Ray: {_reason(str(error))}") from None
 

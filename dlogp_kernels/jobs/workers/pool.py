@@ -40,6 +40,8 @@ class _Member:
     place: int
     worker: Worker
     ready: bool = False
+    #: Workers in a row that ended here before they were ready.
+    lost_before_ready: int = 0
     tasks: deque[Task] = field(default_factory=deque)
 
 
@@ -67,7 +69,6 @@ class Pool:
         self._members: list[_Member] = []
         self._waiting: deque[Task] = deque()
         self._lost_at: Counter[tuple[int, int]] = Counter()
-        self._lost_before_ready = 0
         #: What worker 0 said when it was ready.
         self.head: LmHead | None = None
 
@@ -124,7 +125,7 @@ class Pool:
             if member.ready:
                 yield member.tasks.popleft(), reply.value
             else:
-                member.ready, self._lost_before_ready = True, 0
+                member.ready, member.lost_before_ready = True, 0
                 if member.place == 0:
                     self.head = reply.value
 
@@ -132,8 +133,8 @@ class Pool:
         """Start another worker, and let what the lost one had be given out again."""
         member.worker.stop()
         if not member.ready:
-            self._lost_before_ready += 1
-            if self._lost_before_ready == _MOST_LOST_WORKERS:
+            member.lost_before_ready += 1
+            if member.lost_before_ready == _MOST_LOST_WORKERS:
                 raise JobError(f"workers end before they have the models in memory: {lost}") from lost
         elif member.tasks:
             # It was at the first.

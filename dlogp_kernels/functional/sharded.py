@@ -148,24 +148,30 @@ def _agreed(function: str, group: Any, check: Callable[[], _Call]) -> tuple[_Cal
         return check()
 
     call, group_name = checked_on_all(function, shard, check_all), shard.group.group_name
-    same = {**call.same, "workspace_limit": backends.workspace(), **_kinds("", call.head)}
-    base_rows = None
+    compiling = torch.compiler.is_compiling()
+    # A compiler does not know the numbers of options and tokens, which may be others in the next call.
+    same = {"workspace_limit": backends.workspace(), **({} if compiling else call.same), **_kinds("", call.head)}
+    now = {} if compiling else _now(call)
+    rows, base_rows = _fixed(call.head[1].shape[0]), None
     if call.base[1] is not None:
-        base_rows = call.base[1].shape[0]
+        base_rows = _fixed(call.base[1].shape[0])
         same |= _kinds("base_", call.base)
-    # What differs from call to call is not known to a compiler.
-    now = {} if torch.compiler.is_compiling() else _now(call)
     layout = agreed(
-        function, group_name, shard.start, shard.vocab_size, call.head[1].shape[0], base_rows, _texts(same), _texts(now)
-    )
+        function, group_name, shard.start, shard.vocab_size, rows, base_rows, _texts(same), _texts(now)
+    )  # fmt: skip
     head = _local(call.head, group_name, layout.model, layout)
     base = call.base if base_rows is None else _local(call.base, group_name, layout.base, layout)
     return call._replace(head=head, base=base), Shards(group_name, list(layout.starts))
 
 
+def _fixed(size: int) -> int:
+    """The same number. A compiler, which may take a size for any, compiles for this one alone then."""
+    return len(range(size))
+
+
 def _kinds(prefix: str, head: Any) -> dict[str, Any]:
     """What of one model's tensors has to be the same on all ranks."""
-    kinds = {f"the size of {prefix}hidden": head[0].shape[-1]}
+    kinds: dict[str, Any] = {f"the size of {prefix}hidden": _fixed(head[0].shape[-1])}
     for name, x in zip(("hidden", "weight", "bias"), head, strict=True):
         kinds[f"the dtype of {prefix}{name}"] = None if x is None else x.dtype
         kinds[f"requires_grad of {prefix}{name}"] = x is not None and torch.is_grad_enabled() and x.requires_grad

@@ -67,13 +67,12 @@ def entropy_of(model: ModelShards, whole: Whole) -> Tensor:
 def divergence_of(kl: Tensor, whole: Whole, other: Whole) -> Tensor:
     """Σ_r share_r · KL_r + KL(share ‖ share of the other model), from KL_r on each shard (R, N).
 
-    The second is summed as Σ_r s (x + e^{−x} − 1) with x = log(s / t) of both shares, of which no term is below 0.
+    The second is summed as Σ_r (s x − s + t) with x = log(s / t) of both shares, of which no term is below 0.
     """
-    share, ratio = whole.log_share.exp(), whole.log_share - other.log_share
-    of_shares = (share * ratio).masked_fill(share == 0.0, 0.0) - share + other.log_share.exp()
-    of_shares = torch.where(ratio.abs() < 1.0, share * (ratio + (-ratio).expm1()), of_shares)
+    share, other_share = whole.log_share.exp(), other.log_share.exp()
+    of_shares = (share * (whole.log_share - other.log_share)).masked_fill(share == 0.0, 0.0) - share + other_share
     possible, impossible = whole.log_share > -torch.inf, other.log_share == -torch.inf
-    total = _sum(of_shares + (share * kl).masked_fill(share == 0.0, 0.0))
+    total = _sum(of_shares + (share * kl).masked_fill(share == 0.0, 0.0)).clamp_min(0.0)  # but for rounding
     infinite = (possible & (impossible | (kl == torch.inf))).any(0)
     return total.masked_fill(infinite & ~whole.log_sum.isnan() & ~other.log_sum.isnan(), torch.inf)
 

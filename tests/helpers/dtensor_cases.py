@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import dlogp_kernels
+from dlogp_kernels import backends
 from dlogp_kernels.ops import sharded
 
 _MESHES: dict[tuple[int, str | None], DeviceMesh] = {}
@@ -67,7 +68,8 @@ def own_tokens(group: Any, op: str, batches: list[Inputs], upstreams: list[list[
 
     sharded.gathered_rows = counted
     try:
-        found, placed = statistics(group, op, batches[group.rank()], upstreams[group.rank()], None)
+        with backends.workspace_limit(2**20):
+            found, placed = statistics(group, op, batches[group.rank()], upstreams[group.rank()], None)
     finally:
         sharded.gathered_rows = gathered_rows
     return found, placed, gathers

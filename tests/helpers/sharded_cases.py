@@ -65,10 +65,11 @@ def statistics(
     upstream: list[Tensor | None] | None,
     options: dict[str, Any],
     backend: str | None = None,
+    workspace: int = backends.DEFAULT_WORKSPACE,
 ) -> Found:
     own = sharding.part(inputs, group.rank())
     leaves = {name: own[name].detach().requires_grad_() for name in cases.floating(own)} if upstream else {}
-    with backends.use_backend(backend):
+    with backends.use_backend(backend), backends.workspace_limit(workspace):
         function = getattr(dlogp_kernels, op)
         stats = cases.asked_for(function(**own | leaves, group=sharding.group(group), **options))
         if upstream is None:
@@ -86,7 +87,7 @@ def policy_loss(group: Any, inputs: Inputs, sharding: Sharding, options: dict[st
     return Outcome(loss.detach(), torch.stack(list(metrics)), dict(zip(leaves, grads, strict=True)))
 
 
-def sample(group: Any, inputs: Inputs, sharding: Sharding, options: dict[str, Any], workspace: int = 2**28) -> Any:
+def sample(group: Any, inputs: Inputs, sharding: Sharding, options: dict[str, Any], workspace: int) -> Any:
     own = sharding.part(inputs, group.rank())
     with backends.workspace_limit(workspace):
         return tuple(
@@ -108,8 +109,10 @@ def misused(_: Any, op: str, inputs: Inputs, sharding: Sharding, changes: dict[i
             given["vocab_group"] = given.pop("group")
         if op == "linear_extrapolated_sample":
             given.pop("target")
+        workspace = given.pop("workspace", backends.DEFAULT_WORKSPACE)
         try:
-            getattr(dlogp_kernels, op)(**given)
+            with backends.workspace_limit(workspace):
+                getattr(dlogp_kernels, op)(**given)
             errors.append(None)
         except Exception as error:
             errors.append(type(error)(str(error)))
@@ -130,22 +133,27 @@ def rank_that_dies(group: Any, op: str, inputs: Inputs, sharding: Sharding) -> A
     return statistics(group, op, inputs, sharding, None, {})
 
 
-def compiled(group: Any, op: str, batches: list[Inputs], sharding: Sharding) -> int:
+def compiled(group: Any, op: str, batches: list[tuple[Inputs, Sharding, float]]) -> int:
     """Gradients by a compiled function are those of the function itself; returns how often it was compiled."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
+    torch._dynamo.reset()
     function, counter = getattr(dlogp_kernels, op), CompileCounterWithBackend("aot_eager")
 
-    def loss(inputs: Inputs) -> Tensor:
-        stats = function(**inputs, group=group)
+    def loss(inputs: Inputs, temperature: float) -> Tensor:
+        if op == "linear_policy_loss":
+            return function(**inputs, vocab_group=group, temperature=temperature).loss
+        stats = function(**inputs, group=group, temperature=temperature)
         return sum(x.sum() for x in stats if x is not None)
 
     compiled_loss = torch.compile(loss, backend=counter, fullgraph=True)
-    for batch in batches:
+    for batch, sharding, temperature in batches:
         own = sharding.part(batch, group.rank())
-        leaves = [own[name].requires_grad_() for name in cases.floating(own)]
-        expected = torch.autograd.grad(loss(own), leaves)
-        for value, other in zip(torch.autograd.grad(compiled_loss(own), leaves), expected, strict=True):
+        names = ("hidden", "weight", "bias") if op == "linear_policy_loss" else cases.floating(own)
+        leaves = [own[name].requires_grad_() for name in names]
+        expected = torch.autograd.grad(loss(own, temperature), leaves)
+        found = torch.autograd.grad(compiled_loss(own, temperature), leaves)
+        for value, other in zip(found, expected, strict=True):
             torch.testing.assert_close(value, other)
     return counter.frame_count
 
@@ -156,6 +164,13 @@ def second_derivative(group: Any, op: str, inputs: Inputs, sharding: Sharding) -
     stats = getattr(dlogp_kernels, op)(**own, group=group)
     (grad,) = torch.autograd.grad(stats.logp.sum(), hidden, create_graph=True)
     grad.sum().backward()
+
+
+def sums(group: Any, of_ranks: list[Tensor], starts: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Of a tensor that each rank has: on every rank, and this rank's rows alone."""
+    own = of_ranks[group.rank()].clone()
+    name = group.group_name
+    return torch.ops.dlogp.sum_over_ranks(own, name), torch.ops.dlogp.sum_of_rows(own, name, list(starts))
 
 
 def bytes_gathered(group: Any, op: str, inputs: Inputs, sharding: Sharding) -> int:

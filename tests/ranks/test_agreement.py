@@ -99,6 +99,7 @@ DIFFERENT = {
         {1: {"base_weight": make_inputs("linear_delta_logp", 6)["base_weight"][:0].requires_grad_()}},
         "requires_grad of base_weight is False on rank 0 of the group and True on rank 1",
     ),
+    "workspace": ({3: {"workspace": 2**20}}, "workspace_limit is 268435456 on rank 0 .* and 1048576 on rank 3"),
     "a gap": ({1: {"shard": (103,)}, 0: {"shard": (0,)}}, "start is 103 on rank 1 .* expected 100.*a gap"),
     "an overlap": ({3: {"shard": (290,)}}, "start is 290 on rank 3 .* expected 297.*they overlap"),
 }

@@ -51,8 +51,11 @@ def test_a_group_says_that_a_mesh_without_a_name_is_tensor_parallel(accuracy, ra
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("op", LINEAR_OPS)
 def test_ranks_with_their_own_tokens_gather_the_weight(accuracy, ranks, op, size):
-    """As FSDP does: once in forward, again in backward, and the gradient is the mean over ranks, sharded."""
-    whole = make_inputs(op, 20)
+    """As FSDP does: once in forward, again in backward, and the gradient is the mean over ranks, sharded.
+
+    A shard has 151 or 76 rows, of which the workspace of 1 MiB holds 64 or 32 at a time while they are added.
+    """
+    whole = make_inputs(op, 20, d=512)
     tokens = [name for name in whole if name == "target" or name.endswith("hidden")]
     batches = [whole | {name: whole[name][5 * rank : 5 * rank + 5] for name in tokens} for rank in range(size)]
     upstreams = [upstream_of(cases.truth(op, batch), seed=rank) for rank, batch in enumerate(batches)]

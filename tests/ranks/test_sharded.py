@@ -8,7 +8,7 @@ import torch
 from cases import ALL_OPTIONS, LINEAR_OPS, make_inputs, options_for, upstream_of
 from ranks import Ranks
 from sharded_cases import Sharding, alike
-from tolerances import CERTAINTY_ERROR, MEMORY_MIB, Accuracy
+from tolerances import CERTAINTY_ERROR, MEMORY_MIB, ZERO_KL_ROUNDINGS, Accuracy
 
 import dlogp_kernels
 from dlogp_kernels.reference import policy as reference_policy
@@ -36,9 +36,10 @@ def same_bits(x, y):
     return x.dtype == y.dtype and torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8))
 
 
-def statistics(ranks, op, inputs, sharding, size, upstream=None, backend=None, **options):
+def statistics(ranks, op, inputs, sharding, size, upstream=None, backend=None, workspace=2**28, **options):
     """The same bits on all ranks, and gradients by whole inputs."""
-    found = ranks.values(sharded_cases.statistics, op, inputs, sharding, upstream, options, backend, size=size)
+    arguments = op, inputs, sharding, upstream, options, backend, workspace
+    found = ranks.values(sharded_cases.statistics, *arguments, size=size)
     for other in found[1:]:
         assert all(map(same_bits, found[0].stats, other.stats))
     kind = dlogp_kernels.LogpStats if op == "linear_logp" else dlogp_kernels.DeltaLogpStats
@@ -59,9 +60,9 @@ def joined(gradients, sharding):
     return whole
 
 
-def check_against_truth(accuracy, ranks, op, inputs, sharding, size, backend=None, **options):
+def check_against_truth(accuracy, ranks, op, inputs, sharding, size, backend=None, workspace=2**28, **options):
     upstream = upstream_of(cases.truth(op, inputs, **options))
-    stats, gradients = statistics(ranks, op, inputs, sharding, size, upstream, backend, **options)
+    stats, gradients = statistics(ranks, op, inputs, sharding, size, upstream, backend, workspace, **options)
     cases.check_statistics(accuracy, op, inputs, stats, **options)
     cases.check_gradients(accuracy, op, inputs, upstream, gradients, **options)
     return stats
@@ -88,6 +89,32 @@ def test_other_numbers_of_ranks_without_a_bias(accuracy, ranks, op, size):
 @pytest.mark.parametrize("op", LINEAR_OPS)
 def test_plain_pytorch_on_each_rank(accuracy, ranks, op):
     check_against_truth(accuracy, ranks, op, make_inputs(op), alike(STARTS[4]), 4, backend="reference")
+
+
+@pytest.mark.parametrize("size", [3, 4])
+def test_gradients_are_added_in_blocks(accuracy, ranks, size):
+    """153 600 numbers by hidden states, of which a workspace of 1 MiB holds 65 535 at a time."""
+    inputs = make_inputs("linear_logp", 300, v=V, d=512, bias=False)
+    check_against_truth(accuracy, ranks, "linear_logp", inputs, alike(STARTS[size]), size, workspace=2**20)
+
+
+def test_sums_over_ranks_are_rounded_once(ranks):
+    """In bfloat16 256 + 1 is 256."""
+    of_ranks = [torch.full((11, 3), value, dtype=BF16) for value in (256.0, 1.0, 1.0, 1.0)]
+    of_ranks[1][7] = 3.0
+    expected, starts = sum(x.float() for x in of_ranks).to(BF16), (0, 4, 4, 10, 11)
+    for rank, (total, rows) in enumerate(ranks.values(sharded_cases.sums, of_ranks, starts)):
+        assert torch.equal(total, expected) and torch.equal(rows, expected[starts[rank] : starts[rank + 1]])
+
+
+def test_equal_models_do_not_diverge(ranks):
+    inputs = make_inputs("linear_delta_logp")
+    for name in ("hidden", "weight", "bias"):
+        inputs[f"base_{name}"] = inputs[name].clone()
+    stats, _ = statistics(ranks, "linear_delta_logp", inputs, alike(STARTS[4]), 4)
+    assert (stats.delta_logp == 0).all()
+    for kl in (stats.kl, stats.reverse_kl):
+        assert (kl >= 0).all() and (kl <= ZERO_KL_ROUNDINGS * torch.finfo(torch.float32).eps * 10.0).all()
 
 
 @pytest.mark.parametrize("op", LINEAR_OPS)
@@ -158,7 +185,8 @@ def test_near_certainty(ranks, dtype):
     assert torch.equal(stats.top_logp, stats.logp) and torch.equal(stats.top_token, target)
 
 
-def test_tokens_of_which_a_model_has_none(accuracy, ranks):
+@pytest.mark.parametrize("on_ranks", [None, "reference"])
+def test_tokens_of_which_a_model_has_none(accuracy, ranks, on_ranks):
     """Masked shards of one model, of the other, of both, and tokens that only one has."""
     op, (first, *_, last) = "linear_delta_logp", (slice(0, 100), slice(100, 297), slice(297, V))
     for masked, base_masked in ((first, last), (first, first), (last, slice(0, 0)), (slice(50, 299), slice(60, 61))):
@@ -166,7 +194,7 @@ def test_tokens_of_which_a_model_has_none(accuracy, ranks):
         inputs["bias"][masked] = -torch.inf
         inputs["base_bias"][base_masked] = -torch.inf
         inputs["target"] = torch.arange(17) * 18
-        stats, _ = statistics(ranks, op, inputs, alike(STARTS[4]), 4, top=True)
+        stats, _ = statistics(ranks, op, inputs, alike(STARTS[4]), 4, backend=on_ranks, top=True)
         cases.check_statistics(accuracy, op, inputs, stats, top=True)
 
 
@@ -265,9 +293,19 @@ def test_memory_of_a_rank(ranks):
 
 @pytest.mark.parametrize("op", LINEAR_OPS)
 def test_compiles_whole(ranks, op):
-    batches = [make_inputs(op, n) for n in (5, 9, 40)]
-    for count in ranks.values(sharded_cases.compiled, op, batches, alike(STARTS[2]), size=2):
+    batches = [(make_inputs(op, n), alike(STARTS[2]), 1.0) for n in (5, 9, 40)]
+    for count in ranks.values(sharded_cases.compiled, op, batches, size=2):
         assert count <= 2
+
+
+@pytest.mark.parametrize("op", [*LINEAR_OPS, "linear_policy_loss"])
+def test_compiles_for_other_vocabularies_and_options(ranks, op):
+    def make(v):
+        return linear_policy_cases.make_inputs(v=v) if op == "linear_policy_loss" else make_inputs(op, v=v)
+
+    cuts = ((30, 1.0), (36, 1.0), (42, 0.5), (48, 0.7), (30, 2.0))
+    batches = [(make(v), alike((0, v // 3, v)), temperature) for v, temperature in cuts]
+    ranks.values(sharded_cases.compiled, op, batches, size=2)
 
 
 def test_second_derivatives_raise(ranks):

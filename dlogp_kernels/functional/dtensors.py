@@ -19,14 +19,15 @@ _Result = TypeVar("_Result")
 
 def takes_dtensors(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
     """The function for weights that are DTensors too: called with local tensors and a group, or with whole weights."""
-    names = tuple(inspect.signature(function).parameters)
-    group_name = "vocab_group" if "vocab_group" in names else "group"
+    signature = inspect.signature(function)
+    group_name = "vocab_group" if "vocab_group" in signature.parameters else "group"
 
     @functools.wraps(function)
     def taking(*args: Any, **named: Any) -> Any:
         if not any(map(_is_dtensor, (*args, *named.values()))):
             return function(*args, **named)
-        given, whole = dict(zip(names, args, strict=False)) | named, []
+        given: dict[str, Any] = signature.bind(*args, **named).arguments
+        whole: list[_Whole] = []
         for prefix in ("", "base_"):
             if _is_dtensor(given.get(f"{prefix}weight")):
                 whole += _Model(given, prefix).take(group_name)

@@ -60,8 +60,9 @@ def linear_logp(
 
     With `group` each rank sends 20 bytes a token in forward (float32; 4 more for each further candidate, 8 for `top`).
     In backward the weight's gradient stays on its rank, and that of hidden is added over ranks, in their order: twice
-    its size is sent. All ranks make the same calls in the same order. At the first one they compare how they were
-    called, and an error of one is an error on all; a rank that stops later is one after the group's time-out.
+    its size is sent. All ranks make the same calls in the same order. They compare how they were called, and an error
+    of one is an error on all: at every call where they talk on the CPU, by NCCL alone and compiled at the first one of
+    a kind. Numbers of hidden states are not compared. A rank that stops is an error after the group's time-out.
 
     Raises:
         ValueError, TypeError: a shape, device, dtype or option that does not fit, by name.

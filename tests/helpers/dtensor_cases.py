@@ -85,6 +85,9 @@ def refused(group: Any, op: str, inputs: Inputs, how: str) -> Any:
         own["weight"], own["group"] = _placed(own["weight"], mesh, Shard(0)), distributed.group.WORLD
     elif how == "target":
         own["weight"], own["target"] = (_placed(own[name], mesh, Shard(0)) for name in ("weight", "target"))
+    elif how == "places":
+        weight = _placed(own["weight"], mesh, Shard(0))
+        getattr(dlogp_kernels, op)(own["hidden"], weight, own["target"], inputs["bias"])
     getattr(dlogp_kernels, op)(**own)
 
 

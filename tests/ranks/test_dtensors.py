@@ -156,3 +156,8 @@ def test_training_goes_as_on_one_device(ranks, mesh_name):
     for losses in ranks.values(dtensor_cases.optimiser_steps, inputs, mesh_name or "fsdp", 8, size=4):
         torch.testing.assert_close(torch.stack(losses), torch.stack(alone), rtol=1e-5, atol=1e-6)
     assert alone[-1] < 0.8 * alone[0]
+
+
+def test_arguments_are_those_of_the_function(ranks):
+    for error in ranks(dtensor_cases.refused, "linear_logp", make_inputs("linear_logp"), "places", size=2):
+        assert isinstance(error, TypeError) and "too many positional arguments" in str(error)

@@ -340,11 +340,19 @@ def _check_criterion(criterion: str, threshold: float | None) -> None:
         raise ValueError("threshold is nan, expected a number")
     if criterion == "random":
         check_number("threshold", threshold, 0.0, 1.0)
-    if criterion == "delta_logp" and threshold >= 0:
+    if criterion == "delta_logp" and threshold >= 0 and not torch.compiler.is_compiling():
         warnings.warn(
             f"threshold is {threshold}: one that is not below 0 replaces nearly every token (criterion 'delta_logp')",
-            stacklevel=4,
+            stacklevel=_callers_level(),
         )
+
+
+def _callers_level() -> int:
+    """The stacklevel at which a function here warns of what was called from outside of this package."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(f"{__package__}."):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def check_noise(

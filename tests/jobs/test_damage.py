@@ -30,6 +30,7 @@ from dlogp_kernels.jobs.inputs import models
 from dlogp_kernels.jobs.metrics import run_metrics
 from dlogp_kernels.jobs.options import Decoding
 from dlogp_kernels.jobs.resume.run_directory import RunDirectory
+from dlogp_kernels.jobs.workers import measurer
 from dlogp_kernels.report import files
 from dlogp_kernels.report.dataset import TokenDataset
 from dlogp_kernels.report.errors import DatasetError
@@ -299,7 +300,7 @@ def test_a_byte_that_was_trained_anywhere_is_another_model(large_pair, tmp_path)
 def test_a_model_that_is_replaced_between_two_passes_is_refused(pair, tmp_path, monkeypatch):
     """The run is sequential: the RL model is loaded when the base model has been over all of the data."""
     shutil.copytree(pair.rl, tmp_path / "rl")
-    compute = metrics.response_hidden
+    compute = measurer.response_hidden
 
     def replace_the_other(*arguments):
         weights = tmp_path / "rl" / "model.safetensors"
@@ -308,7 +309,7 @@ def test_a_model_that_is_replaced_between_two_passes_is_refused(pair, tmp_path, 
         monkeypatch.undo()
         return compute(*arguments)
 
-    monkeypatch.setattr(metrics, "response_hidden", replace_the_other)
+    monkeypatch.setattr(measurer, "response_hidden", replace_the_other)
     with pytest.raises(JobError, match=r"--rl .*rl: model\.safetensors was changed since the run began"):
         measured(pair._replace(rl=tmp_path / "rl"), tmp_path / "out")
 

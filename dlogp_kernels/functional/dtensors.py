@@ -9,7 +9,7 @@ import torch
 import torch.distributed as distributed
 from torch import Tensor
 
-from ..sharding import VocabShard
+from ..sharding import shard_of
 
 #: The name of a mesh's dimension over which a vocabulary is computed in shards; over others weights are gathered.
 TENSOR_PARALLEL = "tp"
@@ -111,8 +111,7 @@ class _Model:
     def check_group(self, group_name: str, group: Any, own_group: Any) -> None:
         if group is None:
             return
-        given = group.group if isinstance(group, VocabShard) else group
-        ranks, own_ranks = (distributed.get_process_group_ranks(x) for x in (given, own_group))
+        ranks, own_ranks = (distributed.get_process_group_ranks(x) for x in (shard_of(group).group, own_group))
         if ranks != own_ranks:
             raise ValueError(
                 f"{group_name} has the ranks {ranks}, expected {own_ranks}, over which {self.name} is sharded"

@@ -38,6 +38,8 @@ def loss_of(
         shape, entropy = tokens.mask.shape, entropy if options.entropy_coef != 0 else entropy.detach()
         if kl is not None:
             kl = (kl if options.kl_beta != 0 else kl.detach()).view(shape)
+        if options.importance == "token":
+            tokens = _in_dtype(tokens, logp.dtype)
         return policy_loss.loss_of(logp.view(shape), tokens._replace(entropy=entropy.view(shape), kl=kl), options)
     rows = policy_rows(tokens, options, accumulation_dtype(*head, *base))
     loss, metrics, *_ = torch.ops.dlogp.linear_policy_loss_fwd(
@@ -45,6 +47,12 @@ def loss_of(
         [torch.is_grad_enabled() and x is not None and x.requires_grad for x in head],
     )  # fmt: skip
     return PolicyLoss(loss, PolicyMetrics(*metrics.unbind()))
+
+
+def _in_dtype(tokens: TokenInputs, dtype: torch.dtype) -> TokenInputs:
+    """With numbers of that of the loss, as `policy_rows` gives them to the op that forms its gradients."""
+    given = {name: getattr(tokens, name) for name in ("old_logp", "advantage", "ref_logp", "token_weight")}
+    return tokens._replace(**{name: x.to(dtype) for name, x in given.items() if x is not None})
 
 
 def _statistics(

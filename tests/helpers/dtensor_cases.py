@@ -83,6 +83,8 @@ def refused(group: Any, op: str, inputs: Inputs, how: str) -> Any:
         own["weight"], own["bias"] = _placed(own["weight"], mesh, Shard(0)), _placed(own["bias"], mesh, Replicate())
     elif how == "group":
         own["weight"], own["group"] = _placed(own["weight"], mesh, Shard(0)), distributed.group.WORLD
+    elif how == "no group":
+        own["weight"], own["group"] = _placed(own["weight"], mesh, Shard(0)), "tp"
     elif how == "target":
         own["weight"], own["target"] = (_placed(own[name], mesh, Shard(0)) for name in ("weight", "target"))
     elif how == "places":

@@ -131,6 +131,7 @@ REFUSED = {
     ),
     "bias": (TypeError, r"^bias is a DTensor with placements .*Replicate\(\).*expected those of weight"),
     "group": (ValueError, r"^group has the ranks \[0, 1, 2, 3\], expected \[0, 1\], over which weight is sharded"),
+    "no group": (TypeError, r"^group is str, expected a process group of torch.distributed"),
     "target": (TypeError, r"^target is a sharded DTensor, expected a whole tensor: pass target\.full_tensor\(\)"),
 }
 

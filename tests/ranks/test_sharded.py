@@ -256,6 +256,17 @@ def test_policy_loss(accuracy, ranks, size, base, importance):
     linear_policy_cases.check(accuracy, inputs, whole, **options)
 
 
+def test_the_loss_has_the_dtype_of_the_model(ranks):
+    """Whatever that of what is known of its tokens, as on one device."""
+    inputs = linear_policy_cases.make_inputs()
+    inputs |= {name: inputs[name].double() for name in ("old_logp", "advantage", "token_weight", "ref_logp")}
+    options = {"num_tokens": 7.0, "kl_beta": 0.3}
+    expected = linear_policy_cases.call(inputs, **options)
+    for found in ranks.values(sharded_cases.policy_loss, inputs, alike(STARTS[2]), options, size=2):
+        assert found.loss.dtype == expected.loss.dtype == FP32
+        torch.testing.assert_close(found.loss, expected.loss)
+
+
 @pytest.mark.parametrize(
     "options",
     [{}, {"top_k": 5}, {"top_p": 0.7, "criterion": "kl", "threshold": 0.3}, {"min_p": 0.1, "draft": "rl"}],

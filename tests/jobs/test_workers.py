@@ -1,5 +1,6 @@
 """Several workers, processes or actors of Ray: the data set is that of one process, whoever is killed at any moment."""
 
+import contextlib
 import json
 import os
 import random
@@ -7,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections import deque
 from pathlib import Path
 
@@ -97,10 +99,21 @@ def workers_below(process: psutil.Process) -> list[psutil.Process]:
     """Processes that compute for it, of all that it and Ray have started."""
     found = []
     for child in process.children(recursive=True):
-        command = " ".join(child.cmdline())
-        if "process_worker" in command or command.startswith("ray::Actor"):
-            found.append(child)
+        # Some of these come and go.
+        with contextlib.suppress(psutil.Error):
+            command = " ".join(child.cmdline())
+            if "process_worker" in command or command.startswith("ray::Actor"):
+                found.append(child)
     return found
+
+
+def both_workers(process: psutil.Process) -> list[psutil.Process]:
+    """Its two, of which the second may start when the first has results: an actor has its name only then."""
+    end = time.monotonic() + 60
+    while len(workers := workers_below(process)) < 2:
+        assert time.monotonic() < end, workers
+        time.sleep(0.05)
+    return workers
 
 
 def test_both_models_one_after_the_other_in_processes(pair, whole, tmp_path):
@@ -123,8 +136,7 @@ def test_workers_that_are_killed_in_the_middle(pair, whole, tmp_path, monkeypatc
     def kill_after_the_first(*part):
         found = write_part(*part)
         if not killed:
-            workers = workers_below(psutil.Process())
-            assert len(workers) == 2
+            workers = both_workers(psutil.Process())
             # One may not be ready yet, and have nothing to lose.
             for worker in workers:
                 worker.kill()
@@ -146,8 +158,7 @@ def killed_run(pair: Pair, out: Path, parts: int, working: dict[str, str]) -> No
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     ) as run:  # fmt: skip
         assert run.stdout.readline() == b"written\n"
-        workers = workers_below(psutil.Process(run.pid))
-        assert len(workers) == 2
+        workers = both_workers(psutil.Process(run.pid))
         run.stdin.close()
         assert run.wait(60) == -signal.SIGKILL
     _, alive = psutil.wait_procs(workers, 60)

@@ -5,9 +5,11 @@ import inspect
 from collections.abc import Collection, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from .documents import Batch, check_vocabulary
@@ -15,6 +17,8 @@ from .lengths import frequencies_of, reset_frequencies
 
 #: What the forward of a model calls its cache: `transformers` 5.24 renamed it, and state-space models had their own.
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+
+_in_their_forward: WeakSet[nn.Module] = WeakSet()
 
 
 def backbone_of(model: PreTrainedModel) -> nn.Module:
@@ -75,12 +79,28 @@ def run_backbone_in_chunks(model: PreTrainedModel, input_ids: Tensor, ends: Sequ
     return whole
 
 
+@contextlib.contextmanager
+def in_own_forward(model: nn.Module) -> Iterator[None]:
+    """Within this context, which is part of the model's own forward, FSDP has gathered what it gathers there."""
+    _in_their_forward.add(model)
+    try:
+        yield
+    finally:
+        _in_their_forward.discard(model)
+
+
 def _run_within(model: PreTrainedModel, backbone: nn.Module, **inputs: Any) -> Any:
     """`backbone(**inputs)`. FSDP gathers what is sharded in the model's own forward, so then it is called within."""
-    if not hasattr(model, "unshard"):
-        return backbone(**inputs)
+
+    def forward(**given: Any) -> Any:
+        output = backbone(**given)
+        _end_group(model, _last_hidden(output))
+        return output
+
+    if not hasattr(model, "unshard") or model in _in_their_forward:
+        return forward(**inputs)
     before = model.__dict__.get("forward")
-    model.forward = lambda **given: backbone(**given)  # type: ignore[method-assign]
+    model.forward = forward  # type: ignore[method-assign]
     try:
         return model(**inputs)
     finally:
@@ -88,6 +108,16 @@ def _run_within(model: PreTrainedModel, backbone: nn.Module, **inputs: Any) -> A
             del model.forward
         else:
             model.forward = before  # type: ignore[method-assign]
+
+
+def _end_group(model: PreTrainedModel, hidden: Tensor) -> None:
+    """Run the last layer, on nothing, where FSDP has gathered its weight together with those of other modules.
+
+    It frees them when each has run; or in backward, where there will be one.
+    """
+    layer = model.get_output_embeddings()
+    if hasattr(layer, "unshard") and not isinstance(layer.weight, DTensor) and not torch.is_grad_enabled():
+        layer(hidden[:0])
 
 
 def check_tokens(batch: Batch, model: PreTrainedModel) -> None:

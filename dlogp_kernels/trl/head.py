@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
 from ..hf import lm_head_inputs
+from ..hf.backbone import in_own_forward
 
 _INPUTS = ("input_ids", "attention_mask")
 
@@ -38,7 +39,8 @@ def add_logp_head(model: PreTrainedModel, *, temperature: float, float32_head: b
             raise ValueError(
                 f"the model is called with {', '.join(others)}, expected input_ids, attention_mask and labels alone"
             )
-        inputs = lm_head_inputs(self, *args, **{name: options[name] for name in _INPUTS if name in options})
+        with in_own_forward(self):
+            inputs = lm_head_inputs(self, *args, **{name: options[name] for name in _INPUTS if name in options})
         device_type = inputs.hidden.device.type
         with torch.autocast(device_type, enabled=torch.is_autocast_enabled(device_type) and not float32_head):
             shifted = inputs._replace(hidden=inputs.hidden[:, :-1])

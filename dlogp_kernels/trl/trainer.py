@@ -16,6 +16,7 @@ from ..policy_checks import check_options
 from ..reference import grpo
 from .checkpoints import read_rollouts, write_rollouts
 from .config import ReweightedGRPOConfig
+from .fsdp import whole_weights
 from .head import add_logp_head
 from .initial_policy import InitialPolicy
 from .metrics import TokenSums, add_clip_ratios, add_delta_logp, policy_sums
@@ -44,7 +45,8 @@ class ReweightedGRPOTrainer(GRPOTrainer):
     """`trl.GRPOTrainer` whose log-probabilities, entropies and loss come from the fused ops, without a logit tensor.
 
     It takes what TRL's trainer takes, with a `ReweightedGRPOConfig`; with `reweight="none"` it trains as TRL's does.
-    PEFT, gradient accumulation, gradient checkpointing, DDP and mixed precision work as there.
+    PEFT, gradient accumulation, gradient checkpointing, DDP, FSDP2, ZeRO-2 and mixed precision work as there. While
+    responses are drawn under FSDP2, each process holds all weights.
 
     It logs all that TRL's trainer logs, and `clip_ratio/*` whatever the loss. Beside that, as means over tokens of all
     processes: `reweight/mean_weight`, `clip_ratio/dual_mean`, `approx_kl`, `ratio/mean`, `ratio/max`, and of Δlog p to
@@ -112,7 +114,13 @@ class ReweightedGRPOTrainer(GRPOTrainer):
         # With a reference model that stays as it is, its log-probabilities serve.
         self._reference_is_start = self.beta != 0.0 and not args.sync_ref_model
         self._start: InitialPolicy | None = None
-        if args.delta_logp_responses and not self._reference_is_start:
+        # FSDP shards the parameters when the training begins.
+        if not self._dist.is_fsdp:
+            self._keep_start()
+
+    def _keep_start(self) -> None:
+        """Keep the policy as it is, before the first step, unless that was done."""
+        if self._start is None and self.args.delta_logp_responses and not self._reference_is_start:
             self._start = InitialPolicy(self.model)
 
     def _check_supported(self) -> None:
@@ -125,10 +133,10 @@ class ReweightedGRPOTrainer(GRPOTrainer):
             )
         if self._dist.is_zero3:
             raise ValueError("DeepSpeed ZeRO-3 shards the weight of the last layer, expected stage 2 or lower, or FSDP")
-        if (self._dist.is_fsdp or self.is_deepspeed_enabled) and self.args.delta_logp_responses:
+        if self._dist.fsdp_version == 1 and self.args.delta_logp_responses:
             raise ValueError(
-                f"delta_logp_responses is {self.args.delta_logp_responses} with parameters held by FSDP or DeepSpeed, "
-                "expected 0: the policy at the start of training is kept as a copy of whole parameters"
+                f"delta_logp_responses is {self.args.delta_logp_responses} under FSDP 1, whose parameters can not be "
+                "copied, expected 0, or fsdp_version 2"
             )
         if self.args.rollout_seed is not None and (self.tools or self.rollout_func is not None):
             raise ValueError("rollout_seed is given together with tools or rollout_func, expected None")
@@ -157,13 +165,14 @@ class ReweightedGRPOTrainer(GRPOTrainer):
         num_generations: int,
         has_tool_images: bool = False,
     ) -> tuple[list[list[int]], Any]:
-        if self.args.rollout_seed is None or not self.model.training:
-            return super()._generate_single_turn(
-                prompt_ids, images, multimodal_fields, num_generations, has_tool_images
-            )
-        first = self._rows_drawn + self.accelerator.process_index * len(prompt_ids)
-        self._rows_drawn += self.accelerator.num_processes * len(prompt_ids)
-        return draw_responses(self, prompt_ids, num_generations, first), None
+        with whole_weights(self.model_wrapped):
+            if self.args.rollout_seed is None or not self.model.training:
+                return super()._generate_single_turn(
+                    prompt_ids, images, multimodal_fields, num_generations, has_tool_images
+                )
+            first = self._rows_drawn + self.accelerator.process_index * len(prompt_ids)
+            self._rows_drawn += self.accelerator.num_processes * len(prompt_ids)
+            return draw_responses(self, prompt_ids, num_generations, first), None
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
         rewards = super()._calculate_rewards(*args, **kwargs)
@@ -177,6 +186,8 @@ class ReweightedGRPOTrainer(GRPOTrainer):
         return rewards
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Rollouts:
+        if self.model.training:
+            self._keep_start()
         rollouts = super()._generate_and_score_completions(inputs)
         if not self.model.training:
             return rollouts
@@ -386,6 +397,11 @@ class ReweightedGRPOTrainer(GRPOTrainer):
             }
             directory = self._get_output_dir(trial=trial)
             write_rollouts(directory, self.state.global_step, self.accelerator.process_index, state)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if model is not None:
+            self._keep_start()
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

@@ -1,11 +1,6 @@
 """Two processes (gloo, on the CPU) train as one does."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -13,6 +8,7 @@ pytest.importorskip("trl")
 
 import trl_processes
 from hf_models import one_thread  # noqa: F401
+from launching import launched
 
 SAME = ("loss", "grad_norm", "reward", "reward_std", "completions/mean_length", "num_tokens")
 #: Of a whole batch of responses; of one that is parted, means and extremes over its parts are averaged.
@@ -23,19 +19,12 @@ SAME_IN_ONE = (
 
 
 def test_two_processes_have_the_losses_of_one(tmp_path):
-    script = Path(trl_processes.__file__)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [
-        # Without GPUs that is two processes on the CPU; --cpu would start them by MPI.
-        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-        "--main_process_port", str(port), str(script), str(tmp_path / "two.json"), "2",
-    ]  # fmt: skip
-    environment = os.environ | {"PYTHONPATH": str(script.parent), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    launched = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert launched.returncode == 0, launched.stderr[-3000:]
+    # Without GPUs that is two processes on the CPU; --cpu would start them by MPI.
+    options = ("--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no")
+    done = launched(
+        "trl_processes.py", [tmp_path / "two.json", 2], *options, "--dynamo_backend", "no", ACCELERATE_USE_CPU="true"
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
     two = json.loads((tmp_path / "two.json").read_text())
     one = trl_processes.train(tmp_path, 1)
     for name in trl_processes.RUNS:

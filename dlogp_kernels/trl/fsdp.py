@@ -38,13 +38,14 @@ def _sharded(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
-def _settle_root(model: Any) -> None:
+def _settle_root(model: nn.Module) -> None:
     """Run the hooks of a forward: FSDP2 takes the first module that has one for the root, and it may be one within."""
-    if isinstance(model, FSDPModule):
-        model._no_forward = lambda: None
-        register_fsdp_forward_method(model, "_no_forward")
-        model._no_forward()
-        del model._no_forward
+    name = "_no_forward"
+    setattr(model, name, lambda: None)
+    # Nothing happens where the model is not sharded.
+    register_fsdp_forward_method(model, name)
+    getattr(model, name)()
+    delattr(model, name)
 
 
 def _frees_after_forward(module: Any) -> bool:

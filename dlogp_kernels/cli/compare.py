@@ -5,12 +5,13 @@ from typing import Annotated, Any
 
 import typer
 
+from ..jobs.allowed import taken
 from ..jobs.graders import EXACT
-from ..jobs.options import Comparing
+from ..jobs.options import Comparing, Working
 from .command import Base, Grader, Rl, console, with_line_limit, with_options
 
 
-@with_options(Comparing)
+@with_options(Comparing, Working)
 def compare(
     rl: Rl,
     base: Base,
@@ -45,9 +46,9 @@ def compare(
     from ..report.terminal import print_files
     from .tables import print_metrics, print_plot, results_table
 
-    found = run_compare(
-        rl, base, out, data=data, responses=responses, grader=grader, options=Comparing(**with_line_limit(options))
-    )
+    working = taken(Working, options)
+    comparing = Comparing(**with_line_limit(options))
+    found = run_compare(rl, base, out, data=data, responses=responses, grader=grader, options=comparing, **working)
     if found.drawn is not None:
         console.print(results_table(found.drawn["settings"]))
     print_plot(console, found.figures)

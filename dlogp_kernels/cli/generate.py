@@ -4,12 +4,13 @@ from typing import Annotated, Any
 
 import typer
 
+from ..jobs.allowed import taken
 from ..jobs.graders import EXACT
-from ..jobs.options import Decoding
+from ..jobs.options import Decoding, Working
 from .command import Base, Draft, Grader, Problems, ResponsesOut, Resume, Rl, console, with_line_limit, with_options
 
 
-@with_options(Decoding)
+@with_options(Decoding, Working)
 def generate(
     rl: Rl,
     base: Base,
@@ -41,8 +42,9 @@ def generate(
     from ..report.responses import Setting
     from .tables import print_results
 
-    setting, decoding = Setting(criterion, threshold, gamma, draft), Decoding(**with_line_limit(options))
+    working, setting = taken(Working, options), Setting(criterion, threshold, gamma, draft)
+    decoding = Decoding(**with_line_limit(options))
     summary = run_generate(
-        rl, base, data, out, setting=setting, seed=seed, decoding=decoding, grader=grader, resume=resume
+        rl, base, data, out, setting=setting, seed=seed, decoding=decoding, grader=grader, resume=resume, **working
     )
     print_results(console, summary, out)

@@ -4,12 +4,13 @@ from typing import Annotated, Any
 
 import typer
 
+from ..jobs.allowed import taken
 from ..jobs.graders import EXACT
-from ..jobs.options import Decoding
+from ..jobs.options import Decoding, Working
 from .command import Base, Draft, Grader, Problems, ResponsesOut, Resume, Rl, console, with_line_limit, with_options
 
 
-@with_options(Decoding)
+@with_options(Decoding, Working)
 def sweep(
     rl: Rl,
     base: Base,
@@ -39,11 +40,12 @@ def sweep(
     from ..jobs.settings import grid, parse_criteria, parse_numbers
     from .tables import print_results
 
+    working = taken(Working, options)
     decoding = Decoding(**with_line_limit(options))
     gammas = parse_numbers("--gamma", gamma, float)
     settings = grid(parse_criteria(criterion), gammas, draft=draft, baselines=baselines)
     seeds = parse_numbers("--seed", seed, int)
     summary = run_sweep(
-        rl, base, data, out, settings=settings, seeds=seeds, decoding=decoding, grader=grader, resume=resume
+        rl, base, data, out, settings=settings, seeds=seeds, decoding=decoding, grader=grader, resume=resume, **working
     )
     print_results(console, summary, out)

@@ -39,6 +39,11 @@ def options_of(kind: Any) -> dict[str, Option]:
     return {field.name: field.metadata[_KEY] for field in dataclasses.fields(kind)}
 
 
+def taken(kind: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """Those of the given options that a dataclass has; they are taken out."""
+    return {name: given.pop(name) for name in options_of(kind) if name in given}
+
+
 def of_kind(kind: Any, expected: str, holds: Callable[[Any], bool]) -> Check:
     """A finite value of this kind, and no bool, for which `holds`; `expected` says so in words."""
 

@@ -14,8 +14,9 @@ from .decoding import run_sweep
 from .errors import JobError
 from .graders import EXACT
 from .metrics import checked, run_metrics
-from .options import Comparing, Decoding, Measuring
+from .options import Comparing, Decoding, Measuring, Working
 from .view import VIEW_FILE, View, run_view
+from .workers.engines import check_working
 
 _RESPONSES_DIRECTORY, _METRICS_DIRECTORY, _FIGURES_DIRECTORY = "responses", "metrics", "figures"
 
@@ -43,6 +44,7 @@ def run_compare(
     grader: str = EXACT,
     options: Comparing | None = None,
     progress: bool = True,
+    **working: Any,
 ) -> Comparison:
     """Let both models answer problems, measure both at every token of the answers, and draw what was found.
 
@@ -55,6 +57,7 @@ def run_compare(
         grader: of the answers to `data`, as `run_generate` takes it.
         options: of drawing and of measuring, which is at temperature 1 however responses are drawn.
         progress: show progress on stderr.
+        working: the fields of `jobs.options.Working`: who draws, and then measures.
 
     Returns:
         Comparison; in a notebook it shows the page.
@@ -70,18 +73,21 @@ def run_compare(
     if responses is not None:
         _refuse_drawing(options, grader)
     # Before responses are drawn, which takes longest.
-    measuring = checked(Measuring(**_of(Measuring, options) | {"temperature": 1.0}))
+    kind = check_working(Working(**working), options.device)
+    measuring = checked(Measuring(**_of(Measuring, options) | {"temperature": 1.0, "device": kind}))
     drawn = None
     if data is not None:
         responses = out / _RESPONSES_DIRECTORY
         drawn = run_sweep(
             rl, base, data, responses, settings=[BASE, RL], decoding=Decoding(**_of(Decoding, options)), grader=grader,
-            progress=progress, command="compare",
+            progress=progress, command="compare", **working,
         )  # fmt: skip
     assert responses is not None
     metrics = out / _METRICS_DIRECTORY
     try:
-        measured = run_metrics(rl, base, responses, metrics, progress=progress, **asdict(measuring))
+        # The device as it was given: where none was, actors may not leave a cluster's GPUs alone.
+        how = asdict(measuring) | {"device": options.device} | working
+        measured = run_metrics(rl, base, responses, metrics, progress=progress, **how)
     except JobError as error:
         if drawn is not None:
             raise

@@ -9,7 +9,7 @@ the last bit.)
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from ..report.dataset import (
     write_part,
 )
 from ..report.story import tell
-from .allowed import check_options
+from .allowed import check_options, taken
 from .errors import JobError
 from .inputs.models import ModelPlace, check_device, find_pair, read_pair, warn_of_rounding
 from .inputs.records import Encoder, Example, Record, line_limit, read_records
@@ -42,8 +42,9 @@ from .resume.prepared import BrokenLineReport, PreparedData, prepare
 from .resume.run_directory import RunDirectory
 from .summary import describe
 from .token_text import TokenTexts
+from .workers.duty import Engine, Task, Team
 from .workers.engines import check_working, engine_of
-from .workers.measurer import Duty, Engine, Task, Team, key_of
+from .workers.measurer import MeasuringDuty, batch_task, key_of
 
 _HIDDEN_DIRECTORY = "base_hidden"
 _SHOWN_BROKEN_LINES = 20
@@ -82,7 +83,7 @@ def run_metrics(
     Raises:
         JobError: an argument, the data, a model or the directory can not be used, or the disk is full.
     """
-    working = Working(**{field.name: options.pop(field.name) for field in fields(Working) if field.name in options})
+    working = Working(**taken(Working, options))
     device = check_working(working, options.get("device"))
     arguments = checked(Measuring(**options | {"device": device}))
     gathering = engine_of(working, arguments.device, device)
@@ -249,33 +250,33 @@ class _Run:
 
     def _team(self, rl: ModelPlace | None, base: ModelPlace | None, store: Path | None) -> AbstractContextManager[Team]:
         """Whoever computes with these models, or with the base model's hidden states in the store."""
-        duty = Duty(self.arguments, rl, base, store, self.fingerprints, self.versions)
+        duty = MeasuringDuty(self.arguments, rl, base, store, self.fingerprints, self.versions)
         return self.engine(duty, self._on_layer)
 
     def _store_base(self, parts: Sequence[int]) -> None:
         """Keep the base model's hidden states of all samples of the parts; what is there and whole stays."""
         found = HiddenStore.whole(self._hidden_directory)
-        if found is not None and all(_has(found, task.samples) for task in self._tasks(parts)):
+        if found is not None and all(_has(found, task.payload) for task in self._tasks(parts)):
             return
         with self._team(None, self.base, None) as team:
-            assert team.head is not None, "the base model is alone"
+            assert team.greeting is not None, "the base model is alone"
             with self.directory.writing():
                 self.directory.begin(TOKENS_DIRECTORY)
-                store = HiddenStore.create(self._hidden_directory, team.head)
+                store = HiddenStore.create(self._hidden_directory, team.greeting)
             with self._bar("base", parts) as shown:
                 self.directory.start_lap()
                 for task, hidden in team.results(self._without(store, parts, shown)):
                     with self.directory.writing():
-                        for sample, states in zip(task.samples, hidden, strict=True):
+                        for sample, states in zip(task.payload, hidden, strict=True):
                             store.write(key_of(sample), states, input_ids=sample.response_ids.tolist())
                         self.directory.save_lap()
-                    shown.update(_count_tokens(task.samples))
+                    shown.update(_count_tokens(task.payload))
 
     def _without(self, store: HiddenStore, parts: Sequence[int], shown: tqdm) -> Iterator[Task]:
         """The batches of which the store lacks something."""
         for task in self._tasks(parts):
-            if _has(store, task.samples):
-                shown.update(_count_tokens(task.samples))
+            if _has(store, task.payload):
+                shown.update(_count_tokens(task.payload))
             else:
                 yield task
 
@@ -285,12 +286,13 @@ class _Run:
         with gathering as team, self._bar("rl" if self.arguments.sequential else "rl and base", missing) as shown:
             self.directory.start_lap()
             for task, measured in team.results(self._tasks(missing)):
-                rows = begun.setdefault(task.part, [])
-                rows += map(self._rows, task.samples, measured)
-                shown.update(_count_tokens(task.samples))
-                begin, end = self._parts[task.part]
+                part, _ = task.key
+                rows = begun.setdefault(part, [])
+                rows += map(self._rows, task.payload, measured)
+                shown.update(_count_tokens(task.payload))
+                begin, end = self._parts[part]
                 if len(rows) == end - begin:
-                    self._write_part(task.part, begun.pop(task.part))
+                    self._write_part(part, begun.pop(part))
         assert not begun, "each batch comes once"
 
     def _write_part(self, index: int, rows: list[ResponseRows]) -> None:
@@ -307,7 +309,7 @@ class _Run:
             begin, end = self._parts[index]
             samples = self.data.samples(begin, end)
             for place, members in enumerate(cut_batches(self.data.lengths[begin:end], self._batch_tokens)):
-                yield Task(index, place, [samples[member] for member in members])
+                yield batch_task(index, place, [samples[member] for member in members])
 
     def _rows(self, sample: Example, statistics: Mapping[str, np.ndarray]) -> ResponseRows:
         return ResponseRows(

@@ -67,7 +67,7 @@ class Measuring:
 
 @dataclass(frozen=True)
 class Working:
-    """Who computes in `dlogp metrics`, which is no part of what the run is of: others may go on with it."""
+    """Who computes what a run is made of, which is no part of what it is of: others may go on with it."""
 
     devices: str | None = option(
         None, "all, a number, or a list such as cuda:0,cuda:1: a worker each, that has the models.",

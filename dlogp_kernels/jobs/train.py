@@ -23,7 +23,7 @@ from ..report.ledger import Ledger
 from ..report.responses import Setting, collect
 from ..report.training import CSV_FILE, LOG_FILE, read_log, to_csv, to_entry, to_line
 from ..trl import ReweightedGRPOConfig, ReweightedGRPOTrainer, report_to
-from .decoding import Chunk, Drawing
+from .drawing import Chunk, Drawing
 from .errors import JobError
 from .graders import EXACT, Grader, load_grader
 from .inputs.models import ModelPlace, check_device, find_model, read_pair, warn_of_rounded_start

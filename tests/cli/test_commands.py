@@ -307,11 +307,15 @@ def test_every_option_of_generate_and_sweep_reaches_the_job(dlogp, tmp_path, mon
     common += ["--temperature", 0.6, "--top-k", 5, "--top-p", 0.7, "--min-p", 0.01, "--samples", 4]
     common += ["--max-new-tokens", 77, "--stop-token-id", 3, "--stop-token-id", 4, "--batch-size", 9]
     common += ["--chunk-size", 18, "--dtype", "fp16", "--device", "cpu", "--resume", "--trust-remote-code"]
+    common += ["--engine", "ray", "--address", "auto", "--devices", "2"]
     shared = {
         "arguments": ("R", "B", Path("D"), tmp_path),
         "decoding": Decoding(0.6, 5, 0.7, 0.01, 4, 77, [3, 4], 9, 18, "fp16", "cpu", True),
         "grader": "m:f",
         "resume": True,
+        "engine": "ray",
+        "address": "auto",
+        "devices": "2",
     }
     dlogp("generate", "--criterion", "kl", "--threshold", 0.2, "--gamma", 0.1, "--seed", 5, *common)
     assert received == shared | {"setting": Setting("kl", 0.2, 0.1, "rl"), "seed": 5}

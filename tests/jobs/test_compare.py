@@ -11,6 +11,7 @@ pytest.importorskip("matplotlib")
 from hf_models import one_thread  # noqa: F401
 from pair_files import contents, random_rows, write_lines
 
+from dlogp_kernels.jobs import compare as compare_job
 from dlogp_kernels.jobs.compare import run_compare
 from dlogp_kernels.jobs.errors import JobError
 from dlogp_kernels.jobs.options import Comparing
@@ -91,3 +92,27 @@ def test_how_to_measure_is_checked_before_anything_is_drawn(pair, tmp_path):
 def test_an_error_names_the_option_of_this_command(pair, tmp_path):
     with pytest.raises(JobError, match=r"^--responses \S+nothing: there is no such file"):
         run_compare(pair.rl, pair.base, tmp_path / "out", responses=tmp_path / "nothing", progress=False)
+
+
+def test_workers_draw_and_measure(pair, tmp_path, monkeypatch):
+    received = {}
+
+    def record(name):
+        def job(*arguments, **options):
+            received[name] = options
+            return {}
+
+        return job
+
+    for name in ("run_sweep", "run_metrics"):
+        monkeypatch.setattr(compare_job, name, record(name))
+    monkeypatch.setattr(compare_job, "plot", lambda *_: None)
+    monkeypatch.setattr(compare_job, "run_view", lambda *_: None)
+    working = {"engine": "ray", "devices": "2", "address": "auto"}
+    run_compare(pair.rl, pair.base, tmp_path / "out", data=pair.data, options=Comparing(), progress=False, **working)
+    for options in received.values():
+        assert {name: options[name] for name in working} == working
+    # None is given: where there are GPUs, workers on CPUs are not what was meant.
+    assert received["run_metrics"]["device"] is None and received["run_sweep"]["decoding"].device is None
+    with pytest.raises(JobError, match=r"^--devices has 'abacus', expected all, a number, or a list"):
+        run_compare(pair.rl, pair.base, tmp_path / "out", data=pair.data, devices="abacus", progress=False)

@@ -1,19 +1,12 @@
 """Several workers, processes or actors of Ray: the data set is that of one process, whoever is killed at any moment."""
 
-import contextlib
 import json
-import os
 import random
-import signal
 import socket
-import subprocess
-import sys
-import time
 from collections import deque
 from pathlib import Path
 
 import pytest
-from paths import ROOT
 
 pytest.importorskip("transformers")
 pytest.importorskip("pyarrow")
@@ -23,20 +16,26 @@ pytest.importorskip("psutil")
 import psutil
 import torch
 from hf_models import one_thread  # noqa: F401
-from pair_files import Pair, contents
+from pair_files import contents
 from safetensors.torch import load_file, save_file
+from workers import (
+    TWO_ACTORS,
+    TWO_PROCESSES,
+    kill_workers_after_the_first,
+    killed_run,
+    workers_below,
+)
 
 from dlogp_kernels.jobs import metrics
 from dlogp_kernels.jobs.errors import JobError
 from dlogp_kernels.jobs.inputs.records import Example
 from dlogp_kernels.jobs.metrics import run_metrics
 from dlogp_kernels.jobs.workers import engines, ray_actors
-from dlogp_kernels.jobs.workers.measurer import Reply, Task, answered
+from dlogp_kernels.jobs.workers.duty import Reply, Task, answered
+from dlogp_kernels.jobs.workers.measurer import batch_task
 from dlogp_kernels.jobs.workers.pool import Pool, WorkerLost
 
 SETTINGS = {"dtype": "fp32", "batch_tokens": 8, "device": "cpu", "progress": False}
-TWO_PROCESSES = {"devices": "cpu,cpu"}
-TWO_ACTORS = {"engine": "ray", "devices": "2"}
 
 # A run that kills itself when so many parts are written, and waits until it may.
 KILLED_RUN = """
@@ -75,15 +74,6 @@ def whole(pair, tmp_path_factory) -> Path:
     return out
 
 
-@pytest.fixture(scope="module")
-def ray_here():
-    """Ray, started once for all tests that need it; a run takes the one that is there."""
-    ray = pytest.importorskip("ray")
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
-
-
 def assert_same_files(out: Path, whole: Path) -> None:
     for name in ("tokens", "responses"):
         assert contents(out / name) == contents(whole / name)
@@ -93,27 +83,6 @@ def assert_same_files(out: Path, whole: Path) -> None:
         assert summary.pop("seconds") > 0
         del summary["tokens_per_second"], summary["response_tokens_per_second"], summary["arguments"]["sequential"]
     assert summaries[0] == summaries[1]
-
-
-def workers_below(process: psutil.Process) -> list[psutil.Process]:
-    """Processes that compute for it, of all that it and Ray have started."""
-    found = []
-    for child in process.children(recursive=True):
-        # Some of these come and go.
-        with contextlib.suppress(psutil.Error):
-            command = " ".join(child.cmdline())
-            if "process_worker" in command or command.startswith("ray::Actor"):
-                found.append(child)
-    return found
-
-
-def both_workers(process: psutil.Process) -> list[psutil.Process]:
-    """Its two, of which the second may start when the first has results: an actor has its name only then."""
-    end = time.monotonic() + 60
-    while len(workers := workers_below(process)) < 2:
-        assert time.monotonic() < end, workers
-        time.sleep(0.05)
-    return workers
 
 
 def test_both_models_one_after_the_other_in_processes(pair, whole, tmp_path):
@@ -131,45 +100,17 @@ def test_both_models_one_after_the_other_in_an_actor(pair, whole, tmp_path, ray_
 def test_workers_that_are_killed_in_the_middle(pair, whole, tmp_path, monkeypatch, request, working):
     if working is TWO_ACTORS:
         request.getfixturevalue("ray_here")
-    write_part, killed = metrics.write_part, []
-
-    def kill_after_the_first(*part):
-        found = write_part(*part)
-        if not killed:
-            workers = both_workers(psutil.Process())
-            # One may not be ready yet, and have nothing to lose.
-            for worker in workers:
-                worker.kill()
-                killed.append(worker)
-            psutil.wait_procs(workers, 10)
-        return found
-
-    monkeypatch.setattr(metrics, "write_part", kill_after_the_first)
+    kill_workers_after_the_first(monkeypatch, metrics, "write_part")
     with pytest.warns(UserWarning, match="a worker was lost: .*; another one goes on with what it had"):
         run_metrics(*pair, tmp_path / "out", **working, **SETTINGS)
     assert_same_files(tmp_path / "out", whole)
-
-
-def killed_run(pair: Pair, out: Path, parts: int, working: dict[str, str]) -> None:
-    """A run in a process of its own that is killed when it has written so many parts; its workers end, too."""
-    arguments = json.dumps([list(map(str, (*pair, out))), SETTINGS | working, parts])
-    with subprocess.Popen(
-        [sys.executable, "-c", KILLED_RUN, arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    ) as run:  # fmt: skip
-        assert run.stdout.readline() == b"written\n"
-        workers = both_workers(psutil.Process(run.pid))
-        run.stdin.close()
-        assert run.wait(60) == -signal.SIGKILL
-    _, alive = psutil.wait_procs(workers, 60)
-    assert not [worker for worker in alive if worker.status() != psutil.STATUS_ZOMBIE]
 
 
 def test_the_run_itself_is_killed_and_others_go_on(pair, whole, tmp_path):
     pytest.importorskip("ray")
     out = tmp_path / "out"
     for parts, working in enumerate((TWO_PROCESSES, TWO_ACTORS), 1):
-        killed_run(pair, out, parts, working)
+        killed_run(KILLED_RUN, [list(map(str, (*pair, out))), SETTINGS | working, parts])
         # The part that was written last is not known to be whole: it was not recorded.
         assert contents(out / "tokens").items() <= contents(whole / "tokens").items()
         assert not (out / "summary.json").exists()
@@ -197,7 +138,7 @@ def test_an_error_in_a_worker_is_that_of_one_process(pair, tmp_path):
 def tasks(number: int) -> list[Task]:
     """Three batches a part, of two samples each."""
     samples = [Example(line, str(line), None, (), ()) for line in range(1, 2 * number + 1)]
-    return [Task(index // 3, index % 3, samples[2 * index : 2 * index + 2]) for index in range(number)]
+    return [batch_task(index // 3, index % 3, samples[2 * index : 2 * index + 2]) for index in range(number)]
 
 
 class Fallible:
@@ -208,7 +149,7 @@ class Fallible:
         self.said: deque = deque([(None, Reply())])
 
     def give(self, task: Task) -> None:
-        self.said.append((task, Reply([sample.line for sample in task.samples])))
+        self.said.append((task, Reply([sample.line for sample in task.payload])))
 
     def take(self) -> Reply:
         task, reply = self.said.popleft()
@@ -238,7 +179,7 @@ def test_each_batch_comes_once_whatever_workers_are_lost(number):
 
         def ends(task, rng=rng, lost=lost) -> bool:
             # Not three times in a row, which is no accident.
-            key = None if task is None else (task.part, task.batch)
+            key = None if task is None else task.key
             if lost.count(key) >= (2 if key else 1) or rng.random() > 0.3:
                 return False
             lost.append(key)
@@ -247,8 +188,8 @@ def test_each_batch_comes_once_whatever_workers_are_lost(number):
         with pool(number, ends, rng) as team:
             found = list(team.results(iter(given)))
         assert len(lost) > 3
-        assert sorted((task.part, task.batch) for task, _ in found) == [(task.part, task.batch) for task in given]
-        assert all(value == [sample.line for sample in task.samples] for task, value in found)
+        assert sorted(task.key for task, _ in found) == [task.key for task in given]
+        assert all(value == [sample.line for sample in task.payload] for task, value in found)
 
 
 @pytest.mark.filterwarnings("ignore:a worker was lost")

@@ -54,6 +54,11 @@ class ModelPlace(NamedTuple):
         """The model of which most weights are."""
         return self.base or self
 
+    def absolute(self) -> "ModelPlace":
+        """With paths that mean the same in another directory."""
+        base = None if self.base is None else self.base.absolute()
+        return self._replace(directory=Path(self.directory).absolute(), base=base)
+
     def __str__(self) -> str:
         return f"{self.option} {self.name}"
 

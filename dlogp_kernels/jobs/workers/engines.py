@@ -9,13 +9,11 @@ from typing import Any
 
 import torch
 
-from ...hf import LmHead
 from ...installation import how_to_install
 from ..allowed import check_options
 from ..errors import JobError
 from ..options import Working
-from ..progress import OnLayer
-from .measurer import Duty, Engine, Measurer, Task
+from .duty import Duty, Engine, Task
 from .pool import Pool
 from .processes import processes
 
@@ -80,7 +78,7 @@ def engine_of(working: Working, device: str, given: str | None) -> AbstractConte
     # This process computes nothing meanwhile.
     threads = max(1, torch.get_num_threads() // len(devices))
 
-    def gather(duty: Duty, on_layer: OnLayer) -> Pool:
+    def gather(duty: Duty, here: Any) -> Pool:
         return processes(devices, threads, duty)
 
     return contextlib.nullcontext(gather)
@@ -111,8 +109,8 @@ def _number(devices: Any) -> int:
 class _Alone:
     """This process as the only worker."""
 
-    def __init__(self, duty: Duty, on_layer: OnLayer) -> None:
-        self._measurer = Measurer(duty, on_layer)
+    def __init__(self, duty: Duty, here: Any) -> None:
+        self._computing = duty.load(here)
 
     def __enter__(self) -> "_Alone":
         return self
@@ -121,11 +119,11 @@ class _Alone:
         pass
 
     @property
-    def head(self) -> LmHead | None:
-        """See `Measurer.head`."""
-        return self._measurer.head
+    def greeting(self) -> Any:
+        """See `Computing`."""
+        return self._computing.greeting
 
-    def results(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, list[Any]]]:
+    def results(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Any]]:
         """Each task, in order, with what it gives."""
         for task in tasks:
-            yield task, self._measurer(task.samples)
+            yield task, self._computing(task.payload)

@@ -3,13 +3,10 @@
 The process of the run is a worker itself where there are no others; whoever computes a batch, it is computed by this.
 """
 
-import socket
-import traceback
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,12 +19,13 @@ from ..options import Measuring
 from ..progress import OnLayer
 from ..resume.fingerprint import Fingerprints, versions
 from ..token_statistics import Computation, measure, response_hidden
+from .duty import Task, check_versions, load_model, worker_here
 
 
-class Duty(NamedTuple):
-    """What workers are for; the same for all of a run, but for the device.
+class MeasuringDuty(NamedTuple):
+    """To measure batches of samples.
 
-    Without `rl` they give the base model's hidden states; with `store`, the directory of a `HiddenStore`, they take
+    Without `rl` workers give the base model's hidden states; with `store`, the directory of a `HiddenStore`, they take
     them from there instead of having the base model.
     """
 
@@ -38,52 +36,36 @@ class Duty(NamedTuple):
     fingerprints: Fingerprints
     versions: Mapping[str, str]
 
+    def on(self, device: str) -> "MeasuringDuty":
+        """See `Duty`."""
+        return self._replace(arguments=replace(self.arguments, device=device))
 
-class Task(NamedTuple):
+    def absolute(self) -> "MeasuringDuty":
+        """See `Duty`."""
+        rl, base = (None if place is None else place.absolute() for place in (self.rl, self.base))
+        return self._replace(rl=rl, base=base, store=None if self.store is None else self.store.absolute())
+
+    def load(self, here: OnLayer | None = None) -> "Measurer":
+        """See `Duty`; `here` hears of layers."""
+        return Measurer(self, here or (lambda done, total: None))
+
+
+def batch_task(part: int, batch: int, samples: Sequence[Example]) -> Task:
     """A batch of a part, by its place in the part."""
-
-    part: int
-    batch: int
-    samples: list[Example]
-
-    def __str__(self) -> str:
-        lines = [sample.line for sample in self.samples]
-        return f"part {self.part} (lines {min(lines)} to {max(lines)} of --data)"
-
-
-class Team(Protocol):
-    """Workers who have their models in memory; or one of them, this process."""
-
-    @property
-    def head(self) -> LmHead | None:
-        """The last layer of the base model, where it is the only model."""
-
-    def results(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Any]]:
-        """Each task once, with what `Measurer` gives for its samples; in any order."""
-
-
-#: Gathers a team for a duty; whoever is one of it in this process tells how far it is with a batch.
-Engine = Callable[[Duty, OnLayer], AbstractContextManager[Team]]
-
-
-class Reply(NamedTuple):
-    """What a worker says when it is ready, and for each task: a value, or the error that ended it; and warnings."""
-
-    value: Any = None
-    error: Exception | None = None
-    warnings: Sequence[str] = ()
+    lines = [sample.line for sample in samples]
+    return Task((part, batch), samples, f"part {part} (lines {min(lines)} to {max(lines)} of --data)")
 
 
 class Measurer:
     """Has the models of a duty in memory. Raises JobError where they can not be had here, or are others."""
 
-    def __init__(self, duty: Duty, on_layer: OnLayer = lambda done, total: None) -> None:
+    def __init__(self, duty: MeasuringDuty, on_layer: OnLayer) -> None:
         arguments = duty.arguments
         self._duty = duty
         self._how = Computation(
             torch.device(arguments.device), arguments.temperature, arguments.memory_limit, on_layer
         )  # fmt: skip
-        _check_versions(duty)
+        check_versions(duty.versions, versions(arguments.device))
         self._store = None if duty.store is None else _open(duty.store)
         self._rl = None if duty.rl is None else self._load(duty.rl)
         if duty.base is not None:
@@ -93,7 +75,7 @@ class Measurer:
             self._base = _on_device(self._store.head(), self._how.device)
 
     @property
-    def head(self) -> LmHead | None:
+    def greeting(self) -> LmHead | None:
         """The last layer of the base model, where it is the only model; on the CPU."""
         return _on_device(lm_head(self._base), torch.device("cpu")) if self._rl is None else None
 
@@ -109,29 +91,7 @@ class Measurer:
             return measured
 
     def _load(self, place: ModelPlace) -> Any:
-        if not place.directory.is_dir():
-            raise JobError(
-                f"{place}: the worker on {socket.gethostname()} has no directory {place.directory}: all machines need "
-                "the models at the same place"
-            )
-        return self._duty.fingerprints.load(place, self._duty.arguments.dtype, self._how.device)
-
-
-def answered(function: Callable[..., Any], *arguments: Any) -> Reply:
-    """What the function gives, raises and warns of, so that another process can be told."""
-    with warnings.catch_warnings(record=True) as caught:
-        try:
-            value, error = function(*arguments), None
-        except Exception as raised:
-            value, error = None, _portable(raised)
-    return Reply(value, error, [str(one.message) for one in caught if one.category is UserWarning])
-
-
-def _portable(error: Exception) -> Exception:
-    """What a user can do something about as it is; of a fault of ours where it is."""
-    if isinstance(error, JobError | OSError | MemoryError):
-        return error.with_traceback(None)
-    return RuntimeError("".join(traceback.format_exception(error)).rstrip())
+        return load_model(place, self._duty.fingerprints, self._duty.arguments.dtype, self._how.device)
 
 
 def key_of(sample: Example) -> str:
@@ -144,23 +104,13 @@ def read_hidden(store: HiddenStore, sample: Example) -> torch.Tensor:
     return store.read(key_of(sample), input_ids=sample.response_ids.tolist())
 
 
-def _check_versions(duty: Duty) -> None:
-    found = versions(duty.arguments.device)
-    for name, version in duty.versions.items():
-        if found.get(name) != version:
-            raise JobError(
-                f"the worker on {socket.gethostname()} has {name} {found.get(name)}, this run is of {version}: all "
-                "machines need the same versions"
-            )
-
-
 def _open(store: Path) -> HiddenStore:
     try:
         return HiddenStore.open(store)
     except FileNotFoundError as error:
         raise JobError(
-            f"--sequential: the worker on {socket.gethostname()} does not see {store}: give an --out that all machines "
-            "share, or leave --sequential out"
+            f"--sequential: {worker_here()} does not see {store}: give an --out that all machines share, or leave "
+            "--sequential out"
         ) from error
 
 

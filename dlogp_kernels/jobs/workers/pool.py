@@ -1,4 +1,4 @@
-"""Batches given to several workers, who may end at any moment: what one had is given to others."""
+"""Tasks given to several workers, who may end at any moment: what one had is given to others."""
 
 import warnings
 from collections import Counter, deque
@@ -6,13 +6,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from ...hf import LmHead
 from ..errors import JobError
-from .measurer import Reply, Task
+from .duty import Reply, Task
 
 #: One that is computed, and one that waits, so that no worker has to.
 _TASKS_OF_A_WORKER = 2
-#: For one batch, or one after another who end before they are ready: then it is no accident.
+#: For one task, or one after another who end before they are ready: then it is no accident.
 _MOST_LOST_WORKERS = 3
 
 
@@ -49,12 +48,12 @@ class Pool:
     """A team of workers, within whose context they live; one that ends has another in its place.
 
     Args:
-        start: starts the worker of a place, counted from 0. That of place 0 says when it is ready what `head` is.
+        start: starts the worker of a place, counted from 0. That of place 0 says when it is ready what `greeting` is.
         number: of workers.
         wait: waits for some of the workers to have said something, or to have ended, and gives these.
 
-    Entering raises JobError where workers end before they have their models in memory, as `results` does where they
-    end again and again on one batch; and both raise what workers reply with.
+    Entering raises JobError where workers end before they have what they need in memory, as `results` does where they
+    end again and again on one task; and both raise what workers reply with.
     """
 
     def __init__(
@@ -68,9 +67,9 @@ class Pool:
         self._wait = wait
         self._members: list[_Member] = []
         self._waiting: deque[Task] = deque()
-        self._lost_at: Counter[tuple[int, int]] = Counter()
+        self._lost_at: Counter[tuple[int, ...]] = Counter()
         #: What worker 0 said when it was ready.
-        self.head: LmHead | None = None
+        self.greeting: Any = None
 
     def __enter__(self) -> "Pool":
         try:
@@ -127,7 +126,7 @@ class Pool:
             else:
                 member.ready, member.lost_before_ready = True, 0
                 if member.place == 0:
-                    self.head = reply.value
+                    self.greeting = reply.value
 
     def _replace(self, member: _Member, lost: WorkerLost) -> None:
         """Start another worker, and let what the lost one had be given out again."""
@@ -139,8 +138,8 @@ class Pool:
         elif member.tasks:
             # It was at the first.
             task = member.tasks[0]
-            self._lost_at[task.part, task.batch] += 1
-            if self._lost_at[task.part, task.batch] == _MOST_LOST_WORKERS:
+            self._lost_at[task.key] += 1
+            if self._lost_at[task.key] == _MOST_LOST_WORKERS:
                 raise JobError(f"{task}: {_MOST_LOST_WORKERS} workers ended while they computed it: {lost}") from lost
         warnings.warn(f"a worker was lost: {lost}; another one goes on with what it had", stacklevel=2)
         self._waiting.extendleft(reversed(member.tasks))

@@ -1,4 +1,4 @@
-"""A process that computes batches: what `processes` starts. It ends when the other end of its socket is closed."""
+"""A process that computes tasks: what `processes` starts. It ends when the other end of its socket is closed."""
 
 import os
 import pickle
@@ -10,28 +10,27 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from ...hf import LmHead
-from .measurer import Measurer, Reply, answered
+from .duty import Reply, answered
 
 
 def main(descriptor: int) -> None:
-    """Have the models of the first message in memory, say so, and answer the others."""
+    """Have what the duty of the first message needs in memory, say so, and answer the others."""
     connection = Connection(descriptor)
     received: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     # Apart, so that the other process never waits for this one to take something.
     threading.Thread(target=_receive, args=(connection, received), daemon=True).start()
-    duty, threads, gives_head = pickle.loads(received.get())
+    duty, threads, greets = pickle.loads(received.get())
     set_up(threads)
-    measurer: Any = None
+    computing: Any = None
 
-    def begin() -> LmHead | None:
-        nonlocal measurer
-        measurer = Measurer(duty)
-        return measurer.head if gives_head else None
+    def begin() -> Any:
+        nonlocal computing
+        computing = duty.load()
+        return computing.greeting if greets else None
 
     _send(connection, answered(begin))
     while True:
-        _send(connection, answered(measurer, pickle.loads(received.get())))
+        _send(connection, answered(computing, pickle.loads(received.get())))
 
 
 def set_up(threads: int) -> None:

@@ -8,11 +8,10 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from .measurer import Duty, Reply, Task
+from .duty import Duty, Reply, Task
 from .pool import Pool, WorkerLost
 
 #: It begins anew, as one of `multiprocessing` that is spawned does, and runs nothing of the program that started it.
@@ -26,8 +25,7 @@ def processes(devices: Sequence[str], threads: int, duty: Duty) -> Pool:
     """A team of one process for each device, of so many threads each."""
 
     def start(place: int) -> ProcessWorker:
-        arguments = replace(duty.arguments, device=devices[place])
-        return ProcessWorker(duty._replace(arguments=arguments), threads, gives_head=place == 0)
+        return ProcessWorker(duty, devices[place], threads, greets=place == 0)
 
     return Pool(start, len(devices), _speaking)
 
@@ -35,8 +33,8 @@ def processes(devices: Sequence[str], threads: int, duty: Duty) -> Pool:
 class ProcessWorker:
     """The process of `process_worker`, and a socket to it over which pickles go both ways; it ends with this one."""
 
-    def __init__(self, duty: Duty, threads: int, *, gives_head: bool) -> None:
-        self._device = duty.arguments.device
+    def __init__(self, duty: Duty, device: str, threads: int, *, greets: bool) -> None:
+        self._device = device
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
@@ -48,11 +46,11 @@ class ProcessWorker:
                 start_new_session=True,
             )
         self.connection = Connection(ours.detach())
-        self._send((duty, threads, gives_head))
+        self._send((duty.on(device), threads, greets))
 
     def give(self, task: Task) -> None:
         """Give it a task: it has a thread that takes them at any time."""
-        self._send(task.samples)
+        self._send(task.payload)
 
     def take(self) -> Reply:
         """What it says next; WorkerLost if it has ended."""

@@ -1,6 +1,6 @@
 """Workers that are actors of Ray, which it starts on this machine, or finds on those of a cluster.
 
-Not Ray Data: what is lost with an actor has to be given to another one so many times and then be named, and each batch
+Not Ray Data: what is lost with an actor has to be given to another one so many times and then be named, and each task
 has to arrive as soon as it is done, which `pool` sees to for processes anyway. An actor is therefore neither restarted
 nor asked again by Ray.
 """
@@ -15,14 +15,12 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import JobError
-from ..progress import OnLayer
-from .measurer import Duty, Engine, Measurer, Reply, Task, answered
+from .duty import Duty, Engine, Reply, Task, answered
 from .pool import Pool, WorkerLost
 from .process_worker import set_up
 
@@ -65,9 +63,9 @@ def ray_engine(address: str | None, number: int | None, device: str, *, may_leav
             _check_gpus(device)
         number = _number_of_actors(number, wanted)
 
-        def gather(duty: Duty, on_layer: OnLayer) -> Pool:
+        def gather(duty: Duty, here: Any) -> Pool:
             # That of an actor is `cuda` too, of which Ray lets it see its own.
-            return Pool(lambda place: RayWorker(_absolute(duty), threads, wanted, place), number, _speaking)
+            return Pool(lambda place: RayWorker(duty.absolute(), threads, wanted, place), number, _speaking)
 
         yield gather
     finally:
@@ -139,36 +137,25 @@ def _number_of_actors(number: int | None, wanted: dict[str, int]) -> int:
     return number
 
 
-def _absolute(duty: Duty) -> Duty:
-    """With paths that mean the same in another directory."""
-
-    def of_place(place: Any) -> Any:
-        base = None if place.base is None else of_place(place.base)
-        return place._replace(directory=Path(place.directory).absolute(), base=base)
-
-    models = {name: of_place(getattr(duty, name)) for name in ("rl", "base") if getattr(duty, name) is not None}
-    return duty._replace(store=None if duty.store is None else duty.store.absolute(), **models)
-
-
 class Actor:
     """What Ray runs on a machine of its choice."""
 
-    def begin(self, duty: Duty, threads: int, directory: str, gives_head: bool) -> bytes:
-        """Have the models in memory; the reply may hold the head."""
+    def begin(self, duty: Duty, threads: int, directory: str, greets: bool) -> bytes:
+        """Have what the duty needs in memory; the reply may hold the greeting."""
         # An adapter may name its base by a relative path.
         with contextlib.suppress(OSError):
             os.chdir(directory)
         set_up(threads)
 
         def load() -> Any:
-            self._measurer = Measurer(duty)
-            return self._measurer.head if gives_head else None
+            self._computing = duty.load()
+            return self._computing.greeting if greets else None
 
         return pickle.dumps(answered(load), pickle.HIGHEST_PROTOCOL)
 
-    def compute(self, samples: bytes) -> bytes:
-        """What `Measurer` gives; in one piece, where Ray would handle each array by itself."""
-        return pickle.dumps(answered(self._measurer, pickle.loads(samples)), pickle.HIGHEST_PROTOCOL)
+    def compute(self, payload: bytes) -> bytes:
+        """What a task is worth; in one piece, where Ray would handle each array by itself."""
+        return pickle.dumps(answered(self._computing, pickle.loads(payload)), pickle.HIGHEST_PROTOCOL)
 
 
 class RayWorker:
@@ -183,7 +170,7 @@ class RayWorker:
 
     def give(self, task: Task) -> None:
         """Give it a task, without waiting."""
-        self.asked.append(self._actor.compute.remote(pickle.dumps(task.samples, pickle.HIGHEST_PROTOCOL)))
+        self.asked.append(self._actor.compute.remote(pickle.dumps(task.payload, pickle.HIGHEST_PROTOCOL)))
 
     def take(self) -> Reply:
         """What it says next; WorkerLost if it has ended."""

@@ -1,5 +1,6 @@
 """The options of `ReweightedGRPOTrainer`: those of TRL's GRPOConfig, the reweighting, and what DAPO adds."""
 
+import copy
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -84,6 +85,27 @@ class ReweightedGRPOConfig(GRPOConfig):
             raise ValueError("use_adaptive_entropy is True, expected False: a constant entropy_coef is supported")
         if self.rollout_seed is not None:
             self._check_rollout_seed(self.rollout_seed)
+
+    def for_tensor_parallel(self, copies: int) -> "ReweightedGRPOConfig":
+        """A copy for processes of which so many at a time, a tensor-parallel group, have the same responses.
+
+        TRL counts responses of all processes in `generation_batch_size`; the copy counts each once.
+        """
+        if self.rollout_seed is None:
+            raise ValueError(
+                f"rollout_seed is None with a model that {copies} processes have together, expected a number, by which "
+                "they draw the same responses"
+            )
+        assert self.generation_batch_size and self.steps_per_generation and self.num_generations
+        rows = self.per_device_train_batch_size * self.steps_per_generation
+        if rows % self.num_generations:
+            raise ValueError(
+                f"per_device_train_batch_size × steps_per_generation is {rows} with a model that {copies} processes "
+                f"have together, expected a multiple of num_generations ({self.num_generations})"
+            )
+        copied = copy.copy(self)
+        copied.generation_batch_size = self.generation_batch_size // copies
+        return copied
 
     def _check_dual_clip(self) -> None:
         if self.delta is not None:

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from trl.models import unwrap_model_for_generation
 
 from ..hf import generate
+from .sharing import Sharing
 
 #: Of the batch as a whole; every other tensor has a row for each response.
 TOKENS_IN_BATCH = "num_items_in_batch"
@@ -83,13 +83,14 @@ def model_inputs(rollouts: Rollouts) -> tuple[Tensor, Tensor, int]:
     return input_ids, attention_mask, rollouts["completion_ids"].shape[1]
 
 
-def gathered(rollouts: Rollouts, accelerator: Accelerator) -> Rollouts:
+def gathered(rollouts: Rollouts, sharing: Sharing) -> Rollouts:
     """The rows of all processes, in the order of the processes."""
-    return {
-        name: accelerator.gather(accelerator.pad_across_processes(value, dim=1, pad_first=_is_widened_left(name)))
-        for name, value in rollouts.items()
-        if value.dim()
-    }
+
+    def of_all(name: str, value: Tensor) -> Tensor:
+        widened = sharing.accelerator.pad_across_processes(value, dim=1, pad_first=_is_widened_left(name))
+        return sharing.once(sharing.accelerator.gather(widened))
+
+    return {name: of_all(name, value) for name, value in rollouts.items() if value.dim()}
 
 
 def rows(rollouts: Rollouts, index: Tensor | slice) -> Rollouts:

@@ -6,6 +6,7 @@ import warnings
 from typing import Any
 
 import torch
+from accelerate.utils import set_seed
 from torch import Tensor
 from trl import GRPOTrainer
 
@@ -35,6 +36,7 @@ from .rollouts import (
     num_rows,
     rows,
 )
+from .sharing import Sharing
 
 _OLD, _REFERENCE, _START = "old_per_token_logps", "ref_per_token_logps", "start_per_token_logps"
 #: Loss types whose denominator is the number of tokens of the whole optimiser step.
@@ -56,6 +58,10 @@ class ReweightedGRPOTrainer(GRPOTrainer):
 
     A checkpoint also holds the responses that are still to be learned from, so that a run that was stopped at any
     step and resumed has the losses of one that was not.
+
+    A model that transformers has split by tensor parallelism (`DistributedConfig(tp_size=…)`) has the same responses on
+    all its processes, drawn by `rollout_seed`; TRL counts each once for each of them, in `generation_batch_size` as in
+    its own metrics. transformers writes no checkpoints of such a model (`save_strategy="no"`).
 
     Args:
         model: as in TRL: a causal language model of text, its directory or name, or a PeftModel of one.
@@ -88,6 +94,9 @@ class ReweightedGRPOTrainer(GRPOTrainer):
             args = ReweightedGRPOConfig(f"{name.split('/')[-1]}-GRPO")
         if not isinstance(args, ReweightedGRPOConfig):
             raise TypeError(f"args is {type(args).__name__}, expected a ReweightedGRPOConfig")
+        copies = getattr(model, "tp_size", None) or 1
+        if copies > 1:
+            args = args.for_tensor_parallel(copies)
         given: list[Any] = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         functions = [checked(f) if _is_function(f) else f for f in given if f is not None]
         if args.overlong_buffer and (functions or named.get("environment_factory")):
@@ -98,6 +107,10 @@ class ReweightedGRPOTrainer(GRPOTrainer):
                 args = copy.copy(args)
                 args.reward_weights = weights
         super().__init__(model, functions, args, *others, **named)  # type: ignore[misc]
+        self._sharing = Sharing(self.accelerator, copies)
+        if copies > 1:
+            # TRL seeds each process by itself, which then shuffles what others have in another order.
+            set_seed(args.seed + self._sharing.index)
         self._check_supported()
         self._use_fused_head()
         self._rewards = torch.empty(0)
@@ -166,12 +179,14 @@ class ReweightedGRPOTrainer(GRPOTrainer):
         has_tool_images: bool = False,
     ) -> tuple[list[list[int]], Any]:
         with whole_weights(self.model_wrapped):
-            if self.args.rollout_seed is None or not self.model.training:
+            drawn_by_trl = self.args.rollout_seed is None or not self.model.training
+            # It draws for each process by itself.
+            if drawn_by_trl and self._sharing.copies == 1:
                 return super()._generate_single_turn(
                     prompt_ids, images, multimodal_fields, num_generations, has_tool_images
                 )
-            first = self._rows_drawn + self.accelerator.process_index * len(prompt_ids)
-            self._rows_drawn += self.accelerator.num_processes * len(prompt_ids)
+            first = self._rows_drawn + self._sharing.index * len(prompt_ids)
+            self._rows_drawn += self._sharing.groups * len(prompt_ids)
             return draw_responses(self, prompt_ids, num_generations, first), None
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -220,7 +235,9 @@ class ReweightedGRPOTrainer(GRPOTrainer):
         kept_batches, left_batches = [kept], [left]
         found, drawn, refills = num_rows(kept) // self.num_generations, wanted, 0
         while found < wanted and refills < self.args.max_refills:
-            count = num_groups_to_draw(wanted - found, self.num_generations, self.accelerator.num_processes)
+            # TRL has to find whole groups in the rows of a process that are there several times.
+            size = self.num_generations if self._sharing.copies == 1 else 1
+            count = num_groups_to_draw(wanted - found, size, self._sharing.groups)
             more = super()._generate_and_score_completions(self._further_examples(order.take(count)))
             kept, left = self._sorted_out(more)
             kept_batches.append(kept)
@@ -238,26 +255,22 @@ class ReweightedGRPOTrainer(GRPOTrainer):
             )
         everyone = joined([*kept_batches, *map(masked_out, left_batches)])
         everyone = rows(everyone, slice(batch_size))
-        return rows(everyone, self._own_rows(batch_size)) | {TOKENS_IN_BATCH: loss_mask(everyone).sum()}
+        num_tokens = loss_mask(everyone).sum() * self._sharing.copies
+        return rows(everyone, self._sharing.own_rows(batch_size)) | {TOKENS_IN_BATCH: num_tokens}
 
     def _sorted_out(self, rollouts: Rollouts) -> tuple[Rollouts, Rollouts]:
         """The rows of all processes whose group is informative, and the others."""
-        informative = informative_groups(self._rewards, self.reward_weights, self.num_generations)
+        rewards = self._sharing.once(self._rewards)
+        informative = informative_groups(rewards, self.reward_weights, self.num_generations)
         index = informative.repeat_interleave(self.num_generations)
-        everyone = gathered(rollouts, self.accelerator)
+        everyone = gathered(rollouts, self._sharing)
         return rows(everyone, index), rows(everyone, ~index)
 
     def _further_examples(self, numbers: list[int]) -> list[dict[str, Any]]:
         """The rows that this process draws of further groups, as the data loader would give them."""
         examples = [self.train_dataset[number] for number in numbers for _ in range(self.num_generations)]
         # Copies of their own: TRL writes into them.
-        return [dict(example) for example in examples[self._own_rows(len(examples))]]
-
-    def _own_rows(self, count: int) -> slice:
-        """Those of this process among `count` rows of all."""
-        local = count // self.accelerator.num_processes
-        begin = self.accelerator.process_index * local
-        return slice(begin, begin + local)
+        return [dict(example) for example in examples[self._sharing.own_rows(len(examples))]]
 
     def _reweight_by_perplexity(self, rollouts: Rollouts) -> None:
         """`ppl` compares whole groups, which are parted among the optimiser's batches: it is done to all at once."""
@@ -266,10 +279,11 @@ class ReweightedGRPOTrainer(GRPOTrainer):
             rollouts[_OLD] = self._logps_without_gradient(rollouts)
         advantages, counts = rollouts["advantages"], mask.sum(1)
         local = torch.stack([grpo.log_perplexity(rollouts[_OLD], mask), advantages, counts.float()], 1)
-        perplexity, advantage, count = self.accelerator.gather(local).unbind(1)
+        perplexity, advantage, count = self._sharing.once(self.accelerator.gather(local)).unbind(1)
         group = torch.arange(len(count), device=count.device) // self.num_generations
         alpha, sign = self.args.reweight_alpha, self.args.reweight_sign
-        weight = grpo.perplexity_weight(perplexity, advantage, count, group, alpha, sign)[self._own_rows(len(count))]
+        weights = grpo.perplexity_weight(perplexity, advantage, count, group, alpha, sign)
+        weight = weights[self._sharing.own_rows(len(count))]
         rollouts["advantages"] = weight * advantages
         self._log_means(TokenSums({"reweight/mean_weight": ((weight * counts).sum(), counts.sum())}))
 

@@ -28,12 +28,11 @@ def policy(**options: Any) -> PreTrainedModel:
         num_layers=2,
         intermediate_size=48,
         num_heads=2,
-        num_key_value_heads=1,
         head_dim=16,
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
-        **options,
+        **{"num_key_value_heads": 1, **options},
     )
     with torch.random.fork_rng():
         torch.manual_seed(1)
@@ -43,9 +42,9 @@ def policy(**options: Any) -> PreTrainedModel:
     return model
 
 
-def saved_policy(directory: Path) -> str:
+def saved_policy(directory: Path, **options: Any) -> str:
     """As a directory, where TRL finds the reference model."""
-    save_local(policy(), tokenizer(), directory)
+    save_local(policy(**options), tokenizer(), directory)
     return str(directory)
 
 

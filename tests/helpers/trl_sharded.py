@@ -1,7 +1,7 @@
-"""Trains under `accelerate launch`, with weights or optimiser sharded: `trl_sharded.py OUT.json DIRECTORY`.
+"""Trains under `accelerate launch`, with something sharded: `trl_sharded.py OUT.json DIRECTORY COPIES`.
 
-One process takes eight responses at once, two take four each. The directory is that of all processes, with a model in
-`policy`.
+The directory is that of all processes, with a model in `policy`. So many of the two processes have the model together
+by tensor parallelism; then each takes the eight responses at once that one process takes, else four.
 """
 
 import contextlib
@@ -16,39 +16,39 @@ from typing import Any
 import torch
 import trl_runs
 from peft import LoraConfig
+from transformers import AutoModelForCausalLM
 from trl_processes import some_alike
 
 SEEDED = {"reweight": "low_prob", "reweight_alpha": 0.5, "dynamic_sampling": True, "rollout_seed": 5}
 
 
-def seeded(directory: Path, rows: int, **options: Any) -> Any:
-    return trained(directory / "seeded", rows, **SEEDED, delta_logp_responses=rows, **options)
+def seeded(directory: Path, **options: Any) -> Any:
+    return trained(directory, "seeded", **SEEDED, **options)
 
 
-def with_reference(directory: Path, rows: int, **options: Any) -> Any:
-    model = str(directory / "policy")
+def with_reference(directory: Path, **options: Any) -> Any:
     settings = {"beta": 0.1, "reweight": "ppl", "num_generations": 8, "rollout_seed": 5}
-    return trained(directory / "reference", rows, model, **settings, **options)
+    return trained(directory, "with_reference", **settings, **options)
 
 
-def with_adapters(directory: Path, rows: int, **options: Any) -> Any:
+def with_adapters(directory: Path, **options: Any) -> Any:
     peft = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
-    return trained(directory / "adapters", rows, peft=peft, **SEEDED, delta_logp_responses=rows, **options)
+    return trained(directory, "with_adapters", peft=peft, **SEEDED, **options)
 
 
-def drawn_by_trl(directory: Path, rows: int, **options: Any) -> Any:
+def drawn_by_trl(directory: Path, **options: Any) -> Any:
     """With draws that depend on the process."""
-    return trained(directory / "drawn_by_trl", rows, delta_logp_responses=0, **options)
+    return trained(directory, "drawn_by_trl", **options)
 
 
-def goes_on(directory: Path, rows: int, **options: Any) -> Any:
+def goes_on(directory: Path, **options: Any) -> Any:
     """The steps of `seeded`, the last two by a trainer that goes on where another one was stopped."""
-    settings = SEEDED | {"delta_logp_responses": rows, "save_strategy": "steps", "save_steps": 2} | options
-    first = trainer(directory / "goes_on", rows, **settings)
+    settings = SEEDED | {"save_strategy": "steps", "save_steps": 2} | options
+    first = trainer(directory, "goes_on", **settings)
     first.add_callback(trl_runs.StopAt(3))
     with contextlib.suppress(KeyboardInterrupt):
         first.train()
-    second = trainer(directory / "goes_on", rows, **settings)
+    second = trainer(directory, "goes_on", **settings)
     second.train(resume_from_checkpoint=True)
     return second
 
@@ -56,6 +56,8 @@ def goes_on(directory: Path, rows: int, **options: Any) -> Any:
 RUNS: dict[str, Callable[..., Any]] = {
     function.__name__: function for function in (seeded, with_reference, with_adapters, drawn_by_trl, goes_on)
 }
+#: There TRL does not draw, PEFT does not split its adapters, and transformers does not go on from a checkpoint.
+RUNS_IN_TENSOR_PARALLEL = {name: RUNS[name] for name in ("seeded", "with_reference")}
 
 
 def trained(*arguments: Any, **options: Any) -> Any:
@@ -64,9 +66,16 @@ def trained(*arguments: Any, **options: Any) -> Any:
     return made
 
 
-def trainer(out: Path, rows: int, model: Any = None, **options: Any) -> Any:
+def trainer(directory: Path, name: str, *, rows: int, copies: int = 1, **options: Any) -> Any:
     torch.manual_seed(0)
-    return trl_runs.trainer(out, model, reward=some_alike, per_device_train_batch_size=rows, **options)
+    model: Any = str(directory / "policy")
+    if copies > 1:
+        from transformers.distributed import DistributedConfig
+
+        split = DistributedConfig(tp_size=copies, tp_plan="auto")
+        model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, distributed_config=split)
+    settings = {"per_device_train_batch_size": rows, "delta_logp_responses": rows, "generation_batch_size": 8 * copies}
+    return trl_runs.trainer(directory / name, model, reward=some_alike, **settings | options)
 
 
 def on_cpus() -> None:
@@ -77,18 +86,18 @@ def on_cpus() -> None:
     PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
 
 
-def main(out: Path, shared: Path) -> None:
+def main(out: Path, directory: Path, copies: int) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     on_cpus()
     logs = {}
-    for name, run in RUNS.items():
-        done = run(shared, 4, use_cpu=False)
-        kind = type(next(done.model.parameters())).__name__
-        logs[name] = {"steps": trl_runs.logs(done), "type": str(done.accelerator.distributed_type), "parameters": kind}
+    for name, run in (RUNS if copies == 1 else RUNS_IN_TENSOR_PARALLEL).items():
+        done = run(directory, rows=4 * copies, copies=copies, use_cpu=False)
+        head = type(done.accelerator.unwrap_model(done.model).get_output_embeddings().weight).__name__
+        logs[name] = {"steps": trl_runs.logs(done), "type": str(done.accelerator.distributed_type), "head": head}
     if os.environ["RANK"] == "0":
         out.write_text(json.dumps(logs))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))

@@ -1,9 +1,10 @@
-"""Two processes (gloo, on CPUs) with the README's configurations: weights sharded by FSDP2, the optimiser by ZeRO-2."""
+"""Two processes (gloo, on CPUs): with the README's configurations FSDP2 shards weights, ZeRO-2 the optimiser, and
+transformers splits a model."""
 
 import json
 import re
-import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from paths import ROOT
@@ -11,69 +12,102 @@ from paths import ROOT
 pytest.importorskip("trl")
 pytest.importorskip("peft")
 
+import torch
 import trl_runs
 import trl_sharded
-from hf_models import one_thread  # noqa: F401
 from launching import launched
 
+from dlogp_kernels.trl import ReweightedGRPOConfig
+
 SAME = (
-    "loss", "grad_norm", "reward", "reward_std", "completions/mean_length", "num_tokens", "entropy", "ratio/max",
-    "reweight/mean_weight", "approx_kl", "kl", "delta_logp/mean", "delta_logp/min", "delta_logp/max",
-    "dynamic_sampling/refills",
+    "loss", "grad_norm", "reward", "reward_std", "completions/mean_length", "entropy", "ratio/max", "approx_kl", "kl",
+    "reweight/mean_weight", "delta_logp/mean", "delta_logp/min", "delta_logp/max", "dynamic_sampling/refills",
 )  # fmt: skip
 #: How a run says that it is sharded.
-SHARDED = {"FSDP": ("DistributedType.FSDP", "DTensor"), "DEEPSPEED": ("DistributedType.DEEPSPEED", "Parameter")}
+TYPES = {
+    "FSDP": ("DistributedType.FSDP", "DTensor"),
+    "DEEPSPEED": ("DistributedType.DEEPSPEED", "Parameter"),
+    "MULTI_GPU": ("DistributedType.MULTI_GPU", "DTensor"),
+}
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """What one process logs in the runs whose responses do not depend on how many there are."""
-    directory = tmp_path_factory.mktemp("alone")
-    trl_runs.saved_policy(directory / "policy")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    directory = save_policy(tmp_path_factory.mktemp("alone"))
     runs = (trl_sharded.seeded, trl_sharded.with_reference, trl_sharded.with_adapters)
-    logs = {run.__name__: trl_runs.logs(run(directory, 8)) for run in runs}
+    logs = {run.__name__: trl_runs.logs(run(directory, rows=8)) for run in runs}
+    torch.set_num_threads(threads)
     return logs | {"goes_on": logs["seeded"]}
 
 
-def configuration(kind: str, **changes: object) -> str:
+def save_policy(directory: Path) -> Path:
+    trl_runs.saved_policy(directory / "policy", num_key_value_heads=2)
+    return directory
+
+
+def configuration(kind: str) -> str:
     """The README's configuration of that kind of accelerate's, for two processes in float32."""
-    (found,) = re.findall(
-        rf"```yaml\n(distributed_type: {kind}\n.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S
-    )
-    for name, value in {"num_processes": 2, "mixed_precision": "no", **changes}.items():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (found,) = re.findall(rf"```yaml\n(distributed_type: {kind}\n.*?)```", readme, re.S)
+    for name, value in {"num_processes": 2, "mixed_precision": "no"}.items():
         found, count = re.subn(rf"(\b{name}: ).*", rf"\g<1>{value!r}", found)
         assert count == 1, name
     return found
 
 
-def train(tmp_path: Path, config: str) -> subprocess.CompletedProcess:
-    (tmp_path / "config.yaml").write_text(config)
-    trl_runs.saved_policy(tmp_path / "policy")
-    # DeepSpeed looks for a device by itself.
-    return launched(
-        "trl_sharded.py", [tmp_path / "logs.json", tmp_path], "--config_file", str(tmp_path / "config.yaml"),
-        DS_ACCELERATOR="cpu",
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
-def test_sharded_training_is_that_of_one_process(tmp_path, alone, one_thread, kind):  # noqa: F811
-    if kind == "DEEPSPEED":
-        pytest.importorskip("deepspeed")
-    done = train(tmp_path, configuration(kind))
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads((tmp_path / "logs.json").read_text())
-    assert found.keys() == trl_sharded.RUNS.keys()
+def check(found: dict[str, Any], alone: dict[str, Any], kind: str) -> None:
     for name, run in found.items():
-        assert (run["type"], run["parameters"]) == SHARDED[kind]
+        assert (run["type"], run["head"]) == TYPES[kind]
         assert len(run["steps"]) == 4
         for step, (one, sharded) in enumerate(zip(alone.get(name, []), run["steps"], strict=name in alone)):
             assert one.keys() == sharded.keys()
-            for quantity in filter(one.__contains__, SAME):
+            # TRL's count a response once for each process that has it.
+            quantities = [name for name in SAME if name in one and (kind != "MULTI_GPU" or name != "reward_std")]
+            for quantity in quantities:
                 expected = pytest.approx(one[quantity], abs=1e-4, rel=1e-4)
                 assert sharded[quantity] == expected, (name, step, quantity)
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MULTI_GPU"])
+def test_sharded_training_is_that_of_one_process(tmp_path, alone, kind):
+    if kind == "DEEPSPEED":
+        pytest.importorskip("deepspeed")
+    if kind == "MULTI_GPU":
+        copies, runs, options = 2, trl_sharded.RUNS_IN_TENSOR_PARALLEL, ["--multi_gpu", "--num_processes", "2"]
+    else:
+        (tmp_path / "config.yaml").write_text(configuration(kind))
+        copies, runs, options = 1, trl_sharded.RUNS, ["--config_file", str(tmp_path / "config.yaml")]
+    # DeepSpeed looks for a device by itself.
+    done = launched(
+        "trl_sharded.py", [tmp_path / "logs.json", save_policy(tmp_path), copies], *options, DS_ACCELERATOR="cpu"
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "logs.json").read_text())
+    assert found.keys() == runs.keys()
+    check(found, alone, kind)
     assert max(entry["dynamic_sampling/refills"] for entry in alone["seeded"]) > 0
-    assert abs(alone["with_reference"][3]["delta_logp/mean"]) > 0.1
+    assert abs(alone["with_reference"][3]["delta_logp/mean"]) > 0.05
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "^rollout_seed is None with a model that 2 processes have together, expected a number"),
+        (
+            {"rollout_seed": 1, "num_generations": 8},
+            "^per_device_train_batch_size × steps_per_generation is 4 with .*, expected a multiple of num_generations",
+        ),
+    ],
+)
+def test_tensor_parallel_processes_have_the_same_responses(tmp_path, options, message):
+    config = ReweightedGRPOConfig(**trl_runs.options(tmp_path, generation_batch_size=4))
+    # As it is where four more responses are another process's.
+    vars(config).update(options)
+    with pytest.raises(ValueError, match=message):
+        config.for_tensor_parallel(2)
 
 
 @pytest.mark.parametrize(

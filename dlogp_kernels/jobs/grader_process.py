@@ -22,6 +22,7 @@ _WORKER = Path(__file__).with_name("grader_worker.py")
 _SECONDS_TO_START = 120.0
 #: A limit of 0 would mean not to wait at all.
 _LEAST_SECONDS = 1e-3
+_running: "weakref.WeakSet[GraderProcess]" = weakref.WeakSet()
 
 
 class Grade(NamedTuple):
@@ -74,6 +75,7 @@ class GraderProcess:
                 start_new_session=True,
             )
         self._stop = weakref.finalize(self, _stop, self._process, self._socket)
+        _running.add(self)
         # A script that is started by its name finds modules beside it, not those of the current directory.
         path = sys.path if os.getcwd() in sys.path else [os.getcwd(), *sys.path]
         reply = self._ask({"path": path, "grader": self._name}, max(_SECONDS_TO_START, self._timeout))
@@ -106,6 +108,12 @@ class GraderProcess:
         except BaseException:
             self._stop()  # of a request that has no answer yet, which the next one would be given
             raise
+
+
+def stop_graders() -> None:
+    """End all that run, before this process ends without more ado."""
+    for grader in list(_running):
+        grader._stop()
 
 
 def _stop(process: "subprocess.Popen[bytes]", connection: socket.socket) -> None:

@@ -4,6 +4,7 @@ It reads requests from the socket whose number it is given and writes a reply to
 the other end is closed, that is with the process that started it. To start at once, it imports nothing of the package.
 """
 
+import ctypes
 import hashlib
 import importlib
 import importlib.metadata
@@ -12,6 +13,7 @@ import json
 import math
 import os
 import queue
+import signal
 import socket
 import sys
 import threading
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 _SHOWN = 300
+_PR_SET_PDEATHSIG = 1
 
 _Function = Callable[[str, Mapping[str, Any]], Any]
 
@@ -30,6 +33,7 @@ class _Unusable(Exception):
 
 def main() -> None:
     """Load the grader that the first request names, then grade what the others hold."""
+    _end_with_parent()
     connection = socket.socket(fileno=int(sys.argv[1]))
     connection.set_inheritable(False)
     connection.setblocking(True)  # whatever the other process has for new sockets
@@ -52,6 +56,12 @@ def main() -> None:
             reply = {"score": as_score(function(request["response"], request["problem"]))}
         except BaseException as error:  # a user's code may raise anything, and even exit
             reply = {"error": _described(error)}
+
+
+def _end_with_parent() -> None:
+    """Where the system can be asked: end with who started this process, even if a grader lets nothing else run here."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _receive(requests: BinaryIO, received: "queue.SimpleQueue[bytes]") -> None:

@@ -50,4 +50,7 @@ def _settle_root(model: nn.Module) -> None:
 
 def _frees_after_forward(module: Any) -> bool:
     """What `set_reshard_after_forward` sets; there is no other way to ask."""
-    return any(group.post_forward_mesh_info is not None for group in module._get_fsdp_state()._fsdp_param_groups)
+    state = module._get_fsdp_state()
+    # Older versions of torch have one at most.
+    groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
+    return any(group is not None and group.post_forward_mesh_info is not None for group in groups)

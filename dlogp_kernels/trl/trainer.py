@@ -1,5 +1,6 @@
 """TRL's GRPO trainer with the fused ops, reweighted advantages and DAPO's sampling."""
 
+import contextlib
 import copy
 import functools
 import warnings
@@ -178,7 +179,8 @@ class ReweightedGRPOTrainer(GRPOTrainer):
         num_generations: int,
         has_tool_images: bool = False,
     ) -> tuple[list[list[int]], Any]:
-        with whole_weights(self.model_wrapped):
+        # vLLM is given the shards one after another, and draws by itself.
+        with contextlib.nullcontext() if self.use_vllm else whole_weights(self.model_wrapped):
             drawn_by_trl = self.args.rollout_seed is None or not self.model.training
             # It draws for each process by itself.
             if drawn_by_trl and self._sharing.copies == 1:

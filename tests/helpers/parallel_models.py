@@ -64,6 +64,30 @@ def trainers_head(group: Any, path: Path, kind: str, batches: list[Tensor]) -> M
     return Measured(found.log_probs.detach(), found.entropy.detach(), grads, head)
 
 
+def whole_within(group: Any, path: Path) -> list[tuple[list[str], list[bool]]]:
+    """How parameters lie, and which modules free them after a forward, before, in and after what ends by an error."""
+    from dlogp_kernels.trl.fsdp import _frees_after_forward, _sharded, whole_weights
+
+    model = load(path, "fsdp", group.size())
+
+    def state() -> tuple[list[str], list[bool]]:
+        return [type(x).__name__ for x in model.parameters()], list(map(_frees_after_forward, _sharded(model)))
+
+    states = []
+    try:
+        # The first forward says which module is the root, whose weights stay.
+        token_logp(model, torch.ones(1, 4, dtype=torch.int64)).logp.sum().backward()
+        states.append(state())
+        with whole_weights(model):
+            states.append(state())
+            if group.rank() == 0:
+                token_logp(model, torch.ones(1, 4, dtype=torch.int64))
+            raise KeyError
+    except KeyError:
+        states.append(state())
+    return states
+
+
 def pair(group: Any, path: Path, base_path: Path, kinds: tuple[str, str], tokens: Tensor) -> Any:
     """The statistics of a pair of which either may be sharded."""
     models = [load(place, kind, group.size()) for place, kind in zip((path, base_path), kinds, strict=True)]

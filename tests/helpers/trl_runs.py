@@ -81,7 +81,14 @@ def options(out: Path | str, **others: Any) -> dict[str, Any]:
 
 
 def trainer(
-    out: Path | str, model: Any = None, reward: Any = even_words, *, trl: bool = False, peft: Any = None, **others: Any
+    out: Path | str,
+    model: Any = None,
+    reward: Any = even_words,
+    *,
+    trl: bool = False,
+    peft: Any = None,
+    held_out: int = 0,
+    **others: Any,
 ) -> Any:
     """A trainer of this library, or TRL's own; `others` are options of the config."""
     config, kind = (GRPOConfig, GRPOTrainer) if trl else (ReweightedGRPOConfig, ReweightedGRPOTrainer)
@@ -90,6 +97,7 @@ def trainer(
         reward_funcs=reward,
         args=config(**options(out, **others)),
         train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
+        eval_dataset=Dataset.from_dict({"prompt": PROMPTS[:held_out]}) if held_out else None,
         processing_class=tokenizer(),
         peft_config=peft,
     )

@@ -1,7 +1,7 @@
 """Trains under `accelerate launch`, with something sharded: `trl_sharded.py OUT.json DIRECTORY COPIES`.
 
-The directory is that of all processes, with a model in `policy`. So many of the two processes have the model together
-by tensor parallelism; then each takes the eight responses at once that one process takes, else four.
+The directory is that of all processes, with models in `policy` and `untied`. So many of the two processes have the
+model together by tensor parallelism; then each takes the eight responses at once that one process takes, else four.
 """
 
 import contextlib
@@ -19,6 +19,8 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 from trl_processes import some_alike
 
+from dlogp_kernels.trl.fsdp import reshard
+
 SEEDED = {"reweight": "low_prob", "reweight_alpha": 0.5, "dynamic_sampling": True, "rollout_seed": 5}
 
 
@@ -34,6 +36,13 @@ def with_reference(directory: Path, **options: Any) -> Any:
 def with_adapters(directory: Path, **options: Any) -> Any:
     peft = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     return trained(directory, "with_adapters", peft=peft, **SEEDED, **options)
+
+
+def evaluated(directory: Path, **options: Any) -> Any:
+    """With an untied last layer, and forwards without gradients before the first step and between others."""
+    settings = {"eval_on_start": True, "eval_strategy": "steps", "eval_steps": 2, "held_out": 2}
+    more = {"policy": "untied", "per_device_eval_batch_size": 4, "num_generations_eval": 4}
+    return trained(directory, "evaluated", **SEEDED, **settings, **more, **options)
 
 
 def drawn_by_trl(directory: Path, **options: Any) -> Any:
@@ -53,9 +62,8 @@ def goes_on(directory: Path, **options: Any) -> Any:
     return second
 
 
-RUNS: dict[str, Callable[..., Any]] = {
-    function.__name__: function for function in (seeded, with_reference, with_adapters, drawn_by_trl, goes_on)
-}
+_ALL = (seeded, with_reference, with_adapters, evaluated, drawn_by_trl, goes_on)
+RUNS: dict[str, Callable[..., Any]] = {function.__name__: function for function in _ALL}
 #: There TRL does not draw, PEFT does not split its adapters, and transformers does not go on from a checkpoint.
 RUNS_IN_TENSOR_PARALLEL = {name: RUNS[name] for name in ("seeded", "with_reference")}
 
@@ -66,9 +74,9 @@ def trained(*arguments: Any, **options: Any) -> Any:
     return made
 
 
-def trainer(directory: Path, name: str, *, rows: int, copies: int = 1, **options: Any) -> Any:
+def trainer(directory: Path, name: str, *, rows: int, copies: int = 1, policy: str = "policy", **options: Any) -> Any:
     torch.manual_seed(0)
-    model: Any = str(directory / "policy")
+    model: Any = str(directory / policy)
     if copies > 1:
         from transformers.distributed import DistributedConfig
 
@@ -84,6 +92,11 @@ def on_cpus() -> None:
 
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        import deepspeed
+
+        # What it would compile for CPUs spins while it waits, which takes long where others compute.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def main(out: Path, directory: Path, copies: int) -> None:
@@ -93,6 +106,8 @@ def main(out: Path, directory: Path, copies: int) -> None:
     logs = {}
     for name, run in (RUNS if copies == 1 else RUNS_IN_TENSOR_PARALLEL).items():
         done = run(directory, rows=4 * copies, copies=copies, use_cpu=False)
+        # A forward without gradients leaves it gathered.
+        reshard(done.model)
         head = type(done.accelerator.unwrap_model(done.model).get_output_embeddings().weight).__name__
         logs[name] = {"steps": trl_runs.logs(done), "type": str(done.accelerator.distributed_type), "head": head}
     if os.environ["RANK"] == "0":

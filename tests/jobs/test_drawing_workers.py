@@ -294,3 +294,35 @@ def test_options_that_do_not_fit(files, tmp_path, options, message):
     with pytest.raises(JobError, match=message):
         sweep(files, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_worker_stops_graders_that_take_too_long_and_leaves_nothing_of_them(files, tmp_path):
+    children = tmp_path / "children"
+    Path("my_slow_grader.py").write_text(f"""
+import subprocess, time
+with open({str(children)!r}, "a") as file:
+    print(subprocess.Popen(["sleep", "300"]).pid, file=file)
+
+def grade(response, problem):
+    time.sleep(30 if problem["id"] == "problem 1" else 0)
+    return 1
+""")
+    decoding = Decoding(**OPTIONS | {"samples": 1, "grader_timeout": 0.5})
+    found = sweep(
+        files, tmp_path / "out", settings=SETTINGS[:1], decoding=decoding, grader="my_slow_grader:grade", devices="cpu"
+    )
+    assert found["grader_errors"] == 1
+    (error,) = [response.error for response in ResponseFile(tmp_path / "out" / "responses.jsonl", None).responses()
+                if response.error is not None]  # fmt: skip
+    assert error == "TimeoutError: the grader took more than 0.5 s"
+    # The one of this process, and two of the worker's, of which the first was stopped.
+    numbers = [int(number) for number in children.read_text().split()]
+    assert len(numbers) == 3
+    assert not any(map(is_running, numbers))
+
+
+def is_running(number: int) -> bool:
+    try:
+        return psutil.Process(number).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -21,6 +21,13 @@ def ranks():
     ranks.close()
 
 
+@pytest.fixture(scope="module")
+def four_ranks():
+    ranks = Ranks(4)
+    yield ranks
+    ranks.close()
+
+
 def saved(directory, **options):
     tiny_qwen3(VOCABULARY, num_layers=2, **options).save_pretrained(directory)
     return directory
@@ -34,9 +41,21 @@ def tokens(seed):
 @pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
 @pytest.mark.parametrize("kind", ["tp", "fsdp"])
 def test_token_logp(ranks, tmp_path, kind, tied, function):
+    check_token_logp(ranks, saved(tmp_path / "model", tie_word_embeddings=tied), kind, function)
+
+
+@pytest.mark.parametrize("kind", ["tp", "fsdp"])
+def test_four_processes(four_ranks, tmp_path, kind):
+    heads = {"num_heads": 4, "num_key_value_heads": 4}
+    path = saved(tmp_path / "model", tie_word_embeddings=True, **heads)
+    check_token_logp(four_ranks, path, kind, parallel_models.measured)
+    check_pair(four_ranks, path, saved(tmp_path / "base", seed=1, **heads), (kind, kind))
+
+
+def check_token_logp(ranks, path, kind, function):
     """FSDP's ranks have their own tokens, and the mean of their gradients; tensor-parallel ones share them."""
-    path = saved(tmp_path / "model", tie_word_embeddings=tied)
-    batches = [tokens(0), tokens(0 if kind == "tp" else 1)]
+    size = len(ranks.processes)
+    batches = [tokens(0 if kind == "tp" else rank) for rank in range(size)]
     alone = ranks.values(parallel_models.measured, path, "whole", batches)
     found = ranks.values(function, path, kind, batches)
     for rank, result in enumerate(found):
@@ -45,13 +64,25 @@ def test_token_logp(ranks, tmp_path, kind, tied, function):
         torch.testing.assert_close(result.entropy, alone[rank].entropy, rtol=0, atol=5e-6)
         assert result.gradients.keys() == alone[rank].gradients.keys()
         for name, grad in result.gradients.items():
-            mean = (alone[0].gradients[name] + alone[1].gradients[name]) / 2
+            mean = torch.stack([each.gradients[name] for each in alone]).mean(0)
             assert (grad - mean).abs().max() <= 1e-4 * mean.abs().max(), name
+
+
+def test_ranks_with_whole_weights_may_run_apart(ranks, tmp_path):
+    pytest.importorskip("trl")
+    for before, within, after in ranks.values(parallel_models.whole_within, saved(tmp_path / "model")):
+        assert before == after and set(before[0]) == {"DTensor"}
+        # Of the root and two layers.
+        assert before[1] == [False, True, True]
+        assert set(within[0]) == {"Parameter"} and not any(within[1])
 
 
 @pytest.mark.parametrize("kinds", [("tp", "tp"), ("tp", "whole"), ("fsdp", "fsdp")], ids=" and ".join)
 def test_pairs(ranks, tmp_path, kinds):
-    path, base_path = saved(tmp_path / "rl"), saved(tmp_path / "base", seed=1)
+    check_pair(ranks, saved(tmp_path / "rl"), saved(tmp_path / "base", seed=1), kinds)
+
+
+def check_pair(ranks, path, base_path, kinds):
     models = [parallel_models.load(place, "whole", 1) for place in (path, base_path)]
     with torch.no_grad():
         expected = token_metrics(*models, tokens(0))

@@ -37,14 +37,15 @@ def alone(tmp_path_factory):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     directory = save_policy(tmp_path_factory.mktemp("alone"))
-    runs = (trl_sharded.seeded, trl_sharded.with_reference, trl_sharded.with_adapters)
+    runs = (trl_sharded.seeded, trl_sharded.with_reference, trl_sharded.with_adapters, trl_sharded.evaluated)
     logs = {run.__name__: trl_runs.logs(run(directory, rows=8)) for run in runs}
     torch.set_num_threads(threads)
     return logs | {"goes_on": logs["seeded"]}
 
 
 def save_policy(directory: Path) -> Path:
-    trl_runs.saved_policy(directory / "policy", num_key_value_heads=2)
+    for name, tied in (("policy", True), ("untied", False)):
+        trl_runs.saved_policy(directory / name, num_key_value_heads=2, tie_word_embeddings=tied)
     return directory
 
 

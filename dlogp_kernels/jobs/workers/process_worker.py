@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
+from ..grader_process import stop_graders
 from .duty import Reply, answered
 
 
@@ -48,4 +49,5 @@ def _receive(connection: Connection, received: "queue.SimpleQueue[bytes]") -> No
         while True:
             received.put(connection.recv_bytes())
     finally:  # the other process has ended, or does not need this one any more
+        stop_graders()
         os._exit(0)

@@ -15,6 +15,8 @@ from .duty import Duty, Reply, Task
 from .pool import Pool, WorkerLost
 
 #: It begins anew, as one of `multiprocessing` that is spawned does, and runs nothing of the program that started it.
+#: A worker that is to end ends its grader first.
+_SECONDS_TO_END = 2.0
 _PROGRAM = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[2]); from dlogp_kernels.jobs.workers.process_worker "
     "import main; main(int(sys.argv[1]))"
@@ -60,10 +62,13 @@ class ProcessWorker:
             raise WorkerLost(f"the process on {self._device} {_ending(self._process.wait())}") from None
 
     def stop(self) -> None:
-        """End it at once."""
-        self._process.kill()
-        self._process.wait()
+        """End it, and what it has started."""
         self.connection.close()
+        try:
+            self._process.wait(_SECONDS_TO_END)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
 
     def _send(self, message: Any) -> None:
         # Of one that has ended, `take` tells.

@@ -41,6 +41,7 @@ from .resume.plan import cut_batches, cut_parts
 from .resume.prepared import BrokenLineReport, PreparedData, prepare
 from .resume.run_directory import RunDirectory
 from .summary import describe
+from .token_statistics import parted
 from .token_text import TokenTexts
 from .workers.duty import Engine, Task, Team
 from .workers.engines import check_working, engine_of
@@ -288,7 +289,7 @@ class _Run:
             for task, measured in team.results(self._tasks(missing)):
                 part, _ = task.key
                 rows = begun.setdefault(part, [])
-                rows += map(self._rows, task.payload, measured)
+                rows += map(self._rows, task.payload, parted(task.payload, measured))
                 shown.update(_count_tokens(task.payload))
                 begin, end = self._parts[part]
                 if len(rows) == end - begin:

@@ -1,6 +1,7 @@
 """From samples to their statistics: tensors of a batch, and back to one row of numbers a response."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,8 +34,8 @@ class _Batch(NamedTuple):
 
 def measure(
     samples: Sequence[Example], model: Any, base: Any, how: Computation, base_hidden: Sequence[Tensor] | None = None
-) -> list[dict[str, np.ndarray]]:
-    """The statistics of each response by name, arrays with one value a token.
+) -> dict[str, np.ndarray]:
+    """The statistics by name, arrays with one value a token of the responses, which follow each other; see `parted`.
 
     With `base_hidden`, from `response_hidden` for the same samples, `base` is the `LmHead` of the base model.
     """
@@ -53,10 +54,15 @@ def measure(
             top=True,
         )
     columns = {name: field.cpu().numpy() for name, field in stats._asdict().items()}
-    return [
-        {name: column[row, _predicting(sample)] for name, column in columns.items()}
-        for row, sample in enumerate(samples)
-    ]
+    places = [(row, _predicting(sample)) for row, sample in enumerate(samples)]
+    return {name: np.concatenate([column[place] for place in places]) for name, column in columns.items()}
+
+
+def parted(samples: Sequence[Example], columns: Mapping[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+    """What `measure` gives for the samples, of each response by itself."""
+    ends = accumulate(len(sample.response_ids) for sample in samples)
+    places = [slice(end - len(sample.response_ids), end) for sample, end in zip(samples, ends, strict=True)]
+    return [{name: column[place] for name, column in columns.items()} for place in places]
 
 
 def response_hidden(samples: Sequence[Example], base: Any, how: Computation) -> list[Tensor]:

@@ -208,3 +208,28 @@ def peak_mib(group: Any, op: str, inputs: Inputs, sharding: Sharding, seed: int)
 
     call(2)
     return peak_over(lambda: call(own["target"].shape[0])).extra / 2**20
+
+
+def checked_ops(group: Any) -> dict[str, set[str]]:
+    """What `torch.library.opcheck` says of each op, in a group of one rank."""
+    rows, columns = 5, 31
+    inputs = cases.make_inputs("linear_delta_logp", rows, v=columns, k=2)
+    names = ("hidden", "weight", "bias")
+    model, base_model = (
+        [inputs[prefix + name].requires_grad_() for name in names] for prefix in ("", "base_")
+    )  # fmt: skip
+    transform, starts, weight = [0.7, 3.0, 1.3], [0, columns], model[1]
+    of_target = (inputs["target"], -100, group.group_name, starts)
+    arguments = {
+        "sharded_linear_logp_fwd": (*model, transform, *of_target, True),
+        "sharded_linear_delta_logp_fwd": (*model, transform, *base_model, transform, *of_target, False),
+        "rows_of_ranks": (weight, group.group_name, starts, starts),
+        "own_rows": (weight, group.group_name, [0, columns - 1]),
+        "all_rows": (weight, group.group_name, starts),
+        "sum_of_rows": (weight.detach(), group.group_name, starts),
+        "sum_over_ranks": (weight.detach(), group.group_name),
+    }
+    return {
+        name: set(torch.library.opcheck(getattr(torch.ops.dlogp, name).default, given).values())
+        for name, given in arguments.items()
+    }

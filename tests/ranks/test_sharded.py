@@ -319,6 +319,11 @@ def test_compiles_for_other_vocabularies_and_options(ranks, op):
     ranks.values(sharded_cases.compiled, op, batches, size=2)
 
 
+def test_ops_are_registered_right(ranks):
+    [found] = ranks.values(sharded_cases.checked_ops, size=1)
+    assert len(found) == 7 and set().union(*found.values()) == {"SUCCESS"}
+
+
 def test_second_derivatives_raise(ranks):
     inputs = make_inputs("linear_logp")
     for error in ranks(sharded_cases.second_derivative, "linear_logp", inputs, alike(STARTS[2]), size=2):

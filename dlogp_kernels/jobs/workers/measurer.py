@@ -79,8 +79,8 @@ class Measurer:
         """The last layer of the base model, where it is the only model; on the CPU."""
         return _on_device(lm_head(self._base), torch.device("cpu")) if self._rl is None else None
 
-    def __call__(self, samples: Sequence[Example]) -> list[Any]:
-        """For each sample the base model's hidden states, without the RL model; or its statistics, see `measure`."""
+    def __call__(self, samples: Sequence[Example]) -> list[torch.Tensor] | dict[str, np.ndarray]:
+        """For each sample the base model's hidden states, without the RL model; or the statistics, see `measure`."""
         with explained_computation("the statistics can not be computed", "--memory-limit, or fewer --batch-tokens"):
             if self._rl is None:
                 # Views would take the whole batch with them to another process.
@@ -119,11 +119,11 @@ def _on_device(head: LmHead, device: torch.device) -> LmHead:
     return head._replace(weight=head.weight.to(device), bias=bias)
 
 
-def _check_numbers(samples: Sequence[Example], measured: Sequence[Mapping[str, np.ndarray]]) -> None:
+def _check_numbers(samples: Sequence[Example], measured: Mapping[str, np.ndarray]) -> None:
     """ValueError where no Δlog p is a number; single ones that are none are counted in the summary."""
-    if not all(np.isnan(statistics["delta_logp"]).all() for statistics in measured):
+    if not np.isnan(measured["delta_logp"]).all():
         return
-    models = [name for name in ("logp", "base_logp") if np.isnan(measured[0][name]).all()]
+    models = [name for name in ("logp", "base_logp") if np.isnan(measured[name]).all()]
     blamed = " and ".join({"logp": "--rl", "base_logp": "--base"}[name] for name in models) or "the pair"
     raise ValueError(
         f"Δlog p of every token is NaN from line {samples[0].line} on: the logits of {blamed} are no numbers; the "

@@ -20,7 +20,6 @@ from hf_models import one_thread  # noqa: F401
 from pair_files import WORDS, write_lines
 from safetensors.torch import load_file, save_file
 from workers import (
-    TWO_ACTORS,
     TWO_PROCESSES,
     kill_workers_after_the_first,
     killed_run,
@@ -137,15 +136,13 @@ def test_what_one_process_writes_is_something_to_compare_with(whole):
     assert all(0 < of["accuracy"] < 1 and 0 < of["replaced_share"] < 1 for of in summary["settings"])
 
 
-@pytest.mark.parametrize("working", [TWO_PROCESSES, TWO_ACTORS], ids=["processes", "ray"])
-def test_workers_that_are_killed_in_the_middle(files, whole, tmp_path, monkeypatch, request, working):
-    if working is TWO_ACTORS:
-        request.getfixturevalue("ray_here")
+def test_processes_that_are_killed_in_the_middle(files, whole, tmp_path, monkeypatch):
+    """The same for actors is in test_workers."""
     kill_workers_after_the_first(monkeypatch, ResponseFile, "append")
     with pytest.warns(UserWarning, match="a worker was lost: .*; another one goes on with what it had"):
-        sweep(files, tmp_path / "out", **working)
+        sweep(files, tmp_path / "out", **TWO_PROCESSES)
     assert_same_files(tmp_path / "out", whole)
-    assert working is TWO_ACTORS or not workers_below(psutil.Process())
+    assert not workers_below(psutil.Process())
 
 
 def damage(out: Path) -> None:

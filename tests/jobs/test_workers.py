@@ -91,29 +91,22 @@ def test_both_models_one_after_the_other_in_processes(pair, whole, tmp_path):
     assert not workers_below(psutil.Process())
 
 
-def test_both_models_one_after_the_other_in_an_actor(pair, whole, tmp_path, ray_here):
-    run_metrics(*pair, tmp_path / "out", sequential=True, engine="ray", **SETTINGS)
-    assert_same_files(tmp_path / "out", whole)
-
-
-@pytest.mark.parametrize("working", [TWO_PROCESSES, TWO_ACTORS], ids=["processes", "ray"])
-def test_workers_that_are_killed_in_the_middle(pair, whole, tmp_path, monkeypatch, request, working):
-    if working is TWO_ACTORS:
-        request.getfixturevalue("ray_here")
+def test_actors_that_are_killed_in_the_middle(pair, whole, tmp_path, monkeypatch, ray_here):
+    """The same for processes is in test_drawing_workers."""
     kill_workers_after_the_first(monkeypatch, metrics, "write_part")
     with pytest.warns(UserWarning, match="a worker was lost: .*; another one goes on with what it had"):
-        run_metrics(*pair, tmp_path / "out", **working, **SETTINGS)
+        run_metrics(*pair, tmp_path / "out", sequential=True, **TWO_ACTORS, **SETTINGS)
     assert_same_files(tmp_path / "out", whole)
 
 
 def test_the_run_itself_is_killed_and_others_go_on(pair, whole, tmp_path):
+    """With actors, and then in one process; with processes it is in test_drawing_workers."""
     pytest.importorskip("ray")
     out = tmp_path / "out"
-    for parts, working in enumerate((TWO_PROCESSES, TWO_ACTORS), 1):
-        killed_run(KILLED_RUN, [list(map(str, (*pair, out))), SETTINGS | working, parts])
-        # The part that was written last is not known to be whole: it was not recorded.
-        assert contents(out / "tokens").items() <= contents(whole / "tokens").items()
-        assert not (out / "summary.json").exists()
+    killed_run(KILLED_RUN, [list(map(str, (*pair, out))), SETTINGS | TWO_ACTORS, 2])
+    # The part that was written last is not known to be whole: it was not recorded.
+    assert contents(out / "tokens").items() <= contents(whole / "tokens").items()
+    assert not (out / "summary.json").exists()
     run_metrics(*pair, out, resume=True, **SETTINGS)
     assert_same_files(out, whole)
 

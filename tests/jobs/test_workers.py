@@ -20,7 +20,6 @@ from pair_files import contents
 from safetensors.torch import load_file, save_file
 from workers import (
     TWO_ACTORS,
-    TWO_PROCESSES,
     kill_workers_after_the_first,
     killed_run,
     workers_below,
@@ -85,8 +84,8 @@ def assert_same_files(out: Path, whole: Path) -> None:
     assert summaries[0] == summaries[1]
 
 
-def test_both_models_one_after_the_other_in_processes(pair, whole, tmp_path):
-    run_metrics(*pair, tmp_path / "out", sequential=True, **TWO_PROCESSES, **SETTINGS)
+def test_both_models_one_after_the_other_in_a_process(pair, whole, tmp_path):
+    run_metrics(*pair, tmp_path / "out", sequential=True, devices="1", **SETTINGS)
     assert_same_files(tmp_path / "out", whole)
     assert not workers_below(psutil.Process())
 

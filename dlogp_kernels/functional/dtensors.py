@@ -24,12 +24,12 @@ def takes_dtensors(function: Callable[_Parameters, _Result]) -> Callable[_Parame
 
     @functools.wraps(function)
     def taking(*args: Any, **named: Any) -> Any:
-        if not any(map(_is_dtensor, (*args, *named.values()))):
+        if not any(map(is_dtensor, (*args, *named.values()))):
             return function(*args, **named)
         given: dict[str, Any] = signature.bind(*args, **named).arguments
         whole: list[_Whole] = []
         for prefix in ("", "base_"):
-            if _is_dtensor(given.get(f"{prefix}weight")):
+            if is_dtensor(given.get(f"{prefix}weight")):
                 whole += _Model(given, prefix).take(group_name)
         if not whole:
             return function(**given)  # type: ignore[call-arg]
@@ -39,7 +39,8 @@ def takes_dtensors(function: Callable[_Parameters, _Result]) -> Callable[_Parame
     return taking
 
 
-def _is_dtensor(x: Any) -> bool:
+def is_dtensor(x: Any) -> bool:
+    """Without an import of what a build of torch may lack."""
     return hasattr(type(x), "full_tensor")
 
 
@@ -51,8 +52,8 @@ class _Model:
         self.weight = given[self.name]
         self.mesh = self.weight.device_mesh
         bias: Any = given.get(f"{prefix}bias")
-        self.tensors = {self.name: self.weight} | ({f"{prefix}bias": bias} if _is_dtensor(bias) else {})
-        if _is_dtensor(bias) and (bias.device_mesh, bias.placements) != (self.mesh, self.weight.placements):
+        self.tensors = {self.name: self.weight} | ({f"{prefix}bias": bias} if is_dtensor(bias) else {})
+        if is_dtensor(bias) and (bias.device_mesh, bias.placements) != (self.mesh, self.weight.placements):
             raise TypeError(
                 f"{prefix}bias is a DTensor with placements {bias.placements}, expected those of {self.name}, "
                 f"{self.weight.placements}, on the same mesh"
@@ -76,7 +77,7 @@ class _Model:
         self.given |= {name: x.to_local() for name, x in self.tensors.items()}
         self.given[group_name] = own_group if group is None else group
         hidden = self.given[self.hidden_name]
-        if _is_dtensor(hidden) and hidden.device_mesh == self.mesh:
+        if is_dtensor(hidden) and hidden.device_mesh == self.mesh:
             self.given[self.hidden_name] = _replicated(hidden, dimension)
         return []
 

@@ -9,9 +9,9 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from ..functional.dtensors import is_dtensor
 from .documents import Batch, check_vocabulary
 from .lengths import frequencies_of, reset_frequencies
 
@@ -116,7 +116,7 @@ def _end_group(model: PreTrainedModel, hidden: Tensor) -> None:
     It frees them when each has run; or in backward, where there will be one.
     """
     layer = model.get_output_embeddings()
-    if hasattr(layer, "unshard") and not isinstance(layer.weight, DTensor) and not torch.is_grad_enabled():
+    if hasattr(layer, "unshard") and not is_dtensor(layer.weight) and not torch.is_grad_enabled():
         layer(hidden[:0])
 
 

@@ -95,7 +95,7 @@ class ReweightedGRPOTrainer(GRPOTrainer):
             args = ReweightedGRPOConfig(f"{name.split('/')[-1]}-GRPO")
         if not isinstance(args, ReweightedGRPOConfig):
             raise TypeError(f"args is {type(args).__name__}, expected a ReweightedGRPOConfig")
-        copies = getattr(model, "tp_size", None) or 1
+        copies = _tensor_parallel_size(model)
         if copies > 1:
             args = args.for_tensor_parallel(copies)
         given: list[Any] = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
@@ -138,6 +138,11 @@ class ReweightedGRPOTrainer(GRPOTrainer):
             self._start = InitialPolicy(self.model)
 
     def _check_supported(self) -> None:
+        if _tensor_parallel_size(self.model) != self._sharing.copies:
+            raise ValueError(
+                "model is given by name with a distributed_config that splits it, expected the model itself, from "
+                "from_pretrained(…, distributed_config=…)"
+            )
         if self._is_vlm:
             raise TypeError("processing_class is a processor of images, expected a tokenizer: models of text alone")
         if self.aux_loss_enabled:
@@ -415,6 +420,7 @@ class ReweightedGRPOTrainer(GRPOTrainer):
             write_rollouts(directory, self.state.global_step, self.accelerator.process_index, state)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        # Under FSDP, which has sharded the parameters of the start by now.
         if model is not None:
             self._keep_start()
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -434,6 +440,11 @@ class ReweightedGRPOTrainer(GRPOTrainer):
         self._buffered_inputs = state["buffered"]
         if self._refill_order is not None:
             self._refill_order.position = state["refill_position"]
+
+
+def _tensor_parallel_size(model: Any) -> int:
+    """How many processes have the model together; 1 of a name."""
+    return getattr(model, "tp_size", None) or 1
 
 
 def _is_function(reward: Any) -> bool:

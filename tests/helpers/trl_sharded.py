@@ -68,6 +68,28 @@ RUNS: dict[str, Callable[..., Any]] = {function.__name__: function for function 
 RUNS_IN_TENSOR_PARALLEL = {name: RUNS[name] for name in ("seeded", "with_reference")}
 
 
+def zero_3(directory: Path, **options: Any) -> Any:
+    os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = "3"
+    return trainer(directory, "zero_3", **options)
+
+
+def split_by_name(directory: Path, *, copies: int, **options: Any) -> Any:
+    from transformers.distributed import DistributedConfig
+
+    split = {"distributed_config": DistributedConfig(tp_size=copies, tp_plan="auto"), "dtype": "float32"}
+    settings = {"generation_batch_size": 8 * copies, "rollout_seed": 5, "model_init_kwargs": split}
+    return trainer(directory, "split_by_name", **settings, **options)
+
+
+def refused(run: Callable[..., Any], *arguments: Any, **options: Any) -> str:
+    """What the ValueError says that it ends with."""
+    try:
+        run(*arguments, **options)
+    except ValueError as error:
+        return str(error)
+    raise AssertionError(f"{run.__name__} is not refused")
+
+
 def trained(*arguments: Any, **options: Any) -> Any:
     made = trainer(*arguments, **options)
     made.train()
@@ -110,8 +132,13 @@ def main(out: Path, directory: Path, copies: int) -> None:
         reshard(done.model)
         head = type(done.accelerator.unwrap_model(done.model).get_output_embeddings().weight).__name__
         logs[name] = {"steps": trl_runs.logs(done), "type": str(done.accelerator.distributed_type), "head": head}
+    messages = []
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        messages.append(refused(zero_3, directory, rows=4, use_cpu=False))
+    if copies > 1:
+        messages.append(refused(split_by_name, directory, copies=copies, rows=4 * copies, use_cpu=False))
     if os.environ["RANK"] == "0":
-        out.write_text(json.dumps(logs))
+        out.write_text(json.dumps({"runs": logs, "refused": messages}))
 
 
 if __name__ == "__main__":

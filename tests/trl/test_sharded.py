@@ -29,6 +29,15 @@ TYPES = {
     "DEEPSPEED": ("DistributedType.DEEPSPEED", "Parameter"),
     "MULTI_GPU": ("DistributedType.MULTI_GPU", "DTensor"),
 }
+#: What is tried last.
+REFUSED = {
+    "FSDP": [],
+    "DEEPSPEED": ["DeepSpeed ZeRO-3 shards the weight of the last layer, expected stage 2 or lower, or FSDP"],
+    "MULTI_GPU": [
+        "model is given by name with a distributed_config that splits it, expected the model itself, from "
+        "from_pretrained(…, distributed_config=…)"
+    ],
+}
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +96,9 @@ def test_sharded_training_is_that_of_one_process(tmp_path, alone, kind):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "logs.json").read_text())
-    assert found.keys() == runs.keys()
-    check(found, alone, kind)
+    assert found["runs"].keys() == runs.keys()
+    check(found["runs"], alone, kind)
+    assert found["refused"] == REFUSED[kind]
     assert max(entry["dynamic_sampling/refills"] for entry in alone["seeded"]) > 0
     assert abs(alone["with_reference"][3]["delta_logp/mean"]) > 0.05
 
@@ -111,22 +121,16 @@ def test_tensor_parallel_processes_have_the_same_responses(tmp_path, options, me
         config.for_tensor_parallel(2)
 
 
-@pytest.mark.parametrize(
-    ("sharding", "message"),
-    [
-        ({"zero_stage": 3}, "ZeRO-3 shards the weight of the last layer, expected stage 2 or lower, or FSDP$"),
-        ({"fsdp_version": 1}, "delta_logp_responses is 16 under FSDP 1, .* expected 0, or fsdp_version 2$"),
-    ],
-    ids=str,
-)
-def test_what_can_not_be_trained_is_refused(tmp_path, monkeypatch, sharding, message):
+def test_parameters_of_fsdp_1_are_not_copied(tmp_path, monkeypatch):
+    """accelerate makes no FSDP 1 without a GPU."""
     from trl.trainer import grpo_trainer
 
     class Sharded(grpo_trainer.DistributedBackend):
         def __init__(self, accelerator):
             super().__init__(accelerator)
-            vars(self).update(sharding)
+            self.fsdp_version = 1
 
+    message = "delta_logp_responses is 16 under FSDP 1, .* expected 0, or fsdp_version 2$"
     monkeypatch.setattr(grpo_trainer, "DistributedBackend", Sharded)
     with pytest.raises(ValueError, match=message):
         trl_runs.trainer(tmp_path)

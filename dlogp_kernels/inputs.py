@@ -137,8 +137,8 @@ class PairGradients(NamedTuple):
 class Saved(NamedTuple):
     """What backward has from forward of one model: its entropy (N,), and `extra` (2 or more, N), lse in two parts.
 
-    log p_j = (z_j − extra[0]) − extra[1], the row's maximum and log Σ e^{z − maximum}, the normalizer: their sum would
-    have lost, to a common offset of the logits, what distinguishes tokens.
+    log p_j = (z_j − extra[0]) − log1p(extra[1]), the row's maximum and Σ e^{z − maximum} without that of the maximum,
+    the normalizer: lse would have lost, to a common offset of the logits, what distinguishes tokens.
     """
 
     entropy: Tensor

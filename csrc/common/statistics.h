@@ -4,7 +4,7 @@
 // PER_TARGET(name, value) is one number for each target, (N, K), PER_ROW(name, value) one for each row, (N,). `value`
 // is in terms of the row's states, `model` and of a pair also `pair` and `base` (online_softmax.h), and for each target
 // of its `logp` and `base_logp`. The output `extra` (rows, N) has the rest of each row, in this order: EXTRA(name,
-// value), what log p = (z − max) − log_sum takes besides the logits z (lse, their sum, would be rounded where the
+// value), what log p = (z − max) − log1p(rest) takes besides the logits z (lse, their sum, would be rounded where the
 // logits are large), and ON_DEMAND(name, value), what is only there if it is asked for.
 #pragma once
 
@@ -18,7 +18,7 @@
   PER_ROW(entropy, model.entropy())                             \
   PER_ROW(lse, model.lse())                                     \
   EXTRA(max, model.max)                                         \
-  EXTRA(log_sum, model.log_sum())                               \
+  EXTRA(rest, model.rest)                                       \
   ON_DEMAND(top_token, model.top_token())                       \
   ON_DEMAND(top_logp, model.top_logp())
 
@@ -33,9 +33,9 @@
   PER_ROW(lse, model.lse())                                           \
   PER_ROW(base_lse, base.lse())                                       \
   EXTRA(max, model.max)                                               \
-  EXTRA(log_sum, model.log_sum())                                     \
+  EXTRA(rest, model.rest)                                             \
   EXTRA(base_max, base.max)                                           \
-  EXTRA(base_log_sum, base.log_sum())                                 \
+  EXTRA(base_rest, base.rest)                                         \
   ON_DEMAND(top_token, model.top_token())                             \
   ON_DEMAND(top_logp, model.top_logp())                               \
   ON_DEMAND(base_top_token, base.top_token())                         \

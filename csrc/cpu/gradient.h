@@ -1,6 +1,7 @@
 // From the upstream gradients of a row's statistics to the gradient of its logits, a range of the vocabulary at a time.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "../common/logit_transform.h"
@@ -8,12 +9,12 @@
 
 namespace dlogp {
 
-// Of one model, over all N rows, max and log_sum as in statistics.h. Upstream gradients may be null, which counts as
+// Of one model, over all N rows, max and rest as in statistics.h. Upstream gradients may be null, which counts as
 // zero.
 template <typename Acc>
 struct ModelUpstream {
   const Acc *grad_logp, *grad_entropy, *grad_lse;
-  const Acc *entropy, *max, *log_sum;
+  const Acc *entropy, *max, *rest;
 };
 
 template <typename Acc>
@@ -56,9 +57,9 @@ struct Upstream {
                             product_of(own.grad_entropy, own.entropy, row) - product_of(own_grad_kl, own_kl, row) +
                             value_of(other_grad_kl, row);
     return {own.max[row],
-            own.log_sum[row],
+            Acc(std::log1p(value_of(own.rest, row))),
             Acc(value_of(other.max, row)),
-            Acc(value_of(other.log_sum, row)),
+            Acc(std::log1p(value_of(other.rest, row))),
             Acc(derivative * constant),
             Acc(-derivative * value_of(own.grad_entropy, row)),
             Acc(derivative * value_of(own_grad_kl, row)),

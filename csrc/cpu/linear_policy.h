@@ -42,10 +42,10 @@ struct PolicyBlock {
 
   Upstream<Acc> upstream(int64_t ignore_index) const {
     const ModelUpstream<Acc> model = {grad_logp.data(),     grad_entropy.data(), nullptr,
-                                      stats.entropy.data(), stats.max.data(),    stats.log_sum.data()};
+                                      stats.entropy.data(), stats.max.data(),    stats.rest.data()};
     if (Models == 1) return {{model, {}}, nullptr, nullptr, nullptr, nullptr, 1, ignore_index};
     const ModelUpstream<Acc> base = {
-        nullptr, nullptr, nullptr, stats.base_entropy.data(), stats.base_max.data(), stats.base_log_sum.data()};
+        nullptr, nullptr, nullptr, stats.base_entropy.data(), stats.base_max.data(), stats.base_rest.data()};
     return {{model, base}, grad_kl.data(), nullptr, stats.kl.data(), nullptr, 1, ignore_index};
   }
 

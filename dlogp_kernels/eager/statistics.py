@@ -186,7 +186,7 @@ def _write(
     stats = definition(*of_models, targets.target[rows], targets.ignore_index, *asked)
     *fields, extra = out.flat()
     values = [value for value in stats if value is not None]
-    normalizers = [x[:, 0] for model in of_models for x in (model.largest, model.log_sum)]
+    normalizers = [x[:, 0] for model in of_models for x in (model.largest, model.rest)]
     for field, value in zip(fields, values, strict=False):
         field[rows] = value
     extra[:, rows] = torch.stack([x.to(extra.dtype) for x in (*normalizers, *values[len(fields) :])])
@@ -350,7 +350,8 @@ class _ModelRows:
         self.grad_logp = grad.masked_fill(self.target == targets.ignore_index, 0.0)
         self.grad_entropy = _rows_or_zero(grads.entropy, rows, saved.entropy)
         self.grad_lse = _rows_or_zero(grads.lse, rows, saved.entropy)
-        self.entropy, (self.largest, self.log_sum) = saved.entropy[rows], saved.extra[:2, rows, None]
+        self.entropy, (self.largest, rest) = saved.entropy[rows], saved.extra[:2, rows, None]
+        self.log_sum = rest.log1p()
 
     def logp_all(self, z: Tensor) -> Tensor:
         return (z - self.largest).sub_(self.log_sum)

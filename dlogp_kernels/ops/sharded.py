@@ -115,10 +115,13 @@ def _of_no_tokens(plain: Statistics, given: dict[str, Any]) -> tuple[Tensor, ...
 
 
 class _OfRanks(NamedTuple):
-    """What all ranks found, in float64: of each model, both divergences of a pair (R, N), and sums of the targets."""
+    """What all ranks found, in float64: of each model, of a pair, and sums of the targets (R, N).
+
+    Of a pair Δlog p (R, N, K) and both divergences (R, N).
+    """
 
     models: list[reference.ModelShards]
-    divergences: list[Tensor]
+    pair: tuple[Tensor, Tensor, Tensor] | None
     sums: Tensor
 
 
@@ -128,9 +131,8 @@ class _State:
     def __init__(self, plain: Statistics, candidates: int, top: bool) -> None:
         self.fields, self.top = plain.outputs(), top
         self.prefixes = ("", "base_")[: len(plain.models)]
-        self.divergences = ("kl", "reverse_kl")[: 2 * (len(plain.models) - 1)]
-        of_model = [candidates, 1, 1, 1, *[1, 1] * top]
-        self.sizes = [*of_model * len(self.prefixes), *[1] * len(self.divergences), 1]
+        of_model, of_pair = [candidates, 1, 1, 1, *[1, 1] * top], [candidates, 1, 1]
+        self.sizes = [*of_model * len(self.prefixes), *of_pair * (len(self.prefixes) - 1), 1]
 
     def of(self, found: tuple[Tensor, ...], target: Tensor, first: int) -> Tensor:
         """`found` is what the op of one device returned for a shard that begins at the token `first`."""
@@ -143,7 +145,9 @@ class _State:
                 rows += [token[None] + first, logp[None]]
         factors = (_ODD * torch.arange(1, 2 * target.shape[1], 2, device=target.device)) % _SUMS
         sums = (target * factors).sum(-1) % _SUMS
-        return torch.cat([*rows, *(fields[name][None] for name in self.divergences), sums[None].to(extra.dtype)])
+        if len(self.prefixes) == 2:
+            rows += [fields["delta_logp"].t(), fields["kl"][None], fields["reverse_kl"][None]]
+        return torch.cat([*rows, sums[None].to(extra.dtype)])
 
     def read(self, of_ranks: Tensor) -> _OfRanks:
         """Of (R, numbers, N)."""
@@ -153,7 +157,9 @@ class _State:
             logp = next(parts).transpose(1, 2)
             numbers = [next(parts)[:, 0] for _ in range(5 if self.top else 3)]
             models.append(reference.ModelShards(logp, *numbers))
-        return _OfRanks(models, [next(parts)[:, 0] for _ in self.divergences], next(parts)[:, 0])
+        *of_pair, sums = parts
+        pair = (of_pair[0].transpose(1, 2), of_pair[1][:, 0], of_pair[2][:, 0]) if of_pair else None
+        return _OfRanks(models, pair, sums[:, 0])
 
 
 def _outputs(
@@ -172,11 +178,12 @@ def _outputs(
         values[f"{prefix}entropy"] = reference.entropy_of(model, whole)
         values[f"{prefix}lse"] = whole.lse
         wholes.append(whole)
-        normalizers += [whole.largest, whole.log_sum]
+        normalizers += [whole.largest, whole.rest]
         tops += reference.top_of(model, whole) if model.top_token is not None else ()
-    if of_ranks.divergences:
-        kl, reverse_kl = of_ranks.divergences
-        values["delta_logp"] = values["logp"] - values["base_logp"]
+    if of_ranks.pair is not None:
+        delta_logp, kl, reverse_kl = of_ranks.pair
+        of_models = values["logp"], values["base_logp"]
+        values["delta_logp"] = reference.delta_logp_at(delta_logp, *of_models, wholes, owner).masked_fill(ignored, 0.0)
         values["kl"] = reference.divergence_of(kl, *wholes)
         values["reverse_kl"] = reference.divergence_of(reverse_kl, *reversed(wholes))
     values["extra"] = torch.stack([*normalizers, *tops])

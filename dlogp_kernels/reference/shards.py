@@ -13,16 +13,16 @@ from torch import Tensor
 
 
 class ModelShards(NamedTuple):
-    """Of one model, what an op finds on each shard as if it were the vocabulary: log p (R, N, K), the rest (R, N).
+    """Of one model, what an op finds on each shard as if it were the vocabulary: log p (R, N, K), all else (R, N).
 
-    largest and log_sum are its normalizer, see inputs.Saved; largest is −∞ on a shard without a possible token, whose
+    largest and rest are its normalizer, see inputs.Saved; largest is −∞ on a shard without a possible token, whose
     other numbers are not looked at. The most likely token of the shard and its log p if they are asked for.
     """
 
     logp: Tensor
     entropy: Tensor
     largest: Tensor
-    log_sum: Tensor
+    rest: Tensor
     top_token: Tensor | None = None
     top_logp: Tensor | None = None
 
@@ -32,23 +32,23 @@ class Whole(NamedTuple):
 
     log_share: Tensor
     largest: Tensor
-    log_sum: Tensor
+    rest: Tensor
 
     @property
     def lse(self) -> Tensor:
-        return self.largest + self.log_sum
+        return self.largest + self.rest.log1p()
 
 
 def whole_of(model: ModelShards) -> Whole:
-    """log Σ e^{z − largest} is log1p of what all but the first largest token add, as within a shard."""
+    """`rest` is what all but the first largest token add, as within a shard."""
     first = model.largest.argmax(0, keepdim=True)
     largest = model.largest.gather(0, first)
     shift = largest.masked_fill(largest.isinf(), 0.0)  # ∞ − ∞ would be NaN
-    log_mass = (model.largest - shift + model.log_sum).masked_fill(model.largest == -torch.inf, -torch.inf)
+    log_mass = (model.largest - shift + model.rest.log1p()).masked_fill(model.largest == -torch.inf, -torch.inf)
     of_first = log_mass.gather(0, first).expm1()
     others = _sum(log_mass.scatter(0, first, -torch.inf).exp())
-    log_sum = (others + of_first[0]).log1p()
-    return Whole(log_mass - log_sum, largest[0], log_sum)
+    rest = others + of_first[0]
+    return Whole(log_mass - rest.log1p(), largest[0], rest)
 
 
 def logp_at(model: ModelShards, whole: Whole, owner: Tensor) -> Tensor:
@@ -56,6 +56,19 @@ def logp_at(model: ModelShards, whole: Whole, owner: Tensor) -> Tensor:
     log_share = whole.log_share[:, :, None].expand_as(model.logp).gather(0, owner[None])[0]
     logp = model.logp.gather(0, owner[None])[0] + log_share
     return logp.masked_fill(log_share == -torch.inf, -torch.inf)
+
+
+def delta_logp_at(delta_logp: Tensor, logp: Tensor, base_logp: Tensor, wholes: list[Whole], owner: Tensor) -> Tensor:
+    """(N, K), from that on each shard (R, N, K), which has lost less to rounding than log p of both models.
+
+    Those of the whole, `logp` and `base_logp` (N, K), are looked at where one of them is −∞.
+    """
+    on_shard, log_share, base_log_share = (
+        x.expand_as(delta_logp).gather(0, owner[None])[0]
+        for x in (delta_logp, *(whole.log_share[:, :, None] for whole in wholes))
+    )
+    difference = logp - base_logp
+    return torch.where(difference.isfinite(), on_shard + (log_share - base_log_share), difference)
 
 
 def entropy_of(model: ModelShards, whole: Whole) -> Tensor:
@@ -74,7 +87,7 @@ def divergence_of(kl: Tensor, whole: Whole, other: Whole) -> Tensor:
     possible, impossible = whole.log_share > -torch.inf, other.log_share == -torch.inf
     total = _sum(of_shares + (share * kl).masked_fill(share == 0.0, 0.0)).clamp_min(0.0)  # but for rounding
     infinite = (possible & (impossible | (kl == torch.inf))).any(0)
-    return total.masked_fill(infinite & ~whole.log_sum.isnan() & ~other.log_sum.isnan(), torch.inf)
+    return total.masked_fill(infinite & ~whole.rest.isnan() & ~other.rest.isnan(), torch.inf)
 
 
 def top_of(model: ModelShards, whole: Whole) -> tuple[Tensor, Tensor]:

@@ -46,16 +46,16 @@ def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: to
 
 
 class LogSoftmax(NamedTuple):
-    """log p (N, V) of every token; the first one with the largest z, that z, and log Σ e^{z − largest} (N, 1)."""
+    """log p (N, V) of every token; the first with the largest z, that z, and Σ e^{z − largest} of all others (N, 1)."""
 
     logp_all: Tensor
     token: Tensor
     largest: Tensor
-    log_sum: Tensor
+    rest: Tensor
 
     @property
     def lse(self) -> Tensor:
-        return (self.largest + self.log_sum)[:, 0]
+        return (self.largest + self.rest.log1p())[:, 0]
 
 
 def log_softmax(z: Tensor) -> LogSoftmax:
@@ -66,8 +66,8 @@ def log_softmax(z: Tensor) -> LogSoftmax:
     shift = largest.masked_fill(largest.isinf(), 0.0)  # ∞ − ∞ would be NaN
     others = (z - shift).scatter_(-1, token, -torch.inf).exp_().sum(-1, keepdim=True)
     of_largest = (of_token - shift).expm1_()  # 0, with the derivative of the largest term
-    log_sum = (others + of_largest).log1p()
-    return LogSoftmax((z - largest).sub_(log_sum), token, largest, log_sum)
+    rest = others + of_largest
+    return LogSoftmax((z - largest).sub_(rest.log1p()), token, largest, rest)
 
 
 def logp_of_rows(z: Tensor, target: Tensor, ignore_index: int, top: bool = False) -> LogpStats:

@@ -76,7 +76,7 @@ def log(x):
 
 @triton.jit
 def log1p(x):
-    """log(1 + x) of x ≥ 0, with what 1 + x loses to rounding."""
+    """log(1 + x) of x > −1, with what 1 + x loses to rounding."""
     sum = 1.0 + x
     return log(sum) + (x - (sum - 1.0)) / sum
 
@@ -411,18 +411,18 @@ def lse_of(state, output_scale):
 
 @triton.jit
 def normalizer_of(state, output_scale):
-    """The largest z, rounded, and log Σ e^{z − that}: what `logp_of_x` subtracts, one after the other."""
+    """The largest z, rounded, and Σ e^{z − that} without the largest: what `logp_of_x` takes."""
     largest = output_scale * state.m
-    log_sum = log1p(state.rest) + tl.fma(output_scale, state.m, -largest)
+    rest = state.rest + (exp(tl.fma(output_scale, state.m, -largest)) - 1.0) * sum_of(state)
     nothing = state.m <= MASKED_LOGIT
-    return tl.where(nothing, float("-inf"), largest), tl.where(nothing, float("nan"), log_sum)
+    return tl.where(nothing, float("-inf"), largest), tl.where(nothing, float("nan"), rest)
 
 
 @triton.jit
 def logp_of_x(x, normalizer, output_scale):
     """log p of tokens of a row in backward: exact under any common offset, as lse, a sum, would not be."""
-    largest, log_sum = normalizer
-    return tl.fma(output_scale, x, -largest) - log_sum
+    largest, rest = normalizer
+    return tl.fma(output_scale, x, -largest) - log1p(rest)
 
 
 @triton.jit

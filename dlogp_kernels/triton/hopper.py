@@ -141,5 +141,6 @@ def _terms(
     if scale is not None:
         of_targets, entropy, lse = of_targets * scale, entropy * scale, lse * scale
     constant = lse - of_targets.sum(-1) - entropy * torch.where(row_kept, saved.entropy, 0.0)
-    largest, log_sum = torch.where(row_kept, saved.extra[0], 0.0), torch.where(row_kept, saved.extra[1], _NOTHING)
+    largest = torch.where(row_kept, saved.extra[0], 0.0)
+    log_sum = torch.where(row_kept, saved.extra[1].log1p(), _NOTHING)
     return torch.stack([largest, log_sum, constant, -entropy]), of_targets

@@ -38,7 +38,7 @@ def test_statistics(name, results, op):
     shapes = {"PER_TARGET": (4, 3), "PER_ROW": (4,)}
     expected = [shapes[kind] for kind, _ in table if kind in shapes]
     assert [tuple(x.shape) for x in outputs] == [*expected, (len(extra), 4)]
-    assert extra == ["max", "log_sum", *["base_max", "base_log_sum"] * (models - 1), *results._field_defaults]
+    assert extra == ["max", "rest", *["base_max", "base_rest"] * (models - 1), *results._field_defaults]
 
 
 def test_policy_metrics():

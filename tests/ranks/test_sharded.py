@@ -287,11 +287,22 @@ def test_draws_are_those_of_the_whole_vocabulary(ranks, size, options):
 
 
 @pytest.mark.parametrize("op", LINEAR_OPS)
+def test_errors_are_those_of_a_whole_vocabulary_and_little_more(ranks, op):
+    """At most 1.5 times those, in the mean square: a token's log p is rounded by its rank, and at the end."""
+    inputs, sharding = make_inputs(op, 1024, v=8001, d=64, dtype=BF16), alike((0, 4000, 8001))
+    truth, whole = cases.truth(op, inputs), cases.call(op, inputs)
+    found, _ = statistics(ranks, op, inputs, sharding, 2)
+    for name, exact in truth._asdict().items():
+        of_whole, of_shards = ((getattr(x, name) - exact).square().mean().sqrt() for x in (whole, found))
+        assert of_shards <= 1.5 * of_whole, name
+
+
+@pytest.mark.parametrize("op", LINEAR_OPS)
 def test_bytes_of_a_token(ranks, op):
     """In float32, of one candidate: at most 64 a model."""
     inputs = make_inputs(op, 1000, v=50)
     sent = ranks.values(sharded_cases.bytes_gathered, op, inputs, alike((0, 25, 50)), size=2)
-    assert sent == [{"linear_logp": 20_000, "linear_delta_logp": 44_000}[op]] * 2
+    assert sent == [{"linear_logp": 20_000, "linear_delta_logp": 48_000}[op]] * 2
 
 
 def test_memory_of_a_rank(ranks):

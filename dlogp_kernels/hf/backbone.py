@@ -108,6 +108,18 @@ def _run_within(model: PreTrainedModel, backbone: nn.Module, **inputs: Any) -> A
             del model.forward
         else:
             model.forward = before  # type: ignore[method-assign]
+        reshard_for_last_layer(model)
+
+
+def reshard_for_last_layer(model: Any) -> None:
+    """Free what FSDP keeps gathered until backward, where it will not notice one: all before the last layer is frozen.
+
+    A gathered weight of that layer would be trained in place of its shards, and the next step would begin with it.
+    """
+    if not hasattr(model, "unshard") or model in _in_their_forward:
+        return
+    if needs_gradient(model) and not needs_gradient(backbone_of(model)):
+        model.reshard()
 
 
 def _end_group(model: PreTrainedModel, hidden: Tensor) -> None:

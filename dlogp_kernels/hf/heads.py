@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..functional import linear_logp
+from ..functional.dtensors import is_dtensor
 from ..results import LogpStats
 
 #: The target of a place where nothing is measured, as everywhere in `transformers`.
@@ -71,6 +72,7 @@ def unwrapped(model: nn.Module) -> PreTrainedModel:
                     f"model has {model.active_peft_config.peft_type} adapters, which prepend virtual tokens: expected "
                     "adapters within the layers, such as LoRA"
                 )
+            _check_sharded_within(model)
             model = model.get_base_model()
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
@@ -83,6 +85,15 @@ def unwrapped(model: nn.Module) -> PreTrainedModel:
             "are predicted from those before them"
         )
     return model
+
+
+def _check_sharded_within(model: Any) -> None:
+    """TypeError where FSDP2 gathers weights in the forward of a PeftModel, which nothing here calls."""
+    if hasattr(model, "unshard") and not hasattr(model.get_base_model(), "unshard"):
+        raise TypeError(
+            f"model is a {type(model).__name__} that FSDP2 has sharded as a whole, expected the model within it to be "
+            "sharded: fully_shard(model.get_base_model())"
+        )
 
 
 def lm_head(model: nn.Module) -> LmHead:
@@ -212,6 +223,12 @@ def _merged_parameters(layer: Any) -> tuple[Tensor, Tensor | None]:
                 "lora_dropout=0 or model.eval()"
             )
         delta = layer.get_delta_weight(name)
+        if is_dtensor(delta) != is_dtensor(weight):
+            raise TypeError(
+                f"the last layer's weight is {type(weight).__name__} and its adapter {name!r} is not, expected both or "
+                "neither to be sharded: leave the last layer out of the adapter's target_modules, or merge it before "
+                "the model is split (merge_and_unload)"
+            )
         dtype = torch.promote_types(torch.promote_types(weight.dtype, delta.dtype), torch.float32)
         weight = weight.to(dtype) + delta.to(weight.device)
         adapter_bias = layer.lora_B[name].bias

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .backbone import backbone_of, evaluation, run_backbone, run_backbone_in_chunks
+from .backbone import backbone_of, evaluation, reshard_for_last_layer, run_backbone, run_backbone_in_chunks
 from .heads import LmHead, LmHeadInputs, lm_head, unwrapped
 from .lengths import picks_by_length, switch_lengths
 from .loading import context_length
@@ -49,6 +49,7 @@ def verified_lm_head(model: nn.Module, tokens: Tensor) -> LmHead:
     state depends on later tokens.
     """
     causal_lm = unwrapped(model)
+    reshard_for_last_layer(causal_lm)
     head = lm_head(model)
     layer = causal_lm.get_output_embeddings()
     signature = (type(layer), tuple(head.weight.shape), head.bias is None, head.softcap, head.logit_scale)

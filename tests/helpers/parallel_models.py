@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint import load as load_checkpoint
 from torch.distributed.checkpoint import save as save_checkpoint
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -24,13 +24,18 @@ def load(path: Path, kind: str, size: int) -> PreTrainedModel:
         return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, distributed_config=config)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     if kind == "fsdp":
-        from torch.distributed.fsdp import fully_shard
-
-        mesh = init_device_mesh("cpu", (size,))
-        for layer in model.model.layers:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+        shard(model, size)
     return model
+
+
+def shard(model: PreTrainedModel, size: int, root: nn.Module | None = None) -> None:
+    """By FSDP2: its layers, and then the model, or what it is wrapped in."""
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (size,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model if root is None else root, mesh=mesh)
 
 
 class Measured(NamedTuple):
@@ -115,6 +120,49 @@ def trained(group: Any, path: Path, kind: str, tokens: Tensor, steps: int, check
         state = get_state_dict(model, optimizer)
         save_checkpoint({"model": state[0], "optimizer": state[1]}, checkpoint_id=checkpoint)
     return losses
+
+
+def with_adapters(path: Path, kind: str, size: int, targets: list[str], root: bool = False) -> Any:
+    """A PeftModel; by FSDP2 the model within it is sharded, or with `root` itself."""
+    from peft import LoraConfig, get_peft_model
+
+    model = load(path, "whole" if kind == "fsdp" else kind, size)
+    torch.manual_seed(0)
+    adapted: Any = get_peft_model(model, LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
+    if kind == "fsdp":
+        shard(model, size, adapted if root else None)
+    return adapted
+
+
+def last_layer_trained(
+    group: Any, path: Path, kind: str, tokens: Tensor, targets: list[str] | None
+) -> tuple[list[float], list[float]]:
+    """Losses of steps of adapters, or of the last layer alone, and between steps those without gradients."""
+    if targets is None:
+        model: Any = load(path, kind, group.size())
+        model.requires_grad_(False).get_output_embeddings().requires_grad_(True)
+    else:
+        model = with_adapters(path, kind, group.size(), targets)
+    optimizer = torch.optim.AdamW([x for x in model.parameters() if x.requires_grad], lr=1e-2, foreach=False)
+    losses, evaluated = [], []
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = -token_logp(model, tokens).logp.mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        with torch.no_grad():
+            evaluated.append(-token_logp(model, tokens).logp.mean().item())
+    return losses, evaluated
+
+
+def refused(group: Any, path: Path, kind: str, tokens: Tensor) -> str:
+    """What is said of adapters that can not be served."""
+    try:
+        token_logp(with_adapters(path, kind, group.size(), ["lm_head"], root=True), tokens)
+    except TypeError as error:
+        return str(error)
+    return "nothing"
 
 
 def whole(x: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Tensor-parallel and FSDP2-sharded models of transformers: numbers and gradients of the whole model."""
 
+import re
+
 import pytest
 
 pytest.importorskip("transformers")
@@ -75,6 +77,28 @@ def test_ranks_with_whole_weights_may_run_apart(ranks, tmp_path):
         # Of the root and two layers.
         assert before[1] == [False, True, True]
         assert set(within[0]) == {"Parameter"} and not any(within[1])
+
+
+@pytest.mark.parametrize("targets", [None, ["lm_head"], ["lm_head", "q_proj"]], ids=str)
+def test_a_last_layer_is_trained_alone_and_by_adapters(ranks, tmp_path, targets):
+    """Of a frozen backbone FSDP has nothing to do in backward, and with that nothing to be told by."""
+    if targets is not None:
+        pytest.importorskip("peft")
+    path, batch = saved(tmp_path / "model", tie_word_embeddings=False), tokens(0)
+    alone, _ = ranks.values(parallel_models.last_layer_trained, path, "whole", batch, targets)
+    losses, evaluated = alone
+    assert losses[2] < losses[0] - 0.1 and losses[1:] == pytest.approx(evaluated[:2], abs=1e-6)
+    for found in ranks.values(parallel_models.last_layer_trained, path, "fsdp", batch, targets):
+        assert found[0] == pytest.approx(losses, abs=1e-4) and found[1] == pytest.approx(evaluated, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "remedy"), [("fsdp", r"fully_shard\(model.get_base_model\(\)\)"), ("tp", "merge it before")]
+)
+def test_adapters_that_can_not_be_served(ranks, tmp_path, kind, remedy):
+    pytest.importorskip("peft")
+    for message in ranks.values(parallel_models.refused, saved(tmp_path / "model"), kind, tokens(0)):
+        assert re.search(remedy, message), message
 
 
 @pytest.mark.parametrize("kinds", [("tp", "tp"), ("tp", "whole"), ("fsdp", "fsdp")], ids=" and ".join)

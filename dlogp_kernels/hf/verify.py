@@ -4,7 +4,7 @@ that its key-value cache gives what one go gives (not all do)."""
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from .backbone import backbone_of, evaluation, reshard_for_last_layer, run_backbone, run_backbone_in_chunks
 from .heads import LmHead, LmHeadInputs, lm_head, unwrapped
-from .lengths import picks_by_length, switch_lengths
+from .lengths import picks_by_length, reset_frequencies, switch_lengths
 from .loading import context_length
 
 #: Tokens of which the logits are looked at, and how many of each row of logits.
@@ -55,29 +55,56 @@ def verified_lm_head(model: nn.Module, tokens: Tensor) -> LmHead:
     signature = (type(layer), tuple(head.weight.shape), head.bias is None, head.softcap, head.logit_scale)
     if tokens.numel() and _verified.get(causal_lm) != signature:
         with torch.no_grad(), evaluation(causal_lm):
-            _check_causal(causal_lm, repeated(tokens, _HEAD_TOKENS))
-            _check_logits(causal_lm, head, repeated(tokens, _HEAD_TOKENS))
+            own = _own_logits(causal_lm, repeated(tokens, _HEAD_TOKENS))
+            _check_causal(causal_lm, repeated(tokens, _HEAD_TOKENS), own)
+            _check_logits(causal_lm, head, repeated(tokens, _HEAD_TOKENS), own)
         _verified[causal_lm] = signature
     return head
 
 
-def _check_causal(model: PreTrainedModel, input_ids: Tensor) -> None:
+class _OwnLogits(NamedTuple):
+    """What a model computes by itself, and with what its forward does: the autocast, and the last layer's dtype."""
+
+    logits: Tensor
+    autocast: torch.autocast
+    dtype: torch.dtype
+
+
+def _own_logits(model: PreTrainedModel, input_ids: Tensor) -> _OwnLogits:
+    """The logits' dtype does not tell the rest: accelerate's wrapper around the forward of a prepared model switches
+    autocast on and returns float32, and FSDP casts weights before a forward and its output after it.
+    """
+    device_type, layer = input_ids.device.type, model.get_output_embeddings()
+    within = []
+
+    def look(*_: Any) -> None:
+        enabled, dtype = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
+        within.append((torch.autocast(device_type, dtype=dtype, enabled=enabled), layer.weight.dtype))
+
+    look()
+    reset_frequencies(model)
+    with backbone_of(model).register_forward_pre_hook(look):
+        logits = model(input_ids=input_ids, use_cache=False).logits
+    return _OwnLogits(logits, *within[-1])
+
+
+def _check_causal(model: PreTrainedModel, input_ids: Tensor, own: _OwnLogits) -> None:
     half = _HEAD_TOKENS // 2
     alone, together = run_backbone(model, input_ids[:, :half]), run_backbone(model, input_ids)[:, :half]
     # Of the median token: a few may be sent to other experts by a rounding.
     error = float(token_errors(together, alone).median())
-    if not error <= _tolerance(_HIDDEN_TOLERANCE, alone):
+    if not error <= _tolerance(_HIDDEN_TOLERANCE, alone, own.dtype):
         raise ValueError(
             f"model is {type(model).__name__}: a token's hidden state changes by {error:.2g} of its size with the "
             "tokens after it, expected a causal language model (a masked language model or an encoder is not)"
         )
 
 
-def _check_logits(model: PreTrainedModel, head: LmHead, input_ids: Tensor) -> None:
-    logits, autocast = _own_logits(model, input_ids)
-    with autocast:
+def _check_logits(model: PreTrainedModel, head: LmHead, input_ids: Tensor, own: _OwnLogits) -> None:
+    logits = own.logits
+    with own.autocast:
         hidden = run_backbone(model, input_ids)
-        tolerance = _tolerance(_LOGP_TOLERANCE, logits, hidden, head.weight)
+        tolerance = _tolerance(_LOGP_TOLERANCE, hidden, logits.dtype, head.weight.dtype, own.dtype)
     if (logits.shape[-1], hidden.shape[-1]) != head.weight.shape:
         raise ValueError(
             f"model is {type(model).__name__}: its logits have {logits.shape[-1]} columns and its hidden states "
@@ -96,32 +123,12 @@ def _check_logits(model: PreTrainedModel, head: LmHead, input_ids: Tensor) -> No
         )
 
 
-def _own_logits(model: PreTrainedModel, input_ids: Tensor) -> tuple[Tensor, torch.autocast]:
-    """The model's logits, and the autocast under which its forward computes them.
-
-    accelerate's wrapper around the forward of a prepared model switches autocast on and returns float32, so that the
-    logits' dtype does not tell.
-    """
-    device_type = input_ids.device.type
-    within = []
-
-    def look(*_: Any) -> None:
-        dtype = torch.get_autocast_dtype(device_type)
-        within.append(torch.autocast(device_type, dtype=dtype, enabled=torch.is_autocast_enabled(device_type)))
-
-    look()
-    with backbone_of(model).register_forward_pre_hook(look):
-        logits = model(input_ids=input_ids, use_cache=False).logits
-    return logits, within[-1]
-
-
-def _tolerance(tolerances: Mapping[torch.dtype, float], *tensors: Tensor) -> float:
-    """That of the coarsest dtype among the tensors, and of autocast where it is on."""
-    dtypes = {tensor.dtype for tensor in tensors}
-    device_type = tensors[0].device.type
+def _tolerance(tolerances: Mapping[torch.dtype, float], hidden: Tensor, *dtypes: torch.dtype) -> float:
+    """That of the coarsest dtype, of `hidden` or among the others, and of autocast where it is on."""
+    device_type = hidden.device.type
     if torch.is_autocast_enabled(device_type):
-        dtypes.add(torch.get_autocast_dtype(device_type))
-    return max(tolerances[dtype] for dtype in dtypes)
+        dtypes = *dtypes, torch.get_autocast_dtype(device_type)
+    return max(tolerances[dtype] for dtype in (hidden.dtype, *dtypes))
 
 
 def _logp_error(actual: Tensor, logits: Tensor, candidates: Tensor) -> float:

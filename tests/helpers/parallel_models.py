@@ -28,14 +28,15 @@ def load(path: Path, kind: str, size: int) -> PreTrainedModel:
     return model
 
 
-def shard(model: PreTrainedModel, size: int, root: nn.Module | None = None) -> None:
-    """By FSDP2: its layers, and then the model, or what it is wrapped in."""
-    from torch.distributed.fsdp import fully_shard
+def shard(model: PreTrainedModel, size: int, root: nn.Module | None = None, mixed: bool = False) -> None:
+    """By FSDP2: its layers, and then the model, or what it is wrapped in; `mixed`, computing in bfloat16."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    mesh = init_device_mesh("cpu", (size,))
+    mesh, dtype = init_device_mesh("cpu", (size,)), torch.bfloat16 if mixed else None
     for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model if root is None else root, mesh=mesh)
+        fully_shard(layer, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=dtype))
+    policy = MixedPrecisionPolicy(param_dtype=dtype, output_dtype=torch.float32 if mixed else None)
+    fully_shard(model if root is None else root, mesh=mesh, mp_policy=policy)
 
 
 class Measured(NamedTuple):
@@ -154,6 +155,15 @@ def last_layer_trained(
         with torch.no_grad():
             evaluated.append(-token_logp(model, tokens).logp.mean().item())
     return losses, evaluated
+
+
+def mixed(group: Any, path: Path, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Log p by token_logp and by the model's own logits, in bfloat16 with float32 around it."""
+    model = load(path, "whole", group.size())
+    shard(model, group.size(), mixed=True)
+    with torch.no_grad():
+        own = model(tokens).logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
+        return token_logp(model, tokens).logp, own
 
 
 def refused(group: Any, path: Path, kind: str, tokens: Tensor) -> str:

@@ -111,7 +111,7 @@ def _run_within(model: PreTrainedModel, backbone: nn.Module, **inputs: Any) -> A
         reshard_for_last_layer(model)
 
 
-def reshard_for_last_layer(model: Any) -> None:
+def reshard_for_last_layer(model: PreTrainedModel) -> None:
     """Free what FSDP keeps gathered until backward, where it will not notice one: all before the last layer is frozen.
 
     A gathered weight of that layer would be trained in place of its shards, and the next step would begin with it.
@@ -119,7 +119,10 @@ def reshard_for_last_layer(model: Any) -> None:
     if not hasattr(model, "unshard") or model in _in_their_forward:
         return
     if needs_gradient(model) and not needs_gradient(backbone_of(model)):
-        model.reshard()
+        modules: list[Any] = [model, model.get_output_embeddings()]
+        for module in modules:
+            if hasattr(module, "reshard"):
+                module.reshard()
 
 
 def _end_group(model: PreTrainedModel, hidden: Tensor) -> None:

@@ -28,13 +28,24 @@ def load(path: Path, kind: str, size: int) -> PreTrainedModel:
     return model
 
 
-def shard(model: PreTrainedModel, size: int, root: nn.Module | None = None, mixed: bool = False) -> None:
-    """By FSDP2: its layers, and then the model, or what it is wrapped in; `mixed`, computing in bfloat16."""
+def shard(
+    model: PreTrainedModel,
+    size: int,
+    root: nn.Module | None = None,
+    mixed: bool = False,
+    together: list[nn.Module] | None = None,
+) -> None:
+    """By FSDP2: its layers, and then the model, or what it is wrapped in.
+
+    `mixed` computes in bfloat16; modules `together` are gathered as one, and stay so until backward.
+    """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh, dtype = init_device_mesh("cpu", (size,)), torch.bfloat16 if mixed else None
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=dtype))
+    if together is not None:
+        fully_shard(together, mesh=mesh, reshard_after_forward=False)
     policy = MixedPrecisionPolicy(param_dtype=dtype, output_dtype=torch.float32 if mixed else None)
     fully_shard(model if root is None else root, mesh=mesh, mp_policy=policy)
 
@@ -140,8 +151,10 @@ def last_layer_trained(
 ) -> tuple[list[float], list[float]]:
     """Losses of steps of adapters, or of the last layer alone, and between steps those without gradients."""
     if targets is None:
-        model: Any = load(path, kind, group.size())
+        model: Any = load(path, "whole", group.size())
         model.requires_grad_(False).get_output_embeddings().requires_grad_(True)
+        if kind == "fsdp":
+            shard(model, group.size(), together=[model.model.norm, model.lm_head])
     else:
         model = with_adapters(path, kind, group.size(), targets)
     optimizer = torch.optim.AdamW([x for x in model.parameters() if x.requires_grad], lr=1e-2, foreach=False)

@@ -91,6 +91,8 @@ class Asked(NamedTuple):
 class NoiseInputs(NamedTuple):
     """What the noise of a draw depends on: row_id (N,) int64, or None for 0 … N − 1, the seed (64 bits, as int64) and
     the step, which come as numbers, or from the device as int64 tensors, (1,) and (1,) or (N,), which then count.
+
+    first_token: of a part of a vocabulary, the place in the whole where it begins, a multiple of 4.
     """
 
     row_id: Tensor | None
@@ -98,6 +100,7 @@ class NoiseInputs(NamedTuple):
     step: int
     seed_tensor: Tensor | None
     step_tensor: Tensor | None
+    first_token: int = 0
 
 
 class SampleOptions(NamedTuple):

@@ -41,8 +41,8 @@ struct SampleArguments {
   SampleOptions options;
 
   SampleArguments(int64_t rows, const OptionalTensor& given_row_id, int64_t seed, int64_t step,
-                  const OptionalTensor& seed_tensor, const OptionalTensor& step_tensor, double gamma,
-                  std::string_view criterion, std::optional<double> threshold, std::string_view draft,
+                  const OptionalTensor& seed_tensor, const OptionalTensor& step_tensor, int64_t first_token,
+                  double gamma, std::string_view criterion, std::optional<double> threshold, std::string_view draft,
                   double temperature, const Filters& filters)
       : row_id(given_row_id, rows, "row_id"), steps(step_tensor, rows, "step_tensor") {
     TORCH_CHECK_VALUE(!given_row_id.has_value() || given_row_id->numel() == rows, "row_id has ", given_row_id->numel(),
@@ -51,7 +51,9 @@ struct SampleArguments {
     TORCH_CHECK_VALUE(known.has_value(), "criterion is '", criterion,
                       "', expected one of those of reference.sampling.CRITERIA");
     const Integers seeds(seed_tensor, 1, "seed_tensor");
-    identities = {row_id.data, steps.data, steps.stride, step};
+    TORCH_CHECK_VALUE(first_token >= 0 && first_token % 4 == 0, "first_token is ", first_token,
+                      ", expected a multiple of 4");
+    identities = {row_id.data, steps.data, steps.stride, step, first_token};
     options = {gamma,
                *known,
                threshold.value_or(0),
@@ -85,15 +87,15 @@ struct SampleTensors {
 
 auto extrapolated_sample_cpu(const Tensor& logits, const Tensor& base_logits, const OptionalTensor& row_id,
                              int64_t seed, int64_t step, const OptionalTensor& seed_tensor,
-                             const OptionalTensor& step_tensor, double gamma, std::string_view criterion,
-                             std::optional<double> threshold, std::string_view draft, double temperature, int64_t top_k,
-                             double top_p, double min_p, int64_t workspace) {
+                             const OptionalTensor& step_tensor, int64_t first_token, double gamma,
+                             std::string_view criterion, std::optional<double> threshold, std::string_view draft,
+                             double temperature, int64_t top_k, double top_p, double min_p, int64_t workspace) {
   TORCH_CHECK_VALUE(base_logits.sizes() == logits.sizes(), "base_logits has shape ", base_logits.sizes(), ", expected ",
                     logits.sizes());
   const Rows rows(logits, "logits"), base_rows(base_logits, "base_logits");
   TORCH_CHECK_VALUE(rows.matrix.columns > 0, "logits has no columns, expected the vocabulary");
-  const SampleArguments given(rows.matrix.rows, row_id, seed, step, seed_tensor, step_tensor, gamma, criterion,
-                              threshold, draft, temperature, {top_k, top_p, min_p});
+  const SampleArguments given(rows.matrix.rows, row_id, seed, step, seed_tensor, step_tensor, first_token, gamma,
+                              criterion, threshold, draft, temperature, {top_k, top_p, min_p});
   const bool use_double = logits.scalar_type() == at::kDouble || base_logits.scalar_type() == at::kDouble;
   const SampleTensors sample(rows.matrix.rows, use_double);
   dispatch_accumulator(use_double, [&](auto type) {
@@ -108,13 +110,13 @@ auto linear_extrapolated_sample_cpu(const Tensor& hidden, const Tensor& weight, 
                                     const Tensor& base_weight, const OptionalTensor& base_bias,
                                     at::ArrayRef<double> base_transform, const OptionalTensor& row_id, int64_t seed,
                                     int64_t step, const OptionalTensor& seed_tensor, const OptionalTensor& step_tensor,
-                                    double gamma, std::string_view criterion, std::optional<double> threshold,
-                                    std::string_view draft, double temperature, int64_t top_k, double top_p,
-                                    double min_p, int64_t workspace) {
+                                    int64_t first_token, double gamma, std::string_view criterion,
+                                    std::optional<double> threshold, std::string_view draft, double temperature,
+                                    int64_t top_k, double top_p, double min_p, int64_t workspace) {
   const CheckedHeads<2> heads({{{hidden, weight, bias, transform_of(transform)},
                                 {base_hidden, base_weight, base_bias, transform_of(base_transform)}}});
-  const SampleArguments given(heads.rows(), row_id, seed, step, seed_tensor, step_tensor, gamma, criterion, threshold,
-                              draft, temperature, {top_k, top_p, min_p});
+  const SampleArguments given(heads.rows(), row_id, seed, step, seed_tensor, step_tensor, first_token, gamma, criterion,
+                              threshold, draft, temperature, {top_k, top_p, min_p});
   const SampleTensors sample(heads.rows(), heads.any_double());
   heads.dispatch_product(heads.any_double(), [&](auto type) {
     using T = decltype(type);

@@ -109,8 +109,9 @@ T* pointer_to(const Tensor& x) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> extrapolated_sample_cuda(
     Tensor logits, Tensor base_logits, OptionalTensor row_id, int64_t seed, int64_t step, OptionalTensor seed_tensor,
-    OptionalTensor step_tensor, double gamma, std::string criterion, std::optional<double> threshold, std::string draft,
-    double temperature, int64_t top_k, double top_p, double min_p, int64_t workspace) {
+    OptionalTensor step_tensor, int64_t first_token, double gamma, std::string criterion,
+    std::optional<double> threshold, std::string draft, double temperature, int64_t top_k, double top_p, double min_p,
+    int64_t workspace) {
   const Rows rows(logits, "logits"), base_rows(base_logits, "base_logits");
   const int64_t count = row_count(logits), vocabulary = logits.size(-1);
   STD_TORCH_CHECK(row_count(base_logits) == count && base_logits.size(-1) == vocabulary,
@@ -119,6 +120,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> extrapolated_sample_c
   STD_TORCH_CHECK(vocabulary > 0 && vocabulary <= kMostTokens, "logits has ", vocabulary, " columns, expected 1 to ",
                   kMostTokens);
   STD_TORCH_CHECK(!row_id.has_value() || row_id->numel() == count, "row_id has another number of rows than logits");
+  STD_TORCH_CHECK(first_token >= 0 && first_token % 4 == 0, "first_token is ", first_token,
+                  ", expected a multiple of 4");
   const auto empty = [&](ScalarType type) { return torch::stable::new_empty(logits, {count}, type); };
   const Tensor token = empty(ScalarType::Long), draft_token = empty(ScalarType::Long);
   const Tensor selected = empty(ScalarType::Bool), delta_logp = empty(ScalarType::Float);
@@ -133,7 +136,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> extrapolated_sample_c
                          temperature, {top_k, top_p, min_p},   uint64_t(seed)};
     arguments.identities = {numbers(row_id, count, logits, "row_id"),
                             numbers(step_tensor, count, logits, "step_tensor"),
-                            step_tensor.has_value() && step_tensor->numel() > 1 ? 1 : 0, step};
+                            step_tensor.has_value() && step_tensor->numel() > 1 ? 1 : 0, step, first_token};
     arguments.seed = numbers(seed_tensor, 1, logits, "seed_tensor");
     arguments.token = pointer_to<int64_t>(token);
     arguments.draft_token = pointer_to<int64_t>(draft_token);

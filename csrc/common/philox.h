@@ -2,7 +2,8 @@
 // sampling makes of its bits.
 //
 // The 32 bits of token v are word v % 4 of the block with counter (v / 4, row_id, step, stream) and the 64-bit seed as
-// key. So they depend on nothing else: not on the batch, the tiles, or the device.
+// key. So they depend on nothing else: not on the batch, the tiles, or the device. Of a part of a vocabulary, v is the
+// token's place in the whole.
 #pragma once
 
 #include <cmath>
@@ -34,17 +35,21 @@ DLOGP_HOST_DEVICE inline PhiloxBlock philox(PhiloxBlock counter, uint64_t seed) 
 
 enum class Stream : uint32_t { kDraft = 0, kReplacement = 1, kRandom = 2 };
 
-// Whose noise it is: all of a token's counter and key but the token.
+// Whose noise it is: all of a token's counter and key but the token. Tokens are counted from block `first_block` on.
 struct NoiseKey {
   uint64_t seed;
   uint32_t row_id, step;
   Stream stream;
+  uint32_t first_block = 0;
 
-  DLOGP_HOST_DEVICE PhiloxBlock counter(uint32_t block) const { return {{block, row_id, step, uint32_t(stream)}}; }
+  DLOGP_HOST_DEVICE uint32_t block_of(int64_t token) const { return first_block + uint32_t(token / 4); }
+  DLOGP_HOST_DEVICE PhiloxBlock counter(int64_t token) const {
+    return {{block_of(token), row_id, step, uint32_t(stream)}};
+  }
 };
 
 DLOGP_HOST_DEVICE inline uint32_t noise_bits(const NoiseKey& key, int64_t token) {
-  return philox(key.counter(uint32_t(token / 4)), key.seed).words[token % 4];
+  return philox(key.counter(token), key.seed).words[token % 4];
 }
 
 // u = (bits + ½)·2⁻³², in (0, 1); exact in double.

@@ -55,22 +55,25 @@ struct SampleOptions {
   uint64_t seed = 0;
 };
 
-// What a row's noise depends on besides the seed.
+// What a row's noise depends on besides the seed, and the block of four tokens that its vocabulary begins with.
 struct RowNoise {
-  uint32_t row_id = 0, step = 0;
+  uint32_t row_id = 0, step = 0, first_block = 0;
 
-  DLOGP_HOST_DEVICE NoiseKey key(uint64_t seed, Stream stream) const { return {seed, row_id, step, stream}; }
+  // What is drawn for the row itself has the noise of token 0, whatever part of a vocabulary this is.
+  DLOGP_HOST_DEVICE NoiseKey key(uint64_t seed, Stream stream) const {
+    return {seed, row_id, step, stream, stream == Stream::kRandom ? 0 : first_block};
+  }
 };
 
 // What tells the rows of a call apart: pointers may be null. Row n has the identity n without row_id; `steps` holds one
-// step, or with steps_stride = 1 one a row, and counts instead of `step`.
+// step, or with steps_stride = 1 one a row, and counts instead of `step`. first_token is a multiple of 4.
 struct RowIdentities {
   const int64_t *row_id = nullptr, *steps = nullptr;
-  int64_t steps_stride = 0, step = 0;
+  int64_t steps_stride = 0, step = 0, first_token = 0;
 
   DLOGP_HOST_DEVICE RowNoise of(int64_t row) const {
     return {uint32_t(row_id != nullptr ? row_id[row] : row),
-            uint32_t(steps != nullptr ? steps[row * steps_stride] : step)};
+            uint32_t(steps != nullptr ? steps[row * steps_stride] : step), uint32_t(first_token / 4)};
   }
 };
 

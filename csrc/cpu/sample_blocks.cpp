@@ -45,7 +45,7 @@ DLOGP_INLINE Acc above_masked(Acc score) {
 
 // Ten rounds one after the other in the body of the loop over the counters, which the compiler then vectorises.
 DLOGP_CLONES void block_noise(const NoiseKey& key, int64_t first_token, uint32_t* bits) {
-  const uint32_t first = uint32_t(first_token / 4), row_id = key.row_id, step = key.step;
+  const uint32_t first = key.block_of(first_token), row_id = key.row_id, step = key.step;
   const uint32_t stream = uint32_t(key.stream), key0 = uint32_t(key.seed), key1 = uint32_t(key.seed >> 32);
   constexpr int counters = kBlockTokens / 4;
   uint32_t words[4][counters];

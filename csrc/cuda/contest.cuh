@@ -78,7 +78,7 @@ struct SharedNoise {
   }
   __device__ PhiloxBlock block(Stream stream, uint32_t token) const {
     const NoiseKey key = row.key(seed(), stream);
-    return philox(key.counter(token / 4), key.seed);
+    return philox(key.counter(token), key.seed);
   }
 };
 

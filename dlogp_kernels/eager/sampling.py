@@ -16,6 +16,8 @@ from ._blocks import forward_blocks, rows_of, tiled_logits
 _SAMPLE_TEMPORARIES = 24
 #: Both models' logits, transformed and not.
 _PAIR_OF_LOGITS = 4
+#: Of 8 bytes, of a row's products with the weight of a token.
+_PRODUCT_TEMPORARIES = 4
 #: Rows of a product of 16-bit numbers on a GPU, whose library sums in another order for another number: missing ones
 #: are zeros, so that a row's bits do not depend on the others or on the workspace.
 _PRODUCT_ROWS = 32
@@ -32,16 +34,23 @@ def extrapolated_sample(
 ) -> tuple[Tensor, ...]:
     dtype, device = accumulation_dtype(logits, base_logits), logits.device
     n, v = logits.shape[:-1].numel(), logits.shape[-1]
-    row_id = torch.arange(n, device=device) if noise.row_id is None else noise.row_id
-    seed = torch.full((1,), noise.seed, device=device) if noise.seed_tensor is None else noise.seed_tensor
-    steps = torch.full((1,), noise.step, device=device) if noise.step_tensor is None else noise.step_tensor
-    steps = steps.expand(n)
+    row_id, seed, steps = counters_of(noise, n, device)
     blocks = []
     for rows in torch.arange(n, device=device).split(max(1, workspace // _SHARE // (v * 8 * _SAMPLE_TEMPORARIES))):
         z, base_z = (rows_of(x, rows).to(dtype) for x in (logits, base_logits))
-        block = reference_sample.extrapolated_sample(z, base_z, row_id[rows], seed, steps[rows], *options)
+        block = reference_sample.extrapolated_sample(
+            z, base_z, row_id[rows], seed, steps[rows], *options, noise.first_token
+        )
         blocks.append(block)
     return tuple(torch.cat(values) for values in zip(*blocks, strict=True))
+
+
+def counters_of(noise: NoiseInputs, rows: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """row_id (rows,), seed (1,) and step (rows,) as tensors."""
+    row_id = torch.arange(rows, device=device) if noise.row_id is None else noise.row_id
+    seed = torch.full((1,), noise.seed, device=device) if noise.seed_tensor is None else noise.seed_tensor
+    steps = torch.full((1,), noise.step, device=device) if noise.step_tensor is None else noise.step_tensor
+    return row_id, seed, steps.expand(rows)
 
 
 def linear_extrapolated_sample(
@@ -75,6 +84,27 @@ def linear_extrapolated_sample(
         own = noise._replace(row_id=row_id[rows], step_tensor=own_steps)
         blocks.append(torch.ops.dlogp.extrapolated_sample(z, base_z, *own, *options))
     return tuple(torch.cat(values) for values in zip(*blocks, strict=True))
+
+
+def logits_at(head: Head, token: Tensor, workspace: int) -> Tensor:
+    """z of some tokens of each row, (N, K), in float64; a row's bits do not depend on the other rows."""
+    n, width = token.shape[0], head.weight.shape[1]
+    size = max(1, workspace // (token.shape[1] * width * 8 * _PRODUCT_TEMPORARIES))
+    blocks = []
+    for rows in torch.arange(n, device=token.device).split(size):
+        products = rows_of(head.hidden, rows).double()[:, None] * head.weight[token[rows]].double()
+        raw = _sum_by_halves(products)
+        blocks.append(raw if head.bias is None else raw + head.bias[token[rows]])
+    return transform_logits(torch.cat(blocks), *head.transform)
+
+
+def _sum_by_halves(x: Tensor) -> Tensor:
+    """Over the last dimension, in an order that does not depend on the others, as a library's does."""
+    half = 1 << (x.shape[-1] - 1).bit_length() >> 1
+    x = pad(x, (0, 2 * half - x.shape[-1])) if half else x
+    while half:
+        x, half = x[..., :half] + x[..., half:], half // 2
+    return x[..., 0]
 
 
 def _multiplies_as_it_is(head: Head, dtype: torch.dtype) -> bool:

@@ -121,8 +121,11 @@ def linear_extrapolated_sample(
         top_k, top_p, min_p: as in `extrapolated_sample`. A filter needs whole rows of logits: with one of them on,
             those of as many rows as the workspace holds exist at a time, on a GPU in 16 bits those of 32.
         seed, row_id, step: as in `extrapolated_sample`.
-        group: as in `linear_delta_logp`. Of a block of rows all logits of both models are then gathered, 8 V bytes a
-            row, and every rank draws the same tokens from them.
+        group: as in `linear_delta_logp`. Each rank draws from its shard and tells the others of its winners, 64 bytes a
+            row; 96 where the criterion is a divergence or an entropy, for which weights are read twice. Three kinds of
+            calls gather all logits of a block of rows instead, 8 V bytes a row, and every rank draws from them: with a
+            filter, with a bias, which may mask tokens (nothing else is taken to give a logit −inf), and where a shard
+            begins with a token that is no multiple of 4.
 
     Returns:
         Sample, each field (…), as from `extrapolated_sample`.

@@ -21,6 +21,7 @@ from . import (  # noqa: E402
     linear_policy_loss,
     policy_loss,
     sharded,
+    sharded_sampling,
     statistics,
 )
 
@@ -32,5 +33,6 @@ __all__ = [
     "policy_loss",
     "schemas",
     "sharded",
+    "sharded_sampling",
     "statistics",
 ]

@@ -146,7 +146,8 @@ SCHEMAS: dict[str, tuple[str, str]] = {
     ),
 }
 
-#: Those that no backend has by itself: sharded.py serves them on every device, with other ops and collectives.
+#: Those that no backend has by itself: sharded.py and sharded_sampling.py serve them on every device, with other ops
+#: and collectives.
 OVER_RANKS: dict[str, tuple[str, str]] = {
     **{f"{name}_fwd": op.forward() for name, op in SHARDED.items()},
     **{f"{name}_bwd": op.backward() for name, op in SHARDED.items()},

@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..checks import all_inside, check_target_range
-from ..eager.sampling import linear_extrapolated_sample
-from ..inputs import Argument, Asked, Head, NoiseInputs, SampleOptions, Shards, Targets, arguments, rebuilt
+from ..inputs import Argument, Asked, Shards, Targets, arguments
 from ..reference import shards as reference
 from ..reference.rows import MASKED
 from ..reference.statistics import accumulation_dtype
@@ -32,7 +31,7 @@ _SUMS = 2**23
 _ODD = 2654435761
 
 
-class _Place(NamedTuple):
+class Place(NamedTuple):
     """This rank's in the group: it has the tokens from `first` to `end` of the vocabulary."""
 
     group: Any
@@ -41,7 +40,7 @@ class _Place(NamedTuple):
     vocabulary: int
 
     @classmethod
-    def of(cls, shards: Shards, weights: dict[str, Tensor]) -> "_Place":
+    def of(cls, shards: Shards, weights: dict[str, Tensor]) -> "Place":
         """ValueError where weights, by name, have other rows than those of the tokens."""
         group, starts = group_of(shards.group), shards.starts
         if len(starts) != group.size() + 1:
@@ -65,7 +64,7 @@ class _LocalTargets(NamedTuple):
     elsewhere: Tensor
 
     @classmethod
-    def of(cls, targets: Targets, place: _Place) -> "_LocalTargets":
+    def of(cls, targets: Targets, place: Place) -> "_LocalTargets":
         target, ignored = targets.target, targets.target == targets.ignore_index
         here = (target >= place.first) & (target < place.end) & ~ignored
         outside = (target < 0) | (target >= place.vocabulary)
@@ -77,9 +76,9 @@ def _by_name(names: Iterable[Argument], flat: tuple[Any, ...]) -> dict[str, Any]
     return dict(zip((x.name for x in names), flat, strict=True))
 
 
-def _of(plain: Statistics, given: dict[str, Any]) -> tuple[_Place, Targets, _LocalTargets]:
+def _of(plain: Statistics, given: dict[str, Any]) -> tuple[Place, Targets, _LocalTargets]:
     weights = {x.name: given[x.name] for x in plain.inputs() if x.name.endswith("weight")}
-    place = _Place.of(Shards(given["group"], given["starts"]), weights)
+    place = Place.of(Shards(given["group"], given["starts"]), weights)
     targets = Targets(given["target"], given["ignore_index"])
     return place, targets, _LocalTargets.of(targets, place)
 
@@ -100,7 +99,7 @@ def _forward(name: str, *flat: Any) -> tuple[Tensor, ...]:
     return _outputs(plain, of_ranks, targets, given["starts"], found[0].dtype)
 
 
-def _check_range(targets: Targets, place: _Place) -> None:
+def _check_range(targets: Targets, place: Place) -> None:
     """On the CPU, and so on every rank at once; elsewhere the op of one device makes such a row NaN."""
     target, ignore_index = targets
     if target.device.type == "cpu" and not all_inside(target, place.vocabulary):
@@ -173,9 +172,9 @@ def _outputs(
     normalizers: list[Tensor] = []
     tops: list[Tensor] = []
     for prefix, model in zip(("", "base_"), of_ranks.models, strict=False):
-        whole = reference.whole_of(model)
+        whole = reference.whole_of(model.largest, model.rest)
         values[f"{prefix}logp"] = reference.logp_at(model, whole, owner).masked_fill(ignored, 0.0)
-        values[f"{prefix}entropy"] = reference.entropy_of(model, whole)
+        values[f"{prefix}entropy"] = reference.entropy_of(model.entropy, whole)
         values[f"{prefix}lse"] = whole.lse
         wholes.append(whole)
         normalizers += [whole.largest, whole.rest]
@@ -243,23 +242,6 @@ def _of_shard(given: dict[str, Any], prefix: str, local: _LocalTargets) -> dict[
     }
 
 
-def _sample(*flat: Any) -> tuple[Tensor, ...]:
-    """Logits of the shards are gathered, a block of rows at a time, and every rank draws from them."""
-    head, base, shards, noise, options = rebuilt((Head, Head, Shards, NoiseInputs, SampleOptions), iter(flat))
-    place = _Place.of(shards, {"weight": head.weight, "base_weight": base.weight})
-
-    def whole(logits: Tensor) -> Tensor:
-        return gathered_rows(logits.t(), shards.starts, place.group).t()
-
-    with backends.without_autocast(head.hidden.device):
-        return linear_extrapolated_sample(head, base, noise, options, backends.workspace(), place.vocabulary, whole)
-
-
-def _fake_sample(*flat: Any) -> tuple[Tensor, ...]:
-    head, base = rebuilt((Head, Head), iter(flat))
-    return library.fake_sample(head.hidden, accumulation_dtype(*head[:3], *base[:3]))
-
-
 def _rows_of_ranks(rows: Tensor, group: str, starts: list[int], wanted_starts: list[int]) -> Tensor:
     return exchanged(rows, starts, wanted_starts, group_of(group))
 
@@ -319,7 +301,6 @@ def _own_rows_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return pad(whole, (*padding, 0, ctx.rows - whole.shape[0])), None, None
 
 
-library.register_everywhere("sharded_linear_extrapolated_sample", _fake_sample, _sample)
 library.register_everywhere("rows_of_ranks", _fake_rows_of_ranks, _rows_of_ranks)
 library.register_everywhere("own_rows", _fake_own_rows, _own_rows)
 library.register_everywhere("all_rows", _fake_all_rows, _all_rows)

@@ -15,6 +15,8 @@ DRAFT, REPLACEMENT, RANDOM = 0, 1, 2
 CRITERIA = ("delta_logp", "kl", "reverse_kl", "avg_kl", "entropy", "rl_entropy", "random", "all", "none")
 #: Those that compare with a threshold.
 WITH_THRESHOLD = CRITERIA[:7]
+#: Those that compare a statistic of the whole row.
+WITH_STATISTICS = ("kl", "reverse_kl", "avg_kl", "entropy", "rl_entropy")
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -33,15 +35,15 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor) -> tupl
     return c0, c1, c2, c3
 
 
-def noise_bits(tokens: Tensor, row_id: Tensor, seed: Tensor, step: Tensor, stream: int) -> Tensor:
-    """32 random bits of each row and token (n,): counter (v // 4, row_id, step, stream), word v % 4; (B, n).
+def noise_bits(tokens: Tensor, row_id: Tensor, seed: Tensor, step: Tensor, stream: int | Tensor) -> Tensor:
+    """32 random bits of each row and token, (n,) or (B, n): counter (v // 4, row_id, step, stream), word v % 4; (B, n).
 
-    row_id (B,), seed (1,), step (1,) or (B,), all int64.
+    row_id (B,), seed (1,), step (1,) or (B,), all int64; of counters the lower 32 bits count. The stream may be one of
+    each row, too.
     """
     block = (tokens // 4).expand(row_id.shape[0], -1)
-    row, steps, streams = (
-        x[:, None].expand_as(block) for x in (row_id, step.expand_as(row_id), torch.full_like(row_id, stream))
-    )
+    counters = row_id & _MASK, step.expand_as(row_id) & _MASK, torch.zeros_like(row_id) + stream
+    row, steps, streams = (x[:, None].expand_as(block) for x in counters)
     words = torch.stack(philox((block, row, steps, streams), seed), dim=-1)
     lane = (tokens % 4).expand_as(block)
     return words.gather(-1, lane[..., None]).squeeze(-1)
@@ -89,14 +91,18 @@ def draw(
     top_k: int,
     top_p: float,
     min_p: float,
+    first_token: int = 0,
 ) -> Tensor:
-    """A token of each row by the largest score z/T + Gumbel noise among those kept; the first maximum if T = 0."""
+    """A token of each row by the largest score z/T + Gumbel noise among those kept; the first maximum if T = 0.
+
+    first_token: the place of the first one in the vocabulary by which noise is counted.
+    """
     if temperature == 0.0:
         return logits.argmax(-1)
     scaled = logits / temperature
     kept = kept_tokens(scaled, top_k, top_p, min_p)
     tokens = torch.arange(logits.shape[-1], device=logits.device)
-    noise = gumbel(noise_bits(tokens, row_id, seed, step, stream), scaled.dtype)
+    noise = gumbel(noise_bits(first_token + tokens, row_id, seed, step, stream), scaled.dtype)
     return (scaled + noise).masked_fill(~kept, -torch.inf).argmax(-1)
 
 
@@ -109,7 +115,7 @@ def extrapolated_logits(logits: Tensor, base_logits: Tensor, gamma: float) -> Te
 
 
 def selected_rows(
-    stats: reference.DeltaLogpStats,
+    stats: reference.DeltaLogpStats | None,
     delta_logp: Tensor,
     criterion: str,
     threshold: float | None,
@@ -117,7 +123,10 @@ def selected_rows(
     seed: Tensor,
     step: Tensor,
 ) -> Tensor:
-    """The criterion of Algorithm 1 (arXiv 2603.22117), (B,) bool; inequalities are strict."""
+    """The criterion of Algorithm 1 (arXiv 2603.22117), (B,) bool; inequalities are strict.
+
+    stats may be None but for those of WITH_STATISTICS.
+    """
     if criterion in ("all", "none"):
         return torch.full_like(row_id, criterion == "all", dtype=torch.bool)
     assert threshold is not None
@@ -126,6 +135,7 @@ def selected_rows(
     if criterion == "random":
         bits = noise_bits(torch.zeros_like(row_id[:1]), row_id, seed, step, RANDOM)[:, 0]
         return (bits.to(torch.float64) + 0.5) * 2.0**-32 < threshold
+    assert stats is not None
     values = {
         "kl": stats.kl,
         "reverse_kl": stats.reverse_kl,
@@ -150,11 +160,12 @@ def extrapolated_sample(
     top_k: int,
     top_p: float,
     min_p: float,
+    first_token: int = 0,
 ) -> Sample:
     """Of logits (B, V) in float32 or float64; int64 row_id (B,), seed (1,), step (1,) or (B,)."""
     bad = _is_bad(logits) | _is_bad(base_logits)
     z, base_z = (x.masked_fill(bad[:, None], 0.0) for x in (logits, base_logits))
-    filters = (temperature, top_k, top_p, min_p)
+    filters = (temperature, top_k, top_p, min_p, first_token)
     drafted = draw(base_z if draft == "base" else z, row_id, seed, step, DRAFT, *filters)
     stats = reference.delta_logp_of_rows(z, base_z, drafted[:, None], -1)
     delta_logp = stats.delta_logp[:, 0]

@@ -39,16 +39,16 @@ class Whole(NamedTuple):
         return self.largest + self.rest.log1p()
 
 
-def whole_of(model: ModelShards) -> Whole:
-    """`rest` is what all but the first largest token add, as within a shard."""
-    first = model.largest.argmax(0, keepdim=True)
-    largest = model.largest.gather(0, first)
-    shift = largest.masked_fill(largest.isinf(), 0.0)  # ∞ − ∞ would be NaN
-    log_mass = (model.largest - shift + model.rest.log1p()).masked_fill(model.largest == -torch.inf, -torch.inf)
+def whole_of(largest: Tensor, rest: Tensor) -> Whole:
+    """From the shards' normalizers, (R, N) each; `rest` is what all but the first largest token add."""
+    first = largest.argmax(0, keepdim=True)
+    largest_of_all = largest.gather(0, first)
+    shift = largest_of_all.masked_fill(largest_of_all.isinf(), 0.0)  # ∞ − ∞ would be NaN
+    log_mass = (largest - shift + rest.log1p()).masked_fill(largest == -torch.inf, -torch.inf)
     of_first = log_mass.gather(0, first).expm1()
     others = _sum(log_mass.scatter(0, first, -torch.inf).exp())
-    rest = others + of_first[0]
-    return Whole(log_mass - rest.log1p(), largest[0], rest)
+    rest_of_all = others + of_first[0]
+    return Whole(log_mass - rest_of_all.log1p(), largest_of_all[0], rest_of_all)
 
 
 def logp_at(model: ModelShards, whole: Whole, owner: Tensor) -> Tensor:
@@ -71,10 +71,10 @@ def delta_logp_at(delta_logp: Tensor, logp: Tensor, base_logp: Tensor, wholes: l
     return torch.where(difference.isfinite(), on_shard + (log_share - base_log_share), difference)
 
 
-def entropy_of(model: ModelShards, whole: Whole) -> Tensor:
-    """Σ_r share_r · (H_r − log share_r)."""
+def entropy_of(entropy: Tensor, whole: Whole) -> Tensor:
+    """Σ_r share_r · (H_r − log share_r), from H_r on each shard (R, N)."""
     share = whole.log_share.exp()
-    return _sum((share * (model.entropy - whole.log_share)).masked_fill(share == 0.0, 0.0))
+    return _sum((share * (entropy - whole.log_share)).masked_fill(share == 0.0, 0.0))
 
 
 def divergence_of(kl: Tensor, whole: Whole, other: Whole) -> Tensor:

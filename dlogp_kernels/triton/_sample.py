@@ -26,11 +26,13 @@ NO_TOKEN = tl.constexpr(2**31 - 1)
 class Noise(NamedTuple):
     """Where the noise of a row comes from: numbers, or int64 tensors on the device that count instead.
 
-    Beside `step_ptr` the number `step` says how far apart the steps of rows are: 0 where they share one.
+    Beside `step_ptr` the number `step` says how far apart the steps of rows are: 0 where they share one. `first_block`
+    is the block of four tokens with which the vocabulary begins.
     """
 
     seed: int
     step: int
+    first_block: int
     seed_ptr: Any
     step_ptr: Any
     row_id_ptr: Any
@@ -43,6 +45,8 @@ def noise_bits(noise, row_id, step, blocks, STREAM: tl.constexpr):
     seed = noise.seed
     if noise.seed_ptr is not None:
         seed = tl.load(noise.seed_ptr)
+    if STREAM != _RANDOM:  # whose block is 0, whatever part of a vocabulary this is
+        blocks += noise.first_block
     b0, b1, b2, b3 = tl.philox(seed, blocks, zero + row_id, zero + step, zero + STREAM)
     return tl.interleave(tl.interleave(b0, b2), tl.interleave(b1, b3))
 
@@ -117,12 +121,12 @@ def random_limit(threshold: float | None) -> int:
 
 
 def noise_of(given: NoiseInputs) -> Noise:
-    row_id, seed, step, seed_tensor, step_tensor = given
+    row_id, seed, step, seed_tensor, step_tensor, first_token = given
     if step_tensor is not None:
         step = int(step_tensor.numel() > 1)
     elif step >= 2**31:  # the same 32 bits; Triton would pass 64
         step -= 2**32
-    return Noise(seed, step, seed_tensor, step_tensor, row_id)
+    return Noise(seed, step, first_token // 4, seed_tensor, step_tensor, row_id)
 
 
 def new_sample(rows: int, like: Tensor) -> Sample:

@@ -189,17 +189,18 @@ def logp_of_token(matrix, state, row, token, V):
     return load_logits(matrix, row, token + tl.arange(0, 1), V) - state.m - _math.log1p(state.rest)
 
 
-@triton.jit(do_not_specialize=["seed", "step", "top_k", "limit"])
+@triton.jit(do_not_specialize=["seed", "step", "first_block", "top_k", "limit"])
 def _extrapolated_sample_kernel(
-    logits, base_logits, gamma, temperature, seed: tl.int64, step: tl.int32, seed_ptr, step_ptr, row_id_ptr, out, V,
-    threshold, limit: tl.int64, top_k: tl.int64, top_p, min_p, CRITERION: tl.constexpr, BASE_DRAFTS: tl.constexpr,
-    GREEDY: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, BLOCK: tl.constexpr,
+    logits, base_logits, gamma, temperature, seed: tl.int64, step: tl.int32, first_block: tl.int32, seed_ptr, step_ptr,
+    row_id_ptr, out, V, threshold, limit: tl.int64, top_k: tl.int64, top_p, min_p, CRITERION: tl.constexpr,
+    BASE_DRAFTS: tl.constexpr, GREEDY: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program samples one row: logits, base_logits (N, V) of any floating dtype → Sample `out`, (N,) each.
 
     float32, masses summed in float64; deterministic. A row's draw depends on (seed, row_id, step, logits) alone.
     """
-    pair, noise = Pair(logits, base_logits, gamma, temperature), Noise(seed, step, seed_ptr, step_ptr, row_id_ptr)
+    pair = Pair(logits, base_logits, gamma, temperature)
+    noise = Noise(seed, step, first_block, seed_ptr, step_ptr, row_id_ptr)
     row = tl.program_id(0)
     one = tl.arange(0, 1)
     row_id, step = row_noise(noise, row, tl.zeros([], tl.int32))
@@ -240,7 +241,7 @@ def _extrapolated_sample_kernel(
 def extrapolated_sample(
     logits: Tensor,
     base_logits: Tensor,
-    noise: NoiseInputs,
+    given_noise: NoiseInputs,
     options: SampleOptions,
     workspace: int,
 ) -> Sample:
@@ -252,11 +253,10 @@ def extrapolated_sample(
     greedy = temperature == 0.0
     choices = criterion, draft == "base", greedy, 0 < top_k < v and not greedy, top_p < 1.0 and not greedy
     with on_device_of(logits):
-        call = call_of(
-            "extrapolated_sample", logits.device, logits, base_logits, noise.row_id, *noise[3:], *choices
-        )  # fmt: skip
+        noise = noise_of(given_noise)
+        call = call_of("extrapolated_sample", logits.device, logits, base_logits, *noise[3:], *choices)
         arguments = (
-            matrix(logits), matrix(base_logits), gamma, 1.0 if greedy else temperature, *noise_of(noise), out, v,
+            matrix(logits), matrix(base_logits), gamma, 1.0 if greedy else temperature, *noise, out, v,
             threshold or 0.0, random_limit(threshold), top_k, top_p, min_p,
         )  # fmt: skip
         if call.plan is None:

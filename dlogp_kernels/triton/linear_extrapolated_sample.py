@@ -240,10 +240,11 @@ def load_winner(memory, mask, PLACE: tl.constexpr):
     return best, token, z, base_z
 
 
-@triton.jit(do_not_specialize=["seed", "step", "first", "num_rows", "R"])
+@triton.jit(do_not_specialize=["seed", "step", "first_block", "first", "num_rows", "R"])
 def _linear_extrapolated_sample_kernel(
-    hidden, weight, layout, base_hidden, base_weight, base_layout, seed: tl.int64, step: tl.int32, seed_ptr, step_ptr,
-    row_id_ptr, state_ptr, token_ptr, first, num_rows, R, V, gamma, temperature, blocks_per_split, num_splits,
+    hidden, weight, layout, base_hidden, base_weight, base_layout, seed: tl.int64, step: tl.int32,
+    first_block: tl.int32, seed_ptr, step_ptr, row_id_ptr, state_ptr, token_ptr, first, num_rows, R, V, gamma,
+    temperature, blocks_per_split, num_splits,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
     DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr, ONE_WEIGHT: tl.constexpr,
     DIVERGENCE: tl.constexpr, BASE_DRAFTS: tl.constexpr, GREEDY: tl.constexpr, REPLACES: tl.constexpr,
@@ -255,7 +256,7 @@ def _linear_extrapolated_sample_kernel(
     float32, token (_TOKENS, num_splits, R) int32, as in `Memory`. A program takes one tile of rows through one split,
     then its next unit. Accumulates in float32; deterministic, and a row's bits do not depend on others.
     """
-    noise = Noise(seed, step, seed_ptr, step_ptr, row_id_ptr)
+    noise = Noise(seed, step, first_block, seed_ptr, step_ptr, row_id_ptr)
     row_tiles = tl.cdiv(num_rows, BLOCK_N)
     program, programs = tl.program_id(0), tl.num_programs(0)
     num_units = tl.cdiv(tl.maximum(row_tiles * num_splits - program, 0), programs)
@@ -283,18 +284,18 @@ def _linear_extrapolated_sample_kernel(
         store_seen(memory, seen, mask & (block == blocks_per_split - 1), DIVERGENCE)
 
 
-@triton.jit(do_not_specialize=["seed", "step", "first", "num_rows", "R", "limit"])
+@triton.jit(do_not_specialize=["seed", "step", "first_block", "first", "num_rows", "R", "limit"])
 def _finish_linear_sample_kernel(
-    state_ptr, token_ptr, seed: tl.int64, step: tl.int32, seed_ptr, step_ptr, row_id_ptr, out, first, num_rows, R,
-    gamma, temperature, threshold, limit: tl.int64, num_splits, CRITERION: tl.constexpr, REPLACES: tl.constexpr,
-    EXTRAPOLATES: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr,
+    state_ptr, token_ptr, seed: tl.int64, step: tl.int32, first_block: tl.int32, seed_ptr, step_ptr, row_id_ptr, out,
+    first, num_rows, R, gamma, temperature, threshold, limit: tl.int64, num_splits, CRITERION: tl.constexpr,
+    REPLACES: tl.constexpr, EXTRAPOLATES: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Sample `out` of rows first + i, i < num_rows, from what the splits saw of them.
 
     Shapes as in `_linear_extrapolated_sample_kernel`; a program finishes ROWS rows, merging in one fixed order.
     float32; deterministic.
     """
-    noise = Noise(seed, step, seed_ptr, step_ptr, row_id_ptr)
+    noise = Noise(seed, step, first_block, seed_ptr, step_ptr, row_id_ptr)
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = i < num_rows
     n = first + tl.where(inside, i, 0)
@@ -375,7 +376,7 @@ def linear_extrapolated_sample(
     with on_device_of(hidden):
         choices = criterion, draft == "base", greedy, replaces, extrapolates
         call = call_of(
-            "linear_extrapolated_sample", hidden.device, *model, *base, *noise[2:], workspace, *choices,
+            "linear_extrapolated_sample", hidden.device, *model, *base, *noise[3:], workspace, *choices,
             precision(properties(hidden.device), model.dtype), model.weight.data_ptr() == base.weight.data_ptr(),
         )  # fmt: skip
         if call.plan is None:

@@ -188,6 +188,26 @@ def random_pair(rows: int, v: int, dtype: torch.dtype = FP64, spread: float = 3.
     return z.to(dtype), base_z.to(dtype)
 
 
+def check_part_of_a_vocabulary(v: int, first: int, end: int) -> None:
+    """A part that says where it begins is drawn from as the whole one is where all other tokens are masked.
+
+    The criterion `random` has the noise of the row, which does not move with the tokens.
+    """
+    pair = [x.to(cases.DEVICE) for x in random_pair(8, v, FP32)]
+    outside = torch.ones(v, dtype=torch.bool, device=cases.DEVICE)
+    outside[first:end] = False
+    parts, masked = [x[:, first:end] for x in pair], [x.masked_fill(outside, -torch.inf) for x in pair]
+    options = (0.3, "random", 0.5, "base", 0.7, 0, 1.0, 0.0)
+    drawn, whole = (
+        Sample(*torch.ops.dlogp.extrapolated_sample(*logits, None, 5, 2, None, None, begin, *options))
+        for logits, begin in ((parts, first), (masked, 0))
+    )
+    assert drawn.selected.any() and not drawn.selected.all()
+    assert torch.equal(drawn.token + first, whole.token) and torch.equal(drawn.draft_token + first, whole.draft_token)
+    assert torch.equal(drawn.selected, whole.selected)
+    torch.testing.assert_close(drawn.logp, whole.logp)
+
+
 def adversarial_pair(v: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """A few rows of each kind that is known to go wrong somewhere."""
     z, base_z = random_pair(32, v)

@@ -2,8 +2,10 @@
 
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
+from unittest import mock
 
 import cases
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor
 
 import dlogp_kernels
 from dlogp_kernels import VocabShard, backends
-from dlogp_kernels.ops import collectives
+from dlogp_kernels.ops import sharded, sharded_sampling
 
 Inputs = dict[str, Any]
 
@@ -87,12 +89,36 @@ def policy_loss(group: Any, inputs: Inputs, sharding: Sharding, options: dict[st
     return Outcome(loss.detach(), torch.stack(list(metrics)), dict(zip(leaves, grads, strict=True)))
 
 
-def sample(group: Any, inputs: Inputs, sharding: Sharding, options: dict[str, Any], workspace: int) -> Any:
-    own = sharding.part(inputs, group.rank())
-    with backends.workspace_limit(workspace):
-        return tuple(
-            dlogp_kernels.linear_extrapolated_sample(**own, group=sharding.group(group), seed=3, gamma=0.5, **options)
-        )
+class Drawn(NamedTuple):
+    """On one rank: a draw, and the bytes of what it told of its winners; none where it gathered logits."""
+
+    sample: tuple[Tensor, ...]
+    told: list[int]
+
+
+def samples(
+    group: Any, inputs: Inputs, sharding: Sharding, calls: list[dict[str, Any]], workspace: int, backend: str | None
+) -> list[Drawn]:
+    """Of one call after the other, each with its options."""
+    own, drawn = sharding.part(inputs, group.rank()) | {"group": sharding.group(group)}, []
+    for options in calls:
+        with sent(sharded_sampling) as told, backends.workspace_limit(workspace), backends.use_backend(backend):
+            drawn.append(Drawn(tuple(dlogp_kernels.linear_extrapolated_sample(**own, **options)), told))
+    return drawn
+
+
+@contextmanager
+def sent(module: Any) -> Iterator[list[int]]:
+    """Bytes of each tensor that this module has gathered."""
+    sizes: list[int] = []
+    gathered = module.gathered
+
+    def counted(x: Tensor, group: Any) -> Tensor:
+        sizes.append(x.nbytes)
+        return gathered(x, group)
+
+    with mock.patch.object(module, "gathered", counted):
+        yield sizes
 
 
 def misused(_: Any, op: str, inputs: Inputs, sharding: Sharding, changes: dict[int, Inputs]) -> Any:
@@ -176,21 +202,9 @@ def sums(group: Any, of_ranks: list[Tensor], starts: Sequence[int]) -> tuple[Ten
 def bytes_gathered(group: Any, op: str, inputs: Inputs, sharding: Sharding) -> int:
     """That this rank sends in forward, once the ranks have agreed."""
     statistics(group, op, inputs, sharding, None, {})
-    sent, gathered = 0, collectives.gathered
-
-    def counted(x: Tensor, group: Any) -> Tensor:
-        nonlocal sent
-        sent += x.nbytes
-        return gathered(x, group)
-
-    from dlogp_kernels.ops import sharded
-
-    sharded.gathered = counted
-    try:
+    with sent(sharded) as sizes:
         statistics(group, op, inputs, sharding, None, {})
-    finally:
-        sharded.gathered = gathered
-    return sent
+    return sum(sizes)
 
 
 def peak_mib(group: Any, op: str, inputs: Inputs, sharding: Sharding, seed: int) -> float:
@@ -220,7 +234,15 @@ def checked_ops(group: Any) -> dict[str, set[str]]:
     )  # fmt: skip
     transform, starts, weight = [0.7, 3.0, 1.3], [0, columns], model[1]
     of_target = (inputs["target"], -100, group.group_name, starts)
+    heads = (*model[:2], None, transform, *base_model[:2], None, transform)
+    drawing = (None, 5, 2, None, None, 0, 0.3, "kl", 0.1, "rl", 0.7, 0, 1.0, 0.0)
     arguments = {
+        "sharded_linear_extrapolated_sample": (
+            *(x.detach() if isinstance(x, Tensor) else x for x in heads),
+            group.group_name,
+            starts,
+            *drawing,
+        ),
         "sharded_linear_logp_fwd": (*model, transform, *of_target, True),
         "sharded_linear_delta_logp_fwd": (*model, transform, *base_model, transform, *of_target, False),
         "rows_of_ranks": (weight, group.group_name, starts, starts),

@@ -19,6 +19,7 @@ from sampling import (
     FP32,
     adversarial_pair,
     check_against_definition,
+    check_part_of_a_vocabulary,
     criterion_options,
     random_pair,
     sample,
@@ -75,6 +76,12 @@ def test_any_vocabulary(accuracy, v):
         for filters in ({"top_k": 40, "top_p": 0.9, "min_p": 0.02}, {}):
             options = filters | {"temperature": 0.7, "gamma": 0.3, "criterion": "delta_logp", "threshold": -0.2}
             check_against_definition(accuracy, logits, base_logits, seed=3, **options)
+
+
+@emulation
+def test_a_part_of_a_vocabulary_has_the_noise_of_the_whole():
+    with emulated(Launch(2)):
+        check_part_of_a_vocabulary(1025, 204, 903)
 
 
 @emulation

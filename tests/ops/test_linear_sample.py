@@ -375,6 +375,28 @@ def test_a_step_for_every_row():
             assert all(torch.equal(x[row], y[row]) for x, y in zip(drawn, again, strict=True))
 
 
+def test_a_part_of_a_vocabulary_has_the_noise_of_the_whole():
+    """One that says where it begins is drawn from as the whole one is where all other tokens are masked."""
+    first, end = fewer((204, 903), (100, 250))
+    inputs = cases.on_device(pair_inputs(8, v=fewer(1025, 260), bias=False))
+    names = ("hidden", "weight", "base_hidden", "base_weight")
+    hidden, weight, base_hidden, base_weight = (inputs[name] for name in names)
+    outside = torch.full(weight.shape[:1], -torch.inf, device=cases.DEVICE)
+    outside[first:end] = 0.0
+    options = (0.3, "random", 0.5, "base", 0.7, 0, 1.0, 0.0)
+    drawn, whole = (
+        Sample(
+            *torch.ops.dlogp.linear_extrapolated_sample(
+                hidden, weight[tokens], bias, flat_transform(1.0, None, 1.0), base_hidden, base_weight[tokens], bias,
+                flat_transform(1.0, None, 1.0), None, 5, 2, None, None, begin, *options,
+            )
+        )
+        for tokens, bias, begin in ((slice(first, end), None, first), (slice(None), outside, 0))
+    )  # fmt: skip
+    assert drawn.selected.any() and not drawn.selected.all() and torch.equal(drawn.selected, whole.selected)
+    assert torch.equal(drawn.token + first, whole.token) and torch.equal(drawn.draft_token + first, whole.draft_token)
+
+
 @pytest.mark.parametrize("filters", fewer([*FILTERS.values(), {"top_k": 2000}], [{"min_p": 0.1}]), ids=str)
 def test_filters_draw_from_logits(accuracy, filters):
     """With them on, what `extrapolated_sample` draws."""
@@ -472,7 +494,7 @@ def _op_arguments(dtype: torch.dtype, present: bool, top_p: float) -> list[Any]:
     counters = [torch.tensor([x], device=cases.DEVICE) if present else None for x in (5, 2)]
     criterion, threshold = ("delta_logp", -0.1) if present else ("all", None)
     return [
-        *heads, row_id, 5, 2, *counters, 0.3, criterion, threshold, "rl", 0.7, 0, top_p, 0.0
+        *heads, row_id, 5, 2, *counters, 4, 0.3, criterion, threshold, "rl", 0.7, 0, top_p, 0.0
     ]  # fmt: skip
 
 

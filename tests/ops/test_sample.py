@@ -19,6 +19,7 @@ from sampling import (
     THRESHOLDS,
     adversarial_pair,
     check_against_definition,
+    check_part_of_a_vocabulary,
     criterion_options,
     criterion_value,
     is_definition,
@@ -416,6 +417,10 @@ def test_seed_and_step_from_tensors(accuracy, seed):
         assert all(torch.equal(x, y) for x, y in zip(number, tensors, strict=True))
 
 
+def test_a_part_of_a_vocabulary_has_the_noise_of_the_whole():
+    check_part_of_a_vocabulary(*cases.fewer((1025, 204, 903), (260, 100, 250)))
+
+
 def _strided(x: Tensor) -> dict[str, Tensor]:
     wide = torch.full((x.shape[0], 2 * x.shape[1] + 3), torch.nan, dtype=x.dtype)
     wide[:, 1 : 1 + 2 * x.shape[1] : 2] = x
@@ -584,7 +589,7 @@ def _op_arguments(dtype: torch.dtype, tensors: bool) -> list[Any]:
     counters = [torch.tensor([x], device=cases.DEVICE) if tensors else None for x in (5, 2)]
     criterion, threshold = ("delta_logp", -0.1) if tensors else ("all", None)
     return [
-        logits, base_logits, row_id, 5, 2, *counters, 0.3, criterion, threshold, "rl", 0.7, 10, 0.9, 0.01
+        logits, base_logits, row_id, 5, 2, *counters, 4, 0.3, criterion, threshold, "rl", 0.7, 10, 0.9, 0.01
     ]  # fmt: skip
 
 

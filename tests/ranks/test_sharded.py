@@ -1,5 +1,7 @@
 """The linear functions over a vocabulary that the ranks of a gloo group share, against float64 truth."""
 
+import itertools
+
 import cases
 import linear_policy_cases
 import pytest
@@ -12,11 +14,18 @@ from tolerances import CERTAINTY_ERROR, MEMORY_MIB, ZERO_KL_ROUNDINGS, Accuracy
 
 import dlogp_kernels
 from dlogp_kernels.reference import policy as reference_policy
+from dlogp_kernels.reference.sampling import CRITERIA, WITH_STATISTICS
 
 BF16, FP16, FP32, FP64 = cases.DTYPES
 V = 301
+#: That hold in some rows of pair_without_biases.
+THRESHOLDS = {
+    "delta_logp": -0.1, "kl": 0.2, "reverse_kl": 0.2, "avg_kl": 0.2, "entropy": 4.0, "rl_entropy": 4.0, "random": 0.4,
+}  # fmt: skip
 #: By number of ranks: shards of any size, also none.
 STARTS = {1: (0, V), 2: (0, 250, V), 3: (0, 0, 1, V), 4: (0, 100, 100, 297, V)}
+#: Where the noise of a shard can begin.
+BY_FOURS = {2: (0, 252, V), 4: (0, 100, 100, 296, V)}
 OTHER_STARTS = {2: (0, 7, V), 4: (0, 150, 200, 298, V)}
 
 
@@ -267,23 +276,107 @@ def test_the_loss_has_the_dtype_of_the_model(ranks):
         torch.testing.assert_close(found.loss, expected.loss)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"top_k": 5}, {"top_p": 0.7, "criterion": "kl", "threshold": 0.3}, {"min_p": 0.1, "draft": "rl"}],
-    ids=str,
-)
-@pytest.mark.parametrize("size", [2, 4])
-def test_draws_are_those_of_the_whole_vocabulary(ranks, size, options):
-    inputs = make_inputs("linear_delta_logp", (4, 16))
+def pair_without_biases(dtype=FP32, rows=40):
+    """Two models near one another, so that a criterion sometimes holds."""
+    inputs = make_inputs("linear_delta_logp", rows, dtype=dtype, bias=False)
     del inputs["target"]
-    whole = dlogp_kernels.linear_extrapolated_sample(**inputs, seed=3, gamma=0.5, **options)
-    sharding = Sharding(STARTS[size], OTHER_STARTS[size])
+    for name in ("hidden", "weight"):
+        x = inputs[name].double()
+        inputs[f"base_{name}"] = (x + 0.2 * torch.randn(x.shape, dtype=FP64) * x.std()).to(dtype)
+    return inputs
+
+
+def draws(ranks, inputs, sharding, calls, size, workspace=2**28, backend=None):
+    """Of each call, with the same bits on all ranks, and bytes a row of what a rank told of its winners."""
+    found = ranks.values(sharded_cases.samples, inputs, sharding, calls, workspace, backend, size=size)
+    for of_ranks in zip(*found, strict=True):
+        for other in of_ranks[1:]:
+            assert all(map(same_bits, of_ranks[0].sample, other.sample)) and of_ranks[0].told == other.told
+    rows = max(1, inputs["hidden"].shape[:-1].numel())
+    return [dlogp_kernels.Sample(*x.sample) for x in found[0]], [sum(x.told) // rows for x in found[0]]
+
+
+def check_draws(drawn, inputs, calls):
+    """Those of the op over the whole vocabulary."""
+    for found, options in zip(drawn, calls, strict=True):
+        whole = dlogp_kernels.linear_extrapolated_sample(**inputs, **options)
+        for name, x, y in zip(whole._fields, found, whole, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5, equal_nan=True, msg=f"{name}, {options}")
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(2, FP32), (4, FP32), (4, BF16), (4, FP64)], ids=str)
+def test_draws_by_the_winners_of_shards(ranks, size, dtype):
+    """64 bytes a row, with the statistics of some criteria 96."""
+    inputs, turns = pair_without_biases(dtype), itertools.cycle(((0.0, 1.0), (0.5, 0.7), (0.3, 0.0), (2.0, 1.0)))
+    calls = [
+        {"criterion": criterion, "threshold": THRESHOLDS.get(criterion), "draft": draft, "seed": 2**63 + 1, "step": 3}
+        | dict(zip(("gamma", "temperature"), next(turns), strict=True))
+        for draft in ("base", "rl")
+        for criterion in CRITERIA
+    ]
+    calls += [{"seed": 1, "gamma": 0.3, "softcap": 6.0, "base_softcap": 4.0, "logit_scale": 1.3}]
+    drawn, told = draws(ranks, inputs, alike(BY_FOURS[size]), calls, size)
+    check_draws(drawn, inputs, calls)
+    assert told == [96 if x.get("criterion") in WITH_STATISTICS else 64 for x in calls]
+    assert all(0 < x.selected.sum() < 40 for x, options in zip(drawn, calls, strict=True) if options.get("threshold"))
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_draws_that_need_logits_gather_them(ranks, size):
+    """Filters; a bias, which may mask whole shards; shards that do not begin where noise does."""
+    inputs, options = make_inputs("linear_delta_logp", (4, 16)), {"seed": 3, "gamma": 0.5}
+    del inputs["target"]
+    inputs["bias"][250:] = inputs["base_bias"][:100] = -torch.inf
+    filters = ({"top_p": 0.7, "criterion": "kl", "threshold": 0.3}, {"top_k": 5}, {"min_p": 0.1, "draft": "rl"})
+    calls = [options | x for x in ({}, *filters)]
     for workspace in (2**28, 2**20):
-        for found in ranks.values(sharded_cases.sample, inputs, sharding, options, workspace, size=size):
-            drawn = dlogp_kernels.Sample(*found)
-            assert torch.equal(drawn.token, whole.token) and torch.equal(drawn.selected, whole.selected)
-            torch.testing.assert_close(drawn.delta_logp, whole.delta_logp, rtol=1e-5, atol=1e-5)
-    assert whole.selected.any()
+        drawn, told = draws(ranks, inputs, Sharding(STARTS[size], OTHER_STARTS[size]), calls, size, workspace)
+        check_draws(drawn, inputs, calls)
+        assert not any(told)
+    inputs = pair_without_biases()
+    drawn, told = draws(ranks, inputs, alike(STARTS[size]), [options], size)
+    check_draws(drawn, inputs, [options])
+    assert told == [0]
+
+
+def test_draws_do_not_depend_on_the_run_or_on_other_rows(ranks):
+    inputs, starts = pair_without_biases(rows=150), alike(BY_FOURS[4])
+    options = {"seed": 3, "gamma": 0.5, "criterion": "kl", "threshold": THRESHOLDS["kl"]}
+    [drawn], _ = draws(ranks, inputs, starts, [options | {"row_id": torch.arange(150)}], 4)
+    [again], _ = draws(ranks, inputs, starts, [options], 4, workspace=2**20)
+    assert all(map(same_bits, drawn, again))
+    some = inputs | {name: inputs[name][5:18] for name in ("hidden", "base_hidden")}
+    [few], _ = draws(ranks, some, starts, [options | {"row_id": torch.arange(5, 18)}], 4)
+    assert all(same_bits(x[5:18], y) for x, y in zip(drawn, few, strict=True))
+    none = inputs | {name: inputs[name][:0] for name in ("hidden", "base_hidden")}
+    assert draws(ranks, none, starts, [options], 4)[0][0].token.shape == (0,)
+
+
+@pytest.mark.parametrize("on_ranks", [None, "reference"])
+@pytest.mark.parametrize("name", ["weight", "base_weight"])
+def test_rows_without_a_draw_have_none_on_any_rank(ranks, name, on_ranks):
+    """NaN in a row, and in one shard an infinite logit of every second row."""
+    inputs = pair_without_biases()
+    inputs["hidden"][3, 2] = torch.nan
+    hidden = inputs[name.replace("weight", "hidden")]
+    hidden[:, 0] = torch.tensor([10.0, 0.0]).repeat(20)
+    inputs[name][298, 0] = 3e38
+    calls = [{"seed": 3, "gamma": 0.5}, {"seed": 3, "criterion": "kl", "threshold": 0.1}]
+    drawn, _ = draws(ranks, inputs, alike(BY_FOURS[4]), calls, 4, backend=on_ranks)
+    check_draws(drawn, inputs, calls)
+    bad = (torch.arange(40) % 2 == 0) | (torch.arange(40) == 3)
+    assert all(torch.equal(x.token == -1, bad) and not x.selected[bad].any() for x in drawn)
+
+
+def test_equal_logits_are_drawn_as_the_first_token(ranks):
+    inputs = pair_without_biases()
+    inputs["weight"][[98, 260, 299]] = inputs["base_weight"][[98, 260, 299]] = 0.0
+    inputs["weight"], inputs["base_weight"] = (-inputs[name].abs() for name in ("weight", "base_weight"))
+    inputs["hidden"], inputs["base_hidden"] = (inputs[name].abs() for name in ("hidden", "base_hidden"))
+    calls = [{"seed": 1, "temperature": 0.0, "gamma": gamma, "draft": "rl"} for gamma in (0.0, 0.5)]
+    drawn, told = draws(ranks, inputs, alike(BY_FOURS[4]), calls, 4)
+    assert all((x.draft_token == 98).all() for x in drawn) and (drawn[0].token == 98).all() and all(told)
+    check_draws(drawn, inputs, calls)
 
 
 @pytest.mark.parametrize("op", LINEAR_OPS)
@@ -332,7 +425,7 @@ def test_compiles_for_other_vocabularies_and_options(ranks, op):
 
 def test_ops_are_registered_right(ranks):
     [found] = ranks.values(sharded_cases.checked_ops, size=1)
-    assert len(found) == 7 and set().union(*found.values()) == {"SUCCESS"}
+    assert len(found) == 8 and set().union(*found.values()) == {"SUCCESS"}
 
 
 def test_second_derivatives_raise(ranks):

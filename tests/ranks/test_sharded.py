@@ -307,14 +307,15 @@ def check_draws(drawn, inputs, calls):
 @pytest.mark.parametrize(("size", "dtype"), [(2, FP32), (4, FP32), (4, BF16), (4, FP64)], ids=str)
 def test_draws_by_the_winners_of_shards(ranks, size, dtype):
     """64 bytes a row, with the statistics of some criteria 96."""
-    inputs, turns = pair_without_biases(dtype), itertools.cycle(((0.0, 1.0), (0.5, 0.7), (0.3, 0.0), (2.0, 1.0)))
+    inputs = pair_without_biases(dtype, (4, 10))
+    turns = itertools.cycle((("base", 0.0, 1.0), ("rl", 0.5, 0.7), ("base", 0.3, 0.0), ("rl", 2.0, 1.0)))
     calls = [
-        {"criterion": criterion, "threshold": THRESHOLDS.get(criterion), "draft": draft, "seed": 2**63 + 1, "step": 3}
-        | dict(zip(("gamma", "temperature"), next(turns), strict=True))
-        for draft in ("base", "rl")
+        {"criterion": criterion, "threshold": THRESHOLDS.get(criterion), "seed": 2**63 + 1, "step": 3}
+        | dict(zip(("draft", "gamma", "temperature"), next(turns), strict=True))
         for criterion in CRITERIA
     ]
-    calls += [{"seed": 1, "gamma": 0.3, "softcap": 6.0, "base_softcap": 4.0, "logit_scale": 1.3}]
+    of_rows = {"seed": torch.tensor(-7), "step": torch.arange(40).view(4, 10), "row_id": torch.arange(40).view(4, 10)}
+    calls += [of_rows | {"gamma": 0.3, "softcap": 6.0, "base_softcap": 4.0, "logit_scale": 1.3}]
     drawn, told = draws(ranks, inputs, alike(BY_FOURS[size]), calls, size)
     check_draws(drawn, inputs, calls)
     assert told == [96 if x.get("criterion") in WITH_STATISTICS else 64 for x in calls]

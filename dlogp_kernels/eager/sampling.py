@@ -87,14 +87,16 @@ def linear_extrapolated_sample(
 
 
 def logits_at(head: Head, token: Tensor, workspace: int) -> Tensor:
-    """z of some tokens of each row, (N, K), in float64; a row's bits do not depend on the other rows."""
+    """z of some tokens of each row, (N, K), in float64, of a head without a bias.
+
+    A row's bits do not depend on the other rows.
+    """
     n, width = token.shape[0], head.weight.shape[1]
     size = max(1, workspace // (token.shape[1] * width * 8 * _PRODUCT_TEMPORARIES))
     blocks = []
     for rows in torch.arange(n, device=token.device).split(size):
         products = rows_of(head.hidden, rows).double()[:, None] * head.weight[token[rows]].double()
-        raw = _sum_by_halves(products)
-        blocks.append(raw if head.bias is None else raw + head.bias[token[rows]])
+        blocks.append(_sum_by_halves(products))
     return transform_logits(torch.cat(blocks), *head.transform)
 
 

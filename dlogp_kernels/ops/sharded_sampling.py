@@ -25,6 +25,8 @@ from .sharded import Place
 _STATISTICS = [DeltaLogpStats._fields.index(name) for name in ("entropy", "base_entropy", "kl", "reverse_kl")]
 #: Numbers of a row that a rank tells, besides statistics.
 _NUMBERS = 8
+#: What folding takes of the workspace, as what computes logits of winners does, and of it a row of each shard.
+_SHARE, _ROW_BYTES = 2, 1024
 
 
 def _sample(*flat: Any) -> tuple[Tensor, ...]:
@@ -66,11 +68,15 @@ def _from_winners(
     else:
         size = _NUMBERS + with_statistics * len(_STATISTICS)
         own = torch.zeros(size, n, dtype=torch.float64, device=device)
-    of_ranks = gathered(own, place.group).unbind()
-    found = torch.stack([x for x, (start, end) in zip(of_ranks, pairwise(shards.starts), strict=True) if start < end])
-    counters = reference.Counters(*counters_of(noise, n, device))
-    dtype = accumulation_dtype(*head[:3], *base[:3])
-    return reference.sample_of(reference.ShardSamples.of(found), counters, options, dtype)
+    row_id, seed, step = counters_of(noise, n, device)
+    dtype, blocks = accumulation_dtype(*head[:3], *base[:3]), []
+    size = max(1, backends.workspace() // (_SHARE * _ROW_BYTES * place.group.size()))
+    for numbers, own_id, own_step in zip(own.split(size, 1), row_id.split(size), step.split(size), strict=True):
+        of_ranks = zip(gathered(numbers, place.group), pairwise(shards.starts), strict=True)
+        found = torch.stack([x for x, (start, end) in of_ranks if start < end])
+        counters = reference.Counters(own_id, seed, own_step)
+        blocks.append(reference.sample_of(reference.ShardSamples.of(found), counters, options, dtype))
+    return tuple(torch.cat(values) for values in zip(*blocks, strict=True))
 
 
 def _numbers(
@@ -86,7 +92,7 @@ def _numbers(
     token, draft_token, _, _, logp, base_logp = drawn
     tokens = torch.stack((draft_token, token), 1)
     readable = tokens.clamp_min(0)  # −1 where the row has none
-    z = [logits_at(one, readable, backends.workspace()).t() for one in (head, base)]
+    z = [logits_at(one, readable, backends.workspace() // _SHARE).t() for one in (head, base)]
     rows = [(tokens + first).t(), *z, logp[None], base_logp[None]]
     if with_statistics:
         found = torch.ops.dlogp.linear_delta_logp_fwd(*heads, readable[:, :1].contiguous(), MASKED, False)

@@ -341,9 +341,9 @@ def test_draws_that_need_logits_gather_them(ranks, size):
 
 
 def test_draws_do_not_depend_on_the_run_or_on_other_rows(ranks):
-    inputs, starts = pair_without_biases(rows=150), alike(BY_FOURS[4])
+    inputs, starts = pair_without_biases(rows=300), alike(BY_FOURS[4])
     options = {"seed": 3, "gamma": 0.5, "criterion": "kl", "threshold": THRESHOLDS["kl"]}
-    [drawn], _ = draws(ranks, inputs, starts, [options | {"row_id": torch.arange(150)}], 4)
+    [drawn], _ = draws(ranks, inputs, starts, [options | {"row_id": torch.arange(300)}], 4)
     [again], _ = draws(ranks, inputs, starts, [options], 4, workspace=2**20)
     assert all(map(same_bits, drawn, again))
     some = inputs | {name: inputs[name][5:18] for name in ("hidden", "base_hidden")}

@@ -1,7 +1,9 @@
 """Several workers, processes or actors of Ray: the data set is that of one process, whoever is killed at any moment."""
 
 import json
+import platform
 import random
+import resource
 import socket
 from collections import deque
 from pathlib import Path
@@ -31,6 +33,7 @@ from dlogp_kernels.jobs.inputs.records import Example
 from dlogp_kernels.jobs.metrics import run_metrics
 from dlogp_kernels.jobs.workers import engines, ray_actors
 from dlogp_kernels.jobs.workers.duty import Reply, Task, answered
+from dlogp_kernels.jobs.workers.freed_memory import keep_freed_memory
 from dlogp_kernels.jobs.workers.measurer import batch_task
 from dlogp_kernels.jobs.workers.pool import Pool, WorkerLost
 
@@ -274,3 +277,19 @@ def test_more_workers_than_a_cluster_has_room_for(pair, tmp_path, ray_here):
     with pytest.raises(JobError, match=r"--devices: Ray has room for 2 workers of 1 CPUs \(--threads\) each"):
         run_metrics(*pair, tmp_path / "out", engine="ray", devices="3", **SETTINGS)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries do as they please")
+def test_what_one_batch_frees_the_next_one_takes():
+    def batch() -> None:
+        assert all(len(block) for block in [torch.ones(2**20) for _ in range(32)])
+
+    keep_freed_memory()
+    # Where the blocks of the first ones lie depends on what else is there.
+    for _ in range(5):
+        batch()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(3):
+        batch()
+    pages_of_a_batch = 32 * 2**22 // resource.getpagesize()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < pages_of_a_batch / 10

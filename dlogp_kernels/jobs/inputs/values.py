@@ -27,6 +27,8 @@ def as_id_list(name: str, value: Any) -> list[int]:
     """`value` if it is a list of integers; else a BrokenLine with its name."""
     if not isinstance(value, list):
         raise BrokenLine(f"{name} is a {kind_of(value)}, expected a list of integers")
+    if set(map(type, value)) <= {int}:
+        return value
     for position, token_id in enumerate(value):
         if isinstance(token_id, bool) or not isinstance(token_id, int):
             raise BrokenLine(f"{name}[{position}] is {shown(token_id)}, expected an integer")

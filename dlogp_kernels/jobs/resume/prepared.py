@@ -123,15 +123,12 @@ class PreparedData:
     def samples(self, begin: int, end: int) -> list[Example]:
         """Samples `begin` to `end` − 1, in the order of the data."""
         piece = self._table.slice(begin, end - begin)
-        columns = {
-            name: self._arrays(piece[name]) if name in ("prompt_ids", "response_ids") else piece[name].to_pylist()
-            for name in _SCHEMA.names
-        }
-        replaced = map(Replaced, *(columns.pop(name) for name in Replaced._fields))
-        return [
-            Example(**dict(zip(columns, fields, strict=True)), replaced=places)
-            for *fields, places in zip(*columns.values(), replaced, strict=True)
-        ]
+        ids = [_arrays(piece[name]) for name in ("prompt_ids", "response_ids")]
+        before, after = (
+            [piece[name].to_pylist() for name in names]
+            for names in (("line", "sample_id", "source"), ("remark", "correct", "finished"))
+        )
+        return list(map(Example, *before, *ids, *after, _replaced(piece)))
 
     def remarks(self) -> list[Remark]:
         """What there is to say of lines that are used: how their text became token ids, and ids that are not unique."""
@@ -155,9 +152,19 @@ class PreparedData:
         )
         return [Remark(text, len(repeated), int(lines[place]))]
 
-    @staticmethod
-    def _arrays(column: pa.ChunkedArray) -> list[np.ndarray]:
-        return [value.values.to_numpy() for value in column]
-
     def _lengths(self, name: str) -> np.ndarray:
         return pc.list_value_length(self._table[name]).to_numpy().astype(np.int64)
+
+
+def _arrays(column: pa.ChunkedArray) -> list[np.ndarray]:
+    """The lists of a column without nulls, which lie one after the other."""
+    values = pc.list_flatten(column).to_numpy()
+    ends = itertools.accumulate(pc.list_value_length(column).to_pylist(), initial=0)
+    return [values[begin:end] for begin, end in itertools.pairwise(ends)]
+
+
+def _replaced(piece: pa.Table) -> list[Replaced]:
+    if not len(pc.list_flatten(piece["positions"])):
+        # Most data have none, and Python objects of lists are slow to make.
+        return [Replaced()] * len(piece)
+    return list(map(Replaced, *(piece[name].to_pylist() for name in Replaced._fields)))

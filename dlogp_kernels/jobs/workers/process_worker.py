@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from ..grader_process import stop_graders
 from .duty import Reply, answered
+from .freed_memory import keep_freed_memory
 
 
 def main(descriptor: int) -> None:
@@ -37,6 +38,7 @@ def main(descriptor: int) -> None:
 def set_up(threads: int) -> None:
     """What is set once in the process of a worker."""
     torch.set_num_threads(threads)
+    keep_freed_memory()
     logging.disable_progress_bar()
 
 

@@ -89,7 +89,8 @@ def unwrapped(model: nn.Module) -> PreTrainedModel:
 
 def _check_sharded_within(model: Any) -> None:
     """TypeError where FSDP2 gathers weights in the forward of a PeftModel, which nothing here calls."""
-    if hasattr(model, "unshard") and not hasattr(model.get_base_model(), "unshard"):
+    only_there = hasattr(model, "unshard") and not hasattr(model.get_base_model(), "unshard")
+    if only_there and any(map(is_dtensor, model.parameters())):
         raise TypeError(
             f"model is a {type(model).__name__} that FSDP2 has sharded as a whole, expected the model within it to be "
             "sharded: fully_shard(model.get_base_model())"

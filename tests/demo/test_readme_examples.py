@@ -150,7 +150,9 @@ def test_tensor_parallel_steps(tmp_path, capsys):
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-3000:]
     capsys.readouterr()
-    exec(example(_SPLIT).replace(", distributed_config=split", ""), {})
+    *steps, end = example(_SPLIT).replace(", distributed_config=split", "").splitlines()
+    assert end == "torch.distributed.destroy_process_group()"
+    exec("\n".join(steps), {})
     alone = [float(line) for line in capsys.readouterr().out.split()]
     losses = sorted(float(line) for line in run.stdout.split())
     assert len(set(alone)) == 3 and losses == pytest.approx(sorted([*alone, *alone]), abs=1e-5)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import trl_runs
+from launching import end_group
 
 RUNS = {
     "low_prob": {"reweight": "low_prob", "reweight_alpha": 0.5, "dynamic_sampling": True, "epsilon_high": 0.28},
@@ -49,6 +50,8 @@ def main(out: Path, processes: int) -> None:
         logs = train(Path(directory), processes)
     if os.environ.get("RANK", "0") == "0":
         out.write_text(json.dumps(logs))
+    if processes > 1:
+        end_group()
 
 
 if __name__ == "__main__":

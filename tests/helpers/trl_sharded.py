@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import trl_runs
+from launching import end_group
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 from trl_processes import some_alike
@@ -139,6 +140,7 @@ def main(out: Path, directory: Path, copies: int) -> None:
         messages.append(refused(split_by_name, directory, copies=copies, rows=4 * copies, use_cpu=False))
     if os.environ["RANK"] == "0":
         out.write_text(json.dumps({"runs": logs, "refused": messages}))
+    end_group()
 
 
 if __name__ == "__main__":

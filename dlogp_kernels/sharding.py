@@ -160,7 +160,6 @@ def checked_on_all(function: str, shard: VocabShard, check: Callable[[], _Checke
         raise
 
 
-@torch.compiler.assume_constant_result
 def agreed(
     function: str,
     group_name: str,
@@ -177,6 +176,10 @@ def agreed(
     looks on.
     """
     return _agree(function, group_of(group_name), Message(None, start, vocab_size, rows, base_rows, same), same_now)
+
+
+# What torch.compiler.assume_constant_result does; that would import the compiler, as long as all of torch takes.
+agreed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _agree(function: str, group: Any, message: Message, same_now: tuple[tuple[str, str], ...]) -> Layout:

@@ -141,7 +141,8 @@ class Saved(NamedTuple):
     """What backward has from forward of one model: its entropy (N,), and `extra` (2 or more, N), lse in two parts.
 
     log p_j = (z_j − extra[0]) − log1p(extra[1]), the row's maximum and Σ e^{z − maximum} without that of the maximum,
-    the normalizer: lse would have lost, to a common offset of the logits, what distinguishes tokens.
+    the normalizer: lse would have lost, to a common offset of the logits, what distinguishes tokens. Of a maximum that
+    is rounded the difference is in the sum.
     """
 
     entropy: Tensor

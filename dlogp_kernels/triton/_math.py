@@ -62,6 +62,19 @@ def exp(x):
 
 
 @triton.jit
+def expm1(x):
+    """e^x − 1, with what e^x loses to rounding."""
+    return tl.where(tl.abs(x) < 0.01, x * (1.0 + x * (0.5 + x * (1.0 / 6.0))), exp(x) - 1.0)
+
+
+@triton.jit
+def next_below(x):
+    """The next float32 below x, which is not 0."""
+    bits = x.to(tl.int32, bitcast=True)
+    return tl.where(x > 0.0, bits - 1, bits + 1).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def log(x):
     """Natural logarithm of a normal number: the hardware's is off by 3e-6 where x is a vocabulary's size."""
     bits = x.to(tl.int32, bitcast=True)
@@ -411,9 +424,11 @@ def lse_of(state, output_scale):
 
 @triton.jit
 def normalizer_of(state, output_scale):
-    """The largest z, rounded, and Σ e^{z − that} without the largest: what `logp_of_x` takes."""
+    """The largest z, rounded down, and Σ e^{z − that} less 1: what `logp_of_x` takes."""
     largest = output_scale * state.m
-    rest = state.rest + (exp(tl.fma(output_scale, state.m, -largest)) - 1.0) * sum_of(state)
+    # What rounding has taken away belongs to the rest, of which nothing would be left if it were added.
+    largest = tl.where(tl.fma(output_scale, state.m, -largest) < 0.0, next_below(largest), largest)
+    rest = state.rest + expm1(tl.fma(output_scale, state.m, -largest)) * sum_of(state)
     nothing = state.m <= MASKED_LOGIT
     return tl.where(nothing, float("-inf"), largest), tl.where(nothing, float("nan"), rest)
 

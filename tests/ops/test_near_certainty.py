@@ -209,6 +209,24 @@ def test_gradients_near_certainty(accuracy, op, dtype):
         assert error <= NEAR_CERTAINTY_GRADIENT_ERROR[dtype]
 
 
+@pytest.mark.parametrize("options", [{"temperature": 0.7}, {"logit_scale": 1.3}], ids=str)
+@pytest.mark.parametrize("op", fewer(OPS, ["logp"]))
+def test_the_gradient_of_an_entropy_near_0_whatever_divides_the_logits(op, options):
+    """By the logit of the sure token, relative to itself: −p (log p + H), where both are nearly 0."""
+    margins = [5.0, 8.0, 11.0, 14.0]
+    z = sure_logits(margins, 130, largest=3.37)
+    inputs = pair_inputs(op, z, torch.full((len(margins),), 130), FP32)
+    if op in cases.LINEAR_OPS:
+        name, at = "weight", (130, slice(None))
+    else:
+        name, at = "logits", (slice(None), 130)
+    asked = [torch.ones_like(x) if name == "entropy" else None for name, x in call(op, inputs)._asdict().items()]
+    exact = [None if x is None else x.double() for x in asked]
+    actual = gradients(op, inputs, asked, **options)[name][at].double()
+    expected = cases.true_gradients(op, inputs, exact, **options)[name][at]
+    assert ((actual - expected).abs() / expected.abs()).max() <= 2e-5
+
+
 def offset_inputs(op: str, offset: float) -> cases.Inputs:
     """Logits that are integers, all with `offset` added; a linear layer has it as its bias."""
     generator = torch.Generator().manual_seed(0)

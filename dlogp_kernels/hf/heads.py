@@ -226,9 +226,9 @@ def _merged_parameters(layer: Any) -> tuple[Tensor, Tensor | None]:
         delta = layer.get_delta_weight(name)
         if is_dtensor(delta) != is_dtensor(weight):
             raise TypeError(
-                f"the last layer's weight is {type(weight).__name__} and its adapter {name!r} is not, expected both or "
-                "neither to be sharded: leave the last layer out of the adapter's target_modules, or merge it before "
-                "the model is split (merge_and_unload)"
+                f"the last layer's weight is {type(weight).__name__} and what its adapter {name!r} adds is "
+                f"{type(delta).__name__}, expected both or neither to be sharded: leave the last layer out of the "
+                "adapter's target_modules, or merge it before the model is split (merge_and_unload)"
             )
         dtype = torch.promote_types(torch.promote_types(weight.dtype, delta.dtype), torch.float32)
         weight = weight.to(dtype) + delta.to(weight.device)

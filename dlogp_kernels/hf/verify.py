@@ -83,7 +83,7 @@ def _own_logits(model: PreTrainedModel, input_ids: Tensor) -> _OwnLogits:
 
     look()
     reset_frequencies(model)
-    with backbone_of(model).register_forward_pre_hook(look):
+    with backbone_of(model).register_forward_pre_hook(look), layer.register_forward_pre_hook(look):
         logits = model(input_ids=input_ids, use_cache=False).logits
     return _OwnLogits(logits, *within[-1])
 

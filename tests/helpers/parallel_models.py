@@ -45,7 +45,8 @@ def shard(
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=dtype))
     if together is not None:
-        fully_shard(together, mesh=mesh, reshard_after_forward=False)
+        whole = MixedPrecisionPolicy(param_dtype=dtype)
+        fully_shard(together, mesh=mesh, reshard_after_forward=False, mp_policy=whole)
     policy = MixedPrecisionPolicy(param_dtype=dtype, output_dtype=torch.float32 if mixed else None)
     fully_shard(model if root is None else root, mesh=mesh, mp_policy=policy)
 
@@ -170,10 +171,10 @@ def last_layer_trained(
     return losses, evaluated
 
 
-def mixed(group: Any, path: Path, tokens: Tensor) -> tuple[Tensor, Tensor]:
+def mixed(group: Any, path: Path, tokens: Tensor, together: bool) -> tuple[Tensor, Tensor]:
     """Log p by token_logp and by the model's own logits, in bfloat16 with float32 around it."""
     model = load(path, "whole", group.size())
-    shard(model, group.size(), mixed=True)
+    shard(model, group.size(), mixed=True, together=[model.model.norm, model.lm_head] if together else None)
     with torch.no_grad():
         own = model(tokens).logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
         return token_logp(model, tokens).logp, own

@@ -92,9 +92,11 @@ def test_a_last_layer_is_trained_alone_and_by_adapters(ranks, tmp_path, targets)
         assert found[0] == pytest.approx(losses, abs=1e-4) and found[1] == pytest.approx(evaluated, abs=1e-4)
 
 
-def test_mixed_precision_with_outputs_in_float32(ranks, tmp_path):
+@pytest.mark.parametrize("together", [False, True], ids=["", "a last layer with a group of its own"])
+def test_mixed_precision_with_outputs_in_float32(ranks, tmp_path, together):
     """The dtype of neither logits nor hidden states tells then how much rounding there is."""
-    for logp, own in ranks.values(parallel_models.mixed, saved(tmp_path / "model"), tokens(0)):
+    path = saved(tmp_path / "model", tie_word_embeddings=False)
+    for logp, own in ranks.values(parallel_models.mixed, path, tokens(0), together):
         assert logp.dtype == own.dtype == torch.float32
         torch.testing.assert_close(logp, own, rtol=0, atol=1e-2)
 

@@ -124,8 +124,9 @@ def linear_extrapolated_sample(
         group: as in `linear_delta_logp`. Each rank draws from its shard and tells the others of its winners, 64 bytes a
             row; 96 where the criterion is a divergence or an entropy, for which weights are read twice. Three kinds of
             calls gather all logits of a block of rows instead, 8 V bytes a row, and every rank draws from them: with a
-            filter, with a bias, which may mask tokens (nothing else is taken to give a logit −inf), and where a shard
-            begins with a token that is no multiple of 4.
+            filter, with a bias, which may mask tokens, and where a shard begins with a token that is no multiple of 4.
+            In the others a row with a logit −inf gives token −1, and log p has errors of up to 2e-6, near 0 too.
+            Ranks keep 300 bytes a row meanwhile, besides the workspace.
 
     Returns:
         Sample, each field (…), as from `extrapolated_sample`.

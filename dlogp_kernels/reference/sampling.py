@@ -41,7 +41,7 @@ def noise_bits(tokens: Tensor, row_id: Tensor, seed: Tensor, step: Tensor, strea
     row_id (B,), seed (1,), step (1,) or (B,), all int64; of counters the lower 32 bits count. The stream may be one of
     each row, too.
     """
-    block = (tokens // 4).expand(row_id.shape[0], -1)
+    block = (tokens // 4 & _MASK).expand(row_id.shape[0], -1)
     counters = row_id & _MASK, step.expand_as(row_id) & _MASK, torch.zeros_like(row_id) + stream
     row, steps, streams = (x[:, None].expand_as(block) for x in counters)
     words = torch.stack(philox((block, row, steps, streams), seed), dim=-1)

@@ -122,6 +122,8 @@ def random_limit(threshold: float | None) -> int:
 
 def noise_of(given: NoiseInputs) -> Noise:
     row_id, seed, step, seed_tensor, step_tensor, first_token = given
+    if first_token % 4:
+        raise ValueError(f"first_token is {first_token}, expected a multiple of 4")
     if step_tensor is not None:
         step = int(step_tensor.numel() > 1)
     elif step >= 2**31:  # the same 32 bits; Triton would pass 64

@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperCommand
 
 from ..jobs.allowed import OneOf, Option, flag_of, options_of
+from ..jobs.workers.freed_memory import keep_freed_memory
 from ..report.terminal import Terminal
 from ..report.text import printable
 
@@ -85,6 +86,7 @@ def with_options(*kinds: type) -> Callable[[Callable[..., None]], Callable[..., 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(command)
         def run(threads: int | None, **given: Any) -> None:
+            keep_freed_memory()
             if threads is not None:
                 import torch
 

@@ -4,7 +4,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -123,12 +123,12 @@ class PreparedData:
     def samples(self, begin: int, end: int) -> list[Example]:
         """Samples `begin` to `end` − 1, in the order of the data."""
         piece = self._table.slice(begin, end - begin)
-        ids = [_arrays(piece[name]) for name in ("prompt_ids", "response_ids")]
-        before, after = (
-            [piece[name].to_pylist() for name in names]
-            for names in (("line", "sample_id", "source"), ("remark", "correct", "finished"))
-        )
-        return list(map(Example, *before, *ids, *after, _replaced(piece)))
+        columns: dict[str, list[Any]] = {"replaced": _replaced(piece)}
+        for name in Example._fields:
+            if name not in columns:
+                lists = name in ("prompt_ids", "response_ids")
+                columns[name] = _arrays(piece[name]) if lists else piece[name].to_pylist()
+        return list(map(Example, *(columns[name] for name in Example._fields)))
 
     def remarks(self) -> list[Remark]:
         """What there is to say of lines that are used: how their text became token ids, and ids that are not unique."""

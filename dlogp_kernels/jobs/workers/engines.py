@@ -14,7 +14,6 @@ from ..allowed import check_options
 from ..errors import JobError
 from ..options import Working
 from .duty import Duty, Engine, Task
-from .freed_memory import keep_freed_memory
 from .pool import Pool
 from .processes import processes
 
@@ -111,7 +110,6 @@ class _Alone:
     """This process as the only worker."""
 
     def __init__(self, duty: Duty, here: Any) -> None:
-        keep_freed_memory()
         self._computing = duty.load(here)
 
     def __enter__(self) -> "_Alone":

@@ -125,8 +125,9 @@ def linear_extrapolated_sample(
             row; 96 where the criterion is a divergence or an entropy, for which weights are read twice. Three kinds of
             calls gather all logits of a block of rows instead, 8 V bytes a row, and every rank draws from them: with a
             filter, with a bias, which may mask tokens, and where a shard begins with a token that is no multiple of 4.
-            In the others a row with a logit −inf gives token −1, and log p has errors of up to 2e-6, near 0 too.
-            Ranks keep 300 bytes a row meanwhile, besides the workspace.
+            In the others logits are taken to be finite (of a row with −inf the token may be −1, or another than over
+            the whole), and log p has errors of up to 2e-6, near 0 too. Ranks keep 300 bytes a row meanwhile, besides
+            the workspace.
 
     Returns:
         Sample, each field (…), as from `extrapolated_sample`.

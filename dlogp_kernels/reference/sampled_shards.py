@@ -44,7 +44,7 @@ class Counters(NamedTuple):
 
 def sample_of(shards: ShardSamples, counters: Counters, options: SampleOptions, dtype: torch.dtype) -> Sample:
     """Over all shards, in `dtype`; what the criterion compares is rounded before, as in the op over one shard."""
-    # A shard of which nothing could be drawn, or logits that are −∞, for which a bias was ruled out.
+    # From some shard nothing could be drawn, or a token whose logits are not finite, which its score would not survive.
     bad = ~(shards.logp.isfinite().all(1) & shards.z.isfinite().all(1).all(1)).all(0)
     winner = _scores(shards, counters, options).argmax(0, keepdim=True)  # the first shard, if there are several
     draft_token, replacement = shards.token.gather(0, winner)[0].long()

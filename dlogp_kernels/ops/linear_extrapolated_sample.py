@@ -9,7 +9,7 @@ from ..reference.statistics import accumulation_dtype
 from . import library
 
 
-def _fake(*flat: Any) -> tuple[Tensor, ...]:
+def fake(*flat: Any) -> tuple[Tensor, ...]:
     head, base = rebuilt((Head, Head), iter(flat))
     return library.fake_sample(head.hidden, accumulation_dtype(*head[:3], *base[:3]))
 
@@ -18,4 +18,4 @@ def _truncates(hidden: Tensor, weight: Tensor, *rest: Any) -> bool:
     return SampleOptions._make(rest[-len(SampleOptions._fields) :]).truncate(weight.shape[0])
 
 
-library.register("linear_extrapolated_sample", _fake, in_blocks=_truncates)
+library.register("linear_extrapolated_sample", fake, in_blocks=_truncates)

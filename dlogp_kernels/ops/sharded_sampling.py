@@ -19,6 +19,7 @@ from ..reference.statistics import accumulation_dtype
 from ..results import DeltaLogpStats
 from . import backends, library
 from .collectives import gathered, gathered_rows
+from .linear_extrapolated_sample import fake
 from .sharded import Place
 
 #: Places in what linear_delta_logp_fwd returns.
@@ -100,9 +101,4 @@ def _numbers(
     return torch.cat([x.double() for x in rows])
 
 
-def _fake_sample(*flat: Any) -> tuple[Tensor, ...]:
-    head, base = rebuilt((Head, Head), iter(flat))
-    return library.fake_sample(head.hidden, accumulation_dtype(*head[:3], *base[:3]))
-
-
-library.register_everywhere("sharded_linear_extrapolated_sample", _fake_sample, _sample)
+library.register_everywhere("sharded_linear_extrapolated_sample", fake, _sample)

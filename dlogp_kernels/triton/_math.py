@@ -426,7 +426,7 @@ def lse_of(state, output_scale):
 def normalizer_of(state, output_scale):
     """The largest z, rounded down, and Σ e^{z − that} less 1: what `logp_of_x` takes."""
     largest = output_scale * state.m
-    # What rounding has taken away belongs to the rest, of which nothing would be left if it were added.
+    # What rounding down takes away is added to the rest; rounding up would take from it, and could leave −1.
     largest = tl.where(tl.fma(output_scale, state.m, -largest) < 0.0, next_below(largest), largest)
     rest = state.rest + expm1(tl.fma(output_scale, state.m, -largest)) * sum_of(state)
     nothing = state.m <= MASKED_LOGIT
